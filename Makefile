@@ -1,0 +1,45 @@
+# Everything runs in .venv, which is made on first use. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+
+# The one place where development and CI pin torch. It goes in first: left to the dependency resolver, Linux gets a
+# build with several GB of GPU libraries.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test check format bench clean
+
+demo: .venv/.package
+	$(BIN)/ckavg demo ckavg-demo --force
+
+test: .venv/.dev
+	$(BIN)/python -m pytest
+
+check: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/.package
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv ckavg-demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@echo "Setting up .venv with $$($(PYTHON) --version): the first time takes a minute or two."
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ckavg needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+
+.venv/.package: pyproject.toml Makefile | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/.dev: .venv/.package
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,35 @@
+"""Average the saved checkpoints of a training run into one model, without retraining.
+
+    run = ckavg.open_run("./checkpoints")
+    path = ckavg.measure_path(run)                      # how far the weights travelled
+    result = ckavg.average(run, ckavg.PEMA(gamma=0.15))
+    result.directory                                    # loads with from_pretrained
+
+Nothing here prints; progress is a callback. torch is imported when weights are read, not before.
+"""
+
+from ckavg.average import average, measure_path, plan_average
+from ckavg.engine.progress import Progress
+from ckavg.errors import CkavgError
+from ckavg.path.table import PathLength
+from ckavg.result.record import Averaged
+from ckavg.run.opening import open_run
+from ckavg.run.values import Run
+from ckavg.schemes import BEMA, EMA, PEMA
+from ckavg.version import __version__
+
+__all__ = [
+    "BEMA",
+    "EMA",
+    "PEMA",
+    "Averaged",
+    "CkavgError",
+    "PathLength",
+    "Progress",
+    "Run",
+    "__version__",
+    "average",
+    "measure_path",
+    "open_run",
+    "plan_average",
+]

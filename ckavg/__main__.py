@@ -1,0 +1,6 @@
+"""`python -m ckavg`."""
+
+from ckavg.cli import main
+
+if __name__ == "__main__":
+    main()

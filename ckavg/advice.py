@@ -1,0 +1,62 @@
+"""What an expert would tell the user about a run, in a sentence each. Pure; warns and never refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ckavg.path.table import PathLength
+from ckavg.run.values import Run
+from ckavg.schemes import Coefficients, Scheme
+
+_NAMED = 3
+
+
+def before(run: Run, scheme: Scheme) -> tuple[str, ...]:
+    """What can be told before any weight is read."""
+    anchor = run.checkpoints[0].step
+    if anchor == 0 or run.anchor_is_init or scheme.every_from is not None:
+        return ()
+    uses = "σ and ℓ are" if scheme.needs_path else "the average is"
+    return (
+        f"The run begins at step {anchor}: {uses} measured from that checkpoint, not from the base model. "
+        "Name the base model with --init to change that.",
+    )
+
+
+def about_path(path: PathLength, excluded: Sequence[str]) -> tuple[str, ...]:
+    """What the measured path tells.
+
+    Args:
+        path: the table of pass 1.
+        excluded: tensors that did not count because the user, or their nature, left them out.
+    """
+    told: list[str] = []
+    if path.without_spread:
+        told.append(
+            f"Not counted in the path length, for want of any spread at the anchor (σ = 0): {_named(path.without_spread)}. "
+            "They are averaged like all others."
+        )
+    if excluded:
+        told.append(f"Left out of the path length: {_named(excluded)}.")
+    lengths = path.lengths
+    if lengths[-1] == 0:
+        told.append("Nothing moved: the path length is 0, so β = 1 and the result is the last checkpoint.")
+    else:
+        told += [
+            f"Steps {path.steps[place]} and {path.steps[place + 1]} hold identical weights: a stale save?"
+            for place in range(len(lengths) - 1)
+            if all(tensor.distances[place] == 0 for tensor in path.tensors.values())
+        ]
+    return tuple(told)
+
+
+def about_coefficients(coefficients: Coefficients, steps: Sequence[int]) -> tuple[str, ...]:
+    """What the coefficients tell."""
+    if coefficients.start == len(steps) - 1:
+        return (f"No update falls after step {steps[-1]}, where the average begins: the result is that checkpoint.",)
+    return ()
+
+
+def _named(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"

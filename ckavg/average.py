@@ -1,0 +1,284 @@
+"""The pipeline, on one page: discover → plan → path → schemes → replay → write. Only this module composes the stages.
+
+Modules that need torch are imported where they are used: opening a run, or saying what would be done, must not wait
+for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckavg import advice
+from ckavg.engine.progress import OnProgress
+from ckavg.errors import SettingError
+from ckavg.path.table import PathLength, ZeroSigma, counts
+from ckavg.result.card import write_card
+from ckavg.result.layout import WeightPlan, plan_weights
+from ckavg.result.place import check_place, check_space
+from ckavg.result.record import Averaged, Output, Seconds
+from ckavg.result.side_files import gather_side_files, read_config
+from ckavg.result.staging import ShardFiles, Staging
+from ckavg.run.checkpoint import RESULT_RECORD
+from ckavg.run.values import Run, Selection
+from ckavg.schemes import Coefficients, Scheme, Timeline
+
+DTYPES = ("source", "float32", "bfloat16", "float16", "float64")
+ACCUMULATE = ("float32", "float64")
+CARD = "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What averaging a run would read and write.
+
+    Attributes:
+        run: the checkpoints that take part.
+        scheme: how they are averaged.
+        out: where the result goes.
+        dtype: output dtype as it was asked for.
+        path_exclude: shell patterns of tensor names that do not count in the path length.
+        weights: the weight files of the result.
+        side_files: what is copied beside them, by relative path.
+        path_bytes: bytes that pass 1 reads; 0 for schemes that do not need it.
+        replay_bytes: bytes that pass 2 reads.
+        warnings: what a user should know before it starts.
+    """
+
+    run: Run
+    scheme: Scheme
+    out: Path
+    dtype: str
+    path_exclude: tuple[str, ...]
+    weights: WeightPlan
+    side_files: dict[str, bytes]
+    path_bytes: int
+    replay_bytes: int
+    warnings: tuple[str, ...]
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes that will be written."""
+        return self.weights.nbytes + sum(len(data) for data in self.side_files.values())
+
+
+def plan_average(
+    run: Run,
+    scheme: Scheme,
+    *,
+    out: Path | str | None = None,
+    dtype: str = "source",
+    path_exclude: Sequence[str] = (),
+    force: bool = False,
+) -> Plan:
+    """Say what `average` would read and write, and refuse what cannot be done. Reads no weight and writes nothing.
+
+    Args, errors: as of `average`.
+    """
+    if dtype not in DTYPES:
+        raise SettingError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
+    place = Path(out) if out is not None else run.source / "averaged" / scheme.label
+    check_place(place, run, force=force)
+    weights = plan_weights(run.last, dtype)
+    side_files = gather_side_files(run, weights)
+    start = 0 if scheme.needs_path else scheme.coefficients(Timeline(run.steps)).start
+    floating = [name for name, entry in run.tensors.items() if entry.is_floating]
+    counted = [name for name in floating if counts(name, path_exclude)] if scheme.needs_path else []
+    plan = Plan(
+        run=run,
+        scheme=scheme,
+        out=place,
+        dtype=dtype,
+        path_exclude=tuple(path_exclude),
+        weights=weights,
+        side_files=side_files,
+        path_bytes=sum(point.entries[name].nbytes for point in run.checkpoints for name in counted),
+        replay_bytes=sum(point.entries[name].nbytes for point in run.checkpoints[start:] for name in floating)
+        + sum(entry.nbytes for entry in run.tensors.values() if not entry.is_floating),
+        warnings=run.warnings + advice.before(run, scheme),
+    )
+    check_space(place, plan.write_bytes)
+    return plan
+
+
+def measure_path(
+    run: Run,
+    *,
+    path_exclude: Sequence[str] = (),
+    zero_sigma: ZeroSigma = "exclude",
+    device: str = "auto",
+    on_progress: OnProgress | None = None,
+) -> PathLength:
+    """Measure how far the weights of a run travelled: pass 1 alone (Pathwise EMA, Eq. 2).
+
+    Args:
+        run: the checkpoints, the anchor first.
+        path_exclude: shell patterns of tensor names that do not count.
+        zero_sigma: `exclude` leaves tensors without spread out of the sum and of N; `eps` divides by σ_p + 1e-8.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        on_progress: called now and then in this thread.
+
+    Raises:
+        NonFiniteError: a checkpoint holds NaN or infinity.
+        TruncatedShardError, ReadError: a file changed or cannot be read.
+        SettingError: there is no such device.
+    """
+    from ckavg.engine.devices import resolve_device
+    from ckavg.engine.stream import Settings
+    from ckavg.path.measure import measure
+
+    settings = Settings(device=resolve_device(device), on_progress=on_progress)
+    return measure(run, exclude=tuple(path_exclude), zero_sigma=zero_sigma, settings=settings)
+
+
+def average(
+    run: Run,
+    scheme: Scheme,
+    *,
+    out: Path | str | None = None,
+    dtype: str = "source",
+    accumulate: str = "float32",
+    device: str = "auto",
+    path_exclude: Sequence[str] = (),
+    zero_sigma: ZeroSigma = "exclude",
+    force: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Averaged:
+    """Average the checkpoints of a run and write the result as a checkpoint that loads as it stands.
+
+    Args:
+        run: the checkpoints, the anchor first; see `open_run`.
+        scheme: how: `EMA`, `PEMA` or `BEMA`.
+        out: where the result goes; None: `<source>/averaged/<label of the scheme>`.
+        dtype: output dtype of floating tensors: `source`, `float32`, `bfloat16`, `float16` or `float64`.
+        accumulate: `float32` or `float64`; float64 checkpoints are accumulated in float64 in any case.
+        device: where the arithmetic happens: `auto`, `cpu`, `cuda` or `cuda:N`.
+        path_exclude: shell patterns of tensors that do not count in the path length.
+        zero_sigma: what becomes of tensors without spread; see `measure_path`.
+        force: replace an existing result.
+        on_progress: called now and then in this thread.
+
+    Returns:
+        What was done: coefficients, weights, warnings, and where the result is.
+
+    Raises:
+        OutputExistsError: something is at `out` already.
+        NonFiniteError: a checkpoint holds NaN or infinity.
+        SettingError: the settings do not fit the run.
+        CkavgError: any other reason for which there is no result; the sources and `out` are as they were.
+    """
+    plan = plan_average(run, scheme, out=out, dtype=dtype, path_exclude=path_exclude, force=force)
+    return carry_out(plan, accumulate=accumulate, device=device, zero_sigma=zero_sigma, on_progress=on_progress)
+
+
+def carry_out(
+    plan: Plan,
+    *,
+    accumulate: str = "float32",
+    device: str = "auto",
+    zero_sigma: ZeroSigma = "exclude",
+    on_progress: OnProgress | None = None,
+) -> Averaged:
+    """Do what a plan says: `average` from where the reading begins. Args, returns, errors: as of `average`."""
+    from ckavg.engine.devices import resolve_device
+    from ckavg.engine.stream import Settings
+    from ckavg.path.measure import measure
+    from ckavg.replay.replay import Average, replay
+    from ckavg.replay.weights import effective_weights
+
+    begun = time.perf_counter()
+    if accumulate not in ACCUMULATE:
+        raise SettingError(f"accumulate is {accumulate!r}; it must be one of {', '.join(ACCUMULATE)}.")
+    run, scheme = plan.run, plan.scheme
+    settings = Settings(device=resolve_device(device), on_progress=on_progress)
+    with Staging(plan.out) as staging:
+        measuring = time.perf_counter()
+        path = None
+        if scheme.needs_path:
+            path = measure(run, exclude=plan.path_exclude, zero_sigma=zero_sigma, settings=settings)
+        replaying = time.perf_counter()
+        coefficients = scheme.coefficients(Timeline(run.steps, path.lengths if path else None))
+        with ShardFiles(staging.path, plan.weights.shards) as sink:
+            formed = Average(coefficients, plan.weights.dtypes, sink)
+            replayed_bytes = replay(run, [formed], wide=accumulate == "float64", settings=settings)
+            sink.sync()
+        done = time.perf_counter()
+        record = _record(
+            plan,
+            coefficients,
+            path,
+            weights=effective_weights(coefficients),
+            accumulate=accumulate,
+            bytes_read=replayed_bytes + (path.bytes_read if path else 0),
+            seconds=Seconds(replaying - measuring, done - replaying, done - begun),
+        )
+        for name, data in (plan.side_files | _own_files(record, plan.side_files)).items():
+            staging.write(name, data)
+        staging.commit()
+    return record
+
+
+def _record(
+    plan: Plan,
+    coefficients: Coefficients,
+    path: PathLength | None,
+    *,
+    weights: tuple[float, ...],
+    accumulate: str,
+    bytes_read: int,
+    seconds: Seconds,
+) -> Averaged:
+    run, scheme = plan.run, plan.scheme
+    left_out = _left_out(run, path) if path else ()
+    anchor = run.steps[coefficients.start]
+    files = sorted([*(shard.name for shard in plan.weights.shards), *plan.side_files, CARD, RESULT_RECORD])
+    warnings = plan.warnings + advice.about_coefficients(coefficients, run.steps)
+    return Averaged(
+        scheme=scheme.name,
+        parameters=scheme.parameters(),
+        source=run.source,
+        selection=_stated(run.selection),
+        steps=run.steps,
+        anchor_step=anchor,
+        span=run.steps[-1] - anchor,
+        path_length=path.lengths if path else None,
+        betas=coefficients.betas,
+        alphas=coefficients.alphas,
+        weights=weights,
+        excluded_from_path=tuple(sorted({*left_out, *path.without_spread})) if path else (),
+        parameters_counted=path.parameters_counted if path else None,
+        dtype=plan.dtype,
+        accumulate=accumulate,
+        warnings=warnings + (advice.about_path(path, left_out) if path else ()),
+        outputs=(Output(plan.out.name, run.steps[-1], plan.out, tuple(dict.fromkeys(files))),),
+        bytes_read=bytes_read,
+        seconds=seconds,
+    )
+
+
+def _stated(selection: Selection) -> dict[str, int | str]:
+    """The parts of a selection that differ from choosing everything."""
+    return {
+        field.name: str(value) if isinstance(value, Path) else value
+        for field in dataclasses.fields(selection)
+        if (value := getattr(selection, field.name)) != field.default
+    }
+
+
+def _left_out(run: Run, path: PathLength) -> tuple[str, ...]:
+    """Floating tensors with elements that pass 1 was told not to measure."""
+    return tuple(
+        sorted(
+            name
+            for name, entry in run.tensors.items()
+            if entry.is_floating and entry.numel and name not in path.tensors
+        )
+    )
+
+
+def _own_files(record: Averaged, side_files: dict[str, bytes]) -> dict[str, bytes]:
+    card = write_card(record, read_config(side_files), read_config(side_files, "adapter_config.json"))
+    return {CARD: card.encode(), RESULT_RECORD: record.to_json().encode() + b"\n"}

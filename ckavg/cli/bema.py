@@ -1,0 +1,34 @@
+"""`ckavg bema`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ckavg.cli.commands import averaging_command
+from ckavg.schemes import BEMA, Scheme
+
+_DEFAULT = BEMA()
+
+
+@averaging_command
+def bema(
+    *,
+    eta: Annotated[
+        float, typer.Option(help="Power η of the correction: 0 is the strongest, more corrects less.")
+    ] = _DEFAULT.eta,
+    kappa: Annotated[float, typer.Option(help="Power κ of the average: 0 does not average.")] = _DEFAULT.kappa,
+    multiplier: Annotated[float, typer.Option(help="Weight γ of the step.")] = _DEFAULT.multiplier,
+    lag: Annotated[float, typer.Option(help="Lag ρ, added to the step.")] = _DEFAULT.lag,
+    burn_in: Annotated[
+        int, typer.Option(metavar="N", help="Begin at the first checkpoint at or after step N.")
+    ] = _DEFAULT.burn_in,
+) -> Scheme:
+    """Bias-corrected EMA: an average that does not lag behind. Reads every checkpoint once.
+
+    β = (ρ + γ t)^(−κ) averages; α = (ρ + γ t)^(−η) then adds α (θ_t − θ_0).
+    """
+    return BEMA(eta=eta, kappa=kappa, multiplier=multiplier, lag=lag, burn_in=burn_in)
+
+

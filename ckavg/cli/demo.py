@@ -1,0 +1,7 @@
+"""`ckavg demo`."""
+
+from __future__ import annotations
+
+
+def demo() -> None:
+    """x"""

@@ -1,0 +1,131 @@
+"""The options that verbs share, each written once. Defaults come from the library's own functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ckavg.run.values import Selection
+
+_CHOICE = "Which checkpoints"
+_RESULT = "The result"
+_WORK = "How it is computed"
+_SHOWN = "What is shown"
+
+Source = Annotated[
+    Path, typer.Argument(metavar="SOURCE", help="Directory of saved checkpoints.", show_default="current directory")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.", rich_help_panel=_SHOWN)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.", rich_help_panel=_SHOWN)]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Add a traceback to an error.", rich_help_panel=_SHOWN)
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """`SOURCE` and the options that choose checkpoints from it."""
+
+    source: Source = Path()
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="The anchor θ_0: the base model's directory or file.",
+            show_default="the first checkpoint",
+            rich_help_panel=_CHOICE,
+        ),
+    ] = None
+    init_step: Annotated[
+        int, typer.Option(metavar="N", help="Optimizer step of --init.", rich_help_panel=_CHOICE)
+    ] = 0
+    every: Annotated[
+        int | None,
+        typer.Option(
+            metavar="F",
+            min=1,
+            help="Visit a checkpoint every F optimizer steps only.",
+            show_default="every checkpoint",
+            rich_help_panel=_CHOICE,
+        ),
+    ] = None
+    from_step: Annotated[
+        int | None, typer.Option(metavar="N", help="Leave out checkpoints before step N.", rich_help_panel=_CHOICE)
+    ] = None
+    to_step: Annotated[
+        int | None, typer.Option(metavar="N", help="Leave out checkpoints after step N.", rich_help_panel=_CHOICE)
+    ] = None
+    last: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Take the newest N checkpoints only.", rich_help_panel=_CHOICE),
+    ] = None
+
+    def selection(self, every_from: int | None = None) -> Selection:
+        """The same, as the library takes it."""
+        return Selection(
+            init=self.init,
+            init_step=self.init_step,
+            every=self.every,
+            every_from=every_from,
+            from_step=self.from_step,
+            to_step=self.to_step,
+            last=self.last,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Averaging(Choice):
+    """The options of every verb that forms an average."""
+
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="Where the result goes.",
+            show_default="SOURCE/averaged/NAME",
+            rich_help_panel=_RESULT,
+        ),
+    ] = None
+    dtype: Annotated[
+        Literal["source", "float32", "bfloat16", "float16"],
+        typer.Option(help="Output dtype.", rich_help_panel=_RESULT),
+    ] = "source"
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing result.", rich_help_panel=_RESULT)] = False
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what would be read and written, and do neither.", rich_help_panel=_RESULT
+        ),
+    ] = False
+    accumulate: Annotated[
+        Literal["float32", "float64"],
+        typer.Option(
+            help="Dtype of the running average.",
+            show_default="float32; float64 for float64 checkpoints",
+            rich_help_panel=_WORK,
+        ),
+    ] = "float32"
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.", rich_help_panel=_WORK)
+    ] = "auto"
+    path_exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            help="Tensors that do not count in the path length (repeatable).",
+            show_default=False,
+            rich_help_panel=_WORK,
+        ),
+    ] = None
+    zero_sigma: Annotated[
+        Literal["exclude", "eps"],
+        typer.Option(help="Tensors without spread: not counted, or divided by 1e-8.", rich_help_panel=_WORK),
+    ] = "exclude"
+    as_json: Json = False
+    quiet: Quiet = False
+    verbose: Verbose = False

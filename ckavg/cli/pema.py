@@ -1,0 +1,27 @@
+"""`ckavg pema`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ckavg.cli.commands import averaging_command
+from ckavg.schemes import PEMA, Scheme
+
+_DEFAULT = PEMA()
+
+
+@averaging_command
+def pema(
+    *,
+    gamma: Annotated[float, typer.Option(help="Power γ: 0 is the last checkpoint, more averages more.")] = _DEFAULT.gamma,
+) -> Scheme:
+    """Pathwise EMA: forget by how far the weights travelled, not by how many steps were taken.
+
+    Reads every checkpoint twice: first for the path length ℓ, then for the average with
+    β = (1 + T · ℓ(T) · ℓ(t))^(−γ). The one to try first: its power needs no tuning.
+    """
+    return PEMA(gamma=gamma)
+
+

@@ -1,0 +1,93 @@
+"""Progress of the passes on stderr: a live display in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from ckavg.cli.terminal import stderr_is_terminal
+from ckavg.engine.progress import OnProgress, Progress
+
+_TITLES = {"path": "measuring the path", "replay": "averaging"}
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+@contextmanager
+def show_progress(passes: int, *, quiet: bool) -> Iterator[OnProgress | None]:
+    """Yield a listener that shows how far each pass has come: bytes, GB/s, time left.
+
+    Args:
+        passes: how many passes there will be.
+        quiet: show nothing.
+    """
+    if quiet:
+        yield None
+    elif stderr_is_terminal():
+        with _live(passes) as listener:
+            yield listener
+    else:
+        yield _Lines(passes)
+
+
+@contextmanager
+def _live(passes: int) -> Iterator[OnProgress]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress as Display,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Display(*columns, console=Console(stderr=True), transient=True) as display:
+        starting = display.add_task("starting", total=None)
+        tasks: dict[str, typing.Any] = {}
+
+        def listen(news: Progress) -> None:
+            if news.stage not in tasks:
+                display.remove_task(starting) if not tasks else None
+                tasks[news.stage] = display.add_task(_title(news, len(tasks) + 1, passes), total=news.total)
+            display.update(tasks[news.stage], completed=news.done)
+
+        yield listen
+
+
+class _Lines:
+    """A line at the beginning and the end of each pass, and every few seconds between."""
+
+    def __init__(self, passes: int) -> None:
+        self._passes = passes
+        self._begun: dict[str, float] = {}
+        self._shown = 0.0
+
+    def __call__(self, news: Progress) -> None:
+        now = time.monotonic()
+        begun = self._begun.setdefault(news.stage, now)
+        if news.done not in (0, news.total) and now - self._shown < _SECONDS_BETWEEN_LINES:
+            return
+        self._shown = now
+        title = _title(news, len(self._begun), self._passes)
+        if news.done == 0:
+            typer.echo(f"{title}: {news.total / 1e9:.2f} GB to read", err=True)
+            return
+        rate = news.done / max(now - begun, 1e-9)
+        left = "done" if news.done == news.total else f"{(news.total - news.done) / rate:.0f} s left"
+        typer.echo(
+            f"{title}: {news.done / 1e9:.2f} of {news.total / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s, {left}", err=True
+        )
+
+
+def _title(news: Progress, number: int, passes: int) -> str:
+    return f"pass {number} of {passes}, {_TITLES[news.stage]}" if passes > 1 else _TITLES[news.stage]

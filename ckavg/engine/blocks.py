@@ -1,0 +1,57 @@
+"""Stage *plan*: the tensors of a model cut into blocks, the unit of work. Pure arithmetic.
+
+Three sizes, in elements. A *chunk* is the unit of summation and a *block* the unit of work: both are fixed, so that
+sums are formed in the same order whatever else is tuned. A *tile* is what is computed at once; it is a whole number of
+chunks, divides a block, and changes nothing but the speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ckavg.errors import SettingError
+from ckavg.run.values import Entry
+
+CHUNK = 1 << 14
+BLOCK = 1 << 22
+TILE = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Elements `start` to `stop` of one tensor, at most `BLOCK` of them."""
+
+    name: str
+    start: int
+    stop: int
+
+    def tiles(self, tile: int) -> Iterator[tuple[int, int]]:
+        """The block's element range in steps of `tile`.
+
+        >>> list(Block("w", 0, 40_000).tiles(CHUNK))
+        [(0, 16384), (16384, 32768), (32768, 40000)]
+        """
+        for start in range(self.start, self.stop, tile):
+            yield start, min(start + tile, self.stop)
+
+
+def cut_blocks(entries: Mapping[str, Entry]) -> tuple[Block, ...]:
+    """Cut tensors into blocks, in the order in which their bytes lie in the files.
+
+    >>> cut_blocks({"w": Entry("F32", (2, 3), 0, 80), "empty": Entry("F32", (0,), 0, 80)})
+    (Block(name='w', start=0, stop=6),)
+    """
+    in_file_order = sorted(entries.items(), key=lambda item: (item[1].shard, item[1].offset))
+    return tuple(
+        Block(name, start, min(start + BLOCK, entry.numel))
+        for name, entry in in_file_order
+        for start in range(0, entry.numel, BLOCK)
+    )
+
+
+def check_tile(tile: int) -> int:
+    """Return a tile size that divides a block into whole chunks, or refuse it."""
+    if tile < CHUNK or BLOCK % tile or tile % CHUNK:
+        raise SettingError(f"tile is {tile} elements; it must be a power of two from {CHUNK} to {BLOCK}.")
+    return tile

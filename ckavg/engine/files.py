@@ -1,0 +1,85 @@
+"""Stage *engine*: positional reads from checkpoint files into memory that is there already.
+
+Reads are `pread`s into small reused buffers rather than a memory map: measured as fast from a warm page cache, no
+slower cold, and a file that is cut short under the reader is an error instead of a killed process.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections import OrderedDict
+from pathlib import Path
+from types import TracebackType
+
+from ckavg.errors import ReadError, TruncatedShardError
+
+_HAS_PREADV = hasattr(os, "preadv")
+_RESERVED = 64
+
+
+class Files:
+    """The open files of one thread, least recently used ones closed first. Not for sharing between threads.
+
+    Args:
+        threads: how many threads read at the same time; they share the process's limit on open files.
+    """
+
+    def __init__(self, *, threads: int) -> None:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        usable = soft - _RESERVED if soft != resource.RLIM_INFINITY else 1 << 16
+        self._most = max(2, usable // threads)
+        self._open: OrderedDict[Path, int] = OrderedDict()
+        self.bytes_read = 0
+
+    def read_into(self, path: Path, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of `path` from `offset` on.
+
+        Raises:
+            TruncatedShardError: the file ends before the buffer is full.
+            ReadError: the system would not let us read it.
+        """
+        done, size = 0, len(buffer)
+        try:
+            handle = self._handle(path)
+            while done < size:
+                count = _pread(handle, buffer[done:], offset + done)
+                if count == 0:
+                    raise TruncatedShardError(
+                        f"{path} ends at byte {offset + done:,}; it was longer when the run was opened.",
+                        hint="Something changed it meanwhile. Run again once the checkpoint is complete.",
+                    )
+                done += count
+        except OSError as error:
+            raise ReadError(f"{path} cannot be read: {error.strerror}.", hint="Check the disk and the rights.") from error
+        self.bytes_read += size
+
+    def close(self) -> None:
+        """Close every file."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _handle(self, path: Path) -> int:
+        handle = self._open.get(path)
+        if handle is not None:
+            self._open.move_to_end(path)
+            return handle
+        while len(self._open) >= self._most:
+            os.close(self._open.popitem(last=False)[1])
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._open[path] = handle
+        return handle
+
+
+def _pread(handle: int, buffer: memoryview, offset: int) -> int:
+    if _HAS_PREADV:
+        return os.preadv(handle, [buffer], offset)
+    data = os.pread(handle, len(buffer), offset)
+    buffer[: len(data)] = data
+    return len(data)

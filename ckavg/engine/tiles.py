@@ -1,0 +1,78 @@
+"""Stage *engine*: a tile of one tensor of one checkpoint, from its file to floating-point numbers ready for arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ckavg.engine.files import Files
+from ckavg.errors import NonFiniteError
+from ckavg.run.values import Checkpoint
+
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Floating dtypes: safetensors code to torch dtype."""
+
+
+class TileReader:
+    """Reads tiles of the checkpoints of a run; one for each thread.
+
+    Args:
+        checkpoints: the run, ordered by step.
+        files: this thread's open files.
+        tile: most elements read at once.
+    """
+
+    def __init__(self, checkpoints: Sequence[Checkpoint], files: Files, *, tile: int) -> None:
+        self._checkpoints = checkpoints
+        self._files = files
+        self._raw = torch.empty(tile * 8, dtype=torch.uint8)
+        self._bytes = memoryview(self._raw.numpy())
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far."""
+        return self._files.bytes_read
+
+    def load(self, index: int, name: str, start: int, out: Tensor) -> None:
+        """Read elements `start` onwards of a floating tensor of checkpoint `index`, widened into `out`.
+
+        Args:
+            index: which checkpoint.
+            name: which tensor.
+            start: first element, in row-major order.
+            out: (n,) contiguous, float32 or float64, on any device; it is filled.
+
+        Raises:
+            TruncatedShardError, ReadError: the bytes are not there.
+        """
+        entry = self._checkpoints[index].entries[name]
+        stored = self.raw(index, name, start * entry.item_bytes, (start + out.numel()) * entry.item_bytes)
+        out.copy_(stored.view(TORCH_DTYPES[entry.dtype]))
+
+    def raw(self, index: int, name: str, start: int, stop: int) -> Tensor:
+        """Read bytes `start` to `stop` of a tensor as stored: (n,) uint8, valid until the next read."""
+        checkpoint = self._checkpoints[index]
+        entry = checkpoint.entries[name]
+        size = stop - start
+        self._files.read_into(checkpoint.shards[entry.shard].path, entry.offset + start, self._bytes[:size])
+        return self._raw[:size]
+
+
+    def refuse_nonfinite(self, name: str, start: int, stop: int) -> None:
+        """Raise if elements `start` to `stop` of a floating tensor are NaN or infinite in any checkpoint.
+
+        Raises:
+            NonFiniteError: it names the tensor and the first such step.
+        """
+        values = torch.empty(stop - start, dtype=torch.float64)
+        for index, checkpoint in enumerate(self._checkpoints):
+            self.load(index, name, start, values)
+            finite = torch.isfinite(values)
+            if not bool(finite.all()):
+                raise NonFiniteError(
+                    f"step {checkpoint.step}: tensor {name!r} holds NaN or infinity "
+                    f"({int((~finite).sum())} of elements {start} to {stop}) in {checkpoint.path}.",
+                    hint=f"The run diverged or the file is damaged. Stop before it with --to-step {checkpoint.step - 1}.",
+                )

@@ -1,0 +1,135 @@
+"""Everything ckavg refuses, as one tree. Each error says what, where, what was expected, and what to do next.
+
+    CkavgError
+    ├── RunError                     what was named cannot be averaged as one run
+    │   ├── NoCheckpointsError       nothing in it is a checkpoint
+    │   ├── TooFewCheckpointsError   an average needs an anchor and one checkpoint more
+    │   ├── UnsupportedFormatError   weights are there, in a format that is not read
+    │   ├── DuplicateStepError       two checkpoints claim one optimizer step
+    │   ├── MixedOrderError          steps, epochs or stages that have no common order
+    │   └── MismatchError            names, shapes or dtypes differ between checkpoints
+    ├── CheckpointError              one checkpoint is damaged
+    │   ├── MissingShardError        a file that belongs to it is not there
+    │   ├── TruncatedShardError      a file is shorter than its header says
+    │   ├── CorruptFileError         a file is not what its name promises
+    │   └── NonFiniteError           NaN or infinity among the weights
+    ├── ReadError                    the system would not let us read
+    ├── SettingError                 a setting outside its domain (also a ValueError)
+    ├── OutputError                  the result cannot be put where it was asked for
+    │   ├── OutputExistsError        something is there already
+    │   └── WriteError               the system would not let us write
+    └── CombinedError               more than one of the above, all listed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class CkavgError(Exception):
+    """Root of every error ckavg raises on purpose.
+
+    Args:
+        message: what is wrong, where, and what was expected.
+        hint: what to do next; a sentence, possibly a command to type.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class RunError(CkavgError):
+    """What was named cannot be averaged as one run."""
+
+
+class NoCheckpointsError(RunError):
+    """Nothing in the source is a checkpoint."""
+
+
+class TooFewCheckpointsError(RunError):
+    """An average needs an anchor and at least one checkpoint more."""
+
+
+class UnsupportedFormatError(RunError):
+    """Weights are there, in a format that is not read."""
+
+
+class DuplicateStepError(RunError):
+    """Two checkpoints claim the same optimizer step."""
+
+
+class MixedOrderError(RunError):
+    """Steps, epochs or stages without a common order."""
+
+
+class MismatchError(RunError):
+    """Tensor names, shapes or dtypes differ between checkpoints."""
+
+
+class CheckpointError(CkavgError):
+    """One checkpoint is damaged."""
+
+
+class MissingShardError(CheckpointError):
+    """A file that belongs to a checkpoint is not there."""
+
+
+class TruncatedShardError(CheckpointError):
+    """A file is shorter than its header says: still being written, or cut off."""
+
+
+class CorruptFileError(CheckpointError):
+    """A file is not what its name promises."""
+
+
+class NonFiniteError(CheckpointError):
+    """NaN or infinity among the weights."""
+
+
+class ReadError(CkavgError):
+    """The system would not let us read a file."""
+
+
+class SettingError(CkavgError, ValueError):
+    """A setting outside its domain."""
+
+
+class OutputError(CkavgError):
+    """The result cannot be put where it was asked for."""
+
+
+class OutputExistsError(OutputError):
+    """Something is already where the result should go."""
+
+
+class WriteError(OutputError):
+    """The system would not let us write the result."""
+
+
+class CombinedError(CkavgError):
+    """More than one problem, all of them listed.
+
+    Args:
+        errors: the problems, worst first; at least two.
+    """
+
+    def __init__(self, errors: Sequence[CkavgError]) -> None:
+        self.errors = tuple(errors)
+        super().__init__(f"{len(self.errors)} problems:\n" + "\n".join(f"- {_indented(error)}" for error in errors))
+
+
+def raise_all(errors: Sequence[CkavgError]) -> None:
+    """Raise the one error as itself, several as `CombinedError`, none not at all."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise CombinedError(errors)
+
+
+def _indented(error: CkavgError) -> str:
+    return str(error).replace("\n", "\n  ")

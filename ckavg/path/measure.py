@@ -1,0 +1,170 @@
+"""Pass 1: stream every checkpoint once and measure σ of the anchor and the L1 distance of every step.
+
+Differences are taken in float32 (float64 for float64 checkpoints). Sums are formed in one fixed order, whatever the
+tile size and the number of threads: 64 absolute differences in float32, then everything in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ckavg.engine.blocks import CHUNK, Block, cut_blocks
+from ckavg.engine.stream import Settings, stream
+from ckavg.engine.tiles import TileReader
+from ckavg.path.table import PathLength, TensorPath, ZeroSigma, counts
+from ckavg.run.values import Entry, Run
+
+_LANES = 256
+_SUMMED_IN_WORK_DTYPE = CHUNK // _LANES
+
+
+@dataclass(frozen=True, slots=True)
+class _Partial:
+    """Of one block: the L1 distance of each step, and the first two moments of θ_0 about the tensor's first element."""
+
+    distances: tuple[float, ...]
+    shifted_sum: float
+    shifted_squares: float
+
+
+def measure(
+    run: Run, *, exclude: tuple[str, ...] = (), zero_sigma: ZeroSigma = "exclude", settings: Settings | None = None
+) -> PathLength:
+    """Measure the path length of a run.
+
+    Args:
+        run: the checkpoints, the anchor first.
+        exclude: shell patterns of tensor names that do not count.
+        zero_sigma: what becomes of tensors without spread; see `PathLength`.
+        settings: how the pass runs.
+
+    Raises:
+        NonFiniteError: a checkpoint holds NaN or infinity.
+        TruncatedShardError, ReadError: a file changed or cannot be read.
+    """
+    settings = settings or Settings()
+    entries = {name: entry for name, entry in run.tensors.items() if entry.is_floating and counts(name, exclude)}
+    blocks = cut_blocks(entries)
+
+    def make_worker(reader: TileReader) -> _Worker:
+        return _Worker(run, reader, tile=settings.tile, device=settings.device)
+
+    streamed = stream("path", run.checkpoints, blocks, make_worker, settings)
+    tensors = _merged(entries, blocks, streamed.results, len(run.checkpoints))
+    return PathLength(run.steps, tensors, zero_sigma, streamed.bytes_read)
+
+
+def _merged(
+    entries: Mapping[str, Entry], blocks: Sequence[Block], partials: Sequence[_Partial], visited: int
+) -> Mapping[str, TensorPath]:
+    of_tensor: dict[str, list[_Partial]] = defaultdict(list)
+    for block, partial in zip(blocks, partials, strict=True):
+        of_tensor[block.name].append(partial)
+    return {
+        name: TensorPath(
+            entry.numel,
+            _sigma(entry.numel, of_tensor[name]),
+            tuple(math.fsum(part.distances[place] for part in of_tensor[name]) for place in range(visited - 1)),
+        )
+        for name, entry in entries.items()
+        if entry.numel
+    }
+
+
+def _sigma(numel: int, partials: Sequence[_Partial]) -> float:
+    """Standard deviation from moments about an element of the tensor.
+
+    About an element rather than 0, so that a tensor of equal values gives exactly 0; and since no element is further
+    than √n standard deviations from the mean, little is lost to cancellation whichever element it is.
+    """
+    if numel < 2:
+        return 0.0
+    total = math.fsum(part.shifted_sum for part in partials)
+    squares = math.fsum(part.shifted_squares for part in partials)
+    return math.sqrt(max(0.0, squares - total * total / numel) / (numel - 1))
+
+
+class _Worker:
+    """Pass 1 over one block after another, in one thread."""
+
+    def __init__(self, run: Run, reader: TileReader, *, tile: int, device: str) -> None:
+        self._run = run
+        self._reader = reader
+        self._tile = tile
+        self._device = device
+        self._buffers: dict[torch.dtype, tuple[Tensor, Tensor, Tensor]] = {}
+        self._first: tuple[str, float] | None = None
+
+    def __call__(self, block: Block) -> _Partial:
+        wide = any(checkpoint.entries[block.name].dtype == "F64" for checkpoint in self._run.checkpoints)
+        dtype = torch.float64 if wide else torch.float32
+        chunks = -(-(block.stop - block.start) // CHUNK)
+        steps = len(self._run.checkpoints) - 1
+        sums = torch.zeros(steps + 2, chunks, dtype=torch.float64)
+        for start, stop in block.tiles(self._tile):
+            first = (start - block.start) // CHUNK
+            of_tile = self._measure_tile(block.name, start, stop, dtype)
+            sums[:, first : first + of_tile.shape[1]] = of_tile
+        *distances, total, squares = sums.sum(dim=1).tolist()
+        return _Partial(tuple(distances), total, squares)
+
+    def _measure_tile(self, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """(K + 2, chunks) float64: distance of each step, then Σ and Σ² of θ_0 less its first element; by chunk."""
+        sums = self._sum_tile(name, start, stop, dtype)
+        if bool(torch.isfinite(sums).all()):
+            return sums
+        self._reader.refuse_nonfinite(name, start, stop)
+        return self._sum_tile(name, start, stop, torch.float64)  # finite weights whose float32 sum overflowed
+
+    def _sum_tile(self, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        before, after, lanes = self._workspace(dtype)
+        size = stop - start
+        chunks = -(-size // CHUNK)
+        padded = chunks * CHUNK
+        last = len(self._run.checkpoints) - 1
+        if size < padded:
+            before[size:padded].zero_()
+            after[size:padded].zero_()
+        self._reader.load(0, name, start, before[:size])
+        moments = self._moments(name, before, size, padded)
+        for index in range(1, last + 1):
+            self._reader.load(index, name, start, after[:size])
+            torch.sub(after[:padded], before[:padded], out=before[:padded]).abs_()
+            torch.sum(_in_lanes(before[:padded]), dim=1, out=lanes[index - 1, :chunks])
+            before, after = after, before
+        distances = lanes[:last, :chunks].sum(dim=2, dtype=torch.float64)
+        return torch.cat([distances, moments]).cpu()
+
+    def _moments(self, name: str, anchor: Tensor, size: int, padded: int) -> Tensor:
+        shifted = anchor[:padded].double()
+        shifted[:size] -= self._first_element(name, anchor.dtype)
+        total = _in_lanes(shifted).sum(dim=1).sum(dim=1)
+        squares = _in_lanes(shifted.square_()).sum(dim=1).sum(dim=1)
+        return torch.stack([total, squares])
+
+    def _first_element(self, name: str, dtype: torch.dtype) -> float:
+        if self._first is None or self._first[0] != name:
+            first = torch.empty(1, dtype=dtype)
+            self._reader.load(0, name, 0, first)
+            self._first = (name, float(first))
+        return self._first[1]
+
+    def _workspace(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        if dtype not in self._buffers:
+            steps = len(self._run.checkpoints) - 1
+            self._buffers[dtype] = (
+                torch.empty(self._tile, dtype=dtype, device=self._device),
+                torch.empty(self._tile, dtype=dtype, device=self._device),
+                torch.empty(steps, self._tile // CHUNK, _LANES, dtype=dtype, device=self._device),
+            )
+        return self._buffers[dtype]
+
+
+def _in_lanes(values: Tensor) -> Tensor:
+    return values.view(-1, _SUMMED_IN_WORK_DTYPE, _LANES)

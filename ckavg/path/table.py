@@ -1,0 +1,99 @@
+"""Stage *path*, its value: the normalized path length, from the L1 norms and moments that pass 1 measured. Pure numbers."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+ZeroSigma = Literal["exclude", "eps"]
+
+EPSILON = 1e-8
+"""ε of σ_p = std(θ_0,p) + ε, used with `zero_sigma="eps"` alone."""
+
+_RUNNING_STATISTICS = (".running_mean", ".running_var")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPath:
+    """What pass 1 measured of one tensor; it depends on no setting.
+
+    Attributes:
+        numel: number of elements.
+        sigma: standard deviation of θ_0 over its elements, ddof = 1; 0 for a single element.
+        distances: ‖θ_j − θ_{j−1}‖₁ for j = 1 … K.
+    """
+
+    numel: int
+    sigma: float
+    distances: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PathLength:
+    """How far the weights travelled, in units of their own spread (Pathwise EMA, Eq. 2).
+
+        ℓ_k = (1/N) · Σ_p Σ_{j=1..k} ‖θ_j,p − θ_{j−1},p‖₁ / σ_p
+
+    Attributes:
+        steps: optimizer step of each checkpoint, the anchor's first.
+        tensors: what was measured, by tensor name.
+        zero_sigma: `exclude` leaves tensors without spread out of the sum and of N; `eps` divides by σ_p + 1e-8.
+        bytes_read: bytes of checkpoints read to measure it.
+    """
+
+    steps: tuple[int, ...]
+    tensors: Mapping[str, TensorPath]
+    zero_sigma: ZeroSigma
+    bytes_read: int
+
+    def sigma(self, name: str) -> float:
+        """The divisor σ_p of one tensor."""
+        measured = self.tensors[name].sigma
+        return measured if self.zero_sigma == "exclude" else measured + EPSILON
+
+    @property
+    def without_spread(self) -> tuple[str, ...]:
+        """Tensors left out because σ_p = 0, by name."""
+        return tuple(sorted(name for name in self.tensors if self.sigma(name) == 0))
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """Tensors that count, by name."""
+        return tuple(sorted(name for name in self.tensors if self.sigma(name) > 0))
+
+    @property
+    def parameters_counted(self) -> int:
+        """N, the number of scalars that count."""
+        return sum(self.tensors[name].numel for name in self.counted)
+
+    @property
+    def lengths(self) -> tuple[float, ...]:
+        """ℓ_0 = 0, ℓ_1, …, ℓ_K; all zero where no tensor counts."""
+        counted, total = self.counted, self.parameters_counted
+        moves = [
+            math.fsum(self.tensors[name].distances[place] / self.sigma(name) for name in counted)
+            for place in range(len(self.steps) - 1)
+        ]
+        return (0.0, *(moved / max(total, 1) for moved in itertools.accumulate(moves)))
+
+    def tensor_lengths(self, name: str) -> tuple[float, ...]:
+        """Path of one counted tensor, ℓ_{p,k} = (1/numel) Σ_j ‖θ_j,p − θ_{j−1},p‖₁ / σ_p, from 0."""
+        tensor, sigma = self.tensors[name], self.sigma(name)
+        return (0.0, *(moved / (tensor.numel * sigma) for moved in itertools.accumulate(tensor.distances)))
+
+
+def counts(name: str, exclude: Iterable[str]) -> bool:
+    """Whether a floating tensor counts in the path length at all: not the running statistics of a normalization layer.
+
+    Args:
+        name: the tensor's name.
+        exclude: shell patterns of names that do not count.
+
+    >>> counts("bn.running_mean", ()), counts("lm_head.weight", ("lm_*",)), counts("q.weight", ())
+    (False, False, True)
+    """
+    return not name.endswith(_RUNNING_STATISTICS) and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)

@@ -1,0 +1,170 @@
+"""Pass 2: stream every checkpoint once through the update rules and hand on each finished tile.
+
+Floating tensors are averaged; all others are copied from the last checkpoint. Several averages are formed from one
+reading, each tile being widened once for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ckavg.engine.blocks import Block, cut_blocks
+from ckavg.engine.stream import Settings, stream
+from ckavg.engine.tiles import TORCH_DTYPES, TileReader
+from ckavg.errors import NonFiniteError
+from ckavg.replay.rounding import round_into
+from ckavg.replay.rules import RULES, State
+from ckavg.run.values import Entry, Run
+from ckavg.schemes import Coefficients
+
+
+class Sink(Protocol):
+    """Takes finished bytes; called from several threads, each byte of a tensor once."""
+
+    def put(self, name: str, offset: int, values: Tensor) -> None:
+        """Take the bytes of tensor `name` from byte `offset` on: (n,) uint8 in CPU memory, valid during the call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Average:
+    """One average to form: its coefficients, its dtypes, and where its bytes go.
+
+    Attributes:
+        coefficients: β and α of every checkpoint.
+        dtypes: output dtype of every floating tensor, as a safetensors code.
+        sink: takes the result.
+    """
+
+    coefficients: Coefficients
+    dtypes: Mapping[str, str]
+    sink: Sink
+
+
+def replay(run: Run, averages: Sequence[Average], *, wide: bool = False, settings: Settings | None = None) -> int:
+    """Form all averages of a run in one reading.
+
+    Args:
+        run: the checkpoints, the anchor first.
+        averages: what to form.
+        wide: accumulate in float64; float64 checkpoints always do.
+        settings: how the pass runs.
+
+    Returns:
+        Bytes read.
+
+    Raises:
+        NonFiniteError: a checkpoint holds NaN or infinity, or a value does not fit the output dtype.
+        TruncatedShardError, ReadError: a file changed or cannot be read.
+        OutputError: a sink could not take its bytes.
+    """
+    settings = settings or Settings()
+    first = first_read(average.coefficients for average in averages)
+    read = run.checkpoints[first:]
+    floating = {name: entry for name, entry in run.tensors.items() if entry.is_floating}
+    copied = {name: entry for name, entry in run.tensors.items() if not entry.is_floating}
+
+    def average_worker(reader: TileReader) -> _AverageWorker:
+        return _AverageWorker(run, reader, averages, first=first, wide=wide, settings=settings)
+
+    def copy_worker(reader: TileReader) -> _CopyWorker:
+        return _CopyWorker(reader, run.tensors, averages, tile=settings.tile)
+
+    averaged = stream("replay", read, cut_blocks(floating), average_worker, settings)
+    if not copied:
+        return averaged.bytes_read
+    quiet = Settings(threads=settings.threads, tile=settings.tile)
+    return averaged.bytes_read + stream("replay", [run.last], cut_blocks(copied), copy_worker, quiet).bytes_read
+
+
+class _AverageWorker:
+    """Pass 2 over one block after another, in one thread."""
+
+    def __init__(
+        self, run: Run, reader: TileReader, averages: Sequence[Average], *, first: int, wide: bool, settings: Settings
+    ) -> None:
+        self._run = run
+        self._reader = reader
+        self._averages = averages
+        self._first = first
+        self._wide = wide
+        self._tile = settings.tile
+        self._device = settings.device
+        self._work: dict[torch.dtype, tuple[Tensor, list[State]]] = {}
+        self._out = torch.empty(settings.tile * 8, dtype=torch.uint8)
+
+    def __call__(self, block: Block) -> None:
+        for start, stop in block.tiles(self._tile):
+            self._average_tile(block.name, start, stop)
+
+    def _average_tile(self, name: str, start: int, stop: int) -> None:
+        buffer, states = self._workspace(self._accumulate_dtype(name))
+        theta = buffer[: stop - start]
+        last = len(self._run.checkpoints) - 1
+        for index in range(self._first, last + 1):
+            self._reader.load(index - self._first, name, start, theta)
+            for state in states:
+                state.take(index, theta)
+        for state, average in zip(states, self._averages, strict=True):
+            result = state.output(last, theta)
+            if not _all_finite(result):
+                self._reader.refuse_nonfinite(name, start, stop)
+            self._hand_on(average, name, start, result)
+
+    def _hand_on(self, average: Average, name: str, start: int, result: Tensor) -> None:
+        dtype = TORCH_DTYPES[average.dtypes[name]]
+        stored = self._out[: result.numel() * dtype.itemsize]
+        rounded = round_into(result, stored.view(dtype))
+        if dtype == torch.float16 and not _all_finite(rounded):
+            raise NonFiniteError(
+                f"tensor {name!r}: a value of the average does not fit float16 (largest 65504).",
+                hint="Choose another output with --dtype bfloat16 or --dtype float32.",
+            )
+        average.sink.put(name, start * dtype.itemsize, stored)
+
+    def _accumulate_dtype(self, name: str) -> torch.dtype:
+        wide = self._wide or any(checkpoint.entries[name].dtype == "F64" for checkpoint in self._run.checkpoints)
+        return torch.float64 if wide else torch.float32
+
+    def _workspace(self, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
+        if dtype not in self._work:
+            theta = torch.empty(self._tile, dtype=dtype, device=self._device)
+            self._work[dtype] = theta, [
+                RULES[average.coefficients.rule](
+                    average.coefficients, size=self._tile, dtype=dtype, device=self._device
+                )
+                for average in self._averages
+            ]
+        return self._work[dtype]
+
+
+class _CopyWorker:
+    """Copies what is not averaged, byte for byte."""
+
+    def __init__(
+        self, reader: TileReader, entries: Mapping[str, Entry], averages: Sequence[Average], *, tile: int
+    ) -> None:
+        self._reader = reader
+        self._entries = entries
+        self._averages = averages
+        self._tile = tile
+
+    def __call__(self, block: Block) -> None:
+        item = self._entries[block.name].item_bytes
+        for start, stop in block.tiles(self._tile):
+            stored = self._reader.raw(0, block.name, start * item, stop * item)
+            for average in self._averages:
+                average.sink.put(block.name, start * item, stored)
+
+
+def first_read(coefficients: Iterable[Coefficients]) -> int:
+    """Index of the first checkpoint that any of the averages takes in."""
+    return min(each.start for each in coefficients)
+
+
+def _all_finite(values: Tensor) -> bool:
+    return bool(torch.isfinite(values).all())

@@ -1,0 +1,111 @@
+"""Stage *replay*: the update rules, each a literal replay of its paper's algorithm on one tile. One class a rule.
+
+Every rule is written once and runs on a tile of weights as on one-hot vectors, which gives the effective weights. A
+step is formed as E + β (θ − E): the same update as (1 − β) E + β θ, but with one rounding of the size of E instead of
+three, and exact where nothing moved. Each operation is a plain IEEE one, rounded on its own and never fused, so that
+the bytes do not depend on vector width, tile size or number of threads.
+"""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor
+
+from ckavg.schemes import Coefficients
+
+
+class State(abc.ABC):
+    """What a rule carries from checkpoint to checkpoint, for `size` elements.
+
+    Args:
+        coefficients: β and α of every checkpoint.
+        size: most elements in a tile.
+        dtype: accumulation dtype, float32 or float64.
+        device: where the arithmetic happens.
+    """
+
+    def __init__(self, coefficients: Coefficients, *, size: int, dtype: torch.dtype, device: str = "cpu") -> None:
+        self.coefficients = coefficients
+        self._size = size
+        self._dtype = dtype
+        self._device = device
+
+    def take(self, index: int, theta: Tensor) -> None:
+        """Take in checkpoint `index`; they come in order. `theta` is (n,), n ≤ size, and is left as it is."""
+        if index == self.coefficients.start:
+            self._begin(theta)
+        elif index > self.coefficients.start:
+            self._update(index, theta)
+
+    @abc.abstractmethod
+    def output(self, index: int, theta: Tensor) -> Tensor:
+        """(n,) the average after checkpoint `index`, whose weights `theta` were the last to be taken in."""
+
+    @abc.abstractmethod
+    def _begin(self, theta: Tensor) -> None: ...
+
+    @abc.abstractmethod
+    def _update(self, index: int, theta: Tensor) -> None: ...
+
+    def _buffer(self) -> Tensor:
+        return torch.empty(self._size, dtype=self._dtype, device=self._device)
+
+    def _beta(self, index: int) -> float:
+        beta = self.coefficients.betas[index]
+        return 1.0 if beta is None else beta
+
+    def _alpha(self, index: int) -> float:
+        alphas = self.coefficients.alphas
+        alpha = alphas[index] if alphas is not None else None
+        return 0.0 if alpha is None else alpha
+
+
+class EmaState(State):
+    """E ← (1 − β_k) E + β_k θ_k; output E (Pathwise EMA, Eq. 1 and Algorithm 1 phase 2)."""
+
+    def __init__(self, coefficients: Coefficients, *, size: int, dtype: torch.dtype, device: str = "cpu") -> None:
+        super().__init__(coefficients, size=size, dtype=dtype, device=device)
+        self._average = self._buffer()
+        self._change = self._buffer()
+
+    def output(self, index: int, theta: Tensor) -> Tensor:
+        """(n,) E."""
+        return self._average[: theta.numel()]
+
+    def _begin(self, theta: Tensor) -> None:
+        self._average[: theta.numel()].copy_(theta)
+
+    def _update(self, index: int, theta: Tensor) -> None:
+        _step(self._average[: theta.numel()], theta, self._beta(index), self._change[: theta.numel()])
+
+
+class BemaState(EmaState):
+    """E ← (1 − β_k) E + β_k θ_k, then output E + α_k (θ_k − θ_0) (EMA Without the Lag, Algorithm 1)."""
+
+    def __init__(self, coefficients: Coefficients, *, size: int, dtype: torch.dtype, device: str = "cpu") -> None:
+        super().__init__(coefficients, size=size, dtype=dtype, device=device)
+        self._anchor = self._buffer()
+
+    def output(self, index: int, theta: Tensor) -> Tensor:
+        """(n,) E + α_k (θ_k − θ_0)."""
+        size = theta.numel()
+        correction = torch.sub(theta, self._anchor[:size], out=self._change[:size]).mul_(self._alpha(index))
+        return correction.add_(self._average[:size])
+
+    def _begin(self, theta: Tensor) -> None:
+        super()._begin(theta)
+        self._anchor[: theta.numel()].copy_(theta)
+
+
+RULES: dict[str, type[State]] = {"ema": EmaState, "bema": BemaState}
+"""The update rules by the name under which schemes ask for them."""
+
+
+def _step(average: Tensor, theta: Tensor, beta: float, change: Tensor) -> None:
+    """E ← E + β (θ − E), in place; `change` is scratch. β = 1 replaces E by θ to the bit."""
+    if beta == 1.0:
+        average.copy_(theta)
+        return
+    average.add_(torch.sub(theta, average, out=change).mul_(beta))

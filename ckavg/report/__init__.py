@@ -1,0 +1,1 @@
+"""Tables and bars for a terminal. The only user of rich; everything shown goes to stdout."""

@@ -1,0 +1,119 @@
+"""Stage *report*: what the averaging verbs show."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from rich.table import Table
+
+from ckavg.average import Plan
+from ckavg.report.console import plain_table, quoted, stdout_console
+from ckavg.report.inspection import print_json
+from ckavg.report.text import as_bytes, as_count, bar
+from ckavg.result.record import Averaged
+from ckavg.result.side_files import read_config
+
+_BAR_WIDTH = 32
+_MOST_ROWS = 40
+
+
+def print_summary(result: Averaged, plan: Plan) -> None:
+    """Print what was averaged, the weight of each checkpoint as a bar, where the result is, and what to type next."""
+    console = stdout_console()
+    console.print(quoted(f"{plan.scheme.title}: {_parameters(result)}"), style="bold")
+    console.print(quoted(_run_line(result, plan)))
+    console.print()
+    console.print(_weights_table(result))
+    console.print()
+    read, seconds = as_bytes(result.bytes_read), result.seconds
+    rate = result.bytes_read / max(seconds.path + seconds.replay, 1e-9) / 1e9
+    console.print(f"read     {read} in {seconds.total:.1f} s ({rate:.1f} GB/s), wrote {as_bytes(plan.write_bytes)}")
+    console.print(quoted(f"result   {result.directory}"), soft_wrap=True)
+    console.print(quoted(f"next     {_next_command(result, plan)}"), soft_wrap=True)
+
+
+def plan_to_dict(plan: Plan) -> dict[str, Any]:
+    """A plan as plain JSON values."""
+    return {
+        "dry_run": True,
+        "scheme": plan.scheme.name,
+        "parameters": plan.scheme.parameters(),
+        "steps": list(plan.run.steps),
+        "bytes_to_read": plan.path_bytes + plan.replay_bytes,
+        "bytes_to_write": plan.write_bytes,
+        "warnings": list(plan.warnings),
+        "outputs": [
+            {
+                "name": plan.out.name,
+                "step": plan.run.steps[-1],
+                "directory": str(plan.out),
+                "files": sorted([*(shard.name for shard in plan.weights.shards), *plan.side_files]),
+            }
+        ],
+    }
+
+
+def print_plan(plan: Plan, *, as_json: bool) -> None:
+    """Print what would be read and written."""
+    if as_json:
+        print_json(plan_to_dict(plan))
+        return
+    console = stdout_console()
+    steps = plan.run.steps
+    console.print(quoted(f"{plan.scheme.title}: {len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}"), style="bold")
+    passes = [("pass 1, the path", plan.path_bytes), ("pass 2, the average", plan.replay_bytes)]
+    for title, count in passes:
+        if count:
+            console.print(f"would read   {as_bytes(count)} in {title}")
+    console.print(quoted(f"would write  {as_bytes(plan.write_bytes)} to {plan.out}"), soft_wrap=True)
+    for name in sorted([*(shard.name for shard in plan.weights.shards), *plan.side_files]):
+        console.print(quoted(f"             {name}"), soft_wrap=True)
+    console.print("Nothing was read or written.")
+
+
+def _parameters(result: Averaged) -> str:
+    return ", ".join(f"{name.replace('_', '-')} {value}" for name, value in result.parameters.items())
+
+
+def _run_line(result: Averaged, plan: Plan) -> str:
+    steps = result.steps
+    floating = sum(entry.numel for entry in plan.run.tensors.values() if entry.is_floating)
+    line = f"{len(steps)} checkpoints of {as_count(floating)} parameters, steps {steps[0]} to {steps[-1]}"
+    if result.path_length is not None:
+        line += f", path length ℓ(T) = {result.path_length[-1]:.4f}"
+    return line
+
+
+def _weights_table(result: Averaged) -> Table:
+    columns = {"step": [str(step) for step in result.steps]}
+    if result.path_length is not None:
+        columns["ℓ"] = [f"{length:.4f}" for length in result.path_length]
+    columns["β"] = ["" if beta is None else f"{beta:.4f}" for beta in result.betas]
+    if result.alphas is not None:
+        columns["α"] = ["" if alpha is None else f"{alpha:.4f}" for alpha in result.alphas]
+    columns["weight"] = [f"{weight:.4f}" for weight in result.weights]
+    largest = max(abs(weight) for weight in result.weights)
+    columns[" "] = [bar(weight, largest, _BAR_WIDTH) for weight in result.weights]
+    table = plain_table(*columns, left=(" ",))
+    rows = list(zip(*columns.values(), strict=True))
+    if len(rows) > _MOST_ROWS:
+        hidden = len(rows) - _MOST_ROWS
+        weight = sum(result.weights[_MOST_ROWS // 4 : _MOST_ROWS // 4 + hidden])
+        elided = {"step": "…", "weight": f"{weight:.4f}", " ": f"{hidden} more"}
+        rows[_MOST_ROWS // 4 : _MOST_ROWS // 4 + hidden] = [tuple(elided.get(name, "") for name in columns)]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _next_command(result: Averaged, plan: Plan) -> str:
+    directory = shlex.quote(str(result.directory))
+    config = read_config(plan.side_files)
+    architectures = config.get("architectures")
+    if "adapter_config.json" in plan.side_files:
+        return f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({str(result.directory)!r})"
+    if isinstance(architectures, list) and architectures:
+        auto = "AutoModelForCausalLM" if "ForCausalLM" in str(architectures[0]) else "AutoModel"
+        return f'python -c "from transformers import {auto} as M; M.from_pretrained({str(result.directory)!r})"'
+    return f"ls {directory}"

@@ -1,0 +1,86 @@
+"""Stage *report*: what `inspect` shows."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ckavg.report.console import plain_table, quoted, stdout_console
+from ckavg.report.text import as_bytes, as_count
+from ckavg.run.opening import Inspection
+
+
+def to_dict(found: Inspection) -> dict[str, Any]:
+    """The inspection as plain JSON values."""
+    return {
+        "source": str(found.source),
+        "checkpoints": [
+            {
+                "step": checkpoint.step,
+                "directory": str(checkpoint.path),
+                "files": [shard.path.name for shard in checkpoint.shards],
+                "bytes": checkpoint.nbytes,
+                "dtype": "+".join(checkpoint.dtypes),
+            }
+            for checkpoint in found.checkpoints
+        ],
+        "problems": [str(problem) for problem in found.problems],
+        "warnings": list(found.warnings),
+    }
+
+
+def print_inspection(found: Inspection, *, as_json: bool) -> None:
+    """Print the checkpoints, then warnings and problems, to stdout."""
+    console = stdout_console()
+    if as_json:
+        print_json(to_dict(found))
+        return
+    if found.checkpoints:
+        newest = found.checkpoints[-1]
+        floating = sum(entry.numel for entry in newest.entries.values() if entry.is_floating)
+        total = as_bytes(sum(checkpoint.nbytes for checkpoint in found.checkpoints))
+        console.print(
+            quoted(f"{found.source}: {len(found.checkpoints)} checkpoints of {as_count(floating)} parameters, {total}"),
+            style="bold",
+        )
+        console.print()
+        console.print(_table(found))
+    for warning in found.warnings:
+        console.print(quoted(f"\nwarning: {warning}"), style="yellow")
+    for problem in found.problems:
+        console.print()
+        console.print("problem: ", style="bold red", end="")
+        for line in str(problem).splitlines():
+            console.print(quoted(line))
+    console.print()
+    console.print(_verdict(found))
+
+
+def print_json(value: object) -> None:
+    """One JSON object on stdout."""
+    import typer
+
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _table(found: Inspection) -> Any:
+    table = plain_table("step", "interval", "shards", "size", "dtype", "directory", left=("dtype", "directory"))
+    before: int | None = None
+    for place, checkpoint in enumerate(found.checkpoints):
+        name = str(checkpoint.path) if place == 0 and found.selection.init else checkpoint.path.name
+        table.add_row(
+            str(checkpoint.step),
+            "" if before is None else f"{checkpoint.step - before:+d}",
+            str(len(checkpoint.shards)),
+            as_bytes(checkpoint.nbytes),
+            "+".join(checkpoint.dtypes) or "none",
+            quoted(name + (" (anchor)" if place == 0 else "")),
+        )
+        before = checkpoint.step
+    return table
+
+
+def _verdict(found: Inspection) -> str:
+    if found.problems:
+        return f"{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''} to solve before averaging."
+    return f"Nothing stands in the way. Next: ckavg pema {found.source}"

@@ -1,0 +1,42 @@
+"""Stage *report*: numbers and names as text. Pure."""
+
+from __future__ import annotations
+
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+_COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+
+def as_bytes(count: int) -> str:
+    """A size in decimal units.
+
+    >>> as_bytes(490807608), as_bytes(17)
+    ('490.8 MB', '17 B')
+    """
+    for size, unit in _UNITS:
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
+
+
+def as_count(count: int) -> str:
+    """A number of parameters, as models are named.
+
+    >>> as_count(245366784), as_count(12)
+    ('245.4M', '12')
+    """
+    for size, unit in _COUNTS:
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)
+
+
+def bar(value: float, largest: float, width: int) -> str:
+    """A bar whose length is `value` on a scale where `largest` fills `width` characters, to an eighth of one.
+
+    >>> bar(0.5, 1.0, 4), bar(0.28125, 1.0, 4), bar(0.0, 1.0, 4)
+    ('██', '█▏', '')
+    """
+    eighths = round(abs(value) / largest * width * 8) if largest > 0 else 0
+    whole, rest = divmod(eighths, 8)
+    return "█" * whole + _EIGHTHS[rest].strip()

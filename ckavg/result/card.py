@@ -1,0 +1,87 @@
+"""Stage *write*: the model card of a result, in the form the Hugging Face Hub reads. Pure: from the record to text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ckavg.result.record import Averaged
+from ckavg.schemes import SCHEMES
+from ckavg.version import __version__
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+
+
+def write_card(record: Averaged, config: Mapping[str, Any], adapter_config: Mapping[str, Any]) -> str:
+    """The text of `README.md`: metadata, what this is, how it was made, and the weight of every checkpoint.
+
+    Args:
+        record: what was done.
+        config: `config.json` of the model; empty where there is none.
+        adapter_config: `adapter_config.json`; empty for a whole model.
+    """
+    base = adapter_config.get("base_model_name_or_path") or config.get("_name_or_path")
+    metadata: dict[str, Any] = {}
+    if isinstance(base, str) and _HUB_ID.fullmatch(base):
+        metadata["base_model"] = base
+    if adapter_config:
+        metadata["library_name"] = "peft"
+    elif "model_type" in config:
+        metadata["library_name"] = "transformers"
+    metadata["tags"] = ["checkpoint-averaging", record.scheme]
+    scheme = SCHEMES[record.scheme]
+    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items())
+    return f"""---
+{front}
+---
+
+# {record.outputs[-1].name}
+
+The average of {len(record.steps)} checkpoints of one training run, from step {record.steps[0]} to step
+{record.steps[-1]}, made with ckavg {__version__} without any further training.
+
+- Scheme: {scheme.title} ({scheme.reference})
+- Hyper-parameters: {_parameters(record)}
+- Anchor: step {record.anchor_step}; span: {record.span} optimizer steps{_path(record)}
+- Accumulated in {record.accumulate}, rounded once
+
+{_table(record)}
+
+To make it again from the same checkpoints:
+
+    {reproduce(record)}
+
+`ckavg.json` holds the full record.
+"""
+
+
+def reproduce(record: Averaged) -> str:
+    """The command line that forms the same average, in the directory of the checkpoints."""
+    chosen = {name: value for name, value in record.selection.items() if name != "init"}
+    settings = record.parameters | chosen | ({} if record.dtype == "source" else {"dtype": record.dtype})
+    options = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()]
+    if "init" in record.selection:
+        options.insert(0, "--init BASE_MODEL")
+    return f"ckavg {record.scheme} {' '.join(options)}"
+
+
+def _parameters(record: Averaged) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in record.parameters.items())
+
+
+def _path(record: Averaged) -> str:
+    return "" if record.path_length is None else f"; normalized path length ℓ(T) = {record.path_length[-1]:.4f}"
+
+
+def _table(record: Averaged) -> str:
+    columns = {"step": [str(step) for step in record.steps]}
+    if record.path_length is not None:
+        columns["ℓ"] = [f"{length:.4f}" for length in record.path_length]
+    columns["β"] = ["" if beta is None else f"{beta:.4f}" for beta in record.betas]
+    if record.alphas is not None:
+        columns["α"] = ["" if alpha is None else f"{alpha:.4f}" for alpha in record.alphas]
+    columns["weight"] = [f"{weight:.4f}" for weight in record.weights]
+    rows = [tuple(columns), ("---:",) * len(columns), *zip(*columns.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,0 +1,62 @@
+"""Stage *write*: where a result may go. Looks, and refuses; creates nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ckavg.errors import OutputError, OutputExistsError, WriteError
+from ckavg.run.checkpoint import RESULT_RECORD
+from ckavg.run.values import Run
+
+_MARGIN_BYTES = 16 << 20
+
+
+def check_place(out: Path, run: Run, *, force: bool) -> None:
+    """Refuse to put a result where it would harm something.
+
+    Raises:
+        OutputExistsError: something is there, and it is not a result that `force` may replace.
+        OutputError: it would lie inside a checkpoint.
+    """
+    place = out.resolve()
+    for checkpoint in run.checkpoints:
+        directory = checkpoint.path.resolve()
+        if directory == place or directory in place.parents:
+            raise OutputError(
+                f"{out} lies inside the checkpoint {checkpoint.path}.", hint="Choose another place with --out."
+            )
+    if not place.exists():
+        return
+    if not place.is_dir():
+        raise OutputExistsError(f"{out} is a file.", hint="Choose another place with --out.")
+    if any(place.iterdir()):
+        _check_replaceable(out, place, run, force=force)
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Refuse when the disk has fewer than `needed` bytes left.
+
+    Raises:
+        WriteError: it has.
+    """
+    existing = next(parent for parent in (out.resolve(), *out.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed + _MARGIN_BYTES:
+        raise WriteError(
+            f"{existing} has {free / 1e9:.2f} GB free; the result needs {needed / 1e9:.2f} GB.",
+            hint="Free some space, or choose another disk with --out.",
+        )
+
+
+def _check_replaceable(out: Path, place: Path, run: Run, *, force: bool) -> None:
+    is_result = (place / RESULT_RECORD).is_file()
+    source = run.source.resolve()
+    if not is_result or place == source or place in source.parents:
+        raise OutputExistsError(
+            f"{out} exists and is not a result of ckavg.", hint="It is left alone. Choose another place with --out."
+        )
+    if not force:
+        raise OutputExistsError(
+            f"{out} already holds a result.", hint="Replace it with --force, or choose another place with --out."
+        )

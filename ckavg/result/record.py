@@ -1,0 +1,92 @@
+"""Stage *write*, its value: what was done, in numbers. The `--json` object, and the record in every result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckavg.version import __version__
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One written checkpoint: its name, the optimizer step it stands for, its directory and the files in it."""
+
+    name: str
+    step: int
+    directory: Path
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Wall-clock time: pass 1, pass 2, and all of it."""
+
+    path: float
+    replay: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Averaged:
+    """An average that was formed and written.
+
+    Attributes:
+        scheme: its name, such as `pema`.
+        parameters: its hyper-parameters.
+        source: the directory the checkpoints came from.
+        selection: what was chosen of it, where it was not everything.
+        steps: optimizer step of every checkpoint that took part, the anchor's first.
+        anchor_step: optimizer step of θ_0.
+        span: T = t_K − t_0 in optimizer steps.
+        path_length: ℓ at every checkpoint; None where the scheme does not use it.
+        betas: β of every update; None for the anchor and before.
+        alphas: α likewise; None for schemes without a correction.
+        weights: effective weight of every checkpoint; they sum to 1.
+        excluded_from_path: floating tensors that did not count in ℓ.
+        parameters_counted: N, the scalars that did; None where ℓ was not measured.
+        dtype: output dtype that was asked for.
+        accumulate: dtype in which tensors were accumulated.
+        warnings: what a user should know.
+        outputs: what was written.
+        bytes_read: bytes of checkpoints read.
+        seconds: how long it took.
+    """
+
+    scheme: str
+    parameters: dict[str, float | int | str]
+    source: Path
+    selection: dict[str, int | str]
+    steps: tuple[int, ...]
+    anchor_step: int
+    span: int
+    path_length: tuple[float, ...] | None
+    betas: tuple[float | None, ...]
+    alphas: tuple[float | None, ...] | None
+    weights: tuple[float, ...]
+    excluded_from_path: tuple[str, ...]
+    parameters_counted: int | None
+    dtype: str
+    accumulate: str
+    warnings: tuple[str, ...]
+    outputs: tuple[Output, ...]
+    bytes_read: int
+    seconds: Seconds
+
+    @property
+    def directory(self) -> Path:
+        """Where the average is."""
+        return self.outputs[-1].directory
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain JSON values."""
+        record = dataclasses.asdict(self)
+        head = {"scheme": record.pop("scheme"), "parameters": record.pop("parameters"), "ckavg_version": __version__}
+        return head | record
+
+    def to_json(self) -> str:
+        """The record as one JSON object."""
+        return json.dumps(self.to_dict(), indent=2, default=str, ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,199 @@
+"""Stage *write*: a directory that is filled under another name and appears complete or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from ckavg.errors import OutputError, WriteError
+from ckavg.result.layout import ShardPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Staging:
+    """Fills `.<name>.ckavg-partial` beside `out`; `commit` syncs it and renames it to `out`.
+
+    Used as a context: on leaving it without a commit, whatever was written is removed.
+
+    Args:
+        out: the final directory.
+
+    Raises:
+        OutputError: another process is writing the same result.
+        WriteError: the system would not let us write.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out = out.resolve()
+        self.path = self._out.parent / f".{self._out.name}.ckavg-partial"
+        self._made: list[Path] = []
+        self._lock: int | None = None
+        self._committed = False
+
+    def __enter__(self) -> Staging:
+        with _write_errors(self._out.parent):
+            try:
+                self._make_parents()
+                self.path.mkdir(exist_ok=True)
+                self._lock = _locked(self.path)
+                for leftover in self.path.iterdir():
+                    _remove(leftover)
+            except BaseException:
+                self._clean_up()
+                raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._clean_up()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file."""
+        with _write_errors(self.path / name):
+            target = self.path / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+
+    def commit(self) -> None:
+        """Sync everything and give it its final name. What was there before is replaced.
+
+        Raises:
+            WriteError: the system would not let us; the final name is as it was.
+        """
+        with _write_errors(self._out):
+            for directory, _, files in os.walk(self.path):
+                for file in files:
+                    _sync(Path(directory) / file)
+                _sync(Path(directory))
+            replaced = self._out.parent / f".{self._out.name}.ckavg-replaced"
+            _remove(replaced)
+            if self._out.exists() and any(self._out.iterdir()):
+                self._out.rename(replaced)
+            try:
+                self.path.rename(self._out)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(self._out)
+                raise
+            self._committed = True
+            _sync(self._out.parent)
+            _remove(replaced)
+
+    def _make_parents(self) -> None:
+        missing = [parent for parent in self._out.parents if not parent.exists()]
+        for parent in reversed(missing):
+            parent.mkdir()
+            self._made.append(parent)
+
+    def _clean_up(self) -> None:
+        if not self._committed:
+            if self._lock is not None:
+                shutil.rmtree(self.path, ignore_errors=True)
+            for parent in reversed(self._made):
+                try:
+                    parent.rmdir()
+                except OSError:
+                    break
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+class ShardFiles:
+    """The weight files of a result, written tile by tile from several threads.
+
+    Args:
+        directory: where they go; it exists.
+        shards: their layout.
+
+    Raises:
+        WriteError: the system would not let us write.
+    """
+
+    def __init__(self, directory: Path, shards: tuple[ShardPlan, ...]) -> None:
+        self._offsets: dict[str, tuple[int, int, Path]] = {}
+        self._handles: list[tuple[int, Path]] = []
+        for shard in shards:
+            path = directory / shard.name
+            with _write_errors(path):
+                handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+                self._handles.append((handle, path))
+                os.truncate(handle, shard.nbytes)
+                _write_at(handle, memoryview(shard.header), 0)
+            for name, offset in shard.offsets.items():
+                self._offsets[name] = handle, offset, path
+
+    def put(self, name: str, offset: int, values: Tensor) -> None:
+        """Write the bytes of tensor `name` from byte `offset` on: (n,) uint8 in CPU memory."""
+        handle, start, path = self._offsets[name]
+        with _write_errors(path):
+            _write_at(handle, memoryview(values.numpy()), start + offset)
+
+    def sync(self) -> None:
+        """Wait until every byte is on the disk."""
+        for handle, path in self._handles:
+            with _write_errors(path):
+                os.fsync(handle)
+
+    def __enter__(self) -> ShardFiles:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        while self._handles:
+            os.close(self._handles.pop()[0])
+
+
+def _write_at(handle: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(handle, data[done:], offset + done)
+
+
+def _locked(directory: Path) -> int:
+    handle = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(handle).st_ino == directory.stat().st_ino:
+            return handle
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(handle)
+    raise OutputError(
+        f"Another ckavg is writing {directory.name.removeprefix('.').removesuffix('.ckavg-partial')} right now.",
+        hint="Wait for it, or choose another place with --out.",
+    )
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(
+            f"{path} cannot be written: {error.strerror or error}.",
+            hint="Nothing was left under the final name. Choose another place with --out, or free some space.",
+        ) from error
+
+

@@ -1,0 +1,139 @@
+"""Stage *discover*: the header of one safetensors file, read and checked. Never reads tensor data.
+
+A header comes from an untrusted file. It is believed only where everything in it agrees: its own length, the dtypes,
+the shapes, the offsets, and the size of the file. The format is that of the safetensors specification: 8 bytes of
+little-endian length, a JSON object, then the tensors' bytes without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckavg.errors import CorruptFileError, MissingShardError, ReadError, TruncatedShardError, UnsupportedFormatError
+from ckavg.run.values import ITEM_BYTES, Entry
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit that the safetensors library sets, too."""
+
+_LENGTH = struct.Struct("<Q")
+_RESAVE = "Save it again with safetensors, or leave it out with --from-step, --to-step or --last."
+_STILL_WRITTEN = "It may still be being written, or its copy was cut off: wait or copy it again."
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What one file declares, checked against its size in bytes; tensors in the order of their bytes."""
+
+    nbytes: int
+    entries: Mapping[str, Entry]
+
+
+def read_header(path: Path, *, shard: int = 0) -> Header:
+    """Read and check the header of a safetensors file, which is number `shard` of its checkpoint.
+
+    Raises:
+        MissingShardError: there is no such file.
+        TruncatedShardError: the file ends before its header says it does.
+        CorruptFileError: it is not a valid safetensors file.
+        UnsupportedFormatError: it holds a dtype that cannot be averaged (8-bit floats).
+        ReadError: the system would not let us read it.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            raw = _header_bytes(path, file.read(_LENGTH.size), size)
+            text = file.read(raw)
+    except FileNotFoundError as error:
+        raise MissingShardError(f"{path} does not exist.", hint=_STILL_WRITTEN) from error
+    except OSError as error:
+        raise ReadError(f"{path} cannot be read: {error.strerror}.", hint="Check that you may read it.") from error
+    if len(text) < raw:
+        raise TruncatedShardError(f"{path} ends within its header ({size:,} bytes).", hint=_STILL_WRITTEN)
+    return _checked(path, _parsed(path, text), _LENGTH.size + raw, size, shard)
+
+
+def _header_bytes(path: Path, prefix: bytes, size: int) -> int:
+    if len(prefix) < _LENGTH.size:
+        raise TruncatedShardError(f"{path} is {size} bytes long: too short to be safetensors.", hint=_STILL_WRITTEN)
+    (length,) = _LENGTH.unpack(prefix)
+    if not 2 <= length <= MAX_HEADER_BYTES:
+        raise CorruptFileError(f"{path} is not safetensors: it claims a header of {length:,} bytes.", hint=_RESAVE)
+    if _LENGTH.size + length > size:
+        raise TruncatedShardError(
+            f"{path} is {size:,} bytes long, but its header alone says {_LENGTH.size + length:,}.", hint=_STILL_WRITTEN
+        )
+    return int(length)
+
+
+def _parsed(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{path} has a corrupt header: {error}.", hint=_RESAVE) from error
+    if not isinstance(parsed, dict):
+        raise CorruptFileError(f"{path} has a corrupt header: not a JSON object.", hint=_RESAVE)
+    parsed.pop("__metadata__", None)
+    return parsed
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name appears twice")
+    return table
+
+
+def _checked(path: Path, declared: Mapping[str, Any], data_start: int, size: int, shard: int) -> Header:
+    spans = sorted((_span(path, name, value) for name, value in declared.items()), key=lambda span: span[3:])
+    entries: dict[str, Entry] = {}
+    end = 0
+    for name, dtype, shape, start, stop in spans:
+        if start != end:
+            raise CorruptFileError(
+                f"{path} has a corrupt header: tensor {name!r} begins at byte {start:,}, expected {end:,}.", hint=_RESAVE
+            )
+        end = stop
+        entries[name] = Entry(dtype, shape, shard, data_start + start)
+    if data_start + end > size:
+        raise TruncatedShardError(
+            f"{path} is {size:,} bytes long, but its header says {data_start + end:,}.", hint=_STILL_WRITTEN
+        )
+    if data_start + end < size:
+        raise CorruptFileError(
+            f"{path} is {size:,} bytes long, but its header accounts for {data_start + end:,}.", hint=_RESAVE
+        )
+    return Header(size, entries)
+
+
+def _span(path: Path, name: str, value: Any) -> tuple[str, str, tuple[int, ...], int, int]:
+    try:
+        dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        numbers = (*shape, start, stop)
+    except (TypeError, KeyError, ValueError) as error:
+        raise CorruptFileError(
+            f"{path} has a corrupt header: tensor {name!r} lacks dtype, shape or data_offsets.", hint=_RESAVE
+        ) from error
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        raise CorruptFileError(
+            f"{path} has a corrupt header: shape and offsets of tensor {name!r} must be whole numbers.", hint=_RESAVE
+        )
+    item = ITEM_BYTES.get(dtype) if isinstance(dtype, str) else None
+    if item is None:
+        raise UnsupportedFormatError(
+            f"{path}: tensor {name!r} has dtype {dtype!r}, which cannot be averaged.",
+            hint="Quantized weights do not average. Average the checkpoints before quantizing them.",
+        )
+    if math.prod(shape) * item != stop - start:
+        raise CorruptFileError(
+            f"{path} has a corrupt header: tensor {name!r} ({dtype}, {shape}) needs {math.prod(shape) * item:,} bytes, "
+            f"but has {stop - start:,}.",
+            hint=_RESAVE,
+        )
+    return name, dtype, shape, start, stop

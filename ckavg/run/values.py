@@ -1,0 +1,169 @@
+"""Stage *discover*, its values: a run, its checkpoints, their shards and tensors. Plain data; opens no file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["model", "adapter", "file"]
+
+ITEM_BYTES: Mapping[str, int] = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1,
+    "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+"""Bytes per element of every dtype that is read, by its safetensors code."""
+
+FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
+"""The dtypes that are averaged; all others are copied from the last checkpoint."""
+
+DTYPE_NAMES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Floating dtypes: safetensors code to the name users type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor as a header declares it.
+
+    Attributes:
+        dtype: safetensors dtype code, such as `BF16`.
+        shape: its dimensions, `()` for a scalar.
+        shard: index into `Checkpoint.shards`.
+        offset: where its bytes begin, counted from the start of the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    shard: int
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements: 1 for a scalar, 0 for an empty tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes per element."""
+        return ITEM_BYTES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * self.item_bytes
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether it is averaged rather than copied."""
+        return self.dtype in FLOATING
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file: its path and its size in bytes."""
+
+    path: Path
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One saved state of the model, as its headers describe it.
+
+    Attributes:
+        step: optimizer step (`global_step`) at which it was saved.
+        path: the directory, or the file of a flat layout.
+        kind: `model`, `adapter` (PEFT), or `file` (one safetensors file on its own).
+        shards: its weight files, in the order of their names.
+        index: the shard index beside them, if there is one.
+        entries: every tensor by name.
+    """
+
+    step: int
+    path: Path
+    kind: Kind
+    shards: tuple[Shard, ...]
+    index: Path | None
+    entries: Mapping[str, Entry]
+
+    @property
+    def directory(self) -> Path:
+        """Where its side files are."""
+        return self.path.parent if self.kind == "file" else self.path
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its weight files in bytes."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Its floating dtypes by name, most bytes first; `("bfloat16",)` for most models."""
+        total: dict[str, int] = {}
+        for entry in self.entries.values():
+            if entry.is_floating:
+                total[entry.dtype] = total.get(entry.dtype, 0) + entry.nbytes
+        return tuple(DTYPE_NAMES[code] for code in sorted(total, key=lambda code: (-total[code], code)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Which checkpoints of a source take part, and from which anchor.
+
+    Attributes:
+        init: the anchor θ_0, a checkpoint directory or safetensors file; None: the first checkpoint selected.
+        init_step: optimizer step of `init`.
+        every: update frequency f in optimizer steps: visit only checkpoints with (t_k − t_0) mod f = 0.
+        every_from: count `every` from this step instead of the anchor's.
+        from_step: leave out checkpoints before this optimizer step.
+        to_step: leave out checkpoints after this optimizer step.
+        last: keep only this many checkpoints, the newest.
+    """
+
+    init: Path | None = None
+    init_step: int = 0
+    every: int | None = None
+    every_from: int | None = None
+    from_step: int | None = None
+    to_step: int | None = None
+    last: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The checkpoints of one training run that take part, ordered by step; the first is the anchor.
+
+    Attributes:
+        source: the directory that was named.
+        selection: what was chosen of it.
+        checkpoints: the anchor θ_0 and the visited checkpoints after it; at least two.
+        warnings: what a user should know about how the run was read.
+    """
+
+    source: Path
+    selection: Selection
+    checkpoints: tuple[Checkpoint, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def anchor_is_init(self) -> bool:
+        """Whether θ_0 was named apart from the run."""
+        return self.selection.init is not None
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Optimizer step of every checkpoint, the anchor's first."""
+        return tuple(checkpoint.step for checkpoint in self.checkpoints)
+
+    @property
+    def last(self) -> Checkpoint:
+        """The newest checkpoint: the result takes its shard cut and side files."""
+        return self.checkpoints[-1]
+
+    @property
+    def tensors(self) -> Mapping[str, Entry]:
+        """Every tensor by name, as the last checkpoint stores it."""
+        return self.last.entries
