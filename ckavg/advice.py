@@ -33,7 +33,7 @@ def about_path(path: PathLength, excluded: Sequence[str]) -> tuple[str, ...]:
     told: list[str] = []
     if path.without_spread:
         told.append(
-            f"Not counted in the path length, for want of any spread at the anchor (σ = 0): {_named(path.without_spread)}. "
+            f"No spread at the anchor (σ = 0), so not counted in the path length: {_named(path.without_spread)}. "
             "They are averaged like all others."
         )
     if excluded:

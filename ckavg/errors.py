@@ -1,24 +1,24 @@
 """Everything ckavg refuses, as one tree. Each error says what, where, what was expected, and what to do next.
 
-    CkavgError
-    ├── RunError                     what was named cannot be averaged as one run
-    │   ├── NoCheckpointsError       nothing in it is a checkpoint
-    │   ├── TooFewCheckpointsError   an average needs an anchor and one checkpoint more
-    │   ├── UnsupportedFormatError   weights are there, in a format that is not read
-    │   ├── DuplicateStepError       two checkpoints claim one optimizer step
-    │   ├── MixedOrderError          steps, epochs or stages that have no common order
-    │   └── MismatchError            names, shapes or dtypes differ between checkpoints
-    ├── CheckpointError              one checkpoint is damaged
-    │   ├── MissingShardError        a file that belongs to it is not there
-    │   ├── TruncatedShardError      a file is shorter than its header says
-    │   ├── CorruptFileError         a file is not what its name promises
-    │   └── NonFiniteError           NaN or infinity among the weights
-    ├── ReadError                    the system would not let us read
-    ├── SettingError                 a setting outside its domain (also a ValueError)
-    ├── OutputError                  the result cannot be put where it was asked for
-    │   ├── OutputExistsError        something is there already
-    │   └── WriteError               the system would not let us write
-    └── CombinedError               more than one of the above, all listed
+CkavgError
+├── RunError                     what was named cannot be averaged as one run
+│   ├── NoCheckpointsError       nothing in it is a checkpoint
+│   ├── TooFewCheckpointsError   an average needs an anchor and one checkpoint more
+│   ├── UnsupportedFormatError   weights are there, in a format that is not read
+│   ├── DuplicateStepError       two checkpoints claim one optimizer step
+│   ├── MixedOrderError          steps, epochs or stages that have no common order
+│   └── MismatchError            names, shapes or dtypes differ between checkpoints
+├── CheckpointError              one checkpoint is damaged
+│   ├── MissingShardError        a file that belongs to it is not there
+│   ├── TruncatedShardError      a file is shorter than its header says
+│   ├── CorruptFileError         a file is not what its name promises
+│   └── NonFiniteError           NaN or infinity among the weights
+├── ReadError                    the system would not let us read
+├── SettingError                 a setting outside its domain (also a ValueError)
+├── OutputError                  the result cannot be put where it was asked for
+│   ├── OutputExistsError        something is there already
+│   └── WriteError               the system would not let us write
+└── CombinedError               more than one of the above, all listed
 """
 
 from __future__ import annotations

@@ -30,5 +30,3 @@ def bema(
     β = (ρ + γ t)^(−κ) averages; α = (ρ + γ t)^(−η) then adds α (θ_t − θ_0).
     """
     return BEMA(eta=eta, kappa=kappa, multiplier=multiplier, lag=lag, burn_in=burn_in)
-
-

@@ -49,7 +49,9 @@ def _joined(
 ) -> Command:
     hints = typing.get_type_hints(options_class, include_extras=True)
     source, *shared = (
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
         for field in dataclasses.fields(options_class)  # type: ignore[arg-type]
     )
     parameters = [source, *own.values(), *shared]

@@ -20,9 +20,7 @@ Source = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.", rich_help_panel=_SHOWN)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.", rich_help_panel=_SHOWN)]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Add a traceback to an error.", rich_help_panel=_SHOWN)
-]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Add a traceback to an error.", rich_help_panel=_SHOWN)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +37,7 @@ class Choice:
             rich_help_panel=_CHOICE,
         ),
     ] = None
-    init_step: Annotated[
-        int, typer.Option(metavar="N", help="Optimizer step of --init.", rich_help_panel=_CHOICE)
-    ] = 0
+    init_step: Annotated[int, typer.Option(metavar="N", help="Optimizer step of --init.", rich_help_panel=_CHOICE)] = 0
     every: Annotated[
         int | None,
         typer.Option(
@@ -98,9 +94,7 @@ class Averaging(Choice):
     force: Annotated[bool, typer.Option("--force", help="Replace an existing result.", rich_help_panel=_RESULT)] = False
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", help="Say what would be read and written, and do neither.", rich_help_panel=_RESULT
-        ),
+        typer.Option("--dry-run", help="Say what would be read and written, and do neither.", rich_help_panel=_RESULT),
     ] = False
     accumulate: Annotated[
         Literal["float32", "float64"],
@@ -110,9 +104,9 @@ class Averaging(Choice):
             rich_help_panel=_WORK,
         ),
     ] = "float32"
-    device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.", rich_help_panel=_WORK)
-    ] = "auto"
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.", rich_help_panel=_WORK)] = (
+        "auto"
+    )
     path_exclude: Annotated[
         list[str] | None,
         typer.Option(

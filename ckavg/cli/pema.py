@@ -15,7 +15,9 @@ _DEFAULT = PEMA()
 @averaging_command
 def pema(
     *,
-    gamma: Annotated[float, typer.Option(help="Power γ: 0 is the last checkpoint, more averages more.")] = _DEFAULT.gamma,
+    gamma: Annotated[
+        float, typer.Option(help="Power γ: 0 is the last checkpoint, more averages more.")
+    ] = _DEFAULT.gamma,
 ) -> Scheme:
     """Pathwise EMA: forget by how far the weights travelled, not by how many steps were taken.
 
@@ -23,5 +25,3 @@ def pema(
     β = (1 + T · ℓ(T) · ℓ(t))^(−γ). The one to try first: its power needs no tuning.
     """
     return PEMA(gamma=gamma)
-
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import typer
@@ -38,10 +38,13 @@ def _live(passes: int) -> Iterator[OnProgress]:
     from rich.progress import (
         BarColumn,
         DownloadColumn,
-        Progress as Display,
+        TaskID,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
+    )
+    from rich.progress import (
+        Progress as Display,
     )
 
     columns = (
@@ -53,7 +56,7 @@ def _live(passes: int) -> Iterator[OnProgress]:
     )
     with Display(*columns, console=Console(stderr=True), transient=True) as display:
         starting = display.add_task("starting", total=None)
-        tasks: dict[str, typing.Any] = {}
+        tasks: dict[str, TaskID] = {}
 
         def listen(news: Progress) -> None:
             if news.stage not in tasks:
@@ -91,3 +94,47 @@ class _Lines:
 
 def _title(news: Progress, number: int, passes: int) -> str:
     return f"pass {number} of {passes}, {_TITLES[news.stage]}" if passes > 1 else _TITLES[news.stage]
+
+
+@contextmanager
+def show_steps(title: str) -> Iterator[Callable[[int, int, float], None]]:
+    """Yield a listener for a training run: steps done, steps to do, training loss.
+
+    Args:
+        title: what is being trained.
+    """
+    if stderr_is_terminal():
+        with _live_steps(title) as listener:
+            yield listener
+        return
+    shown = 0
+
+    def listen(done: int, total: int, loss: float) -> None:
+        nonlocal shown
+        if done * 10 // total > shown or done == total:
+            shown = done * 10 // total
+            typer.echo(f"{title}: step {done} of {total}, loss {loss:.3f}", err=True)
+
+    yield listen
+
+
+@contextmanager
+def _live_steps(title: str) -> Iterator[Callable[[int, int, float], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Display
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TimeRemainingColumn(),
+    )
+    with Display(*columns, console=Console(stderr=True), transient=True) as display:
+        task = display.add_task(title, total=None, loss="")
+
+        def listen(done: int, total: int, loss: float) -> None:
+            display.update(task, completed=done, total=total, loss=f"{loss:.3f}")
+
+        yield listen

@@ -18,10 +18,10 @@ def warn(kind: str, message: str, hint: str = "") -> None:
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which names of files and tensors may hold; newlines stay.
+    r"""The text without control characters, which names of files and tensors may hold; newlines stay.
 
-    >>> printable("a\\x1b[31mb\\nc")
-    'a\\\\x1b[31mb\\nc'
+    >>> printable("a\x1b[31mb\nc")
+    'a\\x1b[31mb\nc'
     """
     return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 

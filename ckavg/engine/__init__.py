@@ -1,1 +1,1 @@
-"""How a pass streams: blocks and tiles, reading them, and the threads that work on them. Knows no scheme and no norm."""
+"""How a pass streams: blocks and tiles, their reading, the threads that work on them. Knows no scheme and no norm."""

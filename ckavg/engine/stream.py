@@ -76,7 +76,8 @@ def stream(
     def work(block: Block) -> Result:
         if not hasattr(own, "worker"):
             readers.append(TileReader(checkpoints, open_files.enter_context(Files(threads=threads)), tile=tile))
-            own.worker = make_worker(readers[-1])
+            own.reader, own.worker = readers[-1], make_worker(readers[-1])
+        own.reader.announce(block)
         result: Result = own.worker(block)
         return result
 

@@ -1,4 +1,4 @@
-"""Stage *engine*: a tile of one tensor of one checkpoint, from its file to floating-point numbers ready for arithmetic."""
+"""Stage *engine*: a tile of one tensor of one checkpoint, from its file to numbers ready for arithmetic."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ckavg.engine.blocks import Block
 from ckavg.engine.files import Files
 from ckavg.errors import NonFiniteError
 from ckavg.run.values import Checkpoint
@@ -28,12 +29,19 @@ class TileReader:
         self._checkpoints = checkpoints
         self._files = files
         self._raw = torch.empty(tile * 8, dtype=torch.uint8)
-        self._bytes = memoryview(self._raw.numpy())
+        self._bytes = self._raw.numpy().data
 
     @property
     def bytes_read(self) -> int:
         """Bytes read so far."""
         return self._files.bytes_read
+
+    def announce(self, block: Block) -> None:
+        """Have the system fetch a block of every checkpoint ahead of its reading."""
+        for checkpoint in self._checkpoints:
+            entry = checkpoint.entries[block.name]
+            begin, size = block.start * entry.item_bytes, (block.stop - block.start) * entry.item_bytes
+            self._files.announce(checkpoint.shards[entry.shard].path, entry.offset + begin, size)
 
     def load(self, index: int, name: str, start: int, out: Tensor) -> None:
         """Read elements `start` onwards of a floating tensor of checkpoint `index`, widened into `out`.
@@ -59,7 +67,6 @@ class TileReader:
         self._files.read_into(checkpoint.shards[entry.shard].path, entry.offset + start, self._bytes[:size])
         return self._raw[:size]
 
-
     def refuse_nonfinite(self, name: str, start: int, stop: int) -> None:
         """Raise if elements `start` to `stop` of a floating tensor are NaN or infinite in any checkpoint.
 
@@ -74,5 +81,6 @@ class TileReader:
                 raise NonFiniteError(
                     f"step {checkpoint.step}: tensor {name!r} holds NaN or infinity "
                     f"({int((~finite).sum())} of elements {start} to {stop}) in {checkpoint.path}.",
-                    hint=f"The run diverged or the file is damaged. Stop before it with --to-step {checkpoint.step - 1}.",
+                    hint="The run diverged or the file is damaged. "
+                    f"Stop before it with --to-step {checkpoint.step - 1}.",
                 )

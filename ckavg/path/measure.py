@@ -142,7 +142,7 @@ class _Worker:
         return torch.cat([distances, moments]).cpu()
 
     def _moments(self, name: str, anchor: Tensor, size: int, padded: int) -> Tensor:
-        shifted = anchor[:padded].double()
+        shifted = anchor[:padded].to(torch.float64, copy=True)
         shifted[:size] -= self._first_element(name, anchor.dtype)
         total = _in_lanes(shifted).sum(dim=1).sum(dim=1)
         squares = _in_lanes(shifted.square_()).sum(dim=1).sum(dim=1)

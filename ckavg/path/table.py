@@ -1,4 +1,4 @@
-"""Stage *path*, its value: the normalized path length, from the L1 norms and moments that pass 1 measured. Pure numbers."""
+"""Stage *path*, its value: the normalized path length, from what pass 1 measured. Pure numbers."""
 
 from __future__ import annotations
 

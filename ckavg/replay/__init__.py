@@ -1,1 +1,1 @@
-"""Pass 2: the update rules of the schemes, replayed on tiles of the checkpoints. Knows no files but those it is given."""
+"""Pass 2: the update rules of the schemes, replayed on tiles of the checkpoints. Knows nothing of where they lie."""

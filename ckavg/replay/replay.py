@@ -133,12 +133,15 @@ class _AverageWorker:
     def _workspace(self, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
         if dtype not in self._work:
             theta = torch.empty(self._tile, dtype=dtype, device=self._device)
-            self._work[dtype] = theta, [
-                RULES[average.coefficients.rule](
-                    average.coefficients, size=self._tile, dtype=dtype, device=self._device
-                )
-                for average in self._averages
-            ]
+            self._work[dtype] = (
+                theta,
+                [
+                    RULES[average.coefficients.rule](
+                        average.coefficients, size=self._tile, dtype=dtype, device=self._device
+                    )
+                    for average in self._averages
+                ],
+            )
         return self._work[dtype]
 
 

@@ -8,8 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from ckavg.average import Plan
-from ckavg.report.console import plain_table, quoted, stdout_console
-from ckavg.report.inspection import print_json
+from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.report.text import as_bytes, as_count, bar
 from ckavg.result.record import Averaged
 from ckavg.result.side_files import read_config
@@ -61,7 +60,9 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
         return
     console = stdout_console()
     steps = plan.run.steps
-    console.print(quoted(f"{plan.scheme.title}: {len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}"), style="bold")
+    console.print(
+        quoted(f"{plan.scheme.title}: {len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}"), style="bold"
+    )
     passes = [("pass 1, the path", plan.path_bytes), ("pass 2, the average", plan.replay_bytes)]
     for title, count in passes:
         if count:

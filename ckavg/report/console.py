@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -26,3 +29,8 @@ def plain_table(*columns: str, left: tuple[str, ...] = ()) -> Table:
 def quoted(text: object) -> Text:
     """Text from outside, shown as it is: no markup, no control characters."""
     return Text("".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text)))
+
+
+def print_json(value: object) -> None:
+    """One JSON object on stdout."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str))

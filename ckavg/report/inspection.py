@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from ckavg.report.console import plain_table, quoted, stdout_console
+from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.report.text import as_bytes, as_count
 from ckavg.run.opening import Inspection
 
@@ -46,7 +45,8 @@ def print_inspection(found: Inspection, *, as_json: bool) -> None:
         console.print()
         console.print(_table(found))
     for warning in found.warnings:
-        console.print(quoted(f"\nwarning: {warning}"), style="yellow")
+        console.print()
+        console.print(quoted(f"warning: {warning}"), style="yellow")
     for problem in found.problems:
         console.print()
         console.print("problem: ", style="bold red", end="")
@@ -54,13 +54,6 @@ def print_inspection(found: Inspection, *, as_json: bool) -> None:
             console.print(quoted(line))
     console.print()
     console.print(_verdict(found))
-
-
-def print_json(value: object) -> None:
-    """One JSON object on stdout."""
-    import typer
-
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _table(found: Inspection) -> Any:

@@ -93,6 +93,4 @@ def _plan_shard(file: str, entries: Mapping[str, Entry], dtypes: Mapping[str, st
     text = json.dumps(declared, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     header = struct.pack("<Q", len(text)) + text
-    return ShardPlan(
-        file, header, {name: len(header) + start for name, start in starts.items()}, len(header) + end
-    )
+    return ShardPlan(file, header, {name: len(header) + start for name, start in starts.items()}, len(header) + end)

@@ -14,7 +14,9 @@ from ckavg.run.values import DTYPE_NAMES, Run
 
 CONFIG = "config.json"
 
-_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".bpe", ".spm", ".yaml", ".yml"})
+_SUFFIXES = frozenset(
+    {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".bpe", ".spm", ".yaml", ".yml"}
+)
 _NAMES = frozenset({"LICENSE", "NOTICE", "LICENSE.md", "USE_POLICY.md"})
 _LEFT_OUT = frozenset({"trainer_state.json", "zero_to_fp32.py", "ckavg.json", "training_args.json", "all_results.json"})
 _RESULTS = ("_results.json", ".index.json")
@@ -61,7 +63,9 @@ def _gather(directory: Path, *, deep: bool) -> dict[str, bytes]:
             elif path.is_file() and _is_wanted(path):
                 files[path.name] = path.read_bytes()
     except OSError as error:
-        raise ReadError(f"{error.filename} cannot be read: {error.strerror}.", hint="Check that you may read it.") from error
+        raise ReadError(
+            f"{error.filename} cannot be read: {error.strerror}.", hint="Check that you may read it."
+        ) from error
     return files
 
 
@@ -76,7 +80,7 @@ def _is_wanted_folder(name: str) -> bool:
 
 
 def _with_dtype(config: bytes, weights: WeightPlan) -> bytes:
-    """Unchanged, to the byte, where it already agrees; where the weights are of several dtypes there is none to state."""
+    """Unchanged to the byte where it agrees already, or where there is no one dtype to state."""
     dtypes = {DTYPE_NAMES[code] for code in weights.dtypes.values()}
     parsed = read_config({CONFIG: config})
     if len(dtypes) != 1 or not _set_dtype(parsed, dtypes.pop()):
@@ -102,4 +106,6 @@ def _index(index: Path, weights: WeightPlan) -> bytes:
         raise ReadError(f"{index} cannot be read: {error.strerror}.", hint="Check that you may read it.") from error
     metadata = parsed.get("metadata")
     stated = (metadata if isinstance(metadata, dict) else {}) | {"total_size": weights.total_size}
-    return json.dumps({"metadata": stated, "weight_map": dict(sorted(weights.placed.items()))}, indent=2).encode() + b"\n"
+    return (
+        json.dumps({"metadata": stated, "weight_map": dict(sorted(weights.placed.items()))}, indent=2).encode() + b"\n"
+    )

@@ -51,7 +51,9 @@ class Staging:
                 raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._clean_up()
 
     def write(self, name: str, data: bytes) -> None:
@@ -134,7 +136,7 @@ class ShardFiles:
         """Write the bytes of tensor `name` from byte `offset` on: (n,) uint8 in CPU memory."""
         handle, start, path = self._offsets[name]
         with _write_errors(path):
-            _write_at(handle, memoryview(values.numpy()), start + offset)
+            _write_at(handle, values.numpy().data, start + offset)
 
     def sync(self) -> None:
         """Wait until every byte is on the disk."""
@@ -145,7 +147,9 @@ class ShardFiles:
     def __enter__(self) -> ShardFiles:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         while self._handles:
             os.close(self._handles.pop()[0])
 
@@ -195,5 +199,3 @@ def _write_errors(path: Path) -> Iterator[None]:
             f"{path} cannot be written: {error.strerror or error}.",
             hint="Nothing was left under the final name. Choose another place with --out, or free some space.",
         ) from error
-
-

@@ -1,4 +1,4 @@
-"""Stage *discover*: one checkpoint, from its directory or file to its tensor table. Reads headers and the shard index."""
+"""Stage *discover*: one checkpoint, from its directory or file to its tensor table. Reads headers and indexes."""
 
 from __future__ import annotations
 
@@ -131,7 +131,9 @@ def _missing_of_count(path: Path, files: list[Path]) -> list[CkavgError]:
             expected = (f"{start}{number:0{width}d}{rest}" for number in range(first, first + int(match[2])))
             missing.update(name for name in expected if name not in present)
     return [
-        MissingShardError(f"{path / name} does not exist.", hint="It may still be being written: wait or copy it again.")
+        MissingShardError(
+            f"{path / name} does not exist.", hint="It may still be being written: wait or copy it again."
+        )
         for name in sorted(missing)
     ]
 
@@ -142,12 +144,8 @@ def _no_weights(path: Path) -> CkavgError:
     except OSError as error:
         return ReadError(f"{path} cannot be listed: {error.strerror}.", hint="Check that you may read it.")
     if foreign:
-        return UnsupportedFormatError(
-            f"{path} holds {foreign}, not safetensors.", hint=conversion(foreign, str(path))
-        )
+        return UnsupportedFormatError(f"{path} holds {foreign}, not safetensors.", hint=conversion(foreign, str(path)))
     return MissingShardError(
         f"{path} holds no weights.",
         hint="It may still be being written. Otherwise leave it out with --from-step, --to-step or --last.",
     )
-
-

@@ -1,7 +1,8 @@
-"""Stage *discover*: do all checkpoints hold the same tensors? Compares headers; every difference is reported at once."""
+"""Stage *discover*: do all checkpoints hold the same tensors? Compares headers, and reports every difference."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from ckavg.errors import CkavgError, MismatchError
@@ -19,11 +20,13 @@ def differences(checkpoints: Sequence[Checkpoint], *, anchor_is_init: bool) -> l
             every tensor is widened before it is used, so the values are the same.
     """
     errors: list[CkavgError] = []
-    for place, (before, after) in enumerate(zip(checkpoints, checkpoints[1:], strict=False)):
+    for place, (before, after) in enumerate(itertools.pairwise(checkpoints)):
         lines = _compare(before, after, any_float=anchor_is_init and place == 0)
         if lines:
             more = [f"and {len(lines) - _SHOWN} more tensors"] if len(lines) > _SHOWN else []
-            errors.append(MismatchError("; ".join(lines[:_SHOWN] + more) + ".", hint=_hint(after, anchor_is_init, place)))
+            errors.append(
+                MismatchError("; ".join(lines[:_SHOWN] + more) + ".", hint=_hint(after, anchor_is_init, place))
+            )
     return errors
 
 
@@ -50,10 +53,12 @@ def _compare(before: Checkpoint, after: Checkpoint, *, any_float: bool) -> list[
         if name not in before.entries
     ]
     for name, new in after.entries.items():
-        old = before.entries.get(name)
-        if old and old.shape != new.shape:
+        if name not in before.entries:
+            continue
+        old = before.entries[name]
+        if old.shape != new.shape:
             lines.append(f"step {after.step}: tensor {name!r} is {new.shape}, but {old.shape} at step {before.step}")
-        elif old and not _compatible(old, new, any_float=any_float):
+        elif not _compatible(old, new, any_float=any_float):
             lines.append(f"step {after.step}: tensor {name!r} is {new.dtype}, but {old.dtype} at step {before.step}")
     return lines
 

@@ -1,5 +1,6 @@
 """Stage *discover*: which checkpoints a directory holds, and at which steps. Lists directories and reads
-`trainer_state.json`; opens no weight file (that is `checkpoint.py`)."""
+`trainer_state.json`; opens no weight file (that is `checkpoint.py`).
+"""
 
 from __future__ import annotations
 
@@ -82,7 +83,8 @@ def _children(source: Path) -> list[Path]:
         raise NoCheckpointsError(f"{source} does not exist.", hint="Name the directory that holds the checkpoints.")
     if not source.is_dir():
         raise NoCheckpointsError(
-            f"{source} is a file, not a directory of checkpoints.", hint="Name the directory that holds the checkpoints."
+            f"{source} is a file, not a directory of checkpoints.",
+            hint="Name the directory that holds the checkpoints.",
         )
     try:
         return sorted(path for path in source.iterdir() if not path.name.startswith("."))

@@ -97,7 +97,8 @@ def _checked(path: Path, declared: Mapping[str, Any], data_start: int, size: int
     for name, dtype, shape, start, stop in spans:
         if start != end:
             raise CorruptFileError(
-                f"{path} has a corrupt header: tensor {name!r} begins at byte {start:,}, expected {end:,}.", hint=_RESAVE
+                f"{path} has a corrupt header: tensor {name!r} begins at byte {start:,}, expected {end:,}.",
+                hint=_RESAVE,
             )
         end = stop
         entries[name] = Entry(dtype, shape, shard, data_start + start)

@@ -55,7 +55,7 @@ def read_label(stem: str) -> Label | None:
     if match is None or len(match["number"]) > _MAX_DIGITS:
         return None
     word = match["word"].lower()
-    clock = next((clock for start, clock in _WORDS.items() if word.startswith(start)), "step")
+    clock: Clock = next((clock for start, clock in _WORDS.items() if word.startswith(start)), "step")
     stage = _STAGE.search(match["prefix"])
     return Label(int(match["number"]), clock, stage.group().lower() if stage else "")
 
@@ -63,7 +63,9 @@ def read_label(stem: str) -> Label | None:
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".distcp", ".nemo", ".h5", ".msgpack", ".gguf")
 _NOT_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "random_states")
 
-_CONVERT = "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{0}').save_pretrained('{0}')\""
+_CONVERT = (
+    "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{0}').save_pretrained('{0}')\""
+)
 _CONVERSIONS = (
     (re.compile(r".*\.distcp"), "accelerate merge-weights {0} {0}"),
     (re.compile(r"(zero_pp_rank|mp_rank)_.*"), "python {0}/zero_to_fp32.py {0} {0} --safe_serialization"),

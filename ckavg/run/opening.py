@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckavg.errors import CkavgError, DuplicateStepError, RunError, CombinedError, TooFewCheckpointsError, raise_all
+from ckavg.errors import CkavgError, CombinedError, DuplicateStepError, RunError, TooFewCheckpointsError, raise_all
 from ckavg.run.checkpoint import read_checkpoint
 from ckavg.run.compare import differences
 from ckavg.run.discover import Scan, duplicate_steps, scan
@@ -124,7 +124,7 @@ def _check_anchor(places: list[tuple[Path, int]]) -> list[CkavgError]:
     return [
         DuplicateStepError(
             f"--init {init} is taken to be step {init_step}, but the run begins at step {rest[0][1]}.",
-            hint="Leave out --init: the run has its own anchor. Or say with --init-step, --from-step where each begins.",
+            hint="The run has its own anchor: leave out --init. Or say with --init-step and --from-step where each begins.",
         )
     ]
 

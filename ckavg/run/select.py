@@ -59,4 +59,6 @@ def select_steps(
     if every_from is not None:
         origin = every_from
         first += [index for index in kept if steps[index] >= every_from][:1]
-    return [index for index in kept if index in first or (steps[index] >= origin and (steps[index] - origin) % every == 0)]
+    return [
+        index for index in kept if index in first or (steps[index] >= origin and (steps[index] - origin) % every == 0)
+    ]
