@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+# The machine that runs the tests may be busy: how long an example takes says nothing about it.
+settings.register_profile("ckavg", deadline=None)
+settings.load_profile("ckavg")
 
 
 @pytest.fixture(autouse=True)

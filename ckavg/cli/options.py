@@ -65,7 +65,7 @@ class Choice:
             init=self.init,
             init_step=self.init_step,
             every=self.every,
-            every_from=every_from,
+            every_from=every_from if self.every else None,
             from_step=self.from_step,
             to_step=self.to_step,
             last=self.last,

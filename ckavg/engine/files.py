@@ -18,6 +18,7 @@ from ckavg.errors import ReadError, TruncatedShardError
 _HAS_PREADV = hasattr(os, "preadv")
 _HAS_FADVISE = hasattr(os, "posix_fadvise")
 _RESERVED = 64
+_PLENTY = 1 << 16
 
 
 class Files:
@@ -28,9 +29,7 @@ class Files:
     """
 
     def __init__(self, *, threads: int) -> None:
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        usable = soft - _RESERVED if soft != resource.RLIM_INFINITY else 1 << 16
-        self._most = max(2, usable // threads)
+        self._most = max(2, _usable_handles() // threads)
         self._open: OrderedDict[Path, int] = OrderedDict()
         self.bytes_read = 0
 
@@ -87,6 +86,11 @@ class Files:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._open[path] = handle
         return handle
+
+
+def _usable_handles() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _PLENTY if soft == resource.RLIM_INFINITY else soft - _RESERVED
 
 
 def _pread(handle: int, buffer: memoryview, offset: int) -> int:

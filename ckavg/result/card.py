@@ -59,7 +59,7 @@ To make it again from the same checkpoints:
 
 def reproduce(record: Averaged) -> str:
     """The command line that forms the same average, in the directory of the checkpoints."""
-    chosen = {name: value for name, value in record.selection.items() if name != "init"}
+    chosen = {name: value for name, value in record.selection.items() if name not in ("init", "every_from")}
     settings = record.parameters | chosen | ({} if record.dtype == "source" else {"dtype": record.dtype})
     options = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()]
     if "init" in record.selection:

@@ -132,7 +132,8 @@ def _missing_of_count(path: Path, files: list[Path]) -> list[CkavgError]:
             missing.update(name for name in expected if name not in present)
     return [
         MissingShardError(
-            f"{path / name} does not exist.", hint="It may still be being written: wait or copy it again."
+            f"{path / name} does not exist.",
+            hint="It is still being written, or was not copied: wait, or copy it again.",
         )
         for name in sorted(missing)
     ]
@@ -147,5 +148,5 @@ def _no_weights(path: Path) -> CkavgError:
         return UnsupportedFormatError(f"{path} holds {foreign}, not safetensors.", hint=conversion(foreign, str(path)))
     return MissingShardError(
         f"{path} holds no weights.",
-        hint="It may still be being written. Otherwise leave it out with --from-step, --to-step or --last.",
+        hint="It is still being written, perhaps. Otherwise leave it out with --from-step, --to-step or --last.",
     )

@@ -24,7 +24,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 _LENGTH = struct.Struct("<Q")
 _RESAVE = "Save it again with safetensors, or leave it out with --from-step, --to-step or --last."
-_STILL_WRITTEN = "It may still be being written, or its copy was cut off: wait or copy it again."
+_STILL_WRITTEN = "It is still being written, or was cut off when it was copied: wait, or copy it again."
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,8 @@ def _check_anchor(places: list[tuple[Path, int]]) -> list[CkavgError]:
     return [
         DuplicateStepError(
             f"--init {init} is taken to be step {init_step}, but the run begins at step {rest[0][1]}.",
-            hint="The run has its own anchor: leave out --init. Or say with --init-step and --from-step where each begins.",
+            hint="The run has its own anchor: leave out --init. "
+            "Or say with --init-step and --from-step where each begins.",
         )
     ]
 

@@ -1,0 +1,236 @@
+"""What a result directory holds, and that it appears complete or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import ckavg
+from ckavg.errors import OutputError, OutputExistsError, WriteError
+from ckavg.result import place
+from tests.cli.runner import snapshot
+from tests.runs import random_run, write_checkpoint, write_run
+
+STEPS = (0, 10, 20)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run", random_run(seed=1, count=3, dtype=torch.bfloat16), STEPS, shards=(1, 1, 3))
+
+
+def test_files_are_those_of_the_last_checkpoint(source: Path) -> None:
+    result = ckavg.average(ckavg.open_run(source), ckavg.PEMA())
+    assert result.directory == source / "averaged" / "pema-gamma0.15"
+    assert set(result.outputs[0].files) == {path.name for path in result.directory.iterdir()}
+    assert set(result.outputs[0].files) == {
+        "README.md",
+        "ckavg.json",
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+        *(f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)),
+    }
+
+
+def test_shards_are_cut_as_in_the_last_checkpoint(source: Path) -> None:
+    result = ckavg.average(ckavg.open_run(source), ckavg.EMA())
+    last = source / "checkpoint-20"
+    for file in sorted(last.glob("*.safetensors")):
+        with safe_open(result.directory / file.name, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            assert set(opened.keys()) == set(load_file(file))
+        assert {name: (t.shape, t.dtype) for name, t in load_file(result.directory / file.name).items()} == {
+            name: (t.shape, t.dtype) for name, t in load_file(file).items()
+        }
+    name = "model.safetensors.index.json"
+    assert json.loads((result.directory / name).read_text()) == json.loads((last / name).read_text())
+
+
+def test_index_states_the_size_of_what_is_written(source: Path) -> None:
+    result = ckavg.average(ckavg.open_run(source), ckavg.EMA(), dtype="float32")
+    index = json.loads((result.directory / "model.safetensors.index.json").read_text())
+    tensors = [t for file in result.directory.glob("*.safetensors") for t in load_file(file).values()]
+    assert index["metadata"]["total_size"] == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def test_tensors_are_aligned_to_their_items(tmp_path: Path) -> None:
+    weights = {"a": torch.ones(3, dtype=torch.uint8), "b": torch.ones(5), "c": torch.ones(1, dtype=torch.int64)}
+    source = write_run(tmp_path, [weights, weights], (0, 1))
+    result = ckavg.average(ckavg.open_run(source), ckavg.EMA(), dtype="bfloat16")
+    raw = (result.directory / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    assert (8 + length) % 8 == 0
+    items = {"a": 1, "b": 2, "c": 8}
+    assert all(header[name]["data_offsets"][0] % item == 0 for name, item in items.items())
+    loaded = load_file(result.directory / "model.safetensors")
+    assert all(torch.equal(loaded[name], weights[name].to(loaded[name].dtype)) for name in weights)
+
+
+def test_config_agrees_with_the_weights(source: Path) -> None:
+    config = {"model_type": "x", "torch_dtype": "float32", "text_config": {"dtype": "float16", "width": 3}}
+    (source / "checkpoint-20" / "config.json").write_text(json.dumps(config))
+    result = ckavg.average(ckavg.open_run(source), ckavg.EMA())
+    written = json.loads((result.directory / "config.json").read_text())
+    assert written == {"model_type": "x", "torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "width": 3}}
+
+
+def test_config_that_agrees_is_copied_to_the_byte(source: Path) -> None:
+    text = '{ "torch_dtype" :"bfloat16"  }'
+    (source / "checkpoint-20" / "config.json").write_text(text)
+    result = ckavg.average(ckavg.open_run(source), ckavg.EMA())
+    assert (result.directory / "config.json").read_text() == text
+
+
+def test_side_files(source: Path, tmp_path: Path) -> None:
+    last = source / "checkpoint-20"
+    wanted = (
+        "generation_config.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "merges.txt",
+        "modeling_x.py",
+        "LICENSE",
+    )
+    unwanted = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "zero_to_fp32.py", "README.md")
+    for name in (*wanted, *unwanted):
+        (last / name).write_text(name)
+    (last / "additional_chat_templates").mkdir()
+    (last / "additional_chat_templates" / "rag.jinja").write_text("rag")
+    (last / "global_step20").mkdir()
+    (last / "global_step20" / "notes.txt").write_text("not wanted")
+    result = ckavg.average(ckavg.open_run(source), ckavg.EMA())
+    for name in wanted:
+        assert (result.directory / name).read_text() == name
+    assert (result.directory / "additional_chat_templates" / "rag.jinja").read_text() == "rag"
+    assert (result.directory / "README.md").read_text() != "README.md"
+    assert not any(
+        (result.directory / name).exists() for name in (*unwanted[:-1], "trainer_state.json", "global_step20")
+    )
+
+
+def test_side_files_that_the_run_lacks_come_from_init(tmp_path: Path) -> None:
+    weights = random_run(seed=2, count=3, dtype=torch.float32)
+    base = write_checkpoint(tmp_path / "base", weights[0])
+    (base / "tokenizer.model").write_text("from the base model")
+    (base / "config.json").write_text("{}")
+    source = write_run(tmp_path / "run", weights[1:], (10, 20))
+    result = ckavg.average(ckavg.open_run(source, init=base), ckavg.EMA())
+    assert (result.directory / "tokenizer.model").read_text() == "from the base model"
+    assert json.loads((result.directory / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_flat_files_become_a_model(tmp_path: Path) -> None:
+    for step, weights in zip(STEPS, random_run(seed=3, count=3, dtype=torch.float32), strict=True):
+        save_file(weights, tmp_path / f"step_{step}.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    result = ckavg.average(ckavg.open_run(tmp_path), ckavg.EMA())
+    assert {"model.safetensors", "config.json"} < set(result.outputs[0].files)
+
+
+def test_sources_are_untouched(source: Path, tmp_path: Path) -> None:
+    before = snapshot(source)
+    ckavg.average(ckavg.open_run(source), ckavg.PEMA(), out=tmp_path / "out")
+    assert snapshot(source) == before
+
+
+def test_existing_result_is_kept_without_force(source: Path) -> None:
+    run = ckavg.open_run(source)
+    result = ckavg.average(run, ckavg.EMA())
+    before = snapshot(result.directory)
+    with pytest.raises(OutputExistsError, match="already holds a result"):
+        ckavg.average(run, ckavg.EMA())
+    assert snapshot(result.directory) == before
+    (result.directory / "notes.txt").write_text("old")
+    ckavg.average(run, ckavg.EMA(), force=True)
+    assert not (result.directory / "notes.txt").exists()
+    assert sorted(path.name for path in result.directory.parent.iterdir()) == ["ema-gamma0.15"]
+
+
+def test_anything_else_is_never_replaced(source: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("three years")
+    with pytest.raises(OutputExistsError, match="is not a result of ckavg"):
+        ckavg.average(ckavg.open_run(source), ckavg.EMA(), out=precious, force=True)
+    assert (precious / "thesis.tex").read_text() == "three years"
+
+
+def test_an_empty_directory_is_used(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    result = ckavg.average(ckavg.open_run(source), ckavg.EMA(), out=tmp_path / "out")
+    assert (result.directory / "ckavg.json").exists()
+
+
+def test_leftovers_of_a_killed_run_are_cleared(source: Path) -> None:
+    partial = source / "averaged" / ".ema-gamma0.15.ckavg-partial"
+    (partial / "folder").mkdir(parents=True)
+    (partial / "model-00001-of-00003.safetensors").write_bytes(b"half")
+    ckavg.average(ckavg.open_run(source), ckavg.EMA())
+    assert sorted(path.name for path in (source / "averaged").iterdir()) == ["ema-gamma0.15"]
+
+
+def test_two_writers_of_one_result(source: Path) -> None:
+    partial = source / "averaged" / ".ema-gamma0.15.ckavg-partial"
+    partial.mkdir(parents=True)
+    other = os.open(partial, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(OutputError, match=r"Another ckavg is writing ema-gamma0\.15 right now"):
+            ckavg.average(ckavg.open_run(source), ckavg.EMA())
+        assert partial.is_dir()
+    finally:
+        os.close(other)
+
+
+def test_full_disk_is_noticed_before_reading(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(place, "_MARGIN_BYTES", 1 << 60)
+    with pytest.raises(WriteError, match="GB free; the result needs"):
+        ckavg.plan_average(ckavg.open_run(source), ckavg.EMA())
+
+
+def test_interruption_leaves_nothing(source: Path) -> None:
+    def interrupt(news: ckavg.Progress) -> None:
+        if news.stage == "replay" and news.done:
+            raise KeyboardInterrupt
+
+    before = snapshot(source)
+    with pytest.raises(KeyboardInterrupt):
+        ckavg.average(ckavg.open_run(source), ckavg.PEMA(), on_progress=interrupt)
+    assert snapshot(source) == before
+    assert not (source / "averaged").exists()
+
+
+def test_record_in_the_result_is_the_record_returned(source: Path) -> None:
+    result = ckavg.average(ckavg.open_run(source, from_step=0, last=3), ckavg.PEMA(gamma=0.2))
+    written = json.loads((result.directory / "ckavg.json").read_text())
+    assert written == json.loads(result.to_json())
+    assert written["parameters"] == {"gamma": 0.2}
+    assert written["selection"] == {"from_step": 0, "last": 3}
+    assert sum(written["weights"]) == pytest.approx(1, abs=1e-12)
+    weights = random_run(seed=1, count=1, dtype=torch.bfloat16)[0]
+    floats = sum(tensor.numel() * 2 for tensor in weights.values() if tensor.is_floating_point())
+    assert written["bytes_read"] == pytest.approx(2 * 3 * floats, abs=300)
+
+
+def test_card(source: Path) -> None:
+    (source / "checkpoint-20" / "config.json").write_text(
+        json.dumps({"_name_or_path": "owner/base-model", "model_type": "llama", "torch_dtype": "bfloat16"})
+    )
+    result = ckavg.average(ckavg.open_run(source, last=2), ckavg.PEMA())
+    card = (result.directory / "README.md").read_text()
+    assert card.startswith(
+        '---\nbase_model: "owner/base-model"\nlibrary_name: "transformers"\n'
+        'tags: ["checkpoint-averaging", "pema"]\n---\n'
+    )
+    assert "    ckavg pema --gamma 0.15 --last 2\n" in card
+    assert f"| 20 | {result.path_length[-1]:.4f} | " in card if result.path_length else False
+    assert str(source) not in card
