@@ -13,12 +13,16 @@ _NAMED = 3
 
 def before(run: Run, scheme: Scheme) -> tuple[str, ...]:
     """What can be told before any weight is read."""
-    anchor = run.checkpoints[0].step
-    if anchor == 0 or run.anchor_is_init or scheme.every_from is not None:
+    begins_later = scheme.every_from is not None
+    return () if begins_later else about_anchor(run.steps[0], with_init=run.anchor_is_init)
+
+
+def about_anchor(step: int, *, with_init: bool) -> tuple[str, ...]:
+    """What the anchor tells, whatever the scheme."""
+    if step == 0 or with_init:
         return ()
-    uses = "σ and ℓ are" if scheme.needs_path else "the average is"
     return (
-        f"The run begins at step {anchor}: {uses} measured from that checkpoint, not from the base model. "
+        f"The run begins at step {step}: everything is measured from that checkpoint, not from the base model. "
         "Name the base model with --init to change that.",
     )
 
@@ -39,7 +43,9 @@ def about_path(path: PathLength, excluded: Sequence[str]) -> tuple[str, ...]:
     if excluded:
         told.append(f"Left out of the path length: {_named(excluded)}.")
     lengths = path.lengths
-    if lengths[-1] == 0:
+    if path.parameters_counted == 0:
+        told.append("No tensor counts in the path length, so β = 1 and the result is the last checkpoint.")
+    elif lengths[-1] == 0:
         told.append("Nothing moved: the path length is 0, so β = 1 and the result is the last checkpoint.")
     else:
         told += [

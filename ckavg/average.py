@@ -6,7 +6,6 @@ for them.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from ckavg.result.record import Averaged, Output, Seconds
 from ckavg.result.side_files import gather_side_files, read_config
 from ckavg.result.staging import ShardFiles, Staging
 from ckavg.run.checkpoint import RESULT_RECORD
-from ckavg.run.values import Run, Selection
+from ckavg.run.values import Run
 from ckavg.schemes import Coefficients, Scheme, Timeline
 
 DTYPES = ("source", "float32", "bfloat16", "float16", "float64")
@@ -211,9 +210,10 @@ def carry_out(
             coefficients,
             path,
             weights=effective_weights(coefficients),
-            accumulate=accumulate,
+            accumulate=_accumulated(run, accumulate),
+            zero_sigma=zero_sigma,
             bytes_read=replayed_bytes + (path.bytes_read if path else 0),
-            seconds=Seconds(replaying - measuring, done - replaying, done - begun),
+            seconds=Seconds(replaying - measuring if path else 0.0, done - replaying, done - begun),
         )
         for name, data in (plan.side_files | _own_files(record, plan.side_files)).items():
             staging.write(name, data)
@@ -228,6 +228,7 @@ def _record(
     *,
     weights: tuple[float, ...],
     accumulate: str,
+    zero_sigma: ZeroSigma,
     bytes_read: int,
     seconds: Seconds,
 ) -> Averaged:
@@ -240,7 +241,7 @@ def _record(
         scheme=scheme.name,
         parameters=scheme.parameters(),
         source=run.source,
-        selection=_stated(run.selection),
+        selection=run.selection.stated,
         steps=run.steps,
         anchor_step=anchor,
         span=run.steps[-1] - anchor,
@@ -248,6 +249,8 @@ def _record(
         betas=coefficients.betas,
         alphas=coefficients.alphas,
         weights=weights,
+        path_exclude=plan.path_exclude,
+        zero_sigma=zero_sigma,
         excluded_from_path=tuple(sorted({*left_out, *path.without_spread})) if path else (),
         parameters_counted=path.parameters_counted if path else None,
         dtype=plan.dtype,
@@ -259,13 +262,9 @@ def _record(
     )
 
 
-def _stated(selection: Selection) -> dict[str, int | str]:
-    """The parts of a selection that differ from choosing everything."""
-    return {
-        field.name: str(value) if isinstance(value, Path) else value
-        for field in dataclasses.fields(selection)
-        if (value := getattr(selection, field.name)) != field.default
-    }
+def _accumulated(run: Run, asked: str) -> str:
+    """The dtype in which tensors are accumulated: never less than that of the checkpoints."""
+    return "float64" if any("float64" in checkpoint.dtypes for checkpoint in run.checkpoints) else asked
 
 
 def _left_out(run: Run, path: PathLength) -> tuple[str, ...]:

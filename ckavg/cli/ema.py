@@ -15,7 +15,9 @@ _DEFAULT = EMA()
 @averaging_command
 def ema(
     *,
-    gamma: Annotated[float, typer.Option(help="Power γ: 0 is the last checkpoint, 1 a flat average.")] = _DEFAULT.gamma,
+    gamma: Annotated[
+        float, typer.Option(help="Power γ: 0 is the last checkpoint, more averages more.")
+    ] = _DEFAULT.gamma,
     tau: Annotated[float, typer.Option(help="Offset τ in optimizer steps.")] = _DEFAULT.tau,
 ) -> Scheme:
     """EMA with a power schedule, β = (age + τ)^(−γ): the baseline. Reads every checkpoint once."""

@@ -59,8 +59,9 @@ def _live(passes: int) -> Iterator[OnProgress]:
         tasks: dict[str, TaskID] = {}
 
         def listen(news: Progress) -> None:
+            if not tasks:
+                display.remove_task(starting)
             if news.stage not in tasks:
-                display.remove_task(starting) if not tasks else None
                 tasks[news.stage] = display.add_task(_title(news, len(tasks) + 1, passes), total=news.total)
             display.update(tasks[news.stage], completed=news.done)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -11,7 +12,9 @@ _COLOURS = {"error": typer.colors.RED, "warning": typer.colors.YELLOW, "interrup
 
 def warn(kind: str, message: str, hint: str = "") -> None:
     """Print `kind: message` and the hint below it to stderr."""
-    label = typer.style(f"{kind}:", fg=_COLOURS[kind], bold=True)
+    label = f"{kind}:"
+    if not os.environ.get("NO_COLOR"):
+        label = typer.style(label, fg=_COLOURS[kind], bold=True)
     typer.echo(f"{label} {printable(message)}", err=True)
     if hint:
         typer.echo(printable(hint), err=True)

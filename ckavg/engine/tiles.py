@@ -56,16 +56,22 @@ class TileReader:
             TruncatedShardError, ReadError: the bytes are not there.
         """
         entry = self._checkpoints[index].entries[name]
-        stored = self.raw(index, name, start * entry.item_bytes, (start + out.numel()) * entry.item_bytes)
-        out.copy_(stored.view(TORCH_DTYPES[entry.dtype]))
+        dtype, begin = TORCH_DTYPES[entry.dtype], start * entry.item_bytes
+        if out.dtype == dtype and out.device.type == "cpu":
+            self._read(index, name, begin, out.view(torch.uint8).numpy().data)
+        else:
+            out.copy_(self.raw(index, name, begin, begin + out.numel() * entry.item_bytes).view(dtype))
 
     def raw(self, index: int, name: str, start: int, stop: int) -> Tensor:
         """Read bytes `start` to `stop` of a tensor as stored: (n,) uint8, valid until the next read."""
+        size = stop - start
+        self._read(index, name, start, self._bytes[:size])
+        return self._raw[:size]
+
+    def _read(self, index: int, name: str, start: int, buffer: memoryview) -> None:
         checkpoint = self._checkpoints[index]
         entry = checkpoint.entries[name]
-        size = stop - start
-        self._files.read_into(checkpoint.shards[entry.shard].path, entry.offset + start, self._bytes[:size])
-        return self._raw[:size]
+        self._files.read_into(checkpoint.shards[entry.shard].path, entry.offset + start, buffer)
 
     def refuse_nonfinite(self, name: str, start: int, stop: int) -> None:
         """Raise if elements `start` to `stop` of a floating tensor are NaN or infinite in any checkpoint.

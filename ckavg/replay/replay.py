@@ -96,6 +96,8 @@ class _AverageWorker:
         self._device = settings.device
         self._work: dict[torch.dtype, tuple[Tensor, list[State]]] = {}
         self._out = torch.empty(settings.tile * 8, dtype=torch.uint8)
+        # β = 1 forgets all that was before, NaN and infinity included; elsewhere they last to the end.
+        self._forgets = any(1.0 in average.coefficients.betas for average in averages)
 
     def __call__(self, block: Block) -> None:
         for start, stop in block.tiles(self._tile):
@@ -107,22 +109,32 @@ class _AverageWorker:
         last = len(self._run.checkpoints) - 1
         for index in range(self._first, last + 1):
             self._reader.load(index - self._first, name, start, theta)
+            if self._forgets and not _all_finite(theta):
+                self._reader.refuse_nonfinite(name, start, stop)
             for state in states:
                 state.take(index, theta)
         for state, average in zip(states, self._averages, strict=True):
             result = state.output(last, theta)
             if not _all_finite(result):
-                self._reader.refuse_nonfinite(name, start, stop)
+                self._refuse(name, start, stop)
             self._hand_on(average, name, start, result)
+
+    def _refuse(self, name: str, start: int, stop: int) -> None:
+        self._reader.refuse_nonfinite(name, start, stop)
+        raise NonFiniteError(
+            f"tensor {name!r}: the weights are finite, but their average overflows while it is formed.",
+            hint="Accumulate with more room: --accumulate float64.",
+        )
 
     def _hand_on(self, average: Average, name: str, start: int, result: Tensor) -> None:
         dtype = TORCH_DTYPES[average.dtypes[name]]
         stored = self._out[: result.numel() * dtype.itemsize]
         rounded = round_into(result, stored.view(dtype))
-        if dtype == torch.float16 and not _all_finite(rounded):
+        if dtype != result.dtype and not _all_finite(rounded):
             raise NonFiniteError(
-                f"tensor {name!r}: a value of the average does not fit float16 (largest 65504).",
-                hint="Choose another output with --dtype bfloat16 or --dtype float32.",
+                f"tensor {name!r}: a value of the average does not fit {average.dtypes[name]} "
+                f"(largest {torch.finfo(dtype).max:.4g}).",
+                hint="Choose an output dtype with more room: --dtype bfloat16 or --dtype float32.",
             )
         average.sink.put(name, start * dtype.itemsize, stored)
 

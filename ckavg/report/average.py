@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from typing import Any
 
 from rich.table import Table
 
-from ckavg.average import Plan
+from ckavg.average import CARD, Plan
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.report.text import as_bytes, as_count, bar
 from ckavg.result.record import Averaged
 from ckavg.result.side_files import read_config
+from ckavg.run.checkpoint import RESULT_RECORD
 
 _BAR_WIDTH = 32
 _MOST_ROWS = 40
@@ -47,7 +49,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
                 "name": plan.out.name,
                 "step": plan.run.steps[-1],
                 "directory": str(plan.out),
-                "files": sorted([*(shard.name for shard in plan.weights.shards), *plan.side_files]),
+                "files": _files(plan),
             }
         ],
     }
@@ -68,7 +70,7 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
         if count:
             console.print(f"would read   {as_bytes(count)} in {title}")
     console.print(quoted(f"would write  {as_bytes(plan.write_bytes)} to {plan.out}"), soft_wrap=True)
-    for name in sorted([*(shard.name for shard in plan.weights.shards), *plan.side_files]):
+    for name in _files(plan):
         console.print(quoted(f"             {name}"), soft_wrap=True)
     console.print("Nothing was read or written.")
 
@@ -109,12 +111,17 @@ def _weights_table(result: Averaged) -> Table:
 
 
 def _next_command(result: Averaged, plan: Plan) -> str:
-    directory = shlex.quote(str(result.directory))
-    config = read_config(plan.side_files)
-    architectures = config.get("architectures")
+    architectures = read_config(plan.side_files).get("architectures")
     if "adapter_config.json" in plan.side_files:
-        return f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({str(result.directory)!r})"
-    if isinstance(architectures, list) and architectures:
+        loader = "from peft import AutoPeftModelForCausalLM as M"
+    elif isinstance(architectures, list) and architectures:
         auto = "AutoModelForCausalLM" if "ForCausalLM" in str(architectures[0]) else "AutoModel"
-        return f'python -c "from transformers import {auto} as M; M.from_pretrained({str(result.directory)!r})"'
-    return f"ls {directory}"
+        loader = f"from transformers import {auto} as M"
+    else:
+        return f"ls {shlex.quote(str(result.directory))}"
+    code = f"{loader}; M.from_pretrained({json.dumps(str(result.directory), ensure_ascii=False)})"
+    return f"python -c {shlex.quote(code)}"
+
+
+def _files(plan: Plan) -> list[str]:
+    return sorted({shard.name for shard in plan.weights.shards} | {*plan.side_files, CARD, RESULT_RECORD})

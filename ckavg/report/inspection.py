@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
+from ckavg.advice import about_anchor
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.report.text import as_bytes, as_count
+from ckavg.result.command import as_options
 from ckavg.run.opening import Inspection
 
 
@@ -24,7 +27,7 @@ def to_dict(found: Inspection) -> dict[str, Any]:
             for checkpoint in found.checkpoints
         ],
         "problems": [str(problem) for problem in found.problems],
-        "warnings": list(found.warnings),
+        "warnings": list(_warnings(found)),
     }
 
 
@@ -44,7 +47,7 @@ def print_inspection(found: Inspection, *, as_json: bool) -> None:
         )
         console.print()
         console.print(_table(found))
-    for warning in found.warnings:
+    for warning in _warnings(found):
         console.print()
         console.print(quoted(f"warning: {warning}"), style="yellow")
     for problem in found.problems:
@@ -54,6 +57,12 @@ def print_inspection(found: Inspection, *, as_json: bool) -> None:
             console.print(quoted(line))
     console.print()
     console.print(_verdict(found))
+
+
+def _warnings(found: Inspection) -> tuple[str, ...]:
+    if not found.checkpoints:
+        return found.warnings
+    return found.warnings + about_anchor(found.checkpoints[0].step, with_init=found.selection.init is not None)
 
 
 def _table(found: Inspection) -> Any:
@@ -76,4 +85,5 @@ def _table(found: Inspection) -> Any:
 def _verdict(found: Inspection) -> str:
     if found.problems:
         return f"{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''} to solve before averaging."
-    return f"Nothing stands in the way. Next: ckavg pema {found.source}"
+    options = as_options(found.selection.stated)
+    return f"Nothing stands in the way. Next: ckavg pema {shlex.quote(str(found.source))} {options}".rstrip()

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ckavg.result.command import as_options
 from ckavg.result.record import Averaged
 from ckavg.schemes import SCHEMES
 from ckavg.version import __version__
@@ -59,12 +60,19 @@ To make it again from the same checkpoints:
 
 def reproduce(record: Averaged) -> str:
     """The command line that forms the same average, in the directory of the checkpoints."""
-    chosen = {name: value for name, value in record.selection.items() if name not in ("init", "every_from")}
-    settings = record.parameters | chosen | ({} if record.dtype == "source" else {"dtype": record.dtype})
-    options = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()]
-    if "init" in record.selection:
-        options.insert(0, "--init BASE_MODEL")
-    return f"ckavg {record.scheme} {' '.join(options)}"
+    settings: dict[str, object] = {**record.parameters, **record.selection}
+    settings.pop("every_from", None)  # follows from --burn-in
+    if "init" in settings:
+        settings["init"] = "BASE_MODEL"  # a local path, and nobody else's
+    if record.dtype != "source":
+        settings["dtype"] = record.dtype
+    if record.accumulate != "float32":
+        settings["accumulate"] = record.accumulate
+    if record.path_length is not None:
+        settings["path_exclude"] = record.path_exclude
+        if record.zero_sigma != "exclude":
+            settings["zero_sigma"] = record.zero_sigma
+    return f"ckavg {record.scheme} {as_options(settings)}"
 
 
 def _parameters(record: Averaged) -> str:

@@ -46,6 +46,8 @@ class Averaged:
         betas: β of every update; None for the anchor and before.
         alphas: α likewise; None for schemes without a correction.
         weights: effective weight of every checkpoint; they sum to 1.
+        path_exclude: shell patterns of tensors that were not to count in ℓ.
+        zero_sigma: what became of tensors without spread.
         excluded_from_path: floating tensors that did not count in ℓ.
         parameters_counted: N, the scalars that did; None where ℓ was not measured.
         dtype: output dtype that was asked for.
@@ -67,6 +69,8 @@ class Averaged:
     betas: tuple[float | None, ...]
     alphas: tuple[float | None, ...] | None
     weights: tuple[float, ...]
+    path_exclude: tuple[str, ...]
+    zero_sigma: str
     excluded_from_path: tuple[str, ...]
     parameters_counted: int | None
     dtype: str

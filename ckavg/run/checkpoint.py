@@ -114,7 +114,10 @@ def _assemble(path: Path, step: int, kind: Kind, files: list[Path], index: Path 
     raise_all(errors)
     if not entries:
         raise CorruptFileError(f"{path} holds no tensors.", hint=_REWRITE)
-    return Checkpoint(step, path, kind, tuple(shards), index, entries)
+    ignored = (
+        () if kind == "file" else {file.name for file in path.glob("*.safetensors")} - {file.name for file in files}
+    )
+    return Checkpoint(step, path, kind, tuple(shards), index, entries, tuple(sorted(ignored)))
 
 
 def _missing_of_count(path: Path, files: list[Path]) -> list[CkavgError]:
@@ -141,11 +144,18 @@ def _missing_of_count(path: Path, files: list[Path]) -> list[CkavgError]:
 
 def _no_weights(path: Path) -> CkavgError:
     try:
-        foreign = foreign_weights([child.name for child in path.rglob("*") if child.is_file()])
+        below = sorted(str(child.relative_to(path)) for child in path.rglob("*") if child.is_file())
     except OSError as error:
         return ReadError(f"{path} cannot be listed: {error.strerror}.", hint="Check that you may read it.")
+    foreign = foreign_weights([Path(name).name for name in below])
     if foreign:
         return UnsupportedFormatError(f"{path} holds {foreign}, not safetensors.", hint=conversion(foreign, str(path)))
+    inner = next((name for name in below if name.endswith(".safetensors")), None)
+    if inner:
+        return UnsupportedFormatError(
+            f"{path} holds its weights in folders ({inner}), which are not looked into.",
+            hint="Pipelines of several models are not read. Put one model's checkpoints into a directory of their own.",
+        )
     return MissingShardError(
         f"{path} holds no weights.",
         hint="It is still being written, perhaps. Otherwise leave it out with --from-step, --to-step or --last.",

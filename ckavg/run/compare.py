@@ -25,15 +25,23 @@ def differences(checkpoints: Sequence[Checkpoint], *, anchor_is_init: bool) -> l
         if lines:
             more = [f"and {len(lines) - _SHOWN} more tensors"] if len(lines) > _SHOWN else []
             errors.append(
-                MismatchError("; ".join(lines[:_SHOWN] + more) + ".", hint=_hint(after, anchor_is_init, place))
+                MismatchError(
+                    "; ".join(lines[:_SHOWN] + more) + ".",
+                    hint=_hint(checkpoints, place, anchor_is_init=anchor_is_init),
+                )
             )
     return errors
 
 
-def _hint(after: Checkpoint, anchor_is_init: bool, place: int) -> str:
+def _hint(checkpoints: Sequence[Checkpoint], place: int, *, anchor_is_init: bool) -> str:
     if anchor_is_init and place == 0:
         return "The base model given with --init must have the tensors of the run."
-    return f"Every checkpoint must have the same tensors. Start later with --from-step {after.step}."
+    before, after = checkpoints[place : place + 2]
+    keeps_more = len(checkpoints) - 1 - place > 1
+    choice = (
+        f"Start later with --from-step {after.step}" if keeps_more else f"Stop earlier with --to-step {before.step}"
+    )
+    return f"Every checkpoint must have the same tensors. {choice}."
 
 
 def _compare(before: Checkpoint, after: Checkpoint, *, any_float: bool) -> list[str]:

@@ -111,7 +111,17 @@ def inspect_run(source: Path, selection: Selection) -> Inspection:
     problems += differences(checkpoints, anchor_is_init=init is not None)
     if len(candidates) + (init is not None) < 2:
         problems.append(_too_few(found, len(candidates)))
-    return Inspection(found.source, selection, tuple(checkpoints), tuple(problems), found.warnings)
+    warnings = found.warnings + _about_ignored(checkpoints)
+    return Inspection(found.source, selection, tuple(checkpoints), tuple(problems), warnings)
+
+
+def _about_ignored(checkpoints: list[Checkpoint]) -> tuple[str, ...]:
+    names = sorted({name for checkpoint in checkpoints for name in checkpoint.ignored})
+    if not names:
+        return ()
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    read = checkpoints[-1].shards[0].path.name
+    return (f"Other weight files beside {read} are neither averaged nor copied: {shown}.",)
 
 
 def _check_anchor(places: list[tuple[Path, int]]) -> list[CkavgError]:

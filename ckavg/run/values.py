@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -80,6 +81,7 @@ class Checkpoint:
         shards: its weight files, in the order of their names.
         index: the shard index beside them, if there is one.
         entries: every tensor by name.
+        ignored: names of other weight files in the directory, which are not read.
     """
 
     step: int
@@ -88,6 +90,7 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     index: Path | None
     entries: Mapping[str, Entry]
+    ignored: tuple[str, ...] = ()
 
     @property
     def directory(self) -> Path:
@@ -130,6 +133,16 @@ class Selection:
     from_step: int | None = None
     to_step: int | None = None
     last: int | None = None
+
+    @property
+    def stated(self) -> dict[str, int | str]:
+        """The parts that differ from choosing everything, by name."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, (value, default) in values.items()
+            if value != default
+        }
 
 
 @dataclass(frozen=True, slots=True)

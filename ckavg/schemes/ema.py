@@ -15,7 +15,7 @@ class EMA(Scheme):
         β_k = (a_k + τ)^(−γ)        E ← (1 − β_k) E + β_k θ_k
 
     Attributes:
-        gamma: power γ ≥ 0. 0 gives the last checkpoint, 1 a flat average over equally spaced checkpoints.
+        gamma: power γ ≥ 0. 0 gives the last checkpoint; 1 the flat average where every optimizer step was saved.
         tau: offset τ in optimizer steps; a_k + τ must be at least 1.
 
     References:

@@ -145,7 +145,7 @@ def test_quiet_says_nothing(run: Path) -> None:
 
 def test_late_start_is_said_before_the_reading(run: Path) -> None:
     result = run_cli("pema", run, "--from-step", "50", "--dry-run")
-    assert "warning: The run begins at step 50: σ and ℓ are measured from that checkpoint" in result.stderr
+    assert "warning: The run begins at step 50: everything is measured from that checkpoint" in result.stderr
 
 
 def test_dry_run_reads_and_writes_nothing(run: Path) -> None:

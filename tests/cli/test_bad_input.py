@@ -170,8 +170,8 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "wrong size": (_wrong_size, ("tensor 'w' (F32, (15,)) needs 60 bytes, but has 56",)),
     "8-bit floats": (_float8, ("dtype 'F8_E4M3', which cannot be averaged", "before quantizing")),
     "trailing bytes": (_trailing_bytes, ("but its header accounts for",)),
-    "names": (_names, ("step 20: tensor 'b' is missing", "tensor 'other' is new", "--from-step 20")),
-    "shapes": (_shapes, ("step 20: tensor 'w' is (4, 3), but (3, 4) at step 10", "--from-step 20")),
+    "names": (_names, ("step 20: tensor 'b' is missing", "tensor 'other' is new", "--to-step 10")),
+    "shapes": (_shapes, ("step 20: tensor 'w' is (4, 3), but (3, 4) at step 10", "--to-step 10")),
     "dtypes": (_dtypes, ("step 20: tensor 'w' is F16, but F32 at step 10", "'b' is F16")),
     "NaN": (_nan, ("step 20: tensor 'w' holds NaN or infinity", "--to-step 19")),
     "infinity": (_infinity_in_the_middle, ("step 10: tensor 'b' holds NaN or infinity",)),
@@ -296,7 +296,7 @@ def test_float16_overflow_names_the_tensor(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", big, STEPS)
     result = run_cli("ema", run, "--gamma", "0", "--dtype", "float16")
     assert result.exit_code == 1
-    assert "tensor 'w': a value of the average does not fit float16" in result.stderr
+    assert "tensor 'w': a value of the average does not fit F16 (largest 6.55e+04)" in result.stderr
 
 
 def test_verbose_adds_the_traceback(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import ckavg
+from ckavg.errors import NonFiniteError
 from ckavg.schemes import Scheme
 from tests import reference
 from tests.reference import Array, Arrays
@@ -117,3 +118,22 @@ def test_init_of_another_dtype_is_the_anchor(tmp_path: Path) -> None:
     want = reference.pema(checkpoints, (0, 10, 20))
     got = reference.load_floats(result.directory)
     reference.assert_rounded_once(got, want, checkpoints, torch.float32, accumulated=torch.float32)
+
+
+@pytest.mark.parametrize("scheme", [ckavg.EMA(gamma=0.0), ckavg.BEMA(kappa=0.0)], ids=["ema", "bema"])
+def test_nan_is_refused_even_where_the_scheme_forgets_it(tmp_path: Path, scheme: Scheme) -> None:
+    weights = [{"w": torch.tensor([1.0, 2.0])} for _ in range(4)]
+    weights[1]["w"][0] = float("nan")
+    run = ckavg.open_run(write_run(tmp_path, weights, range(4)))
+    with pytest.raises(NonFiniteError, match="step 1: tensor 'w' holds NaN"):
+        ckavg.average(run, scheme)
+
+
+def test_an_average_that_overflows_is_refused(tmp_path: Path) -> None:
+    weights = [{"w": torch.tensor([sign * 3e38])} for sign in (1.0, -1.0)]
+    run = ckavg.open_run(write_run(tmp_path, weights, (0, 1)))
+    with pytest.raises(NonFiniteError, match="overflows while it is formed"):
+        ckavg.average(run, ckavg.EMA())
+    result = ckavg.average(run, ckavg.EMA(), accumulate="float64")
+    want = 3e38 - 2 * 3e38 * 2**-0.15
+    assert float(reference.load_floats(result.directory)["w"][0]) == pytest.approx(want, rel=1e-6)

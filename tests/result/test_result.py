@@ -234,3 +234,15 @@ def test_card(source: Path) -> None:
     assert "    ckavg pema --gamma 0.15 --last 2\n" in card
     assert f"| 20 | {result.path_length[-1]:.4f} | " in card if result.path_length else False
     assert str(source) not in card
+
+
+def test_card_reproduces_every_setting_that_matters(tmp_path: Path) -> None:
+    weights = random_run(seed=1, count=4, dtype=torch.float32)
+    base = write_checkpoint(tmp_path / "base", weights[0])
+    run = ckavg.open_run(write_run(tmp_path / "run", weights[1:], (10, 20, 30)), init=base, every=10, every_from=10)
+    settings = {"accumulate": "float64", "dtype": "bfloat16", "path_exclude": ("bias", "norm*"), "zero_sigma": "eps"}
+    result = ckavg.average(run, ckavg.PEMA(), **settings)  # type: ignore[arg-type]
+    assert (
+        "    ckavg pema --gamma 0.15 --init BASE_MODEL --every 10 --dtype bfloat16 --accumulate float64 "
+        "--path-exclude bias --path-exclude 'norm*' --zero-sigma eps\n"
+    ) in (result.directory / "README.md").read_text()

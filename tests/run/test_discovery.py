@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import ckavg
-from ckavg.errors import CombinedError, DuplicateStepError, MissingShardError, NoCheckpointsError
+from ckavg.errors import CombinedError, DuplicateStepError, MismatchError, MissingShardError, NoCheckpointsError
 from ckavg.run.opening import inspect_run
 from ckavg.run.values import Selection
 from tests.runs import write_checkpoint, write_run
@@ -164,4 +164,27 @@ def test_inspection_returns_problems_beside_what_is_sound(tmp_path: Path) -> Non
     assert [checkpoint.step for checkpoint in found.checkpoints] == [10, 20, 20]
     assert [type(problem) for problem in found.problems] == [DuplicateStepError, MissingShardError]
     with pytest.raises(CombinedError, match="2 problems"):
+        ckavg.open_run(tmp_path)
+
+
+def test_a_second_model_beside_the_first_is_said(tmp_path: Path) -> None:
+    write_run(tmp_path, [WEIGHTS] * 2, (1, 2))
+    save_file({"other": torch.ones(3)}, tmp_path / "checkpoint-2" / "model_1.safetensors")
+    run = ckavg.open_run(tmp_path)
+    assert any("neither averaged nor copied: model_1.safetensors" in warning for warning in run.warnings)
+
+
+def test_weights_in_folders_are_refused(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}" / "unet").mkdir(parents=True)
+        save_file(WEIGHTS, tmp_path / f"checkpoint-{step}" / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(CombinedError, match="holds its weights in folders"):
+        ckavg.open_run(tmp_path)
+
+
+@pytest.mark.parametrize(("changed", "advice"), [(0, "--from-step 20"), (1, "--from-step 30"), (2, "--to-step 30")])
+def test_advice_on_a_change_of_shape_leaves_a_run(tmp_path: Path, changed: int, advice: str) -> None:
+    weights = [{"w": torch.ones(3 if place <= changed else 4)} for place in range(4)]
+    write_run(tmp_path, weights, (10, 20, 30, 40))
+    with pytest.raises(MismatchError, match=advice):
         ckavg.open_run(tmp_path)

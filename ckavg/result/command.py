@@ -1,0 +1,19 @@
+"""Stage *write*: settings as the options of a command line. Pure."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+
+
+def as_options(settings: Mapping[str, object]) -> str:
+    """The options that state these settings; a setting with several values is repeated.
+
+    >>> as_options({"gamma": 0.15, "from_step": 100, "path_exclude": ("lm_head.*", "b")})
+    "--gamma 0.15 --from-step 100 --path-exclude 'lm_head.*' --path-exclude b"
+    """
+    return " ".join(
+        f"--{name.replace('_', '-')} {shlex.quote(str(each))}"
+        for name, value in settings.items()
+        for each in (value if isinstance(value, tuple) else (value,))
+    )

@@ -1,0 +1,286 @@
+"""What the documents say is what the program does: options, defaults, JSON keys, examples, numbers."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.core import TyperGroup
+from typer.testing import CliRunner
+
+import ckavg
+import ckavg.errors
+from ckavg.cli.app import app
+from ckavg.schemes import Scheme
+from tests.reference import load_floats
+from tests.runs import random_run, write_run
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+CLI = ROOT / "docs" / "cli.md"
+DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+AVERAGING = ("pema", "bema", "ema")
+SHARED = "Options of every averaging command"
+HELP = {"--help", "-h"}
+FREE_FORM = {"parameters", "selection"}
+"""Objects in the record whose keys depend on what was asked for."""
+
+Options = dict[str, object]
+"""Default by option name."""
+
+
+def _program() -> TyperGroup:
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    return group
+
+
+def _declared(verb: str) -> Options:
+    parameters = _program().commands[verb].params
+    return {name: each.default for each in parameters if each.param_type_name == "option" for name in each.opts}
+
+
+VERBS = tuple(_program().commands)
+SHARED_OPTIONS = set.intersection(*(set(_declared(verb)) for verb in AVERAGING))
+PROGRAM_OPTIONS = {name for each in _program().params for name in each.opts}
+
+
+def _sections(document: Path) -> dict[str, str]:
+    """The text below each heading, up to the next one."""
+    parts = re.split(r"^#+ (.+)$", _prose(document), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def _prose(document: Path) -> str:
+    """The document without fenced blocks, in which a `#` is a comment."""
+    return re.sub(r"^ *```.*?^ *```$", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def _rows(section: str) -> Iterator[tuple[str, str]]:
+    """First and second cell of every row whose first cell is code."""
+    for line in section.splitlines():
+        if line.startswith("| `"):
+            _, first, second, *_ = line.split("|")
+            yield first.strip(), second.strip()
+
+
+def _documented(heading: str) -> dict[str, str]:
+    """Default as it is written, by option name, of the table in a section of the command reference."""
+    return {
+        name: default for names, default in _rows(_sections(CLI)[heading]) for name in re.findall(r"-[\w-]+", names)
+    }
+
+
+def _blocks(document: Path, language: str) -> list[str]:
+    pattern = rf"^( *)```{language}\n(.*?)^ *```$"
+    found = re.findall(pattern, document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return ["\n".join(line.removeprefix(indent) for line in text.splitlines()) for indent, text in found]
+
+
+def _commands(document: Path) -> list[list[str]]:
+    """Every `ckavg …` line in the shell and console blocks of a document, as words."""
+    lines = [
+        line for language in ("sh", "console") for text in _blocks(document, language) for line in text.splitlines()
+    ]
+    stripped = [line.removeprefix("$ ") for line in lines]
+    return [shlex.split(line) for line in stripped if line.startswith("ckavg ")]
+
+
+# --- options ---
+
+
+@pytest.mark.parametrize("verb", AVERAGING)
+def test_reference_lists_the_options_of_a_scheme(verb: str) -> None:
+    assert set(_documented(f"ckavg {verb}")) == set(_declared(verb)) - SHARED_OPTIONS
+
+
+@pytest.mark.parametrize("verb", sorted(set(VERBS) - set(AVERAGING)))
+def test_reference_lists_the_options_of_other_verbs(verb: str) -> None:
+    assert set(_documented(f"ckavg {verb}")) == set(_declared(verb))
+
+
+def test_reference_lists_the_shared_options() -> None:
+    assert set(_documented(SHARED)) == SHARED_OPTIONS
+    assert all(name in CLI.read_text(encoding="utf-8") for name in PROGRAM_OPTIONS | HELP)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_documented_defaults(verb: str) -> None:
+    documented = _documented(f"ckavg {verb}") | (_documented(SHARED) if verb in AVERAGING else {})
+    for name, default in _declared(verb).items():
+        if default is False:
+            assert documented[name] == "off", name
+        elif isinstance(default, int | float | str):
+            assert documented[name] == str(default), name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_option_in_the_documents_exists(document: Path) -> None:
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", document.read_text(encoding="utf-8")))
+    assert named <= PROGRAM_OPTIONS | HELP | {name for verb in VERBS for name in _declared(verb)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_example_command_parses(document: Path) -> None:
+    for _, verb, *words in _commands(document):
+        assert verb in VERBS
+        assert {word for word in words if word.startswith("-")} <= set(_declared(verb)) | HELP
+
+
+def test_there_are_examples() -> None:
+    assert {verb for document in (README, CLI) for _, verb, *_ in _commands(document)} == set(VERBS)
+
+
+# --- links and errors ---
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#]*)(#[^)]*)?\)", _prose(document))
+    for target, anchor in links:
+        if not target.startswith("http"):
+            aim = (document.parent / target) if target else document
+            assert aim.exists(), target
+            if anchor:
+                assert anchor in {
+                    "#" + re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in _sections(aim)
+                }
+
+
+def test_every_leaf_error_is_explained() -> None:
+    def leaves(kind: type[Exception]) -> set[str]:
+        below = kind.__subclasses__()
+        return set().union(*(leaves(each) for each in below)) if below else {kind.__name__}
+
+    documented = {name.strip("`") for name, _ in _rows(_sections(CLI)["Errors"])}
+    assert documented == (leaves(ckavg.CkavgError) - {"CombinedError"}) | {"OutputError"}
+
+
+# --- JSON ---
+
+
+def _keys(value: Any, prefix: str = "") -> set[str]:
+    """Dotted names of all leaves, `[]` for the elements of a list of objects."""
+    if isinstance(value, dict) and prefix not in FREE_FORM:
+        return {name for key, inner in value.items() for name in _keys(inner, f"{prefix}.{key}".removeprefix("."))}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return _keys(value[0], f"{prefix}[]")
+    return {prefix}
+
+
+def _documented_keys(heading: str) -> set[str]:
+    return {name.strip("`") for name, _ in _rows(_sections(CLI)[heading])}
+
+
+def _json_of(*arguments: object) -> Any:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "checkpoints", random_run(0, 4, torch.float32), (0, 50, 100, 150))
+
+
+@pytest.mark.parametrize("verb", AVERAGING)
+def test_json_of_an_average(source: Path, verb: str) -> None:
+    told = _json_of(verb, source, "--json")
+    assert _keys(told) == _documented_keys("The JSON object")
+    assert told["parameters"].keys() == {
+        name[2:].replace("-", "_") for name in set(_declared(verb)) - SHARED_OPTIONS if name.startswith("--")
+    }
+    assert json.loads((Path(told["outputs"][0]["directory"]) / "ckavg.json").read_bytes()) == told
+
+
+def test_json_of_a_dry_run(source: Path) -> None:
+    assert _keys(_json_of("pema", source, "--json", "--dry-run")) == _documented_keys("The JSON object of a dry run")
+
+
+def test_json_of_inspect(source: Path) -> None:
+    assert _keys(_json_of("inspect", source, "--json")) == _documented_keys("The JSON object of inspect")
+
+
+def test_documented_selection(source: Path) -> None:
+    every = ("--init", source / "checkpoint-0", "--init-step", 1, "--every", 50, "--burn-in", 50)
+    told = _json_of("bema", source, "--json", *every, "--from-step", 50, "--to-step", 150, "--last", 3)
+    row = next(line for line in CLI.read_text(encoding="utf-8").splitlines() if line.startswith("| `selection`"))
+    assert told["selection"].keys() == set(re.findall(r"`(\w+)`", row)[1:])
+
+
+# --- Python ---
+
+
+def test_python_in_the_readme_runs(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it that needs neither transformers nor PEFT, in the order of the sections that produce and load."""
+    monkeypatch.chdir(source.parent)
+    ours, loading = [], []
+    for block in _blocks(README, "python"):
+        imported = {node.module for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)}
+        if "import ckavg" in block:
+            ours.append(block)
+        elif imported == {"safetensors.torch"}:
+            loading.append(block)
+    assert len(ours) == len(loading) == 1
+    values: dict[str, Any] = {}
+    for block in ours + loading:
+        exec(compile(block, str(README), "exec"), values)
+    run = ckavg.open_run(source)
+    assert values["weights"].keys() == run.tensors.keys()
+    assert values["path"].lengths == values["result"].path_length == ckavg.measure_path(run).lengths
+    assert {each.name for each in (source / "averaged").iterdir()} == {
+        scheme.label for scheme in (ckavg.PEMA(), ckavg.EMA(), ckavg.BEMA())
+    }
+
+
+# --- the worked example ---
+
+
+def _cells(label: str) -> list[str]:
+    """The row of the worked example that begins with `label`."""
+    lines = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8").splitlines()
+    (row,) = (line for line in lines if line.startswith(f"| {label} |"))
+    return [cell.strip() for cell in row.split("|")[2:-1]]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name", "first"),
+    [
+        (ckavg.PEMA(), "PEMA", "0.8340 with PEMA"),
+        (ckavg.EMA(), "EMA", "0.7634 with EMA"),
+        (ckavg.BEMA(), "BEMA", "0.4812 with BEMA"),
+    ],
+    ids=("pema", "ema", "bema"),
+)
+def test_worked_example(tmp_path: Path, scheme: Scheme, name: str, first: str) -> None:
+    of_step = {step: _cells(str(step)) for step in (0, 100, 200, 300)}
+    weights = [
+        {
+            "w": torch.tensor([float(value) for value in w.split(",")]),
+            "bias": torch.tensor([float(value) for value in bias.split(",")]),
+        }
+        for w, bias in of_step.values()
+    ]
+    run = ckavg.open_run(write_run(tmp_path / "run", weights, tuple(of_step)))
+    result = ckavg.average(run, scheme, out=tmp_path / "out")
+    text = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
+
+    assert _cells(f"{name}, β") == ["" if beta is None else f"{beta:.6f}" for beta in result.betas]
+    assert _cells(f"{name}, weight") == [f"{weight:.6f}" for weight in result.weights]
+    if result.alphas is not None:
+        assert _cells(f"{name}, α") == ["" if alpha is None else f"{alpha:.6f}" for alpha in result.alphas]
+    if result.path_length is not None:
+        assert "ℓ = 0, " + ", ".join(f"{length:.6f}" for length in result.path_length[1:]) in text
+        assert f"T · ℓ_K = 300 · {result.path_length[-1]:.6f} = {300 * result.path_length[-1]:.3f}" in text
+    averaged = load_floats(result.directory)
+    assert f"{averaged['w'][0]:.4f} with {name}" == first
+    assert first in text
+    assert f"{averaged['bias'][0]:.4f}" in text
