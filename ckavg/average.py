@@ -40,6 +40,7 @@ class Plan:
         out: where the result goes.
         dtype: output dtype as it was asked for.
         path_exclude: shell patterns of tensor names that do not count in the path length.
+        force: whether an existing result is replaced.
         weights: the weight files of the result.
         side_files: what is copied beside them, by relative path.
         path_bytes: bytes that pass 1 reads; 0 for schemes that do not need it.
@@ -52,6 +53,7 @@ class Plan:
     out: Path
     dtype: str
     path_exclude: tuple[str, ...]
+    force: bool
     weights: WeightPlan
     side_files: dict[str, bytes]
     path_bytes: int
@@ -92,6 +94,7 @@ def plan_average(
         out=place,
         dtype=dtype,
         path_exclude=tuple(path_exclude),
+        force=force,
         weights=weights,
         side_files=side_files,
         path_bytes=sum(point.entries[name].nbytes for point in run.checkpoints for name in counted),
@@ -193,7 +196,7 @@ def carry_out(
         raise SettingError(f"accumulate is {accumulate!r}; it must be one of {', '.join(ACCUMULATE)}.")
     run, scheme = plan.run, plan.scheme
     settings = Settings(device=resolve_device(device), on_progress=on_progress)
-    with Staging(plan.out) as staging:
+    with Staging(plan.out, force=plan.force) as staging:
         measuring = time.perf_counter()
         path = None
         if scheme.needs_path:

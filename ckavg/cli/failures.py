@@ -29,6 +29,11 @@ def failures(*, verbose: bool) -> Iterator[None]:
             traceback.print_exception(error, file=sys.stderr)
         warn("error", error.message, error.hint)
         raise typer.Exit(USAGE if isinstance(error, SettingError) else FAILED) from error
+    except OSError as error:  # of the environment rather than a bug: a path that is too long, a right that is missing
+        if verbose:
+            traceback.print_exception(error, file=sys.stderr)
+        warn("error", f"{error.filename or 'The system'}: {error.strerror or error}.")
+        raise typer.Exit(FAILED) from error
     except KeyboardInterrupt as error:
         warn("interrupted", "Nothing was left under the final name; the checkpoints are as they were.")
         raise typer.Exit(INTERRUPTED) from error

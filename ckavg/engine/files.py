@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import resource
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from types import TracebackType
 from ckavg.errors import ReadError, TruncatedShardError
 
 _HAS_PREADV = hasattr(os, "preadv")
+_HAS_NOWAIT = _HAS_PREADV and hasattr(os, "RWF_NOWAIT")
 _HAS_FADVISE = hasattr(os, "posix_fadvise")
 _RESERVED = 64
 _PLENTY = 1 << 16
@@ -31,20 +33,29 @@ class Files:
     def __init__(self, *, threads: int) -> None:
         self._most = max(2, _usable_handles() // threads)
         self._open: OrderedDict[Path, int] = OrderedDict()
+        self._can_read_cached = _HAS_NOWAIT
         self.bytes_read = 0
 
-    def read_into(self, path: Path, offset: int, buffer: memoryview) -> None:
+    def read_into(self, path: Path, offset: int, buffer: memoryview, *, on_miss: Callable[[], None]) -> None:
         """Fill `buffer` with the bytes of `path` from `offset` on.
+
+        Args:
+            path: the file.
+            offset: where to begin, in bytes.
+            buffer: what to fill.
+            on_miss: called before the reading waits for the disk, where the system can tell that it would.
 
         Raises:
             TruncatedShardError: the file ends before the buffer is full.
             ReadError: the system would not let us read it.
         """
-        done, size = 0, len(buffer)
+        size = len(buffer)
         try:
-            handle = self._handle(path)
+            done = self._read_cached(self._handle(path), buffer, offset)
+            if done < size:
+                on_miss()  # may open other files, and so close this one
             while done < size:
-                count = _pread(handle, buffer[done:], offset + done)
+                count = _pread(self._handle(path), buffer[done:], offset + done)
                 if count == 0:
                     raise TruncatedShardError(
                         f"{path} ends at byte {offset + done:,}; it was longer when the run was opened.",
@@ -75,6 +86,18 @@ class Files:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _read_cached(self, handle: int, buffer: memoryview, offset: int) -> int:
+        """Read what is in memory already and return how much that was; 0 where the system cannot tell."""
+        if not self._can_read_cached:
+            return 0
+        try:
+            return os.preadv(handle, [buffer], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError:  # not every file system knows how
+            self._can_read_cached = False
+            return 0
 
     def _handle(self, path: Path) -> int:
         handle = self._open.get(path)

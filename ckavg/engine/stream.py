@@ -77,7 +77,7 @@ def stream(
         if not hasattr(own, "worker"):
             readers.append(TileReader(checkpoints, open_files.enter_context(Files(threads=threads)), tile=tile))
             own.reader, own.worker = readers[-1], make_worker(readers[-1])
-        own.reader.announce(block)
+        own.reader.begin(block)
         result: Result = own.worker(block)
         return result
 

@@ -30,18 +30,16 @@ class TileReader:
         self._files = files
         self._raw = torch.empty(tile * 8, dtype=torch.uint8)
         self._bytes = self._raw.numpy().data
+        self._to_announce: Block | None = None
 
     @property
     def bytes_read(self) -> int:
         """Bytes read so far."""
         return self._files.bytes_read
 
-    def announce(self, block: Block) -> None:
-        """Have the system fetch a block of every checkpoint ahead of its reading."""
-        for checkpoint in self._checkpoints:
-            entry = checkpoint.entries[block.name]
-            begin, size = block.start * entry.item_bytes, (block.stop - block.start) * entry.item_bytes
-            self._files.announce(checkpoint.shards[entry.shard].path, entry.offset + begin, size)
+    def begin(self, block: Block) -> None:
+        """Say which block is read next. Reading it ahead begins with the first byte that is not in memory."""
+        self._to_announce = block
 
     def load(self, index: int, name: str, start: int, out: Tensor) -> None:
         """Read elements `start` onwards of a floating tensor of checkpoint `index`, widened into `out`.
@@ -71,7 +69,18 @@ class TileReader:
     def _read(self, index: int, name: str, start: int, buffer: memoryview) -> None:
         checkpoint = self._checkpoints[index]
         entry = checkpoint.entries[name]
-        self._files.read_into(checkpoint.shards[entry.shard].path, entry.offset + start, buffer)
+        path = checkpoint.shards[entry.shard].path
+        self._files.read_into(path, entry.offset + start, buffer, on_miss=self._announce)
+
+    def _announce(self) -> None:
+        """Have the system fetch the whole block of every checkpoint, in large pieces and at once."""
+        block, self._to_announce = self._to_announce, None
+        if block is None:
+            return
+        for checkpoint in self._checkpoints:
+            entry = checkpoint.entries[block.name]
+            begin, size = block.start * entry.item_bytes, (block.stop - block.start) * entry.item_bytes
+            self._files.announce(checkpoint.shards[entry.shard].path, entry.offset + begin, size)
 
     def refuse_nonfinite(self, name: str, start: int, stop: int) -> None:
         """Raise if elements `start` to `stop` of a floating tensor are NaN or infinite in any checkpoint.

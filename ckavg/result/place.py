@@ -17,21 +17,19 @@ def check_place(out: Path, run: Run, *, force: bool) -> None:
 
     Raises:
         OutputExistsError: something is there, and it is not a result that `force` may replace.
-        OutputError: it would lie inside a checkpoint.
+        OutputError: it would lie inside a checkpoint, or over the run.
     """
-    place = out.resolve()
+    place, source = out.resolve(), run.source.resolve()
     for checkpoint in run.checkpoints:
         directory = checkpoint.path.resolve()
         if directory == place or directory in place.parents:
             raise OutputError(
                 f"{out} lies inside the checkpoint {checkpoint.path}.", hint="Choose another place with --out."
             )
-    if not place.exists():
-        return
-    if not place.is_dir():
-        raise OutputExistsError(f"{out} is a file.", hint="Choose another place with --out.")
-    if any(place.iterdir()):
-        _check_replaceable(out, place, run, force=force)
+    if place == source or place in source.parents:
+        raise OutputError(f"{out} holds the run itself.", hint="Choose another place with --out.")
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        check_replaceable(out, force=force)
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -49,10 +47,13 @@ def check_space(out: Path, needed: int) -> None:
         )
 
 
-def _check_replaceable(out: Path, place: Path, run: Run, *, force: bool) -> None:
-    is_result = (place / RESULT_RECORD).is_file()
-    source = run.source.resolve()
-    if not is_result or place == source or place in source.parents:
+def check_replaceable(out: Path, *, force: bool) -> None:
+    """Refuse to replace what is at `out`, unless it is a result and `force` says so.
+
+    Raises:
+        OutputExistsError: it is not, or `force` does not.
+    """
+    if not (out / RESULT_RECORD).is_file():
         raise OutputExistsError(
             f"{out} exists and is not a result of ckavg.", hint="It is left alone. Choose another place with --out."
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ckavg.errors import OutputError, WriteError
 from ckavg.result.layout import ShardPlan
+from ckavg.result.place import check_replaceable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,14 +26,16 @@ class Staging:
 
     Args:
         out: the final directory.
+        force: replace a result that is there. Anything else that is there is left alone in any case.
 
     Raises:
         OutputError: another process is writing the same result.
         WriteError: the system would not let us write.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, *, force: bool = False) -> None:
         self._out = out.resolve()
+        self._force = force
         self.path = self._out.parent / f".{self._out.name}.ckavg-partial"
         self._made: list[Path] = []
         self._lock: int | None = None
@@ -64,9 +67,10 @@ class Staging:
             target.write_bytes(data)
 
     def commit(self) -> None:
-        """Sync everything and give it its final name. What was there before is replaced.
+        """Sync everything and give it its final name.
 
         Raises:
+            OutputExistsError: something came to be there since the work began.
             WriteError: the system would not let us; the final name is as it was.
         """
         with _write_errors(self._out):
@@ -77,6 +81,7 @@ class Staging:
             replaced = self._out.parent / f".{self._out.name}.ckavg-replaced"
             _remove(replaced)
             if self._out.exists() and any(self._out.iterdir()):
+                check_replaceable(self._out, force=self._force)
                 self._out.rename(replaced)
             try:
                 self.path.rename(self._out)
@@ -86,7 +91,7 @@ class Staging:
                 raise
             self._committed = True
             _sync(self._out.parent)
-            _remove(replaced)
+            shutil.rmtree(replaced, ignore_errors=True)
 
     def _make_parents(self) -> None:
         missing = [parent for parent in self._out.parents if not parent.exists()]

@@ -164,6 +164,20 @@ def test_anything_else_is_never_replaced(source: Path, tmp_path: Path) -> None:
     assert (precious / "thesis.tex").read_text() == "three years"
 
 
+def test_what_comes_to_be_there_meanwhile_is_left_alone(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def intrude(news: ckavg.Progress) -> None:
+        if news.done == news.total:
+            out.mkdir()
+            (out / "thesis.tex").write_text("three years")
+
+    with pytest.raises(OutputExistsError, match="is not a result of ckavg"):
+        ckavg.average(ckavg.open_run(source), ckavg.EMA(), out=out, force=True, on_progress=intrude)
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+    assert not list(tmp_path.glob(".out*"))
+
+
 def test_an_empty_directory_is_used(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     result = ckavg.average(ckavg.open_run(source), ckavg.EMA(), out=tmp_path / "out")
@@ -207,6 +221,20 @@ def test_interruption_leaves_nothing(source: Path) -> None:
         ckavg.average(ckavg.open_run(source), ckavg.PEMA(), on_progress=interrupt)
     assert snapshot(source) == before
     assert not (source / "averaged").exists()
+
+
+def test_an_interrupted_replacement_keeps_the_earlier_result(source: Path) -> None:
+    run = ckavg.open_run(source)
+    result = ckavg.average(run, ckavg.EMA())
+    before = snapshot(source)
+
+    def interrupt(news: ckavg.Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ckavg.average(run, ckavg.EMA(), force=True, on_progress=interrupt)
+    assert snapshot(source) == before
+    assert result.directory.is_dir()
 
 
 def test_record_in_the_result_is_the_record_returned(source: Path) -> None:

@@ -1,0 +1,106 @@
+"""Wall time and peak memory of whole commands, each in a process of its own.
+
+The process that measures must stay small, and so must not import torch: the system counts what a child inherits between
+`fork` and `exec` towards the child's peak, so that no child can seem smaller than its parent.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parent.parent
+_READERS = 4
+_BUFFER = 1 << 20
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+class CommandError(Exception):
+    """A measured command ended with an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One run of a command.
+
+    Attributes:
+        seconds: wall time from its start to its end, the interpreter and its imports included.
+        peak_bytes: the most memory it had resident at any time.
+        stdout: what it printed.
+    """
+
+    seconds: float
+    peak_bytes: int
+    stdout: str
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Several measurements of one thing."""
+
+    median: float
+    least: float
+    most: float
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Median and extremes.
+
+    >>> spread([3.0, 1.0, 2.0])
+    Spread(median=2.0, least=1.0, most=3.0)
+    """
+    ordered = sorted(values)
+    return Spread(statistics.median(ordered), ordered[0], ordered[-1])
+
+
+def run(arguments: Sequence[str]) -> Measured:
+    """Run this Python with some arguments and measure it.
+
+    Raises:
+        CommandError: it ended with another status than 0.
+    """
+    command = [sys.executable, *arguments]
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        begun = time.perf_counter()
+        process = subprocess.Popen(command, cwd=_ROOT, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+        try:
+            # Not process.wait(): only wait4 tells the usage of this child alone.
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        seconds = time.perf_counter() - begun
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            said = _text(stderr.fileno()).strip()
+            raise CommandError(f"{' '.join(command)}\nended with status {process.returncode}:\n{said}")
+        return Measured(seconds, usage.ru_maxrss * _MAXRSS_UNIT, _text(stdout.fileno()))
+
+
+def settle(files: Sequence[Path]) -> None:
+    """Bring the machine to the same state before each measurement: files in the page cache, nothing left to write."""
+    os.sync()
+    with ThreadPoolExecutor(_READERS) as executor:
+        list(executor.map(_read, files))
+
+
+def _read(file: Path) -> None:
+    buffer = bytearray(_BUFFER)
+    with file.open("rb", buffering=0) as opened:
+        while opened.readinto(buffer):
+            pass
+
+
+def _text(handle: int) -> str:
+    os.lseek(handle, 0, os.SEEK_SET)
+    with os.fdopen(os.dup(handle), encoding="utf-8", errors="replace") as opened:
+        return opened.read()
