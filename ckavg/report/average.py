@@ -89,13 +89,7 @@ def _run_line(result: Averaged, plan: Plan) -> str:
 
 
 def _weights_table(result: Averaged) -> Table:
-    columns = {"step": [str(step) for step in result.steps]}
-    if result.path_length is not None:
-        columns["ℓ"] = [f"{length:.4f}" for length in result.path_length]
-    columns["β"] = ["" if beta is None else f"{beta:.4f}" for beta in result.betas]
-    if result.alphas is not None:
-        columns["α"] = ["" if alpha is None else f"{alpha:.4f}" for alpha in result.alphas]
-    columns["weight"] = [f"{weight:.4f}" for weight in result.weights]
+    columns = result.columns()
     largest = max(abs(weight) for weight in result.weights)
     columns[" "] = [bar(weight, largest, _BAR_WIDTH) for weight in result.weights]
     table = plain_table(*columns, left=(" ",))

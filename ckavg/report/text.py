@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
-_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+_UNITS = ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB"))
 _COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
@@ -13,10 +13,7 @@ def as_bytes(count: int) -> str:
     >>> as_bytes(490807608), as_bytes(17)
     ('490.8 MB', '17 B')
     """
-    for size, unit in _UNITS:
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
+    return _scaled(count, _UNITS) or f"{count} B"
 
 
 def as_count(count: int) -> str:
@@ -25,10 +22,7 @@ def as_count(count: int) -> str:
     >>> as_count(245366784), as_count(12)
     ('245.4M', '12')
     """
-    for size, unit in _COUNTS:
-        if count >= size:
-            return f"{count / size:.1f}{unit}"
-    return str(count)
+    return _scaled(count, _COUNTS) or str(count)
 
 
 def bar(value: float, largest: float, width: int) -> str:
@@ -40,3 +34,7 @@ def bar(value: float, largest: float, width: int) -> str:
     eighths = round(abs(value) / largest * width * 8) if largest > 0 else 0
     whole, rest = divmod(eighths, 8)
     return "█" * whole + _EIGHTHS[rest].strip()
+
+
+def _scaled(count: int, units: tuple[tuple[float, str], ...]) -> str:
+    return next((f"{count / size:.1f}{unit}" for size, unit in units if count >= size), "")

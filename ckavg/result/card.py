@@ -84,12 +84,6 @@ def _path(record: Averaged) -> str:
 
 
 def _table(record: Averaged) -> str:
-    columns = {"step": [str(step) for step in record.steps]}
-    if record.path_length is not None:
-        columns["ℓ"] = [f"{length:.4f}" for length in record.path_length]
-    columns["β"] = ["" if beta is None else f"{beta:.4f}" for beta in record.betas]
-    if record.alphas is not None:
-        columns["α"] = ["" if alpha is None else f"{alpha:.4f}" for alpha in record.alphas]
-    columns["weight"] = [f"{weight:.4f}" for weight in record.weights]
+    columns = record.columns()
     rows = [tuple(columns), ("---:",) * len(columns), *zip(*columns.values(), strict=True)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -85,6 +85,17 @@ class Averaged:
         """Where the average is."""
         return self.outputs[-1].directory
 
+    def columns(self) -> dict[str, list[str]]:
+        """The numbers of each checkpoint as text, by column: step, ℓ and α where there are any, β, weight."""
+        columns = {"step": [str(step) for step in self.steps]}
+        if self.path_length is not None:
+            columns["ℓ"] = [f"{length:.4f}" for length in self.path_length]
+        columns["β"] = ["" if beta is None else f"{beta:.4f}" for beta in self.betas]
+        if self.alphas is not None:
+            columns["α"] = ["" if alpha is None else f"{alpha:.4f}" for alpha in self.alphas]
+        columns["weight"] = [f"{weight:.4f}" for weight in self.weights]
+        return columns
+
     def to_dict(self) -> dict[str, Any]:
         """The record as plain JSON values."""
         record = dataclasses.asdict(self)
