@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import os
+import signal
 import sys
 from typing import Annotated, NoReturn
 
@@ -47,6 +48,7 @@ def _program(
 
 def main() -> None:
     """Run the program on the arguments of the process, and exit with its status."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a cluster sends first: clean up as after Ctrl-C
     gc.disable()  # a short life with bounded memory: looking for cycles in torch's modules costs a tenth of a second
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

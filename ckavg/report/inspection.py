@@ -56,7 +56,7 @@ def print_inspection(found: Inspection, *, as_json: bool) -> None:
         for line in str(problem).splitlines():
             console.print(quoted(line))
     console.print()
-    console.print(_verdict(found))
+    console.print(quoted(_verdict(found)), soft_wrap=True)
 
 
 def _warnings(found: Inspection) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ def write_card(record: Averaged, config: Mapping[str, Any], adapter_config: Mapp
 The average of {len(record.steps)} checkpoints of one training run, from step {record.steps[0]} to step
 {record.steps[-1]}, made with ckavg {__version__} without any further training.
 
-- Scheme: {scheme.title} ({scheme.reference})
+- Scheme: {scheme.title}; {scheme.reference}
 - Hyper-parameters: {_parameters(record)}
 - Anchor: step {record.anchor_step}; span: {record.span} optimizer steps{_path(record)}
 - Accumulated in {record.accumulate}, rounded once
