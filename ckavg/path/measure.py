@@ -1,7 +1,7 @@
 """Pass 1: stream every checkpoint once and measure σ of the anchor and the L1 distance of every step.
 
 Differences are taken in float32 (float64 for float64 checkpoints). Sums are formed in one fixed order, whatever the
-tile size and the number of threads: 64 absolute differences in float32, then everything in float64.
+tile size and the number of threads: 16 absolute differences in float32, then everything in float64.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ckavg.engine.tiles import TileReader
 from ckavg.path.table import PathLength, TensorPath, ZeroSigma, counts
 from ckavg.run.values import Entry, Run
 
-_LANES = 256
+_LANES = 1024
 _SUMMED_IN_WORK_DTYPE = CHUNK // _LANES
 
 
