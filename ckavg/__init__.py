@@ -15,15 +15,20 @@ from ckavg.path.table import PathLength
 from ckavg.result.record import Averaged
 from ckavg.run.opening import open_run
 from ckavg.run.values import Run
-from ckavg.schemes import BEMA, EMA, PEMA
+from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, MomentumEMA
 from ckavg.version import __version__
 
 __all__ = [
     "BEMA",
+    "DEMA",
     "EMA",
+    "OUEMA",
     "PEMA",
     "Averaged",
     "CkavgError",
+    "Last",
+    "Mean",
+    "MomentumEMA",
     "PathLength",
     "Progress",
     "Run",

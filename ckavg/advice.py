@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 from ckavg.path.table import PathLength
 from ckavg.run.values import Run
-from ckavg.schemes import Coefficients, Scheme
+from ckavg.schemes import Coefficients, Last, Mean, Scheme
 
 _NAMED = 3
 
 
 def before(run: Run, scheme: Scheme) -> tuple[str, ...]:
     """What can be told before any weight is read."""
-    begins_later = scheme.every_from is not None
-    return () if begins_later else about_anchor(run.steps[0], with_init=run.anchor_is_init)
+    needs_no_anchor = scheme.every_from is not None or isinstance(scheme, Mean | Last)
+    return () if needs_no_anchor else about_anchor(run.steps[0], with_init=run.anchor_is_init)
 
 
 def about_anchor(step: int, *, with_init: bool) -> tuple[str, ...]:
@@ -56,9 +56,9 @@ def about_path(path: PathLength, excluded: Sequence[str]) -> tuple[str, ...]:
     return tuple(told)
 
 
-def about_coefficients(coefficients: Coefficients, steps: Sequence[int]) -> tuple[str, ...]:
+def about_coefficients(scheme: Scheme, coefficients: Coefficients, steps: Sequence[int]) -> tuple[str, ...]:
     """What the coefficients tell."""
-    if coefficients.start == len(steps) - 1:
+    if coefficients.start == len(steps) - 1 and scheme.name != Last.name:
         return (f"No update falls after step {steps[-1]}, where the average begins: the result is that checkpoint.",)
     return ()
 

@@ -85,7 +85,7 @@ def plan_average(
     check_place(place, run, force=force)
     weights = plan_weights(run.last, dtype)
     side_files = gather_side_files(run, weights)
-    start = 0 if scheme.needs_path else scheme.coefficients(Timeline(run.steps)).start
+    start = 0 if scheme.needs_path else scheme.coefficients(_timeline(run, None)).start
     floating = [name for name, entry in run.tensors.items() if entry.is_floating]
     counted = [name for name in floating if counts(name, path_exclude)] if scheme.needs_path else []
     plan = Plan(
@@ -153,7 +153,7 @@ def average(
 
     Args:
         run: the checkpoints, the anchor first; see `open_run`.
-        scheme: how: `EMA`, `PEMA` or `BEMA`.
+        scheme: how: `PEMA`, `BEMA`, `EMA`, `MomentumEMA`, `OUEMA`, `DEMA`, `Mean` or `Last`.
         out: where the result goes; None: `<source>/averaged/<label of the scheme>`.
         dtype: output dtype of floating tensors: `source`, `float32`, `bfloat16`, `float16` or `float64`.
         accumulate: `float32` or `float64`; float64 checkpoints are accumulated in float64 in any case.
@@ -202,7 +202,7 @@ def carry_out(
         if scheme.needs_path:
             path = measure(run, exclude=plan.path_exclude, zero_sigma=zero_sigma, settings=settings)
         replaying = time.perf_counter()
-        coefficients = scheme.coefficients(Timeline(run.steps, path.lengths if path else None))
+        coefficients = scheme.coefficients(_timeline(run, path))
         with ShardFiles(staging.path, plan.weights.shards) as sink:
             formed = Average(coefficients, plan.weights.dtypes, sink)
             replayed_bytes = replay(run, [formed], wide=accumulate == "float64", settings=settings)
@@ -218,10 +218,17 @@ def carry_out(
             bytes_read=replayed_bytes + (path.bytes_read if path else 0),
             seconds=Seconds(replaying - measuring if path else 0.0, done - replaying, done - begun),
         )
-        for name, data in (plan.side_files | _own_files(record, plan.side_files)).items():
+        for name, data in (plan.side_files | _own_files(record, plan)).items():
             staging.write(name, data)
         staging.commit()
     return record
+
+
+def _timeline(run: Run, path: PathLength | None) -> Timeline:
+    if path is None:
+        return Timeline(run.steps, anchor_is_init=run.anchor_is_init)
+    own = {name: path.tensor_lengths(name) for name in path.counted}
+    return Timeline(run.steps, path.lengths, own, run.anchor_is_init)
 
 
 def _record(
@@ -239,7 +246,7 @@ def _record(
     left_out = _left_out(run, path) if path else ()
     anchor = run.steps[coefficients.start]
     files = sorted([*(shard.name for shard in plan.weights.shards), *plan.side_files, CARD, RESULT_RECORD])
-    warnings = plan.warnings + advice.about_coefficients(coefficients, run.steps)
+    warnings = plan.warnings + advice.about_coefficients(scheme, coefficients, run.steps)
     return Averaged(
         scheme=scheme.name,
         parameters=scheme.parameters(),
@@ -281,6 +288,7 @@ def _left_out(run: Run, path: PathLength) -> tuple[str, ...]:
     )
 
 
-def _own_files(record: Averaged, side_files: dict[str, bytes]) -> dict[str, bytes]:
-    card = write_card(record, read_config(side_files), read_config(side_files, "adapter_config.json"))
+def _own_files(record: Averaged, plan: Plan) -> dict[str, bytes]:
+    config, adapter_config = read_config(plan.side_files), read_config(plan.side_files, "adapter_config.json")
+    card = write_card(record, plan.scheme, config, adapter_config)
     return {CARD: card.encode(), RESULT_RECORD: record.to_json().encode() + b"\n"}

@@ -41,6 +41,8 @@ def path_length(checkpoints: Sequence[Arrays]) -> tuple[list[float], list[str], 
     counted = [name for name, value in sigma.items() if value > 0]
     total = sum(anchor[name].size for name in counted)
     lengths = [0.0]
+    if not total:
+        return [0.0] * len(checkpoints), sorted(sigma), 0
     for before, after in itertools.pairwise(checkpoints):
         moved = sum(float(np.abs(after[name] - before[name]).sum()) / sigma[name] for name in counted)
         lengths.append(lengths[-1] + moved / total)
@@ -82,6 +84,52 @@ def bema(
         return average
     alpha = (lag + multiplier * steps[-1]) ** -eta
     return {name: average[name] + alpha * (seen[-1][name] - seen[0][name]) for name in average}
+
+
+def ouema(
+    checkpoints: Sequence[Arrays], steps: Sequence[int], eta: float = 0.2, kappa: float = 0.5
+) -> dict[str, Array]:
+    average = dict(checkpoints[0])
+    for step, weights in zip(steps[1:], checkpoints[1:], strict=True):
+        beta, alpha = (10.0 + step) ** -kappa, (10.0 + step) ** -eta
+        corrected = {name: (weights[name] - alpha * checkpoints[0][name]) / (1 - alpha) for name in average}
+        average = {name: (1 - beta) * average[name] + beta * corrected[name] for name in average}
+    return average
+
+
+def dema(checkpoints: Sequence[Arrays], steps: Sequence[int], kappa: float = 0.5) -> dict[str, Array]:
+    first, second = dict(checkpoints[0]), dict(checkpoints[0])
+    for step, weights in zip(steps[1:], checkpoints[1:], strict=True):
+        beta = (10.0 + step) ** -kappa
+        first = {name: (1 - beta) * first[name] + beta * weights[name] for name in first}
+        second = {name: (1 - beta) * second[name] + beta * first[name] for name in first}
+    return {name: 2 * first[name] - second[name] for name in first}
+
+
+def momentum(
+    checkpoints: Sequence[Arrays], steps: Sequence[int], rho: float, scale: float, per_step: bool
+) -> dict[str, Array]:
+    gaps = [after - before if per_step else 1 for before, after in itertools.pairwise(steps)]
+    return weighted(checkpoints, [1 - rho ** (scale * gap) for gap in gaps])
+
+
+def pema_by_tensor(checkpoints: Sequence[Arrays], steps: Sequence[int], gamma: float = 0.15) -> dict[str, Array]:
+    lengths, _, _ = path_length(checkpoints)
+    span = steps[-1] - steps[0]
+    result: dict[str, Array] = {}
+    for name in checkpoints[0]:
+        run = [{name: weights[name]} for weights in checkpoints]
+        own, _, counted = path_length(run)
+        if counted:
+            clock = [lengths[-1] ** 2 * length / own[-1] for length in own]
+        else:
+            clock = [lengths[-1] * length for length in lengths]
+        result |= weighted(run, [(1 + span * each) ** -gamma for each in clock[1:]])
+    return result
+
+
+def mean(checkpoints: Sequence[Arrays]) -> dict[str, Array]:
+    return {name: np.mean([weights[name] for weights in checkpoints], axis=0) for name in checkpoints[0]}
 
 
 def ulp(values: Array, dtype: torch.dtype) -> Array:

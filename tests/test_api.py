@@ -37,10 +37,15 @@ def imports_of(path: Path) -> set[str]:
 def test_public_names() -> None:
     assert ckavg.__all__ == [
         "BEMA",
+        "DEMA",
         "EMA",
+        "OUEMA",
         "PEMA",
         "Averaged",
         "CkavgError",
+        "Last",
+        "Mean",
+        "MomentumEMA",
         "PathLength",
         "Progress",
         "Run",
@@ -68,7 +73,7 @@ def test_stages_know_only_the_values_passed_to_them(stage: str) -> None:
 def test_schemes_are_pure_numbers() -> None:
     for path in (PACKAGE / "schemes").rglob("*.py"):
         roots = {module.split(".")[0] for module in imports_of(path)}
-        assert roots <= {"__future__", "abc", "dataclasses", "math", "typing", "ckavg"}
+        assert roots <= {"__future__", "abc", "collections", "dataclasses", "itertools", "math", "typing", "ckavg"}
 
 
 @pytest.mark.parametrize(("module", "users"), [("rich", {"report", "cli"}), ("typer", {"report", "cli"})])

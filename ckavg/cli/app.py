@@ -12,10 +12,13 @@ from typing import Annotated, NoReturn
 import typer
 
 from ckavg.cli.bema import bema
+from ckavg.cli.dema import dema
 from ckavg.cli.demo import demo
 from ckavg.cli.ema import ema
 from ckavg.cli.failures import FAILED, INTERRUPTED
 from ckavg.cli.inspect import inspect
+from ckavg.cli.mean import mean
+from ckavg.cli.ouema import ouema
 from ckavg.cli.pema import pema
 from ckavg.version import __version__
 
@@ -27,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (pema, bema, ema, inspect, demo):
+for verb in (pema, bema, ema, ouema, dema, mean, inspect, demo):
     app.command()(verb)
 
 

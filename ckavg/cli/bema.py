@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import math
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,7 +17,7 @@ _DEFAULT = BEMA()
 def bema(
     *,
     eta: Annotated[
-        float, typer.Option(help="Power η of the correction: 0 is the strongest, more corrects less.")
+        float, typer.Option(help="Power η of the correction: 0 is the strongest, inf turns it off.")
     ] = _DEFAULT.eta,
     kappa: Annotated[float, typer.Option(help="Power κ of the average: 0 does not average.")] = _DEFAULT.kappa,
     multiplier: Annotated[float, typer.Option(help="Weight γ of the step.")] = _DEFAULT.multiplier,
@@ -24,9 +25,16 @@ def bema(
     burn_in: Annotated[
         int, typer.Option(metavar="N", help="Begin at the first checkpoint at or after step N.")
     ] = _DEFAULT.burn_in,
+    form: Annotated[
+        Literal["paper", "author"], typer.Option(help="Schedule of the paper, or of the authors' offline code.")
+    ] = _DEFAULT.form,
+    no_bias_correction: Annotated[
+        bool, typer.Option("--no-bias-correction", help="Leave the correction out: --eta inf.")
+    ] = False,
 ) -> Scheme:
     """Bias-corrected EMA: an average that does not lag behind. Reads every checkpoint once.
 
     β = (ρ + γ t)^(−κ) averages; α = (ρ + γ t)^(−η) then adds α (θ_t − θ_0).
     """
-    return BEMA(eta=eta, kappa=kappa, multiplier=multiplier, lag=lag, burn_in=burn_in)
+    eta = math.inf if no_bias_correction else eta
+    return BEMA(eta=eta, kappa=kappa, multiplier=multiplier, lag=lag, burn_in=burn_in, form=form)

@@ -98,7 +98,11 @@ class _AverageWorker:
         self._work: dict[torch.dtype, tuple[Tensor, list[State]]] = {}
         self._out = torch.empty(settings.tile * 8, dtype=torch.uint8)
         # β = 1 forgets all that was before, NaN and infinity included; elsewhere they last to the end.
-        self._forgets = any(1.0 in average.coefficients.betas for average in averages)
+        self._forgets = any(
+            1.0 in betas
+            for average in averages
+            for betas in (average.coefficients.betas, *average.coefficients.tensor_betas.values())
+        )
 
     def __call__(self, block: Block) -> None:
         for start, stop in block.tiles(self._tile):
@@ -108,6 +112,8 @@ class _AverageWorker:
         buffer, states = self._workspace(self._accumulate_dtype(name))
         theta = buffer[: stop - start]
         last = len(self._run.checkpoints) - 1
+        for state in states:
+            state.turn_to(name)
         for index in range(self._first, last + 1):
             self._reader.load(index - self._first, name, start, theta)
             if self._forgets and not _all_finite(theta):

@@ -28,9 +28,14 @@ class State(abc.ABC):
 
     def __init__(self, coefficients: Coefficients, *, size: int, dtype: torch.dtype, device: str = "cpu") -> None:
         self.coefficients = coefficients
+        self._betas = coefficients.betas
         self._size = size
         self._dtype = dtype
         self._device = device
+
+    def turn_to(self, name: str) -> None:
+        """Say of which tensor the next tiles are: some schemes have a β for each."""
+        self._betas = self.coefficients.tensor_betas.get(name, self.coefficients.betas)
 
     def take(self, index: int, theta: Tensor) -> None:
         """Take in checkpoint `index`; they come in order. `theta` is (n,), n ≤ size, and is left as it is."""
@@ -53,7 +58,7 @@ class State(abc.ABC):
         return torch.empty(self._size, dtype=self._dtype, device=self._device)
 
     def _beta(self, index: int) -> float:
-        beta = self.coefficients.betas[index]
+        beta = self._betas[index]
         return 1.0 if beta is None else beta
 
     def _alpha(self, index: int) -> float:
@@ -99,7 +104,55 @@ class BemaState(EmaState):
         self._anchor[: theta.numel()].copy_(theta)
 
 
-RULES: dict[str, type[State]] = {"ema": EmaState, "bema": BemaState}
+class OuemaState(EmaState):
+    """θ̃_k = (θ_k − α_k θ_0) / (1 − α_k), then E ← (1 − β_k) E + β_k θ̃_k; output E (EMA Without the Lag, Eq. 13).
+
+    θ̃_k is formed as θ_0 + (θ_k − θ_0) / (1 − α_k): the same, and exact where nothing moved.
+    """
+
+    def __init__(self, coefficients: Coefficients, *, size: int, dtype: torch.dtype, device: str = "cpu") -> None:
+        super().__init__(coefficients, size=size, dtype=dtype, device=device)
+        self._anchor = self._buffer()
+        self._corrected = self._buffer()
+
+    def _begin(self, theta: Tensor) -> None:
+        super()._begin(theta)
+        self._anchor[: theta.numel()].copy_(theta)
+
+    def _update(self, index: int, theta: Tensor) -> None:
+        size = theta.numel()
+        anchor = self._anchor[:size]
+        corrected = torch.sub(theta, anchor, out=self._corrected[:size]).div_(1.0 - self._alpha(index)).add_(anchor)
+        super()._update(index, corrected)
+
+
+class DemaState(EmaState):
+    """e_1 ← (1 − β_k) e_1 + β_k θ_k, e_2 likewise from the new e_1; output 2 e_1 − e_2 (the same, Eq. 14–16).
+
+    The output is formed as e_1 + (e_1 − e_2): the same, and exact where nothing moved.
+    """
+
+    def __init__(self, coefficients: Coefficients, *, size: int, dtype: torch.dtype, device: str = "cpu") -> None:
+        super().__init__(coefficients, size=size, dtype=dtype, device=device)
+        self._second = self._buffer()
+
+    def output(self, index: int, theta: Tensor) -> Tensor:
+        """(n,) 2 e_1 − e_2."""
+        size = theta.numel()
+        first = self._average[:size]
+        return torch.sub(first, self._second[:size], out=self._change[:size]).add_(first)
+
+    def _begin(self, theta: Tensor) -> None:
+        super()._begin(theta)
+        self._second[: theta.numel()].copy_(theta)
+
+    def _update(self, index: int, theta: Tensor) -> None:
+        size = theta.numel()
+        super()._update(index, theta)
+        _step(self._second[:size], self._average[:size], self._beta(index), self._change[:size])
+
+
+RULES: dict[str, type[State]] = {"ema": EmaState, "bema": BemaState, "ouema": OuemaState, "dema": DemaState}
 """The update rules by the name under which schemes ask for them."""
 
 

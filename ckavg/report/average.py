@@ -22,7 +22,7 @@ _MOST_ROWS = 40
 def print_summary(result: Averaged, plan: Plan) -> None:
     """Print what was averaged, the weight of each checkpoint as a bar, where the result is, and what to type next."""
     console = stdout_console()
-    console.print(quoted(f"{plan.scheme.title}: {_parameters(result)}"), style="bold")
+    console.print(quoted(_title(plan)), style="bold")
     console.print(quoted(_run_line(result, plan)))
     console.print()
     console.print(_weights_table(result))
@@ -75,8 +75,9 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
     console.print("Nothing was read or written.")
 
 
-def _parameters(result: Averaged) -> str:
-    return ", ".join(f"{name.replace('_', '-')} {value}" for name, value in result.parameters.items())
+def _title(plan: Plan) -> str:
+    stated = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in plan.scheme.stated.items())
+    return f"{plan.scheme.title}: {stated}" if stated else plan.scheme.title
 
 
 def _run_line(result: Averaged, plan: Plan) -> str:

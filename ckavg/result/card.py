@@ -9,17 +9,18 @@ from typing import Any
 
 from ckavg.result.command import as_options
 from ckavg.result.record import Averaged
-from ckavg.schemes import SCHEMES
+from ckavg.schemes import Scheme
 from ckavg.version import __version__
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
-def write_card(record: Averaged, config: Mapping[str, Any], adapter_config: Mapping[str, Any]) -> str:
+def write_card(record: Averaged, scheme: Scheme, config: Mapping[str, Any], adapter_config: Mapping[str, Any]) -> str:
     """The text of `README.md`: metadata, what this is, how it was made, and the weight of every checkpoint.
 
     Args:
         record: what was done.
+        scheme: how.
         config: `config.json` of the model; empty where there is none.
         adapter_config: `adapter_config.json`; empty for a whole model.
     """
@@ -32,7 +33,6 @@ def write_card(record: Averaged, config: Mapping[str, Any], adapter_config: Mapp
     elif "model_type" in config:
         metadata["library_name"] = "transformers"
     metadata["tags"] = ["checkpoint-averaging", record.scheme]
-    scheme = SCHEMES[record.scheme]
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items())
     return f"""---
 {front}
@@ -44,7 +44,7 @@ The average of {len(record.steps)} checkpoints of one training run, from step {r
 {record.steps[-1]}, made with ckavg {__version__} without any further training.
 
 - Scheme: {scheme.title}; {scheme.reference}
-- Hyper-parameters: {_parameters(record)}
+- Hyper-parameters: {_parameters(record) or "none"}
 - Anchor: step {record.anchor_step}; span: {record.span} optimizer steps{_path(record)}
 - Accumulated in {record.accumulate}, rounded once
 
@@ -52,15 +52,15 @@ The average of {len(record.steps)} checkpoints of one training run, from step {r
 
 To make it again from the same checkpoints:
 
-    {reproduce(record)}
+    {reproduce(record, scheme)}
 
 `ckavg.json` holds the full record.
 """
 
 
-def reproduce(record: Averaged) -> str:
+def reproduce(record: Averaged, scheme: Scheme) -> str:
     """The command line that forms the same average, in the directory of the checkpoints."""
-    settings: dict[str, object] = {**record.parameters, **record.selection}
+    settings: dict[str, object] = {**scheme.stated, **record.selection}
     settings.pop("every_from", None)  # follows from --burn-in
     if "init" in settings:
         settings["init"] = "BASE_MODEL"  # a local path, and nobody else's
@@ -72,7 +72,7 @@ def reproduce(record: Averaged) -> str:
         settings["path_exclude"] = record.path_exclude
         if record.zero_sigma != "exclude":
             settings["zero_sigma"] = record.zero_sigma
-    return f"ckavg {record.scheme} {as_options(settings)}"
+    return f"ckavg {record.scheme} {as_options(settings)}".rstrip()
 
 
 def _parameters(record: Averaged) -> str:

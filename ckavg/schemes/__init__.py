@@ -6,10 +6,28 @@ rule that takes them in. The rules themselves are in `ckavg.replay`.
 
 from ckavg.schemes.base import Coefficients, Scheme, Timeline
 from ckavg.schemes.bema import BEMA
+from ckavg.schemes.dema import DEMA
 from ckavg.schemes.ema import EMA
+from ckavg.schemes.mean import Last, Mean
+from ckavg.schemes.momentum import MomentumEMA, scaled_momentum
+from ckavg.schemes.ouema import OUEMA
 from ckavg.schemes.pema import PEMA
 
-SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (EMA, PEMA, BEMA)}
-"""Every scheme by the name under which it is typed."""
+SCHEMES: tuple[type[Scheme], ...] = (EMA, MomentumEMA, PEMA, BEMA, OUEMA, DEMA, Mean, Last)
+"""Every scheme there is."""
 
-__all__ = ["BEMA", "EMA", "PEMA", "SCHEMES", "Coefficients", "Scheme", "Timeline"]
+__all__ = [
+    "BEMA",
+    "DEMA",
+    "EMA",
+    "OUEMA",
+    "PEMA",
+    "SCHEMES",
+    "Coefficients",
+    "Last",
+    "Mean",
+    "MomentumEMA",
+    "Scheme",
+    "Timeline",
+    "scaled_momentum",
+]

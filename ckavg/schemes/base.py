@@ -5,12 +5,13 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from ckavg.errors import SettingError
 
-Rule = Literal["ema", "bema"]
+Rule = Literal["ema", "bema", "ouema", "dema"]
 """The update rules that `ckavg.replay` knows."""
 
 
@@ -21,10 +22,14 @@ class Timeline:
     Attributes:
         steps: absolute optimizer steps t_0 < t_1 < … < t_K; the first is the anchor's.
         path_length: normalized path length ℓ_0 = 0, ℓ_1, …, ℓ_K; None where it was not measured.
+        tensor_path_length: the path of single tensors likewise, by name; empty where it was not measured.
+        anchor_is_init: whether θ_0 is a model given apart from the run rather than one of its checkpoints.
     """
 
     steps: tuple[int, ...]
     path_length: tuple[float, ...] | None = None
+    tensor_path_length: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    anchor_is_init: bool = False
 
     @property
     def ages(self) -> tuple[int, ...]:
@@ -46,12 +51,14 @@ class Coefficients:
         start: index of the checkpoint from which the state begins, E ← θ_start; earlier ones have no part.
         betas: β_k in (0, 1] for k > start, None up to there.
         alphas: α_k ≥ 0 likewise, for rules with a correction; None for those without.
+        tensor_betas: what takes the place of `betas` for single tensors, by name.
     """
 
     rule: Rule
     start: int
     betas: tuple[float | None, ...]
     alphas: tuple[float | None, ...] | None = None
+    tensor_betas: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,19 +92,27 @@ class Scheme(abc.ABC):
         return None
 
     def parameters(self) -> dict[str, float | int | str]:
-        """The hyper-parameters by name, as they go into the record of a result."""
-        return dataclasses.asdict(self)
+        """The hyper-parameters by name, as a result records them; infinity, which JSON lacks, is `"inf"`."""
+        return {name: "inf" if value == math.inf else value for name, value in dataclasses.asdict(self).items()}
+
+    @property
+    def stated(self) -> dict[str, float | int | str]:
+        """The main hyper-parameter, and every other one that is not the default."""
+        defaults = {known.name: known.default for known in dataclasses.fields(self)}
+        return {
+            name: value
+            for name, value in self.parameters().items()
+            if name in self.label_fields or value != defaults[name]
+        }
 
     @property
     def label(self) -> str:
-        """A name for the result: the scheme, its main hyper-parameter, and every other one that is not the default."""
-        parts = [self.name]
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in self.label_fields or value != field.default:
-                parts.append(f"{field.name.replace('_', '-')}{value:g}" if isinstance(value, float) else
-                             f"{field.name.replace('_', '-')}{value}")  # fmt: skip
-        return "-".join(parts)
+        """A name for the result: the scheme and what is stated of it."""
+        parts = [
+            f"{name.replace('_', '-')}{f'{value:g}' if isinstance(value, float) else value}"
+            for name, value in self.stated.items()
+        ]
+        return "-".join([self.name, *parts])
 
 
 def require(condition: bool, message: str, *, hint: str = "") -> None:
@@ -106,8 +121,9 @@ def require(condition: bool, message: str, *, hint: str = "") -> None:
         raise SettingError(message, hint=hint)
 
 
-def require_finite(scheme: Scheme) -> None:
-    """Refuse hyper-parameters that are NaN or infinite."""
-    for name, value in scheme.parameters().items():
+def require_finite(scheme: Scheme, *, but: tuple[str, ...] = ()) -> None:
+    """Refuse hyper-parameters that are NaN or infinite; those named in `but` may be infinite."""
+    for name, value in dataclasses.asdict(scheme).items():
         if isinstance(value, float):
-            require(math.isfinite(value), f"{scheme.name}: {name} is {value}; it must be a finite number.")
+            allowed = name in but and value == math.inf
+            require(allowed or math.isfinite(value), f"{scheme.name}: {name} is {value}; it must be a finite number.")

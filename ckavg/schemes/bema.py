@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ckavg.schemes.base import Coefficients, Scheme, Timeline, require, require_finite
+from ckavg.schemes.schedule import falling, step_ages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,20 +18,23 @@ class BEMA(Scheme):
                                                 E ← (1 − β_k) E + β_k θ_k
                                                 output E + α_k (θ_k − θ_0)
 
-    t_k is the absolute optimizer step, not the age since the anchor or the burn-in.
+    t_k is the absolute optimizer step, not the age since the anchor or the burn-in. The authors' offline code differs:
+    with u = max(t − τ + ρ, 1) it takes β = (1 + γ u)^(−κ) and α = (1 + u)^(−η).
 
     Attributes:
-        eta: η ≥ 0, power of the correction; 0 is the strongest, α = 1.
+        eta: η ≥ 0, power of the correction; 0 is the strongest, α = 1; infinity turns it off.
         kappa: κ ≥ 0, power of the average; 0 means β = 1, no averaging.
         multiplier: γ, weight of the step in both schedules.
         lag: ρ; ρ + γ t must be at least 1 at every update.
         burn_in: τ ≥ 0 in optimizer steps.
+        form: `paper`, or `author` for the schedule of the authors' offline code.
 
     References:
         EMA Without the Lag: Bias-Corrected Iterate Averaging Schemes, Algorithm 1.
 
-    >>> BEMA(eta=1.0, kappa=0.5, lag=4.0).coefficients(Timeline((0, 12)))
-    Coefficients(rule='bema', start=0, betas=(None, 0.25), alphas=(None, 0.0625))
+    >>> coefficients = BEMA(eta=1.0, kappa=0.5, lag=4.0).coefficients(Timeline((0, 12)))
+    >>> coefficients.betas, coefficients.alphas
+    ((None, 0.25), (None, 0.0625))
     """
 
     name: ClassVar[str] = "bema"
@@ -43,9 +47,11 @@ class BEMA(Scheme):
     multiplier: float = 1.0
     lag: float = 10.0
     burn_in: int = 0
+    form: Literal["paper", "author"] = "paper"
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        require_finite(self, but=("eta",))
+        require(self.form in ("paper", "author"), f"bema: form is {self.form!r}; it must be paper or author.")
         require(self.eta >= 0, f"bema: eta is {self.eta:g}; it must be 0 (strongest correction) or more.")
         require(self.kappa >= 0, f"bema: kappa is {self.kappa:g}; it must be 0 (no averaging) or more.")
         require(self.burn_in >= 0, f"bema: burn-in is {self.burn_in}; it must be 0 or more optimizer steps.")
@@ -62,16 +68,15 @@ class BEMA(Scheme):
             last = timeline.steps[-1]
             require(False, f"bema: burn-in is {self.burn_in}, but the last checkpoint is at step {last}.")
             start = 0
-        ages = [self.lag + self.multiplier * step for step in timeline.steps[start + 1 :]]
-        require(
-            all(age >= 1 for age in ages),
-            f"bema: lag + multiplier × step falls to {min(ages, default=1):g}; it must be at least 1.",
-            hint="Raise --lag, or make --multiplier positive.",
-        )
+        betas, alphas = self._schedule(timeline, start)
         before = (None,) * (start + 1)
-        return Coefficients(
-            "bema",
-            start,
-            (*before, *(age**-self.kappa for age in ages)),
-            (*before, *(age**-self.eta for age in ages)),
-        )
+        return Coefficients("bema", start, (*before, *betas), (*before, *alphas))
+
+    def _schedule(self, timeline: Timeline, start: int) -> tuple[list[float], list[float]]:
+        if self.form == "author":
+            ages = [max(step - self.burn_in + self.lag, 1.0) for step in timeline.steps[start + 1 :]]
+            scaled = [1 + self.multiplier * age for age in ages]
+            require(all(age >= 1 for age in scaled), "bema: multiplier is negative; it must be 0 or more.")
+            return falling(scaled, self.kappa), falling([1 + age for age in ages], self.eta)
+        ages = step_ages(timeline, start, lag=self.lag, multiplier=self.multiplier)
+        return falling(ages, self.kappa), falling(ages, self.eta)

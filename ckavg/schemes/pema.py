@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ckavg.schemes.base import Coefficients, Scheme, Timeline, require, require_finite
 
@@ -19,6 +19,10 @@ class PEMA(Scheme):
 
     Attributes:
         gamma: power γ ≥ 0; 0 gives the last checkpoint.
+        pairing: `same`, or `next` for the literal text, in which θ_k goes with ℓ_{k−1}; then β_1 = 1 and θ_0 drops out.
+        scope: `global` for one β; `tensor` for a β of each tensor's own path ℓ_p (Appendix C.6),
+            β_{p,k} = (1 + T · ℓ_K² · ℓ_{p,k} / ℓ_{p,K})^(−γ), the global one where a tensor has no path.
+        clock: T in optimizer `steps`, or the number of `updates`.
 
     References:
         Pathwise EMA, Eq. 3 and Algorithm 1.
@@ -34,15 +38,35 @@ class PEMA(Scheme):
     label_fields: ClassVar[tuple[str, ...]] = ("gamma",)
 
     gamma: float = 0.15
+    scope: Literal["global", "tensor"] = "global"
+    pairing: Literal["same", "next"] = "same"
+    clock: Literal["steps", "updates"] = "steps"
 
     def __post_init__(self) -> None:
         require_finite(self)
+        require(self.scope in ("global", "tensor"), f"pema: scope is {self.scope!r}; it must be global or tensor.")
+        require(self.pairing in ("same", "next"), f"pema: pairing is {self.pairing!r}; it must be same or next.")
+        require(self.clock in ("steps", "updates"), f"pema: clock is {self.clock!r}; it must be steps or updates.")
         require(self.gamma >= 0, f"pema: gamma is {self.gamma:g}; it must be 0 or more.")
 
     def coefficients(self, timeline: Timeline) -> Coefficients:
         """β by path length."""
         path = timeline.path_length
         require(path is not None, "pema: the path length was not measured.")
-        path = path or ()
-        clock = timeline.span * path[-1]
-        return Coefficients("ema", 0, (None, *((1.0 + clock * length) ** -self.gamma for length in path[1:])))
+        path = path or (0.0,)
+        span = timeline.span if self.clock == "steps" else len(timeline.steps) - 1
+        own = timeline.tensor_path_length if self.scope == "tensor" else {}
+        return Coefficients(
+            "ema",
+            0,
+            self._betas(span * path[-1], path),
+            tensor_betas={
+                name: self._betas(span * path[-1] ** 2 / lengths[-1], lengths)
+                for name, lengths in own.items()
+                if lengths[-1] > 0
+            },
+        )
+
+    def _betas(self, clock: float, path: tuple[float, ...]) -> tuple[float | None, ...]:
+        paired = path[1:] if self.pairing == "same" else path[:-1]
+        return (None, *((1.0 + clock * length) ** -self.gamma for length in paired))

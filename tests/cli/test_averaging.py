@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,25 @@ def run(tmp_path: Path) -> Path:
             ckavg.BEMA(eta=0.4, kappa=0.6, multiplier=2.0, lag=5.0, burn_in=50),
             "bema-eta0.4-kappa0.6-multiplier2-lag5-burn-in50",
         ),
+        ("bema", ("--form", "author"), ckavg.BEMA(form="author"), "bema-eta0.2-formauthor"),
+        ("bema", ("--no-bias-correction",), ckavg.BEMA(eta=math.inf), "bema-etainf"),
+        ("bema", ("--eta", "inf"), ckavg.BEMA(eta=math.inf), "bema-etainf"),
+        ("ema", ("--momentum", "0.99"), ckavg.MomentumEMA(momentum=0.99), "ema-momentum0.99"),
+        (
+            "ema",
+            ("--momentum", "0.9", "--momentum-per", "update", "--batch-scale", "2"),
+            ckavg.MomentumEMA(momentum=0.9, momentum_per="update", batch_scale=2.0),
+            "ema-momentum0.9-momentum-perupdate-batch-scale2",
+        ),
+        (
+            "pema",
+            ("--scope", "tensor", "--pairing", "next", "--clock", "updates"),
+            ckavg.PEMA(scope="tensor", pairing="next", clock="updates"),
+            "pema-gamma0.15-scopetensor-pairingnext-clockupdates",
+        ),
+        ("ouema", ("--eta", "0.3"), ckavg.OUEMA(eta=0.3), "ouema-eta0.3"),
+        ("dema", (), ckavg.DEMA(), "dema-kappa0.5"),
+        ("mean", (), ckavg.Mean(), "mean"),
     ],
 )
 def test_command_is_the_library(
@@ -82,7 +102,8 @@ def test_command_is_the_library(
 
 
 def test_defaults_of_the_command_are_those_of_the_schemes(run: Path) -> None:
-    for verb, scheme in (("pema", ckavg.PEMA()), ("ema", ckavg.EMA()), ("bema", ckavg.BEMA())):
+    schemes = {"ouema": ckavg.OUEMA(), "dema": ckavg.DEMA(), "mean": ckavg.Mean()}
+    for verb, scheme in {"pema": ckavg.PEMA(), "ema": ckavg.EMA(), "bema": ckavg.BEMA(), **schemes}.items():
         record = json.loads(run_cli(verb, run, "--json").stdout)
         assert record["parameters"] == scheme.parameters()
 
@@ -194,3 +215,17 @@ def test_names_cannot_reach_the_terminal_as_control_characters(tmp_path: Path) -
     assert result.exit_code == 1
     assert "\x1b" not in result.stderr
     assert "\\x1b[31mred[bold]" in result.stderr
+
+
+def test_mean_leaves_the_base_model_out(run: Path, tmp_path: Path) -> None:
+    (run / "checkpoint-0").rename(tmp_path / "base")
+    record = json.loads(run_cli("mean", run, "--init", tmp_path / "base", "--json").stdout)
+    assert record["steps"] == list(STEPS)
+    assert record["weights"] == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3])
+
+
+def test_negative_weights_are_drawn_by_their_size(run: Path) -> None:
+    result = run_cli("bema", run, "--eta", "0", "--kappa", "0.1")
+    first = next(line for line in result.stdout.splitlines() if line.startswith("   0 "))
+    assert "-0." in first
+    assert "█" in first

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ckavg.replay.rules import RULES
 from ckavg.replay.weights import effective_weights
-from ckavg.schemes import BEMA, EMA, PEMA, Coefficients, Scheme, Timeline
+from ckavg.schemes import (
+    BEMA,
+    DEMA,
+    EMA,
+    OUEMA,
+    PEMA,
+    SCHEMES,
+    Coefficients,
+    Last,
+    Mean,
+    MomentumEMA,
+    Scheme,
+    Timeline,
+)
 from ckavg.schemes.base import Rule
 
 POWERS = st.floats(0, 2)
@@ -32,13 +46,31 @@ def timelines(draw: st.DrawFn) -> Timeline:
 
 @st.composite
 def schemes(draw: st.DrawFn) -> Scheme:
-    return draw(
+    drawn: Scheme = draw(
         st.one_of(
             st.builds(EMA, gamma=POWERS, tau=st.floats(1, 100)),
-            st.builds(PEMA, gamma=POWERS),
-            st.builds(BEMA, eta=POWERS, kappa=POWERS, multiplier=st.floats(0, 3), lag=st.floats(1, 100)),
+            st.builds(MomentumEMA, momentum=st.floats(0, 0.999), batch_scale=st.floats(0.1, 8)),
+            st.builds(
+                PEMA,
+                gamma=POWERS,
+                pairing=st.sampled_from(("same", "next")),
+                clock=st.sampled_from(("steps", "updates")),
+            ),
+            st.builds(
+                BEMA,
+                eta=POWERS | st.just(math.inf),
+                kappa=POWERS,
+                multiplier=st.floats(0, 3),
+                lag=st.floats(1, 100),
+                form=st.sampled_from(("paper", "author")),
+            ),
+            st.builds(OUEMA, eta=st.floats(0.1, 2), kappa=POWERS, multiplier=st.floats(0, 3), lag=st.floats(2, 100)),
+            st.builds(DEMA, kappa=POWERS, multiplier=st.floats(0, 3), lag=st.floats(1, 100)),
+            st.just(Mean()),
+            st.just(Last()),
         )
     )
+    return drawn
 
 
 @st.composite
@@ -47,8 +79,11 @@ def coefficients(draw: st.DrawFn) -> Coefficients:
     alphas = draw(st.lists(st.floats(0, 1), min_size=len(betas), max_size=len(betas)))
     start = draw(st.integers(0, 2))
     none = (None,) * (start + 1)
-    rule: Rule = draw(st.sampled_from(("ema", "bema")))
-    return Coefficients(rule, start, none + tuple(betas), none + tuple(alphas) if rule == "bema" else None)
+    rule: Rule = draw(st.sampled_from(("ema", "bema", "ouema", "dema")))
+    if rule == "ouema":
+        alphas = [alpha / 2 for alpha in alphas]
+    corrected = rule in ("bema", "ouema")
+    return Coefficients(rule, start, none + tuple(betas), none + tuple(alphas) if corrected else None)
 
 
 def replayed(chosen: Coefficients, run: Tensor) -> Tensor:
@@ -74,7 +109,19 @@ def test_weights_sum_to_1(chosen: Coefficients) -> None:
 def test_weights_of_every_scheme_sum_to_1(scheme: Scheme, timeline: Timeline) -> None:
     chosen = scheme.coefficients(timeline)
     assert all(beta is None or 0 < beta <= 1 for beta in chosen.betas)
-    assert sum(effective_weights(chosen)) == pytest.approx(1, abs=1e-12)
+    assert sum(effective_weights(chosen)) == pytest.approx(1, abs=1e-11)
+
+
+def test_the_battery_has_every_scheme() -> None:
+    drawn: set[type[Scheme]] = set()
+
+    @settings(max_examples=300, database=None)
+    @given(scheme=schemes())
+    def draw(scheme: Scheme) -> None:
+        drawn.add(type(scheme))
+
+    draw()
+    assert drawn == set(SCHEMES)
 
 
 @given(chosen=coefficients(), value=st.floats(-(2.0**100), 2.0**100, width=32))

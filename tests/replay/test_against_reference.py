@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,14 @@ from tests.runs import random_run, write_run
 STEPS = (0, 7, 50, 51, 200, 1000)
 Reference = Callable[[Sequence[Arrays], Sequence[int]], dict[str, Array]]
 
+
+def _author(run: Sequence[Arrays], steps: Sequence[int], *, burn_in: int) -> dict[str, Array]:
+    """The schedule of the authors' offline code, with the defaults of the paper."""
+    ages = [step - burn_in + 10 for step in steps[1:]]
+    average = reference.weighted(run, [(1 + age) ** -0.5 for age in ages])
+    return {name: average[name] + (1 + ages[-1]) ** -0.2 * (run[-1][name] - run[0][name]) for name in average}
+
+
 SCHEMES: Mapping[str, tuple[Scheme, Reference]] = {
     "pema": (ckavg.PEMA(), reference.pema),
     "pema-strong": (ckavg.PEMA(gamma=0.6), lambda run, steps: reference.pema(run, steps, 0.6)),
@@ -31,6 +40,32 @@ SCHEMES: Mapping[str, tuple[Scheme, Reference]] = {
         ckavg.BEMA(eta=0.4, kappa=0.3, multiplier=2.0, lag=3.0, burn_in=7),
         lambda run, steps: reference.bema(run, steps, eta=0.4, kappa=0.3, multiplier=2.0, lag=3.0, burn_in=7),
     ),
+    "bema-author": (
+        ckavg.BEMA(form="author", burn_in=7),
+        lambda run, steps: _author(run[1:], steps[1:], burn_in=7),
+    ),
+    "bema-uncorrected": (
+        ckavg.BEMA(eta=math.inf),
+        lambda run, steps: reference.weighted(run, [(10 + step) ** -0.5 for step in steps[1:]]),
+    ),
+    "ouema": (ckavg.OUEMA(), reference.ouema),
+    "ouema-weak": (ckavg.OUEMA(eta=0.8, kappa=0.3), lambda run, steps: reference.ouema(run, steps, 0.8, 0.3)),
+    "dema": (ckavg.DEMA(), reference.dema),
+    "dema-quick": (ckavg.DEMA(kappa=0.2), lambda run, steps: reference.dema(run, steps, 0.2)),
+    "momentum": (
+        ckavg.MomentumEMA(momentum=0.99, batch_scale=2.0),
+        lambda run, steps: reference.momentum(run, steps, 0.99, 2.0, per_step=True),
+    ),
+    "momentum-per-update": (
+        ckavg.MomentumEMA(momentum=0.8, momentum_per="update"),
+        lambda run, steps: reference.momentum(run, steps, 0.8, 1.0, per_step=False),
+    ),
+    "pema-tensor": (
+        ckavg.PEMA(scope="tensor", gamma=0.4),
+        lambda run, steps: reference.pema_by_tensor(run, steps, 0.4),
+    ),
+    "mean": (ckavg.Mean(), lambda run, steps: reference.mean(run)),
+    "last": (ckavg.Last(), lambda run, steps: dict(run[-1])),
     "bema-unaveraged": (ckavg.BEMA(kappa=0.0, eta=0.0), lambda run, steps: reference.bema(run, steps, kappa=0, eta=0)),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -241,7 +241,7 @@ def test_record_in_the_result_is_the_record_returned(source: Path) -> None:
     result = ckavg.average(ckavg.open_run(source, from_step=0, last=3), ckavg.PEMA(gamma=0.2))
     written = json.loads((result.directory / "ckavg.json").read_text())
     assert written == json.loads(result.to_json())
-    assert written["parameters"] == {"gamma": 0.2}
+    assert written["parameters"] == {"gamma": 0.2, "scope": "global", "pairing": "same", "clock": "steps"}
     assert written["selection"] == {"from_step": 0, "last": 3}
     assert sum(written["weights"]) == pytest.approx(1, abs=1e-12)
     weights = random_run(seed=1, count=1, dtype=torch.bfloat16)[0]

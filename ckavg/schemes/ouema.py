@@ -1,0 +1,59 @@
+"""OUEMA: an exponential moving average of checkpoints that are each corrected for the pull of the start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ckavg.schemes.base import Coefficients, Scheme, Timeline, require, require_finite
+from ckavg.schemes.schedule import falling, step_ages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OUEMA(Scheme):
+    """Ornstein–Uhlenbeck exponential moving average.
+
+        β_k = (ρ + γ t_k)^(−κ)        α_k = (ρ + γ t_k)^(−η)
+        θ̃_k = (θ_k − α_k θ_0) / (1 − α_k)        E ← (1 − β_k) E + β_k θ̃_k
+
+    t_k is the absolute optimizer step.
+
+    Attributes:
+        eta: η > 0, power of the correction; infinity turns it off.
+        kappa: κ ≥ 0, power of the average; 0 means β = 1, no averaging.
+        multiplier: γ, weight of the step in both schedules.
+        lag: ρ; ρ + γ t must be greater than 1 at every update.
+
+    References:
+        EMA Without the Lag, Eq. 13.
+
+    >>> coefficients = OUEMA(eta=1.0, kappa=0.5, lag=4.0).coefficients(Timeline((0, 12)))
+    >>> coefficients.betas, coefficients.alphas
+    ((None, 0.25), (None, 0.0625))
+    """
+
+    name: ClassVar[str] = "ouema"
+    title: ClassVar[str] = "Ornstein–Uhlenbeck EMA (OUEMA)"
+    reference: ClassVar[str] = "EMA Without the Lag, Eq. 13"
+    label_fields: ClassVar[tuple[str, ...]] = ("eta",)
+
+    eta: float = 0.2
+    kappa: float = 0.5
+    multiplier: float = 1.0
+    lag: float = 10.0
+
+    def __post_init__(self) -> None:
+        require_finite(self, but=("eta",))
+        require(self.eta > 0, f"ouema: eta is {self.eta:g}; it must be more than 0: at 0 nothing is left of θ_k.")
+        require(self.kappa >= 0, f"ouema: kappa is {self.kappa:g}; it must be 0 (no averaging) or more.")
+
+    def coefficients(self, timeline: Timeline) -> Coefficients:
+        """β and α by absolute step."""
+        ages = step_ages(timeline, 0, lag=self.lag, multiplier=self.multiplier)
+        alphas = falling(ages, self.eta)
+        require(
+            all(alpha < 1 for alpha in alphas),
+            "ouema: lag + multiplier × step is 1; it must be more, for α = 1 leaves nothing of θ_k.",
+            hint="Raise --lag.",
+        )
+        return Coefficients("ouema", 0, (None, *falling(ages, self.kappa)), (None, *alphas))
