@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,55 +174,80 @@ def average(
         CkavgError: any other reason for which there is no result; the sources and `out` are as they were.
     """
     plan = plan_average(run, scheme, out=out, dtype=dtype, path_exclude=path_exclude, force=force)
-    return carry_out(plan, accumulate=accumulate, device=device, zero_sigma=zero_sigma, on_progress=on_progress)
+    (record,) = carry_out([plan], accumulate=accumulate, device=device, zero_sigma=zero_sigma, on_progress=on_progress)
+    return record
 
 
 def carry_out(
-    plan: Plan,
+    plans: Sequence[Plan],
     *,
     accumulate: str = "float32",
     device: str = "auto",
     zero_sigma: ZeroSigma = "exclude",
     on_progress: OnProgress | None = None,
-) -> Averaged:
-    """Do what a plan says: `average` from where the reading begins. Args, returns, errors: as of `average`."""
+) -> tuple[Averaged, ...]:
+    """Do what plans say, all from one reading of the run they share; each result is what it would be by itself.
+
+    Args:
+        plans: of one run, with one `path_exclude`, each to a place of its own; at least one.
+        accumulate, device, zero_sigma, on_progress: as of `average`.
+
+    Raises:
+        CkavgError: as of `average`. A result that was complete by then stays.
+    """
     from ckavg.engine.devices import resolve_device
     from ckavg.engine.stream import Settings
     from ckavg.path.measure import measure
     from ckavg.replay.replay import Average, replay
-    from ckavg.replay.weights import effective_weights
 
     begun = time.perf_counter()
     if accumulate not in ACCUMULATE:
         raise SettingError(f"accumulate is {accumulate!r}; it must be one of {', '.join(ACCUMULATE)}.")
-    run, scheme = plan.run, plan.scheme
+    run = plans[0].run
     settings = Settings(device=resolve_device(device), on_progress=on_progress)
-    with Staging(plan.out, force=plan.force) as staging:
+    with ExitStack() as stack:
+        stagings = [stack.enter_context(Staging(plan.out, force=plan.force)) for plan in plans]
         measuring = time.perf_counter()
         path = None
-        if scheme.needs_path:
-            path = measure(run, exclude=plan.path_exclude, zero_sigma=zero_sigma, settings=settings)
+        if any(plan.scheme.needs_path for plan in plans):
+            path = measure(run, exclude=plans[0].path_exclude, zero_sigma=zero_sigma, settings=settings)
         replaying = time.perf_counter()
-        coefficients = scheme.coefficients(_timeline(run, path))
-        with ShardFiles(staging.path, plan.weights.shards) as sink:
-            formed = Average(coefficients, plan.weights.dtypes, sink)
-            replayed_bytes = replay(run, [formed], wide=accumulate == "float64", settings=settings)
-            sink.sync()
+        coefficients = [plan.scheme.coefficients(_timeline(run, path)) for plan in plans]
+        with ExitStack() as files:
+            sinks = [
+                files.enter_context(ShardFiles(staging.path, plan.weights.shards))
+                for staging, plan in zip(stagings, plans, strict=True)
+            ]
+            averages = [
+                Average(each, plan.weights.dtypes, sink)
+                for each, plan, sink in zip(coefficients, plans, sinks, strict=True)
+            ]
+            replayed_bytes = replay(run, averages, wide=accumulate == "float64", settings=settings)
+            for sink in sinks:
+                sink.sync()
         done = time.perf_counter()
-        record = _record(
-            plan,
-            coefficients,
-            path,
-            weights=effective_weights(coefficients),
+        work = _Work(
             accumulate=_accumulated(run, accumulate),
             zero_sigma=zero_sigma,
             bytes_read=replayed_bytes + (path.bytes_read if path else 0),
             seconds=Seconds(replaying - measuring if path else 0.0, done - replaying, done - begun),
         )
-        for name, data in (plan.side_files | _own_files(record, plan)).items():
-            staging.write(name, data)
-        staging.commit()
-    return record
+        records = tuple(_record(plan, each, path, work) for plan, each in zip(plans, coefficients, strict=True))
+        for plan, record, staging in zip(plans, records, stagings, strict=True):
+            for name, data in (plan.side_files | _own_files(record, plan)).items():
+                staging.write(name, data)
+            staging.commit()
+    return records
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """What all averages of one reading have in common, besides the run."""
+
+    accumulate: str
+    zero_sigma: ZeroSigma
+    bytes_read: int
+    seconds: Seconds
 
 
 def _timeline(run: Run, path: PathLength | None) -> Timeline:
@@ -231,18 +257,11 @@ def _timeline(run: Run, path: PathLength | None) -> Timeline:
     return Timeline(run.steps, path.lengths, own, run.anchor_is_init)
 
 
-def _record(
-    plan: Plan,
-    coefficients: Coefficients,
-    path: PathLength | None,
-    *,
-    weights: tuple[float, ...],
-    accumulate: str,
-    zero_sigma: ZeroSigma,
-    bytes_read: int,
-    seconds: Seconds,
-) -> Averaged:
+def _record(plan: Plan, coefficients: Coefficients, measured: PathLength | None, work: _Work) -> Averaged:
+    from ckavg.replay.weights import effective_weights
+
     run, scheme = plan.run, plan.scheme
+    path = measured if scheme.needs_path else None
     left_out = _left_out(run, path) if path else ()
     anchor = run.steps[coefficients.start]
     files = sorted([*(shard.name for shard in plan.weights.shards), *plan.side_files, CARD, RESULT_RECORD])
@@ -258,17 +277,17 @@ def _record(
         path_length=path.lengths if path else None,
         betas=coefficients.betas,
         alphas=coefficients.alphas,
-        weights=weights,
+        weights=effective_weights(coefficients),
         path_exclude=plan.path_exclude,
-        zero_sigma=zero_sigma,
+        zero_sigma=work.zero_sigma,
         excluded_from_path=tuple(sorted({*left_out, *path.without_spread})) if path else (),
         parameters_counted=path.parameters_counted if path else None,
         dtype=plan.dtype,
-        accumulate=accumulate,
+        accumulate=work.accumulate,
         warnings=warnings + (advice.about_path(path, left_out) if path else ()),
         outputs=(Output(plan.out.name, run.steps[-1], plan.out, tuple(dict.fromkeys(files))),),
-        bytes_read=bytes_read,
-        seconds=seconds,
+        bytes_read=work.bytes_read,
+        seconds=work.seconds,
     )
 
 

@@ -20,6 +20,7 @@ from ckavg.cli.inspect import inspect
 from ckavg.cli.mean import mean
 from ckavg.cli.ouema import ouema
 from ckavg.cli.pema import pema
+from ckavg.cli.sweep import sweep
 from ckavg.version import __version__
 
 app = typer.Typer(
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (pema, bema, ema, ouema, dema, mean, inspect, demo):
+for verb in (pema, bema, ema, ouema, dema, mean, sweep, inspect, demo):
     app.command()(verb)
 
 

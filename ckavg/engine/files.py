@@ -19,7 +19,7 @@ from ckavg.errors import ReadError, TruncatedShardError
 _HAS_PREADV = hasattr(os, "preadv")
 _HAS_NOWAIT = _HAS_PREADV and hasattr(os, "RWF_NOWAIT")
 _HAS_FADVISE = hasattr(os, "posix_fadvise")
-_RESERVED = 64
+_RESERVED = 32
 _PLENTY = 1 << 16
 
 
@@ -113,7 +113,8 @@ class Files:
 
 def _usable_handles() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _PLENTY if soft == resource.RLIM_INFINITY else soft - _RESERVED
+    in_use = len(os.listdir("/dev/fd"))  # noqa: PTH208 - numbers, not paths; the files of the results among them
+    return _PLENTY if soft == resource.RLIM_INFINITY else soft - in_use - _RESERVED
 
 
 def _pread(handle: int, buffer: memoryview, offset: int) -> int:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
+_HEIGHTS = "▁▂▃▄▅▆▇█"
 _UNITS = ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB"))
 _COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
@@ -34,6 +38,17 @@ def bar(value: float, largest: float, width: int) -> str:
     eighths = round(abs(value) / largest * width * 8) if largest > 0 else 0
     whole, rest = divmod(eighths, 8)
     return "█" * whole + _EIGHTHS[rest].strip()
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """A character for each value, its height on a scale up to the largest; a minus sign for what is negative.
+
+    >>> sparkline([0.0, 0.5, 1.0, -0.25])
+    '▁▅█-'
+    """
+    largest = max((abs(value) for value in values), default=0.0) or 1.0
+    top = len(_HEIGHTS) - 1
+    return "".join("-" if value < 0 else _HEIGHTS[math.ceil(value / largest * top)] for value in values)
 
 
 def _scaled(count: int, units: tuple[tuple[float, str], ...]) -> str:

@@ -1,0 +1,55 @@
+"""Schemes from the words of a command line."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from ckavg.errors import SettingError
+from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, SCHEMES, Last, Mean, MomentumEMA, Scheme
+from ckavg.schemes.parse import parse_schemes
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["mean", "last"], [Mean(), Last()]),
+        (["pema:gamma=0.05,0.1,0.15"], [PEMA(gamma=0.05), PEMA(gamma=0.1), PEMA(gamma=0.15)]),
+        (["bema:eta=0.1,0.2", "dema"], [BEMA(eta=0.1), BEMA(eta=0.2), DEMA()]),
+        (["bema:eta=0.1,inf,kappa=0.4,0.5"], [
+            BEMA(eta=0.1, kappa=0.4), BEMA(eta=0.1), BEMA(eta=math.inf, kappa=0.4), BEMA(eta=math.inf),
+        ]),
+        (["bema:burn-in=100,form=author"], [BEMA(burn_in=100, form="author")]),
+        (["ema", "ema:momentum=0.9,0.99", "ema:momentum=0.9,momentum-per=update"], [
+            EMA(), MomentumEMA(momentum=0.9), MomentumEMA(momentum=0.99),
+            MomentumEMA(momentum=0.9, momentum_per="update"),
+        ]),
+        (["pema:scope=tensor,global", "ouema:eta=.3"], [PEMA(scope="tensor"), PEMA(), OUEMA(eta=0.3)]),
+    ],
+)  # fmt: skip
+def test_words_to_schemes(words: list[str], expected: list[Scheme]) -> None:
+    assert parse_schemes(words, SCHEMES) == tuple(expected)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("swa", "'swa': there is no scheme 'swa'. There are ema, pema, bema"),
+        ("pema:alpha=1", "pema has no parameter 'alpha'. It has clock, gamma, pairing, scope."),
+        ("mean:gamma=1", "mean has no parameter 'gamma'. It has none."),
+        ("ema:gamma=0.1,momentum=0.9", "does not take gamma, momentum together"),
+        ("pema:gamma=high", "gamma is 'high'; it must be a number"),
+        ("bema:burn-in=1.5", "burn_in is '1.5'; it must be a whole number"),
+        ("pema:0.1", "'0.1' is no value of any parameter"),
+        ("pema:gamma=", "'gamma=' is no value"),
+        ("pema:gamma=0.1,,0.2", "'' is no value"),
+        ("pema:gamma=-1", "it must be 0 or more"),
+        ("pema:scope=half", "it must be global or tensor"),
+        ("pema:gamma=0.1,0.10", "pema-gamma0.1 is there twice"),
+    ],
+)
+def test_what_does_not_parse_is_explained(word: str, told: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        parse_schemes([word], SCHEMES)
+    assert told in str(caught.value)
