@@ -9,6 +9,8 @@ from ckavg.run.values import Run
 from ckavg.schemes import Coefficients, Last, Mean, Scheme
 
 _NAMED = 3
+_REFERENCE = (0.5, 1.0)
+_FAR = 4.0
 
 
 def before(run: Run, scheme: Scheme) -> tuple[str, ...]:
@@ -53,7 +55,23 @@ def about_path(path: PathLength, excluded: Sequence[str]) -> tuple[str, ...]:
             for place in range(len(lengths) - 1)
             if all(tensor.distances[place] == 0 for tensor in path.tensors.values())
         ]
+        told += _about_length(lengths[-1])
     return tuple(told)
+
+
+def _about_length(length: float) -> list[str]:
+    """PEMA's γ = 0.15 was found for runs whose path length is about 1, and served well from about 0.5 on."""
+    if length < _REFERENCE[0] / _FAR:
+        return [
+            f"The path is short: ℓ(T) = {length:.2g}, where PEMA was tuned for 0.5 to 1. β stays near 1, and the result "
+            "near the last checkpoint. Schemes that count steps (ema, bema) average more."
+        ]
+    if length > _REFERENCE[1] * _FAR:
+        return [
+            f"The path is long: ℓ(T) = {length:.2g}, where PEMA was tuned for 0.5 to 1. Noisier runs want a larger "
+            "power: try --gamma 0.2 or 0.3 beside this one."
+        ]
+    return []
 
 
 def about_coefficients(scheme: Scheme, coefficients: Coefficients, steps: Sequence[int]) -> tuple[str, ...]:

@@ -27,7 +27,9 @@ def print_results(results: Sequence[Averaged], *, as_json: bool, quiet: bool) ->
     if measured is not None:
         console.print(f"path length ℓ(T) = {measured[-1]:.4f}")
     console.print()
-    table = plain_table("average", "weights, first to last", "first", "last", "least", left=("average", "weights, first to last"))
+    table = plain_table(
+        "average", "weights, first to last", "first", "last", "least", left=("average", "weights, first to last")
+    )
     for result in results:
         weights = result.weights
         line = sparkline(weights) if len(weights) <= _MOST_CHECKPOINTS else ""
