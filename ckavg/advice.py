@@ -63,8 +63,8 @@ def _about_length(length: float) -> list[str]:
     """PEMA's γ = 0.15 was found for runs whose path length is about 1, and served well from about 0.5 on."""
     if length < _REFERENCE[0] / _FAR:
         return [
-            f"The path is short: ℓ(T) = {length:.2g}, where PEMA was tuned for 0.5 to 1. β stays near 1, and the result "
-            "near the last checkpoint. Schemes that count steps (ema, bema) average more."
+            f"The path is short: ℓ(T) = {length:.2g}, where PEMA was tuned for 0.5 to 1. β stays near 1, and "
+            "the result near the last checkpoint. Schemes that count steps (ema, bema) average more."
         ]
     if length > _REFERENCE[1] * _FAR:
         return [

@@ -151,16 +151,9 @@ class _AverageWorker:
 
     def _workspace(self, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
         if dtype not in self._work:
-            theta = torch.empty(self._tile, dtype=dtype, device=self._device)
-            self._work[dtype] = (
-                theta,
-                [
-                    RULES[average.coefficients.rule](
-                        average.coefficients, size=self._tile, dtype=dtype, device=self._device
-                    )
-                    for average in self._averages
-                ],
-            )
+            theta, scratch = (torch.empty(self._tile, dtype=dtype, device=self._device) for _ in range(2))
+            states = [RULES[each.coefficients.rule](each.coefficients, scratch) for each in self._averages]
+            self._work[dtype] = theta, states
         return self._work[dtype]
 
 

@@ -21,24 +21,22 @@ class State(abc.ABC):
 
     Args:
         coefficients: β and α of every checkpoint.
-        size: most elements in a tile.
-        dtype: accumulation dtype, float32 or float64.
-        device: where the arithmetic happens.
+        scratch: (size,) memory to compute in, of the accumulation dtype, float32 or float64, and the device of the
+            arithmetic. States that are used in turn may share it: it carries nothing from call to call, and an output
+            is good only until the next.
     """
 
-    def __init__(self, coefficients: Coefficients, *, size: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    def __init__(self, coefficients: Coefficients, scratch: Tensor) -> None:
         self.coefficients = coefficients
         self._betas = coefficients.betas
-        self._size = size
-        self._dtype = dtype
-        self._device = device
+        self._scratch = scratch
 
     def turn_to(self, name: str) -> None:
         """Say of which tensor the next tiles are: some schemes have a β for each."""
         self._betas = self.coefficients.tensor_betas.get(name, self.coefficients.betas)
 
     def take(self, index: int, theta: Tensor) -> None:
-        """Take in checkpoint `index`; they come in order. `theta` is (n,), n ≤ size, and is left as it is."""
+        """Take in checkpoint `index`; they come in order. `theta` is (n,) and stays as it is."""
         if index == self.coefficients.start:
             self._begin(theta)
         elif index > self.coefficients.start:
@@ -55,7 +53,7 @@ class State(abc.ABC):
     def _update(self, index: int, theta: Tensor) -> None: ...
 
     def _buffer(self) -> Tensor:
-        return torch.empty(self._size, dtype=self._dtype, device=self._device)
+        return torch.empty_like(self._scratch)
 
     def _beta(self, index: int) -> float:
         beta = self._betas[index]
@@ -70,10 +68,9 @@ class State(abc.ABC):
 class EmaState(State):
     """E ← (1 − β_k) E + β_k θ_k; output E (Pathwise EMA, Eq. 1 and Algorithm 1 phase 2)."""
 
-    def __init__(self, coefficients: Coefficients, *, size: int, dtype: torch.dtype, device: str = "cpu") -> None:
-        super().__init__(coefficients, size=size, dtype=dtype, device=device)
+    def __init__(self, coefficients: Coefficients, scratch: Tensor) -> None:
+        super().__init__(coefficients, scratch)
         self._average = self._buffer()
-        self._change = self._buffer()
 
     def output(self, index: int, theta: Tensor) -> Tensor:
         """(n,) E."""
@@ -83,20 +80,20 @@ class EmaState(State):
         self._average[: theta.numel()].copy_(theta)
 
     def _update(self, index: int, theta: Tensor) -> None:
-        _step(self._average[: theta.numel()], theta, self._beta(index), self._change[: theta.numel()])
+        _step(self._average[: theta.numel()], theta, self._beta(index), self._scratch[: theta.numel()])
 
 
 class BemaState(EmaState):
     """E ← (1 − β_k) E + β_k θ_k, then output E + α_k (θ_k − θ_0) (EMA Without the Lag, Algorithm 1)."""
 
-    def __init__(self, coefficients: Coefficients, *, size: int, dtype: torch.dtype, device: str = "cpu") -> None:
-        super().__init__(coefficients, size=size, dtype=dtype, device=device)
+    def __init__(self, coefficients: Coefficients, scratch: Tensor) -> None:
+        super().__init__(coefficients, scratch)
         self._anchor = self._buffer()
 
     def output(self, index: int, theta: Tensor) -> Tensor:
         """(n,) E + α_k (θ_k − θ_0)."""
         size = theta.numel()
-        correction = torch.sub(theta, self._anchor[:size], out=self._change[:size]).mul_(self._alpha(index))
+        correction = torch.sub(theta, self._anchor[:size], out=self._scratch[:size]).mul_(self._alpha(index))
         return correction.add_(self._average[:size])
 
     def _begin(self, theta: Tensor) -> None:
@@ -110,8 +107,8 @@ class OuemaState(EmaState):
     θ̃_k is formed as θ_0 + (θ_k − θ_0) / (1 − α_k): the same, and exact where nothing moved.
     """
 
-    def __init__(self, coefficients: Coefficients, *, size: int, dtype: torch.dtype, device: str = "cpu") -> None:
-        super().__init__(coefficients, size=size, dtype=dtype, device=device)
+    def __init__(self, coefficients: Coefficients, scratch: Tensor) -> None:
+        super().__init__(coefficients, scratch)
         self._anchor = self._buffer()
         self._corrected = self._buffer()
 
@@ -132,15 +129,15 @@ class DemaState(EmaState):
     The output is formed as e_1 + (e_1 − e_2): the same, and exact where nothing moved.
     """
 
-    def __init__(self, coefficients: Coefficients, *, size: int, dtype: torch.dtype, device: str = "cpu") -> None:
-        super().__init__(coefficients, size=size, dtype=dtype, device=device)
+    def __init__(self, coefficients: Coefficients, scratch: Tensor) -> None:
+        super().__init__(coefficients, scratch)
         self._second = self._buffer()
 
     def output(self, index: int, theta: Tensor) -> Tensor:
         """(n,) 2 e_1 − e_2."""
         size = theta.numel()
         first = self._average[:size]
-        return torch.sub(first, self._second[:size], out=self._change[:size]).add_(first)
+        return torch.sub(first, self._second[:size], out=self._scratch[:size]).add_(first)
 
     def _begin(self, theta: Tensor) -> None:
         super()._begin(theta)
@@ -149,7 +146,7 @@ class DemaState(EmaState):
     def _update(self, index: int, theta: Tensor) -> None:
         size = theta.numel()
         super()._update(index, theta)
-        _step(self._second[:size], self._average[:size], self._beta(index), self._change[:size])
+        _step(self._second[:size], self._average[:size], self._beta(index), self._scratch[:size])
 
 
 RULES: dict[str, type[State]] = {"ema": EmaState, "bema": BemaState, "ouema": OuemaState, "dema": DemaState}

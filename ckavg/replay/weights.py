@@ -17,7 +17,7 @@ def effective_weights(coefficients: Coefficients) -> tuple[float, ...]:
     """
     visited = len(coefficients.betas)
     one_hot = torch.eye(visited, dtype=torch.float64)
-    state = RULES[coefficients.rule](coefficients, size=visited, dtype=torch.float64)
+    state = RULES[coefficients.rule](coefficients, torch.empty(visited, dtype=torch.float64))
     for index in range(visited):
         state.take(index, one_hot[index])
     return tuple(state.output(visited - 1, one_hot[-1]).tolist())

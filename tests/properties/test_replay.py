@@ -87,7 +87,7 @@ def coefficients(draw: st.DrawFn) -> Coefficients:
 
 
 def replayed(chosen: Coefficients, run: Tensor) -> Tensor:
-    state = RULES[chosen.rule](chosen, size=run.shape[1], dtype=run.dtype)
+    state = RULES[chosen.rule](chosen, torch.empty_like(run[0]))
     for index, theta in enumerate(run):
         state.take(index, theta)
     return state.output(len(run) - 1, run[-1]).clone()
