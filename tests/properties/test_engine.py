@@ -22,11 +22,23 @@ from ckavg.engine.stream import Settings
 from ckavg.errors import ReadError, SettingError, TruncatedShardError
 from ckavg.path.measure import measure
 from ckavg.replay.replay import Average, replay
-from ckavg.schemes import BEMA, EMA, PEMA, Scheme, Timeline
+from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, Scheme, Timeline
 from tests.runs import random_run, write_run
 
 TILES = [CHUNK << shift for shift in range(9)]
 STEPS = (0, 5, 6, 30)
+MANY = (
+    BEMA(),
+    EMA(),
+    EMA(gamma=0.9),
+    BEMA(burn_in=6),
+    EMA(gamma=0.0),
+    BEMA(kappa=0.0),
+    OUEMA(),
+    DEMA(),
+    Mean(),
+    Last(),
+)
 
 
 @dataclass
@@ -125,9 +137,9 @@ def test_path_length_ignores_the_scale_of_a_tensor(seed: int, scale: float, name
 
 
 def test_many_averages_from_one_reading_are_the_single_ones(run: ckavg.Run) -> None:
-    together = averages(run, BEMA(), EMA(), EMA(gamma=0.9), BEMA(burn_in=6))
+    together = averages(run, *MANY)
     read = replay(run, [average for average, _ in together])
-    for alone, scheme in zip(together, (BEMA(), EMA(), EMA(gamma=0.9), BEMA(burn_in=6)), strict=True):
+    for alone, scheme in zip(together, MANY, strict=True):
         ((average, sink),) = averages(run, scheme)
         assert replay(run, [average]) <= read
         assert sink.tensors == alone[1].tensors
