@@ -20,7 +20,7 @@ def sweep(
         ),
     ],
 ) -> None:
-    """Form many averages from one reading: every value of every scheme, for little more than the price of one.
+    """Form many averages from one reading of the checkpoints: every value of every scheme.
 
     Each result is the same to the byte as that of the scheme's own command.
     """
