@@ -113,8 +113,15 @@ class Files:
 
 def _usable_handles() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    in_use = len(os.listdir("/dev/fd"))  # noqa: PTH208 - numbers, not paths; the files of the results among them
-    return _PLENTY if soft == resource.RLIM_INFINITY else soft - in_use - _RESERVED
+    return _PLENTY if soft == resource.RLIM_INFINITY else soft - _open_handles() - _RESERVED
+
+
+def _open_handles() -> int:
+    """How many files this process has open, those of its results among them."""
+    try:
+        return len(os.listdir("/dev/fd"))  # noqa: PTH208 - numbers, not paths
+    except OSError:  # no such directory in the barest of containers
+        return _RESERVED
 
 
 def _pread(handle: int, buffer: memoryview, offset: int) -> int:
