@@ -62,6 +62,11 @@ class Plan:
     warnings: tuple[str, ...]
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """Every file of the result, by relative path, sorted."""
+        return tuple(sorted({shard.name for shard in self.weights.shards} | {*self.side_files, CARD, RESULT_RECORD}))
+
+    @property
     def write_bytes(self) -> int:
         """Bytes that will be written."""
         return self.weights.nbytes + sum(len(data) for data in self.side_files.values())
@@ -212,7 +217,8 @@ def carry_out(
         if any(plan.scheme.needs_path for plan in plans):
             path = measure(run, exclude=plans[0].path_exclude, zero_sigma=zero_sigma, settings=settings)
         replaying = time.perf_counter()
-        coefficients = [plan.scheme.coefficients(_timeline(run, path)) for plan in plans]
+        timeline = _timeline(run, path)
+        coefficients = [plan.scheme.coefficients(timeline) for plan in plans]
         with ExitStack() as files:
             sinks = [
                 files.enter_context(ShardFiles(staging.path, plan.weights.shards))
@@ -264,7 +270,6 @@ def _record(plan: Plan, coefficients: Coefficients, measured: PathLength | None,
     path = measured if scheme.needs_path else None
     left_out = _left_out(run, path) if path else ()
     anchor = run.steps[coefficients.start]
-    files = sorted([*(shard.name for shard in plan.weights.shards), *plan.side_files, CARD, RESULT_RECORD])
     warnings = plan.warnings + advice.about_coefficients(scheme, coefficients, run.steps)
     return Averaged(
         scheme=scheme.name,
@@ -285,7 +290,7 @@ def _record(plan: Plan, coefficients: Coefficients, measured: PathLength | None,
         dtype=plan.dtype,
         accumulate=work.accumulate,
         warnings=warnings + (advice.about_path(path, left_out) if path else ()),
-        outputs=(Output(plan.out.name, run.steps[-1], plan.out, tuple(dict.fromkeys(files))),),
+        outputs=(Output(plan.out.name, run.steps[-1], plan.out, plan.files),),
         bytes_read=work.bytes_read,
         seconds=work.seconds,
     )

@@ -1,4 +1,4 @@
-"""What goes to stderr: messages, and text from outside made safe to show."""
+"""What goes to stderr: messages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import sys
 
 import typer
+
+from ckavg.report.text import printable
 
 _COLOURS = {"error": typer.colors.RED, "warning": typer.colors.YELLOW, "interrupted": typer.colors.YELLOW}
 
@@ -18,15 +20,6 @@ def warn(kind: str, message: str, hint: str = "") -> None:
     typer.echo(f"{label} {printable(message)}", err=True)
     if hint:
         typer.echo(printable(hint), err=True)
-
-
-def printable(text: str) -> str:
-    r"""The text without control characters, which names of files and tensors may hold; newlines stay.
-
-    >>> printable("a\x1b[31mb\nc")
-    'a\\x1b[31mb\nc'
-    """
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 def stderr_is_terminal() -> bool:

@@ -8,12 +8,11 @@ from typing import Any
 
 from rich.table import Table
 
-from ckavg.average import CARD, Plan
+from ckavg.average import Plan
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.report.text import as_bytes, as_count, bar
 from ckavg.result.record import Averaged
 from ckavg.result.side_files import read_config
-from ckavg.run.checkpoint import RESULT_RECORD
 
 _BAR_WIDTH = 32
 _MOST_ROWS = 40
@@ -49,7 +48,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
                 "name": plan.out.name,
                 "step": plan.run.steps[-1],
                 "directory": str(plan.out),
-                "files": _files(plan),
+                "files": list(plan.files),
             }
         ],
     }
@@ -70,7 +69,7 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
         if count:
             console.print(f"would read   {as_bytes(count)} in {title}")
     console.print(quoted(f"would write  {as_bytes(plan.write_bytes)} to {plan.out}"), soft_wrap=True)
-    for name in _files(plan):
+    for name in plan.files:
         console.print(quoted(f"             {name}"), soft_wrap=True)
     console.print("Nothing was read or written.")
 
@@ -116,7 +115,3 @@ def _next_command(result: Averaged, plan: Plan) -> str:
         return f"ls {shlex.quote(str(result.directory))}"
     code = f"{loader}; M.from_pretrained({json.dumps(str(result.directory), ensure_ascii=False)})"
     return f"python -c {shlex.quote(code)}"
-
-
-def _files(plan: Plan) -> list[str]:
-    return sorted({shard.name for shard in plan.weights.shards} | {*plan.side_files, CARD, RESULT_RECORD})

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ckavg.report.text import printable
+
 _WIDTH_WITHOUT_TERMINAL = 120
 
 
@@ -28,7 +30,7 @@ def plain_table(*columns: str, left: tuple[str, ...] = ()) -> Table:
 
 def quoted(text: object) -> Text:
     """Text from outside, shown as it is: no markup, no control characters."""
-    return Text("".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text)))
+    return Text(printable(str(text)).replace("\n", "\\n"))
 
 
 def print_json(value: object) -> None:

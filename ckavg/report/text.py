@@ -51,5 +51,14 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join("-" if value < 0 else _HEIGHTS[math.ceil(value / largest * top)] for value in values)
 
 
+def printable(text: str) -> str:
+    r"""The text without control characters, which names of files and tensors may hold; newlines stay.
+
+    >>> printable("a\x1b[31mb\nc")
+    'a\\x1b[31mb\nc'
+    """
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+
+
 def _scaled(count: int, units: tuple[tuple[float, str], ...]) -> str:
     return next((f"{count / size:.1f}{unit}" for size, unit in units if count >= size), "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from ckavg.errors import SettingError
 from ckavg.schemes.base import Coefficients, Scheme, Timeline, require, require_finite
 from ckavg.schemes.schedule import falling, step_ages
 
@@ -66,8 +67,7 @@ class BEMA(Scheme):
         start = next((index for index, step in enumerate(timeline.steps) if step >= self.burn_in), None)
         if start is None:
             last = timeline.steps[-1]
-            require(False, f"bema: burn-in is {self.burn_in}, but the last checkpoint is at step {last}.")
-            start = 0
+            raise SettingError(f"bema: burn-in is {self.burn_in}, but the last checkpoint is at step {last}.")
         betas, alphas = self._schedule(timeline, start)
         before = (None,) * (start + 1)
         return Coefficients("bema", start, (*before, *betas), (*before, *alphas))

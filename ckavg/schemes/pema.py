@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from ckavg.errors import SettingError
 from ckavg.schemes.base import Coefficients, Scheme, Timeline, require, require_finite
 
 
@@ -52,8 +53,8 @@ class PEMA(Scheme):
     def coefficients(self, timeline: Timeline) -> Coefficients:
         """β by path length."""
         path = timeline.path_length
-        require(path is not None, "pema: the path length was not measured.")
-        path = path or (0.0,)
+        if path is None:
+            raise SettingError("pema: the path length was not measured.")
         span = timeline.span if self.clock == "steps" else len(timeline.steps) - 1
         own = timeline.tensor_path_length if self.scope == "tensor" else {}
         return Coefficients(
