@@ -1,39 +1,79 @@
-"""The plain mean of the checkpoints, and the last one of them: what every scheme is compared with."""
+"""Means of the checkpoints, plain or weighted as a learning-rate decay would, and the last of them for comparison."""
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from ckavg.schemes.base import Coefficients, Scheme, Timeline
+from ckavg.schemes.base import Coefficients, Scheme, Timeline, require
+
+Decay = Literal["none", "linear", "cosine", "minus-sqrt"]
+
+_DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    "minus-sqrt": lambda x: 1 - math.sqrt(x),
+}
+"""The shape of a learning-rate decay, from 1 at x = 0 to 0 at x = 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mean(Scheme):
-    """The mean of the selected checkpoints, all with one weight; a model given as the anchor is not among them.
+    """The mean of the selected checkpoints; a model given as the anchor is not among them.
 
-        E ← θ_1, then β_k = 1 / k        E ← (1 − β_k) E + β_k θ_k
+        E ← θ_0, then β_j = c_j / (c_0 + … + c_j)        E ← (1 − β_j) E + β_j θ_j
 
-    counting the checkpoints of the run from 1. Over the newest few it is known as LAWA.
+    counting the n checkpoints of the run from 0. The plain mean has c_j = 1 / n; over the newest few it is known as
+    LAWA. With a decay, the weights are those with which the mean stands where training would have arrived, had it
+    applied the update before checkpoint j with the learning rate w_j of that decay:
+
+        w_j = decay(j / n)        c_0 = 1 − w_1,   c_j = w_j − w_{j+1},   c_{n−1} = w_{n−1}
+
+        linear        1 − x                 the plain mean again
+        cosine        (1 + cos π x) / 2     most weight in the middle
+        minus-sqrt    1 − √x                most weight on the oldest
+
+    Attributes:
+        decay: `none`, `linear`, `cosine` or `minus-sqrt`.
 
     References:
         Izmailov et al., Averaging Weights Leads to Wider Optima and Better Generalization (SWA), 2018.
         Kaddour, Stop Wasting My Time! (LAWA), 2022.
+        Tian et al., WSM: Decay-Free Learning Rate Schedule via Checkpoint Merging, 2025 (c_j from w_j).
 
     >>> Mean().coefficients(Timeline((0, 10, 20))).betas
     (None, 0.5, 0.3333333333333333)
+    >>> round(Mean(decay="minus-sqrt").coefficients(Timeline((0, 10, 20, 30))).betas[1], 4)  # c = 0.5, 0.2071, …
+    0.2929
     """
 
     name: ClassVar[str] = "mean"
     title: ClassVar[str] = "Mean"
-    reference: ClassVar[str] = "SWA, Izmailov et al. 2018; LAWA, Kaddour 2022"
+    reference: ClassVar[str] = "SWA, Izmailov et al. 2018; LAWA, Kaddour 2022; decays: WSM, Tian et al. 2025"
     label_fields: ClassVar[tuple[str, ...]] = ()
 
+    decay: Decay = "none"
+
+    def __post_init__(self) -> None:
+        known = ("none", *_DECAYS)
+        require(self.decay in known, f"mean: decay is {self.decay!r}; it must be one of {', '.join(known)}.")
+
     def coefficients(self, timeline: Timeline) -> Coefficients:
-        """β = 1/k, from the run's own first checkpoint on."""
+        """β from the run's own first checkpoint on."""
         start = int(timeline.anchor_is_init)
-        counted = range(2, len(timeline.steps) - start + 1)
-        return Coefficients("ema", start, (*(None,) * (start + 1), *(1 / count for count in counted)))
+        visited = len(timeline.steps) - start
+        return Coefficients("ema", start, (*(None,) * (start + 1), *self._betas(visited)))
+
+    def _betas(self, visited: int) -> list[float]:
+        if self.decay == "none":
+            return [1 / count for count in range(2, visited + 1)]
+        decay = _DECAYS[self.decay]
+        rates = [decay(place / visited) for place in range(visited)] + [0.0]
+        weights = [before - after for before, after in itertools.pairwise(rates)]
+        return [weight / total for weight, total in zip(weights, itertools.accumulate(weights), strict=True)][1:]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,9 @@ from ckavg.schemes.parse import parse_schemes
             EMA(), MomentumEMA(momentum=0.9), MomentumEMA(momentum=0.99),
             MomentumEMA(momentum=0.9, momentum_per="update"),
         ]),
+        (["mean:decay=linear,minus-sqrt", "mean:decay=none"], [
+            Mean(decay="linear"), Mean(decay="minus-sqrt"), Mean(),
+        ]),
         (["pema:scope=tensor,global", "ouema:eta=.3"], [PEMA(scope="tensor"), PEMA(), OUEMA(eta=0.3)]),
     ],
 )  # fmt: skip
@@ -37,7 +40,9 @@ def test_words_to_schemes(words: list[str], expected: list[Scheme]) -> None:
     [
         ("swa", "'swa': there is no scheme 'swa'. There are ema, pema, bema"),
         ("pema:alpha=1", "pema has no parameter 'alpha'. It has clock, gamma, pairing, scope."),
-        ("mean:gamma=1", "mean has no parameter 'gamma'. It has none."),
+        ("mean:gamma=1", "mean has no parameter 'gamma'. It has decay."),
+        ("mean:decay=sqrt", "decay is 'sqrt'; it must be one of none, linear, cosine, minus-sqrt."),
+        ("last:gamma=1", "last has no parameter 'gamma'. It has none."),
         ("ema:gamma=0.1,momentum=0.9", "does not take gamma, momentum together"),
         ("pema:gamma=high", "gamma is 'high'; it must be a number"),
         ("bema:burn-in=1.5", "burn_in is '1.5'; it must be a whole number"),
