@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
 
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ckavg
 from ckavg import advice
 from ckavg.path.table import PathLength, TensorPath
-from ckavg.schemes import BEMA, Last, Timeline
+from ckavg.replay.weights import effective_weights
+from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, MomentumEMA, Scheme, Timeline
+from tests.runs import write_run
+
+WEIGHTS = {"w": torch.arange(6.0)}
 
 
 def path(*distances: float) -> PathLength:
@@ -52,3 +65,259 @@ def test_an_average_that_ends_where_it_begins() -> None:
     late, last = BEMA(burn_in=150), Last()
     assert len(advice.about_coefficients(late, late.coefficients(Timeline(steps)), steps)) == 1
     assert advice.about_coefficients(last, last.coefficients(Timeline(steps)), steps) == ()
+
+
+# --- learning rate ---
+
+
+def decaying(steps: int, *, begin: int, floor: float = 0.0, peak: float = 2e-5) -> tuple[tuple[int, float], ...]:
+    """Rates logged every 10 steps: warmup over 100 steps, the peak, then from `begin` a line to `floor` of the peak."""
+
+    def rate(step: int) -> float:
+        if step < 100:
+            return step / 100
+        return 1 - (1 - floor) * max(0, step - begin) / (steps - begin)
+
+    return tuple((step, peak * rate(step)) for step in range(10, steps + 1, 10))
+
+
+STEPS = tuple(range(100, 1801, 100))
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        (),
+        decaying(1800, begin=100, floor=1.0),
+        decaying(1800, begin=100, floor=0.26),
+        tuple((step, 0.0) for step in range(10, 1801, 10)),
+        tuple((step, step / 1800) for step in range(10, 1801, 10)),
+        ((2000, 1.0), (2010, 0.0)),
+    ],
+    ids=("unknown", "constant", "above a quarter", "zero", "rising", "later than the run"),
+)
+def test_a_learning_rate_that_says_nothing(rates: tuple[tuple[int, float], ...]) -> None:
+    assert advice.about_learning_rate(STEPS, rates) == ()
+
+
+def test_a_short_decay_has_a_part_before_it() -> None:
+    (told,) = advice.about_learning_rate(STEPS, decaying(1800, begin=1500))
+    assert told.startswith("The learning rate had fallen to 0 by step 1800, 0% of its peak of 2e-05:")
+    # Two thirds of the rate are left at 1600, one third at 1700.
+    assert told.endswith("Worth comparing: an average that ends while the rate was still high, with --to-step 1600.")
+
+
+def test_a_long_decay_is_no_reason_to_throw_half_the_run_away() -> None:
+    (told,) = advice.about_learning_rate(STEPS, decaying(1800, begin=100, floor=0.249))
+    assert ", 25% of its peak of 2e-05:" in told
+    assert told.endswith("Compare the result with the last checkpoint.")
+
+
+def test_a_part_before_the_decay_is_three_quarters_of_the_training() -> None:
+    def told(begin: int) -> str:
+        (line,) = advice.about_learning_rate(sorted((*STEPS, 1350)), decaying(1800, begin=begin))
+        return line.split(": ")[-1]
+
+    # Half the rate is left at (begin + 1800) / 2.
+    assert told(900).endswith("--to-step 1350.")
+    assert "--to-step" not in told(880)
+
+
+@pytest.mark.parametrize("steps", [(1700, 1800), (1600, 1700, 1800)], ids=("none before", "one before"))
+def test_what_lies_before_the_decay_must_be_an_average(steps: tuple[int, ...]) -> None:
+    (told,) = advice.about_learning_rate(steps, decaying(1800, begin=1500))
+    assert told.endswith("Compare the result with the last checkpoint.")
+
+
+def test_where_nothing_was_logged_the_last_entry_counts() -> None:
+    rates = ((500, 1e-5), (1000, 1e-5), (1500, 1e-6))
+    assert advice.about_learning_rate((490, 999, 1499), rates) == ()
+    (told,) = advice.about_learning_rate((490, 1000, 1100, 1499, 1510), rates)
+    assert "1e-06 by step 1510, 10% of its peak of 1e-05" in told
+    assert told.endswith("--to-step 1499.")
+
+
+# --- interval ---
+
+
+def interval(scheme: Scheme, count: int, apart: int, *, begin: int = 0, with_init: bool = False) -> tuple[str, ...]:
+    """What is said of `count` updates, so many steps apart."""
+    steps = (0,) * with_init + tuple(range(begin, begin + apart * (count + 1 - with_init), apart))
+    return advice.about_interval(steps, scheme, with_init=with_init)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "count", "apart", "told"),
+    [
+        # The papers' own settings, the demo's, and Trainer's default.
+        (PEMA(), 36, 50, False),
+        (PEMA(), 6, 300, False),
+        (BEMA(), 18, 400, False),
+        (PEMA(), 16, 40, False),
+        (BEMA(), 16, 40, False),
+        (PEMA(), 10, 500, False),
+        # Far apart.
+        (PEMA(), 5, 401, True),
+        (PEMA(), 6, 401, False),
+        (EMA(), 5, 401, True),
+        (PEMA(), 5, 400, False),
+        (BEMA(), 17, 401, True),
+        (BEMA(), 18, 401, False),
+        (BEMA(), 17, 400, False),
+        (OUEMA(), 17, 401, True),
+        (DEMA(), 17, 401, True),
+        (BEMA(kappa=0.2), 5, 1000, False),
+        (Mean(), 3, 5000, False),
+        (MomentumEMA(momentum=0.999), 3, 5000, False),
+        # Close together.
+        (PEMA(), 50, 20, True),
+        (PEMA(), 49, 25, False),
+        (PEMA(), 60, 49, True),
+        (PEMA(), 60, 50, False),
+        (PEMA(), 99, 10, False),
+        (PEMA(), 100, 10, True),
+        (PEMA(), 5000, 1, False),
+        (EMA(gamma=0.2), 100, 10, True),
+        (PEMA(gamma=0.3), 100, 10, False),
+        (EMA(gamma=1.0), 100, 10, False),
+        (BEMA(), 100, 10, False),
+        (Mean(), 100, 10, False),
+        (MomentumEMA(momentum=0.999), 100, 10, False),
+    ],
+)
+def test_interval(scheme: Scheme, count: int, apart: int, told: bool) -> None:
+    assert len(interval(scheme, count, apart)) == told
+
+
+def test_what_to_do_about_the_interval() -> None:
+    (far,) = interval(BEMA(), 10, 500)
+    assert far.startswith("Only 10 updates, 500 steps apart: the paper of bema made 18 or more, at most 400 apart.")
+    assert "Much of step 0 may be left in the result. Compare with a smaller --kappa" in far
+    assert interval(PEMA(), 5, 500)[0].startswith("Only 5 updates, 500 steps apart: the paper of pema made 6 or more")
+    (close,) = interval(PEMA(), 100, 15)
+    assert close.startswith("101 checkpoints, 15 steps apart:")
+    assert "--every 60," in close
+    assert "--every 50," in interval(PEMA(), 100, 25)[0]
+
+
+def test_the_base_model_is_no_neighbour() -> None:
+    """The distance from the base model to the newest checkpoints says nothing about how often the run was saved."""
+    assert interval(BEMA(), 10, 100, begin=9000, with_init=True) == ()
+    assert advice.about_interval((0, 9000), BEMA(), with_init=True) == ()
+    assert interval(BEMA(), 17, 500, begin=500, with_init=True)[0].startswith("Only 17 updates, 500 steps apart")
+
+
+def test_after_a_burn_in() -> None:
+    steps = tuple(range(0, 10_001, 500))
+    assert advice.about_interval(steps, BEMA(), with_init=False) == ()
+    (told,) = advice.about_interval(steps, BEMA(burn_in=2000), with_init=False)
+    assert told.startswith("Only 16 updates")
+    assert "Much of step 2000" in told
+    assert advice.about_interval(steps, BEMA(burn_in=20_000), with_init=False) == ()
+
+
+def test_a_spacing_is_named_only_where_it_would_find_checkpoints() -> None:
+    """Counted from the base model at step 0, no multiple of 50 is among 3, 13, 23, …"""
+    assert interval(PEMA(), 150, 10, begin=3)
+    assert interval(PEMA(), 150, 10, begin=3, with_init=True) == ()
+
+
+# --- adapters ---
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", 1),
+        ("base_model.model.model.embed_tokens.lora_embedding_B", 1),
+        ("base_model.model.model.layers.0.mlp.up_proj.hada_w1_a", 1),
+        ("base_model.model.model.layers.0.mlp.up_proj.lokr_w1", 1),
+        ("base_model.model.model.layers.0.mlp.up_proj.ia3_l", 0),
+        ("base_model.model.prompt_embeddings", 0),
+        ("model.layers.0.self_attn.q_proj.weight", 0),
+        ("model.explora_A.weight", 0),
+    ],
+)
+def test_adapters(name: str, said: int) -> None:
+    assert len(advice.about_adapters(["model.norm.weight", name])) == said
+
+
+# --- weights ---
+
+
+def about_weights(scheme: Scheme, span: int, count: int) -> tuple[str, ...]:
+    steps = tuple(range(0, span + 1, span // count))
+    return advice.about_weights(steps, effective_weights(scheme.coefficients(Timeline(steps))))
+
+
+@pytest.mark.parametrize("span", [640, 1800, 7200, 144_000])
+@pytest.mark.parametrize("count", [4, 16, 40, 160])
+def test_usual_settings_are_silent(span: int, count: int) -> None:
+    for scheme in (EMA(), BEMA(), BEMA(form="author"), BEMA(kappa=0.2), BEMA(kappa=0.0), DEMA(), DEMA(kappa=0.2)):
+        assert about_weights(scheme, span, count) == (), scheme.label
+
+
+def test_weights_from_both_sides() -> None:
+    """Where BEMA's average has forgotten the anchor, its weight is that of the correction, −(10 + t)^(−0.2)."""
+    assert about_weights(BEMA(), 402, 201) == ()
+    (told,) = about_weights(BEMA(), 300, 150)
+    assert f"{-(310**-0.2):.2f} at step 0" in told
+    assert advice.about_weights((0, 1, 2), (-0.3, 0.0, 1.3)) == ()
+
+
+def test_which_weight_is_the_most_negative() -> None:
+    (told,) = advice.about_weights((0, 100, 200), (-0.11, -0.25, 1.36))
+    assert told.startswith("The negative weights sum to -0.36, the most of one checkpoint being -0.25 at step 100:")
+    assert len(about_weights(BEMA(eta=0.1), 1800, 72)) == 1
+    assert len(about_weights(OUEMA(), 640, 72)) == 1
+
+
+# --- all that can be told before weights are read ---
+
+
+def write_log(root: Path, rates: Mapping[int, float]) -> None:
+    """The same history in every checkpoint, as the trainer would have it by then."""
+    for directory in root.iterdir():
+        state = json.loads((directory / "trainer_state.json").read_text())
+        history = [{"step": s, "learning_rate": r, "loss": 1.0} for s, r in rates.items() if s <= state["global_step"]]
+        (directory / "trainer_state.json").write_text(json.dumps(state | {"log_history": history}))
+
+
+def test_before(tmp_path: Path) -> None:
+    steps = tuple(range(500, 5001, 500))
+    weights = {"layer.lora_A.weight": torch.ones(2, 3), "layer.lora_B.weight": torch.ones(3, 2)}
+    root = write_run(tmp_path / "run", [weights] * len(steps), steps)
+    write_log(root, {step: 1e-4 if step <= 4000 else 1e-6 for step in range(500, 5001, 500)})
+
+    beginnings = ["The run begins at step 500", "The learning rate had fallen", "Only 9 updates", "These are low-rank"]
+    run = ckavg.open_run(root)
+    for scheme, expected in (
+        (BEMA(), beginnings),
+        (PEMA(), [beginnings[0], beginnings[1], beginnings[3]]),
+        (Mean(), [beginnings[1], beginnings[3]]),
+        (Last(), []),
+    ):
+        told = advice.before(run, scheme)
+        assert [line[: len(begin)] for line, begin in zip(told, expected, strict=True)] == expected
+    assert "--to-step 4000" in advice.before(run, Mean())[0]
+    assert not any("learning rate" in line for line in advice.before(ckavg.open_run(root, to_step=4000), BEMA()))
+
+    save_file(weights, tmp_path / "base.safetensors")
+    told = advice.before(ckavg.open_run(root, init=tmp_path / "base.safetensors"), BEMA())
+    assert [line.split(",")[0] for line in told][1] == "Only 10 updates"
+    assert not any("begins at step" in line for line in told)
+
+
+def test_before_of_a_plain_run(tmp_path: Path) -> None:
+    run = ckavg.open_run(write_run(tmp_path, [WEIGHTS] * 4, (0, 100, 200, 300)))
+    for scheme in (PEMA(), BEMA(), EMA(), OUEMA(), DEMA(), Mean(), Last(), MomentumEMA(momentum=0.99)):
+        assert advice.before(run, scheme) == ()
+
+
+def test_before_needs_no_torch(tmp_path: Path) -> None:
+    root = write_run(tmp_path, [WEIGHTS] * 2, (0, 100))
+    code = (
+        "import sys; from ckavg import advice; from ckavg.run.opening import open_run; from ckavg.schemes import PEMA; "
+        f"advice.before(open_run({str(root)!r}), PEMA()); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

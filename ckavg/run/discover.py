@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,7 @@ from pathlib import Path
 from ckavg.errors import CkavgError, DuplicateStepError, MixedOrderError, NoCheckpointsError, ReadError
 from ckavg.run.checkpoint import RESULT_RECORD, holds_weights
 from ckavg.run.layouts import Label, conversion, foreign_weights, read_label
-
-TRAINER_STATE = "trainer_state.json"
+from ckavg.run.trainer_log import TRAINER_STATE, read_trainer_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +107,12 @@ def _candidate(path: Path, warnings: list[str]) -> Candidate | None:
 
 def _stated_step(path: Path, warnings: list[str]) -> int | None:
     try:
-        state = json.loads((path / TRAINER_STATE).read_bytes())
+        step = read_trainer_state(path).get("global_step")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError):
         warnings.append(f"{path.name}: {TRAINER_STATE} cannot be read; the step is taken from the name.")
         return None
-    step = state.get("global_step") if isinstance(state, dict) else None
     if type(step) is int and step >= 0:
         return step
     warnings.append(f"{path.name}: {TRAINER_STATE} states no global_step; the step is taken from the name.")

@@ -115,8 +115,11 @@ def _checked(path: Path, declared: Mapping[str, Any], data_start: int, size: int
 
 def _span(path: Path, name: str, value: Any) -> tuple[str, str, tuple[int, ...], int, int]:
     try:
+        name.encode()
         dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         numbers = (*shape, start, stop)
+    except UnicodeEncodeError as error:
+        raise CorruptFileError(f"{path} has a corrupt header: {name!r} is no text.", hint=_RESAVE) from error
     except (TypeError, KeyError, ValueError) as error:
         raise CorruptFileError(
             f"{path} has a corrupt header: tensor {name!r} lacks dtype, shape or data_offsets.", hint=_RESAVE

@@ -1,0 +1,174 @@
+"""Which learning rates a trainer's log holds, and that nothing in it can do harm."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ckavg
+from ckavg.run.checkpoint import read_checkpoint
+from ckavg.run.trainer_log import LARGEST, TRAINER_STATE, learning_rates, read_trainer_state
+from ckavg.run.values import Checkpoint
+from tests.runs import write_checkpoint
+
+REAL = """{
+  "best_global_step": null,
+  "best_metric": null,
+  "best_model_checkpoint": null,
+  "epoch": 0.512,
+  "eval_steps": 20,
+  "global_step": 40,
+  "is_hyper_param_search": false,
+  "is_local_process_zero": true,
+  "is_world_process_zero": true,
+  "log_history": [
+    {
+      "epoch": 0.128,
+      "grad_norm": 8.750067710876465,
+      "learning_rate": 4.5e-05,
+      "loss": 2.2761,
+      "step": 10
+    },
+    {
+      "epoch": 0.256,
+      "grad_norm": NaN,
+      "learning_rate": 5e-05,
+      "loss": 2.0013,
+      "step": 20
+    },
+    {
+      "epoch": 0.256,
+      "eval_loss": 1.9874,
+      "eval_runtime": 1.5,
+      "eval_samples_per_second": 12.0,
+      "eval_steps_per_second": 3.0,
+      "step": 20
+    },
+    {
+      "epoch": 0.512,
+      "grad_norm": 3.1,
+      "learning_rate": 0.0,
+      "loss": 1.9,
+      "step": 40
+    }
+  ],
+  "logging_steps": 10,
+  "max_steps": 40,
+  "num_input_tokens_seen": 0,
+  "num_train_epochs": 1,
+  "save_steps": 20,
+  "stateful_callbacks": {
+    "TrainerControl": {
+      "args": {
+        "should_epoch_stop": false
+      },
+      "attributes": {}
+    }
+  },
+  "total_flos": 1.0e+15,
+  "train_batch_size": 8,
+  "trial_name": null,
+  "trial_params": null
+}
+"""
+"""What the Trainer of transformers writes."""
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    return read_checkpoint(write_checkpoint(tmp_path / "checkpoint-40", {"w": torch.arange(6.0)}, step=40), 40)
+
+
+def write(checkpoint: Checkpoint, content: str | bytes) -> None:
+    (checkpoint.path / TRAINER_STATE).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def with_history(checkpoint: Checkpoint, history: Any) -> tuple[tuple[int, float], ...]:
+    write(checkpoint, json.dumps({"global_step": 40, "log_history": history}))
+    return learning_rates(checkpoint)
+
+
+def test_a_real_log(checkpoint: Checkpoint) -> None:
+    write(checkpoint, REAL)
+    assert learning_rates(checkpoint) == ((10, 4.5e-05), (20, 5e-05), (40, 0.0))
+    assert read_trainer_state(checkpoint.path)["global_step"] == 40
+    assert ckavg.open_run(checkpoint.path.parent, init=checkpoint.path / "model.safetensors").steps == (0, 40)
+
+
+def test_order_and_repeats(checkpoint: Checkpoint) -> None:
+    """A run that was resumed may log a step twice."""
+    entries = [(30, 3e-5), (10, 1e-5), (20, 9e-5), (20, 2e-5)]
+    found = with_history(checkpoint, [{"step": step, "learning_rate": rate} for step, rate in entries])
+    assert found == ((10, 1e-5), (20, 2e-5), (30, 3e-5))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "not JSON",
+        '{"log_history": [{"step": 1, "learning_rate": 1e-5}',
+        b"\xff\xfe\x00{",
+        "[" * 200_000,
+        '{"log_history": ' + "[" * 200_000 + "]" * 200_000 + "}",
+        '{"log_history": [{"step": 1, "learning_rate": ' + "9" * 5000 + "}]}",
+        "null",
+        "[1, 2]",
+        '"log_history"',
+        "{}",
+        '{"log_history": null}',
+        '{"log_history": {"step": 1, "learning_rate": 1e-5}}',
+        '{"log_history": "step learning_rate"}',
+        '{"log_history": [null, 3, "a", [], [1, 1e-5], {}, {"step": 1}, {"learning_rate": 1e-5}]}',
+    ],
+)
+def test_what_is_no_log_tells_nothing(checkpoint: Checkpoint, content: str | bytes) -> None:
+    write(checkpoint, content)
+    assert learning_rates(checkpoint) == ()
+
+
+@pytest.mark.parametrize("rate", [None, True, "1e-5", [1e-5], -1e-5, float("nan"), float("inf"), 10**400])
+def test_rates_that_are_none(checkpoint: Checkpoint, rate: Any) -> None:
+    assert with_history(checkpoint, [{"step": 1, "learning_rate": 1}, {"step": 2, "learning_rate": rate}]) == (
+        (1, 1.0),
+    )
+
+
+@pytest.mark.parametrize("step", [None, True, "2", 2.0, -2, float("nan"), {}])
+def test_steps_that_are_none(checkpoint: Checkpoint, step: Any) -> None:
+    good, bad = {"step": 1, "learning_rate": 1e-5}, {"step": step, "learning_rate": 1e-5}
+    assert with_history(checkpoint, [good, bad]) == ((1, 1e-5),)
+
+
+def test_a_huge_file_is_not_read(checkpoint: Checkpoint) -> None:
+    content = b'{"log_history": [{"step": 1, "learning_rate": 1e-05}]}'
+    write(checkpoint, content)
+    os.truncate(checkpoint.path / TRAINER_STATE, LARGEST + 1)
+    assert learning_rates(checkpoint) == ()
+
+    write(checkpoint, content + b" " * (LARGEST - len(content)))
+    assert learning_rates(checkpoint) == ((1, 1e-5),)
+    write(checkpoint, content + b" " * (LARGEST + 1 - len(content)))
+    assert learning_rates(checkpoint) == ()
+
+
+def test_what_is_no_file_is_not_opened(checkpoint: Checkpoint) -> None:
+    (checkpoint.path / TRAINER_STATE).unlink()
+    assert learning_rates(checkpoint) == ()
+    os.mkfifo(checkpoint.path / TRAINER_STATE)
+    assert learning_rates(checkpoint) == ()
+    (checkpoint.path / TRAINER_STATE).unlink()
+    (checkpoint.path / TRAINER_STATE).mkdir()
+    assert learning_rates(checkpoint) == ()
+
+
+def test_a_log_beside_single_files_is_not_theirs(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "step_5.safetensors")
+    (tmp_path / TRAINER_STATE).write_text(REAL)
+    assert learning_rates(read_checkpoint(tmp_path / "step_5.safetensors", 5)) == ()
