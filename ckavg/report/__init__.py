@@ -1,1 +1,1 @@
-"""Tables and bars for a terminal. The only user of rich; everything shown goes to stdout."""
+"""Tables and bars for a terminal, and pictures. Where rich and matplotlib are used, beside the progress display."""
