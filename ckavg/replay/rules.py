@@ -2,8 +2,8 @@
 
 Every rule is written once and runs on a tile of weights as on one-hot vectors, which gives the effective weights. A
 step is formed as E + β (θ − E): the same update as (1 − β) E + β θ, but with one rounding of the size of E instead of
-three, and exact where nothing moved. Each operation is a plain IEEE one, rounded on its own and never fused, so that
-the bytes do not depend on vector width, tile size or number of threads.
+three, and exact where nothing moved. It is torch's `lerp`, one pass over the memory in the place of three: a difference
+and a fused multiply-add, the same for every element whatever the vector width, the tile size or the number of threads.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class EmaState(State):
         self._average[: theta.numel()].copy_(theta)
 
     def _update(self, index: int, theta: Tensor) -> None:
-        _step(self._average[: theta.numel()], theta, self._beta(index), self._scratch[: theta.numel()])
+        _step(self._average[: theta.numel()], theta, self._beta(index))
 
 
 class BemaState(EmaState):
@@ -146,16 +146,16 @@ class DemaState(EmaState):
     def _update(self, index: int, theta: Tensor) -> None:
         size = theta.numel()
         super()._update(index, theta)
-        _step(self._second[:size], self._average[:size], self._beta(index), self._scratch[:size])
+        _step(self._second[:size], self._average[:size], self._beta(index))
 
 
 RULES: dict[str, type[State]] = {"ema": EmaState, "bema": BemaState, "ouema": OuemaState, "dema": DemaState}
 """The update rules by the name under which schemes ask for them."""
 
 
-def _step(average: Tensor, theta: Tensor, beta: float, change: Tensor) -> None:
-    """E ← E + β (θ − E), in place; `change` is scratch. β = 1 replaces E by θ to the bit."""
+def _step(average: Tensor, theta: Tensor, beta: float) -> None:
+    """E ← E + β (θ − E), in place. β = 1 replaces E by θ to the bit."""
     if beta == 1.0:
         average.copy_(theta)
-        return
-    average.add_(torch.sub(theta, average, out=change).mul_(beta))
+    else:
+        average.lerp_(theta, beta)

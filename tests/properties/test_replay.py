@@ -66,7 +66,7 @@ def schemes(draw: st.DrawFn) -> Scheme:
             ),
             st.builds(OUEMA, eta=st.floats(0.1, 2), kappa=POWERS, multiplier=st.floats(0, 3), lag=st.floats(2, 100)),
             st.builds(DEMA, kappa=POWERS, multiplier=st.floats(0, 3), lag=st.floats(1, 100)),
-            st.just(Mean()),
+            st.builds(Mean, decay=st.sampled_from(("none", "linear", "cosine", "minus-sqrt"))),
             st.just(Last()),
         )
     )
@@ -149,3 +149,21 @@ def test_powers_at_their_ends(timeline: Timeline) -> None:
 def test_power_1_is_the_flat_average(count: int) -> None:
     weights = effective_weights(EMA(gamma=1.0).coefficients(Timeline(tuple(range(count + 1)))))
     assert weights == pytest.approx([1 / (count + 1)] * (count + 1), abs=1e-14)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    beta=st.floats(1e-6, 1),
+    start=st.integers(0, 70),
+    size=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_an_update_rounds_alike_wherever_a_tile_begins(
+    seed: int, beta: float, start: int, size: int, dtype: torch.dtype
+) -> None:
+    """No vector width, and no rest of one at the end of a tile, shows in the result."""
+    generator = torch.Generator().manual_seed(seed)
+    run = torch.randn(2, 200, generator=generator, dtype=torch.float64).to(dtype)
+    step = Coefficients("ema", 0, (None, beta))
+    part = slice(start, start + size)
+    assert torch.equal(replayed(step, run[:, part].contiguous()), replayed(step, run)[part])
