@@ -8,10 +8,11 @@
 Nothing here prints; progress is a callback. torch is imported when weights are read, not before.
 """
 
-from ckavg.average import average, measure_path, plan_average
+from ckavg.average import average, measure_path
 from ckavg.engine.progress import Progress
 from ckavg.errors import CkavgError
 from ckavg.path.table import PathLength
+from ckavg.plan import plan_average
 from ckavg.result.record import Averaged
 from ckavg.run.opening import open_run
 from ckavg.run.values import Run

@@ -1,4 +1,4 @@
-"""The pipeline, on one page: discover → plan → path → schemes → replay → write. Only this module composes the stages.
+"""The pipeline, on one page: discover → plan → path → schemes → replay → write. Only this module carries it out.
 
 Modules that need torch are imported where they are used: opening a run, or saying what would be done, must not wait
 for them.
@@ -6,110 +6,33 @@ for them.
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckavg import advice
 from ckavg.engine.progress import OnProgress
 from ckavg.errors import SettingError
-from ckavg.path.table import PathLength, ZeroSigma, counts
+from ckavg.path.plan import PathPlan, plan_path
+from ckavg.path.saved import remember
+from ckavg.path.table import PathLength, ZeroSigma
+from ckavg.plan import CARD, Plan, check_together, plan_average
 from ckavg.result.card import write_card
-from ckavg.result.layout import WeightPlan, plan_weights
-from ckavg.result.place import check_place, check_space
 from ckavg.result.record import Averaged, Output, Seconds
-from ckavg.result.side_files import gather_side_files, read_config
+from ckavg.result.side_files import read_config
 from ckavg.result.staging import ShardFiles, Staging
 from ckavg.run.checkpoint import RESULT_RECORD
 from ckavg.run.values import Run
 from ckavg.schemes import Coefficients, Scheme, Timeline
 
-DTYPES = ("source", "float32", "bfloat16", "float16", "float64")
+if TYPE_CHECKING:
+    from ckavg.engine.stream import Settings
+
 ACCUMULATE = ("float32", "float64")
-CARD = "README.md"
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What averaging a run would read and write.
-
-    Attributes:
-        run: the checkpoints that take part.
-        scheme: how they are averaged.
-        out: where the result goes.
-        dtype: output dtype as it was asked for.
-        path_exclude: shell patterns of tensor names that do not count in the path length.
-        force: whether an existing result is replaced.
-        weights: the weight files of the result.
-        side_files: what is copied beside them, by relative path.
-        path_bytes: bytes that pass 1 reads; 0 for schemes that do not need it.
-        replay_bytes: bytes that pass 2 reads.
-        warnings: what a user should know before it starts.
-    """
-
-    run: Run
-    scheme: Scheme
-    out: Path
-    dtype: str
-    path_exclude: tuple[str, ...]
-    force: bool
-    weights: WeightPlan
-    side_files: dict[str, bytes]
-    path_bytes: int
-    replay_bytes: int
-    warnings: tuple[str, ...]
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Every file of the result, by relative path, sorted."""
-        return tuple(sorted({shard.name for shard in self.weights.shards} | {*self.side_files, CARD, RESULT_RECORD}))
-
-    @property
-    def write_bytes(self) -> int:
-        """Bytes that will be written."""
-        return self.weights.nbytes + sum(len(data) for data in self.side_files.values())
-
-
-def plan_average(
-    run: Run,
-    scheme: Scheme,
-    *,
-    out: Path | str | None = None,
-    dtype: str = "source",
-    path_exclude: Sequence[str] = (),
-    force: bool = False,
-) -> Plan:
-    """Say what `average` would read and write, and refuse what cannot be done. Reads no weight and writes nothing.
-
-    Args, errors: as of `average`.
-    """
-    if dtype not in DTYPES:
-        raise SettingError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
-    place = Path(out) if out is not None else run.source / "averaged" / scheme.label
-    check_place(place, run, force=force)
-    weights = plan_weights(run.last, dtype)
-    side_files = gather_side_files(run, weights)
-    start = 0 if scheme.needs_path else scheme.coefficients(_timeline(run, None)).start
-    floating = [name for name, entry in run.tensors.items() if entry.is_floating]
-    counted = [name for name in floating if counts(name, path_exclude)] if scheme.needs_path else []
-    plan = Plan(
-        run=run,
-        scheme=scheme,
-        out=place,
-        dtype=dtype,
-        path_exclude=tuple(path_exclude),
-        force=force,
-        weights=weights,
-        side_files=side_files,
-        path_bytes=sum(point.entries[name].nbytes for point in run.checkpoints for name in counted),
-        replay_bytes=sum(point.entries[name].nbytes for point in run.checkpoints[start:] for name in floating)
-        + sum(entry.nbytes for entry in run.tensors.values() if not entry.is_floating),
-        warnings=run.warnings + advice.before(run, scheme),
-    )
-    check_space(place, plan.write_bytes)
-    return plan
 
 
 def measure_path(
@@ -117,29 +40,33 @@ def measure_path(
     *,
     path_exclude: Sequence[str] = (),
     zero_sigma: ZeroSigma = "exclude",
+    sample: float = 1.0,
     device: str = "auto",
     on_progress: OnProgress | None = None,
 ) -> PathLength:
     """Measure how far the weights of a run travelled: pass 1 alone (Pathwise EMA, Eq. 2).
 
+    What was measured before of the same files is not measured again: the table is kept in `averaged/path.json` of the
+    run's directory or, where that cannot be written, in the user's cache.
+
     Args:
         run: the checkpoints, the anchor first.
         path_exclude: shell patterns of tensor names that do not count.
         zero_sigma: `exclude` leaves tensors without spread out of the sum and of N; `eps` divides by σ_p + 1e-8.
+        sample: estimate it from this fraction of each tensor, in (0, 1]; 1 is exact.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         on_progress: called now and then in this thread.
 
     Raises:
         NonFiniteError: a checkpoint holds NaN or infinity.
         TruncatedShardError, ReadError: a file changed or cannot be read.
-        SettingError: there is no such device.
+        SettingError: there is no such device, or `sample` is no fraction.
     """
     from ckavg.engine.devices import resolve_device
     from ckavg.engine.stream import Settings
-    from ckavg.path.measure import measure
 
-    settings = Settings(device=resolve_device(device), on_progress=on_progress)
-    return measure(run, exclude=tuple(path_exclude), zero_sigma=zero_sigma, settings=settings)
+    plan = plan_path(run, exclude=path_exclude, sample=sample)
+    return _measure(run, plan, zero_sigma, Settings(device=resolve_device(device), on_progress=on_progress))
 
 
 def average(
@@ -152,6 +79,8 @@ def average(
     device: str = "auto",
     path_exclude: Sequence[str] = (),
     zero_sigma: ZeroSigma = "exclude",
+    sample: float = 1.0,
+    snapshot_every: int | None = None,
     force: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Averaged:
@@ -166,6 +95,9 @@ def average(
         device: where the arithmetic happens: `auto`, `cpu`, `cuda` or `cuda:N`.
         path_exclude: shell patterns of tensors that do not count in the path length.
         zero_sigma: what becomes of tensors without spread; see `measure_path`.
+        sample: estimate the path length from this fraction of each tensor; see `measure_path`.
+        snapshot_every: also write the average as it stood after each checkpoint whose step is a multiple of this, to
+            `<out>/checkpoint-<step>`.
         force: replace an existing result.
         on_progress: called now and then in this thread.
 
@@ -178,9 +110,26 @@ def average(
         SettingError: the settings do not fit the run.
         CkavgError: any other reason for which there is no result; the sources and `out` are as they were.
     """
-    plan = plan_average(run, scheme, out=out, dtype=dtype, path_exclude=path_exclude, force=force)
-    (record,) = carry_out([plan], accumulate=accumulate, device=device, zero_sigma=zero_sigma, on_progress=on_progress)
-    return record
+    plan = plan_average(
+        run,
+        scheme,
+        out=out,
+        dtype=dtype,
+        path_exclude=path_exclude,
+        sample=sample,
+        snapshot_every=snapshot_every,
+        force=force,
+    )
+    done = carry_out([plan], accumulate=accumulate, device=device, zero_sigma=zero_sigma, on_progress=on_progress)
+    return done.records[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What was carried out: a record for each plan, in their order, and the path; None where no plan needed it."""
+
+    records: tuple[Averaged, ...]
+    path: PathLength | None
 
 
 def carry_out(
@@ -190,11 +139,11 @@ def carry_out(
     device: str = "auto",
     zero_sigma: ZeroSigma = "exclude",
     on_progress: OnProgress | None = None,
-) -> tuple[Averaged, ...]:
+) -> Done:
     """Do what plans say, all from one reading of the run they share; each result is what it would be by itself.
 
     Args:
-        plans: of one run, with one `path_exclude`, each to a place of its own; at least one.
+        plans: of one run, with one way to have its path, each to a place of its own; at least one.
         accumulate, device, zero_sigma, on_progress: as of `average`.
 
     Raises:
@@ -202,48 +151,53 @@ def carry_out(
     """
     from ckavg.engine.devices import resolve_device
     from ckavg.engine.stream import Settings
-    from ckavg.path.measure import measure
     from ckavg.replay.replay import Average, replay
 
     begun = time.perf_counter()
     if accumulate not in ACCUMULATE:
         raise SettingError(f"accumulate is {accumulate!r}; it must be one of {', '.join(ACCUMULATE)}.")
+    check_together(plans)
     run = plans[0].run
     settings = Settings(device=resolve_device(device), on_progress=on_progress)
     with ExitStack() as stack:
         stagings = [stack.enter_context(Staging(plan.out, force=plan.force)) for plan in plans]
         measuring = time.perf_counter()
-        path = None
-        if any(plan.scheme.needs_path for plan in plans):
-            path = measure(run, exclude=plans[0].path_exclude, zero_sigma=zero_sigma, settings=settings)
+        planned = next((plan.path for plan in plans if plan.path), None)
+        path = _measure(run, planned, zero_sigma, settings) if planned else None
         replaying = time.perf_counter()
         timeline = _timeline(run, path)
         coefficients = [plan.scheme.coefficients(timeline) for plan in plans]
         with ExitStack() as files:
             sinks = [
-                files.enter_context(ShardFiles(staging.path, plan.weights.shards))
+                {
+                    index: files.enter_context(
+                        ShardFiles(staging.path / out.relative_to(plan.out), plan.weights.shards)
+                    )
+                    for index, out in plan.outputs.items()
+                }
                 for staging, plan in zip(stagings, plans, strict=True)
             ]
             averages = [
-                Average(each, plan.weights.dtypes, sink)
-                for each, plan, sink in zip(coefficients, plans, sinks, strict=True)
+                Average(each, plan.weights.dtypes, of_plan)
+                for each, plan, of_plan in zip(coefficients, plans, sinks, strict=True)
             ]
             replayed_bytes = replay(run, averages, wide=accumulate == "float64", settings=settings)
-            for sink in sinks:
-                sink.sync()
+            for of_plan in sinks:
+                for sink in of_plan.values():
+                    sink.sync()
         done = time.perf_counter()
         work = _Work(
             accumulate=_accumulated(run, accumulate),
             zero_sigma=zero_sigma,
             bytes_read=replayed_bytes + (path.bytes_read if path else 0),
-            seconds=Seconds(replaying - measuring if path else 0.0, done - replaying, done - begun),
+            seconds=Seconds(replaying - measuring if path and path.bytes_read else 0.0, done - replaying, done - begun),
         )
         records = tuple(_record(plan, each, path, work) for plan, each in zip(plans, coefficients, strict=True))
-        for plan, record, staging in zip(plans, records, stagings, strict=True):
-            for name, data in (plan.side_files | _own_files(record, plan)).items():
+        for plan, each, record, staging in zip(plans, coefficients, records, stagings, strict=True):
+            for name, data in _small_files(plan, each, record).items():
                 staging.write(name, data)
             staging.commit()
-    return records
+    return Done(records, path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,6 +208,19 @@ class _Work:
     zero_sigma: ZeroSigma
     bytes_read: int
     seconds: Seconds
+
+
+def _measure(run: Run, plan: PathPlan, zero_sigma: ZeroSigma, settings: Settings) -> PathLength:
+    from ckavg.path.estimate import estimate
+    from ckavg.path.measure import measure
+
+    if plan.sample < 1:
+        return estimate(run, plan.sample, exclude=plan.exclude, zero_sigma=zero_sigma, settings=settings)
+    known = plan.recalled.known
+    path = measure(run, exclude=plan.exclude, zero_sigma=zero_sigma, known=known, settings=settings)
+    if path.bytes_read:
+        remember(run, path, plan.recalled.stamps)
+    return path
 
 
 def _timeline(run: Run, path: PathLength | None) -> Timeline:
@@ -268,9 +235,11 @@ def _record(plan: Plan, coefficients: Coefficients, measured: PathLength | None,
 
     run, scheme = plan.run, plan.scheme
     path = measured if scheme.needs_path else None
-    left_out = _left_out(run, path) if path else ()
+    left_out = left_out_of_path(run, path) if path else ()
+    weights = effective_weights(coefficients)
     anchor = run.steps[coefficients.start]
     warnings = plan.warnings + advice.about_coefficients(scheme, coefficients, run.steps)
+    warnings += advice.about_weights(run.steps, weights)
     return Averaged(
         scheme=scheme.name,
         parameters=scheme.parameters(),
@@ -282,15 +251,18 @@ def _record(plan: Plan, coefficients: Coefficients, measured: PathLength | None,
         path_length=path.lengths if path else None,
         betas=coefficients.betas,
         alphas=coefficients.alphas,
-        weights=effective_weights(coefficients),
-        path_exclude=plan.path_exclude,
+        weights=weights,
+        path_length_error=path.standard_errors if path else None,
+        sample=path.sample if path else 1.0,
+        path_exclude=plan.path.exclude if plan.path else (),
         zero_sigma=work.zero_sigma,
         excluded_from_path=tuple(sorted({*left_out, *path.without_spread})) if path else (),
         parameters_counted=path.parameters_counted if path else None,
         dtype=plan.dtype,
         accumulate=work.accumulate,
         warnings=warnings + (advice.about_path(path, left_out) if path else ()),
-        outputs=(Output(plan.out.name, run.steps[-1], plan.out, plan.files),),
+        evaluation=None,
+        outputs=tuple(Output(out.name, run.steps[index], out, plan.files) for index, out in plan.outputs.items()),
         bytes_read=work.bytes_read,
         seconds=work.seconds,
     )
@@ -301,7 +273,7 @@ def _accumulated(run: Run, asked: str) -> str:
     return "float64" if any("float64" in checkpoint.dtypes for checkpoint in run.checkpoints) else asked
 
 
-def _left_out(run: Run, path: PathLength) -> tuple[str, ...]:
+def left_out_of_path(run: Run, path: PathLength) -> tuple[str, ...]:
     """Floating tensors with elements that pass 1 was told not to measure."""
     return tuple(
         sorted(
@@ -312,7 +284,18 @@ def _left_out(run: Run, path: PathLength) -> tuple[str, ...]:
     )
 
 
-def _own_files(record: Averaged, plan: Plan) -> dict[str, bytes]:
+def _small_files(plan: Plan, coefficients: Coefficients, record: Averaged) -> dict[str, bytes]:
+    """What goes beside the weights of every output: side files, the card, and the record of that output."""
+    from ckavg.replay.weights import effective_weights
+
     config, adapter_config = read_config(plan.side_files), read_config(plan.side_files, "adapter_config.json")
-    card = write_card(record, plan.scheme, config, adapter_config)
-    return {CARD: card.encode(), RESULT_RECORD: record.to_json().encode() + b"\n"}
+    files: dict[str, bytes] = {}
+    for output, (index, out) in zip(record.outputs, plan.outputs.items(), strict=True):
+        own = record
+        if index in plan.snapshots:
+            own = dataclasses.replace(record, weights=effective_weights(coefficients, index), outputs=(output,))
+        card = write_card(own, plan.scheme, config, adapter_config)
+        beside: Mapping[str, bytes] = plan.side_files | {CARD: card.encode(), RESULT_RECORD: own.to_bytes()}
+        place = out.relative_to(plan.out)
+        files |= {str(place / name): data for name, data in beside.items()}
+    return files

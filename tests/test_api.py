@@ -23,7 +23,7 @@ STAGES = {
 }
 """Which stages each stage may import: the values passed to it, and the engine that the passes run on."""
 
-ALWAYS = {"errors", "version"}
+ALWAYS = {"atomic", "errors", "version"}
 VALUES_OF_RUN = {"ckavg.run.values", "ckavg.run.checkpoint", "ckavg.run.layouts"}
 
 
@@ -76,7 +76,9 @@ def test_schemes_are_pure_numbers() -> None:
         assert roots <= {"__future__", "abc", "collections", "dataclasses", "itertools", "math", "typing", "ckavg"}
 
 
-@pytest.mark.parametrize(("module", "users"), [("rich", {"report", "cli"}), ("typer", {"report", "cli"})])
+@pytest.mark.parametrize(
+    ("module", "users"), [("rich", {"report", "cli"}), ("typer", {"report", "cli"}), ("matplotlib", {"report"})]
+)
 def test_terminal_libraries_stay_at_the_edge(module: str, users: set[str]) -> None:
     for path in PACKAGE.rglob("*.py"):
         if module in {name.split(".")[0] for name in imports_of(path)}:
@@ -84,7 +86,7 @@ def test_terminal_libraries_stay_at_the_edge(module: str, users: set[str]) -> No
 
 
 def test_importing_is_light() -> None:
-    heavy = "torch", "numpy", "rich", "huggingface_hub", "safetensors"
+    heavy = "torch", "numpy", "rich", "huggingface_hub", "safetensors", "matplotlib"
     code = f"import sys, ckavg, ckavg.demo; print([name for name in {heavy!r} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 

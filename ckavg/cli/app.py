@@ -19,6 +19,7 @@ from ckavg.cli.failures import FAILED, INTERRUPTED
 from ckavg.cli.inspect import inspect
 from ckavg.cli.mean import mean
 from ckavg.cli.ouema import ouema
+from ckavg.cli.path import path
 from ckavg.cli.pema import pema
 from ckavg.cli.sweep import sweep
 from ckavg.version import __version__
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (pema, bema, ema, ouema, dema, mean, sweep, inspect, demo):
+for verb in (pema, bema, ema, ouema, dema, mean, sweep, path, inspect, demo):
     app.command()(verb)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ckavg.cli.commands import averaging_command
+from ckavg.cli.averaging import averaging_command
 from ckavg.errors import SettingError
 from ckavg.schemes import EMA, MomentumEMA, Scheme
 

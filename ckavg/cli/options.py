@@ -73,7 +73,50 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Averaging(Choice):
+class Measuring(Choice):
+    """The options of every verb that may measure the path."""
+
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.", rich_help_panel=_WORK)] = (
+        "auto"
+    )
+    path_exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            help="Tensors that do not count in the path length (repeatable).",
+            show_default=False,
+            rich_help_panel=_WORK,
+        ),
+    ] = None
+    zero_sigma: Annotated[
+        Literal["exclude", "eps"],
+        typer.Option(help="Tensors without spread: not counted, or divided by 1e-8.", rich_help_panel=_WORK),
+    ] = "exclude"
+    sample: Annotated[
+        float,
+        typer.Option(
+            metavar="F",
+            help="Estimate the path length from a fraction F of each tensor.",
+            show_default="1: exact",
+            rich_help_panel=_WORK,
+        ),
+    ] = 1.0
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A picture of path, β and weights: .png, .svg or .pdf.",
+            show_default=False,
+            rich_help_panel=_SHOWN,
+        ),
+    ] = None
+    as_json: Json = False
+    quiet: Quiet = False
+    verbose: Verbose = False
+
+
+@dataclass(frozen=True, slots=True)
+class Averaging(Measuring):
     """The options of every verb that forms an average."""
 
     out: Annotated[
@@ -91,6 +134,16 @@ class Averaging(Choice):
         Literal["source", "float32", "bfloat16", "float16"],
         typer.Option(help="Output dtype.", rich_help_panel=_RESULT),
     ] = "source"
+    snapshot_every: Annotated[
+        int | None,
+        typer.Option(
+            metavar="F",
+            min=1,
+            help="Also write the average as of every F optimizer steps.",
+            show_default="the final one only",
+            rich_help_panel=_RESULT,
+        ),
+    ] = None
     force: Annotated[bool, typer.Option("--force", help="Replace an existing result.", rich_help_panel=_RESULT)] = False
     dry_run: Annotated[
         bool,
@@ -104,22 +157,23 @@ class Averaging(Choice):
             rich_help_panel=_WORK,
         ),
     ] = "float32"
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.", rich_help_panel=_WORK)] = (
-        "auto"
-    )
-    path_exclude: Annotated[
-        list[str] | None,
+
+
+@dataclass(frozen=True, slots=True)
+class Sweeping(Averaging):
+    """The options of `sweep`."""
+
+    eval_command: Annotated[
+        str | None,
         typer.Option(
-            metavar="GLOB",
-            help="Tensors that do not count in the path length (repeatable).",
+            "--eval",
+            metavar="COMMAND",
+            help="Run COMMAND on each result, {dir} its directory; the number it prints last counts.",
             show_default=False,
-            rich_help_panel=_WORK,
+            rich_help_panel=_RESULT,
         ),
     ] = None
-    zero_sigma: Annotated[
-        Literal["exclude", "eps"],
-        typer.Option(help="Tensors without spread: not counted, or divided by 1e-8.", rich_help_panel=_WORK),
-    ] = "exclude"
-    as_json: Json = False
-    quiet: Quiet = False
-    verbose: Verbose = False
+    eval_goal: Annotated[
+        Literal["min", "max"],
+        typer.Option(help="Whether the best result has the least or the greatest number.", rich_help_panel=_RESULT),
+    ] = "min"

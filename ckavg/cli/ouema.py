@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ckavg.cli.commands import averaging_command
+from ckavg.cli.averaging import averaging_command
 from ckavg.schemes import OUEMA, Scheme
 
 _DEFAULT = OUEMA()

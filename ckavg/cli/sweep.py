@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, cast
 
 import typer
 
-from ckavg.cli.commands import sweeping_command
+from ckavg.cli.averaging import carry_out_shown, check_plot, draw, plan_of, warn_of
+from ckavg.cli.commands import joined
+from ckavg.cli.failures import INTERRUPTED, failures
+from ckavg.cli.options import Sweeping
+from ckavg.cli.terminal import warn
+from ckavg.errors import SettingError, WriteError
+from ckavg.evaluation import check_command, evaluate, record_evaluation
+from ckavg.result.record import Averaged
+from ckavg.run.opening import as_run, inspect_run
+from ckavg.schemes import SCHEMES, Scheme
+from ckavg.schemes.parse import is_scheme, parse_schemes
 
 
-@sweeping_command
-def sweep(
+def _describe(
     *,
     words: Annotated[
         list[str],
@@ -22,5 +35,70 @@ def sweep(
 ) -> None:
     """Form many averages from one reading of the checkpoints: every value of every scheme.
 
-    Each result is the same to the byte as that of the scheme's own command.
+    Each result is the same to the byte as that of the scheme's own command. With --eval, your own command tells which
+    of them is best.
     """
+
+
+def _sweep(options: Sweeping, values: Mapping[str, object]) -> None:
+    words = list(cast(Sequence[str], values["words"]))
+    with failures(verbose=options.verbose):
+        if words and not is_scheme(words[0], SCHEMES):
+            options = dataclasses.replace(options, source=Path(words.pop(0)))
+        if not words:
+            raise SettingError("sweep: no scheme is named.", hint="For example: ckavg sweep . pema:gamma=0.1,0.15 mean")
+        _average_all(parse_schemes(words, SCHEMES), options)
+
+
+_describe.__name__ = "sweep"
+sweep = joined(_describe, Sweeping, inspect.signature(_describe, eval_str=True).parameters, _sweep, takes_source=False)
+
+
+def _average_all(schemes: tuple[Scheme, ...], options: Sweeping) -> None:
+    from ckavg.report import sweep as report
+
+    if options.eval_command is not None:
+        check_command(options.eval_command)
+    origins = {scheme.every_from for scheme in schemes}
+    if options.every and len(origins) > 1:
+        raise SettingError(
+            "sweep: with --every, all averages must begin at one burn-in, for updates are counted from it.",
+            hint="Sweep each burn-in by itself.",
+        )
+    run = as_run(inspect_run(options.source, options.selection(origins.pop())))
+    check_plot(options, run)
+    base = options.out if options.out is not None else run.source / "averaged"
+    plans = [plan_of(run, scheme, options, base / scheme.label) for scheme in schemes]
+    warn_of(dict.fromkeys(warning for plan in plans for warning in plan.warnings))
+    if options.dry_run:
+        report.print_plans(plans, as_json=options.as_json)
+        return
+    done = carry_out_shown(plans, options)
+    told = {warning for plan in plans for warning in plan.warnings}
+    warn_of(dict.fromkeys(each for result in done.records for each in result.warnings if each not in told))
+    results, interrupted = list(done.records), False
+    if options.eval_command is not None:
+        interrupted = not _evaluate_all(results, options.eval_command, quiet=options.quiet)
+    report.print_results(results, goal=options.eval_goal, as_json=options.as_json, quiet=options.quiet)
+    draw(done, options)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _evaluate_all(results: list[Averaged], command: str, *, quiet: bool) -> bool:
+    """Have the user's command tell of each result; one that fails costs nothing else. False after an interrupt."""
+    try:
+        for place, result in enumerate(results):
+            if not quiet:
+                typer.echo(f"evaluating {result.outputs[-1].name}, {place + 1} of {len(results)}", err=True)
+            evaluation = evaluate(result.directory, command)
+            if evaluation.value is None:
+                warn("warning", f"{result.outputs[-1].name} has no evaluation: {evaluation.problem}.")
+            try:
+                results[place] = record_evaluation(result, evaluation)
+            except WriteError as error:
+                warn("warning", error.message)
+    except KeyboardInterrupt:
+        warn("interrupted", "The evaluation ends here. All averages are complete.")
+        return False
+    return True

@@ -26,6 +26,16 @@ class Block:
     start: int
     stop: int
 
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """The element ranges that are read."""
+        return ((self.start, self.stop),)
+
+    @property
+    def size(self) -> int:
+        """How many elements are read."""
+        return sum(stop - start for start, stop in self.ranges)
+
     def tiles(self, tile: int) -> Iterator[tuple[int, int]]:
         """The block's element range in steps of `tile`.
 
@@ -34,6 +44,23 @@ class Block:
         """
         for start in range(self.start, self.stop, tile):
             yield start, min(start + tile, self.stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Strips(Block):
+    """Of the elements `start` to `stop`, only strips of equal length that begin at `starts`; at most `TILE` in all.
+
+    >>> Strips("w", 0, 40_000, starts=(100, 30_000), length=512).size
+    1024
+    """
+
+    starts: tuple[int, ...]
+    length: int
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """The element ranges that are read."""
+        return tuple((start, start + self.length) for start in self.starts)
 
 
 def cut_blocks(entries: Mapping[str, Entry]) -> tuple[Block, ...]:

@@ -19,7 +19,7 @@ from ckavg.engine.tiles import TileReader
 from ckavg.run.values import Checkpoint
 
 Result = TypeVar("Result")
-Worker = Callable[[Block], Result]
+Unit = TypeVar("Unit", bound=Block)
 
 _MOST_THREADS = 16
 
@@ -52,8 +52,8 @@ class Streamed(Generic[Result]):
 def stream(
     stage: Pass,
     checkpoints: Sequence[Checkpoint],
-    blocks: Sequence[Block],
-    make_worker: Callable[[TileReader], Worker[Result]],
+    blocks: Sequence[Unit],
+    make_worker: Callable[[TileReader], Callable[[Unit], Result]],
     settings: Settings,
 ) -> Streamed[Result]:
     """Work on every block once.
@@ -73,7 +73,7 @@ def stream(
     own = threading.local()
     readers: list[TileReader] = []
 
-    def work(block: Block) -> Result:
+    def work(block: Unit) -> Result:
         if not hasattr(own, "worker"):
             readers.append(TileReader(checkpoints, open_files.enter_context(Files(threads=threads)), tile=tile))
             own.reader, own.worker = readers[-1], make_worker(readers[-1])
@@ -104,13 +104,13 @@ def _reporter(
         return lambda _: None
     listener = on_progress
     items = {block.name: sum(c.entries[block.name].item_bytes for c in checkpoints) for block in blocks}
-    total = sum(items[block.name] * (block.stop - block.start) for block in blocks)
+    total = sum(items[block.name] * block.size for block in blocks)
     done = 0
     listener(Progress(stage, 0, total))
 
     def report(block: Block) -> None:
         nonlocal done
-        done += items[block.name] * (block.stop - block.start)
+        done += items[block.name] * block.size
         listener(Progress(stage, done, total))
 
     return report

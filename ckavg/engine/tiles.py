@@ -60,6 +60,25 @@ class TileReader:
         else:
             out.copy_(self.raw(index, name, begin, begin + out.numel() * entry.item_bytes).view(dtype))
 
+    def gather(self, index: int, name: str, starts: Sequence[int], out: Tensor) -> None:
+        """Read a strip of a floating tensor of checkpoint `index` from each of `starts`, widened into a row of `out`.
+
+        Args:
+            index, name: as of `load`.
+            starts: first element of each strip, ascending.
+            out: (strips, elements of a strip) contiguous, at most a tile in all; it is filled.
+
+        Raises:
+            TruncatedShardError, ReadError: the bytes are not there.
+        """
+        checkpoint = self._checkpoints[index]
+        entry = checkpoint.entries[name]
+        offsets = [entry.offset + start * entry.item_bytes for start in starts]
+        size = out.numel() * entry.item_bytes
+        path = checkpoint.shards[entry.shard].path
+        self._files.read_each(path, offsets, self._bytes[:size], on_miss=self._announce)
+        out.view(-1).copy_(self._raw[:size].view(TORCH_DTYPES[entry.dtype]))
+
     def raw(self, index: int, name: str, start: int, stop: int) -> Tensor:
         """Read bytes `start` to `stop` of a tensor as stored: (n,) uint8, valid until the next read."""
         size = stop - start
@@ -73,14 +92,15 @@ class TileReader:
         self._files.read_into(path, entry.offset + start, buffer, on_miss=self._announce)
 
     def _announce(self) -> None:
-        """Have the system fetch the whole block of every checkpoint, in large pieces and at once."""
+        """Have the system fetch what the block reads of every checkpoint, in large pieces and at once."""
         block, self._to_announce = self._to_announce, None
         if block is None:
             return
         for checkpoint in self._checkpoints:
             entry = checkpoint.entries[block.name]
-            begin, size = block.start * entry.item_bytes, (block.stop - block.start) * entry.item_bytes
-            self._files.announce(checkpoint.shards[entry.shard].path, entry.offset + begin, size)
+            for start, stop in block.ranges:
+                begin, size = start * entry.item_bytes, (stop - start) * entry.item_bytes
+                self._files.announce(checkpoint.shards[entry.shard].path, entry.offset + begin, size)
 
     def refuse_nonfinite(self, name: str, start: int, stop: int) -> None:
         """Raise if elements `start` to `stop` of a floating tensor are NaN or infinite in any checkpoint.

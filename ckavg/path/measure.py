@@ -17,7 +17,8 @@ from torch import Tensor
 from ckavg.engine.blocks import CHUNK, Block, cut_blocks
 from ckavg.engine.stream import Settings, stream
 from ckavg.engine.tiles import TileReader
-from ckavg.path.table import PathLength, TensorPath, ZeroSigma, counts
+from ckavg.path.known import Known, Measured, ToMeasure
+from ckavg.path.table import PathLength, ZeroSigma, counts
 from ckavg.run.values import Entry, Run
 
 _LANES = 1024
@@ -26,7 +27,7 @@ _SUMMED_IN_WORK_DTYPE = CHUNK // _LANES
 
 @dataclass(frozen=True, slots=True)
 class _Partial:
-    """Of one block: the L1 distance of each step, and the first two moments of θ_0 about the tensor's first element."""
+    """Of one block: the L1 distances that were measured, and the moments of θ_0 about the tensor's first element."""
 
     distances: tuple[float, ...]
     shifted_sum: float
@@ -34,14 +35,20 @@ class _Partial:
 
 
 def measure(
-    run: Run, *, exclude: tuple[str, ...] = (), zero_sigma: ZeroSigma = "exclude", settings: Settings | None = None
+    run: Run,
+    *,
+    exclude: tuple[str, ...] = (),
+    zero_sigma: ZeroSigma = "exclude",
+    known: Known | None = None,
+    settings: Settings | None = None,
 ) -> PathLength:
-    """Measure the path length of a run.
+    """Measure the path length of a run, or what is not known of it.
 
     Args:
         run: the checkpoints, the anchor first.
         exclude: shell patterns of tensor names that do not count.
         zero_sigma: what becomes of tensors without spread; see `PathLength`.
+        known: what was measured before; the checkpoints it covers on both sides are not read.
         settings: how the pass runs.
 
     Raises:
@@ -50,30 +57,31 @@ def measure(
     """
     settings = settings or Settings()
     entries = {name: entry for name, entry in run.tensors.items() if entry.is_floating and counts(name, exclude)}
+    work = (known or Known.nothing(run)).left_to_measure(name for name, entry in entries.items() if entry.numel)
+    if not work.to_read:
+        return PathLength(run.steps, work.completed(entries, {}), zero_sigma, 0)
     blocks = cut_blocks(entries)
 
     def make_worker(reader: TileReader) -> _Worker:
-        return _Worker(run, reader, tile=settings.tile, device=settings.device)
+        return _Worker(run, work, reader, tile=settings.tile, device=settings.device)
 
-    streamed = stream("path", run.checkpoints, blocks, make_worker, settings)
-    tensors = _merged(entries, blocks, streamed.results, len(run.checkpoints))
-    return PathLength(run.steps, tensors, zero_sigma, streamed.bytes_read)
+    streamed = stream("path", [run.checkpoints[index] for index in work.to_read], blocks, make_worker, settings)
+    measured = _merged(entries, blocks, streamed.results, work)
+    return PathLength(run.steps, work.completed(entries, measured), zero_sigma, streamed.bytes_read)
 
 
 def _merged(
-    entries: Mapping[str, Entry], blocks: Sequence[Block], partials: Sequence[_Partial], visited: int
-) -> Mapping[str, TensorPath]:
+    entries: Mapping[str, Entry], blocks: Sequence[Block], partials: Sequence[_Partial], work: ToMeasure
+) -> Mapping[str, Measured]:
     of_tensor: dict[str, list[_Partial]] = defaultdict(list)
     for block, partial in zip(blocks, partials, strict=True):
         of_tensor[block.name].append(partial)
     return {
-        name: TensorPath(
-            entry.numel,
-            _sigma(entry.numel, of_tensor[name]),
-            tuple(math.fsum(part.distances[place] for part in of_tensor[name]) for place in range(visited - 1)),
+        name: Measured(
+            _sigma(entries[name].numel, parts),
+            {step: math.fsum(part.distances[place] for part in parts) for place, step in enumerate(work.steps)},
         )
-        for name, entry in entries.items()
-        if entry.numel
+        for name, parts in of_tensor.items()
     }
 
 
@@ -93,8 +101,10 @@ def _sigma(numel: int, partials: Sequence[_Partial]) -> float:
 class _Worker:
     """Pass 1 over one block after another, in one thread."""
 
-    def __init__(self, run: Run, reader: TileReader, *, tile: int, device: str) -> None:
+    def __init__(self, run: Run, work: ToMeasure, reader: TileReader, *, tile: int, device: str) -> None:
         self._run = run
+        self._work = work
+        self._place = {index: place for place, index in enumerate(work.to_read)}
         self._reader = reader
         self._tile = tile
         self._device = device
@@ -105,8 +115,7 @@ class _Worker:
         wide = any(checkpoint.entries[block.name].dtype == "F64" for checkpoint in self._run.checkpoints)
         dtype = torch.float64 if wide else torch.float32
         chunks = -(-(block.stop - block.start) // CHUNK)
-        steps = len(self._run.checkpoints) - 1
-        sums = torch.zeros(steps + 2, chunks, dtype=torch.float64)
+        sums = torch.zeros(len(self._work.steps) + 2, chunks, dtype=torch.float64)
         for start, stop in block.tiles(self._tile):
             first = (start - block.start) // CHUNK
             of_tile = self._measure_tile(block.name, start, stop, dtype)
@@ -115,7 +124,7 @@ class _Worker:
         return _Partial(tuple(distances), total, squares)
 
     def _measure_tile(self, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """(K + 2, chunks) float64: distance of each step, then Σ and Σ² of θ_0 less its first element; by chunk."""
+        """(steps + 2, chunks) float64: each distance, then Σ and Σ² of θ_0 less its first element; by chunk."""
         sums = self._sum_tile(name, start, stop, dtype)
         if bool(torch.isfinite(sums).all()):
             return sums
@@ -127,19 +136,27 @@ class _Worker:
         size = stop - start
         chunks = -(-size // CHUNK)
         padded = chunks * CHUNK
-        last = len(self._run.checkpoints) - 1
         if size < padded:
             before[size:padded].zero_()
             after[size:padded].zero_()
-        self._reader.load(0, name, start, before[:size])
-        moments = self._moments(name, before, size, padded)
-        for index in range(1, last + 1):
-            self._reader.load(index, name, start, after[:size])
+        moments = torch.zeros(2, chunks, dtype=torch.float64, device=self._device)
+        loaded = None
+        if self._work.anchor:
+            loaded = 0
+            self._load(0, name, start, before[:size])
+            moments = self._moments(name, before, size, padded)
+        for row, step in enumerate(self._work.steps):
+            if loaded != step - 1:
+                self._load(step - 1, name, start, before[:size])
+            self._load(step, name, start, after[:size])
             torch.sub(after[:padded], before[:padded], out=before[:padded]).abs_()
-            torch.sum(_in_lanes(before[:padded]), dim=1, out=lanes[index - 1, :chunks])
-            before, after = after, before
-        distances = lanes[:last, :chunks].sum(dim=2, dtype=torch.float64)
+            torch.sum(_in_lanes(before[:padded]), dim=1, out=lanes[row, :chunks])
+            before, after, loaded = after, before, step
+        distances = lanes[: len(self._work.steps), :chunks].sum(dim=2, dtype=torch.float64)
         return torch.cat([distances, moments]).cpu()
+
+    def _load(self, index: int, name: str, start: int, out: Tensor) -> None:
+        self._reader.load(self._place[index], name, start, out)
 
     def _moments(self, name: str, anchor: Tensor, size: int, padded: int) -> Tensor:
         shifted = anchor[:padded].to(torch.float64, copy=True)
@@ -151,13 +168,13 @@ class _Worker:
     def _first_element(self, name: str, dtype: torch.dtype) -> float:
         if self._first is None or self._first[0] != name:
             first = torch.empty(1, dtype=dtype)
-            self._reader.load(0, name, 0, first)
+            self._load(0, name, 0, first)
             self._first = (name, float(first))
         return self._first[1]
 
     def _workspace(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         if dtype not in self._buffers:
-            steps = len(self._run.checkpoints) - 1
+            steps = len(self._work.steps)
             self._buffers[dtype] = (
                 torch.empty(self._tile, dtype=dtype, device=self._device),
                 torch.empty(self._tile, dtype=dtype, device=self._device),

@@ -19,17 +19,19 @@ _RUNNING_STATISTICS = (".running_mean", ".running_var")
 
 @dataclass(frozen=True, slots=True)
 class TensorPath:
-    """What pass 1 measured of one tensor; it depends on no setting.
+    """What pass 1 measured of one tensor, or estimated from a sample of it.
 
     Attributes:
         numel: number of elements.
         sigma: standard deviation of θ_0 over its elements, ddof = 1; 0 for a single element.
         distances: ‖θ_j − θ_{j−1}‖₁ for j = 1 … K.
+        variances: variance of the tensor's own path ℓ_p at j = 1 … K where it was estimated; empty where it is exact.
     """
 
     numel: int
     sigma: float
     distances: tuple[float, ...]
+    variances: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +44,15 @@ class PathLength:
         steps: optimizer step of each checkpoint, the anchor's first.
         tensors: what was measured, by tensor name.
         zero_sigma: `exclude` leaves tensors without spread out of the sum and of N; `eps` divides by σ_p + 1e-8.
-        bytes_read: bytes of checkpoints read to measure it.
+        bytes_read: bytes of checkpoints read to measure it; 0 where it was known from before.
+        sample: the fraction of each tensor from which it was estimated; 1 where it is exact.
     """
 
     steps: tuple[int, ...]
     tensors: Mapping[str, TensorPath]
     zero_sigma: ZeroSigma
     bytes_read: int
+    sample: float = 1.0
 
     def sigma(self, name: str) -> float:
         """The divisor σ_p of one tensor."""
@@ -79,6 +83,21 @@ class PathLength:
             for place in range(len(self.steps) - 1)
         ]
         return (0.0, *(moved / max(total, 1) for moved in itertools.accumulate(moves)))
+
+    @property
+    def standard_errors(self) -> tuple[float, ...] | None:
+        """Standard error of each of `lengths`, where they were estimated from a sample; None where they are exact."""
+        if self.sample == 1:
+            return None
+        total = max(self.parameters_counted, 1)
+        counted = [tensor for tensor in map(self.tensors.__getitem__, self.counted) if tensor.variances]
+        return (
+            0.0,
+            *(
+                math.sqrt(math.fsum((tensor.numel / total) ** 2 * tensor.variances[place] for tensor in counted))
+                for place in range(len(self.steps) - 1)
+            ),
+        )
 
     def tensor_lengths(self, name: str) -> tuple[float, ...]:
         """Path of one counted tensor, ℓ_{p,k} = (1/numel) Σ_j ‖θ_j,p − θ_{j−1},p‖₁ / σ_p, from 0."""

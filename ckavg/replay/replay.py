@@ -38,12 +38,12 @@ class Average:
     Attributes:
         coefficients: β and α of every checkpoint.
         dtypes: output dtype of every floating tensor, as a safetensors code.
-        sink: takes the result.
+        sinks: take the average as it stands after a checkpoint, by the index of that checkpoint.
     """
 
     coefficients: Coefficients
     dtypes: Mapping[str, str]
-    sink: Sink
+    sinks: Mapping[int, Sink]
 
 
 def replay(run: Run, averages: Sequence[Average], *, wide: bool = False, settings: Settings | None = None) -> int:
@@ -72,14 +72,22 @@ def replay(run: Run, averages: Sequence[Average], *, wide: bool = False, setting
     def average_worker(reader: TileReader) -> _AverageWorker:
         return _AverageWorker(run, reader, averages, first=first, wide=wide, settings=settings)
 
+    written = sorted({index for average in averages for index in average.sinks})
+    sinks = [[average.sinks[index] for average in averages if index in average.sinks] for index in written]
+
     def copy_worker(reader: TileReader) -> _CopyWorker:
-        return _CopyWorker(reader, run.tensors, averages, tile=settings.tile)
+        return _CopyWorker(reader, run.tensors, sinks, tile=settings.tile)
 
     averaged = stream("replay", read, cut_blocks(floating), average_worker, settings)
     if not copied:
         return averaged.bytes_read
     quiet = Settings(threads=settings.threads, tile=settings.tile)
-    return averaged.bytes_read + stream("replay", [run.last], cut_blocks(copied), copy_worker, quiet).bytes_read
+    return (
+        averaged.bytes_read
+        + stream(
+            "replay", [run.checkpoints[index] for index in written], cut_blocks(copied), copy_worker, quiet
+        ).bytes_read
+    )
 
 
 class _AverageWorker:
@@ -118,13 +126,13 @@ class _AverageWorker:
             self._reader.load(index - self._first, name, start, theta)
             if self._forgets and not _all_finite(theta):
                 self._reader.refuse_nonfinite(name, start, stop)
-            for state in states:
+            for state, average in zip(states, self._averages, strict=True):
                 state.take(index, theta)
-        for state, average in zip(states, self._averages, strict=True):
-            result = state.output(last, theta)
-            if not _all_finite(result):
-                self._refuse(name, start, stop)
-            self._hand_on(average, name, start, result)
+                if index in average.sinks:
+                    result = state.output(index, theta)
+                    if not _all_finite(result):
+                        self._refuse(name, start, stop)
+                    self._hand_on(average, average.sinks[index], name, start, result)
 
     def _refuse(self, name: str, start: int, stop: int) -> None:
         self._reader.refuse_nonfinite(name, start, stop)
@@ -133,7 +141,7 @@ class _AverageWorker:
             hint="Accumulate with more room: --accumulate float64.",
         )
 
-    def _hand_on(self, average: Average, name: str, start: int, result: Tensor) -> None:
+    def _hand_on(self, average: Average, sink: Sink, name: str, start: int, result: Tensor) -> None:
         dtype = TORCH_DTYPES[average.dtypes[name]]
         stored = self._out[: result.numel() * dtype.itemsize]
         rounded = round_into(result, stored.view(dtype))
@@ -143,7 +151,7 @@ class _AverageWorker:
                 f"(largest {torch.finfo(dtype).max:.4g}).",
                 hint="Choose an output dtype with more room: --dtype bfloat16 or --dtype float32.",
             )
-        average.sink.put(name, start * dtype.itemsize, stored)
+        sink.put(name, start * dtype.itemsize, stored)
 
     def _accumulate_dtype(self, name: str) -> torch.dtype:
         wide = self._wide or any(checkpoint.entries[name].dtype == "F64" for checkpoint in self._run.checkpoints)
@@ -158,22 +166,23 @@ class _AverageWorker:
 
 
 class _CopyWorker:
-    """Copies what is not averaged, byte for byte."""
+    """Copies what is not averaged, byte for byte: each checkpoint's to the sinks of that checkpoint."""
 
     def __init__(
-        self, reader: TileReader, entries: Mapping[str, Entry], averages: Sequence[Average], *, tile: int
+        self, reader: TileReader, entries: Mapping[str, Entry], sinks: Sequence[Sequence[Sink]], *, tile: int
     ) -> None:
         self._reader = reader
         self._entries = entries
-        self._averages = averages
+        self._sinks = sinks
         self._tile = tile
 
     def __call__(self, block: Block) -> None:
         item = self._entries[block.name].item_bytes
         for start, stop in block.tiles(self._tile):
-            stored = self._reader.raw(0, block.name, start * item, stop * item)
-            for average in self._averages:
-                average.sink.put(block.name, start * item, stored)
+            for index, sinks in enumerate(self._sinks):
+                stored = self._reader.raw(index, block.name, start * item, stop * item)
+                for sink in sinks:
+                    sink.put(block.name, start * item, stored)
 
 
 def first_read(coefficients: Iterable[Coefficients]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ckavg.average import Plan
+from ckavg.plan import Plan
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.report.text import as_bytes, as_count, bar
 from ckavg.result.record import Averaged
@@ -29,6 +29,9 @@ def print_summary(result: Averaged, plan: Plan) -> None:
     read, seconds = as_bytes(result.bytes_read), result.seconds
     rate = result.bytes_read / max(seconds.path + seconds.replay, 1e-9) / 1e9
     console.print(f"read     {read} in {seconds.total:.1f} s ({rate:.1f} GB/s), wrote {as_bytes(plan.write_bytes)}")
+    if len(result.outputs) > 1:
+        steps = ", ".join(str(output.step) for output in result.outputs[:-1])
+        console.print(quoted(f"also     checkpoint-STEP in it, the average as of step {steps}"), soft_wrap=True)
     console.print(quoted(f"result   {result.directory}"), soft_wrap=True)
     console.print(quoted(f"next     {_next_command(result, plan)}"), soft_wrap=True)
 
@@ -45,11 +48,12 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "warnings": list(plan.warnings),
         "outputs": [
             {
-                "name": plan.out.name,
-                "step": plan.run.steps[-1],
-                "directory": str(plan.out),
+                "name": out.name,
+                "step": plan.run.steps[index],
+                "directory": str(out),
                 "files": list(plan.files),
             }
+            for index, out in plan.outputs.items()
         ],
     }
 
@@ -68,8 +72,10 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
     for title, count in passes:
         if count:
             console.print(f"would read   {as_bytes(count)} in {title}")
+        elif plan.path and title == passes[0][0]:
+            console.print("would read   nothing in pass 1: the path is known from before")
     console.print(quoted(f"would write  {as_bytes(plan.write_bytes)} to {plan.out}"), soft_wrap=True)
-    for name in plan.files:
+    for name in (*plan.files, *(f"{out.name}/" for out in list(plan.outputs.values())[:-1])):
         console.print(quoted(f"             {name}"), soft_wrap=True)
     console.print("Nothing was read or written.")
 
@@ -83,9 +89,16 @@ def _run_line(result: Averaged, plan: Plan) -> str:
     steps = result.steps
     floating = sum(entry.numel for entry in plan.run.tensors.values() if entry.is_floating)
     line = f"{len(steps)} checkpoints of {as_count(floating)} parameters, steps {steps[0]} to {steps[-1]}"
-    if result.path_length is not None:
-        line += f", path length ℓ(T) = {result.path_length[-1]:.4f}"
-    return line
+    return line if result.path_length is None else f"{line}, {path_told(result)}"
+
+
+def path_told(result: Averaged) -> str:
+    """The path length of a result that has one, and how it is known where it was not measured in full."""
+    lengths, errors = result.path_length or (0.0,), result.path_length_error
+    told = f"path length ℓ(T) = {lengths[-1]:.4f}"
+    if errors is not None:
+        return f"{told} ± {errors[-1]:.4f}, from a sample of {100 * result.sample:g} %"
+    return f"{told}, known from before" if result.seconds.path == 0 else told
 
 
 def _weights_table(result: Averaged) -> Table:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ckavg.report.text import printable
+from ckavg.result.record import as_json
 
 _WIDTH_WITHOUT_TERMINAL = 120
 
@@ -35,4 +34,4 @@ def quoted(text: object) -> Text:
 
 def print_json(value: object) -> None:
     """One JSON object on stdout."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str))
+    typer.echo(as_json(value))

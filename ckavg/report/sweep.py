@@ -4,41 +4,61 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckavg.average import Plan
-from ckavg.report.average import plan_to_dict
+from ckavg.evaluation import best
+from ckavg.plan import Plan
+from ckavg.report.average import path_told, plan_to_dict
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.report.text import as_bytes, sparkline
-from ckavg.result.record import Averaged
+from ckavg.result.record import Averaged, Evaluation
 
 _MOST_CHECKPOINTS = 60
 
 
-def print_results(results: Sequence[Averaged], *, as_json: bool, quiet: bool) -> None:
-    """Print the averages side by side: the weights of the checkpoints, first to last, and where each result is."""
+def print_results(results: Sequence[Averaged], *, goal: str, as_json: bool, quiet: bool) -> None:
+    """Print the averages side by side: the weights of the checkpoints, first to last, and where each result is.
+
+    Args:
+        results: the averages.
+        goal: `min` or `max`: which evaluation is the best.
+        as_json: one JSON object instead of a table.
+        quiet: nothing at all, unless as JSON.
+    """
+    evaluations = [result.evaluation for result in results]
+    winner = best(evaluations, goal)
     if as_json:
-        print_json({"averages": [result.to_dict() for result in results]})
+        told = {} if winner is None else {"best": results[winner].outputs[-1].name}
+        print_json({"averages": [result.to_dict() for result in results], **told})
     if as_json or quiet:
         return
     console = stdout_console()
     first = results[0]
     steps = f"steps {first.steps[0]} to {first.steps[-1]}"
     console.print(quoted(f"{len(results)} averages of {len(first.steps)} checkpoints, {steps}"), style="bold")
-    measured = next((result.path_length for result in results if result.path_length), None)
+    measured = next((result for result in results if result.path_length), None)
     if measured is not None:
-        console.print(f"path length ℓ(T) = {measured[-1]:.4f}")
+        console.print(path_told(measured))
     console.print()
-    table = plain_table(
-        "average", "weights, first to last", "first", "last", "least", left=("average", "weights, first to last")
-    )
-    for result in results:
+    evaluated = any(evaluation is not None for evaluation in evaluations)
+    columns = ("average", "weights, first to last", "first", "last", "least", *(("eval", " ") if evaluated else ()))
+    table = plain_table(*columns, left=("average", "weights, first to last", " "))
+    for place, result in enumerate(results):
         weights = result.weights
         line = sparkline(weights) if len(weights) <= _MOST_CHECKPOINTS else ""
-        numbers = (f"{weight:.4f}" for weight in (weights[0], weights[-1], min(weights)))
-        table.add_row(quoted(result.outputs[-1].name), line, *numbers)
+        cells = [f"{weight:.4f}" for weight in (weights[0], weights[-1], min(weights))]
+        if evaluated:
+            cells += [_value(result.evaluation), "best" if place == winner else ""]
+        table.add_row(quoted(result.outputs[-1].name), line, *cells, style="bold" if place == winner else "")
     console.print(table)
     console.print()
     console.print(f"read     {as_bytes(first.bytes_read)} in {first.seconds.total:.1f} s")
-    console.print(quoted(f"results  {first.directory.parent}"), soft_wrap=True)
+    chosen = first.directory.parent if winner is None else results[winner].directory
+    console.print(quoted(f"{'results' if winner is None else 'best   '}  {chosen}"), soft_wrap=True)
+
+
+def _value(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return ""
+    return "failed" if evaluation.value is None else f"{evaluation.value:.6g}"
 
 
 def print_plans(plans: Sequence[Plan], *, as_json: bool) -> None:

@@ -40,8 +40,7 @@ def write_card(record: Averaged, scheme: Scheme, config: Mapping[str, Any], adap
 
 # {record.outputs[-1].name}
 
-The average of {len(record.steps)} checkpoints of one training run, from step {record.steps[0]} to step
-{record.steps[-1]}, made with ckavg {__version__} without any further training.
+{_what(record)}, made with ckavg {__version__} without any further training.
 
 - Scheme: {scheme.title}; {scheme.reference}
 - Hyper-parameters: {_parameters(record) or "none"}
@@ -68,6 +67,10 @@ def reproduce(record: Averaged, scheme: Scheme) -> str:
         settings["dtype"] = record.dtype
     if record.accumulate != "float32":
         settings["accumulate"] = record.accumulate
+    if record.outputs[-1].step < record.steps[-1]:
+        settings["snapshot_every"] = record.outputs[-1].step
+    if record.sample < 1:
+        settings["sample"] = record.sample
     if record.path_length is not None:
         settings["path_exclude"] = record.path_exclude
         if record.zero_sigma != "exclude":
@@ -75,12 +78,25 @@ def reproduce(record: Averaged, scheme: Scheme) -> str:
     return f"ckavg {record.scheme} {as_options(settings)}".rstrip()
 
 
+def _what(record: Averaged) -> str:
+    step, (first, *_, last) = record.outputs[-1].step, record.steps
+    count = sum(each <= step for each in record.steps)
+    what = f"The average of {count} checkpoints of one training run, from step {first} to step\n{step}"
+    return what if step == last else f"{what}, as it stood on the way to step {last}"
+
+
 def _parameters(record: Averaged) -> str:
     return ", ".join(f"{name} = {value}" for name, value in record.parameters.items())
 
 
 def _path(record: Averaged) -> str:
-    return "" if record.path_length is None else f"; normalized path length ℓ(T) = {record.path_length[-1]:.4f}"
+    if record.path_length is None:
+        return ""
+    told = f"; normalized path length ℓ(T) = {record.path_length[-1]:.4f}"
+    if record.path_length_error is None:
+        return told
+    error = f"standard error {record.path_length_error[-1]:.4f}"
+    return f"{told}, estimated from {100 * record.sample:g} % of each tensor, {error}"
 
 
 def _table(record: Averaged) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from ckavg.atomic import resolved
 from ckavg.errors import OutputError, OutputExistsError, WriteError
 from ckavg.run.checkpoint import RESULT_RECORD
 from ckavg.run.values import Run
@@ -19,9 +20,9 @@ def check_place(out: Path, run: Run, *, force: bool) -> None:
         OutputExistsError: something is there, and it is not a result that `force` may replace.
         OutputError: it would lie inside a checkpoint, or over the run.
     """
-    place, source = out.resolve(), run.source.resolve()
+    place, source = resolved(out), resolved(run.source)
     for checkpoint in run.checkpoints:
-        directory = checkpoint.path.resolve()
+        directory = resolved(checkpoint.path)
         if directory == place or directory in place.parents:
             raise OutputError(
                 f"{out} lies inside the checkpoint {checkpoint.path}.", hint="Choose another place with --out."
@@ -32,13 +33,25 @@ def check_place(out: Path, run: Run, *, force: bool) -> None:
         check_replaceable(out, force=force)
 
 
+def check_file(file: Path, run: Run) -> None:
+    """Refuse to put a file into a checkpoint, or over one.
+
+    Raises:
+        OutputError: it would lie inside one, or be one.
+    """
+    place = resolved(file)
+    for checkpoint in run.checkpoints:
+        if resolved(checkpoint.path) in (place, *place.parents):
+            raise OutputError(f"{file} lies inside the checkpoint {checkpoint.path}.", hint="Choose another place.")
+
+
 def check_space(out: Path, needed: int) -> None:
     """Refuse when the disk has fewer than `needed` bytes left.
 
     Raises:
         WriteError: it has.
     """
-    existing = next(parent for parent in (out.resolve(), *out.resolve().parents) if parent.exists())
+    existing = next(parent for parent in (resolved(out), *resolved(out).parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed + _MARGIN_BYTES:
         raise WriteError(

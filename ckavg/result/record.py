@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckavg.version import __version__
+
+_COMMANDS = re.compile("[\x7f-\x9f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,21 @@ class Seconds:
     total: float
 
 
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a user's own command said of a result.
+
+    Attributes:
+        command: as it was given, with `{dir}` in the place of the result's directory.
+        value: the last number it printed; None where it failed.
+        problem: why there is no number; empty where there is one.
+    """
+
+    command: str
+    value: float | None
+    problem: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Averaged:
     """An average that was formed and written.
@@ -43,9 +61,11 @@ class Averaged:
         anchor_step: optimizer step of θ_0.
         span: T = t_K − t_0 in optimizer steps.
         path_length: ℓ at every checkpoint; None where the scheme does not use it.
+        path_length_error: standard error of each; None where they are exact.
         betas: β of every update; None for the anchor and before.
         alphas: α likewise; None for schemes without a correction.
         weights: effective weight of every checkpoint; they sum to 1.
+        sample: the fraction of each tensor from which ℓ was estimated; 1 where it is exact.
         path_exclude: shell patterns of tensors that were not to count in ℓ.
         zero_sigma: what became of tensors without spread.
         excluded_from_path: floating tensors that did not count in ℓ.
@@ -53,7 +73,8 @@ class Averaged:
         dtype: output dtype that was asked for.
         accumulate: dtype in which tensors were accumulated.
         warnings: what a user should know.
-        outputs: what was written.
+        evaluation: what the user's own command said of it; None where there was none.
+        outputs: what was written; snapshots first, the average over all checkpoints last.
         bytes_read: bytes of checkpoints read.
         seconds: how long it took.
     """
@@ -66,9 +87,11 @@ class Averaged:
     anchor_step: int
     span: int
     path_length: tuple[float, ...] | None
+    path_length_error: tuple[float, ...] | None
     betas: tuple[float | None, ...]
     alphas: tuple[float | None, ...] | None
     weights: tuple[float, ...]
+    sample: float
     path_exclude: tuple[str, ...]
     zero_sigma: str
     excluded_from_path: tuple[str, ...]
@@ -76,6 +99,7 @@ class Averaged:
     dtype: str
     accumulate: str
     warnings: tuple[str, ...]
+    evaluation: Evaluation | None
     outputs: tuple[Output, ...]
     bytes_read: int
     seconds: Seconds
@@ -104,4 +128,14 @@ class Averaged:
 
     def to_json(self) -> str:
         """The record as one JSON object."""
-        return json.dumps(self.to_dict(), indent=2, default=str, ensure_ascii=False, allow_nan=False)
+        return as_json(self.to_dict())
+
+    def to_bytes(self) -> bytes:
+        """The record as a file: `ckavg.json`."""
+        return self.to_json().encode() + b"\n"
+
+
+def as_json(value: object) -> str:
+    """One JSON object as text: readable, and without a character that a terminal would take for a command."""
+    text = json.dumps(value, indent=2, default=str, ensure_ascii=False, allow_nan=False)
+    return _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

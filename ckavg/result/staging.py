@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import os
 import shutil
@@ -11,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from ckavg.atomic import resolved
 from ckavg.errors import OutputError, WriteError
 from ckavg.result.layout import ShardPlan
 from ckavg.result.place import check_replaceable
@@ -34,7 +37,7 @@ class Staging:
     """
 
     def __init__(self, out: Path, *, force: bool = False) -> None:
-        self._out = out.resolve()
+        self._out = resolved(out)
         self._force = force
         self.path = self._out.parent / f".{self._out.name}.ckavg-partial"
         self._made: list[Path] = []
@@ -117,7 +120,7 @@ class ShardFiles:
     """The weight files of a result, written tile by tile from several threads.
 
     Args:
-        directory: where they go; it exists.
+        directory: where they go; it is made where it does not exist.
         shards: their layout.
 
     Raises:
@@ -130,9 +133,10 @@ class ShardFiles:
         for shard in shards:
             path = directory / shard.name
             with _write_errors(path):
+                directory.mkdir(exist_ok=True)
                 handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
                 self._handles.append((handle, path))
-                os.truncate(handle, shard.nbytes)
+                reserve(handle, shard.nbytes)
                 _write_at(handle, memoryview(shard.header), 0)
             for name, offset in shard.offsets.items():
                 self._offsets[name] = handle, offset, path
@@ -157,6 +161,22 @@ class ShardFiles:
     ) -> None:
         while self._handles:
             os.close(self._handles.pop()[0])
+
+
+def reserve(handle: int, nbytes: int) -> None:
+    """Give a file its size, and the blocks for it where the file system can: writing into them is twice as fast.
+
+    `os.posix_fallocate` will not do: where the file system cannot, the C library writes every block.
+
+    Raises:
+        OSError: there is no room for it.
+    """
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if fallocate is not None and nbytes:
+        failed = fallocate(handle, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes))
+        if failed and ctypes.get_errno() in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    os.truncate(handle, nbytes)
 
 
 def _write_at(handle: int, data: memoryview, offset: int) -> None:

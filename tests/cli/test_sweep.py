@@ -20,6 +20,7 @@ WORDS = (
     "ouema",
     "dema",
     "mean",
+    "mean:decay=cosine,minus-sqrt",
 )
 SINGLE = {
     "pema-gamma0.1": ("pema", "--gamma", "0.1"),
@@ -31,6 +32,8 @@ SINGLE = {
     "ouema-eta0.2": ("ouema",),
     "dema-kappa0.5": ("dema",),
     "mean": ("mean",),
+    "mean-decaycosine": ("mean", "--decay", "cosine"),
+    "mean-decayminus-sqrt": ("mean", "--decay", "minus-sqrt"),
 }
 
 
@@ -60,6 +63,7 @@ def test_results_are_those_of_the_single_commands(run: Path, tmp_path: Path) -> 
 
 def test_one_reading_for_all(run: Path) -> None:
     one = json.loads(run_cli("pema", run, "--json").stdout)["bytes_read"]
+    (run / "averaged" / "path.json").unlink()
     many = json.loads(run_cli("sweep", run, "pema:gamma=0.1,0.2,0.3", "bema", "mean", "--json").stdout)["averages"]
     assert {record["bytes_read"] for record in many} == {one}
 
@@ -101,6 +105,8 @@ def test_dry_run(run: Path) -> None:
         (("nonsense:x=1",), "no scheme is named"),
         (("mean", "nonsense:x=1"), "there is no scheme 'nonsense'"),
         (("mean", "mean"), "mean is there twice"),
+        (("mean", "mean:decay=none"), "mean is there twice"),
+        (("mean:decay=exponential",), "decay is 'exponential'; it must be one of none, linear, cosine, minus-sqrt"),
         (("bema:burn-in=0,50", "--every", "50"), "begin at one burn-in"),
     ],
 )

@@ -30,7 +30,7 @@ DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")
 AVERAGING = ("pema", "bema", "ema", "ouema", "dema", "mean")
 SHARED = "Options of every averaging command"
 HELP = {"--help", "-h"}
-FREE_FORM = {"parameters", "selection"}
+FREE_FORM = {"parameters", "selection", "evaluation"}
 """Objects in the record whose keys depend on what was asked for."""
 
 Options = dict[str, object]
@@ -102,8 +102,8 @@ def test_reference_lists_the_options_of_a_scheme(verb: str) -> None:
     assert set(_documented(f"ckavg {verb}")) == set(_declared(verb)) - SHARED_OPTIONS
 
 
-def test_sweep_has_the_shared_options_and_no_other() -> None:
-    assert set(_declared("sweep")) == SHARED_OPTIONS
+def test_sweep_has_the_shared_options_and_its_own() -> None:
+    assert set(_declared("sweep")) == SHARED_OPTIONS | set(_documented("ckavg sweep"))
 
 
 @pytest.mark.parametrize("verb", sorted(set(VERBS) - set(AVERAGING) - {"sweep"}))
@@ -116,9 +116,9 @@ def test_reference_lists_the_shared_options() -> None:
     assert all(name in CLI.read_text(encoding="utf-8") for name in PROGRAM_OPTIONS | HELP)
 
 
-@pytest.mark.parametrize("verb", sorted(set(VERBS) - {"sweep"}))
+@pytest.mark.parametrize("verb", sorted(VERBS))
 def test_documented_defaults(verb: str) -> None:
-    documented = _documented(f"ckavg {verb}") | (_documented(SHARED) if verb in AVERAGING else {})
+    documented = _documented(f"ckavg {verb}") | (_documented(SHARED) if verb in (*AVERAGING, "sweep") else {})
     for name, default in _declared(verb).items():
         if default is False:
             assert documented[name] == "off", name
@@ -209,6 +209,12 @@ def test_json_of_a_dry_run(source: Path) -> None:
     assert _keys(_json_of("pema", source, "--json", "--dry-run")) == _documented_keys("The JSON object of a dry run")
 
 
+def test_json_of_path(source: Path) -> None:
+    told = _json_of("path", source, "--json")
+    told["tensors"] = {"*": next(iter(told["tensors"].values()))}
+    assert _keys(told) == _documented_keys("The JSON object of path")
+
+
 def test_json_of_inspect(source: Path) -> None:
     assert _keys(_json_of("inspect", source, "--json")) == _documented_keys("The JSON object of inspect")
 
@@ -240,7 +246,7 @@ def test_python_in_the_readme_runs(source: Path, monkeypatch: pytest.MonkeyPatch
     run = ckavg.open_run(source)
     assert values["weights"].keys() == run.tensors.keys()
     assert values["path"].lengths == values["result"].path_length == ckavg.measure_path(run).lengths
-    assert {each.name for each in (source / "averaged").iterdir()} == {
+    assert {each.name for each in (source / "averaged").iterdir() if each.is_dir()} == {
         scheme.label for scheme in (ckavg.PEMA(), ckavg.EMA(), ckavg.BEMA())
     }
 

@@ -37,6 +37,9 @@ MANY = (
     OUEMA(),
     DEMA(),
     Mean(),
+    Mean(decay="linear"),
+    Mean(decay="cosine"),
+    Mean(decay="minus-sqrt"),
     Last(),
 )
 
@@ -58,7 +61,7 @@ def averages(run: ckavg.Run, *schemes: Scheme) -> list[tuple[Average, Kept]]:
     sinks = [Kept(sizes) for _ in schemes]
     dtypes = {name: entry.dtype for name, entry in run.tensors.items()}
     return [
-        (Average(scheme.coefficients(Timeline(run.steps)), dtypes, sink), sink)
+        (Average(scheme.coefficients(Timeline(run.steps)), dtypes, {len(run.steps) - 1: sink}), sink)
         for scheme, sink in zip(schemes, sinks, strict=True)
     ]
 

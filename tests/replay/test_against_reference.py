@@ -28,6 +28,15 @@ def _author(run: Sequence[Arrays], steps: Sequence[int], *, burn_in: int) -> dic
     return {name: average[name] + (1 + ages[-1]) ** -0.2 * (run[-1][name] - run[0][name]) for name in average}
 
 
+def _decayed(run: Sequence[Arrays], decay: Callable[[float], float]) -> dict[str, Array]:
+    """Where training would have arrived, had the learning rate followed the decay: θ_0 + Σ_j w_j (θ_j − θ_{j−1})."""
+    arrived = dict(run[0])
+    for place in range(1, len(run)):
+        rate = decay(place / len(run))
+        arrived = {name: arrived[name] + rate * (run[place][name] - run[place - 1][name]) for name in arrived}
+    return arrived
+
+
 SCHEMES: Mapping[str, tuple[Scheme, Reference]] = {
     "pema": (ckavg.PEMA(), reference.pema),
     "pema-strong": (ckavg.PEMA(gamma=0.6), lambda run, steps: reference.pema(run, steps, 0.6)),
@@ -65,6 +74,12 @@ SCHEMES: Mapping[str, tuple[Scheme, Reference]] = {
         lambda run, steps: reference.pema_by_tensor(run, steps, 0.4),
     ),
     "mean": (ckavg.Mean(), lambda run, steps: reference.mean(run)),
+    "mean-linear": (ckavg.Mean(decay="linear"), lambda run, steps: _decayed(run, lambda x: 1 - x)),
+    "mean-cosine": (
+        ckavg.Mean(decay="cosine"),
+        lambda run, steps: _decayed(run, lambda x: math.cos(math.pi * x / 2) ** 2),
+    ),
+    "mean-minus-sqrt": (ckavg.Mean(decay="minus-sqrt"), lambda run, steps: _decayed(run, lambda x: 1 - x**0.5)),
     "last": (ckavg.Last(), lambda run, steps: dict(run[-1])),
     "bema-unaveraged": (ckavg.BEMA(kappa=0.0, eta=0.0), lambda run, steps: reference.bema(run, steps, kappa=0, eta=0)),
 }

@@ -139,7 +139,9 @@ def test_flat_files_become_a_model(tmp_path: Path) -> None:
 def test_sources_are_untouched(source: Path, tmp_path: Path) -> None:
     before = snapshot(source)
     ckavg.average(ckavg.open_run(source), ckavg.PEMA(), out=tmp_path / "out")
-    assert snapshot(source) == before
+    after = snapshot(source)
+    assert after.pop("averaged/path.json")
+    assert after == before
 
 
 def test_existing_result_is_kept_without_force(source: Path) -> None:
@@ -218,9 +220,20 @@ def test_interruption_leaves_nothing(source: Path) -> None:
 
     before = snapshot(source)
     with pytest.raises(KeyboardInterrupt):
-        ckavg.average(ckavg.open_run(source), ckavg.PEMA(), on_progress=interrupt)
+        ckavg.average(ckavg.open_run(source), ckavg.BEMA(), on_progress=interrupt)
     assert snapshot(source) == before
     assert not (source / "averaged").exists()
+
+
+def test_interruption_after_the_path_leaves_the_path_alone(source: Path) -> None:
+    def interrupt(news: ckavg.Progress) -> None:
+        if news.stage == "replay" and news.done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ckavg.average(ckavg.open_run(source), ckavg.PEMA(), on_progress=interrupt)
+    assert [path.name for path in (source / "averaged").iterdir()] == ["path.json"]
+    assert ckavg.measure_path(ckavg.open_run(source)).bytes_read == 0
 
 
 def test_an_interrupted_replacement_keeps_the_earlier_result(source: Path) -> None:

@@ -1,0 +1,102 @@
+"""What all averaging verbs do: open the run, plan, warn, average, report."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import typer
+
+from ckavg.average import Done, carry_out
+from ckavg.cli.commands import Command, joined
+from ckavg.cli.failures import failures
+from ckavg.cli.options import Averaging, Measuring
+from ckavg.cli.progress import show_progress
+from ckavg.cli.terminal import warn
+from ckavg.plan import Plan, plan_average
+from ckavg.result.place import check_file
+from ckavg.run.opening import as_run, inspect_run
+from ckavg.run.values import Run
+from ckavg.schemes import Scheme
+
+
+def averaging_command(make_scheme: Callable[..., Scheme]) -> Command:
+    """Make a command of a function from hyper-parameters to a scheme; everything else about averaging is shared."""
+    own = inspect.signature(make_scheme, eval_str=True).parameters
+
+    def body(options: Averaging, values: Mapping[str, object]) -> None:
+        with failures(verbose=options.verbose):
+            _average(make_scheme(**values), options)
+
+    return joined(make_scheme, Averaging, own, body)
+
+
+def _average(scheme: Scheme, options: Averaging) -> None:
+    from ckavg.report import average as report
+
+    run = as_run(inspect_run(options.source, options.selection(scheme.every_from)))
+    check_plot(options, run)
+    plan = plan_of(run, scheme, options, options.out)
+    warn_of(plan.warnings)
+    if options.dry_run:
+        report.print_plan(plan, as_json=options.as_json)
+        return
+    done = carry_out_shown([plan], options)
+    (result,) = done.records
+    warn_of(result.warnings[len(plan.warnings) :])
+    if options.as_json:
+        typer.echo(result.to_json())
+    elif not options.quiet:
+        report.print_summary(result, plan)
+    draw(done, options)
+
+
+def plan_of(run: Run, scheme: Scheme, options: Averaging, out: Path | None) -> Plan:
+    """The plan of one average, by the options of its verb."""
+    return plan_average(
+        run,
+        scheme,
+        out=out,
+        dtype=options.dtype,
+        path_exclude=options.path_exclude or (),
+        sample=options.sample,
+        snapshot_every=options.snapshot_every,
+        force=options.force,
+    )
+
+
+def carry_out_shown(plans: Sequence[Plan], options: Averaging) -> Done:
+    """Carry out plans and show how far they have come."""
+    passes = 2 if any(plan.path_bytes for plan in plans) else 1
+    with show_progress(passes, quiet=options.quiet) as on_progress:
+        return carry_out(
+            plans,
+            accumulate=options.accumulate,
+            device=options.device,
+            zero_sigma=options.zero_sigma,
+            on_progress=on_progress,
+        )
+
+
+def warn_of(warnings: Iterable[str]) -> None:
+    """Print warnings to stderr."""
+    for warning in warnings:
+        warn("warning", warning)
+
+
+def check_plot(options: Measuring, run: Run) -> None:
+    """Refuse a picture that could not be drawn, or has no place where it is to go, before anything is read."""
+    if options.plot is not None:
+        from ckavg.report.picture import check_picture
+
+        check_file(options.plot, run)
+        check_picture(options.plot)
+
+
+def draw(done: Done, options: Averaging) -> None:
+    """Draw the picture that was asked for, if one was."""
+    if options.plot is not None:
+        from ckavg.report.picture import draw_averages
+
+        draw_averages(done.records, options.plot, done.path)

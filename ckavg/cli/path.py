@@ -1,0 +1,71 @@
+"""`ckavg path`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ckavg import advice
+from ckavg.average import left_out_of_path, measure_path
+from ckavg.cli.averaging import check_plot, warn_of
+from ckavg.cli.commands import with_options
+from ckavg.cli.failures import failures
+from ckavg.cli.options import Measuring
+from ckavg.cli.progress import show_progress
+from ckavg.result.place import check_file
+from ckavg.run.opening import as_run, inspect_run
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuringPath(Measuring):
+    """The options of `path`."""
+
+    csv: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write ℓ by step and by tensor to FILE.", show_default=False),
+    ] = None
+
+
+@with_options(MeasuringPath)
+def path(options: MeasuringPath) -> None:
+    """Measure how far the weights travelled: pass 1 alone, kept for later runs.
+
+    The table is kept in SOURCE/averaged/path.json, so that ckavg pema need not read the checkpoints for it again.
+    """
+    from ckavg.report import path as report
+
+    with failures(verbose=options.verbose):
+        run = as_run(inspect_run(options.source, options.selection()))
+        check_plot(options, run)
+        if options.csv is not None:
+            check_file(options.csv, run)
+        warnings = run.warnings + advice.about_anchor(run.steps[0], with_init=run.anchor_is_init)
+        warn_of(warnings)
+        begun = time.perf_counter()
+        with show_progress(1, quiet=options.quiet) as on_progress:
+            measured = measure_path(
+                run,
+                path_exclude=options.path_exclude or (),
+                zero_sigma=options.zero_sigma,
+                sample=options.sample,
+                device=options.device,
+                on_progress=on_progress,
+            )
+        seconds = time.perf_counter() - begun
+        excluded = left_out_of_path(run, measured)
+        told = advice.about_path(measured, excluded)
+        warn_of(told)
+        if options.csv is not None:
+            report.write_csv(measured, options.csv)
+        if options.plot is not None:
+            from ckavg.report.picture import draw_path
+
+            draw_path(measured, options.plot)
+        if options.as_json or not options.quiet:
+            report.print_path(
+                measured, excluded=excluded, warnings=warnings + told, seconds=seconds, as_json=options.as_json
+            )

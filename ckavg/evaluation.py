@@ -1,0 +1,99 @@
+"""What a user's own command says of a result: it is run, and the number that it prints last is its answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+from ckavg.atomic import write_bytes
+from ckavg.errors import SettingError, WriteError
+from ckavg.result.record import Averaged, Evaluation
+from ckavg.run.checkpoint import RESULT_RECORD
+
+DIRECTORY = "{dir}"
+
+_NUMBER = re.compile(
+    r"(?<![\w.])[-+]?(?>(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?)(?!\w)",
+    re.IGNORECASE,
+)
+
+
+def check_command(command: str) -> None:
+    """Refuse a command that does not say where the directory of the result goes.
+
+    Raises:
+        SettingError: it does not.
+    """
+    if DIRECTORY not in command:
+        raise SettingError(
+            f"eval is {command!r}; it must say with {DIRECTORY} where the directory of a result goes.",
+            hint=f"For example: --eval 'python evaluate.py {DIRECTORY}'",
+        )
+
+
+def evaluate(directory: Path, command: str) -> Evaluation:
+    """Run a command on a result, in a shell. What it prints to stderr is shown; a failure is told, never raised.
+
+    Args:
+        directory: of the result.
+        command: for the shell; `{dir}` is replaced by the directory, quoted.
+    """
+    line = command.replace(DIRECTORY, shlex.quote(str(directory)))
+    try:
+        done = subprocess.run(line, shell=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, check=False)  # noqa: S602
+    except (OSError, ValueError) as error:
+        return Evaluation(command, None, f"it could not be run: {error}")
+    if done.returncode:
+        return Evaluation(command, None, f"exit status {done.returncode}")
+    value = last_number(done.stdout.decode(errors="replace"))
+    if value is None:
+        return Evaluation(command, None, "it printed no number")
+    if not math.isfinite(value):
+        return Evaluation(command, None, f"it printed {value}")
+    return Evaluation(command, value)
+
+
+def record_evaluation(result: Averaged, evaluation: Evaluation) -> Averaged:
+    """Put an evaluation into the record of a result, on the disk, too.
+
+    Raises:
+        WriteError: the system would not let us; the record is as it was.
+    """
+    evaluated = dataclasses.replace(result, evaluation=evaluation)
+    path = result.directory / RESULT_RECORD
+    try:
+        write_bytes(path, evaluated.to_bytes())
+    except OSError as error:
+        raise WriteError(
+            f"{path} cannot be written: {error.strerror or error}.", hint="The average itself is complete."
+        ) from error
+    return evaluated
+
+
+def last_number(text: str) -> float | None:
+    """The number that stands last in a text.
+
+    >>> last_number("step 10: loss 1.52e-1, 7 s"), last_number("accuracy: 87.5%"), last_number("done")
+    (7.0, 87.5, None)
+    >>> last_number("loss=-0.5")
+    -0.5
+    """
+    found = _NUMBER.findall(text)
+    return float(found[-1]) if found else None
+
+
+def best(evaluations: list[Evaluation | None], goal: str) -> int | None:
+    """Index of the best of several evaluations, the first of equals; None where there is no number.
+
+    Args:
+        evaluations: of each result.
+        goal: `min` or `max`.
+    """
+    values = {index: each.value for index, each in enumerate(evaluations) if each and each.value is not None}
+    if not values:
+        return None
+    return min(values, key=values.__getitem__) if goal == "min" else max(values, key=values.__getitem__)

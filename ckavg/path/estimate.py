@@ -1,0 +1,164 @@
+"""Pass 1 from a sample: the path estimated from strips of every tensor, with its standard error.
+
+A tensor's own path ℓ_p = a / σ is a ratio of two means over its elements: a, of the absolute differences up to some
+step, and σ², of the squared deviations of θ_0. The strips lie one in each of equal parts of the tensor, and are taken
+as if they were drawn at random. The jackknife takes the bias from the ratio and gives its variance: how much it moves
+when one strip after another is left out (Efron and Stein, The Jackknife Estimate of Variance, 1981). Tensors are
+independent.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ckavg.engine.blocks import Strips
+from ckavg.engine.stream import Settings, stream
+from ckavg.engine.tiles import TileReader
+from ckavg.path.strips import Sampling, choose_strips, cut_strips
+from ckavg.path.table import PathLength, TensorPath, ZeroSigma, counts
+from ckavg.run.values import Run
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """Of some strips, in float64: the L1 distance of each step, Σ and Σ² of θ_0 less its first element; a row each.
+
+    Attributes:
+        length: elements of each strip.
+        distances: (strips, K).
+        shifted: (strips, 2).
+    """
+
+    length: int
+    distances: Tensor
+    shifted: Tensor
+
+
+def estimate(
+    run: Run,
+    fraction: float,
+    *,
+    exclude: tuple[str, ...] = (),
+    zero_sigma: ZeroSigma = "exclude",
+    settings: Settings | None = None,
+) -> PathLength:
+    """Estimate the path length of a run from a fraction of each tensor.
+
+    Args:
+        run: the checkpoints, the anchor first.
+        fraction: how much of each tensor is read, in (0, 1); of small tensors more.
+        exclude: shell patterns of tensor names that do not count.
+        zero_sigma: what becomes of tensors without spread; see `PathLength`.
+        settings: how the pass runs.
+
+    Raises:
+        NonFiniteError: the sample holds NaN or infinity.
+        TruncatedShardError, ReadError: a file changed or cannot be read.
+    """
+    settings = settings or Settings()
+    entries = {
+        name: entry
+        for name, entry in run.tensors.items()
+        if entry.is_floating and entry.numel and counts(name, exclude)
+    }
+    samples = choose_strips({name: entry.numel for name, entry in entries.items()}, fraction)
+    units = cut_strips(entries, samples)
+
+    def make_worker(reader: TileReader) -> _Worker:
+        return _Worker(run, reader, device=settings.device)
+
+    streamed = stream("path", run.checkpoints, units, make_worker, settings)
+    of_tensor: dict[str, list[_Sums]] = defaultdict(list)
+    for unit, sums in zip(units, streamed.results, strict=True):
+        of_tensor[unit.name].append(sums)
+    tensors = {name: _estimated(samples[name], of_tensor[name]) for name in entries}
+    return PathLength(run.steps, tensors, zero_sigma, streamed.bytes_read, fraction)
+
+
+def _estimated(sampling: Sampling, parts: Sequence[_Sums]) -> TensorPath:
+    """σ, distances and the variance of ℓ_p from the sums of the strips."""
+    numel = sampling.numel
+    lengths = torch.tensor([part.length for part in parts for _ in range(len(part.shifted))], dtype=torch.float64)
+    is_whole = sampling.fraction == 1
+    weights = lengths if is_whole else torch.tensor(sampling.weights, dtype=torch.float64)
+    sums = torch.cat([torch.cat([part.distances, part.shifted], dim=1) for part in parts])
+    sums[:, :-2] = sums[:, :-2].cumsum(dim=1)
+    weighted = sums * (weights / lengths)[:, None]
+    path, sigma = _path_and_sigma(weighted.sum(dim=0), weights.sum(), numel)
+    if is_whole or sigma == 0:
+        return _as_path(numel, path, sigma, torch.zeros_like(path))
+    left_out = weighted.sum(dim=0) - weighted, weights.sum() - weights
+    paths, sigmas = _path_and_sigma(*left_out, numel)
+    lengths_without = paths / sigmas.clamp(min=sigma / 1000)[:, None]
+    strips, mean = len(weights), lengths_without.mean(dim=0)
+    spread = (lengths_without - mean).square().sum(dim=0)
+    variances = (strips - 1) / strips * spread * (1 - sampling.fraction)
+    unbiased = strips * path - (strips - 1) * mean * sigma
+    return _as_path(numel, unbiased, sigma, variances)
+
+
+def _as_path(numel: int, path: Tensor, sigma: Tensor, variances: Tensor) -> TensorPath:
+    """From means of the absolute differences up to each step to their sums in each step."""
+    distances = torch.diff(path, prepend=path.new_zeros(1)).clamp(min=0) * numel
+    return TensorPath(numel, float(sigma), tuple(distances.tolist()), tuple(variances.tolist()))
+
+
+def _path_and_sigma(weighted: Tensor, weight: Tensor, numel: int) -> tuple[Tensor, Tensor]:
+    """Means of the absolute differences up to each step, and σ with ddof = 1 over all elements.
+
+    Args:
+        weighted: (…, K + 2) sums: the differences up to each step, then θ_0 and its square.
+        weight: (…) how many elements the sums stand for.
+        numel: elements of the tensor.
+    """
+    means = weighted / weight[..., None]
+    variance = (means[..., -1] - means[..., -2].square()).clamp(min=0)
+    return means[..., :-2], (variance * numel / max(numel - 1, 1)).sqrt()
+
+
+class _Worker:
+    """The sample of one unit after another, in one thread."""
+
+    def __init__(self, run: Run, reader: TileReader, *, device: str) -> None:
+        self._run = run
+        self._reader = reader
+        self._device = device
+        self._first: tuple[str, float] | None = None
+
+    def __call__(self, unit: Strips) -> _Sums:
+        sums = self._sum(unit, torch.float32)
+        if not bool(torch.isfinite(sums.distances).all() and torch.isfinite(sums.shifted).all()):
+            for start, stop in unit.ranges:
+                self._reader.refuse_nonfinite(unit.name, start, stop)
+            return self._sum(unit, torch.float64)
+        return sums
+
+    def _sum(self, unit: Strips, dtype: torch.dtype) -> _Sums:
+        if any(checkpoint.entries[unit.name].dtype == "F64" for checkpoint in self._run.checkpoints):
+            dtype = torch.float64
+        shape = len(unit.starts), unit.length
+        before, after = (torch.empty(shape, dtype=dtype, device=self._device) for _ in range(2))
+        self._load(0, unit, before)
+        shifted = before.double() - self._first_element(unit.name, dtype)
+        moments = torch.stack([shifted.sum(dim=1), shifted.square().sum(dim=1)], dim=1)
+        distances = []
+        for index in range(1, len(self._run.checkpoints)):
+            self._load(index, unit, after)
+            distances.append(before.sub_(after).abs_().sum(dim=1, dtype=torch.float64))
+            before, after = after, before
+        return _Sums(unit.length, torch.stack(distances, dim=1).cpu(), moments.cpu())
+
+    def _load(self, index: int, unit: Strips, out: Tensor) -> None:
+        self._reader.gather(index, unit.name, unit.starts, out)
+
+    def _first_element(self, name: str, dtype: torch.dtype) -> float:
+        if self._first is None or self._first[0] != name:
+            first = torch.empty(1, dtype=dtype)
+            self._reader.load(0, name, 0, first)
+            self._first = (name, float(first))
+        return self._first[1]

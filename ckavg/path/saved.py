@@ -1,0 +1,183 @@
+"""Stage *path*, its memory: what pass 1 measured, kept beside the run so that it is measured once.
+
+The table is kept by pairs of checkpoints, each known by a stamp rather than by its name: size, inode, and the times of
+last modification and last change of every weight file, and the tensors that its header declares. The system sets the
+time of last change whenever content, name or attributes change, and offers no way to set it back, so that a file which
+was changed and given its old size and modification time has another stamp all the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckavg.atomic import resolved, write_bytes
+from ckavg.path.known import Known
+from ckavg.path.table import PathLength
+from ckavg.run.values import Checkpoint, Run
+
+NAME = "path.json"
+
+_FORMAT = 1
+_MOST_BYTES = 1 << 28
+_FINE_CLOCK_NS = 20_000_000
+_COARSE_CLOCK_NS = 2_000_000_000
+
+Stamps = tuple[str | None, ...]
+"""Of each checkpoint of a run; None where a later change could not be told from the last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """What a kept table knows of a run.
+
+    Attributes:
+        known: what need not be measured.
+        stamps: of the checkpoints as they are now.
+    """
+
+    known: Known
+    stamps: Stamps
+
+
+def recall(run: Run) -> Recalled:
+    """What was measured of these very files before. A table that cannot be read or understood knows nothing."""
+    stamps = tuple(_stamp(checkpoint) for checkpoint in run.checkpoints)
+    tables = [_load(place) for place in _places(run.source)]
+    sigmas = next((found for table in tables if (found := _row(table, "sigma", stamps[0]))), {})
+    distances = tuple(
+        next((found for table in tables if (found := _row(table, "distances", _pair(before, after)))), {})
+        for before, after in itertools.pairwise(stamps)
+    )
+    return Recalled(Known(sigmas, distances), stamps)
+
+
+def remember(run: Run, path: PathLength, stamps: Stamps) -> Path | None:
+    """Keep an exact path for the next time.
+
+    Args:
+        run: what was measured.
+        path: what came of it.
+        stamps: of the checkpoints before they were read; one that changed since is not kept.
+
+    Returns:
+        Where it is kept: beside the results in the run's directory or, where that cannot be written, in the user's
+        cache. None where neither can be, or nothing can be kept.
+    """
+    unchanged = [
+        stamp if stamp == _stamp(checkpoint) else None
+        for stamp, checkpoint in zip(stamps, run.checkpoints, strict=True)
+    ]
+    if not any(unchanged):
+        return None
+    for place in _places(run.source):
+        table = _merged(_load(place), run, path, unchanged)
+        with contextlib.suppress(OSError):
+            return _write(place, table)
+    return None
+
+
+def _places(source: Path) -> tuple[Path, Path]:
+    where = hashlib.sha256(os.fsencode(resolved(source))).hexdigest()[:24]
+    cache = os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache"  # noqa: PTH111 - never raises
+    return source / "averaged" / NAME, Path(cache) / "ckavg" / f"path-{where}.json"
+
+
+def _stamp(checkpoint: Checkpoint) -> str | None:
+    parts: list[object] = []
+    for shard in checkpoint.shards:
+        try:
+            status = shard.path.stat()
+        except OSError:
+            return None
+        if not _settled(status.st_ctime_ns):
+            return None
+        parts.append([status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns])
+    parts += [
+        [name, entry.dtype, entry.shape, entry.shard, entry.offset]
+        for name, entry in sorted(checkpoint.entries.items())
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _settled(changed: int) -> bool:
+    """Whether another change from now on would get another time; it is worth a short wait, not a long one."""
+    age, tick = time.time_ns() - changed, _tick(changed)
+    if 0 <= age < tick <= _FINE_CLOCK_NS:
+        time.sleep((tick - age) / 1e9)
+        return True
+    return age >= tick
+
+
+def _tick(changed: int) -> int:
+    """How coarsely the clock ticks that gave a file this time, in nanoseconds."""
+    return _FINE_CLOCK_NS if changed % 1_000_000 else _COARSE_CLOCK_NS
+
+
+def _pair(before: str | None, after: str | None) -> str | None:
+    return None if before is None or after is None else f"{before} {after}"
+
+
+def _load(place: Path) -> dict[str, Any]:
+    try:
+        if place.stat().st_size > _MOST_BYTES:
+            return {}
+        table = json.loads(place.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    sound = isinstance(table, dict) and table.get("format") == _FORMAT and isinstance(table.get("tensors"), list)
+    return table if sound else {}
+
+
+def _row(table: Mapping[str, Any], kind: str, key: str | None) -> dict[str, float]:
+    """The numbers of one checkpoint or pair by tensor name; empty where they are not there, or not numbers."""
+    rows = table.get(kind)
+    values = rows.get(key) if isinstance(rows, dict) else None
+    names = table.get("tensors", [])
+    if not isinstance(values, list) or len(values) != len(names):
+        return {}
+    return {
+        name: value
+        for name, value in zip(names, values, strict=True)
+        if isinstance(name, str) and isinstance(value, float) and 0 <= value < float("inf")
+    }
+
+
+def _merged(table: Mapping[str, Any], run: Run, path: PathLength, stamps: list[str | None]) -> dict[str, Any]:
+    """The table with a run's path in it, and without what the same places held before."""
+    at = {str(checkpoint.path.absolute()): stamp for checkpoint, stamp in zip(run.checkpoints, stamps, strict=True)}
+    stated = table.get("checkpoints")
+    kept = {stamp: where for stamp, where in (stated if isinstance(stated, dict) else {}).items() if where not in at}
+    kept |= {stamp: where for where, stamp in at.items() if stamp}
+    rows: dict[str, dict[str, dict[str, float]]] = {"sigma": {}, "distances": {}}
+    for kind, of_key in rows.items():
+        held = table.get(kind)
+        for key in held if isinstance(held, dict) else ():
+            if all(stamp in kept for stamp in key.split()):
+                of_key[key] = _row(table, kind, key)
+    if stamps[0]:
+        measured = {name: tensor.sigma for name, tensor in path.tensors.items()}
+        rows["sigma"][stamps[0]] = rows["sigma"].get(stamps[0], {}) | measured
+    for place, pair in enumerate(itertools.starmap(_pair, itertools.pairwise(stamps))):
+        if pair is not None:
+            measured = {name: tensor.distances[place] for name, tensor in path.tensors.items()}
+            rows["distances"][pair] = rows["distances"].get(pair, {}) | measured
+    names = sorted({name for of_key in rows.values() for row in of_key.values() for name in row})
+    listed = {
+        kind: {key: [row.get(name) for name in names] for key, row in of_key.items()} for kind, of_key in rows.items()
+    }
+    return {"format": _FORMAT, "checkpoints": kept, "tensors": names, **listed}
+
+
+def _write(place: Path, table: dict[str, Any]) -> Path:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(place, json.dumps(table, separators=(",", ":")).encode())
+    return place

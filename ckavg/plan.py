@@ -1,0 +1,150 @@
+"""What averaging would read and write: everything that can be told, or refused, before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckavg import advice
+from ckavg.atomic import resolved
+from ckavg.errors import SettingError
+from ckavg.path.plan import PathPlan, check_sample, plan_path
+from ckavg.result.layout import WeightPlan, plan_weights
+from ckavg.result.place import check_place, check_space
+from ckavg.result.side_files import gather_side_files
+from ckavg.run.checkpoint import RESULT_RECORD
+from ckavg.run.values import Run
+from ckavg.schemes import Scheme, Timeline
+
+DTYPES = ("source", "float32", "bfloat16", "float16", "float64")
+CARD = "README.md"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What averaging a run would read and write.
+
+    Attributes:
+        run: the checkpoints that take part.
+        scheme: how they are averaged.
+        out: where the result goes.
+        dtype: output dtype as it was asked for.
+        force: whether an existing result is replaced.
+        weights: the weight files of the result.
+        side_files: what is copied beside them, by relative path.
+        snapshots: indices of the checkpoints after which the average is written, too; the last is not among them.
+        path: how the path length is had; None for schemes that do not need it.
+        replay_bytes: bytes that pass 2 reads.
+        warnings: what a user should know before it starts.
+    """
+
+    run: Run
+    scheme: Scheme
+    out: Path
+    dtype: str
+    force: bool
+    weights: WeightPlan
+    side_files: dict[str, bytes]
+    snapshots: tuple[int, ...]
+    path: PathPlan | None
+    replay_bytes: int
+    warnings: tuple[str, ...]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file of one output, by relative path, sorted."""
+        return tuple(sorted({shard.name for shard in self.weights.shards} | {*self.side_files, CARD, RESULT_RECORD}))
+
+    @property
+    def outputs(self) -> dict[int, Path]:
+        """Where the average goes after each checkpoint that has one written, by its index; the result itself last."""
+        steps = self.run.steps
+        return {index: self.out / f"checkpoint-{steps[index]}" for index in self.snapshots} | {len(steps) - 1: self.out}
+
+    @property
+    def path_bytes(self) -> int:
+        """Bytes that pass 1 reads; 0 for schemes that do not need it, and where the path is known."""
+        return self.path.nbytes if self.path else 0
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes that will be written."""
+        one = self.weights.nbytes + sum(len(data) for data in self.side_files.values())
+        return one * len(self.outputs)
+
+
+def plan_average(
+    run: Run,
+    scheme: Scheme,
+    *,
+    out: Path | str | None = None,
+    dtype: str = "source",
+    path_exclude: Sequence[str] = (),
+    sample: float = 1.0,
+    snapshot_every: int | None = None,
+    force: bool = False,
+) -> Plan:
+    """Say what `average` would read and write, and refuse what cannot be done. Reads no weight and writes nothing.
+
+    Args, errors: as of `average`.
+    """
+    if dtype not in DTYPES:
+        raise SettingError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
+    place = Path(out) if out is not None else run.source / "averaged" / scheme.label
+    check_place(place, run, force=force)
+    weights = plan_weights(run.last, dtype)
+    # Where β hangs on the path, the average begins with the anchor.
+    start = (
+        0 if scheme.needs_path else scheme.coefficients(Timeline(run.steps, anchor_is_init=run.anchor_is_init)).start
+    )
+    floating = [name for name, entry in run.tensors.items() if entry.is_floating]
+    snapshots = _snapshots(run.steps, start, snapshot_every)
+    check_sample(sample)
+    plan = Plan(
+        run=run,
+        scheme=scheme,
+        out=place,
+        dtype=dtype,
+        force=force,
+        weights=weights,
+        side_files=gather_side_files(run, weights),
+        snapshots=snapshots,
+        path=plan_path(run, exclude=path_exclude, sample=sample) if scheme.needs_path else None,
+        replay_bytes=sum(point.entries[name].nbytes for point in run.checkpoints[start:] for name in floating)
+        + (len(snapshots) + 1) * sum(entry.nbytes for entry in run.tensors.values() if not entry.is_floating),
+        warnings=run.warnings + advice.before(run, scheme),
+    )
+    check_space(place, plan.write_bytes)
+    return plan
+
+
+def _snapshots(steps: Sequence[int], start: int, every: int | None) -> tuple[int, ...]:
+    """Indices of the checkpoints between the beginning of the average and the last one that fall on a multiple."""
+    if every is not None and every < 1:
+        raise SettingError(f"snapshot-every is {every}; it must be 1 or more optimizer steps.")
+    if every is None or start == len(steps) - 1:
+        return ()
+    between = range(start + 1, len(steps) - 1)
+    chosen = tuple(index for index in between if steps[index] % every == 0)
+    if not chosen:
+        raise SettingError(
+            f"snapshot-every is {every}, but no checkpoint between step {steps[start]}, where the average begins, and "
+            f"step {steps[-1]}, where it ends, is at a multiple of {every}.",
+            hint="Choose a multiple of the interval at which checkpoints were saved.",
+        )
+    return chosen
+
+
+def check_together(plans: Sequence[Plan]) -> None:
+    """Refuse plans that cannot be carried out together, each sound by itself.
+
+    Raises:
+        SettingError: two have one place.
+        WriteError: the disk has no room for all of them.
+    """
+    places = [resolved(plan.out) for plan in plans]
+    twice = next((place for place in places if places.count(place) > 1), None)
+    if twice is not None:
+        raise SettingError(f"Two averages would go to {twice}.", hint="Give each a place of its own.")
+    check_space(plans[0].out, sum(plan.write_bytes for plan in plans))

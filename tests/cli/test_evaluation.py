@@ -1,0 +1,276 @@
+"""What a user's own command says of each average, and that nothing hangs on its success."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ckavg.evaluation import evaluate, last_number
+from ckavg.result.record import Evaluation
+from tests.cli.runner import run_cli, snapshot
+from tests.runs import random_run, write_run
+
+STEPS = (0, 50, 100, 150)
+NAMES = ["mean", "last", "dema-kappa0.5"]
+WORDS = ("mean", "last", "dema")
+
+
+def saying(mean: str, last: str, dema: str) -> str:
+    """A command that does something else for each of the results."""
+    return f"case $(basename {{dir}}) in mean) {mean};; last) {last};; dema-*) {dema};; *) exit 99;; esac"
+
+
+LOSSES = saying("echo loss 0.75", "echo loss 1.5", "echo loss 0.5")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "checkpoints", random_run(seed=1, count=4, dtype=torch.bfloat16), STEPS)
+
+
+def record_of(run: Path, name: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((run / "averaged" / name / "ckavg.json").read_text())
+    return record
+
+
+def complete(run: Path) -> list[str]:
+    """The results that have everything in them."""
+    files = {"README.md", "ckavg.json", "config.json", "model.safetensors", "tokenizer.json"}
+    return [path.name for path in (run / "averaged").iterdir() if {file.name for file in path.iterdir()} == files]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3.0),
+        ("loss 0.25\nloss 0.125\n", 0.125),
+        ("-0.5", -0.5),
+        ("loss=-0.5", -0.5),
+        ("+7", 7.0),
+        (".5", 0.5),
+        ("5.", 5.0),
+        ("The loss is 1.25.", 1.25),
+        ("1e-3", 0.001),
+        ("1.5E+2", 150.0),
+        ("-2.5e-01", -0.25),
+        ("accuracy: 87.5%", 87.5),
+        ("[0.5]", 0.5),
+        ("{'loss': 2.25}", 2.25),
+        ("0.5,", 0.5),
+        ("0.25 in 12s", 0.25),
+        ("0.25 in 12.5s", 0.25),
+        ("0.25 with 3.75GB", 0.25),
+        ("0.25 with 1.5e3x", 0.25),
+        ("0.25 of v2", 0.25),
+        ("0.25 at step10", 0.25),
+        ("0.25 of float32", 0.25),
+        ("0.25 info", 0.25),
+        ("0.25, no finance", 0.25),
+        ("12 of 30", 30.0),
+        ("", None),
+        ("done", None),
+        ("12s", None),
+        ("v1.5", None),
+    ],
+)
+def test_last_number(text: str, value: float | None) -> None:
+    assert last_number(text) == value
+
+
+@pytest.mark.parametrize("text", ["nan", "loss: NaN", "inf", "-inf", "Infinity", "1e999"])
+def test_what_is_no_number_one_could_compare_is_a_problem(tmp_path: Path, text: str) -> None:
+    got = evaluate(tmp_path, f": {{dir}}; echo 0.5; echo '{text}'")
+    assert got.value is None
+    assert got.problem.startswith("it printed ")
+
+
+def test_what_it_prints_last_counts(tmp_path: Path) -> None:
+    command = "echo 1; echo {dir} >&2; echo 2; printf 'loss 0.375'"
+    assert evaluate(tmp_path, command) == Evaluation(command, 0.375)
+
+
+def test_bytes_that_are_no_text_do_not_matter(tmp_path: Path) -> None:
+    assert evaluate(tmp_path, r": {dir}; printf '\377\376 0.5'").value == 0.5
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("echo 0.5; exit 3 # {dir}", "exit status 3"),
+        ("echo 0.5; kill -9 $$ # {dir}", "exit status -9"),
+        ("no-such-command-anywhere {dir}", "exit status 127"),
+        (": {dir}", "it printed no number"),
+    ],
+)
+def test_a_failure_is_told(tmp_path: Path, command: str, problem: str) -> None:
+    assert evaluate(tmp_path, command) == Evaluation(command, None, problem)
+
+
+def test_it_reads_no_input(tmp_path: Path) -> None:
+    """What is typed ahead stays for the next command, and a command that asks for something does not wait for it."""
+    typed, keyboard = os.pipe()
+    before = os.dup(0)
+    try:
+        os.write(keyboard, b"ls\n")
+        os.dup2(typed, 0)
+        os.close(keyboard)
+        assert evaluate(tmp_path, ": {dir}; wc -c").value == 0
+        assert os.read(0, 10) == b"ls\n"
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+        os.close(typed)
+
+
+@pytest.mark.parametrize("name", ["plain", "with spaces", 'it\'s a "run"', "$HOME `id` ; echo 7 #", "-n", "{dir}é"])
+def test_the_directory_is_quoted(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / name
+    directory.mkdir()
+    (directory / "score").write_text("0.625")
+    assert evaluate(directory, "cat {dir}/score").value == 0.625
+    assert evaluate(directory, "test -d {dir} && test {dir} = {dir} && echo 2").value == 2
+
+
+@pytest.mark.parametrize(("goal", "winner"), [((), 2), (("--eval-goal", "min"), 2), (("--eval-goal", "max"), 1)])
+def test_table(run: Path, goal: tuple[str, ...], winner: int) -> None:
+    result = run_cli("sweep", run, *WORDS, "--eval", LOSSES, *goal)
+    assert result.exit_code == 0, result.stderr
+    _, _, header, *rows = result.stdout.splitlines()
+    assert header.split()[-2:] == ["least", "eval"]
+    cells = {row.split()[0]: row.split() for row in rows[:3]}
+    assert [cells[name][5] for name in NAMES] == ["0.75", "1.5", "0.5"]
+    assert [name for name in NAMES if cells[name][-1] == "best"] == [NAMES[winner]]
+    assert result.stdout.endswith(f"\nbest     {run / 'averaged' / NAMES[winner]}\n")
+    assert [line for line in result.stderr.splitlines() if line.startswith("evaluating")] == [
+        f"evaluating {name}, {place} of 3" for place, name in enumerate(NAMES, start=1)
+    ]
+
+
+def test_without_a_command_there_is_no_column_and_no_evaluation(run: Path) -> None:
+    table = run_cli("sweep", run, "mean", "last").stdout
+    assert "eval" not in table
+    assert "best" not in table
+    told = json.loads(run_cli("sweep", run, "mean", "last", "--force", "--json").stdout)
+    assert [each["evaluation"] for each in told["averages"]] == [None, None]
+    assert "best" not in told
+    assert record_of(run, "mean")["evaluation"] is None
+
+
+@pytest.mark.parametrize(("goal", "winner"), [("min", "dema-kappa0.5"), ("max", "last")])
+def test_json_and_records(run: Path, goal: str, winner: str) -> None:
+    told = json.loads(run_cli("sweep", run, *WORDS, "--eval", LOSSES, "--eval-goal", goal, "--json").stdout)
+    assert told.keys() == {"averages", "best"}
+    assert told["best"] == winner
+    assert [each["evaluation"] for each in told["averages"]] == [
+        {"command": LOSSES, "value": value, "problem": ""} for value in (0.75, 1.5, 0.5)
+    ]
+    assert [record_of(run, name) for name in NAMES] == told["averages"]
+
+
+def test_the_first_of_equals_is_the_best(run: Path) -> None:
+    told = json.loads(run_cli("sweep", run, *WORDS, "--eval", saying("echo 2", "echo 1", "echo 1"), "--json").stdout)
+    assert told["best"] == "last"
+
+
+def test_a_command_that_fails_costs_nothing_else(run: Path) -> None:
+    command = saying("echo 0.5; exit 3", "echo none", "echo 0.75")
+    result = run_cli("sweep", run, *WORDS, "--eval", command, "--json")
+    assert result.exit_code == 0
+    warnings = [line for line in result.stderr.splitlines() if "evaluation" in line]
+    assert warnings == [
+        "warning: mean has no evaluation: exit status 3.",
+        "warning: last has no evaluation: it printed no number.",
+    ]
+    told = json.loads(result.stdout)
+    assert told["best"] == "dema-kappa0.5"
+    assert [(each["evaluation"]["value"], each["evaluation"]["problem"]) for each in told["averages"]] == [
+        (None, "exit status 3"),
+        (None, "it printed no number"),
+        (0.75, ""),
+    ]
+    assert record_of(run, "mean") == told["averages"][0]
+    assert sorted(complete(run)) == sorted(NAMES)
+
+
+def test_where_all_fail_there_is_no_best(run: Path) -> None:
+    result = run_cli("sweep", run, *WORDS, "--eval", "echo nan {dir} >&2; echo nan")
+    assert result.exit_code == 0
+    assert result.stderr.count("has no evaluation: it printed nan.") == 3
+    assert result.stdout.count("failed") == 3
+    assert "best" not in result.stdout
+    assert result.stdout.endswith(f"\nresults  {run / 'averaged'}\n")
+    assert "best" not in json.loads(run_cli("sweep", run, "mean", "--eval", "false {dir}", "--json", "--force").stdout)
+
+
+@pytest.mark.parametrize("command", ["echo 1", "", "echo {DIR}", "echo $dir"])
+def test_a_command_without_the_directory_is_refused_before_anything_is_read(
+    run: Path, tmp_path: Path, command: str
+) -> None:
+    before = snapshot(tmp_path)
+    for source in (run, tmp_path / "nowhere"):
+        result = run_cli("sweep", source, "mean", "--eval", command)
+        assert result.exit_code == 2
+        assert result.stdout == ""
+        assert f"error: eval is {command!r}; it must say with {{dir}} where the directory of a result goes." in (
+            result.stderr
+        )
+    assert snapshot(tmp_path) == before
+
+
+def test_a_goal_that_is_none_exits_2(run: Path) -> None:
+    assert run_cli("sweep", run, "mean", "--eval", "echo 1 {dir}", "--eval-goal", "least").exit_code == 2
+    assert not (run / "averaged").exists()
+
+
+def test_its_stderr_is_shown_and_its_stdout_is_not(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    result = run_cli("sweep", run, "mean", "--eval", ": {dir}; echo half way >&2; echo '{\"loss\": 1}'", "--json")
+    assert json.loads(result.stdout)["averages"][0]["evaluation"]["value"] == 1
+    shown = capfd.readouterr()
+    assert shown.err == "half way\n"
+    assert shown.out == ""
+
+
+def test_it_sees_each_complete_result_once_and_no_snapshot(run: Path, tmp_path: Path) -> None:
+    command = (
+        f"echo {{dir}} >> {tmp_path}/seen; test -f {{dir}}/model.safetensors && test -f {{dir}}/ckavg.json; echo 1"
+    )
+    assert run_cli("sweep", run, "mean", "dema", "--snapshot-every", "100", "--eval", command, "-q").exit_code == 0
+    assert (tmp_path / "seen").read_text().splitlines() == [
+        str(run / "averaged" / name) for name in ("mean", "dema-kappa0.5")
+    ]
+    assert "evaluation" in record_of(run, "mean")
+    assert record_of(run, "mean/checkpoint-100")["evaluation"] is None
+
+
+def test_a_dry_run_does_not_run_it(run: Path, tmp_path: Path) -> None:
+    result = run_cli("sweep", run, "mean", "--eval", f"touch {tmp_path}/ran {{dir}}", "--dry-run")
+    assert result.exit_code == 0
+    assert not (tmp_path / "ran").exists()
+
+
+def test_quiet(run: Path) -> None:
+    result = run_cli("sweep", run, *WORDS, "--eval", LOSSES, "--quiet")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+    assert record_of(run, "last")["evaluation"]["value"] == 1.5
+
+
+def test_an_interrupt_ends_the_evaluation_and_keeps_all_averages(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(directory: Path, command: str) -> Evaluation:
+        if directory.name == "last":
+            raise KeyboardInterrupt
+        return evaluate(directory, command)
+
+    monkeypatch.setattr("ckavg.cli.sweep.evaluate", interrupted)
+    result = run_cli("sweep", run, *WORDS, "--eval", LOSSES, "--json")
+    assert result.exit_code == 130
+    assert "interrupted: The evaluation ends here. All averages are complete.\n" in result.stderr
+    told = json.loads(result.stdout)
+    assert told["best"] == "mean"
+    assert [each["evaluation"] and each["evaluation"]["value"] for each in told["averages"]] == [0.75, None, None]
+    assert [record_of(run, name) for name in NAMES] == told["averages"]
+    assert sorted(complete(run)) == sorted(NAMES)

@@ -1,0 +1,284 @@
+"""The kept path: what is read again, and what is not, after every kind of change to a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import ckavg
+from ckavg.path import saved
+from tests.cli.runner import run_cli
+from tests.runs import random_run, write_checkpoint, write_run
+
+STEPS = (0, 50, 100, 150)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run", random_run(0, 4, torch.bfloat16), STEPS, shards=(1, 2))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def measured(source: Path, every: int | None = None, to_step: int | None = None) -> ckavg.PathLength:
+    return ckavg.measure_path(ckavg.open_run(source, every=every, to_step=to_step))
+
+
+def fresh(source: Path, every: int | None = None) -> ckavg.PathLength:
+    """The path of a run, measured in full."""
+    kept = source / "averaged" / "path.json"
+    held = kept.read_bytes() if kept.exists() else None
+    kept.unlink(missing_ok=True)
+    path = measured(source, every)
+    kept.unlink(missing_ok=True)
+    if held is not None:
+        kept.write_bytes(held)
+    return path
+
+
+def checkpoint_bytes(source: Path) -> int:
+    """Bytes that pass 1 reads of one checkpoint."""
+    run = ckavg.open_run(source)
+    return sum(entry.nbytes for entry in run.tensors.values() if entry.is_floating)
+
+
+def in_checkpoints(source: Path, path: ckavg.PathLength) -> int:
+    """How many checkpoints' worth of bytes were read; the first element of each tensor is read once more."""
+    return round(path.bytes_read / checkpoint_bytes(source))
+
+
+def flip(file: Path) -> None:
+    """Change the mantissa of a number near the end of a file."""
+    data = bytearray(file.read_bytes())
+    data[-4] ^= 0b1
+    file.write_bytes(data)
+
+
+def file_of(source: Path, step: int) -> Path:
+    return min((source / f"checkpoint-{step}").glob("*.safetensors"))
+
+
+def test_a_second_measurement_reads_nothing(source: Path) -> None:
+    first, second = measured(source), measured(source)
+    assert in_checkpoints(source, first) == 4
+    assert second.bytes_read == 0
+    assert (second.lengths, second.tensors) == (first.lengths, first.tensors)
+
+
+def test_another_gamma_reads_each_checkpoint_once(source: Path) -> None:
+    records = [json.loads(run_cli("pema", source, "--gamma", gamma, "--json").stdout) for gamma in ("0.1", "0.2")]
+    integers = sum(entry.nbytes for entry in ckavg.open_run(source).tensors.values() if not entry.is_floating)
+    once = 4 * checkpoint_bytes(source) + integers
+    assert records[1]["bytes_read"] == once
+    assert records[0]["bytes_read"] >= 2 * once - integers
+    assert records[1]["path_length"] == records[0]["path_length"]
+    assert records[1]["seconds"]["path"] < records[0]["seconds"]["path"]
+
+
+def test_path_of_the_path_verb_serves_pema_to_the_byte(source: Path, tmp_path: Path) -> None:
+    run_cli("path", source)
+    run_cli("pema", source, "--out", tmp_path / "known")
+    shutil.rmtree(source / "averaged")
+    run_cli("pema", source, "--out", tmp_path / "measured")
+    for file in (tmp_path / "known").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "measured" / file.name).read_bytes()
+
+
+def test_a_grown_run_reads_two_checkpoints(source: Path) -> None:
+    measured(source)
+    write_checkpoint(source / "checkpoint-200", random_run(0, 5, torch.bfloat16)[-1], step=200)
+    want = fresh(source)
+    grown = measured(source)
+    assert in_checkpoints(source, grown) == 2
+    assert (grown.lengths, grown.tensors) == (want.lengths, want.tensors)
+    assert measured(source).bytes_read == 0
+
+
+def change_bytes(file: Path) -> None:
+    flip(file)
+
+
+def change_bytes_and_restore_times(file: Path) -> None:
+    status = file.stat()
+    flip(file)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+
+
+def replace_and_restore_times(file: Path) -> None:
+    status = file.stat()
+    other = file.with_suffix(".new")
+    shutil.copyfile(file, other)
+    flip(other)
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other.replace(file)
+
+
+def touch(file: Path) -> None:
+    file.touch()
+
+
+CHANGES = (change_bytes, change_bytes_and_restore_times, replace_and_restore_times, touch)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize(("step", "read_again"), [(0, 2), (100, 3), (150, 2)])
+def test_a_changed_checkpoint_is_measured_again_and_no_other(
+    source: Path, change: Callable[[Path], None], step: int, read_again: int
+) -> None:
+    before = measured(source)
+    change(file_of(source, step))
+    want = fresh(source)
+    after = measured(source)
+    assert in_checkpoints(source, after) == read_again
+    assert (after.lengths, after.tensors) == (want.lengths, want.tensors)
+    assert (after.lengths == before.lengths) == (change is touch)
+    assert measured(source).bytes_read == 0
+
+
+def test_a_truncated_checkpoint_is_refused_and_measured_again_once_whole(source: Path) -> None:
+    measured(source)
+    file = file_of(source, 100)
+    data = file.read_bytes()
+    file.write_bytes(data[:-10])
+    assert run_cli("path", source).exit_code == 1
+    file.write_bytes(data)
+    assert in_checkpoints(source, measured(source)) == 3
+
+
+def test_checkpoints_are_known_by_their_files_not_their_names(source: Path) -> None:
+    """Two checkpoints that change names change places in the path, too."""
+    measured(source)
+    for name, other in (("checkpoint-50", "x"), ("checkpoint-100", "checkpoint-50"), ("x", "checkpoint-100")):
+        (source / name).rename(source / other)
+    for step in (50, 100):
+        (source / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    want = fresh(source)
+    assert measured(source).lengths == want.lengths
+
+
+def test_a_choice_of_checkpoints_is_measured_by_itself_and_beside_the_others(source: Path) -> None:
+    measured(source)
+    thinned = measured(source, every=100)
+    assert in_checkpoints(source, thinned) == 2
+    assert thinned.lengths == fresh(source, every=100).lengths
+    assert measured(source).bytes_read == 0
+    assert measured(source, to_step=100).bytes_read == 0
+    assert measured(source, every=100).bytes_read == 0
+
+
+def test_another_anchor_has_its_own_spread(source: Path, tmp_path: Path) -> None:
+    measured(source)
+    base = write_checkpoint(tmp_path / "base", random_run(9, 1, torch.bfloat16)[0])
+    run = ckavg.open_run(source, init=base, from_step=50)
+    first = ckavg.measure_path(run)
+    assert in_checkpoints(source, first) == 2
+    assert ckavg.measure_path(run).bytes_read == 0
+    shutil.rmtree(source / "averaged")
+    assert ckavg.measure_path(run).lengths == first.lengths
+
+
+def test_fewer_tensors_are_known_and_more_are_measured(source: Path) -> None:
+    run = ckavg.open_run(source)
+    some = ckavg.measure_path(run, path_exclude=["tiles"])
+    everything = ckavg.measure_path(run)
+    assert everything.bytes_read > 0
+    assert ckavg.measure_path(run, path_exclude=["tiles"]).lengths == some.lengths
+    assert ckavg.measure_path(run, path_exclude=["odd", "bias"]).bytes_read == 0
+    assert ckavg.measure_path(run, zero_sigma="eps").bytes_read == 0
+
+
+def test_a_run_that_cannot_be_written_beside_is_kept_in_the_cache(
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source / "averaged").write_text("not a directory, so nothing can be kept in it")
+    assert measured(source).bytes_read > 0
+    assert [file.suffix for file in (cache / "ckavg").iterdir()] == [".json"]
+    assert measured(source).bytes_read == 0
+    shutil.rmtree(cache)
+    cache.write_text("nor here")
+    assert measured(source).lengths == measured(source).lengths
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"format": 2}',
+        '{"format": 1, "tensors": 7}',
+        '{"format": 1, "tensors": [], "sigma": [], "distances": 3, "checkpoints": []}',
+        "[" * 100_000,
+    ],
+)
+def test_a_table_that_makes_no_sense_is_measured_anew(source: Path, text: str) -> None:
+    want = measured(source)
+    kept = source / "averaged" / "path.json"
+    kept.write_text(text)
+    again = measured(source)
+    assert (again.bytes_read, again.lengths) == (want.bytes_read, want.lengths)
+    assert measured(source).bytes_read == 0
+
+
+@pytest.mark.parametrize("value", ["-1.0", "NaN", "Infinity", '"1"', "null", "[]"])
+def test_numbers_that_make_no_sense_are_measured_anew(source: Path, value: str) -> None:
+    want = measured(source)
+    kept = source / "averaged" / "path.json"
+    table = json.loads(kept.read_text())
+    for rows in (table["sigma"], table["distances"]):
+        for row in rows.values():
+            row[:] = ["here"] * len(row)
+    kept.write_text(json.dumps(table).replace('"here"', value))
+    assert measured(source).lengths == want.lengths
+
+
+def test_a_file_that_changes_while_it_is_measured_is_not_kept(source: Path) -> None:
+    file = file_of(source, 50)
+
+    def change(news: ckavg.Progress) -> None:
+        if news.done == 0:
+            flip(file)
+
+    ckavg.measure_path(ckavg.open_run(source), on_progress=change)
+    assert in_checkpoints(source, measured(source)) == 3
+
+
+@pytest.mark.parametrize("ahead", [0, 3_600_000_000_000])
+def test_a_change_too_young_to_be_told_from_the_next_is_not_kept(
+    source: Path, monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    """Files of a coarse clock, changed just now, and of a clock that is ahead of ours."""
+    changed = max(file.stat().st_ctime_ns for file in source.rglob("*.safetensors"))
+    monkeypatch.setattr("ckavg.path.saved.time.time_ns", lambda: changed - ahead)
+    monkeypatch.setattr(saved, "_tick", lambda changed: 2_000_000_000)
+    measured(source)
+    assert not (source / "averaged").exists()
+
+
+def test_superseded_measurements_are_dropped(source: Path) -> None:
+    for _ in range(3):
+        flip(file_of(source, 100))
+        measured(source)
+    table = json.loads((source / "averaged" / "path.json").read_text())
+    assert (len(table["checkpoints"]), len(table["sigma"]), len(table["distances"])) == (4, 1, 3)
+
+
+def test_a_sample_is_not_kept_and_an_exact_path_is_preferred(source: Path) -> None:
+    run = ckavg.open_run(source)
+    sampled = ckavg.measure_path(run, sample=0.01)
+    assert sampled.sample == 0.01
+    assert not (source / "averaged").exists()
+    exact = ckavg.measure_path(run)
+    known = ckavg.measure_path(run, sample=0.01)
+    assert (known.sample, known.bytes_read, known.lengths) == (1.0, 0, exact.lengths)
