@@ -175,7 +175,9 @@ def _draw_betas(results: Sequence[Averaged], looks: Sequence[Look], axis: Axes) 
     also = "; dashed: α, the strength of the correction" if alphas else ""
     axis.set_title(f"β, the share of each checkpoint as it is taken in{also}")
     for result, look in zip(results, looks, strict=True):
-        axis.plot(*_known(result.steps, result.betas), **look.line)
+        steps, betas = _known(result.steps, result.betas)
+        if betas:  # an empty line has no extent, and the layout would be lost on it
+            axis.plot(steps, betas, **look.line)
     if alphas:
         line = looks[0].line | {"color": _VERMILLION, "linestyle": "--", "marker": "s"}
         axis.plot(*_known(results[0].steps, alphas), **line)

@@ -361,6 +361,14 @@ def test_odd_averages_can_be_drawn(pema: ckavg.Averaged, tmp_path: Path) -> None
         draw_averages(results, tmp_path / f"{place}.png")
 
 
+def test_an_average_without_any_update_leaves_the_layout_whole(pema: ckavg.Averaged, tmp_path: Path) -> None:
+    """An empty line among the others took all room from them, once there were panels by layer, too."""
+    last = dataclasses.replace(pema, scheme="last", betas=(None,) * 5, weights=(0.0, 0.0, 0.0, 0.0, 1.0))
+    path = travelled({"h.0.a": 0.1, "h.1.a": 0.2, "b": 0.3})
+    draw_averages([pema, last], tmp_path / "sweep.png", path)
+    assert len(panel(averages_figure([pema, last], path), "β").lines) == 1
+
+
 def test_names_are_shown_as_they_are(pema: ckavg.Averaged, tmp_path: Path) -> None:
     escaped = shown(HOSTILE, 500)
     assert escaped.startswith("\\x1b[31m$\\frac{a}{b}$\\n_x\\u6f22\\u5b57\\u202ey")
