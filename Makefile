@@ -6,7 +6,7 @@ BIN := .venv/bin
 # build with several GB of GPU libraries.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench gpu-check clean
 
 demo: .venv/.package
 	$(BIN)/ckavg demo ckavg-demo --force
@@ -23,8 +23,22 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# BENCH adds options, such as BENCH="--only speed,cold" or BENCH="--mergekit PYTHON". As root, cold caches are measured, too.
+BENCH ?=
 bench: .venv/.package
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(BENCH)
+
+# On a machine with a GPU: what it is, whether it computes what its CPU does, and how fast. Ends within eight minutes.
+# Uses the Python, torch and safetensors that are there, and no network. GPU_WHEELS names a directory of wheels to use,
+# of typer and rich, say: with them, the commands are measured as a user types them. GPU_BENCH adds options.
+GPU_WHEELS ?=
+GPU_BENCH ?=
+gpu-check: export PYTHONPATH := build/gpu-wheels:$(PYTHONPATH)
+gpu-check:
+	$(if $(GPU_WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --disable-pip-version-check \
+		--upgrade --target build/gpu-wheels $(GPU_WHEELS)/*.whl)
+	@$(PYTHON) -m benchmarks.gpu --machine
+	@status=0; $(PYTHON) -m tests.gpu || status=1; $(PYTHON) -m benchmarks.gpu $(GPU_BENCH) || status=1; exit $$status
 
 clean:
 	rm -rf .venv ckavg-demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

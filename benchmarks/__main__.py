@@ -9,70 +9,119 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from benchmarks import contest, measure, table
-from benchmarks.synthetic import refuse_foreign
+from benchmarks import cache, contest, measure, scaling, small_cache, speed, startup
+from benchmarks.cache import State
+from benchmarks.expected import AVERAGES
+from benchmarks.programs import MEAN, PEMA, find_mergekit
+from benchmarks.synthetic import LEAST_MEGABYTES, refuse_foreign
+from benchmarks.table import Row, render
 
-_STARTS = {"ckavg --help": ["-m", "ckavg", "--help"], "import torch": ["-c", "import torch"]}
-_IMPORTS = {"imports": ["-c", "import torch, ckavg.cli"]}
-_SHORT = 5
-
-_NOTES = """\
-Medians (least–most). Seconds: the whole command, start-up and writing included, from a warm page cache; reading alone:
-without start-up. GB/s: bytes of checkpoints read, by those seconds; of a pass: by the seconds of that pass alone.
-Peak MB: the most of all runs, mapped files included. Obvious ÷ this: taken pair by pair.
-Every result of ckavg agrees with the obvious loop's to one unit of bfloat16."""
-
-_MEMORY_NOTES = """\
-Peak MB: the most of all runs, 10⁶ bytes. The longer run links to the same weight files under other steps."""
+PARTS = ("speed", "cold", "memory", "scaling", "startup")
+_NEED_EMPTY_CACHE = {"cold", "memory"}
+_RUNS, _COPIES = 1.5, 16
+"""On the disk: the run with the smaller ones beside it, in its own size; what the averages must be and one set of
+results, in checkpoints."""
 
 
 def main() -> int:
     arguments = _parse()
     base = arguments.directory.expanduser().resolve() / "ckavg-benchmarks"
-    run, results = base / "run", base / "results"
+    run, scratch = base / "run", base / "scratch"
     try:
+        mergekit = find_mergekit(arguments.mergekit)
         refuse_foreign(run)
-    except FileExistsError as error:
+        _refuse_full(arguments)
+    except (ValueError, OSError) as error:
         return _fail(error)
     try:
         _say("building the run")
         size = ["--checkpoints", str(arguments.checkpoints), "--megabytes", str(arguments.megabytes)]
         measure.run(["-m", "benchmarks.synthetic", str(run), *size])
-        print(f"{arguments.checkpoints} checkpoints of about {arguments.megabytes} MB. {_machine()}")
-        if not arguments.memory:
-            _print_speed(run, results, arguments.repeats)
-        _print_memory(run, results, arguments.repeats)
-    except (contest.WrongResultError, measure.CommandError) as error:
+        print(f"{arguments.checkpoints} checkpoints of about {arguments.megabytes} MB. {_machine(mergekit)}")
+        parts = _possible(arguments.only)
+        if parts:
+            _measure(arguments, parts, run, scratch, mergekit[0] if mergekit else None)
+    except (contest.WrongResultError, measure.CommandError, OSError) as error:
         return _fail(error)
     finally:
-        shutil.rmtree(results if arguments.keep else base, ignore_errors=True)
+        shutil.rmtree(scratch if arguments.keep else base, ignore_errors=True)
     return 0
 
 
-def _print_speed(run: Path, results: Path, repeats: int) -> None:
-    pairs = contest.race(run, results, repeats=repeats, say=_say)
-    rooflines = contest.rooflines(run, repeats=repeats, say=_say)
-    starts = contest.starts(_STARTS, repeats=max(repeats, _SHORT), say=_say)
-    print(f"\n{table.render(table.SPEED_HEADER, table.speed_rows(rooflines, pairs))}\n\n{_NOTES}")
-    print(f"\n{table.render(table.START_HEADER, table.start_rows(starts))}")
+def _measure(arguments: argparse.Namespace, parts: set[str], run: Path, scratch: Path, mergekit: str | None) -> None:
+    repeats, fewer = arguments.repeats, max(1, arguments.repeats - 1)
+    in_turn = {state: part for state, part in ((State.WARM, "speed"), (State.COLD, "cold")) if part in parts}
+    _say("forming what the averages must be")
+    where = contest.arena(run, scratch, list(AVERAGES) if in_turn else [PEMA, MEAN])
+    if in_turn:
+        contests = {state: speed.programs(state, mergekit_python=mergekit) for state in in_turn}
+        turns = {State.WARM: repeats, State.COLD: fewer}
+        raced = contest.race(contests, where, repeats=turns, say=_say)
+        _show(speed.HEADER, speed.rows(raced), speed.NOTES)
+    if "memory" in parts:
+        samples = small_cache.measure_all(where, repeats=fewer, say=_say)
+        _show(small_cache.HEADER, small_cache.rows(samples), small_cache.NOTES)
+    if "scaling" in parts:
+        size = (arguments.checkpoints, arguments.megabytes)
+        scaled = scaling.measure_all(where, size, repeats=fewer, say=_say)
+        _show(scaling.HEADER, scaling.rows(scaled, size), scaling.NOTES)
+    if "startup" in parts:
+        started = startup.measure_all(where, mergekit_python=mergekit, repeats=repeats, say=_say)
+        _show(startup.HEADER, startup.rows(*started), startup.NOTES)
 
 
-def _print_memory(run: Path, results: Path, repeats: int) -> None:
-    imports = contest.starts(_IMPORTS, repeats=repeats, say=_say)["imports"]
-    memory = contest.memory(run, results, repeats=repeats, say=_say)
-    print(f"\n{table.render(table.MEMORY_HEADER, table.memory_rows(imports, memory))}\n\n{_MEMORY_NOTES}")
+def _show(header: Row, rows: list[Row], notes: str) -> None:
+    print(f"\n{render(header, rows)}\n\n{notes}", flush=True)
+
+
+def _possible(parts: set[str]) -> set[str]:
+    """The parts that this system and this user can measure."""
+    if cache.can_drop():
+        return parts
+    for part in sorted(parts & _NEED_EMPTY_CACHE):
+        print(f"{part}: left out; emptying the page cache needs Linux and root.")
+    return parts - _NEED_EMPTY_CACHE
+
+
+def _refuse_full(arguments: argparse.Namespace) -> None:
+    """Raise `OSError` where the disk has too little space, rather than after minutes of writing."""
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    needed = arguments.megabytes * 1_000_000 * (arguments.checkpoints * _RUNS + _COPIES)
+    free = shutil.disk_usage(arguments.directory).free
+    if free < needed:
+        raise OSError(
+            f"{arguments.directory} has {free / 1e9:.0f} GB free, and about {needed / 1e9:.0f} are needed. "
+            "Name another --directory, or ask for fewer --checkpoints or --megabytes."
+        )
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure ckavg on a synthetic run.")
-    parser.add_argument("--checkpoints", type=_at_least(2), default=12, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--megabytes", type=_at_least(20), default=470, metavar="N", help="of one checkpoint; default: %(default)s"
+        "--only",
+        type=_parts,
+        default=set(PARTS),
+        metavar="PARTS",
+        help=f"some of {','.join(PARTS)}, separated by commas; default: all of them",
     )
-    parser.add_argument("--repeats", type=_at_least(1), default=3, metavar="N", help="default: %(default)s")
+    parser.add_argument("--checkpoints", type=_at_least(2), default=24, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--megabytes",
+        type=_at_least(LEAST_MEGABYTES),
+        default=470,
+        metavar="N",
+        help="of one checkpoint; default: %(default)s",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=_at_least(1),
+        default=3,
+        metavar="N",
+        help="turns of speed and startup; one less of the other parts; default: %(default)s",
+    )
     parser.add_argument(
         "--directory",
         type=Path,
@@ -80,8 +129,17 @@ def _parse() -> argparse.Namespace:
         help="where ckavg-benchmarks/ is made, on a disk rather than in memory; default: %(default)s",
     )
     parser.add_argument("--keep", action="store_true", help="leave the run there, for the next time")
-    parser.add_argument("--memory", action="store_true", help="measure memory alone, not speed")
+    parser.add_argument(
+        "--mergekit", metavar="PYTHON", help="Python that has mergekit; by default this one, where it has it"
+    )
     return parser.parse_args()
+
+
+def _parts(text: str) -> set[str]:
+    parts = set(text.split(","))
+    if unknown := parts - set(PARTS):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
+    return parts
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -94,11 +152,21 @@ def _at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def _machine() -> str:
+def _machine(mergekit: tuple[str, str] | None) -> str:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    programs = [f"Python {platform.python_version()}", *map(_version, ("torch", "numba", "ckavg"))]
+    programs.append(f"mergekit {mergekit[1]}" if mergekit else "no mergekit")
     return (
-        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, torch {version('torch')}, ckavg {version('ckavg')}."
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GB of memory; "
+        f"{', '.join(programs)}."
     )
+
+
+def _version(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"no {package}"
 
 
 def _say(what: str) -> None:

@@ -1,20 +1,22 @@
-"""Whether two averages of the same run are the same but for rounding: no time counts for a wrong result.
+"""Whether averages are what they must be, but for rounding: no time counts for a wrong result.
 
-As a program it exits with status 1 and names the first tensor that differs. Imports torch; see `benchmarks.measure`.
+As a program it compares pairs of directories, exits with status 1, and names the first tensor that differs. Imports
+torch; see `benchmarks.measure`.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from benchmarks.synthetic import WEIGHTS
-
+_PIECE = 1 << 18  # elements, so that what is computed stays in the processor's cache
 _WEIGHT_TOLERANCE = 1e-5
 """Relative to a tensor's largest weight: float32 updates in another order, and β off by what ℓ is off. It matters only
 where a weight comes out near 0; elsewhere the last place of bfloat16 is far coarser."""
@@ -24,35 +26,49 @@ def weight_difference(first: Tensor, second: Tensor) -> str | None:
     """What is wrong between two bfloat16 tensors, or None: one unit in the last place is allowed."""
     if first.dtype != torch.bfloat16 or second.dtype != torch.bfloat16 or first.shape != second.shape:
         return f"{first.dtype} {tuple(first.shape)} and {second.dtype} {tuple(second.shape)}"
-    one, other = first.float(), second.float()
-    larger = torch.maximum(one.abs(), other.abs())
+    least = max(first.abs().max().item(), second.abs().max().item()) * _WEIGHT_TOLERANCE
+    one, other = first.flatten(), second.flatten()
+    pieces = (slice(start, start + _PIECE) for start in range(0, one.numel(), _PIECE))
+    wrong = sum(_wrong(one[piece].float(), other[piece].float(), least) for piece in pieces)
+    return f"{wrong} of {first.numel()} weights differ" if wrong else None
+
+
+def _wrong(one: Tensor, other: Tensor, least: float) -> int:
+    """How many weights are more than a unit in the last place of bfloat16 apart, and more than `least`."""
     # A unit in the last place of x is more than 2⁻⁸ |x| and at most 2⁻⁷ |x|: the bound admits one unit, never two.
-    allowed = torch.maximum(larger * 2**-7, larger.max() * _WEIGHT_TOLERANCE)
-    wrong = ~((one - other).abs() <= allowed)  # not >, so that NaN is wrong
-    return f"{int(wrong.sum())} of {wrong.numel()} weights differ" if bool(wrong.any()) else None
+    allowed = torch.maximum(one.abs(), other.abs()).mul_(2**-7).clamp_(min=least)
+    right = ((one - other).abs_() <= allowed) & allowed.isfinite()  # not >, so that NaN is wrong
+    return one.numel() - int(right.sum())
 
 
 def first_difference(first: Path, second: Path) -> str | None:
-    """What is wrong between two averages, given their directories, or None."""
-    with safe_open(first / WEIGHTS, "pt") as one, safe_open(second / WEIGHTS, "pt") as other:
-        names = sorted(one.keys())
-        if names != sorted(other.keys()):
+    """What is wrong between two averages, given their directories, or None. Either may be cut into shards."""
+    with ExitStack() as stack:
+        one, other = _tensors(first, stack), _tensors(second, stack)
+        if not one or one.keys() != other.keys():
             return "the tensor names differ"
-        for name in names:
-            difference = weight_difference(one.get_tensor(name), other.get_tensor(name))
+        for name in sorted(one):
+            difference = weight_difference(one[name].get_tensor(name), other[name].get_tensor(name))
             if difference:
                 return f"{name}: {difference}"
     return None
 
 
+def _tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
+    """The opened file that holds a tensor, by the tensor's name."""
+    opened = [stack.enter_context(safe_open(file, "pt")) for file in sorted(directory.glob("*.safetensors"))]
+    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.agreement", description=__doc__)
-    parser.add_argument("first", type=Path)
-    parser.add_argument("second", type=Path)
-    arguments = parser.parse_args()
-    difference = first_difference(arguments.first, arguments.second)
-    if difference:
-        sys.exit(f"{arguments.first} and {arguments.second}: {difference}")
+    parser.add_argument(
+        "--pair", type=Path, nargs=2, action="append", required=True, metavar="DIR", help="may be given several times"
+    )
+    for first, second in parser.parse_args().pair:
+        difference = first_difference(first, second)
+        if difference:
+            sys.exit(f"{first} and {second}: {difference}")
 
 
 if __name__ == "__main__":

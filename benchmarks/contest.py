@@ -1,4 +1,7 @@
-"""The measurements: which commands run, in which order, and when their times count. Imports no torch."""
+"""Programs in turn over one run, each from the same state of the page cache; no time counts for a wrong result.
+
+Imports no torch: see `benchmarks.measure`.
+"""
 
 from __future__ import annotations
 
@@ -9,143 +12,111 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import measure
-from benchmarks.measure import Measured
-from benchmarks.synthetic import lengthen, weight_files
+from benchmarks import cache, measure
+from benchmarks.cache import State
+from benchmarks.programs import Program, Sample, sample_of
+from benchmarks.synthetic import weight_files
 
-SCHEMES = ("pema", "ema", "bema")
 PATH_TOLERANCE = 1e-5
 """Relative, of ℓ: float32 sums of some 10⁷ terms, taken in another order."""
 
 Say = Callable[[str], None]
+Turns = dict[str, list[Sample]]
+"""The samples of each program by its name; those of one place in the lists were taken in one turn."""
 
 
 class WrongResultError(Exception):
-    """ckavg and the obvious loop do not agree, so that neither's time means anything."""
+    """A program's result is not what it must be, so that its time means nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One measured run of a program that reads checkpoints.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arena:
+    """A run to measure on.
 
     Attributes:
-        seconds: wall time of the whole command.
-        peak_bytes: its peak resident memory.
-        bytes_read: bytes of checkpoints it read.
-        path_seconds: wall time of pass 1 within it; None where there is none.
-        replay_seconds: wall time of pass 2 within it, which reads as much; None where there is none.
-        path_length: ℓ at every checkpoint; None where it is not measured.
+        run: its directory.
+        scratch: for the results; they are deleted once they are checked.
+        expected: directory of what the averages must be, by their names.
+        path_length: what ℓ must be.
     """
 
-    seconds: float
-    peak_bytes: int
-    bytes_read: int
-    path_seconds: float | None
-    replay_seconds: float | None
-    path_length: tuple[float, ...] | None
+    run: Path
+    scratch: Path
+    expected: Path
+    path_length: tuple[float, ...]
+
+    @property
+    def run_bytes(self) -> int:
+        """Size of all weight files."""
+        return sum(file.stat().st_size for file in weight_files(self.run))
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """The obvious loop and ckavg, one right after the other."""
+def arena(run: Path, scratch: Path, names: Sequence[str]) -> Arena:
+    """Form what the averages of a run must be, under `scratch`."""
+    expected = scratch / f"expected-{run.name}"
+    measured = measure.run(["-m", "benchmarks.reference", str(run), str(expected), *names])
+    lengths = json.loads(measured.stdout)["path_length"]
+    return Arena(run=run, scratch=scratch, expected=expected, path_length=tuple(lengths))
 
-    obvious: Sample
-    ckavg: Sample
 
-
-def race(run: Path, scratch: Path, *, repeats: int, say: Say) -> dict[str, list[Pair]]:
-    """Run the obvious loop and ckavg in turn, `repeats` times, for every scheme.
-
-    Args:
-        run: a synthetic run.
-        scratch: directory for the results.
-        repeats: how often.
-        say: told what is being done.
+def attempt(program: Program, where: Arena, state: State) -> Sample:
+    """Measure one program once, check its result and delete it.
 
     Raises:
-        WrongResultError: the two do not agree.
-        CommandError: one of them failed.
+        WrongResultError: the result is wrong.
+        CommandError: the program failed.
     """
-    pairs: dict[str, list[Pair]] = {scheme: [] for scheme in SCHEMES}
-    for turn in range(repeats):
-        for scheme in SCHEMES:
-            say(f"{scheme}, {turn + 1} of {repeats}")
-            theirs, ours = scratch / f"obvious-{scheme}", scratch / f"ckavg-{scheme}"
-            pair = Pair(_obvious(scheme, run, theirs), _ckavg(scheme, run, ours))
-            _check(scheme, pair, theirs, ours)
-            pairs[scheme].append(pair)
-    return pairs
+    out = where.scratch / "result"
+    _clear(where, out)
+    if state is State.WARM:  # a system may have dropped the libraries, too
+        measure.run(["-c", f"import {program.imports}"], python=program.python)
+    cache.prepare(state, weight_files(where.run))
+    sample = sample_of(program, measure.run(program.arguments(where.run, out), python=program.python))
+    _check(program, sample, where, out)
+    _clear(where, out)
+    return sample
 
 
-def rooflines(run: Path, *, repeats: int, say: Say) -> list[Sample]:
-    """Read the run as fast as this machine can; the seconds are those of the reading alone, without any start-up."""
-    samples = []
-    for turn in range(repeats):
-        say(f"roofline, {turn + 1} of {repeats}")
-        measure.settle(weight_files(run))
-        measured = measure.run(["-m", "benchmarks.roofline", str(run)])
-        printed = json.loads(measured.stdout)
-        samples.append(Sample(printed["seconds"], measured.peak_bytes, printed["bytes_read"], None, None, None))
+def race(
+    contests: Mapping[State, Sequence[Program]], where: Arena, *, repeats: Mapping[State, int], say: Say
+) -> dict[State, Turns]:
+    """Measure programs in turn: in every turn, each of them once, one right after the other.
+
+    Args:
+        contests: the programs by the state they start from.
+        where: the run.
+        repeats: number of turns by state.
+        say: told what is being done.
+    """
+    samples: dict[State, Turns] = {
+        state: {program.name: [] for program in programs} for state, programs in contests.items()
+    }
+    for turn in range(max(repeats[state] for state in contests)):
+        for state, programs in contests.items():
+            for program in programs if turn < repeats[state] else ():
+                say(f"{program.name}, {state.value}, {turn + 1} of {repeats[state]}")
+                samples[state][program.name].append(attempt(program, where, state))
     return samples
 
 
-def starts(commands: Mapping[str, Sequence[str]], *, repeats: int, say: Say) -> dict[str, list[Measured]]:
-    """Run short commands in turn, after one run of each that does not count."""
-    say("start-up")
-    for command in commands.values():
-        measure.run(command)
-    measured: dict[str, list[Measured]] = {name: [] for name in commands}
-    for _ in range(repeats):
-        for name, command in commands.items():
-            measured[name].append(measure.run(command))
-    return measured
+def _clear(where: Arena, out: Path) -> None:
+    """Remove what could pass for a new result, or save the program a part of its work: ckavg keeps the path."""
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(where.run / "averaged", ignore_errors=True)
 
 
-def memory(run: Path, scratch: Path, *, repeats: int, say: Say) -> dict[int, list[Sample]]:
-    """Peak memory of `ckavg pema` by number of checkpoints: those of the run, and twice as many."""
-    once = len(weight_files(run))
-    longer = scratch / "longer-run"
-    lengthen(run, longer, checkpoints=2 * once)
-    samples: dict[int, list[Sample]] = {once: [], 2 * once: []}
-    for turn in range(repeats):
-        for number, source in ((once, run), (2 * once, longer)):
-            say(f"memory for {number} checkpoints, {turn + 1} of {repeats}")
-            samples[number].append(_ckavg("pema", source, scratch / "ckavg-memory"))
-    return samples
-
-
-def _obvious(scheme: str, run: Path, out: Path) -> Sample:
-    return _average(["-m", "benchmarks.obvious_loop", str(run), str(out), "--scheme", scheme], run, out)
-
-
-def _ckavg(scheme: str, run: Path, out: Path) -> Sample:
-    return _average(["-m", "ckavg", scheme, str(run), "--out", str(out), "--force", "--json", "-q"], run, out)
-
-
-def _average(arguments: Sequence[str], run: Path, out: Path) -> Sample:
-    shutil.rmtree(out, ignore_errors=True)  # beforehand, so that no old result can pass for a new one
-    measure.settle(weight_files(run))
-    measured = measure.run(arguments)
-    printed = json.loads(measured.stdout)
-    path, seconds = printed["path_length"], printed["seconds"]
-    return Sample(
-        measured.seconds,
-        measured.peak_bytes,
-        printed["bytes_read"],
-        None if path is None else seconds["path"],
-        seconds["replay"],
-        None if path is None else tuple(path),
-    )
-
-
-def _check(scheme: str, pair: Pair, theirs: Path, ours: Path) -> None:
-    expected, got = pair.obvious.path_length, pair.ckavg.path_length
-    if (expected is None) != (got is None) or not _close(expected or (), got or ()):
-        raise WrongResultError(f"{scheme}: the obvious loop measures the path length {expected}, ckavg {got}.")
+def _check(program: Program, sample: Sample, where: Arena, out: Path) -> None:
+    if sample.path_length is not None and not _close(where.path_length, sample.path_length):
+        raise WrongResultError(
+            f"{program.name}: the path length is {where.path_length}, but was measured as {sample.path_length}."
+        )
+    pairs = [("--pair", str(where.expected / name), str(out / place)) for name, place in program.results.items()]
+    if not pairs:
+        return
     try:
-        measure.run(["-m", "benchmarks.agreement", str(theirs), str(ours)])
+        measure.run(["-m", "benchmarks.agreement", *(word for pair in pairs for word in pair)])
     except measure.CommandError as error:
-        raise WrongResultError(f"{scheme}: the weights of the obvious loop and of ckavg differ. {error}") from error
+        raise WrongResultError(f"{program.name}: the weights are wrong. {error}") from error
 
 
 def _close(first: Sequence[float], second: Sequence[float]) -> bool:

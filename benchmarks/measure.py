@@ -13,14 +13,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent.parent
-_READERS = 4
-_BUFFER = 1 << 20
-_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+_LINUX = sys.platform.startswith("linux")
+_MAXRSS_UNIT = 1024 if _LINUX else 1
+_INBLOCK_UNIT = 512
 
 
 class CommandError(Exception):
@@ -34,11 +33,14 @@ class Measured:
     Attributes:
         seconds: wall time from its start to its end, the interpreter and its imports included.
         peak_bytes: the most memory it had resident at any time.
+        disk_bytes: bytes that were fetched from storage for it, not from the page cache; None where the system does not
+            count them.
         stdout: what it printed.
     """
 
     seconds: float
     peak_bytes: int
+    disk_bytes: int | None
     stdout: str
 
 
@@ -61,16 +63,19 @@ def spread(values: Iterable[float]) -> Spread:
     return Spread(statistics.median(ordered), ordered[0], ordered[-1])
 
 
-def run(arguments: Sequence[str]) -> Measured:
-    """Run this Python with some arguments and measure it.
+def run(arguments: Sequence[str], *, python: str = sys.executable) -> Measured:
+    """Run a Python with some arguments and measure it.
 
     Raises:
-        CommandError: it ended with another status than 0.
+        CommandError: it could not be started, or ended with another status than 0.
     """
-    command = [sys.executable, *arguments]
+    command = [python, *arguments]
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         begun = time.perf_counter()
-        process = subprocess.Popen(command, cwd=_ROOT, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+        try:
+            process = subprocess.Popen(command, cwd=_ROOT, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+        except OSError as error:
+            raise CommandError(f"{python} cannot be run: {error.strerror}.") from error
         try:
             # Not process.wait(): only wait4 tells the usage of this child alone.
             _, status, usage = os.wait4(process.pid, 0)
@@ -83,21 +88,12 @@ def run(arguments: Sequence[str]) -> Measured:
         if process.returncode:
             said = _text(stderr.fileno()).strip()
             raise CommandError(f"{' '.join(command)}\nended with status {process.returncode}:\n{said}")
-        return Measured(seconds, usage.ru_maxrss * _MAXRSS_UNIT, _text(stdout.fileno()))
-
-
-def settle(files: Sequence[Path]) -> None:
-    """Bring the machine to the same state before each measurement: files in the page cache, nothing left to write."""
-    os.sync()
-    with ThreadPoolExecutor(_READERS) as executor:
-        list(executor.map(_read, files))
-
-
-def _read(file: Path) -> None:
-    buffer = bytearray(_BUFFER)
-    with file.open("rb", buffering=0) as opened:
-        while opened.readinto(buffer):
-            pass
+        return Measured(
+            seconds,
+            usage.ru_maxrss * _MAXRSS_UNIT,
+            usage.ru_inblock * _INBLOCK_UNIT if _LINUX else None,
+            _text(stdout.fileno()),
+        )
 
 
 def _text(handle: int) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 VOCABULARY = 32000
 STEPS_BETWEEN = 100
+LEAST_MEGABYTES = 20
 RECORD = "synthetic.json"
 WEIGHTS = "model.safetensors"
 
@@ -120,18 +121,12 @@ def refuse_foreign(run: Path) -> None:
         raise FileExistsError(f"{run} holds something that is not a synthetic run. Name another directory.")
 
 
-def lengthen(run: Path, longer: Path, *, checkpoints: int) -> None:
-    """Make a run of more checkpoints whose weight files are links to those of a synthetic run, over and over.
-
-    Good for measuring memory, not speed: the page cache holds the files of the shorter run only.
-    """
-    shutil.rmtree(longer, ignore_errors=True)
-    sources = weight_files(run)
-    for index in range(checkpoints):
-        source = sources[index % len(sources)]
-        directory = _begin_checkpoint(longer, index)
-        for name in (WEIGHTS, "config.json"):
-            (directory / name).symlink_to(source.with_name(name).resolve())
+def shorten(run: Path, shorter: Path, *, checkpoints: int) -> None:
+    """Make a run of the first checkpoints of a synthetic run, each a link."""
+    shutil.rmtree(shorter, ignore_errors=True)
+    shorter.mkdir(parents=True)
+    for file in weight_files(run)[:checkpoints]:
+        (shorter / file.parent.name).symlink_to(file.parent.resolve())
 
 
 def weight_files(run: Path) -> list[Path]:
@@ -191,7 +186,7 @@ def _write_json(file: Path, value: Mapping[str, object]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.synthetic", description="Build a synthetic run.")
     parser.add_argument("run", type=Path, help="its directory")
-    parser.add_argument("--checkpoints", type=int, default=12, help="how many (default: %(default)s)")
+    parser.add_argument("--checkpoints", type=int, default=24, help="how many (default: %(default)s)")
     parser.add_argument("--megabytes", type=int, default=470, help="size of each, about (default: %(default)s)")
     arguments = parser.parse_args()
     build(arguments.run, checkpoints=arguments.checkpoints, megabytes=arguments.megabytes)

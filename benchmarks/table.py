@@ -1,17 +1,12 @@
-"""Measurements as plain text. Reads nothing and runs nothing."""
+"""Plain-text tables and what stands in their cells. Reads nothing and runs nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from benchmarks.contest import Pair, Sample
-from benchmarks.measure import Measured, Spread, spread
+from benchmarks.measure import spread
 
 Row = tuple[str, ...]
-
-SPEED_HEADER: Row = ("", "seconds", "GB/s", "pass 1", "pass 2", "obvious ÷ this", "peak MB")
-START_HEADER: Row = ("start-up", "seconds", "peak MB")
-MEMORY_HEADER: Row = ("memory", "peak MB", "above imports")
 
 
 def render(header: Row, rows: Iterable[Row]) -> str:
@@ -28,57 +23,33 @@ def render(header: Row, rows: Iterable[Row]) -> str:
     )
 
 
-def speed_rows(rooflines: Sequence[Sample], pairs: dict[str, list[Pair]]) -> list[Row]:
-    """One row for each program: the roofline, then the obvious loop and ckavg for every scheme."""
-    rows = [_speed("reading alone", rooflines, "")]
-    for scheme, raced in pairs.items():
-        rows.append(_speed(f"obvious loop, {scheme}", [pair.obvious for pair in raced], "1"))
-        # Pair by pair: what else the machine was doing then slowed both.
-        faster = spread(pair.obvious.seconds / pair.ckavg.seconds for pair in raced)
-        rows.append(_speed(f"ckavg {scheme}", [pair.ckavg for pair in raced], _number(faster, 1)))
-    return rows
+def median(values: Iterable[float | None], digits: int) -> str:
+    """The median of what there is, or nothing.
+
+    >>> median([2.0, None, 1.0], 1), median([None], 1)
+    ('1.5', '')
+    """
+    present = [value for value in values if value is not None]
+    return f"{spread(present).median:.{digits}f}" if present else ""
 
 
-def start_rows(starts: dict[str, list[Measured]]) -> list[Row]:
-    """One row for each short command."""
-    return [
-        (name, _number(spread(one.seconds for one in measured), 2), _peak(measured))
-        for name, measured in starts.items()
-    ]
+def with_spread(values: Iterable[float], digits: int) -> str:
+    """The median, and the extremes where there are several values.
+
+    >>> with_spread([3.0, 1.0, 2.0], 1), with_spread([3.0], 1)
+    ('2.0 (1.0–3.0)', '3.0')
+    """
+    present = list(values)
+    of = spread(present)
+    extremes = f" ({of.least:.{digits}f}–{of.most:.{digits}f})" if len(present) > 1 else ""
+    return f"{of.median:.{digits}f}{extremes}"
 
 
-def memory_rows(imports: Sequence[Measured], memory: dict[int, list[Sample]]) -> list[Row]:
-    """One row for each number of checkpoints, against a process that imports the libraries and does nothing."""
-    floor = max(one.peak_bytes for one in imports)
-    rows: list[Row] = [("imports alone", _peak(imports), "")]
-    for number, samples in memory.items():
-        above = max(sample.peak_bytes for sample in samples) - floor
-        rows.append((f"ckavg pema, {number} checkpoints", _peak(samples), f"{above / 1e6:.0f}"))
-    return rows
+def most(values: Iterable[int | None], unit: float, digits: int = 0) -> str:
+    """The largest of several numbers of bytes, in a unit; nothing where they are not known.
 
-
-def _speed(name: str, samples: Sequence[Sample], ratio: str) -> Row:
-    passes = ([one.path_seconds for one in samples], [one.replay_seconds for one in samples])
-    times_read = sum(None not in seconds for seconds in passes)
-    return (
-        name,
-        _number(spread(one.seconds for one in samples), 2),
-        _rate(samples, [one.seconds for one in samples], 1),
-        *(_rate(samples, seconds, times_read) for seconds in passes),
-        ratio,
-        _peak(samples),
-    )
-
-
-def _rate(samples: Sequence[Sample], seconds: Sequence[float | None], times_read: int) -> str:
-    """GB/s, where the seconds are those of one of `times_read` passes; empty where there is no such pass."""
-    rates = [one.bytes_read / times_read / 1e9 / took for one, took in zip(samples, seconds, strict=True) if took]
-    return f"{spread(rates).median:.2f}" if rates else ""
-
-
-def _peak(measured: Sequence[Sample] | Sequence[Measured]) -> str:
-    return f"{max(one.peak_bytes for one in measured) / 1e6:.0f}"
-
-
-def _number(values: Spread, digits: int) -> str:
-    return f"{values.median:.{digits}f} ({values.least:.{digits}f}–{values.most:.{digits}f})"
+    >>> most([1_500_000, 1_000_000], 1e6), most([None], 1e6)
+    ('2', '')
+    """
+    present = [value for value in values if value is not None]
+    return f"{max(present) / unit:.{digits}f}" if present else ""

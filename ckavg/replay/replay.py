@@ -20,7 +20,7 @@ from ckavg.engine.tiles import TORCH_DTYPES, TileReader
 from ckavg.errors import NonFiniteError
 from ckavg.replay.rounding import round_into
 from ckavg.replay.rules import RULES, State
-from ckavg.run.values import Entry, Run
+from ckavg.run.values import ITEM_BYTES, Entry, Run
 from ckavg.schemes import Coefficients
 
 
@@ -78,7 +78,8 @@ def replay(run: Run, averages: Sequence[Average], *, wide: bool = False, setting
     def copy_worker(reader: TileReader) -> _CopyWorker:
         return _CopyWorker(reader, run.tensors, sinks, tile=settings.tile)
 
-    averaged = stream("replay", read, cut_blocks(floating), average_worker, settings)
+    # From the end: what pass 1 read last is still in memory, where memory does not hold the run.
+    averaged = stream("replay", read, cut_blocks(floating)[::-1], average_worker, settings)
     if not copied:
         return averaged.bytes_read
     quiet = Settings(threads=settings.threads, tile=settings.tile)
@@ -104,7 +105,10 @@ class _AverageWorker:
         self._tile = settings.tile
         self._device = settings.device
         self._work: dict[torch.dtype, tuple[Tensor, list[State]]] = {}
-        self._out = torch.empty(settings.tile * 8, dtype=torch.uint8)
+        reader.compute_on(settings.device)
+        # Pinned where the arithmetic is elsewhere: a GPU writes into such memory by itself.
+        size = settings.tile * _widest(run, averages)
+        self._out = torch.empty(size, dtype=torch.uint8, pin_memory=settings.device != "cpu")
         # β = 1 forgets all that was before, NaN and infinity included; elsewhere they last to the end.
         self._forgets = any(
             1.0 in betas
@@ -122,10 +126,11 @@ class _AverageWorker:
         last = len(self._run.checkpoints) - 1
         for state in states:
             state.turn_to(name)
+        sums: list[Tensor] = []
         for index in range(self._first, last + 1):
             self._reader.load(index - self._first, name, start, theta)
-            if self._forgets and not _all_finite(theta):
-                self._reader.refuse_nonfinite(name, start, stop)
+            if self._forgets:
+                sums.append(theta.sum())  # looked at once a tile: a look waits for a GPU to come that far
             for state, average in zip(states, self._averages, strict=True):
                 state.take(index, theta)
                 if index in average.sinks:
@@ -133,6 +138,8 @@ class _AverageWorker:
                     if not _all_finite(result):
                         self._refuse(name, start, stop)
                     self._hand_on(average, average.sinks[index], name, start, result)
+        if sums and not bool(torch.isfinite(torch.stack(sums)).all()):
+            self._reader.refuse_nonfinite(name, start, stop)
 
     def _refuse(self, name: str, start: int, stop: int) -> None:
         self._reader.refuse_nonfinite(name, start, stop)
@@ -188,6 +195,12 @@ class _CopyWorker:
 def first_read(coefficients: Iterable[Coefficients]) -> int:
     """Index of the first checkpoint that any of the averages takes in."""
     return min(each.start for each in coefficients)
+
+
+def _widest(run: Run, averages: Sequence[Average]) -> int:
+    """Bytes of an element in the widest of the output dtypes."""
+    floating = [name for name, entry in run.tensors.items() if entry.is_floating]
+    return max((ITEM_BYTES[average.dtypes[name]] for average in averages for name in floating), default=1)
 
 
 def _all_finite(values: Tensor) -> bool:
