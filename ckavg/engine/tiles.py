@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ckavg.engine.blocks import Block
+from ckavg.engine.cuda import CudaStreams, Uploader
 from ckavg.engine.files import Files
 from ckavg.errors import NonFiniteError
 from ckavg.run.values import Checkpoint
@@ -28,18 +30,29 @@ class TileReader:
     def __init__(self, checkpoints: Sequence[Checkpoint], files: Files, *, tile: int) -> None:
         self._checkpoints = checkpoints
         self._files = files
+        self._tile = tile
+        self._uploader: Uploader[torch.cuda.Event] | None = None
         self._raw = torch.empty(tile * 8, dtype=torch.uint8)
         self._bytes = self._raw.numpy().data
-        self._to_announce: Block | None = None
+        self._on_miss: Callable[[], None] = lambda: None
 
     @property
     def bytes_read(self) -> int:
         """Bytes read so far."""
         return self._files.bytes_read
 
-    def begin(self, block: Block) -> None:
-        """Say which block is read next. Reading it ahead begins with the first byte that is not in memory."""
-        self._to_announce = block
+    def begin(self, on_miss: Callable[[], None]) -> None:
+        """Say that a block begins; `on_miss` is called, once, with the first of its bytes that is not in memory."""
+        self._on_miss = on_miss
+
+    def compute_on(self, device: str) -> None:
+        """Say where tiles are computed with, in the thread that does it, before anything is allocated there.
+
+        On a GPU, the thread's work goes to a stream of its own from then on, and `load` returns before a tile is there:
+        whatever is asked of that stream afterwards finds it in its place.
+        """
+        if torch.device(device).type != "cpu":
+            self._uploader = Uploader(CudaStreams(device))
 
     def load(self, index: int, name: str, start: int, out: Tensor) -> None:
         """Read elements `start` onwards of a floating tensor of checkpoint `index`, widened into `out`.
@@ -55,7 +68,10 @@ class TileReader:
         """
         entry = self._checkpoints[index].entries[name]
         dtype, begin = TORCH_DTYPES[entry.dtype], start * entry.item_bytes
-        if out.dtype == dtype and out.device.type == "cpu":
+        if self._uploader is not None and out.device.type != "cpu":
+            size, room = out.numel() * entry.item_bytes, self._tile * entry.item_bytes
+            self._uploader.upload(partial(self._read, index, name, begin), size, dtype, out, room=room)
+        elif out.dtype == dtype and out.device.type == "cpu":
             self._read(index, name, begin, out.view(torch.uint8).numpy().data)
         else:
             out.copy_(self.raw(index, name, begin, begin + out.numel() * entry.item_bytes).view(dtype))
@@ -76,7 +92,7 @@ class TileReader:
         offsets = [entry.offset + start * entry.item_bytes for start in starts]
         size = out.numel() * entry.item_bytes
         path = checkpoint.shards[entry.shard].path
-        self._files.read_each(path, offsets, self._bytes[:size], on_miss=self._announce)
+        self._files.read_each(path, offsets, self._bytes[:size], on_miss=self._missed)
         out.view(-1).copy_(self._raw[:size].view(TORCH_DTYPES[entry.dtype]))
 
     def raw(self, index: int, name: str, start: int, stop: int) -> Tensor:
@@ -89,13 +105,14 @@ class TileReader:
         checkpoint = self._checkpoints[index]
         entry = checkpoint.entries[name]
         path = checkpoint.shards[entry.shard].path
-        self._files.read_into(path, entry.offset + start, buffer, on_miss=self._announce)
+        self._files.read_into(path, entry.offset + start, buffer, on_miss=self._missed)
 
-    def _announce(self) -> None:
-        """Have the system fetch what the block reads of every checkpoint, in large pieces and at once."""
-        block, self._to_announce = self._to_announce, None
-        if block is None:
-            return
+    def _missed(self) -> None:
+        on_miss, self._on_miss = self._on_miss, lambda: None
+        on_miss()
+
+    def announce(self, block: Block) -> None:
+        """Have the system fetch what a block reads of every checkpoint, in large pieces and at once."""
         for checkpoint in self._checkpoints:
             entry = checkpoint.entries[block.name]
             for start, stop in block.ranges:

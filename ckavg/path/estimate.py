@@ -5,6 +5,8 @@ step, and σ², of the squared deviations of θ_0. The strips lie one in each of
 as if they were drawn at random. The jackknife takes the bias from the ratio and gives its variance: how much it moves
 when one strip after another is left out (Efron and Stein, The Jackknife Estimate of Variance, 1981). Tensors are
 independent.
+
+The arithmetic is the CPU's whatever the device: it is little, and the pieces are too small to be sent anywhere.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def estimate(
     units = cut_strips(entries, samples)
 
     def make_worker(reader: TileReader) -> _Worker:
-        return _Worker(run, reader, device=settings.device)
+        return _Worker(run, reader)
 
     streamed = stream("path", run.checkpoints, units, make_worker, settings)
     of_tensor: dict[str, list[_Sums]] = defaultdict(list)
@@ -124,10 +126,9 @@ def _path_and_sigma(weighted: Tensor, weight: Tensor, numel: int) -> tuple[Tenso
 class _Worker:
     """The sample of one unit after another, in one thread."""
 
-    def __init__(self, run: Run, reader: TileReader, *, device: str) -> None:
+    def __init__(self, run: Run, reader: TileReader) -> None:
         self._run = run
         self._reader = reader
-        self._device = device
         self._first: tuple[str, float] | None = None
 
     def __call__(self, unit: Strips) -> _Sums:
@@ -142,7 +143,7 @@ class _Worker:
         if any(checkpoint.entries[unit.name].dtype == "F64" for checkpoint in self._run.checkpoints):
             dtype = torch.float64
         shape = len(unit.starts), unit.length
-        before, after = (torch.empty(shape, dtype=dtype, device=self._device) for _ in range(2))
+        before, after = (torch.empty(shape, dtype=dtype) for _ in range(2))
         self._load(0, unit, before)
         shifted = before.double() - self._first_element(unit.name, dtype)
         moments = torch.stack([shifted.sum(dim=1), shifted.square().sum(dim=1)], dim=1)
@@ -151,7 +152,7 @@ class _Worker:
             self._load(index, unit, after)
             distances.append(before.sub_(after).abs_().sum(dim=1, dtype=torch.float64))
             before, after = after, before
-        return _Sums(unit.length, torch.stack(distances, dim=1).cpu(), moments.cpu())
+        return _Sums(unit.length, torch.stack(distances, dim=1), moments)
 
     def _load(self, index: int, unit: Strips, out: Tensor) -> None:
         self._reader.gather(index, unit.name, unit.starts, out)
