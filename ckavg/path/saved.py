@@ -78,7 +78,10 @@ def remember(run: Run, path: PathLength, stamps: Stamps) -> Path | None:
     ]
     if not any(unchanged):
         return None
+    checkpoints = {resolved(checkpoint.path) for checkpoint in run.checkpoints}
     for place in _places(run.source):
+        if place.is_symlink() or checkpoints & set(resolved(place).parents):
+            continue  # it leads to somebody else's file, perhaps to a checkpoint's
         table = _merged(_load(place), run, path, unchanged)
         with contextlib.suppress(OSError):
             return _write(place, table)

@@ -82,7 +82,7 @@ def replay(run: Run, averages: Sequence[Average], *, wide: bool = False, setting
     averaged = stream("replay", read, cut_blocks(floating)[::-1], average_worker, settings)
     if not copied:
         return averaged.bytes_read
-    quiet = Settings(threads=settings.threads, tile=settings.tile)
+    quiet = Settings(threads=settings.threads, tile=settings.tile, ranks=settings.ranks)
     return (
         averaged.bytes_read
         + stream(
@@ -151,7 +151,11 @@ class _AverageWorker:
     def _hand_on(self, average: Average, sink: Sink, name: str, start: int, result: Tensor) -> None:
         dtype = TORCH_DTYPES[average.dtypes[name]]
         stored = self._out[: result.numel() * dtype.itemsize]
-        rounded = round_into(result, stored.view(dtype))
+        rounded = stored.view(dtype)
+        if result.device.type == "cpu":
+            round_into(result, rounded)
+        else:  # rounded first: fewer bytes come back, and by themselves
+            rounded.copy_(round_into(result, torch.empty_like(result, dtype=dtype)))
         if _exceeds(result, dtype) and not _all_finite(rounded):
             raise NonFiniteError(
                 f"tensor {name!r}: a value of the average does not fit {average.dtypes[name]} "

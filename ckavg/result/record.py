@@ -65,6 +65,7 @@ class Averaged:
         betas: β of every update; None for the anchor and before.
         alphas: α likewise; None for schemes without a correction.
         weights: effective weight of every checkpoint; they sum to 1.
+        path_kernel: what computed ℓ: `torch` or `numba`; None where it was not measured, or known from before.
         sample: the fraction of each tensor from which ℓ was estimated; 1 where it is exact.
         path_exclude: shell patterns of tensors that were not to count in ℓ.
         zero_sigma: what became of tensors without spread.
@@ -91,6 +92,7 @@ class Averaged:
     betas: tuple[float | None, ...]
     alphas: tuple[float | None, ...] | None
     weights: tuple[float, ...]
+    path_kernel: str | None
     sample: float
     path_exclude: tuple[str, ...]
     zero_sigma: str

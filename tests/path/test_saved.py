@@ -210,6 +210,22 @@ def test_a_run_that_cannot_be_written_beside_is_kept_in_the_cache(
     assert measured(source).lengths == measured(source).lengths
 
 
+@pytest.mark.parametrize("link", ["path.json", "averaged"])
+def test_a_link_to_somewhere_else_is_not_written_through(source: Path, cache: Path, link: str) -> None:
+    """A run from elsewhere could have it lead to a checkpoint, or to a file of the user's."""
+    target = file_of(source, 50)
+    if link == "averaged":
+        (source / "averaged").symlink_to(target.parent)
+    else:
+        (source / "averaged").mkdir()
+        (source / "averaged" / "path.json").symlink_to(target)
+    before = sorted(target.parent.iterdir()), target.read_bytes()
+    assert measured(source).bytes_read > 0
+    assert (sorted(target.parent.iterdir()), target.read_bytes()) == before
+    assert measured(source).bytes_read == 0
+    assert len(list((cache / "ckavg").iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     "text",
     [
