@@ -10,6 +10,7 @@ Nothing here prints; progress is a callback. torch is imported when weights are 
 
 from ckavg.average import average, measure_path
 from ckavg.engine.progress import Progress
+from ckavg.engine.ranks import all_ranks
 from ckavg.errors import CkavgError
 from ckavg.path.table import PathLength
 from ckavg.plan import plan_average
@@ -34,6 +35,7 @@ __all__ = [
     "Progress",
     "Run",
     "__version__",
+    "all_ranks",
     "average",
     "measure_path",
     "open_run",

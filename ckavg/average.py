@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ckavg import advice
 from ckavg.engine.progress import OnProgress
+from ckavg.engine.ranks import ALONE, Ranks
 from ckavg.errors import SettingError
 from ckavg.path.plan import PathPlan, plan_path
 from ckavg.path.saved import remember
@@ -24,10 +25,10 @@ from ckavg.plan import CARD, Plan, check_together, plan_average
 from ckavg.result.card import write_card
 from ckavg.result.record import Averaged, Output, Seconds
 from ckavg.result.side_files import read_config
-from ckavg.result.staging import ShardFiles, Staging
 from ckavg.run.checkpoint import RESULT_RECORD
 from ckavg.run.values import Run
 from ckavg.schemes import Coefficients, Scheme, Timeline
+from ckavg.together import agree, agree_on, opened, staged
 
 if TYPE_CHECKING:
     from ckavg.engine.stream import Settings
@@ -43,6 +44,7 @@ def measure_path(
     sample: float = 1.0,
     device: str = "auto",
     on_progress: OnProgress | None = None,
+    ranks: Ranks = ALONE,
 ) -> PathLength:
     """Measure how far the weights of a run travelled: pass 1 alone (Pathwise EMA, Eq. 2).
 
@@ -56,17 +58,23 @@ def measure_path(
         sample: estimate it from this fraction of each tensor, in (0, 1]; 1 is exact.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         on_progress: called now and then in this thread.
+        ranks: the processes that share the work, each of which calls this; see `all_ranks`.
 
     Raises:
         NonFiniteError: a checkpoint holds NaN or infinity.
         TruncatedShardError, ReadError: a file changed or cannot be read.
         SettingError: there is no such device, or `sample` is no fraction.
     """
-    from ckavg.engine.devices import resolve_device
+    from ckavg.engine.devices import fitted, resolve_device
     from ckavg.engine.stream import Settings
 
-    plan = plan_path(run, exclude=path_exclude, sample=sample)
-    return _measure(run, plan, zero_sigma, Settings(device=resolve_device(device), on_progress=on_progress))
+    with ranks.as_one():
+        plan = plan_path(run, exclude=path_exclude, sample=sample)
+        nbytes = plan.nbytes // ranks.world if plan.sample == 1 else 0  # an estimate is the CPU's in any case
+        own = ranks.own_device(resolve_device(device, nbytes=nbytes))
+        settings = fitted(Settings(device=own, on_progress=on_progress, ranks=ranks))
+        agree(run, ranks, plan.exclude, zero_sigma, sample)
+        return _measure(run, plan, zero_sigma, settings)
 
 
 def average(
@@ -83,6 +91,7 @@ def average(
     snapshot_every: int | None = None,
     force: bool = False,
     on_progress: OnProgress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Averaged:
     """Average the checkpoints of a run and write the result as a checkpoint that loads as it stands.
 
@@ -100,6 +109,7 @@ def average(
             `<out>/checkpoint-<step>`.
         force: replace an existing result.
         on_progress: called now and then in this thread.
+        ranks: the processes that share the work, each of which calls this; see `all_ranks`.
 
     Returns:
         What was done: coefficients, weights, warnings, and where the result is.
@@ -110,18 +120,21 @@ def average(
         SettingError: the settings do not fit the run.
         CkavgError: any other reason for which there is no result; the sources and `out` are as they were.
     """
-    plan = plan_average(
-        run,
-        scheme,
-        out=out,
-        dtype=dtype,
-        path_exclude=path_exclude,
-        sample=sample,
-        snapshot_every=snapshot_every,
-        force=force,
-    )
-    done = carry_out([plan], accumulate=accumulate, device=device, zero_sigma=zero_sigma, on_progress=on_progress)
-    return done.records[0]
+    with ranks.as_one():
+        plan = plan_average(
+            run,
+            scheme,
+            out=out,
+            dtype=dtype,
+            path_exclude=path_exclude,
+            sample=sample,
+            snapshot_every=snapshot_every,
+            force=force,
+        )
+        done = carry_out(
+            [plan], accumulate=accumulate, device=device, zero_sigma=zero_sigma, on_progress=on_progress, ranks=ranks
+        )
+        return done.records[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,28 +152,32 @@ def carry_out(
     device: str = "auto",
     zero_sigma: ZeroSigma = "exclude",
     on_progress: OnProgress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Done:
     """Do what plans say, all from one reading of the run they share; each result is what it would be by itself.
 
     Args:
         plans: of one run, with one way to have its path, each to a place of its own; at least one.
-        accumulate, device, zero_sigma, on_progress: as of `average`.
+        accumulate, device, zero_sigma, on_progress, ranks: as of `average`.
 
     Raises:
         CkavgError: as of `average`. A result that was complete by then stays.
     """
-    from ckavg.engine.devices import resolve_device
+    from ckavg.engine.devices import fitted, resolve_device
     from ckavg.engine.stream import Settings
     from ckavg.replay.replay import Average, replay
 
     begun = time.perf_counter()
-    if accumulate not in ACCUMULATE:
-        raise SettingError(f"accumulate is {accumulate!r}; it must be one of {', '.join(ACCUMULATE)}.")
-    check_together(plans)
     run = plans[0].run
-    settings = Settings(device=resolve_device(device), on_progress=on_progress)
-    with ExitStack() as stack:
-        stagings = [stack.enter_context(Staging(plan.out, force=plan.force)) for plan in plans]
+    with ranks.as_one(), ExitStack() as stack:
+        if accumulate not in ACCUMULATE:
+            raise SettingError(f"accumulate is {accumulate!r}; it must be one of {', '.join(ACCUMULATE)}.")
+        check_together(plans)
+        nbytes = max(plan.path_bytes for plan in plans) + max(plan.replay_bytes for plan in plans)
+        own = ranks.own_device(resolve_device(device, nbytes=nbytes // ranks.world, averages=len(plans)))
+        settings = fitted(Settings(device=own, on_progress=on_progress, ranks=ranks), averages=len(plans))
+        agree_on(plans, ranks, accumulate, zero_sigma)
+        stagings = staged(plans, ranks, stack)
         measuring = time.perf_counter()
         planned = next((plan.path for plan in plans if plan.path), None)
         path = _measure(run, planned, zero_sigma, settings) if planned else None
@@ -168,15 +185,7 @@ def carry_out(
         timeline = _timeline(run, path)
         coefficients = [plan.scheme.coefficients(timeline) for plan in plans]
         with ExitStack() as files:
-            sinks = [
-                {
-                    index: files.enter_context(
-                        ShardFiles(staging.path / out.relative_to(plan.out), plan.weights.shards)
-                    )
-                    for index, out in plan.outputs.items()
-                }
-                for staging, plan in zip(stagings, plans, strict=True)
-            ]
+            sinks = opened(plans, stagings, ranks, files)
             averages = [
                 Average(each, plan.weights.dtypes, of_plan)
                 for each, plan, of_plan in zip(coefficients, plans, sinks, strict=True)
@@ -185,6 +194,7 @@ def carry_out(
             for of_plan in sinks:
                 for sink in of_plan.values():
                     sink.sync()
+        ranks.wait()
         done = time.perf_counter()
         work = _Work(
             accumulate=_accumulated(run, accumulate),
@@ -192,11 +202,16 @@ def carry_out(
             bytes_read=replayed_bytes + (path.bytes_read if path else 0),
             seconds=Seconds(replaying - measuring if path and path.bytes_read else 0.0, done - replaying, done - begun),
         )
-        records = tuple(_record(plan, each, path, work) for plan, each in zip(plans, coefficients, strict=True))
-        for plan, each, record, staging in zip(plans, coefficients, records, stagings, strict=True):
-            for name, data in _small_files(plan, each, record).items():
-                staging.write(name, data)
-            staging.commit()
+
+        def finish() -> tuple[Averaged, ...]:
+            records = tuple(_record(plan, each, path, work) for plan, each in zip(plans, coefficients, strict=True))
+            for plan, each, record, staging in zip(plans, coefficients, records, stagings, strict=True):
+                for name, data in _small_files(plan, each, record).items():
+                    staging.write(name, data)
+                staging.commit()
+            return records
+
+        records = ranks.first(finish)
     return Done(records, path)
 
 
@@ -214,11 +229,12 @@ def _measure(run: Run, plan: PathPlan, zero_sigma: ZeroSigma, settings: Settings
     from ckavg.path.estimate import estimate
     from ckavg.path.measure import measure
 
+    plan = settings.ranks.first(lambda: plan)  # what is known depends on file times, which machines may see differently
     if plan.sample < 1:
         return estimate(run, plan.sample, exclude=plan.exclude, zero_sigma=zero_sigma, settings=settings)
     known = plan.recalled.known
     path = measure(run, exclude=plan.exclude, zero_sigma=zero_sigma, known=known, settings=settings)
-    if path.bytes_read:
+    if path.bytes_read and settings.ranks.is_first:
         remember(run, path, plan.recalled.stamps)
     return path
 
@@ -253,6 +269,7 @@ def _record(plan: Plan, coefficients: Coefficients, measured: PathLength | None,
         alphas=coefficients.alphas,
         weights=weights,
         path_length_error=path.standard_errors if path else None,
+        path_kernel=path.kernel if path else None,
         sample=path.sample if path else 1.0,
         path_exclude=plan.path.exclude if plan.path else (),
         zero_sigma=work.zero_sigma,

@@ -18,12 +18,15 @@ CkavgError
 ├── OutputError                  the result cannot be put where it was asked for
 │   ├── OutputExistsError        something is there already
 │   └── WriteError               the system would not let us write
+├── RanksError                   the processes of one job cannot work together any more
 └── CombinedError               more than one of the above, all listed
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
 class CkavgError(Exception):
@@ -41,6 +44,9 @@ class CkavgError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[Callable[..., CkavgError], tuple[Any, ...], dict[str, Any]]:
+        return functools.partial(type(self), hint=self.hint), (self.message,), self.__dict__
 
 
 class RunError(CkavgError):
@@ -111,6 +117,10 @@ class WriteError(OutputError):
     """The system would not let us write the result."""
 
 
+class RanksError(CkavgError):
+    """One of the processes of a job ended, did not come, or sees something else than the others."""
+
+
 class CombinedError(CkavgError):
     """More than one problem, all of them listed.
 
@@ -121,6 +131,9 @@ class CombinedError(CkavgError):
     def __init__(self, errors: Sequence[CkavgError]) -> None:
         self.errors = tuple(errors)
         super().__init__(f"{len(self.errors)} problems:\n" + "\n".join(f"- {_indented(error)}" for error in errors))
+
+    def __reduce__(self) -> tuple[Callable[..., CkavgError], tuple[Any, ...], dict[str, Any]]:
+        return type(self), (self.errors,), self.__dict__
 
 
 def raise_all(errors: Sequence[CkavgError]) -> None:

@@ -50,6 +50,7 @@ def test_public_names() -> None:
         "Progress",
         "Run",
         "__version__",
+        "all_ranks",
         "average",
         "measure_path",
         "open_run",

@@ -21,6 +21,7 @@ from ckavg.cli.mean import mean
 from ckavg.cli.ouema import ouema
 from ckavg.cli.path import path
 from ckavg.cli.pema import pema
+from ckavg.cli.ranks import mute_others
 from ckavg.cli.sweep import sweep
 from ckavg.version import __version__
 
@@ -58,6 +59,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no ℓ shows a question mark, not a traceback
+    mute_others()
     try:
         app(prog_name="ckavg")
     except SystemExit as error:

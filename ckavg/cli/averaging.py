@@ -10,10 +10,11 @@ import typer
 
 from ckavg.average import Done, carry_out
 from ckavg.cli.commands import Command, joined
-from ckavg.cli.failures import failures
 from ckavg.cli.options import Averaging, Measuring
 from ckavg.cli.progress import show_progress
+from ckavg.cli.ranks import together
 from ckavg.cli.terminal import warn
+from ckavg.engine.ranks import Ranks
 from ckavg.plan import Plan, plan_average
 from ckavg.result.place import check_file
 from ckavg.run.opening import as_run, inspect_run
@@ -26,13 +27,13 @@ def averaging_command(make_scheme: Callable[..., Scheme]) -> Command:
     own = inspect.signature(make_scheme, eval_str=True).parameters
 
     def body(options: Averaging, values: Mapping[str, object]) -> None:
-        with failures(verbose=options.verbose):
-            _average(make_scheme(**values), options)
+        with together(verbose=options.verbose) as ranks:
+            _average(make_scheme(**values), options, ranks)
 
     return joined(make_scheme, Averaging, own, body)
 
 
-def _average(scheme: Scheme, options: Averaging) -> None:
+def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
     from ckavg.report import average as report
 
     run = as_run(inspect_run(options.source, options.selection(scheme.every_from)))
@@ -42,7 +43,9 @@ def _average(scheme: Scheme, options: Averaging) -> None:
     if options.dry_run:
         report.print_plan(plan, as_json=options.as_json)
         return
-    done = carry_out_shown([plan], options)
+    done = carry_out_shown([plan], options, ranks)
+    if not ranks.is_first:
+        return
     (result,) = done.records
     warn_of(result.warnings[len(plan.warnings) :])
     if options.as_json:
@@ -66,16 +69,17 @@ def plan_of(run: Run, scheme: Scheme, options: Averaging, out: Path | None) -> P
     )
 
 
-def carry_out_shown(plans: Sequence[Plan], options: Averaging) -> Done:
+def carry_out_shown(plans: Sequence[Plan], options: Averaging, ranks: Ranks) -> Done:
     """Carry out plans and show how far they have come."""
     passes = 2 if any(plan.path_bytes for plan in plans) else 1
-    with show_progress(passes, quiet=options.quiet) as on_progress:
+    with show_progress(passes, quiet=options.quiet or not ranks.is_first) as on_progress:
         return carry_out(
             plans,
             accumulate=options.accumulate,
             device=options.device,
             zero_sigma=options.zero_sigma,
             on_progress=on_progress,
+            ranks=ranks,
         )
 
 

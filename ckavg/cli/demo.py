@@ -11,7 +11,8 @@ from ckavg.average import average
 from ckavg.cli.failures import failures
 from ckavg.cli.options import Json, Verbose
 from ckavg.cli.progress import show_steps
-from ckavg.errors import OutputExistsError, WriteError
+from ckavg.engine.ranks import Ranks
+from ckavg.errors import OutputExistsError, SettingError, WriteError
 from ckavg.result.record import Averaged
 from ckavg.run.opening import open_run
 from ckavg.schemes import BEMA, EMA, PEMA
@@ -37,6 +38,8 @@ def demo(
     manual, byte by byte; its checkpoints are saved as the Hugging Face Trainer saves them.
     """
     with failures(verbose=verbose):
+        if Ranks.of_environment().world > 1:
+            raise SettingError("demo: this is work for one process.", hint="Start it without torchrun.")
         trained = _train(directory, force=force)
         run = open_run(directory)
         results = [average(run, scheme, force=True) for scheme in (EMA(), PEMA(), BEMA())]

@@ -13,9 +13,9 @@ from ckavg import advice
 from ckavg.average import left_out_of_path, measure_path
 from ckavg.cli.averaging import check_plot, warn_of
 from ckavg.cli.commands import with_options
-from ckavg.cli.failures import failures
 from ckavg.cli.options import Measuring
 from ckavg.cli.progress import show_progress
+from ckavg.cli.ranks import together
 from ckavg.result.place import check_file
 from ckavg.run.opening import as_run, inspect_run
 
@@ -38,7 +38,7 @@ def path(options: MeasuringPath) -> None:
     """
     from ckavg.report import path as report
 
-    with failures(verbose=options.verbose):
+    with together(verbose=options.verbose) as ranks:
         run = as_run(inspect_run(options.source, options.selection()))
         check_plot(options, run)
         if options.csv is not None:
@@ -46,7 +46,7 @@ def path(options: MeasuringPath) -> None:
         warnings = run.warnings + advice.about_anchor(run.steps[0], with_init=run.anchor_is_init)
         warn_of(warnings)
         begun = time.perf_counter()
-        with show_progress(1, quiet=options.quiet) as on_progress:
+        with show_progress(1, quiet=options.quiet or not ranks.is_first) as on_progress:
             measured = measure_path(
                 run,
                 path_exclude=options.path_exclude or (),
@@ -54,7 +54,10 @@ def path(options: MeasuringPath) -> None:
                 sample=options.sample,
                 device=options.device,
                 on_progress=on_progress,
+                ranks=ranks,
             )
+        if not ranks.is_first:
+            return
         seconds = time.perf_counter() - begun
         excluded = left_out_of_path(run, measured)
         told = advice.about_path(measured, excluded)

@@ -12,9 +12,11 @@ import typer
 
 from ckavg.cli.averaging import carry_out_shown, check_plot, draw, plan_of, warn_of
 from ckavg.cli.commands import joined
-from ckavg.cli.failures import INTERRUPTED, failures
+from ckavg.cli.failures import INTERRUPTED
 from ckavg.cli.options import Sweeping
+from ckavg.cli.ranks import together
 from ckavg.cli.terminal import warn
+from ckavg.engine.ranks import Ranks
 from ckavg.errors import SettingError, WriteError
 from ckavg.evaluation import check_command, evaluate, record_evaluation
 from ckavg.result.record import Averaged
@@ -42,19 +44,19 @@ def _describe(
 
 def _sweep(options: Sweeping, values: Mapping[str, object]) -> None:
     words = list(cast(Sequence[str], values["words"]))
-    with failures(verbose=options.verbose):
+    with together(verbose=options.verbose) as ranks:
         if words and not is_scheme(words[0], SCHEMES):
             options = dataclasses.replace(options, source=Path(words.pop(0)))
         if not words:
             raise SettingError("sweep: no scheme is named.", hint="For example: ckavg sweep . pema:gamma=0.1,0.15 mean")
-        _average_all(parse_schemes(words, SCHEMES), options)
+        _average_all(parse_schemes(words, SCHEMES), options, ranks)
 
 
 _describe.__name__ = "sweep"
 sweep = joined(_describe, Sweeping, inspect.signature(_describe, eval_str=True).parameters, _sweep, takes_source=False)
 
 
-def _average_all(schemes: tuple[Scheme, ...], options: Sweeping) -> None:
+def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -> None:
     from ckavg.report import sweep as report
 
     if options.eval_command is not None:
@@ -73,7 +75,9 @@ def _average_all(schemes: tuple[Scheme, ...], options: Sweeping) -> None:
     if options.dry_run:
         report.print_plans(plans, as_json=options.as_json)
         return
-    done = carry_out_shown(plans, options)
+    done = carry_out_shown(plans, options, ranks)
+    if not ranks.is_first:
+        return
     told = {warning for plan in plans for warning in plan.warnings}
     warn_of(dict.fromkeys(each for result in done.records for each in result.warnings if each not in told))
     results, interrupted = list(done.records), False

@@ -6,7 +6,10 @@ import ctypes
 import errno
 import fcntl
 import os
+import secrets
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +24,14 @@ from ckavg.result.place import check_replaceable
 if TYPE_CHECKING:
     from torch import Tensor
 
+_SECONDS_TO_SEE = 90.0
+
 
 class Staging:
     """Fills `.<name>.ckavg-partial` beside `out`; `commit` syncs it and renames it to `out`.
 
-    Used as a context: on leaving it without a commit, whatever was written is removed.
+    Used as a context: on leaving it without a commit, whatever was written is removed. Where several processes fill it,
+    one of them does all of this, and the others wait until they see its `mark`.
 
     Args:
         out: the final directory.
@@ -43,6 +49,7 @@ class Staging:
         self._made: list[Path] = []
         self._lock: int | None = None
         self._committed = False
+        self._mark: Path | None = None
 
     def __enter__(self) -> Staging:
         with _write_errors(self._out.parent):
@@ -69,6 +76,28 @@ class Staging:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
 
+    def mark(self) -> str:
+        """Leave an empty file with a name that nobody could have left before, and return the name."""
+        self._mark = self.path / f".{secrets.token_hex(16)}"
+        with _write_errors(self._mark):
+            self._mark.touch(exist_ok=False)
+        return self._mark.name
+
+    def wait_for(self, mark: str) -> None:
+        """Wait until this process sees what another has made; network file systems take up to a minute to show it.
+
+        Raises:
+            OutputError: it does not come, so that the two cannot be filling one directory.
+        """
+        end = time.monotonic() + _SECONDS_TO_SEE
+        while not (self.path / mark).exists():
+            if time.monotonic() > end:
+                raise OutputError(
+                    f"{self._out.parent} on {socket.gethostname()} is not the same directory as on the first machine.",
+                    hint="Choose a place with --out on a file system that all machines share.",
+                )
+            time.sleep(0.05)
+
     def commit(self) -> None:
         """Sync everything and give it its final name.
 
@@ -77,6 +106,8 @@ class Staging:
             WriteError: the system would not let us; the final name is as it was.
         """
         with _write_errors(self._out):
+            if self._mark is not None:
+                self._mark.unlink()
             for directory, _, files in os.walk(self.path):
                 for file in files:
                     _sync(Path(directory) / file)
@@ -122,22 +153,27 @@ class ShardFiles:
     Args:
         directory: where they go; it is made where it does not exist.
         shards: their layout.
+        create: make them, as one process does; the others write into them.
 
     Raises:
         WriteError: the system would not let us write.
     """
 
-    def __init__(self, directory: Path, shards: tuple[ShardPlan, ...]) -> None:
+    def __init__(self, directory: Path, shards: tuple[ShardPlan, ...], *, create: bool = True) -> None:
         self._offsets: dict[str, tuple[int, int, Path]] = {}
         self._handles: list[tuple[int, Path]] = []
         for shard in shards:
             path = directory / shard.name
             with _write_errors(path):
-                directory.mkdir(exist_ok=True)
-                handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+                if create:
+                    directory.mkdir(exist_ok=True)
+                # Never for reading: a network file system then writes the bytes it is given, and not their whole pages.
+                made = os.O_CREAT | os.O_EXCL if create else 0
+                handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC | made, 0o666)
                 self._handles.append((handle, path))
-                reserve(handle, shard.nbytes)
-                _write_at(handle, memoryview(shard.header), 0)
+                if create:
+                    reserve(handle, shard.nbytes)
+                    _write_at(handle, memoryview(shard.header), 0)
             for name, offset in shard.offsets.items():
                 self._offsets[name] = handle, offset, path
 
