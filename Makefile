@@ -23,7 +23,8 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# BENCH adds options, such as BENCH="--only speed,cold" or BENCH="--mergekit PYTHON". As root, cold caches are measured, too.
+# BENCH adds options, such as BENCH="--only speed,cold" or BENCH="--mergekit PYTHON". What needs an empty page cache is
+# measured for root alone.
 BENCH ?=
 bench: .venv/.package
 	$(BIN)/python -m benchmarks $(BENCH)
