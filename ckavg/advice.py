@@ -55,14 +55,21 @@ _FACTORS = ("lora_", "hada_", "lokr_", "vera_lambda_")
 """How parts of tensor names begin that hold a factor of a product: LoRA, LoHa, LoKr, VeRA."""
 
 
-def before(run: Run, scheme: Scheme) -> tuple[str, ...]:
-    """What can be told before any weight is read. Reads `trainer_state.json` of the last checkpoint."""
+def before(run: Run, scheme: Scheme, rates: Sequence[tuple[int, float]] | None = None) -> tuple[str, ...]:
+    """What can be told before any weight is read.
+
+    Args:
+        run: the checkpoints.
+        scheme: how they are averaged.
+        rates: learning rates that the trainer had logged; None: read from the last checkpoint's `trainer_state.json`.
+    """
     if isinstance(scheme, Last):
         return ()
+    logged = learning_rates(run.last) if rates is None else rates
     needs_no_anchor = scheme.every_from is not None or isinstance(scheme, Mean)
     return (
         *(() if needs_no_anchor else about_anchor(run.steps[0], with_init=run.anchor_is_init)),
-        *about_learning_rate(run.steps[int(run.anchor_is_init) :], learning_rates(run.last)),
+        *about_learning_rate(run.steps[int(run.anchor_is_init) :], logged),
         *about_interval(run.steps, scheme, with_init=run.anchor_is_init),
         *about_adapters(run.tensors),
     )

@@ -14,6 +14,7 @@ from ckavg.result.layout import WeightPlan, plan_weights
 from ckavg.result.place import check_place, check_space
 from ckavg.result.side_files import gather_side_files
 from ckavg.run.checkpoint import RESULT_RECORD
+from ckavg.run.trainer_log import learning_rates
 from ckavg.run.values import Run
 from ckavg.schemes import Scheme, Timeline
 
@@ -89,34 +90,82 @@ def plan_average(
 
     Args, errors: as of `average`.
     """
+    (plan,) = plan_averages(
+        run,
+        [(scheme, out)],
+        dtype=dtype,
+        path_exclude=path_exclude,
+        sample=sample,
+        snapshot_every=snapshot_every,
+        force=force,
+    )
+    return plan
+
+
+def plan_averages(
+    run: Run,
+    wanted: Sequence[tuple[Scheme, Path | str | None]],
+    *,
+    dtype: str = "source",
+    path_exclude: Sequence[str] = (),
+    sample: float = 1.0,
+    snapshot_every: int | None = None,
+    force: bool = False,
+) -> list[Plan]:
+    """Plans of several averages of one run, which are carried out together; what they share is read once.
+
+    Args:
+        wanted: schemes, each with the place of its result; at least one.
+
+    Other args, errors: as of `average`.
+    """
     if dtype not in DTYPES:
         raise SettingError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
-    place = Path(out) if out is not None else run.source / "averaged" / scheme.label
-    check_place(place, run, force=force)
-    weights = plan_weights(run.last, dtype)
-    # Where β hangs on the path, the average begins with the anchor.
-    start = (
-        0 if scheme.needs_path else scheme.coefficients(Timeline(run.steps, anchor_is_init=run.anchor_is_init)).start
-    )
-    floating = [name for name, entry in run.tensors.items() if entry.is_floating]
-    snapshots = _snapshots(run.steps, start, snapshot_every)
     check_sample(sample)
-    plan = Plan(
-        run=run,
-        scheme=scheme,
-        out=place,
-        dtype=dtype,
-        force=force,
-        weights=weights,
-        side_files=gather_side_files(run, weights),
-        snapshots=snapshots,
-        path=plan_path(run, exclude=path_exclude, sample=sample) if scheme.needs_path else None,
-        replay_bytes=sum(point.entries[name].nbytes for point in run.checkpoints[start:] for name in floating)
-        + (len(snapshots) + 1) * sum(entry.nbytes for entry in run.tensors.values() if not entry.is_floating),
-        warnings=run.warnings + advice.before(run, scheme),
-    )
-    check_space(place, plan.write_bytes)
-    return plan
+    placed = [
+        (scheme, Path(out) if out is not None else run.source / "averaged" / scheme.label) for scheme, out in wanted
+    ]
+    for _, place in placed:
+        check_place(place, run, force=force)
+    weights = plan_weights(run.last, dtype)
+    side_files = gather_side_files(run, weights)
+    needs_path = any(scheme.needs_path for scheme, _ in wanted)
+    path = plan_path(run, exclude=path_exclude, sample=sample) if needs_path else None
+    rates = learning_rates(run.last)
+    plans = []
+    for scheme, place in placed:
+        start = _start(run, scheme)
+        snapshots = _snapshots(run.steps, start, snapshot_every)
+        plan = Plan(
+            run=run,
+            scheme=scheme,
+            out=place,
+            dtype=dtype,
+            force=force,
+            weights=weights,
+            side_files=side_files,
+            snapshots=snapshots,
+            path=path if scheme.needs_path else None,
+            replay_bytes=_replay_bytes(run, start, outputs=len(snapshots) + 1),
+            warnings=run.warnings + advice.before(run, scheme, rates),
+        )
+        check_space(place, plan.write_bytes)
+        plans.append(plan)
+    return plans
+
+
+def _start(run: Run, scheme: Scheme) -> int:
+    """Index of the checkpoint with which an average begins: the anchor, where β hangs on the path."""
+    if scheme.needs_path:
+        return 0
+    return scheme.coefficients(Timeline(run.steps, anchor_is_init=run.anchor_is_init)).start
+
+
+def _replay_bytes(run: Run, start: int, *, outputs: int) -> int:
+    """Bytes that pass 2 reads: of what is averaged, and of what is copied to each output."""
+    floating = [name for name, entry in run.tensors.items() if entry.is_floating]
+    averaged = sum(point.entries[name].nbytes for point in run.checkpoints[start:] for name in floating)
+    return averaged + outputs * sum(entry.nbytes for entry in run.tensors.values() if not entry.is_floating)
 
 
 def _snapshots(steps: Sequence[int], start: int, every: int | None) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from ckavg.cli.progress import show_progress
 from ckavg.cli.ranks import together
 from ckavg.cli.terminal import warn
 from ckavg.engine.ranks import Ranks
-from ckavg.plan import Plan, plan_average
+from ckavg.plan import Plan, plan_averages
 from ckavg.result.place import check_file
 from ckavg.run.opening import as_run, inspect_run
 from ckavg.run.values import Run
@@ -38,7 +38,7 @@ def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
 
     run = as_run(inspect_run(options.source, options.selection(scheme.every_from)))
     check_plot(options, run)
-    plan = plan_of(run, scheme, options, options.out)
+    (plan,) = plans_of(run, [(scheme, options.out)], options)
     warn_of(plan.warnings)
     if options.dry_run:
         report.print_plan(plan, as_json=options.as_json)
@@ -55,12 +55,11 @@ def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
     draw(done, options)
 
 
-def plan_of(run: Run, scheme: Scheme, options: Averaging, out: Path | None) -> Plan:
-    """The plan of one average, by the options of its verb."""
-    return plan_average(
+def plans_of(run: Run, wanted: Sequence[tuple[Scheme, Path | None]], options: Averaging) -> list[Plan]:
+    """The plans of averages, by the options of their verb."""
+    return plan_averages(
         run,
-        scheme,
-        out=out,
+        wanted,
         dtype=options.dtype,
         path_exclude=options.path_exclude or (),
         sample=options.sample,

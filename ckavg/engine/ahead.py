@@ -11,11 +11,25 @@ import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from ckavg.engine.blocks import Block
+from ckavg.engine.blocks import Block, sizes_of
+from ckavg.engine.files import Files
 from ckavg.run.values import Checkpoint
 
 AHEAD_BYTES = 256 << 20
 """How much is announced before it is read: several large reads in flight, and a small part of any memory."""
+
+
+def announcer(checkpoints: Sequence[Checkpoint], files: Files) -> Callable[[Block], None]:
+    """What has the system fetch all that a block reads of every checkpoint, in large pieces and at once."""
+
+    def announce(block: Block) -> None:
+        for checkpoint in checkpoints:
+            entry = checkpoint.entries[block.name]
+            for start, stop in block.ranges:
+                begin, size = start * entry.item_bytes, (stop - start) * entry.item_bytes
+                files.announce(checkpoint.shards[entry.shard].path, entry.offset + begin, size)
+
+    return announce
 
 
 class Ahead:
@@ -35,9 +49,8 @@ class Ahead:
         announce: Callable[[Block], None],
         nbytes: int = AHEAD_BYTES,
     ) -> None:
-        items = {block.name: sum(each.entries[block.name].item_bytes for each in checkpoints) for block in blocks}
         self._blocks = blocks
-        self._sizes = [items[block.name] * block.size for block in blocks]
+        self._sizes = sizes_of(checkpoints, blocks)
         self._announce = announce
         self._nbytes = nbytes
         self._changed = threading.Condition()

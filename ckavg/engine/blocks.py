@@ -7,11 +7,11 @@ chunks, divides a block, and changes nothing but the speed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckavg.errors import SettingError
-from ckavg.run.values import Entry
+from ckavg.run.values import Checkpoint, Entry
 
 CHUNK = 1 << 14
 BLOCK = 1 << 22
@@ -75,6 +75,12 @@ def cut_blocks(entries: Mapping[str, Entry]) -> tuple[Block, ...]:
         for name, entry in in_file_order
         for start in range(0, entry.numel, BLOCK)
     )
+
+
+def sizes_of(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block]) -> list[int]:
+    """Bytes that are read of each block."""
+    items = {block.name: sum(each.entries[block.name].item_bytes for each in checkpoints) for block in blocks}
+    return [items[block.name] * block.size for block in blocks]
 
 
 def check_tile(tile: int) -> int:

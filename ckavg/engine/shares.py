@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckavg.engine.blocks import Block
+from ckavg.engine.blocks import Block, sizes_of
 from ckavg.engine.progress import OnProgress, Pass, Progress
 from ckavg.engine.ranks import Ranks
 from ckavg.run.values import Checkpoint
@@ -27,12 +27,6 @@ def own_share(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], ranks:
         ),
     )
     return sorted(in_files[each] for each in ranks.share([sizes[place] for place in in_files]))
-
-
-def sizes_of(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block]) -> list[int]:
-    """Bytes that are read of each block."""
-    items = {block.name: sum(each.entries[block.name].item_bytes for each in checkpoints) for block in blocks}
-    return [items[block.name] * block.size for block in blocks]
 
 
 class OfAll:

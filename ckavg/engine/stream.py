@@ -12,13 +12,13 @@ from typing import Generic, TypeVar
 
 import torch
 
-from ckavg.engine.ahead import Ahead
-from ckavg.engine.blocks import TILE, Block, check_tile
+from ckavg.engine.ahead import Ahead, announcer
+from ckavg.engine.blocks import TILE, Block, check_tile, sizes_of
 from ckavg.engine.devices import available_cores
 from ckavg.engine.files import Files
 from ckavg.engine.progress import OnProgress, Pass, Progress
 from ckavg.engine.ranks import ALONE, Ranks
-from ckavg.engine.shares import OfAll, own_share, sizes_of
+from ckavg.engine.shares import OfAll, own_share
 from ckavg.engine.tiles import TileReader
 from ckavg.run.values import Checkpoint
 
@@ -90,6 +90,14 @@ def stream(
     return Streamed(in_order, sum(each.bytes_read for _, each in parts))
 
 
+def by_tensor(blocks: Sequence[Block], results: Sequence[Result]) -> dict[str, list[Result]]:
+    """What came of each block, by the name of its tensor and in order."""
+    grouped: dict[str, list[Result]] = {}
+    for block, result in zip(blocks, results, strict=True):
+        grouped.setdefault(block.name, []).append(result)
+    return grouped
+
+
 def _stream_own(
     stage: Pass,
     checkpoints: Sequence[Checkpoint],
@@ -116,8 +124,8 @@ def _stream_own(
 
     results: dict[int, Result] = {}
     with ExitStack() as open_files, _one_core_per_kernel():
-        herald = TileReader(checkpoints, open_files.enter_context(Files(threads=threads + 1)), tile=tile)
-        ahead = open_files.enter_context(Ahead(checkpoints, blocks, herald.announce))
+        announce = announcer(checkpoints, open_files.enter_context(Files(threads=threads + 1)))
+        ahead = open_files.enter_context(Ahead(checkpoints, blocks, announce))
         executor = ThreadPoolExecutor(threads, thread_name_prefix="ckavg")
         try:
             places = {executor.submit(work, place, block): place for place, block in enumerate(blocks)}

@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ckavg.engine.blocks import Block
 from ckavg.engine.cuda import CudaStreams, Uploader
 from ckavg.engine.files import Files
 from ckavg.errors import NonFiniteError
@@ -35,6 +34,7 @@ class TileReader:
         self._raw = torch.empty(tile * 8, dtype=torch.uint8)
         self._bytes = self._raw.numpy().data
         self._on_miss: Callable[[], None] = lambda: None
+        self._first: tuple[str, float] | None = None
 
     @property
     def bytes_read(self) -> int:
@@ -111,13 +111,17 @@ class TileReader:
         on_miss, self._on_miss = self._on_miss, lambda: None
         on_miss()
 
-    def announce(self, block: Block) -> None:
-        """Have the system fetch what a block reads of every checkpoint, in large pieces and at once."""
-        for checkpoint in self._checkpoints:
-            entry = checkpoint.entries[block.name]
-            for start, stop in block.ranges:
-                begin, size = start * entry.item_bytes, (stop - start) * entry.item_bytes
-                self._files.announce(checkpoint.shards[entry.shard].path, entry.offset + begin, size)
+    def first_element(self, name: str) -> float:
+        """The first element of a tensor in the first checkpoint; read once for as long as the tensor is the same.
+
+        Raises:
+            TruncatedShardError, ReadError: the bytes are not there.
+        """
+        if self._first is None or self._first[0] != name:
+            first = torch.empty(1, dtype=torch.float64)
+            self.load(0, name, 0, first)
+            self._first = name, float(first)
+        return self._first[1]
 
     def refuse_nonfinite(self, name: str, start: int, stop: int) -> None:
         """Raise if elements `start` to `stop` of a floating tensor are NaN or infinite in any checkpoint.

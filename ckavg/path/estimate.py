@@ -11,7 +11,6 @@ The arithmetic is the CPU's whatever the device: it is little, and the pieces ar
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ckavg.engine.blocks import Strips
-from ckavg.engine.stream import Settings, stream
+from ckavg.engine.stream import Settings, by_tensor, stream
 from ckavg.engine.tiles import TileReader
 from ckavg.path.strips import Sampling, choose_strips, cut_strips
-from ckavg.path.table import PathLength, TensorPath, ZeroSigma, counts
+from ckavg.path.table import PathLength, TensorPath, ZeroSigma, to_measure
 from ckavg.run.values import Run
 
 
@@ -63,11 +62,7 @@ def estimate(
         TruncatedShardError, ReadError: a file changed or cannot be read.
     """
     settings = settings or Settings()
-    entries = {
-        name: entry
-        for name, entry in run.tensors.items()
-        if entry.is_floating and entry.numel and counts(name, exclude)
-    }
+    entries = to_measure(run.tensors, exclude)
     samples = choose_strips({name: entry.numel for name, entry in entries.items()}, fraction)
     units = cut_strips(entries, samples)
 
@@ -75,9 +70,7 @@ def estimate(
         return _Worker(run, reader)
 
     streamed = stream("path", run.checkpoints, units, make_worker, settings)
-    of_tensor: dict[str, list[_Sums]] = defaultdict(list)
-    for unit, sums in zip(units, streamed.results, strict=True):
-        of_tensor[unit.name].append(sums)
+    of_tensor = by_tensor(units, streamed.results)
     tensors = {name: _estimated(samples[name], of_tensor[name]) for name in entries}
     return PathLength(run.steps, tensors, zero_sigma, streamed.bytes_read, fraction)
 
@@ -129,7 +122,6 @@ class _Worker:
     def __init__(self, run: Run, reader: TileReader) -> None:
         self._run = run
         self._reader = reader
-        self._first: tuple[str, float] | None = None
 
     def __call__(self, unit: Strips) -> _Sums:
         sums = self._sum(unit, torch.float32)
@@ -140,12 +132,12 @@ class _Worker:
         return sums
 
     def _sum(self, unit: Strips, dtype: torch.dtype) -> _Sums:
-        if any(checkpoint.entries[unit.name].dtype == "F64" for checkpoint in self._run.checkpoints):
+        if self._run.is_wide(unit.name):
             dtype = torch.float64
         shape = len(unit.starts), unit.length
         before, after = (torch.empty(shape, dtype=dtype) for _ in range(2))
         self._load(0, unit, before)
-        shifted = before.double() - self._first_element(unit.name, dtype)
+        shifted = before.double() - self._reader.first_element(unit.name)
         moments = torch.stack([shifted.sum(dim=1), shifted.square().sum(dim=1)], dim=1)
         distances = []
         for index in range(1, len(self._run.checkpoints)):
@@ -156,10 +148,3 @@ class _Worker:
 
     def _load(self, index: int, unit: Strips, out: Tensor) -> None:
         self._reader.gather(index, unit.name, unit.starts, out)
-
-    def _first_element(self, name: str, dtype: torch.dtype) -> float:
-        if self._first is None or self._first[0] != name:
-            first = torch.empty(1, dtype=dtype)
-            self._reader.load(0, name, 0, first)
-            self._first = (name, float(first))
-        return self._first[1]

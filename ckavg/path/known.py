@@ -69,12 +69,13 @@ class ToMeasure:
 
     def completed(self, entries: Mapping[str, Entry], measured: Mapping[str, Measured]) -> Mapping[str, TensorPath]:
         """What is known and what was measured, together: the path of every tensor that is wanted."""
+        new = set(self.steps)
         return {
             name: TensorPath(
                 entries[name].numel,
                 measured[name].sigma if self.anchor else self.known.sigmas[name],
                 tuple(
-                    measured[name].distances[step] if step in self.steps else distances[name]
+                    measured[name].distances[step] if step in new else distances[name]
                     for step, distances in enumerate(self.known.distances, start=1)
                 ),
             )

@@ -7,7 +7,6 @@ tile size and the number of threads: 16 absolute differences in float32, then ev
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ckavg.engine.blocks import CHUNK, Block, cut_blocks
-from ckavg.engine.stream import Settings, stream
+from ckavg.engine.stream import Settings, by_tensor, stream
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader
 from ckavg.path.fused import DTYPES as KERNEL_DTYPES
 from ckavg.path.fused import Distances, load_kernel
 from ckavg.path.known import Known, Measured, ToMeasure
-from ckavg.path.table import PathLength, ZeroSigma, counts
+from ckavg.path.table import PathLength, ZeroSigma, to_measure
 from ckavg.run.values import Entry, Run
 
 _LANES = 1024
@@ -61,12 +60,12 @@ def measure(
         TruncatedShardError, ReadError: a file changed or cannot be read.
     """
     settings = settings or Settings()
-    entries = {name: entry for name, entry in run.tensors.items() if entry.is_floating and counts(name, exclude)}
-    work = (known or Known.nothing(run)).left_to_measure(name for name, entry in entries.items() if entry.numel)
+    entries = to_measure(run.tensors, exclude)
+    work = (known or Known.nothing(run)).left_to_measure(entries)
     if not work.to_read:
         return PathLength(run.steps, work.completed(entries, {}), zero_sigma, 0, kernel=None)
     blocks = cut_blocks(entries)
-    kernel = _kernel(run, entries, work, settings)
+    kernel = _kernel(run, work, settings)
 
     def make_worker(reader: TileReader) -> _Worker:
         return _Worker(run, work, reader, kernel, tile=settings.tile, device=settings.device)
@@ -77,7 +76,7 @@ def measure(
     return PathLength(run.steps, work.completed(entries, measured), zero_sigma, streamed.bytes_read, kernel=how)
 
 
-def _kernel(run: Run, entries: Mapping[str, Entry], work: ToMeasure, settings: Settings) -> Distances | None:
+def _kernel(run: Run, work: ToMeasure, settings: Settings) -> Distances | None:
     """The compiled kernel, where it works, in all processes, and is worth loading."""
     nbytes = sum(run.checkpoints[index].entries[name].nbytes for index in work.to_read for name in work.names)
     if settings.device != "cpu" or nbytes < settings.compiled_from_bytes:
@@ -89,15 +88,12 @@ def _kernel(run: Run, entries: Mapping[str, Entry], work: ToMeasure, settings: S
 def _merged(
     entries: Mapping[str, Entry], blocks: Sequence[Block], partials: Sequence[_Partial], work: ToMeasure
 ) -> Mapping[str, Measured]:
-    of_tensor: dict[str, list[_Partial]] = defaultdict(list)
-    for block, partial in zip(blocks, partials, strict=True):
-        of_tensor[block.name].append(partial)
     return {
         name: Measured(
             _sigma(entries[name].numel, parts),
             {step: math.fsum(part.distances[place] for part in parts) for place, step in enumerate(work.steps)},
         )
-        for name, parts in of_tensor.items()
+        for name, parts in by_tensor(blocks, partials).items()
     }
 
 
@@ -127,35 +123,40 @@ class _Worker:
         self._reader = reader
         self._tile = tile
         self._device = device
-        self._buffers: dict[torch.dtype, tuple[Tensor, Tensor, Tensor]] = {}
-        self._first: tuple[str, float] | None = None
+        self._buffers: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._lanes: dict[torch.dtype, Tensor] = {}
         reader.compute_on(device)
 
     def __call__(self, block: Block) -> _Partial:
-        wide = any(checkpoint.entries[block.name].dtype == "F64" for checkpoint in self._run.checkpoints)
-        dtype = torch.float64 if wide else torch.float32
+        dtype, kernel = self._way(block.name)
         chunks = -(-(block.stop - block.start) // CHUNK)
         sums = torch.zeros(len(self._work.steps) + 2, chunks, dtype=torch.float64)
         for start, stop in block.tiles(self._tile):
             first = (start - block.start) // CHUNK
-            of_tile = self._measure_tile(block.name, start, stop, dtype)
+            of_tile = self._measure_tile(block.name, start, stop, dtype, kernel)
             sums[:, first : first + of_tile.shape[1]] = of_tile
         *distances, total, squares = sums.sum(dim=1).tolist()
         return _Partial(tuple(distances), total, squares)
 
-    def _measure_tile(self, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    def _way(self, name: str) -> tuple[torch.dtype, Distances | None]:
+        """The dtype in which a tensor's tiles are loaded, and the compiled kernel where it takes them as stored."""
+        if self._run.is_wide(name):
+            return torch.float64, None
+        stored = {TORCH_DTYPES[self._run.checkpoints[index].entries[name].dtype] for index in self._place}
+        if self._kernel is not None and len(stored) == 1 and stored <= KERNEL_DTYPES:
+            return stored.pop(), self._kernel
+        return torch.float32, None
+
+    def _measure_tile(self, name: str, start: int, stop: int, dtype: torch.dtype, kernel: Distances | None) -> Tensor:
         """(steps + 2, chunks) float64: each distance, then Σ and Σ² of θ_0 less its first element; by chunk."""
-        sums = self._sum_tile(name, start, stop, dtype)
+        sums = self._sum_tile(name, start, stop, dtype, kernel)
         if bool(torch.isfinite(sums).all()):
             return sums
         self._reader.refuse_nonfinite(name, start, stop)
-        return self._sum_tile(name, start, stop, torch.float64)  # finite weights whose float32 sum overflowed
+        return self._sum_tile(name, start, stop, torch.float64, None)  # finite weights whose float32 sum overflowed
 
-    def _sum_tile(self, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        stored = {TORCH_DTYPES[self._run.checkpoints[index].entries[name].dtype] for index in self._work.to_read}
-        if self._kernel is not None and dtype == torch.float32 and len(stored) == 1 and stored <= KERNEL_DTYPES:
-            return self._sum_as_stored(self._kernel, name, start, stop, stored.pop())
-        before, after, lanes = self._workspace(dtype)
+    def _sum_tile(self, name: str, start: int, stop: int, dtype: torch.dtype, kernel: Distances | None) -> Tensor:
+        before, after = self._workspace(dtype)
         size = stop - start
         chunks = -(-size // CHUNK)
         padded = chunks * CHUNK
@@ -163,72 +164,93 @@ class _Worker:
             before[size:padded].zero_()
             after[size:padded].zero_()
         moments = torch.zeros(2, chunks, dtype=torch.float64, device=self._device)
-        distances = []
+        sums = (
+            self._plain_sums(dtype, chunks) if kernel is None else _CompiledSums(kernel, len(self._work.steps), chunks)
+        )
         loaded = None
         if self._work.anchor:
             loaded = 0
             self._load(0, name, start, before[:size])
             moments = self._moments(name, before, size, padded)
-        for place, step in enumerate(self._work.steps):
-            row = place % _ROWS
+        for step in self._work.steps:
             if loaded != step - 1:
                 self._load(step - 1, name, start, before[:size])
             self._load(step, name, start, after[:size])
-            torch.sub(after[:padded], before[:padded], out=before[:padded]).abs_()
-            _sum(_in_lanes(before[:padded]), dim=1, out=lanes[row, :chunks])
+            sums.add(before[:padded], after[:padded])
             before, after, loaded = after, before, step
-            if row == _ROWS - 1 or place == len(self._work.steps) - 1:
-                distances.append(_sum(lanes[: row + 1, :chunks], dim=2, dtype=torch.float64))
-        return torch.cat([*distances, moments]).cpu()
-
-    def _sum_as_stored(self, kernel: Distances, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """The same with the compiled kernel, which takes tiles as they are stored."""
-        before, after, _ = self._workspace(dtype)
-        size = stop - start
-        chunks = -(-size // CHUNK)
-        padded = chunks * CHUNK
-        before[size:padded].zero_()
-        after[size:padded].zero_()
-        sums = torch.zeros(len(self._work.steps) + 2, chunks, dtype=torch.float64)
-        loaded = None
-        if self._work.anchor:
-            loaded = 0
-            self._load(0, name, start, before[:size])
-            sums[-2:] = self._moments(name, before[:padded].float(), size, padded)
-        for row, step in enumerate(self._work.steps):
-            if loaded != step - 1:
-                self._load(step - 1, name, start, before[:size])
-            self._load(step, name, start, after[:size])
-            kernel(before[:padded], after[:padded], sums[row])
-            before, after, loaded = after, before, step
-        return sums
+        return torch.cat([*sums.rows(), moments]).cpu()
 
     def _load(self, index: int, name: str, start: int, out: Tensor) -> None:
         self._reader.load(self._place[index], name, start, out)
 
     def _moments(self, name: str, anchor: Tensor, size: int, padded: int) -> Tensor:
         shifted = anchor[:padded].to(torch.float64, copy=True)
-        shifted[:size] -= self._first_element(name, anchor.dtype)
+        shifted[:size] -= self._reader.first_element(name)
         total = _sum(_sum(_in_lanes(shifted), dim=1), dim=1)
         squares = _sum(_sum(_in_lanes(shifted.square_()), dim=1), dim=1)
         return torch.stack([total, squares])
 
-    def _first_element(self, name: str, dtype: torch.dtype) -> float:
-        if self._first is None or self._first[0] != name:
-            first = torch.empty(1, dtype=dtype)
-            self._load(0, name, 0, first)
-            self._first = (name, float(first))
-        return self._first[1]
-
-    def _workspace(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def _workspace(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if dtype not in self._buffers:
-            rows = min(len(self._work.steps), _ROWS)
-            self._buffers[dtype] = (
-                torch.empty(self._tile, dtype=dtype, device=self._device),
-                torch.empty(self._tile, dtype=dtype, device=self._device),
-                torch.empty(rows, self._tile // CHUNK, _LANES, dtype=dtype, device=self._device),
-            )
+            before, after = (torch.empty(self._tile, dtype=dtype, device=self._device) for _ in range(2))
+            self._buffers[dtype] = before, after
         return self._buffers[dtype]
+
+    def _plain_sums(self, dtype: torch.dtype, chunks: int) -> _PlainSums:
+        if dtype not in self._lanes:
+            rows = min(len(self._work.steps), _ROWS)
+            shape = rows, self._tile // CHUNK, _LANES
+            self._lanes[dtype] = torch.empty(shape, dtype=dtype, device=self._device)
+        return _PlainSums(self._lanes[dtype][:, :chunks])
+
+
+class _PlainSums:
+    """The L1 distances of a tile by chunk, with torch's kernels.
+
+    Args:
+        lanes: (steps kept at once, chunks, lanes) memory to compute in.
+    """
+
+    def __init__(self, lanes: Tensor) -> None:
+        self._lanes = lanes
+        self._filled = 0
+        self._rows: list[Tensor] = []
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        """Take the next step; `before` is used up."""
+        torch.sub(after, before, out=before).abs_()
+        _sum(_in_lanes(before), dim=1, out=self._lanes[self._filled])
+        self._filled += 1
+        if self._filled == len(self._lanes):
+            self._add_up()
+
+    def rows(self) -> list[Tensor]:
+        """(steps, chunks) float64, in pieces."""
+        if self._filled:
+            self._add_up()
+        return self._rows
+
+    def _add_up(self) -> None:
+        self._rows.append(_sum(self._lanes[: self._filled], dim=2, dtype=torch.float64))
+        self._filled = 0
+
+
+class _CompiledSums:
+    """The same with the compiled kernel, which takes tiles as they are stored."""
+
+    def __init__(self, kernel: Distances, steps: int, chunks: int) -> None:
+        self._kernel = kernel
+        self._sums = torch.empty(steps, chunks, dtype=torch.float64)
+        self._filled = 0
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        """Take the next step."""
+        self._kernel(before, after, self._sums[self._filled])
+        self._filled += 1
+
+    def rows(self) -> list[Tensor]:
+        """(steps, chunks) float64, in one piece."""
+        return [self._sums]
 
 
 def _in_lanes(values: Tensor) -> Tensor:

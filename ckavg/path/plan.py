@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ckavg.errors import SettingError
 from ckavg.path.saved import Recalled, recall
 from ckavg.path.strips import choose_strips
-from ckavg.path.table import counts
+from ckavg.path.table import to_measure
 from ckavg.run.values import Run
 
 
@@ -40,17 +40,15 @@ def plan_path(run: Run, *, exclude: Sequence[str] = (), sample: float = 1.0) -> 
     """
     check_sample(sample)
     recalled = recall(run)
-    names = [
-        name
-        for name, entry in run.tensors.items()
-        if entry.is_floating and entry.numel and counts(name, tuple(exclude))
-    ]
-    to_read = recalled.known.left_to_measure(names).to_read
+    entries = to_measure(run.tensors, exclude)
+    to_read = recalled.known.left_to_measure(entries).to_read
     if sample == 1 or not to_read:
-        nbytes = sum(run.checkpoints[index].entries[name].nbytes for index in to_read for name in names)
+        nbytes = sum(run.checkpoints[index].entries[name].nbytes for index in to_read for name in entries)
         return PathPlan(tuple(exclude), recalled, 1.0, nbytes)
-    strips = choose_strips({name: run.tensors[name].numel for name in names}, sample)
-    nbytes = sum(point.entries[name].item_bytes * strips[name].elements for point in run.checkpoints for name in names)
+    strips = choose_strips({name: entry.numel for name, entry in entries.items()}, sample)
+    nbytes = sum(
+        point.entries[name].item_bytes * each.elements for point in run.checkpoints for name, each in strips.items()
+    )
     return PathPlan(tuple(exclude), recalled, sample, nbytes)
 
 

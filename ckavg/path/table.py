@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from ckavg.run.values import Entry
+
 ZeroSigma = Literal["exclude", "eps"]
 
 EPSILON = 1e-8
@@ -105,6 +107,17 @@ class PathLength:
         """Path of one counted tensor, ℓ_{p,k} = (1/numel) Σ_j ‖θ_j,p − θ_{j−1},p‖₁ / σ_p, from 0."""
         tensor, sigma = self.tensors[name], self.sigma(name)
         return (0.0, *(moved / (tensor.numel * sigma) for moved in itertools.accumulate(tensor.distances)))
+
+
+def to_measure(entries: Mapping[str, Entry], exclude: Iterable[str]) -> dict[str, Entry]:
+    """The tensors whose path is measured, by name: floating ones with elements that count.
+
+    Args:
+        entries: all tensors of a checkpoint.
+        exclude: shell patterns of names that do not count.
+    """
+    globs = tuple(exclude)
+    return {name: entry for name, entry in entries.items() if entry.is_floating and entry.numel and counts(name, globs)}
 
 
 def counts(name: str, exclude: Iterable[str]) -> bool:

@@ -117,15 +117,14 @@ class _AverageWorker:
         )
 
     def __call__(self, block: Block) -> None:
-        for start, stop in block.tiles(self._tile):
-            self._average_tile(block.name, start, stop)
-
-    def _average_tile(self, name: str, start: int, stop: int) -> None:
-        buffer, states = self._workspace(self._accumulate_dtype(name))
-        theta = buffer[: stop - start]
-        last = len(self._run.checkpoints) - 1
+        buffer, states = self._workspace(self._accumulate_dtype(block.name))
         for state in states:
-            state.turn_to(name)
+            state.turn_to(block.name)
+        for start, stop in block.tiles(self._tile):
+            self._average_tile(block.name, start, stop, buffer[: stop - start], states)
+
+    def _average_tile(self, name: str, start: int, stop: int, theta: Tensor, states: Sequence[State]) -> None:
+        last = len(self._run.checkpoints) - 1
         sums: list[Tensor] = []
         for index in range(self._first, last + 1):
             self._reader.load(index - self._first, name, start, theta)
@@ -164,8 +163,7 @@ class _AverageWorker:
         sink.put(name, start * dtype.itemsize, stored)
 
     def _accumulate_dtype(self, name: str) -> torch.dtype:
-        wide = self._wide or any(checkpoint.entries[name].dtype == "F64" for checkpoint in self._run.checkpoints)
-        return torch.float64 if wide else torch.float32
+        return torch.float64 if self._wide or self._run.is_wide(name) else torch.float32
 
     def _workspace(self, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
         if dtype not in self._work:

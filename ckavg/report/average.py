@@ -10,12 +10,11 @@ from rich.table import Table
 
 from ckavg.plan import Plan
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
-from ckavg.report.text import as_bytes, as_count, bar
+from ckavg.report.text import MOST_ROWS, as_bytes, as_count, bar, shortened_rows
 from ckavg.result.record import Averaged
 from ckavg.result.side_files import read_config
 
 _BAR_WIDTH = 32
-_MOST_ROWS = 40
 
 
 def print_summary(result: Averaged, plan: Plan) -> None:
@@ -106,13 +105,11 @@ def _weights_table(result: Averaged) -> Table:
     largest = max(abs(weight) for weight in result.weights)
     columns[" "] = [bar(weight, largest, _BAR_WIDTH) for weight in result.weights]
     table = plain_table(*columns, left=(" ",))
-    rows = list(zip(*columns.values(), strict=True))
-    if len(rows) > _MOST_ROWS:
-        hidden = len(rows) - _MOST_ROWS
-        weight = sum(result.weights[_MOST_ROWS // 4 : _MOST_ROWS // 4 + hidden])
-        elided = {"step": "…", "weight": f"{weight:.4f}", " ": f"{hidden} more"}
-        rows[_MOST_ROWS // 4 : _MOST_ROWS // 4 + hidden] = [tuple(elided.get(name, "") for name in columns)]
-    for row in rows:
+    head, middle, tail = shortened_rows(list(zip(*columns.values(), strict=True)), MOST_ROWS)
+    hidden = result.weights[middle]
+    elided = {"step": "…", "weight": f"{sum(hidden):.4f}", " ": f"{len(hidden)} more"}
+    between = [tuple(elided.get(name, "") for name in columns)] if hidden else []
+    for row in (*head, *between, *tail):
         table.add_row(*row)
     return table
 

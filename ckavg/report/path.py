@@ -11,10 +11,9 @@ from ckavg.atomic import write_bytes
 from ckavg.errors import WriteError
 from ckavg.path.table import PathLength
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
-from ckavg.report.text import as_bytes, as_count, bar
+from ckavg.report.text import MOST_ROWS, as_bytes, as_count, bar, shortened_rows
 
 _BAR_WIDTH = 32
-_MOST_ROWS = 40
 _TRAVELLERS = 8
 
 
@@ -105,20 +104,18 @@ def write_csv(path: PathLength, file: Path) -> None:
 def _by_step(path: PathLength) -> Any:
     errors = path.standard_errors
     table = plain_table("step", "ℓ", *(("±",) if errors else ()), " ", left=(" ",))
-    largest = path.lengths[-1]
-    rows = list(zip(path.steps, path.lengths, errors or path.lengths, strict=True))
-    hidden = max(0, len(rows) - _MOST_ROWS)
-    for place, (step, length, error) in enumerate(rows):
-        if hidden and _MOST_ROWS // 4 <= place < _MOST_ROWS // 4 + hidden:
-            if place == _MOST_ROWS // 4:
-                table.add_row("…", "", *(("",) if errors else ()), f"{hidden} more")
-            continue
-        table.add_row(
-            str(step),
-            f"{length:.4f}",
-            *((f"{error:.4f}",) if errors else ()),
-            bar(length, largest, _BAR_WIDTH),
-        )
+    lengths = path.lengths
+    columns = [
+        [str(step) for step in path.steps],
+        [f"{length:.4f}" for length in lengths],
+        *([[f"{error:.4f}" for error in errors]] if errors else ()),
+        [bar(length, lengths[-1], _BAR_WIDTH) for length in lengths],
+    ]
+    head, middle, tail = shortened_rows(list(zip(*columns, strict=True)), MOST_ROWS)
+    hidden = len(lengths[middle])
+    between = [("…", *[""] * (len(columns) - 2), f"{hidden} more")] if hidden else []
+    for row in (*head, *between, *tail):
+        table.add_row(*row)
     return table
 
 

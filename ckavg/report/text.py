@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
+
+Row = TypeVar("Row")
+
+MOST_ROWS = 40
+"""Rows of a table by checkpoint; of a longer one, those in the middle are left out."""
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _HEIGHTS = "▁▂▃▄▅▆▇█"
@@ -49,6 +55,17 @@ def sparkline(values: Sequence[float]) -> str:
     largest = max((abs(value) for value in values), default=0.0) or 1.0
     top = len(_HEIGHTS) - 1
     return "".join("-" if value < 0 else _HEIGHTS[math.ceil(value / largest * top)] for value in values)
+
+
+def shortened_rows(rows: Sequence[Row], most: int) -> tuple[Sequence[Row], slice, Sequence[Row]]:
+    """A long table in three parts: the rows at its head, the place of those in the middle that are left out, the rest.
+
+    >>> shortened_rows("abcdefghij", 4), shortened_rows("abc", 4)
+    (('a', slice(1, 7, None), 'hij'), ('abc', slice(3, 3, None), ''))
+    """
+    hidden = max(0, len(rows) - most)
+    middle = slice(most // 4, most // 4 + hidden) if hidden else slice(len(rows), len(rows))
+    return rows[: middle.start], middle, rows[middle.stop :]
 
 
 def printable(text: str) -> str:

@@ -172,7 +172,7 @@ class ShardFiles:
                 handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC | made, 0o666)
                 self._handles.append((handle, path))
                 if create:
-                    reserve(handle, shard.nbytes)
+                    _reserve(handle, shard.nbytes)
                     _write_at(handle, memoryview(shard.header), 0)
             for name, offset in shard.offsets.items():
                 self._offsets[name] = handle, offset, path
@@ -199,7 +199,7 @@ class ShardFiles:
             os.close(self._handles.pop()[0])
 
 
-def reserve(handle: int, nbytes: int) -> None:
+def _reserve(handle: int, nbytes: int) -> None:
     """Give a file its size, and the blocks for it where the file system can: writing into them is twice as fast.
 
     `os.posix_fallocate` will not do: where the file system cannot, the C library writes every block.

@@ -180,3 +180,7 @@ class Run:
     def tensors(self) -> Mapping[str, Entry]:
         """Every tensor by name, as the last checkpoint stores it."""
         return self.last.entries
+
+    def is_wide(self, name: str) -> bool:
+        """Whether a tensor is float64 in any checkpoint: then nothing narrower is computed with."""
+        return any(checkpoint.entries[name].dtype == "F64" for checkpoint in self.checkpoints)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from ckavg.run.values import Run
 from ckavg.schemes import Scheme, Timeline
 from tests import reference
 from tests.runs import random_run, write_run
+from tests.sinks import Kept
 
 Tensors = Mapping[str, Tensor]
 
@@ -30,18 +30,6 @@ STEPS = (0, 5, 6, 30, 100)
 
 _ROUNDINGS = 4
 """Units of the accumulation dtype, at the size of the terms: between two ways to round a chain of updates."""
-
-
-@dataclass
-class Kept:
-    """A sink that keeps what it is given."""
-
-    sizes: Mapping[str, int]
-    tensors: dict[str, bytearray] = field(default_factory=dict)
-
-    def put(self, name: str, offset: int, values: Tensor) -> None:
-        kept = self.tensors.setdefault(name, bytearray(self.sizes[name]))
-        kept[offset : offset + values.numel()] = values.numpy().tobytes()
 
 
 class Dropped:

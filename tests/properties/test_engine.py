@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch import Tensor
 
 import ckavg
 from ckavg.engine import files
@@ -24,6 +22,7 @@ from ckavg.path.measure import measure
 from ckavg.replay.replay import Average, replay
 from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, Scheme, Timeline
 from tests.runs import random_run, write_run
+from tests.sinks import Kept
 
 TILES = [CHUNK << shift for shift in range(9)]
 STEPS = (0, 5, 6, 30)
@@ -42,18 +41,6 @@ MANY = (
     Mean(decay="minus-sqrt"),
     Last(),
 )
-
-
-@dataclass
-class Kept:
-    """A sink that keeps the bytes of a result in memory."""
-
-    sizes: Mapping[str, int]
-    tensors: dict[str, bytearray] = field(default_factory=dict)
-
-    def put(self, name: str, offset: int, values: Tensor) -> None:
-        kept = self.tensors.setdefault(name, bytearray(self.sizes[name]))
-        kept[offset : offset + values.numel()] = values.numpy().tobytes()
 
 
 def averages(run: ckavg.Run, *schemes: Scheme) -> list[tuple[Average, Kept]]:
