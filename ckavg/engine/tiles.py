@@ -35,11 +35,12 @@ class TileReader:
         self._bytes = self._raw.numpy().data
         self._on_miss: Callable[[], None] = lambda: None
         self._first: tuple[str, float] | None = None
+        self._peeked = 0
 
     @property
     def bytes_read(self) -> int:
-        """Bytes read so far."""
-        return self._files.bytes_read
+        """Bytes of tiles read so far."""
+        return self._files.bytes_read - self._peeked
 
     def begin(self, on_miss: Callable[[], None]) -> None:
         """Say that a block begins; `on_miss` is called, once, with the first of its bytes that is not in memory."""
@@ -114,12 +115,16 @@ class TileReader:
     def first_element(self, name: str) -> float:
         """The first element of a tensor in the first checkpoint; read once for as long as the tensor is the same.
 
+        It is not counted in `bytes_read`: how many threads need it for the same tensor is chance.
+
         Raises:
             TruncatedShardError, ReadError: the bytes are not there.
         """
         if self._first is None or self._first[0] != name:
             first = torch.empty(1, dtype=torch.float64)
+            before = self._files.bytes_read
             self.load(0, name, 0, first)
+            self._peeked += self._files.bytes_read - before
             self._first = name, float(first)
         return self._first[1]
 

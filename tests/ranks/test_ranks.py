@@ -101,7 +101,7 @@ def files_of(source: Path) -> dict[str, Any]:
 
 
 def without_time(told: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in told.items() if key not in ("seconds", "bytes_read")}
+    return {key: value for key, value in told.items() if key != "seconds"}
 
 
 COMMANDS = (
@@ -142,9 +142,6 @@ def test_every_byte_is_that_of_a_single_process(
         assert files_of(source) == {name: data for name, data in alone.items() if name != "stdout"}
         told, told_alone = (averages_in(text, source) for text in (ran.first_out, alone["stdout"]))
         assert [without_time(each) for each in told] == [without_time(each) for each in told_alone]
-        assert [each["bytes_read"] for each in told] == pytest.approx(
-            [each["bytes_read"] for each in told_alone], abs=99
-        )
 
     assert of_python.first_out.startswith("ckavg ")
     weights = "averaged/pema-gamma0.1/model-00001-of-00002.safetensors"
