@@ -155,7 +155,7 @@ def _rate(source: Path, device: str, tile: int, threads: int, number: int) -> fl
     else:
         dtypes = {name: entry.dtype for name, entry in run.tensors.items()}
         average = Average(EMA().coefficients(Timeline(run.steps)), dtypes, {len(run.steps) - 1: _Dropped()})
-        read = replay(run, [average], settings=settings)
+        read = replay(run, [average], settings=settings).bytes_read
     return read / 1e9 / (time.perf_counter() - begun)
 
 

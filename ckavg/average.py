@@ -7,6 +7,8 @@ for them.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -23,15 +25,20 @@ from ckavg.path.saved import remember
 from ckavg.path.table import PathLength, ZeroSigma
 from ckavg.plan import CARD, Plan, check_together, plan_average
 from ckavg.result.card import write_card
-from ckavg.result.record import Averaged, Output, Seconds
+from ckavg.result.digests import sha256
+from ckavg.result.record import Averaged, Input, Output, Seconds
 from ckavg.result.side_files import read_config
 from ckavg.run.checkpoint import RESULT_RECORD
+from ckavg.run.stamps import Stamps, check_unchanged, stamps_of, states_of
 from ckavg.run.values import Run
 from ckavg.schemes import Coefficients, Scheme, Timeline
-from ckavg.together import agree, agree_on, opened, staged
+from ckavg.together import agree, agree_on, opened, settled, staged
+from ckavg.version import __version__
 
 if TYPE_CHECKING:
     from ckavg.engine.stream import Settings
+    from ckavg.replay.replay import Replayed
+    from ckavg.result.staging import Staging
 
 ACCUMULATE = ("float32", "float64")
 
@@ -165,7 +172,6 @@ def carry_out(
     """
     from ckavg.engine.devices import fitted, resolve_device
     from ckavg.engine.stream import Settings
-    from ckavg.replay.replay import Average, replay
 
     begun = time.perf_counter()
     run = plans[0].run
@@ -178,38 +184,35 @@ def carry_out(
         settings = fitted(Settings(device=own, on_progress=on_progress, ranks=ranks), averages=len(plans))
         agree_on(plans, ranks, accumulate, zero_sigma)
         stagings = staged(plans, ranks, stack)
+        stamps, states = stamps_of(run), states_of(run)
         measuring = time.perf_counter()
         planned = next((plan.path for plan in plans if plan.path), None)
         path = _measure(run, planned, zero_sigma, settings) if planned else None
         replaying = time.perf_counter()
         timeline = _timeline(run, path)
         coefficients = [plan.scheme.coefficients(timeline) for plan in plans]
-        with ExitStack() as files:
-            sinks = opened(plans, stagings, ranks, files)
-            averages = [
-                Average(each, plan.weights.dtypes, of_plan)
-                for each, plan, of_plan in zip(coefficients, plans, sinks, strict=True)
-            ]
-            replayed_bytes = replay(run, averages, wide=accumulate == "float64", settings=settings)
-            for of_plan in sinks:
-                for sink in of_plan.values():
-                    sink.sync()
-        ranks.wait()
+        replayed, digests = _replay(plans, coefficients, stagings, accumulate, stamps, settings)
+        if ranks.is_first:
+            check_unchanged(run, states)
         done = time.perf_counter()
         work = _Work(
             accumulate=_accumulated(run, accumulate),
             zero_sigma=zero_sigma,
-            bytes_read=replayed_bytes + (path.bytes_read if path else 0),
+            bytes_read=replayed.bytes_read + (path.bytes_read if path else 0),
+            checksums=replayed.checksums,
             seconds=Seconds(replaying - measuring if path and path.bytes_read else 0.0, done - replaying, done - begun),
         )
 
         def finish() -> tuple[Averaged, ...]:
-            records = tuple(_record(plan, each, path, work) for plan, each in zip(plans, coefficients, strict=True))
-            for plan, each, record, staging in zip(plans, coefficients, records, stagings, strict=True):
-                for name, data in _small_files(plan, each, record).items():
+            records = []
+            for plan, each, staging, of_weights in zip(plans, coefficients, stagings, digests, strict=True):
+                record, files = _completed(plan, each, _record(plan, each, path, work), of_weights)
+                for name, data in files.items():
                     staging.write(name, data)
+                records.append(record)
+            for staging in stagings:
                 staging.commit()
-            return records
+            return tuple(records)
 
         records = ranks.first(finish)
     return Done(records, path)
@@ -222,20 +225,57 @@ class _Work:
     accumulate: str
     zero_sigma: ZeroSigma
     bytes_read: int
+    checksums: tuple[str | None, ...]
     seconds: Seconds
+
+
+def _replay(
+    plans: Sequence[Plan],
+    coefficients: Sequence[Coefficients],
+    stagings: Sequence[Staging],
+    accumulate: str,
+    stamps: Stamps,
+    settings: Settings,
+) -> tuple[Replayed, list[dict[Path, str]]]:
+    """Pass 2, and the SHA-256 of every weight file that came of it, by plan and by path in the result."""
+    from ckavg.replay.replay import Average, replay
+
+    run, ranks = plans[0].run, settings.ranks
+    layouts = [[(shard.name, shard.header) for shard in plan.weights.shards] for plan in plans]
+    places = [[str(out) for out in plan.outputs.values()] for plan in plans]
+    what = __version__, stamps, coefficients, layouts, places, accumulate, settings.device.partition(":")[0]
+    key = hashlib.sha256(repr(what).encode()).hexdigest() if None not in stamps else secrets.token_hex(32)
+    with opened(plans, stagings, key, ranks) as (sinks, ledger):
+        averages = [
+            Average(each, plan.weights.dtypes, of_plan)
+            for each, plan, of_plan in zip(coefficients, plans, sinks, strict=True)
+        ]
+        replayed = replay(run, averages, wide=accumulate == "float64", settings=settings, ledger=ledger)
+        digests = settled(plans, stagings, sinks, ranks)
+    ranks.wait()
+    return replayed, digests
 
 
 def _measure(run: Run, plan: PathPlan, zero_sigma: ZeroSigma, settings: Settings) -> PathLength:
     from ckavg.path.estimate import estimate
     from ckavg.path.measure import measure
+    from ckavg.path.unfinished import Unfinished
 
     plan = settings.ranks.first(lambda: plan)  # what is known depends on file times, which machines may see differently
     if plan.sample < 1:
         return estimate(run, plan.sample, exclude=plan.exclude, zero_sigma=zero_sigma, settings=settings)
-    known = plan.recalled.known
-    path = measure(run, exclude=plan.exclude, zero_sigma=zero_sigma, known=known, settings=settings)
+    with Unfinished(run, plan.recalled.stamps, settings.ranks) as unfinished:
+        path = measure(
+            run,
+            exclude=plan.exclude,
+            zero_sigma=zero_sigma,
+            known=plan.recalled.known,
+            settings=settings,
+            unfinished=unfinished,
+        )
     if path.bytes_read and settings.ranks.is_first:
         remember(run, path, plan.recalled.stamps)
+        unfinished.clear()
     return path
 
 
@@ -279,7 +319,16 @@ def _record(plan: Plan, coefficients: Coefficients, measured: PathLength | None,
         accumulate=work.accumulate,
         warnings=warnings + (advice.about_path(path, left_out) if path else ()),
         evaluation=None,
-        outputs=tuple(Output(out.name, run.steps[index], out, plan.files) for index, out in plan.outputs.items()),
+        inputs=tuple(
+            Input(
+                checkpoint.step,
+                checkpoint.directory,
+                {str(shard.path.relative_to(checkpoint.directory)): shard.nbytes for shard in checkpoint.shards},
+                checksum,
+            )
+            for checkpoint, checksum in zip(run.checkpoints, work.checksums, strict=True)
+        ),
+        outputs=tuple(Output(out.name, run.steps[index], out, plan.files, {}) for index, out in plan.outputs.items()),
         bytes_read=work.bytes_read,
         seconds=work.seconds,
     )
@@ -301,18 +350,30 @@ def left_out_of_path(run: Run, path: PathLength) -> tuple[str, ...]:
     )
 
 
-def _small_files(plan: Plan, coefficients: Coefficients, record: Averaged) -> dict[str, bytes]:
-    """What goes beside the weights of every output: side files, the card, and the record of that output."""
+def _completed(
+    plan: Plan, coefficients: Coefficients, record: Averaged, of_weights: Mapping[Path, str]
+) -> tuple[Averaged, dict[str, bytes]]:
+    """The record with the SHA-256 of every file, and what goes beside the weights of every output, by path in the
+    result: side files, the card, and the record of that output.
+    """
     from ckavg.replay.weights import effective_weights
 
     config, adapter_config = read_config(plan.side_files), read_config(plan.side_files, "adapter_config.json")
     files: dict[str, bytes] = {}
+    of_outputs: list[Averaged] = []
     for output, (index, out) in zip(record.outputs, plan.outputs.items(), strict=True):
         own = record
         if index in plan.snapshots:
             own = dataclasses.replace(record, weights=effective_weights(coefficients, index), outputs=(output,))
         card = write_card(own, plan.scheme, config, adapter_config)
-        beside: Mapping[str, bytes] = plan.side_files | {CARD: card.encode(), RESULT_RECORD: own.to_bytes()}
         place = out.relative_to(plan.out)
+        beside = plan.side_files | {CARD: card.encode()}
         files |= {str(place / name): data for name, data in beside.items()}
-    return files
+        digests = {shard.name: of_weights[place / shard.name] for shard in plan.weights.shards}
+        digests |= {name: sha256(data) for name, data in beside.items()}
+        of_outputs.append(dataclasses.replace(own, outputs=(dataclasses.replace(output, sha256=digests),)))
+    record = dataclasses.replace(record, outputs=tuple(own.outputs[0] for own in of_outputs))
+    for own, (index, out) in zip(of_outputs, plan.outputs.items(), strict=True):
+        of_output = own if index in plan.snapshots else record
+        files[str(out.relative_to(plan.out) / RESULT_RECORD)] = of_output.to_bytes()
+    return record, files

@@ -12,6 +12,7 @@ CkavgError
 │   ├── MissingShardError        a file that belongs to it is not there
 │   ├── TruncatedShardError      a file is shorter than its header says
 │   ├── CorruptFileError         a file is not what its name promises
+│   ├── ChangedError             a file is not what it was when the work began
 │   └── NonFiniteError           NaN or infinity among the weights
 ├── ReadError                    the system would not let us read
 ├── SettingError                 a setting outside its domain (also a ValueError)
@@ -93,6 +94,10 @@ class CorruptFileError(CheckpointError):
     """A file is not what its name promises."""
 
 
+class ChangedError(CheckpointError):
+    """A file is not what it was when the work began."""
+
+
 class NonFiniteError(CheckpointError):
     """NaN or infinity among the weights."""
 
@@ -134,6 +139,11 @@ class CombinedError(CkavgError):
 
     def __reduce__(self) -> tuple[Callable[..., CkavgError], tuple[Any, ...], dict[str, Any]]:
         return type(self), (self.errors,), self.__dict__
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the same work may well succeed when it is tried again, and what was done of it is worth keeping."""
+    return isinstance(error, KeyboardInterrupt | ReadError | WriteError | RanksError)
 
 
 def raise_all(errors: Sequence[CkavgError]) -> None:

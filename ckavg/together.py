@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckavg.engine.ranks import Ranks
+from ckavg.journal import Journal
 from ckavg.plan import Plan
-from ckavg.result.staging import ShardFiles, Staging
+from ckavg.result.digests import sha256_of
+from ckavg.result.shard_files import ShardFiles
+from ckavg.result.staging import JOURNAL, Staging
 from ckavg.run.values import Run
+
+if TYPE_CHECKING:
+    from ckavg.engine.stream import Ledger
 
 
 def agree(run: Run, ranks: Ranks, *options: object) -> None:
@@ -61,26 +69,114 @@ def staged(plans: Sequence[Plan], ranks: Ranks, stack: ExitStack) -> list[Stagin
     return stagings
 
 
+Sinks = list[dict[int, ShardFiles]]
+"""The weight files of each plan, by the index of the checkpoint after which they are written."""
+
+
+@contextmanager
 def opened(
-    plans: Sequence[Plan], stagings: Sequence[Staging], ranks: Ranks, stack: ExitStack
-) -> list[dict[int, ShardFiles]]:
-    """The weight files of each plan, by the index of the checkpoint after which they are written; open until the stack
-    is left. The first process makes them, and the others open what it has made.
+    plans: Sequence[Plan], stagings: Sequence[Staging], key: str, ranks: Ranks
+) -> Iterator[tuple[Sinks, Ledger[tuple[str, ...]]]]:
+    """The weight files of all plans, open, and what an interrupted attempt at the same work has finished of them.
+
+    The first process makes the files, and the others open what it has made.
+
+    Args:
+        plans: what is to be written.
+        stagings: where, in their order.
+        key: of this very work, whose parts come out the same whenever they are done.
+        ranks: all processes.
+
+    Raises:
+        WriteError: the system would not let us write.
     """
-    if not ranks.is_first:
-        ranks.wait()
-    files = [
-        {
-            index: stack.enter_context(
-                ShardFiles(staging.path / out.relative_to(plan.out), plan.weights.shards, create=ranks.is_first)
-            )
-            for index, out in plan.outputs.items()
-        }
-        for staging, plan in zip(stagings, plans, strict=True)
+    from ckavg.engine.stream import Ledger
+
+    done = ranks.first(lambda: _continued(plans, stagings, key))
+    create = ranks.is_first and not done
+    with ExitStack() as stack:
+        if not ranks.is_first:
+            ranks.wait()
+        sinks = [
+            {
+                index: stack.enter_context(
+                    ShardFiles(staging.path / out.relative_to(plan.out), plan.weights.shards, create=create)
+                )
+                for index, out in plan.outputs.items()
+            }
+            for staging, plan in zip(stagings, plans, strict=True)
+        ]
+        if ranks.is_first:
+            ranks.wait()
+        journal = _journal(stagings[0], key, ranks)
+        if journal is not None:
+            stack.callback(journal.close)
+
+        def note(finished: Mapping[int, tuple[str, ...]]) -> None:
+            """What a journal says is finished is on the disk, whatever becomes of the machine."""
+            for of_plan in sinks:
+                for sink in of_plan.values():
+                    sink.sync()
+            with suppress(OSError):  # no room for a journal, perhaps: the result has its own already
+                if journal is not None:
+                    journal.add(finished)
+                    for staging in stagings:
+                        staging.keep()
+
+        yield sinks, Ledger({place: tuple(digests) for place, digests in done.items()}, note)
+
+
+def settled(plans: Sequence[Plan], stagings: Sequence[Staging], sinks: Sinks, ranks: Ranks) -> list[dict[Path, str]]:
+    """Have all weight files on the disk, and give the SHA-256 of each by its path in the result.
+
+    Raises:
+        WriteError: the system would not let us write.
+        ReadError: what was written cannot be read again.
+    """
+    names = [
+        [out.relative_to(plan.out) / shard.name for out in plan.outputs.values() for shard in plan.weights.shards]
+        for plan in plans
     ]
-    if ranks.is_first:
-        ranks.wait()
-    return files
+    paths = [staging.path / name for staging, of_plan in zip(stagings, names, strict=True) for name in of_plan]
+    syncs = [sink.sync for of_plan in sinks for sink in of_plan.values()]
+    if ranks.world > 1:
+        sha256_of((), beside=syncs)
+        syncs = []
+        ranks.wait()  # the others have written into these files, too
+    own = paths[ranks.rank :: ranks.world]
+    digests: dict[Path, str] = {}
+    for part in ranks.gather(dict(zip(own, sha256_of(own, beside=syncs), strict=True))):
+        digests |= part
+    in_order = iter(digests[path] for path in paths)
+    return [{name: next(in_order) for name in of_plan} for of_plan in names]
+
+
+def _continued(plans: Sequence[Plan], stagings: Sequence[Staging], key: str) -> dict[int, list[str]]:
+    """What is finished already; where nothing is, the places are empty afterwards."""
+    sizes = [
+        {
+            str(out.relative_to(plan.out) / shard.name): shard.nbytes
+            for out in plan.outputs.values()
+            for shard in plan.weights.shards
+        }
+        for plan in plans
+    ]
+    if all(staging.holds(key, of_plan) for staging, of_plan in zip(stagings, sizes, strict=True)):
+        done, *_ = [staging.finished(key) for staging in stagings]
+        if done:
+            for staging in stagings:
+                staging.keep()
+            return done
+    for staging in stagings:
+        staging.begin(key)
+    return {}
+
+
+def _journal(staging: Staging, key: str, ranks: Ranks) -> Journal | None:
+    """The journal of this process; None where there is no room for one."""
+    with suppress(OSError):
+        return Journal(staging.path / f"{JOURNAL}{ranks.rank}", key)
+    return None
 
 
 def _digest_of(run: Run) -> str:

@@ -23,8 +23,8 @@ STAGES = {
 }
 """Which stages each stage may import: the values passed to it, and the engine that the passes run on."""
 
-ALWAYS = {"atomic", "errors", "version"}
-VALUES_OF_RUN = {"ckavg.run.values", "ckavg.run.checkpoint", "ckavg.run.layouts"}
+ALWAYS = {"atomic", "errors", "journal", "version"}
+VALUES_OF_RUN = {"ckavg.run.values", "ckavg.run.checkpoint", "ckavg.run.layouts", "ckavg.run.stamps"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -27,7 +27,7 @@ def failures(*, verbose: bool) -> Iterator[None]:
     except CkavgError as error:
         if verbose:
             traceback.print_exception(error, file=sys.stderr)
-        warn("error", error.message, error.hint)
+        warn("error", error.message, "\n".join(part for part in (error.hint, *_notes(error)) if part))
         raise typer.Exit(USAGE if isinstance(error, SettingError) else FAILED) from error
     except OSError as error:  # of the environment rather than a bug: a path that is too long, a right that is missing
         if verbose:
@@ -35,5 +35,14 @@ def failures(*, verbose: bool) -> Iterator[None]:
         warn("error", f"{error.filename or 'The system'}: {error.strerror or error}.")
         raise typer.Exit(FAILED) from error
     except KeyboardInterrupt as error:
-        warn("interrupted", "Nothing was left under the final name; the checkpoints are as they were.")
+        warn(
+            "interrupted",
+            "Nothing was left under the final name; the checkpoints are as they were.",
+            "\n".join(_notes(error)),
+        )
         raise typer.Exit(INTERRUPTED) from error
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What was added to an exception on its way here: what is kept of the work it ended."""
+    return list(getattr(error, "__notes__", ()))

@@ -19,11 +19,21 @@ AHEAD_BYTES = 256 << 20
 """How much is announced before it is read: several large reads in flight, and a small part of any memory."""
 
 
-def announcer(checkpoints: Sequence[Checkpoint], files: Files) -> Callable[[Block], None]:
-    """What has the system fetch all that a block reads of every checkpoint, in large pieces and at once."""
+def announcer(
+    checkpoints: Sequence[Checkpoint], files: Files, stopped: Callable[[], bool] = lambda: False
+) -> Callable[[Block], None]:
+    """What has the system fetch all that a block reads of every checkpoint, in large pieces and at once.
+
+    Args:
+        checkpoints: what is read of every block.
+        files: for nobody else.
+        stopped: whether the pass is over; then nothing more is fetched.
+    """
 
     def announce(block: Block) -> None:
         for checkpoint in checkpoints:
+            if stopped():
+                return
             entry = checkpoint.entries[block.name]
             for start, stop in block.ranges:
                 begin, size = start * entry.item_bytes, (stop - start) * entry.item_bytes

@@ -16,12 +16,14 @@ class Progress:
     Attributes:
         stage: `path` for pass 1, `replay` for pass 2.
         done: bytes of checkpoints worked through.
-        total: bytes of checkpoints in the whole pass.
+        total: bytes of checkpoints to work through.
+        kept: bytes beside these that an interrupted attempt had worked through.
     """
 
     stage: Pass
     done: int
     total: int
+    kept: int = 0
 
 
 OnProgress = Callable[[Progress], None]

@@ -36,21 +36,32 @@ class OfAll:
         stage: which pass it is.
         checkpoints, blocks: all that is read in it.
         listener: whom to tell, if anybody.
+        kept: bytes that an earlier attempt has read.
     """
 
     def __init__(
-        self, stage: Pass, checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], listener: OnProgress | None
+        self,
+        stage: Pass,
+        checkpoints: Sequence[Checkpoint],
+        blocks: Sequence[Block],
+        listener: OnProgress | None,
+        *,
+        kept: int = 0,
     ) -> None:
         self._stage = stage
+        self._kept = kept
         self._total = sum(sizes_of(checkpoints, blocks))
         self._listener = listener
 
     def of_own(self, news: Progress) -> None:
         """Hear how far this process is with its own share. That it is done is not passed on: others may not be."""
-        if self._listener is not None and (news.done == 0 or news.done < news.total):
-            self._listener(Progress(self._stage, self._total * news.done // max(1, news.total), self._total))
+        if news.done == 0 or news.done < news.total:
+            self._tell(self._total * news.done // max(1, news.total))
 
     def end(self) -> None:
         """Tell that all are done."""
+        self._tell(self._total)
+
+    def _tell(self, done: int) -> None:
         if self._listener is not None:
-            self._listener(Progress(self._stage, self._total, self._total))
+            self._listener(Progress(self._stage, done, self._total, self._kept))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ Result = TypeVar("Result")
 Unit = TypeVar("Unit", bound=Block)
 
 _MOST_THREADS = 16
+
+SECONDS_BETWEEN_NOTES = 2.0
+"""How much work may be lost to a crash. A note waits for the disk, in a thread that has nothing else to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +61,26 @@ class Streamed(Generic[Result]):
     bytes_read: int
 
 
+@dataclass(frozen=True, slots=True)
+class Ledger(Generic[Result]):
+    """What an interrupted attempt has done of a pass, and who notes what is done now.
+
+    Attributes:
+        done: what came of blocks that need not be worked on again, by their place; the same in every process.
+        note: called now and then with what came of further blocks of this process; it keeps them.
+    """
+
+    done: Mapping[int, Result]
+    note: Callable[[Mapping[int, Result]], None]
+
+
 def stream(
     stage: Pass,
     checkpoints: Sequence[Checkpoint],
     blocks: Sequence[Unit],
     make_worker: Callable[[TileReader], Callable[[Unit], Result]],
     settings: Settings,
+    ledger: Ledger[Result] | None = None,
 ) -> Streamed[Result]:
     """Work on every block once, and return what came of all of them in every process.
 
@@ -72,22 +90,29 @@ def stream(
         blocks: the work.
         make_worker: called once in each thread; what it returns is called with one block after another.
         settings: threads, tile, listener and processes.
+        ledger: what is done already.
 
     Raises:
         Exception: whatever a worker raised first; the blocks not yet begun are dropped.
     """
     ranks = settings.ranks
+    ledger = ledger or Ledger({}, lambda _: None)
+    work = _Work(stage, checkpoints, blocks, ledger, sum(sizes_of(checkpoints, [blocks[each] for each in ledger.done])))
+    left = [place for place in range(len(blocks)) if place not in ledger.done]
     if ranks.world == 1:
-        return _stream_own(stage, checkpoints, blocks, make_worker, settings)
-    own = own_share(checkpoints, blocks, ranks)
-    listener = OfAll(stage, checkpoints, blocks, settings.on_progress)
-    of_own = dataclasses.replace(settings, on_progress=listener.of_own)
-    part = _stream_own(stage, checkpoints, [blocks[place] for place in own], make_worker, of_own)
-    parts = ranks.gather((own, part))
-    listener.end()
-    results = {place: result for places, each in parts for place, result in zip(places, each.results, strict=True)}
+        parts = [_stream_own(work, left, make_worker, settings)]
+    else:
+        to_do = [blocks[place] for place in left]
+        own = [left[each] for each in own_share(checkpoints, to_do, ranks)]
+        listener = OfAll(stage, checkpoints, to_do, settings.on_progress, kept=work.kept_bytes)
+        of_own = dataclasses.replace(settings, on_progress=listener.of_own)
+        parts = ranks.gather(_stream_own(work, own, make_worker, of_own))
+        listener.end()
+    results = dict(ledger.done)
+    for part, _ in parts:
+        results |= part
     in_order = tuple(results[place] for place in range(len(blocks)))
-    return Streamed(in_order, sum(each.bytes_read for _, each in parts))
+    return Streamed(in_order, sum(nbytes for _, nbytes in parts))
 
 
 def by_tensor(blocks: Sequence[Block], results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -98,63 +123,97 @@ def by_tensor(blocks: Sequence[Block], results: Sequence[Result]) -> dict[str, l
     return grouped
 
 
+@dataclass(frozen=True, slots=True)
+class _Work(Generic[Unit, Result]):
+    """A pass: what is read, all of the blocks, what was done of them before, and how many bytes that saves."""
+
+    stage: Pass
+    checkpoints: Sequence[Checkpoint]
+    blocks: Sequence[Unit]
+    ledger: Ledger[Result]
+    kept_bytes: int
+
+
 def _stream_own(
-    stage: Pass,
-    checkpoints: Sequence[Checkpoint],
-    blocks: Sequence[Unit],
+    work: _Work[Unit, Result],
+    own: Sequence[int],
     make_worker: Callable[[TileReader], Callable[[Unit], Result]],
     settings: Settings,
-) -> Streamed[Result]:
-    """Work on every block once in this process alone; arguments and errors as of `stream`."""
+) -> tuple[dict[int, Result], int]:
+    """Work on the blocks of this process, by place: what came of each, and the bytes read; errors as of `stream`."""
     threads = settings.threads or min(available_cores(settings.ranks.local_world), _MOST_THREADS)
     tile = check_tile(settings.tile)
-    own = threading.local()
+    blocks = [work.blocks[place] for place in own]
+    of_thread = threading.local()
     readers: list[TileReader] = []
+    stop = threading.Event()
 
-    def work(place: int, block: Unit) -> Result:
+    def do(place: int, block: Unit) -> Result:
         settings.ranks.check()
-        if not hasattr(own, "worker"):
-            readers.append(TileReader(checkpoints, open_files.enter_context(Files(threads=threads + 1)), tile=tile))
-            own.reader, own.worker = readers[-1], make_worker(readers[-1])
-        reader: TileReader = own.reader
+        if not hasattr(of_thread, "worker"):
+            files = open_files.enter_context(Files(threads=threads + 1))
+            of_thread.reader = TileReader(work.checkpoints, files, tile=tile, stopped=stop.is_set)
+            readers.append(of_thread.reader)
+            of_thread.worker = make_worker(of_thread.reader)
+        reader: TileReader = of_thread.reader
         reader.begin(lambda: ahead.miss(place))
         ahead.begin(place)
-        result: Result = own.worker(block)
+        result: Result = of_thread.worker(block)
         return result
 
     results: dict[int, Result] = {}
     with ExitStack() as open_files, _one_core_per_kernel():
-        announce = announcer(checkpoints, open_files.enter_context(Files(threads=threads + 1)))
-        ahead = open_files.enter_context(Ahead(checkpoints, blocks, announce))
+        announce = announcer(work.checkpoints, open_files.enter_context(Files(threads=threads + 1)), stop.is_set)
+        ahead = open_files.enter_context(Ahead(work.checkpoints, blocks, announce))
         executor = ThreadPoolExecutor(threads, thread_name_prefix="ckavg")
         try:
-            places = {executor.submit(work, place, block): place for place, block in enumerate(blocks)}
-            report = _reporter(stage, checkpoints, blocks, settings.on_progress)
+            places = {executor.submit(do, place, block): place for place, block in enumerate(blocks)}
+            report = _reporter(work, blocks, settings.on_progress)
+            note = _Notes(work.ledger)
             for future in as_completed(places):
-                results[places[future]] = future.result()
-                report(places[future])
+                place = places[future]
+                results[own[place]] = future.result()
+                report(place)
+                note(own[place], results[own[place]])
+        except BaseException:
+            stop.set()  # not only between two blocks: a block may be a second's work, or many on slow storage
+            raise
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
-        return Streamed(
-            tuple(results[place] for place in range(len(blocks))), sum(reader.bytes_read for reader in readers)
-        )
+        return results, sum(reader.bytes_read for reader in readers)
+
+
+class _Notes(Generic[Result]):
+    """Has finished blocks noted every few seconds, never sooner: a short pass is not worth a note."""
+
+    def __init__(self, ledger: Ledger[Result]) -> None:
+        self._ledger = ledger
+        self._new: dict[int, Result] = {}
+        self._noted = time.monotonic()
+
+    def __call__(self, place: int, result: Result) -> None:
+        self._new[place] = result
+        if time.monotonic() - self._noted >= SECONDS_BETWEEN_NOTES:
+            self._ledger.note(self._new)
+            self._new = {}
+            self._noted = time.monotonic()
 
 
 def _reporter(
-    stage: Pass, checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], on_progress: OnProgress | None
+    work: _Work[Unit, Result], blocks: Sequence[Block], on_progress: OnProgress | None
 ) -> Callable[[int], None]:
     if on_progress is None:
         return lambda _: None
     listener = on_progress
-    sizes = sizes_of(checkpoints, blocks)
+    sizes = sizes_of(work.checkpoints, blocks)
     total = sum(sizes)
     done = 0
-    listener(Progress(stage, 0, total))
+    listener(Progress(work.stage, 0, total, work.kept_bytes))
 
     def report(place: int) -> None:
         nonlocal done
         done += sizes[place]
-        listener(Progress(stage, done, total))
+        listener(Progress(work.stage, done, total, work.kept_bytes))
 
     return report
 

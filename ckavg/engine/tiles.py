@@ -8,6 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ckavg.engine.blocks import Block
+from ckavg.engine.checksums import BlockSums
 from ckavg.engine.cuda import CudaStreams, Uploader
 from ckavg.engine.files import Files
 from ckavg.errors import NonFiniteError
@@ -17,6 +19,10 @@ TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16
 """Floating dtypes: safetensors code to torch dtype."""
 
 
+class Stopped(Exception):  # noqa: N818 - nothing is wrong with what it stops
+    """The pass ends before its work is done; raised in a thread of it, and seen by nobody else."""
+
+
 class TileReader:
     """Reads tiles of the checkpoints of a run; one for each thread.
 
@@ -24,11 +30,21 @@ class TileReader:
         checkpoints: the run, ordered by step.
         files: this thread's open files.
         tile: most elements read at once.
+        stopped: whether the pass is over, whatever is left of it.
     """
 
-    def __init__(self, checkpoints: Sequence[Checkpoint], files: Files, *, tile: int) -> None:
+    def __init__(
+        self,
+        checkpoints: Sequence[Checkpoint],
+        files: Files,
+        *,
+        tile: int,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._checkpoints = checkpoints
         self._files = files
+        self._stopped = stopped
+        self._sums: BlockSums | None = None
         self._tile = tile
         self._uploader: Uploader[torch.cuda.Event] | None = None
         self._raw = torch.empty(tile * 8, dtype=torch.uint8)
@@ -45,6 +61,13 @@ class TileReader:
     def begin(self, on_miss: Callable[[], None]) -> None:
         """Say that a block begins; `on_miss` is called, once, with the first of its bytes that is not in memory."""
         self._on_miss = on_miss
+
+    def sum_up(self, block: Block) -> BlockSums:
+        """Take the checksums of a block, of which whole chunks are loaded from now on, of all checkpoints."""
+        if self._sums is None:
+            self._sums = BlockSums(len(self._checkpoints))
+        self._sums.begin(block)
+        return self._sums
 
     def compute_on(self, device: str) -> None:
         """Say where tiles are computed with, in the thread that does it, before anything is allocated there.
@@ -103,10 +126,14 @@ class TileReader:
         return self._raw[:size]
 
     def _read(self, index: int, name: str, start: int, buffer: memoryview) -> None:
+        if self._stopped():
+            raise Stopped
         checkpoint = self._checkpoints[index]
         entry = checkpoint.entries[name]
         path = checkpoint.shards[entry.shard].path
         self._files.read_into(path, entry.offset + start, buffer, on_miss=self._missed)
+        if self._sums is not None:
+            self._sums.take(index, start // entry.item_bytes, entry.item_bytes, buffer)
 
     def _missed(self) -> None:
         on_miss, self._on_miss = self._on_miss, lambda: None

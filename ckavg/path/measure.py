@@ -21,6 +21,7 @@ from ckavg.path.fused import DTYPES as KERNEL_DTYPES
 from ckavg.path.fused import Distances, load_kernel
 from ckavg.path.known import Known, Measured, ToMeasure
 from ckavg.path.table import PathLength, ZeroSigma, to_measure
+from ckavg.path.unfinished import Unfinished
 from ckavg.run.values import Entry, Run
 
 _LANES = 1024
@@ -37,6 +38,16 @@ class _Partial:
     shifted_sum: float
     shifted_squares: float
 
+    def to_json(self) -> list[float]:
+        """The numbers in a row."""
+        return [*self.distances, self.shifted_sum, self.shifted_squares]
+
+    @classmethod
+    def from_json(cls, numbers: list[float]) -> _Partial:
+        """The same from such a row."""
+        *distances, shifted_sum, shifted_squares = numbers
+        return cls(tuple(distances), shifted_sum, shifted_squares)
+
 
 def measure(
     run: Run,
@@ -45,6 +56,7 @@ def measure(
     zero_sigma: ZeroSigma = "exclude",
     known: Known | None = None,
     settings: Settings | None = None,
+    unfinished: Unfinished | None = None,
 ) -> PathLength:
     """Measure the path length of a run, or what is not known of it.
 
@@ -54,6 +66,7 @@ def measure(
         zero_sigma: what becomes of tensors without spread; see `PathLength`.
         known: what was measured before; the checkpoints it covers on both sides are not read.
         settings: how the pass runs.
+        unfinished: where single blocks are kept until all are measured.
 
     Raises:
         NonFiniteError: a checkpoint holds NaN or infinity.
@@ -70,7 +83,10 @@ def measure(
     def make_worker(reader: TileReader) -> _Worker:
         return _Worker(run, work, reader, kernel, tile=settings.tile, device=settings.device)
 
-    streamed = stream("path", [run.checkpoints[index] for index in work.to_read], blocks, make_worker, settings)
+    asked = blocks, work.names, work.steps, work.anchor, kernel is not None, torch.device(settings.device).type
+    ledger = unfinished.ledger(asked, _Partial.to_json, _Partial.from_json) if unfinished else None
+    read = [run.checkpoints[index] for index in work.to_read]
+    streamed = stream("path", read, blocks, make_worker, settings, ledger)
     measured = _merged(entries, blocks, streamed.results, work)
     how: Literal["torch", "numba"] = "torch" if kernel is None else "numba"
     return PathLength(run.steps, work.completed(entries, measured), zero_sigma, streamed.bytes_read, kernel=how)

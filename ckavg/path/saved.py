@@ -1,9 +1,6 @@
 """Stage *path*, its memory: what pass 1 measured, kept beside the run so that it is measured once.
 
-The table is kept by pairs of checkpoints, each known by a stamp rather than by its name: size, inode, and the times of
-last modification and last change of every weight file, and the tensors that its header declares. The system sets the
-time of last change whenever content, name or attributes change, and offers no way to set it back, so that a file which
-was changed and given its old size and modification time has another stamp all the same.
+The table is kept by pairs of checkpoints, each known by its stamp (`run/stamps.py`) rather than by its name.
 """
 
 from __future__ import annotations
@@ -13,7 +10,6 @@ import hashlib
 import itertools
 import json
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +18,13 @@ from typing import Any
 from ckavg.atomic import resolved, write_bytes
 from ckavg.path.known import Known
 from ckavg.path.table import PathLength
-from ckavg.run.values import Checkpoint, Run
+from ckavg.run.stamps import Stamps, stamps_of
+from ckavg.run.values import Run
 
 NAME = "path.json"
 
 _FORMAT = 1
 _MOST_BYTES = 1 << 28
-_FINE_CLOCK_NS = 20_000_000
-_COARSE_CLOCK_NS = 2_000_000_000
-
-Stamps = tuple[str | None, ...]
-"""Of each checkpoint of a run; None where a later change could not be told from the last one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +42,8 @@ class Recalled:
 
 def recall(run: Run) -> Recalled:
     """What was measured of these very files before. A table that cannot be read or understood knows nothing."""
-    stamps = tuple(_stamp(checkpoint) for checkpoint in run.checkpoints)
-    tables = [_load(place) for place in _places(run.source)]
+    stamps = stamps_of(run)
+    tables = [_load(place) for place in places(run.source)]
     sigmas = next((found for table in tables if (found := _row(table, "sigma", stamps[0]))), {})
     distances = tuple(
         next((found for table in tables if (found := _row(table, "distances", _pair(before, after)))), {})
@@ -72,14 +64,11 @@ def remember(run: Run, path: PathLength, stamps: Stamps) -> Path | None:
         Where it is kept: beside the results in the run's directory or, where that cannot be written, in the user's
         cache. None where neither can be, or nothing can be kept.
     """
-    unchanged = [
-        stamp if stamp == _stamp(checkpoint) else None
-        for stamp, checkpoint in zip(stamps, run.checkpoints, strict=True)
-    ]
+    unchanged = [before if before == now else None for before, now in zip(stamps, stamps_of(run), strict=True)]
     if not any(unchanged):
         return None
     checkpoints = {resolved(checkpoint.path) for checkpoint in run.checkpoints}
-    for place in _places(run.source):
+    for place in places(run.source):
         if place.is_symlink() or checkpoints & set(resolved(place).parents):
             continue  # it leads to somebody else's file, perhaps to a checkpoint's
         table = _merged(_load(place), run, path, unchanged)
@@ -88,41 +77,11 @@ def remember(run: Run, path: PathLength, stamps: Stamps) -> Path | None:
     return None
 
 
-def _places(source: Path) -> tuple[Path, Path]:
+def places(source: Path) -> tuple[Path, Path]:
+    """Where the table of a run is kept: beside its results or, where that cannot be written, in the user's cache."""
     where = hashlib.sha256(os.fsencode(resolved(source))).hexdigest()[:24]
     cache = os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache"  # noqa: PTH111 - never raises
     return source / "averaged" / NAME, Path(cache) / "ckavg" / f"path-{where}.json"
-
-
-def _stamp(checkpoint: Checkpoint) -> str | None:
-    parts: list[object] = []
-    for shard in checkpoint.shards:
-        try:
-            status = shard.path.stat()
-        except OSError:
-            return None
-        if not _settled(status.st_ctime_ns):
-            return None
-        parts.append([status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns])
-    parts += [
-        [name, entry.dtype, entry.shape, entry.shard, entry.offset]
-        for name, entry in sorted(checkpoint.entries.items())
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _settled(changed: int) -> bool:
-    """Whether another change from now on would get another time; it is worth a short wait, not a long one."""
-    age, tick = time.time_ns() - changed, _tick(changed)
-    if 0 <= age < tick <= _FINE_CLOCK_NS:
-        time.sleep((tick - age) / 1e9)
-        return True
-    return age >= tick
-
-
-def _tick(changed: int) -> int:
-    """How coarsely the clock ticks that gave a file this time, in nanoseconds."""
-    return _FINE_CLOCK_NS if changed % 1_000_000 else _COARSE_CLOCK_NS
 
 
 def _pair(before: str | None, after: str | None) -> str | None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ckavg.engine.blocks import Block, cut_blocks
-from ckavg.engine.stream import Settings, stream
+from ckavg.engine.checksums import checksums
+from ckavg.engine.stream import Ledger, Settings, stream
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader
 from ckavg.errors import NonFiniteError
 from ckavg.replay.rounding import round_into
@@ -46,7 +47,27 @@ class Average:
     sinks: Mapping[int, Sink]
 
 
-def replay(run: Run, averages: Sequence[Average], *, wide: bool = False, settings: Settings | None = None) -> int:
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What pass 2 read.
+
+    Attributes:
+        bytes_read: how much, in this attempt.
+        checksums: of the averaged tensors of each checkpoint; None where it was not read.
+    """
+
+    bytes_read: int
+    checksums: tuple[str | None, ...]
+
+
+def replay(
+    run: Run,
+    averages: Sequence[Average],
+    *,
+    wide: bool = False,
+    settings: Settings | None = None,
+    ledger: Ledger[tuple[str, ...]] | None = None,
+) -> Replayed:
     """Form all averages of a run in one reading.
 
     Args:
@@ -54,9 +75,7 @@ def replay(run: Run, averages: Sequence[Average], *, wide: bool = False, setting
         averages: what to form.
         wide: accumulate in float64; float64 checkpoints always do.
         settings: how the pass runs.
-
-    Returns:
-        Bytes read.
+        ledger: which of `replay_blocks` are in their place already.
 
     Raises:
         NonFiniteError: a checkpoint holds NaN or infinity, or a value does not fit the output dtype.
@@ -66,7 +85,6 @@ def replay(run: Run, averages: Sequence[Average], *, wide: bool = False, setting
     settings = settings or Settings()
     first = first_read(average.coefficients for average in averages)
     read = run.checkpoints[first:]
-    floating = {name: entry for name, entry in run.tensors.items() if entry.is_floating}
     copied = {name: entry for name, entry in run.tensors.items() if not entry.is_floating}
 
     def average_worker(reader: TileReader) -> _AverageWorker:
@@ -78,21 +96,26 @@ def replay(run: Run, averages: Sequence[Average], *, wide: bool = False, setting
     def copy_worker(reader: TileReader) -> _CopyWorker:
         return _CopyWorker(reader, run.tensors, sinks, tile=settings.tile)
 
-    # From the end: what pass 1 read last is still in memory, where memory does not hold the run.
-    averaged = stream("replay", read, cut_blocks(floating)[::-1], average_worker, settings)
-    if not copied:
-        return averaged.bytes_read
-    quiet = Settings(threads=settings.threads, tile=settings.tile, ranks=settings.ranks)
-    return (
-        averaged.bytes_read
-        + stream(
-            "replay", [run.checkpoints[index] for index in written], cut_blocks(copied), copy_worker, quiet
-        ).bytes_read
-    )
+    blocks = replay_blocks(run)
+    averaged = stream("replay", read, blocks, average_worker, settings, ledger)
+    nbytes = averaged.bytes_read
+    if copied:
+        quiet = Settings(threads=settings.threads, tile=settings.tile, ranks=settings.ranks)
+        of_written = [run.checkpoints[index] for index in written]
+        nbytes += stream("replay", of_written, cut_blocks(copied), copy_worker, quiet).bytes_read
+    return Replayed(nbytes, (None,) * first + checksums(read, blocks, averaged.results))
+
+
+def replay_blocks(run: Run) -> tuple[Block, ...]:
+    """The blocks of pass 2, in its order.
+
+    It goes from the end: what pass 1 read last is still in memory, where memory does not hold the run.
+    """
+    return cut_blocks({name: entry for name, entry in run.tensors.items() if entry.is_floating})[::-1]
 
 
 class _AverageWorker:
-    """Pass 2 over one block after another, in one thread."""
+    """Pass 2 over one block after another, in one thread; gives the block's hash for each checkpoint."""
 
     def __init__(
         self, run: Run, reader: TileReader, averages: Sequence[Average], *, first: int, wide: bool, settings: Settings
@@ -116,12 +139,14 @@ class _AverageWorker:
             for betas in (average.coefficients.betas, *average.coefficients.tensor_betas.values())
         )
 
-    def __call__(self, block: Block) -> None:
+    def __call__(self, block: Block) -> tuple[str, ...]:
         buffer, states = self._workspace(self._accumulate_dtype(block.name))
+        sums = self._reader.sum_up(block)
         for state in states:
             state.turn_to(block.name)
         for start, stop in block.tiles(self._tile):
             self._average_tile(block.name, start, stop, buffer[: stop - start], states)
+        return sums.digests()
 
     def _average_tile(self, name: str, start: int, stop: int, theta: Tensor, states: Sequence[State]) -> None:
         last = len(self._run.checkpoints) - 1

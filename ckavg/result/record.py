@@ -15,13 +15,39 @@ _COMMANDS = re.compile("[\x7f-\x9f]")
 
 
 @dataclass(frozen=True, slots=True)
+class Input:
+    """One checkpoint that took part.
+
+    Attributes:
+        step: its optimizer step.
+        directory: where it was.
+        files: bytes of its weight files, by path relative to `directory`.
+        checksum: of its averaged tensors, as `engine/checksums.py` takes it; None where they were not read.
+    """
+
+    step: int
+    directory: Path
+    files: dict[str, int]
+    checksum: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
-    """One written checkpoint: its name, the optimizer step it stands for, its directory and the files in it."""
+    """One written checkpoint.
+
+    Attributes:
+        name: its name.
+        step: the optimizer step it stands for.
+        directory: where it is.
+        files: the files in it, by path relative to `directory`.
+        sha256: SHA-256 of each of them, but for the record itself.
+    """
 
     name: str
     step: int
     directory: Path
     files: tuple[str, ...]
+    sha256: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +101,7 @@ class Averaged:
         accumulate: dtype in which tensors were accumulated.
         warnings: what a user should know.
         evaluation: what the user's own command said of it; None where there was none.
+        inputs: the checkpoints that took part, the anchor first.
         outputs: what was written; snapshots first, the average over all checkpoints last.
         bytes_read: bytes of checkpoints read.
         seconds: how long it took.
@@ -102,6 +129,7 @@ class Averaged:
     accumulate: str
     warnings: tuple[str, ...]
     evaluation: Evaluation | None
+    inputs: tuple[Input, ...]
     outputs: tuple[Output, ...]
     bytes_read: int
     seconds: Seconds

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import fcntl
 import os
 import secrets
 import shutil
 import socket
+import stat
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ckavg.atomic import resolved
-from ckavg.errors import OutputError, WriteError
-from ckavg.result.layout import ShardPlan
+from ckavg.errors import OutputError, is_passing
+from ckavg.journal import Journal, is_of, read_journal
 from ckavg.result.place import check_replaceable
+from ckavg.result.shard_files import write_errors
 
-if TYPE_CHECKING:
-    from torch import Tensor
+PARTIAL, REPLACED = ".ckavg-partial", ".ckavg-replaced"
+"""How the names end under which a result is filled, and kept until another one has its place."""
+
+JOURNAL = ".ckavg-journal-"
 
 _SECONDS_TO_SEE = 90.0
 
 
 class Staging:
-    """Fills `.<name>.ckavg-partial` beside `out`; `commit` syncs it and renames it to `out`.
+    """Fills `.<name>.ckavg-partial` beside `out`; `commit` renames it to `out`.
 
-    Used as a context: on leaving it without a commit, whatever was written is removed. Where several processes fill it,
-    one of them does all of this, and the others wait until they see its `mark`.
+    Used as a context. On leaving it without a commit, whatever was written is removed, unless it is worth continuing:
+    then it stays, with a journal of what is finished. Where several processes fill it, one of them does all of this,
+    and the others wait until they see its `mark`.
 
     Args:
         out: the final directory.
@@ -45,20 +47,21 @@ class Staging:
     def __init__(self, out: Path, *, force: bool = False) -> None:
         self._out = resolved(out)
         self._force = force
-        self.path = self._out.parent / f".{self._out.name}.ckavg-partial"
+        self.path = self._out.parent / f".{self._out.name}{PARTIAL}"
+        self._replaced = self._out.parent / f".{self._out.name}{REPLACED}"
         self._made: list[Path] = []
         self._lock: int | None = None
         self._committed = False
         self._mark: Path | None = None
+        self._keeps = False
 
     def __enter__(self) -> Staging:
-        with _write_errors(self._out.parent):
+        with write_errors(self._out.parent):
             try:
                 self._make_parents()
                 self.path.mkdir(exist_ok=True)
                 self._lock = _locked(self.path)
-                for leftover in self.path.iterdir():
-                    _remove(leftover)
+                self._settle_replaced()
             except BaseException:
                 self._clean_up()
                 raise
@@ -67,19 +70,66 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._clean_up()
+        if error is not None and self._keeps and not self._committed and is_passing(error):
+            error.add_note(
+                f"What was finished is kept in {self.path}: the same command continues from there. "
+                "Delete that directory to start afresh."
+            )
+            self._close()
+        else:
+            self._clean_up()
+
+    def holds(self, key: str, sizes: Mapping[str, int]) -> bool:
+        """Whether an interrupted attempt at this very work has left its weight files here.
+
+        Args:
+            key: of the work.
+            sizes: bytes of every weight file, by relative path.
+        """
+        if not is_of(self.path / f"{JOURNAL}0", key):
+            return False
+        try:
+            states = {name: (self.path / name).lstat() for name in sizes}
+        except OSError:
+            return False
+        return all(stat.S_ISREG(states[name].st_mode) and states[name].st_size == size for name, size in sizes.items())
+
+    def finished(self, key: str) -> dict[int, Any]:
+        """What the journals of an interrupted attempt say is done; where it is anything, it is worth keeping."""
+        done: dict[int, Any] = {}
+        with write_errors(self.path):
+            for path in sorted(self.path.glob(".*")):
+                if path.name.startswith(JOURNAL):
+                    done |= read_journal(path, key)
+                elif path != self._mark:
+                    _remove(path)  # the mark of a job that is gone
+        self._keeps = bool(done)
+        return done
+
+    def begin(self, key: str) -> None:
+        """Remove whatever is here, and begin the journal of new work."""
+        with write_errors(self.path):
+            for leftover in self.path.iterdir():
+                if leftover != self._mark:
+                    _remove(leftover)
+            Journal(self.path / f"{JOURNAL}0", key).close()
+
+    def keep(self) -> None:
+        """Say that enough is finished to be worth continuing."""
+        self._keeps = True
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file."""
-        with _write_errors(self.path / name):
+        with write_errors(self.path / name):
             target = self.path / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
+            _sync(target)
 
     def mark(self) -> str:
         """Leave an empty file with a name that nobody could have left before, and return the name."""
         self._mark = self.path / f".{secrets.token_hex(16)}"
-        with _write_errors(self._mark):
+        with write_errors(self._mark):
             self._mark.touch(exist_ok=False)
         return self._mark.name
 
@@ -99,33 +149,39 @@ class Staging:
             time.sleep(0.05)
 
     def commit(self) -> None:
-        """Sync everything and give it its final name.
+        """Give it its final name. All files are on the disk by then.
 
         Raises:
             OutputExistsError: something came to be there since the work began.
             WriteError: the system would not let us; the final name is as it was.
         """
-        with _write_errors(self._out):
-            if self._mark is not None:
-                self._mark.unlink()
-            for directory, _, files in os.walk(self.path):
-                for file in files:
-                    _sync(Path(directory) / file)
+        with write_errors(self._out):
+            for ours in (*self.path.glob(f"{JOURNAL}*"), *([self._mark] if self._mark else [])):
+                ours.unlink()
+            for directory, _, _ in os.walk(self.path):
                 _sync(Path(directory))
-            replaced = self._out.parent / f".{self._out.name}.ckavg-replaced"
-            _remove(replaced)
             if self._out.exists() and any(self._out.iterdir()):
                 check_replaceable(self._out, force=self._force)
-                self._out.rename(replaced)
+                self._out.rename(self._replaced)
             try:
                 self.path.rename(self._out)
             except OSError:
-                if replaced.exists():
-                    replaced.rename(self._out)
+                if self._replaced.exists():
+                    self._replaced.rename(self._out)
                 raise
             self._committed = True
             _sync(self._out.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
+            shutil.rmtree(self._replaced, ignore_errors=True)
+
+    def _settle_replaced(self) -> None:
+        """Bring back what a process moved aside and did not live to replace, or remove it if it did."""
+        if self._replaced.is_symlink() or not self._replaced.exists():
+            return
+        if self._out.exists():
+            _remove(self._replaced)
+            return
+        self._replaced.rename(self._out)
+        check_replaceable(self._out, force=self._force)
 
     def _make_parents(self) -> None:
         missing = [parent for parent in self._out.parents if not parent.exists()]
@@ -142,83 +198,12 @@ class Staging:
                     parent.rmdir()
                 except OSError:
                     break
+        self._close()
+
+    def _close(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-
-class ShardFiles:
-    """The weight files of a result, written tile by tile from several threads.
-
-    Args:
-        directory: where they go; it is made where it does not exist.
-        shards: their layout.
-        create: make them, as one process does; the others write into them.
-
-    Raises:
-        WriteError: the system would not let us write.
-    """
-
-    def __init__(self, directory: Path, shards: tuple[ShardPlan, ...], *, create: bool = True) -> None:
-        self._offsets: dict[str, tuple[int, int, Path]] = {}
-        self._handles: list[tuple[int, Path]] = []
-        for shard in shards:
-            path = directory / shard.name
-            with _write_errors(path):
-                if create:
-                    directory.mkdir(exist_ok=True)
-                # Never for reading: a network file system then writes the bytes it is given, and not their whole pages.
-                made = os.O_CREAT | os.O_EXCL if create else 0
-                handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC | made, 0o666)
-                self._handles.append((handle, path))
-                if create:
-                    _reserve(handle, shard.nbytes)
-                    _write_at(handle, memoryview(shard.header), 0)
-            for name, offset in shard.offsets.items():
-                self._offsets[name] = handle, offset, path
-
-    def put(self, name: str, offset: int, values: Tensor) -> None:
-        """Write the bytes of tensor `name` from byte `offset` on: (n,) uint8 in CPU memory."""
-        handle, start, path = self._offsets[name]
-        with _write_errors(path):
-            _write_at(handle, values.numpy().data, start + offset)
-
-    def sync(self) -> None:
-        """Wait until every byte is on the disk."""
-        for handle, path in self._handles:
-            with _write_errors(path):
-                os.fsync(handle)
-
-    def __enter__(self) -> ShardFiles:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        while self._handles:
-            os.close(self._handles.pop()[0])
-
-
-def _reserve(handle: int, nbytes: int) -> None:
-    """Give a file its size, and the blocks for it where the file system can: writing into them is twice as fast.
-
-    `os.posix_fallocate` will not do: where the file system cannot, the C library writes every block.
-
-    Raises:
-        OSError: there is no room for it.
-    """
-    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-    if fallocate is not None and nbytes:
-        failed = fallocate(handle, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes))
-        if failed and ctypes.get_errno() in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    os.truncate(handle, nbytes)
-
-
-def _write_at(handle: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(handle, data[done:], offset + done)
 
 
 def _locked(directory: Path) -> int:
@@ -231,7 +216,7 @@ def _locked(directory: Path) -> int:
         pass
     os.close(handle)
     raise OutputError(
-        f"Another ckavg is writing {directory.name.removeprefix('.').removesuffix('.ckavg-partial')} right now.",
+        f"Another ckavg is writing {directory.name.removeprefix('.').removesuffix(PARTIAL)} right now.",
         hint="Wait for it, or choose another place with --out.",
     )
 
@@ -249,14 +234,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise WriteError(
-            f"{path} cannot be written: {error.strerror or error}.",
-            hint="Nothing was left under the final name. Choose another place with --out, or free some space.",
-        ) from error

@@ -31,7 +31,7 @@ AVERAGING = ("pema", "bema", "ema", "ouema", "dema", "mean")
 SHARED = "Options of every averaging command"
 HELP = {"--help", "-h"}
 OF_TORCHRUN = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}
-FREE_FORM = {"parameters", "selection", "evaluation"}
+FREE_FORM = {"inputs[].files", "outputs[].sha256", "parameters", "selection", "evaluation"}
 """Objects in the record whose keys depend on what was asked for."""
 
 Options = dict[str, object]

@@ -41,10 +41,10 @@ STOPPED = NEXT_READ.format(act="os.kill(os.getpid(), signal.SIGTERM)")
 BROKEN = NEXT_READ.format(act="1 / 0")
 FULL_DISK = """
 import errno, os
-from ckavg.result import staging
+from ckavg.result import shard_files
 def full(handle, data, offset):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-staging._write_at = full
+shard_files._write_at = full
 """
 MAIN = "from ckavg.cli import main\nmain()\n"
 LIBRARY = """
