@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
@@ -27,16 +28,14 @@ def replacing(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         yield path
         return
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=f".{path.name}")
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        partial.chmod(_usual_mode())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with _held(path) as partial:
+        try:
+            yield partial
+            partial.chmod(_usual_mode())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -50,6 +49,40 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.flush()
         if partial.is_file():
             os.fsync(file.fileno())
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[Path]:
+    """An empty file of the same suffix beside `path`, for nobody else.
+
+    It has the same name every time, unless another process holds that: what a killed one has left is used again.
+    """
+    usual = path.parent / f".ckavg-partial.{path.name}"
+    handle = _lock(usual)
+    if handle is None:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=f".{path.name}")
+        usual = Path(name)
+    try:
+        yield usual
+    finally:
+        os.close(handle)
+
+
+def _lock(path: Path) -> int | None:
+    """A handle of the empty file at `path` that keeps others away until it is closed; None where it is taken."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(handle).st_ino == path.stat().st_ino:
+            os.truncate(handle, 0)
+            return handle
+    except OSError:
+        pass
+    os.close(handle)
+    return None
 
 
 def _usual_mode() -> int:

@@ -273,8 +273,9 @@ def _measure(run: Run, plan: PathPlan, zero_sigma: ZeroSigma, settings: Settings
             settings=settings,
             unfinished=unfinished,
         )
-    if path.bytes_read and settings.ranks.is_first:
-        remember(run, path, plan.recalled.stamps)
+    if settings.ranks.is_first:
+        if path.bytes_read:
+            remember(run, path, plan.recalled.stamps)
         unfinished.clear()
     return path
 

@@ -84,7 +84,8 @@ class _Lines:
         self._shown = now
         title = _title(news, len(self._begun), self._passes)
         if news.done == 0:
-            typer.echo(f"{title}: {news.total / 1e9:.2f} GB to read", err=True)
+            kept = f"; {news.kept / 1e9:.2f} GB more were done before it was interrupted" if news.kept else ""
+            typer.echo(f"{title}: {news.total / 1e9:.2f} GB to read{kept}", err=True)
             return
         rate = news.done / max(now - begun, 1e-9)
         left = "done" if news.done == news.total else f"{(news.total - news.done) / rate:.0f} s left"
@@ -94,7 +95,8 @@ class _Lines:
 
 
 def _title(news: Progress, number: int, passes: int) -> str:
-    return f"pass {number} of {passes}, {_TITLES[news.stage]}" if passes > 1 else _TITLES[news.stage]
+    title = f"continuing {_TITLES[news.stage]}" if news.kept else _TITLES[news.stage]
+    return f"pass {number} of {passes}, {title}" if passes > 1 else title
 
 
 @contextmanager

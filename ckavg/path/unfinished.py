@@ -1,7 +1,7 @@
 """Stage *path*, its memory of an attempt that was interrupted: what pass 1 has measured of single blocks.
 
-It is kept where the table of finished paths is (`saved.py`), under a name that hides it, and removed with the first
-path that is measured to its end.
+It is kept where the table of finished paths is (`saved.py`), under a name that hides it, and removed as soon as the
+path is known as a whole. What nobody comes back to is removed after a week.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ from ckavg.version import __version__
 Value = TypeVar("Value")
 
 _PREFIX, _SUFFIX = ".path-", ".ckavg-partial"
+_SECONDS_KEPT = 7 * 24 * 3600
 
 
 class Unfinished:
@@ -41,7 +43,7 @@ class Unfinished:
 
     def __init__(self, run: Run, stamps: Stamps, ranks: Ranks) -> None:
         self._places = [place.parent for place in places(run.source)]
-        self._stamps = stamps
+        self._of_run = None if None in stamps else _hash(__version__, stamps)
         self._ranks = ranks
         self._key = ""
         self._journal: Journal | None = None
@@ -58,9 +60,9 @@ class Unfinished:
             asked: what is measured and how: all that could change what comes of a block, besides the checkpoints.
             as_json, from_json: the way of what comes of a block to JSON values, and back.
         """
-        if None in self._stamps:
+        if self._of_run is None:
             return None
-        self._key = hashlib.sha256(repr((__version__, self._stamps, asked)).encode()).hexdigest()[:32]
+        self._key = f"{self._of_run}-{_hash(asked)}"
         done = self._ranks.first(self._recovered)
         self._keeps = bool(done)
 
@@ -86,16 +88,23 @@ class Unfinished:
                     self._made.rmdir()
 
     def clear(self) -> None:
-        """Remove what this and earlier attempts have left, but for those of other processes that run now."""
+        """Remove what attempts at these checkpoints have left, now that their path is known, and what is a week old.
+
+        What another process is writing now stays.
+        """
         for directory in self._places:
             for path in _journals(directory, ""):
                 with contextlib.suppress(OSError):
                     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
                     try:
-                        if path == self._path or _is_free(handle):
+                        if self._is_done_with(path) and _is_free(handle):
                             path.unlink()
                     finally:
                         os.close(handle)
+
+    def _is_done_with(self, path: Path) -> bool:
+        ours = self._of_run is not None and path.name.startswith(f"{_PREFIX}{self._of_run}-")
+        return ours or time.time() - path.stat().st_mtime > _SECONDS_KEPT
 
     def _recovered(self) -> dict[int, Any]:
         done: dict[int, Any] = {}
@@ -142,6 +151,10 @@ def _journals(directory: Path, key: str) -> list[Path]:
         )
     except OSError:
         return []
+
+
+def _hash(*values: object) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
 def _is_free(handle: int) -> bool:
