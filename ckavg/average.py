@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckavg import advice
+from ckavg.atomic import resolved
 from ckavg.engine.progress import OnProgress
 from ckavg.engine.ranks import ALONE, Ranks
 from ckavg.errors import SettingError
@@ -26,6 +27,7 @@ from ckavg.path.table import PathLength, ZeroSigma
 from ckavg.plan import CARD, Plan, check_together, plan_average
 from ckavg.result.card import write_card
 from ckavg.result.digests import sha256
+from ckavg.result.leftovers import tidy
 from ckavg.result.record import Averaged, Input, Output, Seconds
 from ckavg.result.side_files import read_config
 from ckavg.run.checkpoint import RESULT_RECORD
@@ -183,6 +185,9 @@ def carry_out(
         own = ranks.own_device(resolve_device(device, nbytes=nbytes // ranks.world, averages=len(plans)))
         settings = fitted(Settings(device=own, on_progress=on_progress, ranks=ranks), averages=len(plans))
         agree_on(plans, ranks, accumulate, zero_sigma)
+        if ranks.is_first:
+            for directory in {resolved(plan.out).parent for plan in plans}:
+                tidy(directory)
         stagings = staged(plans, ranks, stack)
         stamps, states = stamps_of(run), states_of(run)
         measuring = time.perf_counter()

@@ -16,6 +16,7 @@ from ckavg.cli.ranks import together
 from ckavg.cli.terminal import warn
 from ckavg.engine.ranks import Ranks
 from ckavg.plan import Plan, plan_averages
+from ckavg.result.leftovers import find_leftovers
 from ckavg.result.place import check_file
 from ckavg.run.opening import as_run, inspect_run
 from ckavg.run.values import Run
@@ -40,6 +41,7 @@ def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
     check_plot(options, run)
     (plan,) = plans_of(run, [(scheme, options.out)], options)
     warn_of(plan.warnings)
+    warn_of_leftovers([plan])
     if options.dry_run:
         report.print_plan(plan, as_json=options.as_json)
         return
@@ -86,6 +88,13 @@ def warn_of(warnings: Iterable[str]) -> None:
     """Print warnings to stderr."""
     for warning in warnings:
         warn("warning", warning)
+
+
+def warn_of_leftovers(plans: Sequence[Plan]) -> None:
+    """Tell of interrupted averages that lie where results will, besides those that are continued now."""
+    outs = [plan.out for plan in plans]
+    for directory in dict.fromkeys(out.parent for out in outs):
+        warn_of(map(str, find_leftovers(directory, but=outs)))
 
 
 def check_plot(options: Measuring, run: Run) -> None:

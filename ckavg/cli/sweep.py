@@ -10,7 +10,7 @@ from typing import Annotated, cast
 
 import typer
 
-from ckavg.cli.averaging import carry_out_shown, check_plot, draw, plans_of, warn_of
+from ckavg.cli.averaging import carry_out_shown, check_plot, draw, plans_of, warn_of, warn_of_leftovers
 from ckavg.cli.commands import joined
 from ckavg.cli.failures import INTERRUPTED
 from ckavg.cli.options import Sweeping
@@ -72,6 +72,7 @@ def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -
     base = options.out if options.out is not None else run.source / "averaged"
     plans = plans_of(run, [(scheme, base / scheme.label) for scheme in schemes], options)
     warn_of(dict.fromkeys(warning for plan in plans for warning in plan.warnings))
+    warn_of_leftovers(plans)
     if options.dry_run:
         report.print_plans(plans, as_json=options.as_json)
         return

@@ -62,6 +62,8 @@ class Staging:
                 self.path.mkdir(exist_ok=True)
                 self._lock = _locked(self.path)
                 self._settle_replaced()
+                if self._out.exists() and any(self._out.iterdir()):
+                    check_replaceable(self._out, force=self._force)
             except BaseException:
                 self._clean_up()
                 raise
@@ -181,7 +183,6 @@ class Staging:
             _remove(self._replaced)
             return
         self._replaced.rename(self._out)
-        check_replaceable(self._out, force=self._force)
 
     def _make_parents(self) -> None:
         missing = [parent for parent in self._out.parents if not parent.exists()]

@@ -1,0 +1,94 @@
+"""What killed processes have left."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import ckavg
+from ckavg.journal import Journal
+from ckavg.result.leftovers import find_leftovers, tidy
+from tests.cli.runner import run_cli, snapshot
+from tests.runs import random_run, write_run
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run", random_run(0, 3, torch.float32), (0, 10, 20))
+
+
+def interrupted(directory: Path, *, blocks: int) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "model.safetensors").write_bytes(b"\0" * 3_000_000)
+    journal = Journal(directory / ".ckavg-journal-0", "key")
+    if blocks:
+        journal.add({number: ["digest"] for number in range(blocks)})
+    journal.close()
+    return directory
+
+
+def test_one_that_can_be_continued_is_told_of_and_stays(source: Path) -> None:
+    left = interrupted(source / "averaged" / ".ema-gamma0.2.ckavg-partial", blocks=2)
+    before = snapshot(left)
+    for verb in (["pema"], ["sweep", "mean"]):
+        told = run_cli(verb[0], source, *verb[1:])
+        assert told.exit_code == 0
+        assert f"{left} holds 3 MB of an average that was interrupted." in told.stderr
+    assert snapshot(left) == before
+    (found,) = find_leftovers(source / "averaged")
+    assert found.path == left
+    assert found.nbytes == pytest.approx(3_000_000, rel=0.02)
+    assert find_leftovers(source / "averaged", but=[source / "averaged" / "ema-gamma0.2"]) == ()
+
+
+def test_one_that_cannot_is_removed(source: Path) -> None:
+    left = interrupted(source / "averaged" / ".ema-gamma0.2.ckavg-partial", blocks=0)
+    told = run_cli("ema", source)
+    assert told.exit_code == 0
+    assert "interrupted" not in told.stderr
+    assert not left.exists()
+
+
+def test_one_that_is_being_written_is_nobody_elses(source: Path) -> None:
+    left = interrupted(source / "averaged" / ".ema-gamma0.2.ckavg-partial", blocks=0)
+    handle = os.open(left, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert "interrupted" not in run_cli("ema", source).stderr
+    refused = run_cli("ema", source, "--gamma", "0.2")
+    os.close(handle)
+    assert refused.exit_code == 1
+    assert "error: Another ckavg is writing ema-gamma0.2 right now." in refused.stderr
+    assert left.exists()
+
+
+def test_what_was_moved_aside_comes_back(source: Path) -> None:
+    result = ckavg.average(ckavg.open_run(source), ckavg.EMA()).directory
+    before = snapshot(result)
+    aside = result.parent / f".{result.name}.ckavg-replaced"
+    result.rename(aside)
+    refused = run_cli("ema", source)
+    assert refused.exit_code == 1
+    assert "already holds a result" in refused.stderr
+    assert snapshot(result) == before
+    assert not aside.exists()
+
+
+def test_what_was_replaced_goes(source: Path) -> None:
+    result = ckavg.average(ckavg.open_run(source), ckavg.EMA()).directory
+    before = snapshot(result)
+    interrupted(result.parent / f".{result.name}.ckavg-replaced", blocks=0)
+    tidy(result.parent)
+    assert [path.name for path in result.parent.iterdir()] == [result.name]
+    assert snapshot(result) == before
+
+
+def test_what_has_such_a_name_by_a_link_stays(source: Path, tmp_path: Path) -> None:
+    elsewhere = interrupted(tmp_path / "elsewhere", blocks=0)
+    (source / "averaged").mkdir()
+    (source / "averaged" / ".x.ckavg-partial").symlink_to(elsewhere)
+    assert run_cli("ema", source).exit_code == 0
+    assert elsewhere.is_dir()
