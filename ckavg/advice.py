@@ -189,6 +189,8 @@ def about_path(path: PathLength, excluded: Sequence[str]) -> tuple[str, ...]:
             f"No spread at the anchor (σ = 0), so not counted in the path length: {_named(path.without_spread)}. "
             "They are averaged like all others."
         )
+    if path.not_finite:
+        told.append(f"NaN or infinity, so not counted in the path length: {_named(path.not_finite)}.")
     if excluded:
         told.append(f"Left out of the path length: {_named(excluded)}.")
     lengths = path.lengths
@@ -204,6 +206,15 @@ def about_path(path: PathLength, excluded: Sequence[str]) -> tuple[str, ...]:
         ]
         told += _about_length(lengths[-1])
     return tuple(told)
+
+
+def about_nonfinite(count: int) -> tuple[str, ...]:
+    """What NaN and infinity have done to the result, where they were allowed.
+
+    Args:
+        count: how many elements of it are not finite.
+    """
+    return (f"{count:,} numbers of the result are NaN or infinite, as some of the checkpoints are.",) if count else ()
 
 
 def _about_length(length: float) -> list[str]:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckavg.engine.ranks import Ranks
 from ckavg.journal import Journal
@@ -18,6 +18,7 @@ from ckavg.run.values import Run
 
 if TYPE_CHECKING:
     from ckavg.engine.stream import Ledger
+    from ckavg.replay.replay import Formed
 
 
 def agree(run: Run, ranks: Ranks, *options: object) -> None:
@@ -76,7 +77,7 @@ Sinks = list[dict[int, ShardFiles]]
 @contextmanager
 def opened(
     plans: Sequence[Plan], stagings: Sequence[Staging], key: str, ranks: Ranks
-) -> Iterator[tuple[Sinks, Ledger[tuple[str, ...]]]]:
+) -> Iterator[tuple[Sinks, Ledger[Formed]]]:
     """The weight files of all plans, open, and what an interrupted attempt at the same work has finished of them.
 
     The first process makes the files, and the others open what it has made.
@@ -91,6 +92,7 @@ def opened(
         WriteError: the system would not let us write.
     """
     from ckavg.engine.stream import Ledger
+    from ckavg.replay.replay import Formed
 
     done = ranks.first(lambda: _continued(plans, stagings, key))
     create = ranks.is_first and not done
@@ -112,18 +114,18 @@ def opened(
         if journal is not None:
             stack.callback(journal.close)
 
-        def note(finished: Mapping[int, tuple[str, ...]]) -> None:
+        def note(finished: Mapping[int, Formed]) -> None:
             """What a journal says is finished is on the disk, whatever becomes of the machine."""
             for of_plan in sinks:
                 for sink in of_plan.values():
                     sink.sync()
             with suppress(OSError):  # no room for a journal, perhaps: the result has its own already
                 if journal is not None:
-                    journal.add(finished)
+                    journal.add({place: formed.to_json() for place, formed in finished.items()})
                     for staging in stagings:
                         staging.keep()
 
-        yield sinks, Ledger({place: tuple(digests) for place, digests in done.items()}, note)
+        yield sinks, Ledger({place: Formed.from_json(values) for place, values in done.items()}, note)
 
 
 def settled(plans: Sequence[Plan], stagings: Sequence[Staging], sinks: Sinks, ranks: Ranks) -> list[dict[Path, str]]:
@@ -151,7 +153,7 @@ def settled(plans: Sequence[Plan], stagings: Sequence[Staging], sinks: Sinks, ra
     return [{name: next(in_order) for name in of_plan} for of_plan in names]
 
 
-def _continued(plans: Sequence[Plan], stagings: Sequence[Staging], key: str) -> dict[int, list[str]]:
+def _continued(plans: Sequence[Plan], stagings: Sequence[Staging], key: str) -> dict[int, Any]:
     """What is finished already; where nothing is, the places are empty afterwards."""
     sizes = [
         {

@@ -79,6 +79,7 @@ def carry_out_shown(plans: Sequence[Plan], options: Averaging, ranks: Ranks) -> 
             accumulate=options.accumulate,
             device=options.device,
             zero_sigma=options.zero_sigma,
+            allow_nonfinite=options.allow_nonfinite,
             on_progress=on_progress,
             ranks=ranks,
         )

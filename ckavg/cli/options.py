@@ -110,6 +110,12 @@ class Measuring(Choice):
             rich_help_panel=_SHOWN,
         ),
     ] = None
+    allow_nonfinite: Annotated[
+        bool,
+        typer.Option(
+            "--allow-nonfinite", help="Go on where a checkpoint holds NaN or infinity.", rich_help_panel=_WORK
+        ),
+    ] = False
     as_json: Json = False
     quiet: Quiet = False
     verbose: Verbose = False

@@ -10,12 +10,13 @@ from typing import Annotated
 import typer
 
 from ckavg import advice
-from ckavg.average import left_out_of_path, measure_path
+from ckavg.average import measure_path
 from ckavg.cli.averaging import check_plot, warn_of
 from ckavg.cli.commands import with_options
 from ckavg.cli.options import Measuring
 from ckavg.cli.progress import show_progress
 from ckavg.cli.ranks import together
+from ckavg.recording import left_out_of_path
 from ckavg.result.place import check_file
 from ckavg.run.opening import as_run, inspect_run
 
@@ -52,6 +53,7 @@ def path(options: MeasuringPath) -> None:
                 path_exclude=options.path_exclude or (),
                 zero_sigma=options.zero_sigma,
                 sample=options.sample,
+                allow_nonfinite=options.allow_nonfinite,
                 device=options.device,
                 on_progress=on_progress,
                 ranks=ranks,

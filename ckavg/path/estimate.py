@@ -46,6 +46,7 @@ def estimate(
     *,
     exclude: tuple[str, ...] = (),
     zero_sigma: ZeroSigma = "exclude",
+    allow_nonfinite: bool = False,
     settings: Settings | None = None,
 ) -> PathLength:
     """Estimate the path length of a run from a fraction of each tensor.
@@ -55,10 +56,11 @@ def estimate(
         fraction: how much of each tensor is read, in (0, 1); of small tensors more.
         exclude: shell patterns of tensor names that do not count.
         zero_sigma: what becomes of tensors without spread; see `PathLength`.
+        allow_nonfinite: tensors that hold NaN or infinity do not count, instead of ending the pass.
         settings: how the pass runs.
 
     Raises:
-        NonFiniteError: the sample holds NaN or infinity.
+        NonFiniteError: the sample holds NaN or infinity, and may not.
         TruncatedShardError, ReadError: a file changed or cannot be read.
     """
     settings = settings or Settings()
@@ -67,7 +69,7 @@ def estimate(
     units = cut_strips(entries, samples)
 
     def make_worker(reader: TileReader) -> _Worker:
-        return _Worker(run, reader)
+        return _Worker(run, reader, allow_nonfinite=allow_nonfinite)
 
     streamed = stream("path", run.checkpoints, units, make_worker, settings)
     of_tensor = by_tensor(units, streamed.results)
@@ -119,14 +121,15 @@ def _path_and_sigma(weighted: Tensor, weight: Tensor, numel: int) -> tuple[Tenso
 class _Worker:
     """The sample of one unit after another, in one thread."""
 
-    def __init__(self, run: Run, reader: TileReader) -> None:
+    def __init__(self, run: Run, reader: TileReader, *, allow_nonfinite: bool) -> None:
         self._run = run
+        self._allow_nonfinite = allow_nonfinite
         self._reader = reader
 
     def __call__(self, unit: Strips) -> _Sums:
         sums = self._sum(unit, torch.float32)
         if not bool(torch.isfinite(sums.distances).all() and torch.isfinite(sums.shifted).all()):
-            for start, stop in unit.ranges:
+            for start, stop in () if self._allow_nonfinite else unit.ranges:
                 self._reader.refuse_nonfinite(unit.name, start, stop)
             return self._sum(unit, torch.float64)
         return sums

@@ -55,6 +55,7 @@ def measure(
     exclude: tuple[str, ...] = (),
     zero_sigma: ZeroSigma = "exclude",
     known: Known | None = None,
+    allow_nonfinite: bool = False,
     settings: Settings | None = None,
     unfinished: Unfinished | None = None,
 ) -> PathLength:
@@ -65,11 +66,12 @@ def measure(
         exclude: shell patterns of tensor names that do not count.
         zero_sigma: what becomes of tensors without spread; see `PathLength`.
         known: what was measured before; the checkpoints it covers on both sides are not read.
+        allow_nonfinite: tensors that hold NaN or infinity do not count, instead of ending the pass.
         settings: how the pass runs.
         unfinished: where single blocks are kept until all are measured.
 
     Raises:
-        NonFiniteError: a checkpoint holds NaN or infinity.
+        NonFiniteError: a checkpoint holds NaN or infinity, and may not.
         TruncatedShardError, ReadError: a file changed or cannot be read.
     """
     settings = settings or Settings()
@@ -81,9 +83,17 @@ def measure(
     kernel = _kernel(run, work, settings)
 
     def make_worker(reader: TileReader) -> _Worker:
-        return _Worker(run, work, reader, kernel, tile=settings.tile, device=settings.device)
+        return _Worker(run, work, reader, kernel, allow_nonfinite=allow_nonfinite, settings=settings)
 
-    asked = blocks, work.names, work.steps, work.anchor, kernel is not None, torch.device(settings.device).type
+    asked = (
+        blocks,
+        work.names,
+        work.steps,
+        work.anchor,
+        kernel is not None,
+        allow_nonfinite,
+        torch.device(settings.device).type,
+    )
     ledger = unfinished.ledger(asked, _Partial.to_json, _Partial.from_json) if unfinished else None
     read = [run.checkpoints[index] for index in work.to_read]
     streamed = stream("path", read, blocks, make_worker, settings, ledger)
@@ -121,6 +131,8 @@ def _sigma(numel: int, partials: Sequence[_Partial]) -> float:
     """
     if numel < 2:
         return 0.0
+    if not all(math.isfinite(part.shifted_squares) for part in partials):
+        return math.nan
     total = math.fsum(part.shifted_sum for part in partials)
     squares = math.fsum(part.shifted_squares for part in partials)
     return math.sqrt(max(0.0, squares - total * total / numel) / (numel - 1))
@@ -130,18 +142,26 @@ class _Worker:
     """Pass 1 over one block after another, in one thread."""
 
     def __init__(
-        self, run: Run, work: ToMeasure, reader: TileReader, kernel: Distances | None, *, tile: int, device: str
+        self,
+        run: Run,
+        work: ToMeasure,
+        reader: TileReader,
+        kernel: Distances | None,
+        *,
+        allow_nonfinite: bool,
+        settings: Settings,
     ) -> None:
         self._run = run
+        self._allow_nonfinite = allow_nonfinite
         self._kernel = kernel
         self._work = work
         self._place = {index: place for place, index in enumerate(work.to_read)}
         self._reader = reader
-        self._tile = tile
-        self._device = device
+        self._tile = settings.tile
+        self._device = settings.device
         self._buffers: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._lanes: dict[torch.dtype, Tensor] = {}
-        reader.compute_on(device)
+        reader.compute_on(settings.device)
 
     def __call__(self, block: Block) -> _Partial:
         dtype, kernel = self._way(block.name)
@@ -168,7 +188,8 @@ class _Worker:
         sums = self._sum_tile(name, start, stop, dtype, kernel)
         if bool(torch.isfinite(sums).all()):
             return sums
-        self._reader.refuse_nonfinite(name, start, stop)
+        if not self._allow_nonfinite:
+            self._reader.refuse_nonfinite(name, start, stop)
         return self._sum_tile(name, start, stop, torch.float64, None)  # finite weights whose float32 sum overflowed
 
     def _sum_tile(self, name: str, start: int, stop: int, dtype: torch.dtype, kernel: Distances | None) -> Tensor:

@@ -126,11 +126,11 @@ def _merged(table: Mapping[str, Any], run: Run, path: PathLength, stamps: list[s
             if all(stamp in kept for stamp in key.split()):
                 of_key[key] = _row(table, kind, key)
     if stamps[0]:
-        measured = {name: tensor.sigma for name, tensor in path.tensors.items()}
+        measured = {name: tensor.sigma for name, tensor in path.tensors.items() if tensor.is_finite}
         rows["sigma"][stamps[0]] = rows["sigma"].get(stamps[0], {}) | measured
     for place, pair in enumerate(itertools.starmap(_pair, itertools.pairwise(stamps))):
         if pair is not None:
-            measured = {name: tensor.distances[place] for name, tensor in path.tensors.items()}
+            measured = {name: tensor.distances[place] for name, tensor in path.tensors.items() if tensor.is_finite}
             rows["distances"][pair] = rows["distances"].get(pair, {}) | measured
     names = sorted({name for of_key in rows.values() for row in of_key.values() for name in row})
     listed = {

@@ -35,6 +35,11 @@ class TensorPath:
     distances: tuple[float, ...]
     variances: tuple[float, ...] = ()
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether neither NaN nor infinity was met in it."""
+        return math.isfinite(self.sigma) and all(map(math.isfinite, self.distances))
+
 
 @dataclass(frozen=True, slots=True)
 class PathLength:
@@ -69,9 +74,19 @@ class PathLength:
         return tuple(sorted(name for name in self.tensors if self.sigma(name) == 0))
 
     @property
+    def not_finite(self) -> tuple[str, ...]:
+        """Tensors left out because they hold NaN or infinity, where that is allowed, by name."""
+        return tuple(sorted(name for name, tensor in self.tensors.items() if not tensor.is_finite))
+
+    @property
     def counted(self) -> tuple[str, ...]:
         """Tensors that count, by name."""
-        return tuple(sorted(name for name in self.tensors if self.sigma(name) > 0))
+        return tuple(sorted(name for name in self.tensors if self.sigma(name) > 0 and self.tensors[name].is_finite))
+
+    @property
+    def uncounted(self) -> tuple[str, ...]:
+        """Tensors that were measured and do not count, by name."""
+        return tuple(sorted({*self.tensors} - {*self.counted}))
 
     @property
     def parameters_counted(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -54,10 +54,30 @@ class Replayed:
     Attributes:
         bytes_read: how much, in this attempt.
         checksums: of the averaged tensors of each checkpoint; None where it was not read.
+        nonfinite: how many elements of each average are NaN or infinite.
     """
 
     bytes_read: int
     checksums: tuple[str | None, ...]
+    nonfinite: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Formed:
+    """Of one finished block: its hash for each checkpoint, and how much of each average is not finite."""
+
+    digests: tuple[str, ...]
+    nonfinite: tuple[int, ...]
+
+    def to_json(self) -> list[list[Any]]:
+        """The same as JSON values."""
+        return [list(self.digests), list(self.nonfinite)]
+
+    @classmethod
+    def from_json(cls, values: list[list[Any]]) -> Formed:
+        """The same from such values."""
+        digests, nonfinite = values
+        return cls(tuple(digests), tuple(nonfinite))
 
 
 def replay(
@@ -65,8 +85,9 @@ def replay(
     averages: Sequence[Average],
     *,
     wide: bool = False,
+    allow_nonfinite: bool = False,
     settings: Settings | None = None,
-    ledger: Ledger[tuple[str, ...]] | None = None,
+    ledger: Ledger[Formed] | None = None,
 ) -> Replayed:
     """Form all averages of a run in one reading.
 
@@ -74,11 +95,12 @@ def replay(
         run: the checkpoints, the anchor first.
         averages: what to form.
         wide: accumulate in float64; float64 checkpoints always do.
+        allow_nonfinite: let NaN and infinity through instead of ending the pass.
         settings: how the pass runs.
         ledger: which of `replay_blocks` are in their place already.
 
     Raises:
-        NonFiniteError: a checkpoint holds NaN or infinity, or a value does not fit the output dtype.
+        NonFiniteError: a checkpoint holds NaN or infinity and may not, or a value does not fit the output dtype.
         TruncatedShardError, ReadError: a file changed or cannot be read.
         OutputError: a sink could not take its bytes.
     """
@@ -88,7 +110,9 @@ def replay(
     copied = {name: entry for name, entry in run.tensors.items() if not entry.is_floating}
 
     def average_worker(reader: TileReader) -> _AverageWorker:
-        return _AverageWorker(run, reader, averages, first=first, wide=wide, settings=settings)
+        return _AverageWorker(
+            run, reader, averages, first=first, wide=wide, allow_nonfinite=allow_nonfinite, settings=settings
+        )
 
     written = sorted({index for average in averages for index in average.sinks})
     sinks = [[average.sinks[index] for average in averages if index in average.sinks] for index in written]
@@ -103,7 +127,9 @@ def replay(
         quiet = Settings(threads=settings.threads, tile=settings.tile, ranks=settings.ranks)
         of_written = [run.checkpoints[index] for index in written]
         nbytes += stream("replay", of_written, cut_blocks(copied), copy_worker, quiet).bytes_read
-    return Replayed(nbytes, (None,) * first + checksums(read, blocks, averaged.results))
+    digests = [formed.digests for formed in averaged.results]
+    nonfinite = [sum(formed.nonfinite[place] for formed in averaged.results) for place in range(len(averages))]
+    return Replayed(nbytes, (None,) * first + checksums(read, blocks, digests), tuple(nonfinite))
 
 
 def replay_blocks(run: Run) -> tuple[Block, ...]:
@@ -115,11 +141,21 @@ def replay_blocks(run: Run) -> tuple[Block, ...]:
 
 
 class _AverageWorker:
-    """Pass 2 over one block after another, in one thread; gives the block's hash for each checkpoint."""
+    """Pass 2 over one block after another, in one thread."""
 
     def __init__(
-        self, run: Run, reader: TileReader, averages: Sequence[Average], *, first: int, wide: bool, settings: Settings
+        self,
+        run: Run,
+        reader: TileReader,
+        averages: Sequence[Average],
+        *,
+        first: int,
+        wide: bool,
+        allow_nonfinite: bool,
+        settings: Settings,
     ) -> None:
+        self._allow_nonfinite = allow_nonfinite
+        self._nonfinite = [0] * len(averages)
         self._run = run
         self._reader = reader
         self._averages = averages
@@ -133,20 +169,21 @@ class _AverageWorker:
         size = settings.tile * _widest(run, averages)
         self._out = torch.empty(size, dtype=torch.uint8, pin_memory=settings.device != "cpu")
         # β = 1 forgets all that was before, NaN and infinity included; elsewhere they last to the end.
-        self._forgets = any(
+        self._forgets = not allow_nonfinite and any(
             1.0 in betas
             for average in averages
             for betas in (average.coefficients.betas, *average.coefficients.tensor_betas.values())
         )
 
-    def __call__(self, block: Block) -> tuple[str, ...]:
+    def __call__(self, block: Block) -> Formed:
         buffer, states = self._workspace(self._accumulate_dtype(block.name))
         sums = self._reader.sum_up(block)
         for state in states:
             state.turn_to(block.name)
+        self._nonfinite = [0] * len(self._averages)
         for start, stop in block.tiles(self._tile):
             self._average_tile(block.name, start, stop, buffer[: stop - start], states)
-        return sums.digests()
+        return Formed(sums.digests(), tuple(self._nonfinite))
 
     def _average_tile(self, name: str, start: int, stop: int, theta: Tensor, states: Sequence[State]) -> None:
         last = len(self._run.checkpoints) - 1
@@ -155,21 +192,16 @@ class _AverageWorker:
             self._reader.load(index - self._first, name, start, theta)
             if self._forgets:
                 sums.append(theta.sum())  # looked at once a tile: a look waits for a GPU to come that far
-            for state, average in zip(states, self._averages, strict=True):
+            for place, (state, average) in enumerate(zip(states, self._averages, strict=True)):
                 state.take(index, theta)
                 if index in average.sinks:
-                    self._hand_on(average, average.sinks[index], name, start, state.output(index, theta))
+                    count = self._hand_on(average, average.sinks[index], name, start, state.output(index, theta))
+                    self._nonfinite[place] += count if index == last else 0
         if sums and not bool(torch.isfinite(torch.stack(sums)).all()):
             self._reader.refuse_nonfinite(name, start, stop)
 
-    def _refuse(self, name: str, start: int, stop: int) -> None:
-        self._reader.refuse_nonfinite(name, start, stop)
-        raise NonFiniteError(
-            f"tensor {name!r}: the weights are finite, but their average overflows while it is formed.",
-            hint="Accumulate with more room: --accumulate float64.",
-        )
-
-    def _hand_on(self, average: Average, sink: Sink, name: str, start: int, result: Tensor) -> None:
+    def _hand_on(self, average: Average, sink: Sink, name: str, start: int, result: Tensor) -> int:
+        """Round a finished tile and hand it on; how many of its elements are not finite."""
         dtype = TORCH_DTYPES[average.dtypes[name]]
         stored = self._out[: result.numel() * dtype.itemsize]
         rounded = stored.view(dtype)
@@ -177,15 +209,27 @@ class _AverageWorker:
             round_into(result, rounded)
         else:  # rounded first: fewer bytes come back, and by themselves
             rounded.copy_(round_into(result, torch.empty_like(result, dtype=dtype)))
-        if not _all_finite(rounded):
-            if not _all_finite(result):
-                self._refuse(name, start, start + result.numel())
+        count = 0 if _all_finite(rounded) else self._judge(name, start, result, rounded, average.dtypes[name])
+        sink.put(name, start * dtype.itemsize, stored)
+        return count
+
+    def _judge(self, name: str, start: int, result: Tensor, rounded: Tensor, dtype: str) -> int:
+        """Refuse a tile that is not finite, or count what is not where that is allowed."""
+        finite = torch.isfinite(result)
+        if not (self._allow_nonfinite or bool(finite.all())):
+            self._reader.refuse_nonfinite(name, start, start + result.numel())
             raise NonFiniteError(
-                f"tensor {name!r}: a value of the average does not fit {average.dtypes[name]} "
-                f"(largest {torch.finfo(dtype).max:.4g}).",
+                f"tensor {name!r}: the weights are finite, but their average overflows while it is formed.",
+                hint="Accumulate with more room: --accumulate float64.",
+            )
+        kept = torch.isfinite(rounded)
+        if bool((finite.to(kept.device) & ~kept).any()):
+            raise NonFiniteError(
+                f"tensor {name!r}: a value of the average does not fit {dtype} "
+                f"(largest {torch.finfo(rounded.dtype).max:.4g}).",
                 hint="Choose an output dtype with more room: --dtype bfloat16 or --dtype float32.",
             )
-        sink.put(name, start * dtype.itemsize, stored)
+        return int((~kept).sum())
 
     def _accumulate_dtype(self, name: str) -> torch.dtype:
         return torch.float64 if self._wide or self._run.is_wide(name) else torch.float32

@@ -62,11 +62,11 @@ def to_dict(
         "path_length_error": None if path.standard_errors is None else list(path.standard_errors),
         "sample": path.sample,
         "zero_sigma": path.zero_sigma,
-        "excluded_from_path": sorted({*excluded, *path.without_spread}),
+        "excluded_from_path": sorted({*excluded, *path.uncounted}),
         "parameters_counted": path.parameters_counted,
         "tensors": {
             name: {
-                "sigma": tensor.sigma,
+                "sigma": tensor.sigma if tensor.is_finite else None,
                 "numel": tensor.numel,
                 "path_length": list(path.tensor_lengths(name)) if name in counted else None,
             }

@@ -67,6 +67,8 @@ def reproduce(record: Averaged, scheme: Scheme) -> str:
         settings["dtype"] = record.dtype
     if record.accumulate != "float32":
         settings["accumulate"] = record.accumulate
+    if record.allow_nonfinite:
+        settings["allow_nonfinite"] = True
     if record.outputs[-1].step < record.steps[-1]:
         settings["snapshot_every"] = record.outputs[-1].step
     if record.sample < 1:

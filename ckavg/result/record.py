@@ -99,6 +99,7 @@ class Averaged:
         parameters_counted: N, the scalars that did; None where ℓ was not measured.
         dtype: output dtype that was asked for.
         accumulate: dtype in which tensors were accumulated.
+        allow_nonfinite: whether checkpoints that hold NaN or infinity were let through.
         warnings: what a user should know.
         evaluation: what the user's own command said of it; None where there was none.
         inputs: the checkpoints that took part, the anchor first.
@@ -127,6 +128,7 @@ class Averaged:
     parameters_counted: int | None
     dtype: str
     accumulate: str
+    allow_nonfinite: bool
     warnings: tuple[str, ...]
     evaluation: Evaluation | None
     inputs: tuple[Input, ...]

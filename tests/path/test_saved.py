@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import ckavg
+from ckavg.errors import ChangedError
 from ckavg.run import stamps
 from tests.cli.runner import run_cli
 from tests.runs import random_run, write_checkpoint, write_run
@@ -259,14 +260,15 @@ def test_numbers_that_make_no_sense_are_measured_anew(source: Path, value: str) 
     assert measured(source).lengths == want.lengths
 
 
-def test_a_file_that_changes_while_it_is_measured_is_not_kept(source: Path) -> None:
+def test_a_file_that_changes_while_it_is_measured_is_refused_and_not_kept(source: Path) -> None:
     file = file_of(source, 50)
 
     def change(news: ckavg.Progress) -> None:
         if news.done == 0:
             flip(file)
 
-    ckavg.measure_path(ckavg.open_run(source), on_progress=change)
+    with pytest.raises(ChangedError, match=f"{file} changed while it was read"):
+        ckavg.measure_path(ckavg.open_run(source), on_progress=change)
     assert in_checkpoints(source, measured(source)) == 3
 
 

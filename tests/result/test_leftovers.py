@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ckavg
+from ckavg.errors import ChangedError
 from ckavg.journal import Journal
 from ckavg.result.leftovers import find_leftovers, tidy
 from tests.cli.runner import run_cli, snapshot
@@ -92,3 +93,17 @@ def test_what_has_such_a_name_by_a_link_stays(source: Path, tmp_path: Path) -> N
     (source / "averaged" / ".x.ckavg-partial").symlink_to(elsewhere)
     assert run_cli("ema", source).exit_code == 0
     assert elsewhere.is_dir()
+
+
+def test_a_checkpoint_that_changes_while_it_is_averaged(source: Path) -> None:
+    file = source / "checkpoint-10" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+
+    def change(news: ckavg.Progress) -> None:
+        if news.done == news.total:
+            data[-1] ^= 1
+            file.write_bytes(data)
+
+    with pytest.raises(ChangedError, match="changed while it was read"):
+        ckavg.average(ckavg.open_run(source), ckavg.EMA(), on_progress=change)
+    assert not (source / "averaged").exists()

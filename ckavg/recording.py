@@ -1,0 +1,130 @@
+"""From what was done to what is written down of it: the record, the card, and the other small files of a result."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckavg import advice
+from ckavg.path.table import PathLength, ZeroSigma
+from ckavg.plan import CARD, Plan
+from ckavg.result.card import write_card
+from ckavg.result.digests import sha256
+from ckavg.result.record import Averaged, Input, Output, Seconds
+from ckavg.result.side_files import read_config
+from ckavg.run.checkpoint import RESULT_RECORD
+from ckavg.run.values import Run
+from ckavg.schemes import Coefficients
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What all averages of one reading have in common, besides the run."""
+
+    accumulate: str
+    zero_sigma: ZeroSigma
+    bytes_read: int
+    checksums: tuple[str | None, ...]
+    allow_nonfinite: bool
+    seconds: Seconds
+
+
+def record_of(
+    plan: Plan, coefficients: Coefficients, measured: PathLength | None, work: Work, *, nonfinite: int
+) -> Averaged:
+    """The record of one average.
+
+    Args:
+        plan, coefficients: of the average.
+        measured: the path; None where no average of the reading needed it.
+        work: what it has in common with the others.
+        nonfinite: how many of its elements are not finite.
+    """
+    from ckavg.replay.weights import effective_weights
+
+    run, scheme = plan.run, plan.scheme
+    path = measured if scheme.needs_path else None
+    left_out = left_out_of_path(run, path) if path else ()
+    weights = effective_weights(coefficients)
+    anchor = run.steps[coefficients.start]
+    warnings = plan.warnings + advice.about_coefficients(scheme, coefficients, run.steps)
+    warnings += advice.about_weights(run.steps, weights)
+    return Averaged(
+        scheme=scheme.name,
+        parameters=scheme.parameters(),
+        source=run.source,
+        selection=run.selection.stated,
+        steps=run.steps,
+        anchor_step=anchor,
+        span=run.steps[-1] - anchor,
+        path_length=path.lengths if path else None,
+        betas=coefficients.betas,
+        alphas=coefficients.alphas,
+        weights=weights,
+        path_length_error=path.standard_errors if path else None,
+        path_kernel=path.kernel if path else None,
+        sample=path.sample if path else 1.0,
+        path_exclude=plan.path.exclude if plan.path else (),
+        zero_sigma=work.zero_sigma,
+        excluded_from_path=tuple(sorted({*left_out, *path.uncounted})) if path else (),
+        parameters_counted=path.parameters_counted if path else None,
+        dtype=plan.dtype,
+        accumulate=work.accumulate,
+        allow_nonfinite=work.allow_nonfinite,
+        warnings=warnings + (advice.about_path(path, left_out) if path else ()) + advice.about_nonfinite(nonfinite),
+        evaluation=None,
+        inputs=tuple(
+            Input(
+                checkpoint.step,
+                checkpoint.directory,
+                {str(shard.path.relative_to(checkpoint.directory)): shard.nbytes for shard in checkpoint.shards},
+                checksum,
+            )
+            for checkpoint, checksum in zip(run.checkpoints, work.checksums, strict=True)
+        ),
+        outputs=tuple(Output(out.name, run.steps[index], out, plan.files, {}) for index, out in plan.outputs.items()),
+        bytes_read=work.bytes_read,
+        seconds=work.seconds,
+    )
+
+
+def left_out_of_path(run: Run, path: PathLength) -> tuple[str, ...]:
+    """Floating tensors with elements that pass 1 was told not to measure."""
+    return tuple(
+        sorted(
+            name
+            for name, entry in run.tensors.items()
+            if entry.is_floating and entry.numel and name not in path.tensors
+        )
+    )
+
+
+def completed(
+    plan: Plan, coefficients: Coefficients, record: Averaged, of_weights: Mapping[Path, str]
+) -> tuple[Averaged, dict[str, bytes]]:
+    """The record with the SHA-256 of every file, and what goes beside the weights of every output, by path in the
+    result: side files, the card, and the record of that output.
+    """
+    from ckavg.replay.weights import effective_weights
+
+    config, adapter_config = read_config(plan.side_files), read_config(plan.side_files, "adapter_config.json")
+    files: dict[str, bytes] = {}
+    of_outputs: list[Averaged] = []
+    for output, (index, out) in zip(record.outputs, plan.outputs.items(), strict=True):
+        own = record
+        if index in plan.snapshots:
+            own = dataclasses.replace(record, weights=effective_weights(coefficients, index), outputs=(output,))
+        card = write_card(own, plan.scheme, config, adapter_config)
+        place = out.relative_to(plan.out)
+        beside = plan.side_files | {CARD: card.encode()}
+        files |= {str(place / name): data for name, data in beside.items()}
+        digests = {shard.name: of_weights[place / shard.name] for shard in plan.weights.shards}
+        digests |= {name: sha256(data) for name, data in beside.items()}
+        of_outputs.append(dataclasses.replace(own, outputs=(dataclasses.replace(output, sha256=digests),)))
+    record = dataclasses.replace(record, outputs=tuple(own.outputs[0] for own in of_outputs))
+    for own, (index, out) in zip(of_outputs, plan.outputs.items(), strict=True):
+        of_output = own if index in plan.snapshots else record
+        files[str(out.relative_to(plan.out) / RESULT_RECORD)] = of_output.to_bytes()
+    return record, files
