@@ -76,7 +76,7 @@ def test_tensors_are_aligned_to_their_items(tmp_path: Path) -> None:
 
 
 def test_config_agrees_with_the_weights(source: Path) -> None:
-    config = {"model_type": "x", "torch_dtype": "float32", "text_config": {"dtype": "float16", "width": 3}}
+    config = {"model_type": "llama", "torch_dtype": "float32", "text_config": {"dtype": "float16", "width": 3}}
     (source / "checkpoint-20" / "config.json").write_text(json.dumps(config))
     result = ckavg.average(ckavg.open_run(source), ckavg.EMA())
     written = json.loads((result.directory / "config.json").read_text())
