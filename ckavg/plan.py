@@ -224,8 +224,8 @@ def _snapshots(run: Run, start: int, every: int | None) -> tuple[int, ...]:
         absent = len(run.tensors.keys() - run.checkpoints[index].entries.keys())
         if absent:
             raise SettingError(
-                f"snapshot-every: step {steps[index]} lacks {absent} tensors of the last checkpoint, which a snapshot "
-                "would have to copy.",
+                f"snapshot-every: step {steps[index]} lacks tensors of the last checkpoint ({absent} of them), which a "
+                "snapshot would have to copy.",
                 hint="Leave out --snapshot-every with --common-only, or stop before the checkpoints that have more.",
             )
     return chosen

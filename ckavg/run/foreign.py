@@ -164,9 +164,9 @@ def _of_deepspeed(path: Path, name: str, found: list[str]) -> str:
 
 
 def _of_lightning(path: Path, name: str, found: list[str]) -> str:
-    label = read_label(Path(name).stem.rpartition("-")[2]) or read_label(path.stem)
+    stated = re.search(r"step[-_=]?(\d+)", name)
     at = path / name if path.is_dir() else path
-    target = at.parent / f"step_{label.number if label else 'N'}.safetensors"
+    target = at.parent / f"step_{int(stated[1]) if stated else 'N'}.safetensors"
     return _convert(_one_file(at, target, "['state_dict']"))
 
 

@@ -172,15 +172,18 @@ def _common(checkpoints: list[Checkpoint], problems: list[CkavgError], warnings:
         )
     if common.copied:
         warnings.append(
-            f"{len(common.copied)} tensors are not in every checkpoint and not averaged, but copied from step "
-            f"{checkpoints[-1].step}: {_listed(common.copied)}."
+            f"Not in every checkpoint, so not averaged but copied from step {checkpoints[-1].step}: "
+            f"{_counted(common.copied)}."
         )
     if common.dropped:
         warnings.append(
-            f"{len(common.dropped)} tensors are not in every checkpoint, nor at step {checkpoints[-1].step}, and left "
-            f"out: {_listed(common.dropped)}."
+            f"Not in every checkpoint, nor at step {checkpoints[-1].step}, so left out: {_counted(common.dropped)}."
         )
     return list(common.checkpoints)
+
+
+def _counted(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({_listed(names)})"
 
 
 def _listed(names: Sequence[str]) -> str:
