@@ -58,7 +58,7 @@ def list_folder(directory: Path) -> Listing:
     files, folders = set(), []
     with os.scandir(directory) as entries:
         for entry in entries:
-            if entry.is_dir() and not entry.name.endswith(".safetensors"):
+            if _is_folder(entry) and not entry.name.endswith(".safetensors"):
                 folders.append(entry.name)
             else:
                 files.add(entry.name)
@@ -154,6 +154,13 @@ def _folders_below(
         yield folder, listing
         if depth < _DEEPEST:
             yield from _folders_below(folder, listing.folders, averaged, depth=depth + 1)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
 
 
 def _has_weights(names: Iterable[str]) -> bool:

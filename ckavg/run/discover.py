@@ -160,7 +160,7 @@ def _candidate(path: Path, logs: _Logs, warnings: list[str]) -> Candidate | None
         label = read_label(path.stem)
         return Candidate(path, label.number, label, stated=False) if label else None
     label = read_label(path.name)
-    if label is None or not path.is_dir() or is_half_written(path.name) or (path / RESULT_RECORD).exists():
+    if label is None or not path.is_dir() or is_half_written(path.name) or _is_result(path):
         return None
     if path.name.isdigit() and not _holds_any(path):
         return None
@@ -170,6 +170,13 @@ def _candidate(path: Path, logs: _Logs, warnings: list[str]) -> Candidate | None
         warnings.append(f"{path.name}: {TRAINER_STATE} says step {stated}; that is used, not the number in the name.")
     log = logs.number(logged_losses(state or {}))
     return Candidate(path, label.number if stated is None else stated, label, stated=stated is not None, log=log)
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        return (path / RESULT_RECORD).exists()
+    except OSError:  # whoever reads it says what is wrong
+        return False
 
 
 def _holds_any(path: Path) -> bool:
@@ -212,7 +219,7 @@ def _passed_over(children: Iterable[Path], *, flat: bool) -> list[str]:
             continue
         elif is_half_written(path.name):
             half.append(path.name)
-        elif holds_weights(path) and not (path / RESULT_RECORD).exists():
+        elif holds_weights(path) and not _is_result(path):
             unstated.append(path.name)
     told = []
     if unstated:

@@ -135,7 +135,9 @@ def inspect_run(source: Path, selection: Selection) -> Inspection:
         problems.append(_too_few(found, len(candidates)))
     if selection.common_only and checkpoints:
         checkpoints = _common(checkpoints, problems, warnings)
-    return Inspection(found.source, selection, tuple(checkpoints), worst_first(problems), tuple(warnings))
+    return Inspection(
+        found.source, selection, tuple(checkpoints), worst_first(_first_of_kind(problems)), tuple(warnings)
+    )
 
 
 def worst_first(problems: Sequence[CkavgError]) -> tuple[CkavgError, ...]:
@@ -180,6 +182,18 @@ def _common(checkpoints: list[Checkpoint], problems: list[CkavgError], warnings:
             f"Not in every checkpoint, nor at step {checkpoints[-1].step}, so left out: {_counted(common.dropped)}."
         )
     return list(common.checkpoints)
+
+
+def _first_of_kind(problems: Sequence[CkavgError]) -> list[CkavgError]:
+    """The problems, those of format counted after the first few: whoever trained in one has all checkpoints in it."""
+    of_format = [problem for problem in problems if isinstance(problem, UnsupportedFormatError)]
+    rest = of_format[_NAMED:]
+    if not rest:
+        return list(problems)
+    counted = UnsupportedFormatError(
+        f"{len(rest)} more checkpoints are in a format that is not read.", hint="They are to be converted likewise."
+    )
+    return [problem for problem in problems if problem not in rest] + [counted]
 
 
 def _counted(names: Sequence[str]) -> str:

@@ -80,7 +80,11 @@ def test_config_agrees_with_the_weights(source: Path) -> None:
     (source / "checkpoint-20" / "config.json").write_text(json.dumps(config))
     result = ckavg.average(ckavg.open_run(source), ckavg.EMA())
     written = json.loads((result.directory / "config.json").read_text())
-    assert written == {"model_type": "llama", "torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "width": 3}}
+    assert written == {
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "text_config": {"dtype": "bfloat16", "width": 3},
+    }
 
 
 def test_config_that_agrees_is_copied_to_the_byte(source: Path) -> None:

@@ -120,8 +120,7 @@ def test_refused_with_the_command_that_converts(tmp_path: Path, case: str) -> No
     [
         (
             ("epoch=0-step=10.ckpt", "epoch=1-step=20.ckpt"),
-            "['state_dict']; save_file({k: v.clone().contiguous() for k, v in w.items()}, '{run}/step_10.safetensors'"
-            ,
+            "['state_dict']; save_file({k: v.clone().contiguous() for k, v in w.items()}, '{run}/step_10.safetensors'",
         ),
         (("megatron_gpt--step=10.nemo",), "convert_llama_nemo_to_hf.py --input_name_or_path {run}/megatron_gpt--"),
         (("model.gguf",), "Save the checkpoints as safetensors"),
@@ -148,6 +147,13 @@ def test_a_directory_that_lightning_saved(tmp_path: Path) -> None:
         in done.stderr
     )
     assert f"{tmp_path}/step_10.safetensors" in done.stderr
+
+
+def test_many_of_one_format_are_counted(tmp_path: Path) -> None:
+    write_foreign(tmp_path, "checkpoint-{}", ("pytorch_model.bin",), steps=tuple(range(50)))
+    done = run_cli("ema", tmp_path)
+    assert "error: 5 problems:" in done.stderr
+    assert "46 more checkpoints are in a format that is not read." in done.stderr
 
 
 def test_a_gathered_model_beside_deepspeeds_pieces_is_read(tmp_path: Path) -> None:
@@ -177,7 +183,7 @@ def test_the_command_for_one_file_works(tmp_path: Path, name: str, key: str | No
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_the_command_for_fsdp_works(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    from torch.distributed.checkpoint import save
+    from torch.distributed.checkpoint.state_dict_saver import save
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
     weights = {"a": torch.arange(6.0), "b": torch.ones(2, 2)}

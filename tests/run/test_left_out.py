@@ -126,7 +126,11 @@ def test_skipping_is_recorded_and_reproduced(source: Path) -> None:
 
 
 def test_common_tensors_are_averaged_and_others_copied(source: Path) -> None:
-    for step, extra in ((10, {"early": torch.ones(3)}), (30, {"frozen": torch.ones(2)}), (40, {"frozen": torch.zeros(2)})):
+    for step, extra in (
+        (10, {"early": torch.ones(3)}),
+        (30, {"frozen": torch.ones(2)}),
+        (40, {"frozen": torch.zeros(2)}),
+    ):
         save_file(weights(step) | extra, source / f"checkpoint-{step}" / MODEL)
     with pytest.raises(CombinedError, match="--common-only averages those"):
         ckavg.open_run(source)
@@ -226,7 +230,9 @@ def test_what_is_never_copied(source: Path, pattern: str, told: str) -> None:
 
 def test_weights_among_what_is_copied_are_said(source: Path) -> None:
     plan = ckavg.plan_average(ckavg.open_run(source, copy=("*",)), ckavg.EMA())
-    assert any(warning == f"Weights are never copied, though --copy * matches them: {MODEL}." for warning in plan.warnings)
+    assert any(
+        warning == f"Weights are never copied, though --copy * matches them: {MODEL}." for warning in plan.warnings
+    )
 
 
 def test_custom_code_is_copied_and_said(source: Path) -> None:

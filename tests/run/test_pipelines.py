@@ -35,13 +35,17 @@ FILES = {
 def weights(seed: int) -> dict[str, dict[str, Tensor]]:
     """A step of a random walk, by component. Two components have tensors of one name."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {"unet": {"conv.weight": (8, 4), "out.bias": (16,)}, "vae": {"conv.weight": (3, 5)}, "text_encoder": {"t": (7,)}}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
+        "unet": {"conv.weight": (8, 4), "out.bias": (16,)},
+        "vae": {"conv.weight": (3, 5)},
+        "text_encoder": {"t": (7,)},
+    }
     walk = {part: {n: torch.zeros(s) for n, s in of_part.items()} for part, of_part in shapes.items()}
     for _ in range(seed + 1):
         for of_part in walk.values():
             for name in of_part:
                 of_part[name] = of_part[name] + torch.randn(of_part[name].shape, generator=generator)
-    walk["text_encoder"]["position_ids"] = torch.arange(3) + seed  # type: ignore[index]
+    walk["text_encoder"]["position_ids"] = torch.arange(3) + seed
     return walk
 
 
