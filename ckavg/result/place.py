@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -59,10 +60,19 @@ def check_place(out: Path, run: Run, *, force: bool) -> None:
         raise problem
 
 
+def _existing(place: Path) -> Path:
+    """The place, or the nearest of the directories above it that is there."""
+    for each in (place, *place.parents):
+        with contextlib.suppress(OSError):  # a name that is too long, a directory that may not be read
+            each.stat()
+            return each
+    return Path(place.anchor)
+
+
 def _cannot_be_made(out: Path) -> list[CkavgError]:
     """Whether the system would let us make a directory at a place; it is asked, and nothing is made."""
     place = resolved(out)
-    parent = next(each for each in place.parents if each.exists())
+    parent = _existing(place.parent)
     try:
         read_only = bool(os.statvfs(parent).f_flag & os.ST_RDONLY)
         longest = os.pathconf(parent, "PC_NAME_MAX")
@@ -101,7 +111,7 @@ def space_problems(places: Sequence[tuple[Path, int]]) -> list[CkavgError]:
     """
     needed: dict[int, tuple[Path, int]] = {}
     for out, nbytes in places:
-        existing = next(parent for parent in (resolved(out), *resolved(out).parents) if parent.exists())
+        existing = _existing(resolved(out))
         first, before = needed.get(existing.stat().st_dev, (existing, 0))
         needed[existing.stat().st_dev] = first, before + nbytes
     return [

@@ -40,7 +40,7 @@ _ADAPTER_IDENTITY = (
     "alpha_pattern",
     "fan_in_fan_out",
 )
-_PACKED = re.compile(r"(?:.*[./])?(?:qweight|weight_packed|\w+_qweight|\w+_blocks)|.*\.quant_state\.bitsandbytes__.*")
+_PACKED = re.compile(r"(?:.*[./])?(?:qweight|weight_packed|\w+_qweight)|.*\.quant_state\.bitsandbytes__.*")
 _SCALES = ("_scale", "_scale_inv", "_scale_2", ".absmax", ".SCB", ".quant_map")
 _QUANTIZED = "Quantized weights do not average. "
 _DEQUANTIZE = (
@@ -146,7 +146,7 @@ def _sign_of_quantization(checkpoint: Checkpoint, facts: Facts) -> str | None:
 
 
 def _is_packed(name: str, entries: Mapping[str, Entry]) -> bool:
-    if _PACKED.fullmatch(name):
+    if _PACKED.fullmatch(name) or (name.endswith("_blocks") and f"{name.removesuffix('blocks')}scales" in entries):
         return True
     stem = name.removesuffix("weight").removesuffix(".")
     return any(name + scale in entries or f"{stem}{scale}" in entries for scale in _SCALES)

@@ -26,6 +26,7 @@ from ckavg.run.trainer_log import TRAINER_STATE, contradiction, logged_losses, r
 
 _LARGEST_STEP = 10**18
 _NAMED = 4
+_LOOKED_INTO = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +270,19 @@ def _nothing_found(source: Path) -> CkavgError:
     found = find_foreign(source / foreign) if foreign else None
     if found is not None:
         return NoCheckpointsError(f"{source} holds no safetensors checkpoints, only {foreign}.", hint=found.advice)
+    inside = [path for path in _folders(source) if any(read_label(child.name) for child in _folders(path))]
+    if inside:
+        return NoCheckpointsError(
+            f"{source} holds no checkpoints, but {inside[0].name} in it seems to.", hint=f"Try {inside[0]}"
+        )
     return NoCheckpointsError(
         f"{source} holds no checkpoints.",
         hint="Expected directories such as checkpoint-500/ or step_500/, or files such as step_500.safetensors.",
     )
+
+
+def _folders(directory: Path) -> list[Path]:
+    try:
+        return [directory / name for name in list_folder(directory).folders][:_LOOKED_INTO]
+    except OSError:
+        return []

@@ -183,8 +183,8 @@ def test_the_command_for_one_file_works(tmp_path: Path, name: str, key: str | No
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_the_command_for_fsdp_works(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    from torch.distributed.checkpoint.state_dict_saver import save
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     weights = {"a": torch.arange(6.0), "b": torch.ones(2, 2)}
     inside = tmp_path / "checkpoint-10" / "pytorch_model_fsdp_0"
@@ -257,6 +257,7 @@ def test_scales_of_plain_models_are_averaged(tmp_path: Path) -> None:
         "q.weight_scale": torch.ones(4),
         "logit_scale": torch.ones(()),
         "position_ids": torch.arange(4),
+        "num_blocks": torch.tensor(4),
     }
     for step in (10, 20):
         save_file(weights, tmp_path / f"step_{step}.safetensors")

@@ -268,3 +268,10 @@ def test_several_indexes_are_refused(tmp_path: Path) -> None:
         ckavg.open_run(tmp_path, last=2)
     assert "holds several models, each with an index: actor" in str(caught.value)
     assert issubclass(UnsupportedFormatError, ckavg.CkavgError)
+
+
+def test_the_directory_below_is_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "checkpoints", [weights(step) for step in STEPS], STEPS)
+    with pytest.raises(ckavg.CkavgError, match="checkpoints in it seems to") as caught:
+        ckavg.open_run(tmp_path)
+    assert caught.value.hint == f"Try {tmp_path / 'checkpoints'}"
