@@ -90,7 +90,8 @@ _ONE_FILE = (
 
 
 def _python(code: str) -> str:
-    return f"python -c {shlex.quote(code)}"
+    plain = not set(code) & set('"$`\\!')  # double quotes read better, where nothing in them means anything to a shell
+    return f'python -c "{code}"' if plain else f"python -c {shlex.quote(code)}"
 
 
 def _convert(command: str) -> str:
