@@ -63,16 +63,22 @@ class Reading:
         for path, step in places:
             named = init if path == init and init is not None else self._found.source
             outcome = self._read.get((path, step)) or self._read_one(path, step, named)
-            self._read[path, step] = outcome
             if isinstance(outcome, Checkpoint):
-                self.checkpoints.append(self._sharing_tables(outcome))
-                continue
-            each = outcome.errors if isinstance(outcome, CombinedError) else (outcome,)
-            if self._selection.skip_incomplete and path != init and all(isinstance(one, _INCOMPLETE) for one in each):
-                self._incomplete[path] = outcome
+                outcome = self._sharing_tables(outcome)
+                self.checkpoints.append(outcome)
             else:
-                self.problems += each
+                self._tell(path, outcome)
+            self._read[path, step] = outcome
         self._done = not any(candidate.path in self._incomplete for candidate in self.candidates)
+
+    def _tell(self, path: Path, error: CkavgError) -> None:
+        """Keep what is wrong with a checkpoint, as a problem or as the reason to leave it out."""
+        each = error.errors if isinstance(error, CombinedError) else (error,)
+        may_skip = self._selection.skip_incomplete and path != self._selection.init
+        if may_skip and all(isinstance(one, _INCOMPLETE) for one in each):
+            self._incomplete[path] = error
+        else:
+            self.problems += each
 
     def _choose(self) -> list[Candidate]:
         complete = [candidate for candidate in self._found.candidates if candidate.path not in self._incomplete]
