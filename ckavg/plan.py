@@ -8,12 +8,13 @@ from pathlib import Path
 
 from ckavg import advice
 from ckavg.atomic import resolved
-from ckavg.errors import SettingError
+from ckavg.errors import CkavgError, SettingError, raise_all
 from ckavg.path.plan import PathPlan, check_sample, plan_path
 from ckavg.result.layout import WeightPlan, plan_weights
-from ckavg.result.place import check_place, check_space
+from ckavg.result.place import place_problems, space_problems
 from ckavg.result.side_files import gather_side_files
 from ckavg.run.checkpoint import RESULT_RECORD
+from ckavg.run.opening import Inspection, as_run, worst_first
 from ckavg.run.trainer_log import learning_rates
 from ckavg.run.values import Run
 from ckavg.schemes import Scheme, Timeline
@@ -62,6 +63,14 @@ class Plan:
         """Where the average goes after each checkpoint that has one written, by its index; the result itself last."""
         steps = self.run.steps
         return {index: self.out / f"checkpoint-{steps[index]}" for index in self.snapshots} | {len(steps) - 1: self.out}
+
+    @property
+    def foreseen(self) -> tuple[str, ...]:
+        """What can be said of the coefficients before anything is read; a result's record says it, too."""
+        if self.scheme.needs_path:
+            return ()
+        timeline = Timeline(self.run.steps, anchor_is_init=self.run.anchor_is_init)
+        return advice.about_coefficients(self.scheme, self.scheme.coefficients(timeline), self.run.steps)
 
     @property
     def path_bytes(self) -> int:
@@ -122,20 +131,19 @@ def plan_averages(
     if dtype not in DTYPES:
         raise SettingError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
     check_sample(sample)
-    placed = [
-        (scheme, Path(out) if out is not None else run.source / "averaged" / scheme.label) for scheme, out in wanted
-    ]
+    placed = [(scheme, place_of(run.source, scheme, out)) for scheme, out in wanted]
+    problems: list[CkavgError] = []
     for _, place in placed:
-        check_place(place, run, force=force)
+        problems += place_problems(place, run.source, run.checkpoints, force=force)
     weights = plan_weights(run.last, dtype)
-    side_files = gather_side_files(run, weights)
+    beside = gather_side_files(run, weights)
     needs_path = any(scheme.needs_path for scheme, _ in wanted)
     path = plan_path(run, exclude=path_exclude, sample=sample) if needs_path else None
     rates = learning_rates(run.last)
     plans = []
     for scheme, place in placed:
         start = _start(run, scheme)
-        snapshots = _snapshots(run.steps, start, snapshot_every)
+        snapshots = _snapshots(run, start, snapshot_every)
         plan = Plan(
             run=run,
             scheme=scheme,
@@ -143,15 +151,44 @@ def plan_averages(
             dtype=dtype,
             force=force,
             weights=weights,
-            side_files=side_files,
+            side_files=beside.files,
             snapshots=snapshots,
             path=path if scheme.needs_path else None,
             replay_bytes=_replay_bytes(run, start, outputs=len(snapshots) + 1),
-            warnings=run.warnings + advice.before(run, scheme, rates),
+            warnings=run.warnings + beside.warnings + advice.before(run, scheme, rates),
         )
-        check_space(place, plan.write_bytes)
         plans.append(plan)
+    # Each by itself: those that do not fit together are refused where they are carried out together.
+    problems += [problem for plan in plans for problem in space_problems([(plan.out, plan.write_bytes)])]
+    raise_all(worst_first(problems))
     return plans
+
+
+def place_of(source: Path, scheme: Scheme, out: Path | str | None) -> Path:
+    """Where a result goes: where it was asked for, else under the scheme's name in `averaged` of the source."""
+    return Path(out) if out is not None else source / "averaged" / scheme.label
+
+
+def checked(found: Inspection, places: Sequence[Path], *, force: bool = False) -> Run:
+    """The inspected checkpoints as a run, if nothing speaks against it, nor against the places of results.
+
+    Args:
+        found: what was found in the source.
+        places: where results would go.
+        force: whether results that are there may be replaced.
+
+    Raises:
+        CkavgError: something does; `CombinedError` lists all of it at once, the worst first.
+    """
+    if not found.problems:
+        return as_run(found)  # the plan says what is wrong with the places, and knows how much is written
+    problems = list(found.problems)
+    for place in places:
+        problems += place_problems(place, found.source, found.checkpoints, force=force)
+    if found.checkpoints:  # a result has about the size of the newest one
+        problems += space_problems([(place, found.checkpoints[-1].nbytes) for place in places])
+    raise_all(worst_first(problems))
+    return as_run(found)
 
 
 def _start(run: Run, scheme: Scheme) -> int:
@@ -168,8 +205,9 @@ def _replay_bytes(run: Run, start: int, *, outputs: int) -> int:
     return averaged + outputs * sum(entry.nbytes for entry in run.tensors.values() if not entry.is_floating)
 
 
-def _snapshots(steps: Sequence[int], start: int, every: int | None) -> tuple[int, ...]:
+def _snapshots(run: Run, start: int, every: int | None) -> tuple[int, ...]:
     """Indices of the checkpoints between the beginning of the average and the last one that fall on a multiple."""
+    steps = run.steps
     if every is not None and every < 1:
         raise SettingError(f"snapshot-every is {every}; it must be 1 or more optimizer steps.")
     if every is None or start == len(steps) - 1:
@@ -182,6 +220,14 @@ def _snapshots(steps: Sequence[int], start: int, every: int | None) -> tuple[int
             f"step {steps[-1]}, where it ends, is at a multiple of {every}.",
             hint="Choose a multiple of the interval at which checkpoints were saved.",
         )
+    for index in chosen:
+        absent = len(run.tensors.keys() - run.checkpoints[index].entries.keys())
+        if absent:
+            raise SettingError(
+                f"snapshot-every: step {steps[index]} lacks tensors of the last checkpoint ({absent} of them), which a "
+                "snapshot would have to copy.",
+                hint="Leave out --snapshot-every with --common-only, or stop before the checkpoints that have more.",
+            )
     return chosen
 
 
@@ -196,4 +242,4 @@ def check_together(plans: Sequence[Plan]) -> None:
     twice = next((place for place in places if places.count(place) > 1), None)
     if twice is not None:
         raise SettingError(f"Two averages would go to {twice}.", hint="Give each a place of its own.")
-    check_space(plans[0].out, sum(plan.write_bytes for plan in plans))
+    raise_all(space_problems([(plan.out, plan.write_bytes) for plan in plans]))

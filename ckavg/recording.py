@@ -79,7 +79,7 @@ def record_of(
             Input(
                 checkpoint.step,
                 checkpoint.directory,
-                {str(shard.path.relative_to(checkpoint.directory)): shard.nbytes for shard in checkpoint.shards},
+                dict(zip(checkpoint.names, (shard.nbytes for shard in checkpoint.shards), strict=True)),
                 checksum,
             )
             for checkpoint, checksum in zip(run.checkpoints, work.checksums, strict=True)

@@ -24,7 +24,9 @@ STAGES = {
 """Which stages each stage may import: the values passed to it, and the engine that the passes run on."""
 
 ALWAYS = {"atomic", "errors", "journal", "version"}
-VALUES_OF_RUN = {"ckavg.run.values", "ckavg.run.checkpoint", "ckavg.run.layouts", "ckavg.run.stamps"}
+VALUES_OF_RUN = {
+    f"ckavg.run.{name}" for name in ("values", "checkpoint", "layouts", "files", "contents", "foreign", "stamps")
+}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -15,10 +15,10 @@ from ckavg.cli.progress import show_progress
 from ckavg.cli.ranks import together
 from ckavg.cli.terminal import warn
 from ckavg.engine.ranks import Ranks
-from ckavg.plan import Plan, plan_averages
+from ckavg.plan import Plan, checked, place_of, plan_averages
 from ckavg.result.leftovers import find_leftovers
 from ckavg.result.place import check_file
-from ckavg.run.opening import as_run, inspect_run
+from ckavg.run.opening import inspect_run
 from ckavg.run.values import Run
 from ckavg.schemes import Scheme
 
@@ -37,12 +37,14 @@ def averaging_command(make_scheme: Callable[..., Scheme]) -> Command:
 def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
     from ckavg.report import average as report
 
-    run = as_run(inspect_run(options.source, options.selection(scheme.every_from)))
+    found = inspect_run(options.source, options.selection(scheme.every_from))
+    run = checked(found, [place_of(found.source, scheme, options.out)], force=options.force)
     check_plot(options, run)
     (plan,) = plans_of(run, [(scheme, options.out)], options)
     warn_of(plan.warnings)
     warn_of_leftovers([plan])
     if options.dry_run:
+        warn_of(plan.foreseen)
         report.print_plan(plan, as_json=options.as_json)
         return
     done = carry_out_shown([plan], options, ranks)

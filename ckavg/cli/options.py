@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -58,6 +59,20 @@ class Choice:
         int | None,
         typer.Option(metavar="N", min=1, help="Take the newest N checkpoints only.", rich_help_panel=_CHOICE),
     ] = None
+    skip_incomplete: Annotated[
+        bool,
+        typer.Option(
+            "--skip-incomplete", help="Leave out checkpoints that are not written in full.", rich_help_panel=_CHOICE
+        ),
+    ] = False
+    common_only: Annotated[
+        bool,
+        typer.Option(
+            "--common-only",
+            help="Average the tensors that all checkpoints have; copy the others.",
+            rich_help_panel=_CHOICE,
+        ),
+    ] = False
 
     def selection(self, every_from: int | None = None) -> Selection:
         """The same, as the library takes it."""
@@ -69,6 +84,8 @@ class Choice:
             from_step=self.from_step,
             to_step=self.to_step,
             last=self.last,
+            skip_incomplete=self.skip_incomplete,
+            common_only=self.common_only,
         )
 
 
@@ -150,6 +167,15 @@ class Averaging(Measuring):
             rich_help_panel=_RESULT,
         ),
     ] = None
+    copy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            help="Further files of the last checkpoint to copy beside the weights (repeatable).",
+            show_default=False,
+            rich_help_panel=_RESULT,
+        ),
+    ] = None
     force: Annotated[bool, typer.Option("--force", help="Replace an existing result.", rich_help_panel=_RESULT)] = False
     dry_run: Annotated[
         bool,
@@ -163,6 +189,10 @@ class Averaging(Measuring):
             rich_help_panel=_WORK,
         ),
     ] = "float32"
+
+    def selection(self, every_from: int | None = None) -> Selection:
+        """The same, as the library takes it."""
+        return dataclasses.replace(Measuring.selection(self, every_from), copy=tuple(self.copy or ()))
 
 
 @dataclass(frozen=True, slots=True)

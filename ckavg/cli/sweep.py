@@ -19,8 +19,9 @@ from ckavg.cli.terminal import warn
 from ckavg.engine.ranks import Ranks
 from ckavg.errors import SettingError, WriteError
 from ckavg.evaluation import check_command, evaluate, record_evaluation
+from ckavg.plan import checked
 from ckavg.result.record import Averaged
-from ckavg.run.opening import as_run, inspect_run
+from ckavg.run.opening import inspect_run
 from ckavg.schemes import SCHEMES, Scheme
 from ckavg.schemes.parse import is_scheme, parse_schemes
 
@@ -67,13 +68,16 @@ def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -
             "sweep: with --every, all averages must begin at one burn-in, for updates are counted from it.",
             hint="Sweep each burn-in by itself.",
         )
-    run = as_run(inspect_run(options.source, options.selection(origins.pop())))
+    found = inspect_run(options.source, options.selection(origins.pop()))
+    base = options.out if options.out is not None else found.source / "averaged"
+    places = [base / scheme.label for scheme in schemes]
+    run = checked(found, places, force=options.force)
     check_plot(options, run)
-    base = options.out if options.out is not None else run.source / "averaged"
-    plans = plans_of(run, [(scheme, base / scheme.label) for scheme in schemes], options)
+    plans = plans_of(run, list(zip(schemes, places, strict=True)), options)
     warn_of(dict.fromkeys(warning for plan in plans for warning in plan.warnings))
     warn_of_leftovers(plans)
     if options.dry_run:
+        warn_of(dict.fromkeys(warning for plan in plans for warning in plan.foreseen))
         report.print_plans(plans, as_json=options.as_json)
         return
     done = carry_out_shown(plans, options, ranks)

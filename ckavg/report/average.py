@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ckavg.memory import memory_bytes
 from ckavg.plan import Plan
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.report.text import MOST_ROWS, as_bytes, as_count, bar, shortened_rows
@@ -44,7 +45,8 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "steps": list(plan.run.steps),
         "bytes_to_read": plan.path_bytes + plan.replay_bytes,
         "bytes_to_write": plan.write_bytes,
-        "warnings": list(plan.warnings),
+        "memory_bytes": memory_bytes([plan]),
+        "warnings": list(plan.warnings + plan.foreseen),
         "outputs": [
             {
                 "name": out.name,
@@ -76,6 +78,7 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
     console.print(quoted(f"would write  {as_bytes(plan.write_bytes)} to {plan.out}"), soft_wrap=True)
     for name in (*plan.files, *(f"{out.name}/" for out in list(plan.outputs.values())[:-1])):
         console.print(quoted(f"             {name}"), soft_wrap=True)
+    console.print(f"would need   about {as_bytes(memory_bytes([plan]))} of memory")
     console.print("Nothing was read or written.")
 
 
@@ -116,7 +119,9 @@ def _weights_table(result: Averaged) -> Table:
 
 def _next_command(result: Averaged, plan: Plan) -> str:
     architectures = read_config(plan.side_files).get("architectures")
-    if "adapter_config.json" in plan.side_files:
+    if "model_index.json" in plan.side_files:
+        loader = "from diffusers import DiffusionPipeline as M"
+    elif "adapter_config.json" in plan.side_files:
         loader = "from peft import AutoPeftModelForCausalLM as M"
     elif isinstance(architectures, list) and architectures:
         auto = "AutoModelForCausalLM" if "ForCausalLM" in str(architectures[0]) else "AutoModel"

@@ -20,7 +20,7 @@ def to_dict(found: Inspection) -> dict[str, Any]:
             {
                 "step": checkpoint.step,
                 "directory": str(checkpoint.path),
-                "files": [shard.path.name for shard in checkpoint.shards],
+                "files": list(checkpoint.names),
                 "bytes": checkpoint.nbytes,
                 "dtype": "+".join(checkpoint.dtypes),
             }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ckavg.evaluation import best
+from ckavg.memory import memory_bytes
 from ckavg.plan import Plan
 from ckavg.report.average import path_told, plan_to_dict
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
@@ -72,4 +73,5 @@ def print_plans(plans: Sequence[Plan], *, as_json: bool) -> None:
     console.print(f"would read   {as_bytes(read)}")
     for plan in plans:
         console.print(quoted(f"would write  {as_bytes(plan.write_bytes)} to {plan.out}"), soft_wrap=True)
+    console.print(f"would need   about {as_bytes(memory_bytes(plans))} of memory")
     console.print("Nothing was read or written.")

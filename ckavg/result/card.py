@@ -30,6 +30,8 @@ def write_card(record: Averaged, scheme: Scheme, config: Mapping[str, Any], adap
         metadata["base_model"] = base
     if adapter_config:
         metadata["library_name"] = "peft"
+    elif "_diffusers_version" in config:
+        metadata["library_name"] = "diffusers"
     elif "model_type" in config:
         metadata["library_name"] = "transformers"
     metadata["tags"] = ["checkpoint-averaging", record.scheme]

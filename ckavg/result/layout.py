@@ -19,7 +19,7 @@ class ShardPlan:
     """One safetensors file to write.
 
     Attributes:
-        name: its file name.
+        name: its path in the result: a file name, in a pipeline below the folder of its component.
         header: its first bytes, length prefix included.
         offsets: where each tensor begins in the file, in bytes.
         nbytes: its size.
@@ -30,6 +30,11 @@ class ShardPlan:
     offsets: Mapping[str, int]
     nbytes: int
 
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.nbytes - len(self.header)
+
 
 @dataclass(frozen=True, slots=True)
 class WeightPlan:
@@ -38,22 +43,28 @@ class WeightPlan:
     Attributes:
         shards: the files, in the order of the last checkpoint's.
         dtypes: output dtype of every floating tensor, as a safetensors code.
-        total_size: bytes of tensor data, as a shard index states it.
     """
 
     shards: tuple[ShardPlan, ...]
     dtypes: Mapping[str, str]
-    total_size: int
 
     @property
     def nbytes(self) -> int:
         """Bytes of all files."""
         return sum(shard.nbytes for shard in self.shards)
 
-    @property
-    def placed(self) -> Mapping[str, str]:
-        """File name of every tensor, as a shard index states it."""
-        return {name: shard.name for shard in self.shards for name in shard.offsets}
+    def of(self, component: str = "") -> list[ShardPlan]:
+        """The files of a component; of anything but a pipeline, all of them."""
+        return [shard for shard in self.shards if shard.name.rpartition("/")[0] == component]
+
+    def index_of(self, component: str = "") -> tuple[dict[str, str], int]:
+        """What a shard index states of a component: the file of every tensor, and the bytes of all of them."""
+        prefix = f"{component}/" if component else ""
+        shards = self.of(component)
+        placed = {
+            name.removeprefix(prefix): shard.name.removeprefix(prefix) for shard in shards for name in shard.offsets
+        }
+        return dict(sorted(placed.items())), sum(shard.data_bytes for shard in shards)
 
 
 def plan_weights(like: Checkpoint, dtype: str = "source") -> WeightPlan:
@@ -70,14 +81,17 @@ def plan_weights(like: Checkpoint, dtype: str = "source") -> WeightPlan:
     by_shard: list[dict[str, Entry]] = [{} for _ in like.shards]
     for name, entry in like.entries.items():
         by_shard[entry.shard][name] = entry
-    names = [_FLAT_NAME] if like.kind == "file" else [shard.path.name for shard in like.shards]
-    shards = tuple(_plan_shard(name, entries, out) for name, entries in zip(names, by_shard, strict=True))
+    names = (_FLAT_NAME,) if like.kind == "file" else like.names
+    shards = tuple(
+        _plan_shard(name, entries, out, prefix=f"{name.rpartition('/')[0]}/" if like.kind == "pipeline" else "")
+        for name, entries in zip(names, by_shard, strict=True)
+    )
     floating = {name: code for name, code in out.items() if like.entries[name].is_floating}
-    total = sum(entry.numel * ITEM_BYTES[out[name]] for name, entry in like.entries.items())
-    return WeightPlan(shards, floating, total)
+    return WeightPlan(shards, floating)
 
 
-def _plan_shard(file: str, entries: Mapping[str, Entry], dtypes: Mapping[str, str]) -> ShardPlan:
+def _plan_shard(file: str, entries: Mapping[str, Entry], dtypes: Mapping[str, str], *, prefix: str) -> ShardPlan:
+    """Lay out one file; in it, tensors have their names without the prefix, which is that of the component."""
     # Widest items first, as the safetensors library lays them out: every tensor is aligned to its item size.
     in_order = sorted(entries, key=lambda name: (-ITEM_BYTES[dtypes[name]], entries[name].offset, name))
     declared: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -85,7 +99,7 @@ def _plan_shard(file: str, entries: Mapping[str, Entry], dtypes: Mapping[str, st
     end = 0
     for name in in_order:
         starts[name], end = end, end + entries[name].numel * ITEM_BYTES[dtypes[name]]
-        declared[name] = {
+        declared[name.removeprefix(prefix)] = {
             "dtype": dtypes[name],
             "shape": list(entries[name].shape),
             "data_offsets": [starts[name], end],

@@ -2,35 +2,93 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ckavg.atomic import resolved
-from ckavg.errors import OutputError, OutputExistsError, WriteError
+from ckavg.errors import CkavgError, OutputError, OutputExistsError, WriteError
 from ckavg.run.checkpoint import RESULT_RECORD
-from ckavg.run.values import Run
+from ckavg.run.values import Checkpoint, Run
 
 _MARGIN_BYTES = 16 << 20
 
 
-def check_place(out: Path, run: Run, *, force: bool) -> None:
-    """Refuse to put a result where it would harm something.
+_CHOOSE = "Choose another place with --out."
 
-    Raises:
+
+def place_problems(out: Path, source: Path, checkpoints: Iterable[Checkpoint], *, force: bool) -> list[CkavgError]:
+    """Everything that speaks against putting a result at a place.
+
+    Args:
+        out: where it would go.
+        source: the directory of the checkpoints.
+        checkpoints: those that were found.
+        force: whether a result that is there may be replaced.
+
+    Returns:
         OutputExistsError: something is there, and it is not a result that `force` may replace.
         OutputError: it would lie inside a checkpoint, or over the run.
+        WriteError: it could not be made there.
     """
-    place, source = resolved(out), resolved(run.source)
-    for checkpoint in run.checkpoints:
+    place, run = resolved(out), resolved(source)
+    for checkpoint in checkpoints:
         directory = resolved(checkpoint.path)
         if directory == place or directory in place.parents:
-            raise OutputError(
-                f"{out} lies inside the checkpoint {checkpoint.path}.", hint="Choose another place with --out."
-            )
-    if place == source or place in source.parents:
-        raise OutputError(f"{out} holds the run itself.", hint="Choose another place with --out.")
-    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
-        check_replaceable(out, force=force)
+            return [OutputError(f"{out} lies inside the checkpoint {checkpoint.path}.", hint=_CHOOSE)]
+    if place == run or place in run.parents:
+        return [OutputError(f"{out} holds the run itself.", hint=_CHOOSE)]
+    try:
+        if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+            check_replaceable(out, force=force)
+    except OSError as error:
+        return [WriteError(f"{out} cannot be written: {error.strerror}.", hint=_CHOOSE)]
+    except OutputExistsError as error:
+        return [error]
+    return _cannot_be_made(out)
+
+
+def check_place(out: Path, run: Run, *, force: bool) -> None:
+    """Refuse to put a result where it would harm something, or cannot be made.
+
+    Raises:
+        OutputError: the first of `place_problems`.
+    """
+    for problem in place_problems(out, run.source, run.checkpoints, force=force):
+        raise problem
+
+
+def _existing(place: Path) -> Path:
+    """The place, or the nearest of the directories above it that is there."""
+    for each in (place, *place.parents):
+        with contextlib.suppress(OSError):  # a name that is too long, a directory that may not be read
+            each.stat()
+            return each
+    return Path(place.anchor)
+
+
+def _cannot_be_made(out: Path) -> list[CkavgError]:
+    """Whether the system would let us make a directory at a place; it is asked, and nothing is made."""
+    place = resolved(out)
+    parent = _existing(place.parent)
+    try:
+        read_only = bool(os.statvfs(parent).f_flag & os.ST_RDONLY)
+        longest = os.pathconf(parent, "PC_NAME_MAX")
+    except (OSError, ValueError):
+        return []  # not every file system tells; whoever writes says what is wrong
+    if not parent.is_dir():
+        why = f"{parent} is not a directory"
+    elif read_only:
+        why = f"the file system of {parent} is read-only"
+    elif not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        why = f"you may not write to {parent}"
+    elif any(len(os.fsencode(part)) > longest for part in place.parts):
+        why = "File name too long"
+    else:
+        return []
+    return [WriteError(f"{out} cannot be written: {why}.", hint=_CHOOSE)]
 
 
 def check_file(file: Path, run: Run) -> None:
@@ -45,19 +103,25 @@ def check_file(file: Path, run: Run) -> None:
             raise OutputError(f"{file} lies inside the checkpoint {checkpoint.path}.", hint="Choose another place.")
 
 
-def check_space(out: Path, needed: int) -> None:
-    """Refuse when the disk has fewer than `needed` bytes left.
+def space_problems(places: Sequence[tuple[Path, int]]) -> list[CkavgError]:
+    """One error for each disk that has fewer bytes left than the results which go there need.
 
-    Raises:
-        WriteError: it has.
+    Args:
+        places: of each result, where it goes and how many bytes it has.
     """
-    existing = next(parent for parent in (resolved(out), *resolved(out).parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed + _MARGIN_BYTES:
-        raise WriteError(
-            f"{existing} has {free / 1e9:.2f} GB free; the result needs {needed / 1e9:.2f} GB.",
+    needed: dict[int, tuple[Path, int]] = {}
+    for out, nbytes in places:
+        existing = _existing(resolved(out))
+        first, before = needed.get(existing.stat().st_dev, (existing, 0))
+        needed[existing.stat().st_dev] = first, before + nbytes
+    return [
+        WriteError(
+            f"{existing} has {free / 1e9:.2f} GB free; the result needs {nbytes / 1e9:.2f} GB.",
             hint="Free some space, or choose another disk with --out.",
         )
+        for existing, nbytes in needed.values()
+        if (free := shutil.disk_usage(existing).free) < nbytes + _MARGIN_BYTES
+    ]
 
 
 def check_replaceable(out: Path, *, force: bool) -> None:

@@ -111,7 +111,7 @@ class Averaged:
     scheme: str
     parameters: dict[str, float | int | str]
     source: Path
-    selection: dict[str, int | str]
+    selection: dict[str, int | str | tuple[str, ...]]
     steps: tuple[int, ...]
     anchor_step: int
     span: int

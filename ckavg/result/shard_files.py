@@ -37,7 +37,7 @@ class ShardFiles:
             path = directory / shard.name
             with write_errors(path):
                 if create:
-                    directory.mkdir(exist_ok=True)
+                    path.parent.mkdir(parents=True, exist_ok=True)
                 # Never for reading: a network file system then writes the bytes it is given, and not their whole pages.
                 made = os.O_CREAT | os.O_EXCL if create else 0
                 handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC | made, 0o666)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ckavg.errors import CkavgError, MismatchError
 from ckavg.run.values import Checkpoint, Entry
@@ -11,17 +13,31 @@ from ckavg.run.values import Checkpoint, Entry
 _SHOWN = 8
 
 
-def differences(checkpoints: Sequence[Checkpoint], *, anchor_is_init: bool) -> list[CkavgError]:
+_KINDS = {"model": "a whole model", "file": "a whole model", "adapter": "an adapter", "pipeline": "models in folders"}
+
+
+def differences(
+    checkpoints: Sequence[Checkpoint], *, anchor_is_init: bool, common_only: bool = False
+) -> list[CkavgError]:
     """One error for each checkpoint whose tensors differ from those of the one before it.
 
     Args:
         checkpoints: ordered by step.
         anchor_is_init: the first one is a base model, which may be stored in another floating dtype than the run:
             every tensor is widened before it is used, so the values are the same.
+        common_only: a tensor may be missing; where two checkpoints have it, shape and dtype must agree all the same.
     """
     errors: list[CkavgError] = []
     for place, (before, after) in enumerate(itertools.pairwise(checkpoints)):
-        lines = _compare(before, after, any_float=anchor_is_init and place == 0)
+        if _KINDS[before.kind] != _KINDS[after.kind]:
+            errors.append(
+                MismatchError(
+                    f"step {after.step} is {_KINDS[after.kind]}, but step {before.step} is {_KINDS[before.kind]}.",
+                    hint=_hint(checkpoints, place, anchor_is_init=anchor_is_init),
+                )
+            )
+            continue
+        lines = _compare(before, after, any_float=anchor_is_init and place == 0, common_only=common_only)
         if lines:
             more = [f"and {len(lines) - _SHOWN} more tensors"] if len(lines) > _SHOWN else []
             errors.append(
@@ -33,6 +49,46 @@ def differences(checkpoints: Sequence[Checkpoint], *, anchor_is_init: bool) -> l
     return errors
 
 
+@dataclass(frozen=True, slots=True)
+class Common:
+    """Checkpoints whose tensors are those that are averaged, and those of the last one that are copied.
+
+    Attributes:
+        checkpoints: in the order given.
+        copied: tensors of the last checkpoint that not all of them have.
+        dropped: tensors that not all of them have, nor the last.
+        averaged: how many floating tensors are left to average.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    copied: tuple[str, ...]
+    dropped: tuple[str, ...]
+    averaged: int
+
+
+def common_part(checkpoints: Sequence[Checkpoint]) -> Common:
+    """Leave out of the average what not every checkpoint has. What the last one has of it is marked to be copied."""
+    last = checkpoints[-1].entries
+    in_all = {name for name in last if all(name in each.entries for each in checkpoints)}
+    everywhere = {name for each in checkpoints for name in each.entries}
+    dropped = tuple(sorted(everywhere - last.keys()))
+    copied = tuple(sorted(last.keys() - in_all))
+    if copied or dropped:
+        checkpoints = [
+            dataclasses.replace(
+                each,
+                entries={
+                    name: entry if name in in_all else dataclasses.replace(entry, kept=True)
+                    for name, entry in each.entries.items()
+                    if name in last
+                },
+            )
+            for each in checkpoints
+        ]
+    averaged = sum(checkpoints[-1].entries[name].is_floating for name in in_all)
+    return Common(tuple(checkpoints), copied, dropped, averaged)
+
+
 def _hint(checkpoints: Sequence[Checkpoint], place: int, *, anchor_is_init: bool) -> str:
     if anchor_is_init and place == 0:
         return "The base model given with --init must have the tensors of the run."
@@ -41,25 +97,30 @@ def _hint(checkpoints: Sequence[Checkpoint], place: int, *, anchor_is_init: bool
     choice = (
         f"Start later with --from-step {after.step}" if keeps_more else f"Stop earlier with --to-step {before.step}"
     )
-    return f"Every checkpoint must have the same tensors. {choice}."
+    return f"Every checkpoint must have the same tensors. {choice}. --common-only averages those that all of them have."
 
 
-def _compare(before: Checkpoint, after: Checkpoint, *, any_float: bool) -> list[str]:
-    if before.entries.keys() == after.entries.keys() and all(
-        (old := before.entries[name]).shape == new.shape and old.dtype == new.dtype
-        for name, new in after.entries.items()
+def _compare(before: Checkpoint, after: Checkpoint, *, any_float: bool, common_only: bool) -> list[str]:
+    if before.entries is after.entries or (
+        before.entries.keys() == after.entries.keys()
+        and all(
+            (old := before.entries[name]).shape == new.shape and old.dtype == new.dtype
+            for name, new in after.entries.items()
+        )
     ):
         return []
-    lines = [
-        f"step {after.step}: tensor {name!r} is missing, but there at step {before.step}"
-        for name in before.entries
-        if name not in after.entries
-    ]
-    lines += [
-        f"step {after.step}: tensor {name!r} is new, not there at step {before.step}"
-        for name in after.entries
-        if name not in before.entries
-    ]
+    lines: list[str] = []
+    if not common_only:
+        lines += [
+            f"step {after.step}: tensor {name!r} is missing, but there at step {before.step}"
+            for name in before.entries
+            if name not in after.entries
+        ]
+        lines += [
+            f"step {after.step}: tensor {name!r} is new, not there at step {before.step}"
+            for name in after.entries
+            if name not in before.entries
+        ]
     for name, new in after.entries.items():
         if name not in before.entries:
             continue

@@ -5,14 +5,28 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ckavg.errors import CkavgError, DuplicateStepError, MixedOrderError, NoCheckpointsError, ReadError
-from ckavg.run.checkpoint import RESULT_RECORD, holds_weights
-from ckavg.run.layouts import Label, conversion, foreign_weights, read_label
-from ckavg.run.trainer_log import TRAINER_STATE, read_trainer_state
+from ckavg.errors import (
+    CkavgError,
+    DuplicateStepError,
+    MismatchError,
+    MixedOrderError,
+    NoCheckpointsError,
+    ReadError,
+    UnsupportedFormatError,
+)
+from ckavg.run.checkpoint import RESULT_RECORD
+from ckavg.run.contents import components, holds_weights, list_folder
+from ckavg.run.foreign import find_foreign, foreign_weights
+from ckavg.run.layouts import Label, is_half_written, looks_unstated, read_label
+from ckavg.run.trainer_log import TRAINER_STATE, contradiction, logged_losses, read_trainer_state
+
+_LARGEST_STEP = 10**18
+_NAMED = 4
+_LOOKED_INTO = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +38,19 @@ class Candidate:
         step: its optimizer step, from `trainer_state.json` where there is one, else from its name.
         label: what its name says.
         stated: whether `trainer_state.json` gave the step.
+        log: number of the log that its trainer kept, which checkpoints of one run have in common; None without one.
     """
 
     path: Path
     step: int
     label: Label
     stated: bool
+    log: int | None = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a single file, by its name."""
+        return self.path.suffix == ".safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +71,16 @@ def scan(source: Path) -> Scan:
         ReadError: the system would not let us list it.
     """
     warnings: list[str] = []
-    found = [candidate for path in _children(source) if (candidate := _candidate(path, warnings))]
-    directories = [candidate for candidate in found if candidate.path.is_dir()]
+    children = _children(source)
+    logs = _Logs()
+    found = [candidate for path in children if (candidate := _candidate(path, logs, warnings))]
+    directories = [candidate for candidate in found if not candidate.is_file]
     if directories and len(directories) < len(found):
         warnings.append(f"{source}: only its checkpoint directories are read, not the single files beside them.")
     candidates = sorted(directories or found, key=lambda candidate: (candidate.step, candidate.path.name))
     if not candidates:
         raise _nothing_found(source)
+    warnings += _passed_over(children, flat=not directories)
     warnings += _check_order(source, candidates)
     return Scan(source, tuple(candidates), tuple(warnings))
 
@@ -76,7 +100,47 @@ def duplicate_steps(candidates: Iterable[Candidate]) -> list[CkavgError]:
     ]
 
 
+def foreign_logs(candidates: Iterable[Candidate]) -> list[CkavgError]:
+    """An error where the trainers' logs tell that the candidates are of more than one run."""
+    of_log: dict[int, list[str]] = defaultdict(list)
+    for candidate in candidates:
+        if candidate.log is not None:
+            of_log[candidate.log].append(candidate.path.name)
+    if len(of_log) < 2:
+        return []
+    named = " and ".join(_shown(names) for names in of_log.values())
+    return [
+        MismatchError(
+            f"The checkpoints are of {len(of_log)} runs: by their {TRAINER_STATE}, {named} logged different losses for "
+            "the same steps.",
+            hint="Some are left from an earlier run in the same directory. Move those away, or leave them out with "
+            "--from-step, --to-step or --last.",
+        )
+    ]
+
+
+@dataclass(slots=True)
+class _Logs:
+    """The logs seen so far, each by the latest checkpoint that has it; checkpoints of one run share one."""
+
+    known: list[dict[int, set[float]]] = field(default_factory=list)
+
+    def number(self, losses: dict[int, set[float]]) -> int | None:
+        """Which log this is, or goes on with; None where it shares no step with any."""
+        if not losses:
+            return None
+        for number, log in enumerate(self.known):
+            if log.keys() & losses.keys() and contradiction(log, losses) is None:
+                self.known[number] = losses if len(losses) > len(log) else log
+                return number
+        if any(log.keys() & losses.keys() for log in self.known) or not self.known:
+            self.known.append(losses)
+            return len(self.known) - 1
+        return None
+
+
 def _children(source: Path) -> list[Path]:
+    """What lies in the source, in the order of the numbers in the names."""
     if not source.exists():
         raise NoCheckpointsError(f"{source} does not exist.", hint="Name the directory that holds the checkpoints.")
     if not source.is_dir():
@@ -85,38 +149,92 @@ def _children(source: Path) -> list[Path]:
             hint="Name the directory that holds the checkpoints.",
         )
     try:
-        return sorted(path for path in source.iterdir() if not path.name.startswith("."))
+        listed = [path for path in source.iterdir() if not path.name.startswith(".")]
     except OSError as error:
         raise ReadError(f"{source} cannot be listed: {error.strerror}.", hint="Check that you may read it.") from error
+    labels = {path: read_label(path.stem if path.suffix == ".safetensors" else path.name) for path in listed}
+    return sorted(listed, key=lambda path: (label.number if (label := labels[path]) else -1, path.name))
 
 
-def _candidate(path: Path, warnings: list[str]) -> Candidate | None:
-    if path.is_file():
-        label = read_label(path.stem) if path.suffix == ".safetensors" else None
+def _candidate(path: Path, logs: _Logs, warnings: list[str]) -> Candidate | None:
+    if path.suffix == ".safetensors":
+        label = read_label(path.stem)
         return Candidate(path, label.number, label, stated=False) if label else None
     label = read_label(path.name)
-    if label is None or (path / RESULT_RECORD).exists():
+    if label is None or not path.is_dir() or is_half_written(path.name) or _is_result(path):
         return None
-    if path.name.isdigit() and not holds_weights(path):
+    if path.name.isdigit() and not _holds_any(path):
         return None
-    stated = _stated_step(path, warnings)
+    state = _trainer_state(path, warnings)
+    stated = _stated_step(path, state, warnings)
     if stated is not None and label.clock == "step" and stated != label.number:
         warnings.append(f"{path.name}: {TRAINER_STATE} says step {stated}; that is used, not the number in the name.")
-    return Candidate(path, label.number if stated is None else stated, label, stated=stated is not None)
+    log = logs.number(logged_losses(state or {}))
+    return Candidate(path, label.number if stated is None else stated, label, stated=stated is not None, log=log)
 
 
-def _stated_step(path: Path, warnings: list[str]) -> int | None:
+def _is_result(path: Path) -> bool:
     try:
-        step = read_trainer_state(path).get("global_step")
+        return (path / RESULT_RECORD).exists()
+    except OSError:  # whoever reads it says what is wrong
+        return False
+
+
+def _holds_any(path: Path) -> bool:
+    """Whether a directory holds weights of any kind, in it or in its folders: a bare number says too little."""
+    try:
+        listing = list_folder(path)
+        return holds_weights(path) or bool(components(path, listing.folders)[0]) or find_foreign(path) is not None
+    except (OSError, UnsupportedFormatError):
+        return True  # whoever reads it says what is wrong
+
+
+def _trainer_state(path: Path, warnings: list[str]) -> Mapping[str, object] | None:
+    try:
+        return read_trainer_state(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         warnings.append(f"{path.name}: {TRAINER_STATE} cannot be read; the step is taken from the name.")
         return None
-    if type(step) is int and step >= 0:
+
+
+def _stated_step(path: Path, state: Mapping[str, object] | None, warnings: list[str]) -> int | None:
+    if state is None:
+        return None
+    step = state.get("global_step")
+    if type(step) is int and 0 <= step < _LARGEST_STEP:
         return step
     warnings.append(f"{path.name}: {TRAINER_STATE} states no global_step; the step is taken from the name.")
     return None
+
+
+def _passed_over(children: Iterable[Path], *, flat: bool) -> list[str]:
+    """Warnings about what holds weights, has the name of a checkpoint, and is none that could be read."""
+    unstated, half = [], []
+    for path in children:
+        is_file = path.suffix == ".safetensors"
+        if is_file and flat and looks_unstated(path.stem):
+            unstated.append(path.name)
+        elif is_file or not (looks_unstated(path.name) or is_half_written(path.name)) or not path.is_dir():
+            continue
+        elif is_half_written(path.name):
+            half.append(path.name)
+        elif holds_weights(path) and not _is_result(path):
+            unstated.append(path.name)
+    told = []
+    if unstated:
+        told.append(
+            f"Passed over, for the name states no step: {_shown(unstated)}. To have one take part, give it a name "
+            "such as step_500."
+        )
+    if half:
+        told.append(f"Passed over, for a trainer names them so while it writes them: {_shown(half)}.")
+    return told
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def _check_order(source: Path, candidates: Sequence[Candidate]) -> list[str]:
@@ -143,17 +261,28 @@ def _check_order(source: Path, candidates: Sequence[Candidate]) -> list[str]:
 
 
 def _nothing_found(source: Path) -> CkavgError:
-    names = [path.name for path in source.iterdir()]
+    names = sorted(path.name for path in source.iterdir())
     if holds_weights(source):
         return NoCheckpointsError(
             f"{source} is one checkpoint, not a directory of checkpoints.", hint=f"Try its parent: {source.parent}"
         )
-    foreign = foreign_weights(names)
-    if foreign:
+    foreign = next((name for name in names if foreign_weights([name])), None)
+    found = find_foreign(source / foreign) if foreign else None
+    if found is not None:
+        return NoCheckpointsError(f"{source} holds no safetensors checkpoints, only {foreign}.", hint=found.advice)
+    inside = [path for path in _folders(source) if any(read_label(child.name) for child in _folders(path))]
+    if inside:
         return NoCheckpointsError(
-            f"{source} holds no safetensors checkpoints, only {foreign}.", hint=conversion(foreign, str(source))
+            f"{source} holds no checkpoints, but {inside[0].name} in it seems to.", hint=f"Try {inside[0]}"
         )
     return NoCheckpointsError(
         f"{source} holds no checkpoints.",
         hint="Expected directories such as checkpoint-500/ or step_500/, or files such as step_500.safetensors.",
     )
+
+
+def _folders(directory: Path) -> list[Path]:
+    try:
+        return [directory / name for name in list_folder(directory).folders][:_LOOKED_INTO]
+    except OSError:
+        return []

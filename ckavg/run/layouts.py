@@ -60,34 +60,40 @@ def read_label(stem: str) -> Label | None:
     return Label(int(match["number"]), clock, stage.group().lower() if stage else "")
 
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".distcp", ".nemo", ".h5", ".msgpack", ".gguf")
-_NOT_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "random_states")
-
-_CONVERT = (
-    "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{0}').save_pretrained('{0}')\""
+_UNSTATED = re.compile(
+    r"(?:.*[-_.])?(?:checkpoint|ckpt|step|epoch)s?(?:[-_.].*)?|(?:.*[-_.])?(?:best|final|last|latest)(?:[-_.].*)?",
+    re.IGNORECASE | re.ASCII,
 )
-_CONVERSIONS = (
-    (re.compile(r".*\.distcp"), "accelerate merge-weights {0} {0}"),
-    (re.compile(r"(zero_pp_rank|mp_rank)_.*"), "python {0}/zero_to_fp32.py {0} {0} --safe_serialization"),
-    (re.compile(r"pytorch_model.*\.bin"), _CONVERT),
+_HALF_WRITTEN = re.compile(
+    r"(?:tmp[-_.].+|.+[-_.](?:tmp|temp|partial|incomplete|ckavg-partial))", re.IGNORECASE | re.ASCII
 )
+_AVERAGED = re.compile(r".*[-_.]ema", re.IGNORECASE | re.ASCII)
+_NO_WEIGHTS_IN = (".", "runs", "logs", "wandb", "averaged", "__pycache__", "pytorch_model_fsdp_", "optimizer_")
 
 
-def foreign_weights(names: list[str]) -> str | None:
-    """The first of the file names that holds weights in a format ckavg does not read; None where there is none.
+def looks_unstated(stem: str) -> bool:
+    """Whether a name is one for a checkpoint, but says no step.
 
-    >>> foreign_weights(["config.json", "optimizer.pt", "pytorch_model.bin"])
-    'pytorch_model.bin'
+    >>> [looks_unstated(stem) for stem in ("checkpoint-best", "final", "best_model", "last", "unet", "runs")]
+    [True, True, True, True, False, False]
     """
-    for name in sorted(names):
-        if name.endswith(_PICKLES) and not name.startswith(_NOT_WEIGHTS):
-            return name
-    return None
+    return read_label(stem) is None and _UNSTATED.fullmatch(stem) is not None
 
 
-def conversion(name: str, where: str) -> str:
-    """What to do about weights in the foreign file `name` in the directory `where`: a sentence with a command."""
-    for pattern, command in _CONVERSIONS:
-        if pattern.fullmatch(name):
-            return f"ckavg never unpickles. Convert it to safetensors: {command.format(where)}"
-    return "ckavg reads safetensors only and never unpickles. Save the checkpoints as safetensors."
+def is_half_written(name: str) -> bool:
+    """Whether a name is one that trainers give to a checkpoint while they write it: `tmp-checkpoint-500`."""
+    return _HALF_WRITTEN.fullmatch(name) is not None
+
+
+def is_averaged(folder: str) -> bool:
+    """Whether a folder holds an average that training made: `unet_ema`."""
+    return _AVERAGED.fullmatch(folder) is not None
+
+
+def may_hold_model(folder: str) -> bool:
+    """Whether a folder of a checkpoint may belong to the model, rather than to its training.
+
+    >>> [may_hold_model(folder) for folder in ("unet", "tokenizer", "global_step500", "optimizer_0", ".cache")]
+    [True, True, False, False, False]
+    """
+    return not folder.startswith(_NO_WEIGHTS_IN) and read_label(folder) is None

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckavg.errors import CkavgError, CombinedError, DuplicateStepError, RunError, TooFewCheckpointsError, raise_all
-from ckavg.run.checkpoint import read_checkpoint
-from ckavg.run.compare import differences
-from ckavg.run.discover import Scan, duplicate_steps, scan
-from ckavg.run.select import select_steps
+from ckavg.errors import (
+    CkavgError,
+    CorruptFileError,
+    DuplicateStepError,
+    MismatchError,
+    MissingShardError,
+    MixedOrderError,
+    OutputError,
+    ReadError,
+    RunError,
+    TooFewCheckpointsError,
+    TruncatedShardError,
+    UnsupportedFormatError,
+    raise_all,
+)
+from ckavg.run.compare import common_part, differences
+from ckavg.run.configs import about_adapters_beside, contradictions, quantized, read_facts
+from ckavg.run.discover import Scan, duplicate_steps, foreign_logs, scan
+from ckavg.run.reading import Reading
 from ckavg.run.values import Checkpoint, Run, Selection
+
+_WORST_FIRST = (
+    ReadError, UnsupportedFormatError, MixedOrderError, DuplicateStepError, CorruptFileError, TruncatedShardError,
+    MissingShardError, MismatchError, TooFewCheckpointsError, RunError, OutputError,
+)  # fmt: skip
+"""First what neither waiting nor leaving a checkpoint out cures; last what another place for the result does."""
+
+_NAMED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +66,9 @@ def open_run(
     from_step: int | None = None,
     to_step: int | None = None,
     last: int | None = None,
+    skip_incomplete: bool = False,
+    common_only: bool = False,
+    copy: Sequence[str] = (),
 ) -> Run:
     """Open a directory of saved checkpoints as one run. Reads headers only, never a weight.
 
@@ -54,6 +81,9 @@ def open_run(
         from_step: leave out checkpoints before this optimizer step.
         to_step: leave out checkpoints after this optimizer step.
         last: keep only this many checkpoints, the newest.
+        skip_incomplete: leave out checkpoints that are not written in full, each with a warning.
+        common_only: average the tensors that all checkpoints have; the others are copied from the last one.
+        copy: shell patterns of further files of the last checkpoint that go into the result, by relative path.
 
     Raises:
         CkavgError: it cannot be averaged; `CombinedError` lists every reason where there are more than one.
@@ -66,6 +96,9 @@ def open_run(
         from_step=from_step,
         to_step=to_step,
         last=last,
+        skip_incomplete=skip_incomplete,
+        common_only=common_only,
+        copy=tuple(copy),
     )
     return as_run(inspect_run(Path(source), selection))
 
@@ -82,62 +115,106 @@ def inspect_run(source: Path, selection: Selection) -> Inspection:
     Raises:
         NoCheckpointsError, MixedOrderError, ReadError, SettingError: there is nothing to inspect.
     """
-    init, init_step = selection.init, selection.init_step
     found = scan(source)
-    anchor_step = init_step if init is not None else None
-    kept = select_steps(
-        [candidate.step for candidate in found.candidates],
-        every=selection.every,
-        every_from=selection.every_from,
-        from_step=selection.from_step,
-        to_step=selection.to_step,
-        last=selection.last,
-        anchor_step=anchor_step,
-    )
-    candidates = [found.candidates[index] for index in kept]
-    problems: list[CkavgError] = list(duplicate_steps(candidates))
-    places = [(candidate.path, candidate.step) for candidate in candidates]
-    if init is not None:
-        places.insert(0, (init, init_step))
-        problems += _check_anchor(places)
-    checkpoints: list[Checkpoint] = []
-    for path, step in places:
-        try:
-            checkpoints.append(read_checkpoint(path, step))
-        except CombinedError as error:
-            problems += error.errors
-        except CkavgError as error:
-            problems.append(error)
-    problems += differences(checkpoints, anchor_is_init=init is not None)
-    if len(candidates) + (init is not None) < 2:
+    read = Reading(found, selection)
+    while not read.is_done():
+        read.go_on()
+    candidates, checkpoints = read.candidates, read.checkpoints
+    with_init = selection.init is not None
+    problems = [*read.problems, *duplicate_steps(candidates), *foreign_logs(candidates)]
+    facts = [read_facts(checkpoint) for checkpoint in checkpoints]
+    problems += quantized(checkpoints, facts)
+    different, doubtful = contradictions(checkpoints, facts, anchor_is_init=with_init)
+    problems += different
+    if with_init:
+        checkpoints = _only_components_of_the_run(checkpoints)
+    problems += differences(checkpoints, anchor_is_init=with_init, common_only=selection.common_only)
+    warnings = [*found.warnings, *read.warnings, *doubtful, *_about_ignored(checkpoints)]
+    warnings += about_adapters_beside(checkpoints)
+    if len(candidates) + with_init < 2:
         problems.append(_too_few(found, len(candidates)))
-    warnings = found.warnings + _about_ignored(checkpoints)
-    return Inspection(found.source, selection, tuple(checkpoints), tuple(problems), warnings)
+    if selection.common_only and checkpoints:
+        checkpoints = _common(checkpoints, problems, warnings)
+    return Inspection(
+        found.source, selection, tuple(checkpoints), worst_first(_first_of_kind(problems)), tuple(warnings)
+    )
+
+
+def worst_first(problems: Sequence[CkavgError]) -> tuple[CkavgError, ...]:
+    """The problems in the order in which they are told; those of one kind as they come."""
+    return tuple(
+        sorted(
+            problems,
+            key=lambda problem: next(
+                (rank for rank, kind in enumerate(_WORST_FIRST) if isinstance(problem, kind)), len(_WORST_FIRST)
+            ),
+        )
+    )
+
+
+def _only_components_of_the_run(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    """Of a base model that is a pipeline, only the models that the run trains: trainers save no others."""
+    init, *own = checkpoints
+    if not own or init.kind != "pipeline" or own[-1].kind != "pipeline":
+        return checkpoints
+    wanted = own[-1].components
+    entries = {
+        name: entry for name, entry in init.entries.items() if any(name.startswith(f"{part}/") for part in wanted)
+    }
+    return [dataclasses.replace(init, entries=entries) if entries else init, *own]
+
+
+def _common(checkpoints: list[Checkpoint], problems: list[CkavgError], warnings: list[str]) -> list[Checkpoint]:
+    common = common_part(checkpoints)
+    if not common.averaged:
+        problems.append(
+            MismatchError(
+                "No floating tensor is in all checkpoints.", hint="Choose others with --from-step, --to-step or --last."
+            )
+        )
+    if common.copied:
+        warnings.append(
+            f"Not in every checkpoint, so not averaged but copied from step {checkpoints[-1].step}: "
+            f"{_counted(common.copied)}."
+        )
+    if common.dropped:
+        warnings.append(
+            f"Not in every checkpoint, nor at step {checkpoints[-1].step}, so left out: {_counted(common.dropped)}."
+        )
+    return list(common.checkpoints)
+
+
+def _first_of_kind(problems: Sequence[CkavgError]) -> list[CkavgError]:
+    """The problems, those of format counted after the first few: whoever trained in one has all checkpoints in it."""
+    of_format = [problem for problem in problems if isinstance(problem, UnsupportedFormatError)]
+    rest = of_format[_NAMED:]
+    if not rest:
+        return list(problems)
+    counted = UnsupportedFormatError(
+        f"{len(rest)} more checkpoints are in a format that is not read.", hint="They are to be converted likewise."
+    )
+    return [problem for problem in problems if problem not in rest] + [counted]
+
+
+def _counted(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({_listed(names)})"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
 
 
 def _about_ignored(checkpoints: list[Checkpoint]) -> tuple[str, ...]:
-    names = sorted({name for checkpoint in checkpoints for name in checkpoint.ignored})
-    if not names:
-        return ()
-    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    read = checkpoints[-1].shards[0].path.name
-    return (f"Other weight files beside {read} are neither averaged nor copied: {shown}.",)
-
-
-def _check_anchor(places: list[tuple[Path, int]]) -> list[CkavgError]:
-    (init, init_step), rest = places[0], places[1:]
-    if not init.exists():
-        places.pop(0)
-        return [RunError(f"--init {init} does not exist.", hint="Name the base model's directory or safetensors file.")]
-    if not rest or rest[0][1] > init_step:
-        return []
-    return [
-        DuplicateStepError(
-            f"--init {init} is taken to be step {init_step}, but the run begins at step {rest[0][1]}.",
-            hint="The run has its own anchor: leave out --init. "
-            "Or say with --init-step and --from-step where each begins.",
-        )
-    ]
+    told = []
+    own = [checkpoint for checkpoint in checkpoints if checkpoint.kind != "pipeline"]
+    names = sorted({name for checkpoint in own for name in checkpoint.ignored})
+    if names:
+        read = checkpoints[-1].shards[0].path.name
+        told.append(f"Other weight files beside {read} are neither averaged nor copied: {_listed(names)}.")
+    averaged = sorted({name for each in checkpoints if each.kind == "pipeline" for name in each.ignored})
+    if averaged:
+        told.append(f"Averages that training made are neither averaged nor copied: {_listed(averaged)}.")
+    return tuple(told)
 
 
 def _too_few(found: Scan, kept: int) -> CkavgError:

@@ -4,12 +4,13 @@ weight file.
 
 from __future__ import annotations
 
-import json
-import stat
+import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from ckavg.run.files import read_object
 from ckavg.run.values import Checkpoint
 
 TRAINER_STATE = "trainer_state.json"
@@ -24,10 +25,29 @@ def read_trainer_state(directory: Path) -> dict[str, Any]:
 
     Raises:
         OSError: there is none, or it cannot be read.
-        ValueError, RecursionError: it is not JSON.
+        ValueError: it is not JSON, no plain file, or very large.
     """
-    state = json.loads((directory / TRAINER_STATE).read_bytes())
-    return state if isinstance(state, dict) else {}
+    return read_object(directory / TRAINER_STATE, LARGEST)
+
+
+def logged_losses(state: Mapping[str, Any]) -> dict[int, set[float]]:
+    """The losses of a log by optimizer step; a run that was resumed may have logged a step twice."""
+    losses: dict[int, set[float]] = {}
+    history = state.get("log_history")
+    for entry in history if isinstance(history, list) else ():
+        if isinstance(entry, dict):
+            step, loss = entry.get("step"), entry.get("loss")
+            if type(step) is int and type(loss) is float and math.isfinite(loss):
+                losses.setdefault(step, set()).add(loss)
+    return losses
+
+
+def contradiction(before: Mapping[int, set[float]], after: Mapping[int, set[float]]) -> int | None:
+    """The first step at which two logs have no loss in common, so that they are of two runs; None if there is none.
+
+    A trainer keeps its log from one checkpoint to the next: of one run, the later log holds all of the earlier one.
+    """
+    return min((step for step in before.keys() & after.keys() if not before[step] & after[step]), default=None)
 
 
 def learning_rates(checkpoint: Checkpoint) -> tuple[tuple[int, float], ...]:
@@ -40,11 +60,8 @@ def learning_rates(checkpoint: Checkpoint) -> tuple[tuple[int, float], ...]:
     if checkpoint.kind == "file":
         return ()
     try:
-        found = (checkpoint.path / TRAINER_STATE).stat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST:
-            return ()
         history = read_trainer_state(checkpoint.path).get("log_history")
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return ()
     if not isinstance(history, list):
         return ()

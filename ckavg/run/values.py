@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["model", "adapter", "file"]
+Kind = Literal["model", "adapter", "pipeline", "file"]
 
 ITEM_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
@@ -34,12 +34,14 @@ class Entry:
         shape: its dimensions, `()` for a scalar.
         shard: index into `Checkpoint.shards`.
         offset: where its bytes begin, counted from the start of the file.
+        kept: whether it is copied whatever its dtype, since not every checkpoint has it.
     """
 
     dtype: str
     shape: tuple[int, ...]
     shard: int
     offset: int
+    kept: bool = False
 
     @property
     def numel(self) -> int:
@@ -59,7 +61,7 @@ class Entry:
     @property
     def is_floating(self) -> bool:
         """Whether it is averaged rather than copied."""
-        return self.dtype in FLOATING
+        return self.dtype in FLOATING and not self.kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +79,19 @@ class Checkpoint:
     Attributes:
         step: optimizer step (`global_step`) at which it was saved.
         path: the directory, or the file of a flat layout.
-        kind: `model`, `adapter` (PEFT), or `file` (one safetensors file on its own).
+        kind: `model`, `adapter` (PEFT, LoRA), `pipeline` (models in folders, its components), or `file` (one
+            safetensors file on its own).
         shards: its weight files, in the order of their names.
-        index: the shard index beside them, if there is one.
-        entries: every tensor by name.
-        ignored: names of other weight files in the directory, which are not read.
+        indexes: the shard indexes beside them, where there are any; a pipeline may have one in each component.
+        entries: every tensor by name; in a pipeline, `component/name`.
+        ignored: names of other weight files, and of folders with such, in the directory, which are not read.
     """
 
     step: int
     path: Path
     kind: Kind
     shards: tuple[Shard, ...]
-    index: Path | None
+    indexes: tuple[Path, ...]
     entries: Mapping[str, Entry]
     ignored: tuple[str, ...] = ()
 
@@ -101,6 +104,18 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Size of its weight files in bytes."""
         return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its weight files, by path relative to its directory."""
+        return tuple(shard.path.relative_to(self.directory).as_posix() for shard in self.shards)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The folders of a pipeline that hold its weights, sorted; `("",)` for anything else."""
+        if self.kind != "pipeline":
+            return ("",)
+        return tuple(sorted({name.rpartition("/")[0] for name in self.names}))
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -124,6 +139,9 @@ class Selection:
         from_step: leave out checkpoints before this optimizer step.
         to_step: leave out checkpoints after this optimizer step.
         last: keep only this many checkpoints, the newest.
+        skip_incomplete: leave out checkpoints that are not written in full.
+        common_only: average the tensors that all checkpoints have, and copy the others.
+        copy: shell patterns of further files of the last checkpoint that go into the result.
     """
 
     init: Path | None = None
@@ -133,9 +151,12 @@ class Selection:
     from_step: int | None = None
     to_step: int | None = None
     last: int | None = None
+    skip_incomplete: bool = False
+    common_only: bool = False
+    copy: tuple[str, ...] = ()
 
     @property
-    def stated(self) -> dict[str, int | str]:
+    def stated(self) -> dict[str, int | str | tuple[str, ...]]:
         """The parts that differ from choosing everything, by name."""
         values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
         return {
@@ -170,6 +191,11 @@ class Run:
     def steps(self) -> tuple[int, ...]:
         """Optimizer step of every checkpoint, the anchor's first."""
         return tuple(checkpoint.step for checkpoint in self.checkpoints)
+
+    def named(self, checkpoint: Checkpoint) -> Path:
+        """The directory or file that the user named, in which a checkpoint of the run was found."""
+        own = self.selection.init
+        return own if own is not None and checkpoint.path == own else self.source
 
     @property
     def last(self) -> Checkpoint:

@@ -221,8 +221,9 @@ def test_json_of_inspect(source: Path) -> None:
 
 
 def test_documented_selection(source: Path) -> None:
+    further = ("--skip-incomplete", "--common-only", "--copy", "trainer_state.json")
     every = ("--init", source / "checkpoint-0", "--init-step", 1, "--every", 50, "--burn-in", 50)
-    told = _json_of("bema", source, "--json", *every, "--from-step", 50, "--to-step", 150, "--last", 3)
+    told = _json_of("bema", source, "--json", *every, "--from-step", 50, "--to-step", 150, "--last", 3, *further)
     row = next(line for line in CLI.read_text(encoding="utf-8").splitlines() if line.startswith("| `selection`"))
     assert told["selection"].keys() == set(re.findall(r"`(\w+)`", row)[1:])
 

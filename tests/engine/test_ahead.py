@@ -23,7 +23,7 @@ BLOCKS = [Block("w", 10 * place, 10 * place + 10) for place in range(20)]
 
 
 def checkpoint(step: int) -> Checkpoint:
-    return Checkpoint(step, Path(), "model", (), None, {"w": Entry("U8", (200,), 0, 0)})
+    return Checkpoint(step, Path(), "model", (), (), {"w": Entry("U8", (200,), 0, 0)})
 
 
 class Announced:

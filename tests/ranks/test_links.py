@@ -204,7 +204,7 @@ def test_everything_falls_to_one_and_nobody_has_much_more(sizes: list[int], worl
 
 def blocks_of(sizes: Sequence[int]) -> tuple[Checkpoint, list[Block]]:
     entries = {f"w{place}": Entry("F32", (size,), 0, 4 * sum(sizes[:place])) for place, size in enumerate(sizes)}
-    checkpoint = Checkpoint(0, Path(), "model", (Shard(Path("model.safetensors"), 0),), None, entries)
+    checkpoint = Checkpoint(0, Path(), "model", (Shard(Path("model.safetensors"), 0),), (), entries)
     return checkpoint, [Block(name, 0, entry.numel) for name, entry in entries.items()]
 
 

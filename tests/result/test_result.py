@@ -76,11 +76,15 @@ def test_tensors_are_aligned_to_their_items(tmp_path: Path) -> None:
 
 
 def test_config_agrees_with_the_weights(source: Path) -> None:
-    config = {"model_type": "x", "torch_dtype": "float32", "text_config": {"dtype": "float16", "width": 3}}
+    config = {"model_type": "llama", "torch_dtype": "float32", "text_config": {"dtype": "float16", "width": 3}}
     (source / "checkpoint-20" / "config.json").write_text(json.dumps(config))
     result = ckavg.average(ckavg.open_run(source), ckavg.EMA())
     written = json.loads((result.directory / "config.json").read_text())
-    assert written == {"model_type": "x", "torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "width": 3}}
+    assert written == {
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "text_config": {"dtype": "bfloat16", "width": 3},
+    }
 
 
 def test_config_that_agrees_is_copied_to_the_byte(source: Path) -> None:

@@ -174,14 +174,6 @@ def test_a_second_model_beside_the_first_is_said(tmp_path: Path) -> None:
     assert any("neither averaged nor copied: model_1.safetensors" in warning for warning in run.warnings)
 
 
-def test_weights_in_folders_are_refused(tmp_path: Path) -> None:
-    for step in (1, 2):
-        (tmp_path / f"checkpoint-{step}" / "unet").mkdir(parents=True)
-        save_file(WEIGHTS, tmp_path / f"checkpoint-{step}" / "unet" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(CombinedError, match="holds its weights in folders"):
-        ckavg.open_run(tmp_path)
-
-
 @pytest.mark.parametrize(("changed", "advice"), [(0, "--from-step 20"), (1, "--from-step 30"), (2, "--to-step 30")])
 def test_advice_on_a_change_of_shape_leaves_a_run(tmp_path: Path, changed: int, advice: str) -> None:
     weights = [{"w": torch.ones(3 if place <= changed else 4)} for place in range(4)]

@@ -1,0 +1,55 @@
+"""How much memory averaging will take, told before anything is read. Arithmetic on plans: docs/design.md, Memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from ckavg.engine.blocks import TILE
+from ckavg.plan import Plan
+
+MOST_THREADS = 16
+"""As many as the engine starts where there are more cores; told here without the engine, which imports torch."""
+
+_LIBRARIES = 235_000_000
+"""Python, torch and the other libraries, before anything is read: measured on Linux with torch for the CPU."""
+
+_PER_ENTRY = 450
+"""A tensor in the table of a checkpoint: its name, its shape, and their places in a dictionary."""
+
+_PER_DISTANCE = 100
+"""A number of the path, by tensor and checkpoint, and its line in `path.json`."""
+
+_STATE_TILES = 3
+_RAW_BYTES_OF_ELEMENT = 8
+
+
+def memory_bytes(plans: Sequence[Plan]) -> int:
+    """Peak memory of carrying out plans of one run together on the CPU, in bytes; an estimate.
+
+    Every thread has two buffers for bytes as they are stored, the widened tile, and the tiles of each average's state.
+    The tables of the checkpoints and the side files come on top, and what the libraries take by themselves.
+
+    Args:
+        plans: what is carried out together; at least one.
+    """
+    run = plans[0].run
+    wide = any("float64" in checkpoint.dtypes for checkpoint in run.checkpoints)
+    tiles = (1 + _STATE_TILES * len(plans)) * TILE * (8 if wide else 4)
+    buffers = threads() * (2 * TILE * _RAW_BYTES_OF_ELEMENT + tiles)
+    tables = {id(checkpoint.entries): len(checkpoint.entries) for checkpoint in run.checkpoints}
+    known = _PER_ENTRY * sum(tables.values())
+    if any(plan.path for plan in plans):
+        known += _PER_DISTANCE * len(run.tensors) * len(run.checkpoints)
+    beside = sum(len(data) for data in plans[0].side_files.values())
+    headers = sum(len(shard.header) for shard in plans[0].weights.shards)
+    return _LIBRARIES + buffers + known + 2 * (beside + headers)
+
+
+def threads() -> int:
+    """How many threads read and compute: one for each core that this process may use."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        cores = os.cpu_count() or 1
+    return max(1, min(cores, MOST_THREADS))

@@ -1,0 +1,128 @@
+"""Stage *discover*: the chosen checkpoints of a source, read; what is wrong with each is kept rather than raised."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ckavg.errors import (
+    CkavgError,
+    CombinedError,
+    DuplicateStepError,
+    MissingShardError,
+    RunError,
+    TruncatedShardError,
+)
+from ckavg.run.checkpoint import read_checkpoint
+from ckavg.run.discover import Candidate, Scan
+from ckavg.run.select import select_steps
+from ckavg.run.values import Checkpoint, Selection
+
+MOST_CHECKPOINTS = 10_000
+
+_INCOMPLETE = (MissingShardError, TruncatedShardError)
+
+
+class Reading:
+    """Chooses checkpoints and reads them; again, where some that were chosen turned out to be incomplete."""
+
+    def __init__(self, found: Scan, selection: Selection) -> None:
+        self._found = found
+        self._selection = selection
+        self._read: dict[tuple[Path, int], Checkpoint | CkavgError] = {}
+        self._incomplete: dict[Path, CkavgError] = {}
+        self._done = False
+        self.candidates: list[Candidate] = []
+        self.checkpoints: list[Checkpoint] = []
+        self.problems: list[CkavgError] = []
+
+    @property
+    def warnings(self) -> list[str]:
+        """One for each checkpoint that was left out."""
+        return [f"{path.name} is incomplete and left out: {_why(why)}" for path, why in self._incomplete.items()]
+
+    def is_done(self) -> bool:
+        """Whether every checkpoint that is chosen has been read."""
+        return self._done
+
+    def go_on(self) -> None:
+        """Choose among what is not known to be incomplete, and read what is not read yet."""
+        init, init_step = self._selection.init, self._selection.init_step
+        self.candidates = self._choose()
+        if len(self.candidates) > MOST_CHECKPOINTS:
+            raise RunError(
+                f"{len(self.candidates):,} checkpoints are chosen, more than {MOST_CHECKPOINTS:,}.",
+                hint="Choose fewer with --every, --last, --from-step or --to-step.",
+            )
+        places = [(candidate.path, candidate.step) for candidate in self.candidates]
+        self.problems = []
+        if init is not None:
+            places.insert(0, (init, init_step))
+            self.problems += _check_anchor(places)
+        self.checkpoints = []
+        for path, step in places:
+            named = init if path == init and init is not None else self._found.source
+            outcome = self._read.get((path, step)) or self._read_one(path, step, named)
+            if isinstance(outcome, Checkpoint):
+                outcome = self._sharing_tables(outcome)
+                self.checkpoints.append(outcome)
+            else:
+                self._tell(path, outcome)
+            self._read[path, step] = outcome
+        self._done = not any(candidate.path in self._incomplete for candidate in self.candidates)
+
+    def _tell(self, path: Path, error: CkavgError) -> None:
+        """Keep what is wrong with a checkpoint, as a problem or as the reason to leave it out."""
+        each = error.errors if isinstance(error, CombinedError) else (error,)
+        may_skip = self._selection.skip_incomplete and path != self._selection.init
+        if may_skip and all(isinstance(one, _INCOMPLETE) for one in each):
+            self._incomplete[path] = error
+        else:
+            self.problems += each
+
+    def _choose(self) -> list[Candidate]:
+        complete = [candidate for candidate in self._found.candidates if candidate.path not in self._incomplete]
+        selection = self._selection
+        kept = select_steps(
+            [candidate.step for candidate in complete],
+            every=selection.every,
+            every_from=selection.every_from,
+            from_step=selection.from_step,
+            to_step=selection.to_step,
+            last=selection.last,
+            anchor_step=selection.init_step if selection.init is not None else None,
+        )
+        return [complete[index] for index in kept]
+
+    @staticmethod
+    def _read_one(path: Path, step: int, named: Path) -> Checkpoint | CkavgError:
+        try:
+            return read_checkpoint(path, step, within=named)
+        except CkavgError as error:
+            return error
+
+    def _sharing_tables(self, checkpoint: Checkpoint) -> Checkpoint:
+        """With the tensor table of the one before, where they are equal: a large model's takes tens of megabytes."""
+        if self.checkpoints and self.checkpoints[-1].entries == checkpoint.entries:
+            return dataclasses.replace(checkpoint, entries=self.checkpoints[-1].entries)
+        return checkpoint
+
+
+def _why(error: CkavgError) -> str:
+    return error.errors[0].message if isinstance(error, CombinedError) else error.message
+
+
+def _check_anchor(places: list[tuple[Path, int]]) -> list[CkavgError]:
+    (init, init_step), rest = places[0], places[1:]
+    if not init.exists():
+        places.pop(0)
+        return [RunError(f"--init {init} does not exist.", hint="Name the base model's directory or safetensors file.")]
+    if not rest or rest[0][1] > init_step:
+        return []
+    return [
+        DuplicateStepError(
+            f"--init {init} is taken to be step {init_step}, but the run begins at step {rest[0][1]}.",
+            hint="The run has its own anchor: leave out --init. "
+            "Or say with --init-step and --from-step where each begins.",
+        )
+    ]
