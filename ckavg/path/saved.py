@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckavg.atomic import resolved, write_bytes
+from ckavg.atomic import read_small, resolved, write_bytes
 from ckavg.path.known import Known
 from ckavg.path.table import PathLength
 from ckavg.run.values import Checkpoint, Run
@@ -131,9 +131,7 @@ def _pair(before: str | None, after: str | None) -> str | None:
 
 def _load(place: Path) -> dict[str, Any]:
     try:
-        if place.stat().st_size > _MOST_BYTES:
-            return {}
-        table = json.loads(place.read_bytes())
+        table = json.loads(read_small(place, _MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     sound = isinstance(table, dict) and table.get("format") == _FORMAT and isinstance(table.get("tensors"), list)

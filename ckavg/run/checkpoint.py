@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from ckavg.atomic import read_small
 from ckavg.errors import (
     CkavgError,
     CorruptFileError,
@@ -80,7 +81,7 @@ def _from_index(path: Path, step: int, index: Path) -> Checkpoint:
 
 def _weight_map(index: Path) -> Mapping[str, str]:
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = json.loads(read_small(index))["weight_map"]
         placed = {str(name): str(file) for name, file in weight_map.items()}
     except OSError as error:
         raise ReadError(f"{index} cannot be read: {error.strerror}.", hint="Check that you may read it.") from error

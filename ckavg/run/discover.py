@@ -113,7 +113,7 @@ def _stated_step(path: Path, warnings: list[str]) -> int | None:
     except (OSError, ValueError, RecursionError):
         warnings.append(f"{path.name}: {TRAINER_STATE} cannot be read; the step is taken from the name.")
         return None
-    if type(step) is int and step >= 0:
+    if type(step) is int and 0 <= step < 10**18:  # of 18 digits at most, as in names
         return step
     warnings.append(f"{path.name}: {TRAINER_STATE} states no global_step; the step is taken from the name.")
     return None

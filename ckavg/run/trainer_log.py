@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from ckavg.atomic import read_small
 from ckavg.run.values import Checkpoint
 
 TRAINER_STATE = "trainer_state.json"
@@ -26,7 +27,7 @@ def read_trainer_state(directory: Path) -> dict[str, Any]:
         OSError: there is none, or it cannot be read.
         ValueError, RecursionError: it is not JSON.
     """
-    state = json.loads((directory / TRAINER_STATE).read_bytes())
+    state = json.loads(read_small(directory / TRAINER_STATE, LARGEST))
     return state if isinstance(state, dict) else {}
 
 
