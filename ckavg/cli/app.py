@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import io
 import os
+import resource
 import signal
 import sys
+from contextlib import suppress
 from typing import Annotated, NoReturn
 
 import typer
@@ -15,7 +17,7 @@ from ckavg.cli.bema import bema
 from ckavg.cli.dema import dema
 from ckavg.cli.demo import demo
 from ckavg.cli.ema import ema
-from ckavg.cli.failures import FAILED, INTERRUPTED
+from ckavg.cli.failures import FAILED, INTERRUPTED, cannot_print, of_system
 from ckavg.cli.inspect import inspect
 from ckavg.cli.mean import mean
 from ckavg.cli.ouema import ouema
@@ -23,7 +25,12 @@ from ckavg.cli.path import path
 from ckavg.cli.pema import pema
 from ckavg.cli.ranks import mute_others
 from ckavg.cli.sweep import sweep
+from ckavg.cli.terminal import warn
 from ckavg.version import __version__
+
+_STDERR = 2
+_MANY_FILES = 10_240
+"""The most that macOS allows, and enough for any run."""
 
 app = typer.Typer(
     name="ckavg",
@@ -59,6 +66,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no ℓ shows a question mark, not a traceback
+    _occupy_standard_streams()
+    _allow_many_files()
     mute_others()
     try:
         app(prog_name="ckavg")
@@ -66,6 +75,26 @@ def main() -> None:
         _leave(error.code)
     except KeyboardInterrupt:
         _leave(INTERRUPTED)
+    except OSError as error:  # from --help or --version; verbs look after theirs
+        warn("error", of_system(error))
+        _leave(FAILED)
+
+
+def _occupy_standard_streams() -> None:
+    """Let no file take the place of a stream that the caller has closed: what a library prints would go into it."""
+    with suppress(OSError):
+        while (handle := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+            os.set_inheritable(handle, True)
+        os.close(handle)
+
+
+def _allow_many_files() -> None:
+    """Open as many files as the system allows: shells start programs with a fraction of it, for old ones' sake."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _leave(status: str | int | None) -> NoReturn:
@@ -73,8 +102,15 @@ def _leave(status: str | int | None) -> NoReturn:
     if not (status is None or isinstance(status, int)):
         raise SystemExit(status)
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # nobody reads it any more
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads it any more
         status = status or FAILED
+    except OSError as error:
+        if not status:  # else it was said before
+            warn("error", cannot_print(error))
+        status = status or FAILED
+    with suppress(OSError):
+        if sys.stderr is not None:
+            sys.stderr.flush()
     os._exit(status or 0)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import typer
 
-from ckavg.cli.terminal import warn
+from ckavg.cli.terminal import say, say_labelled, warn
 from ckavg.errors import CkavgError, SettingError
+from ckavg.report.text import told
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -25,15 +27,48 @@ def failures(*, verbose: bool) -> Iterator[None]:
     try:
         yield
     except CkavgError as error:
-        if verbose:
-            traceback.print_exception(error, file=sys.stderr)
-        warn("error", error.message, error.hint)
+        _trace(error, verbose=verbose)
+        message, hint = told(error)
+        say_labelled("error", message)
+        if hint:
+            say(hint)
         raise typer.Exit(USAGE if isinstance(error, SettingError) else FAILED) from error
     except OSError as error:  # of the environment rather than a bug: a path that is too long, a right that is missing
-        if verbose:
-            traceback.print_exception(error, file=sys.stderr)
-        warn("error", f"{error.filename or 'The system'}: {error.strerror or error}.")
+        _trace(error, verbose=verbose)
+        if not isinstance(error, BrokenPipeError):  # nobody reads stdout any more, and so nobody misses it
+            warn("error", of_system(error))
+        raise typer.Exit(FAILED) from error
+    except MemoryError as error:
+        _trace(error, verbose=verbose)
+        warn("error", "There is not enough memory. Nothing was left under the final name.")
         raise typer.Exit(FAILED) from error
     except KeyboardInterrupt as error:
         warn("interrupted", "Nothing was left under the final name; the checkpoints are as they were.")
         raise typer.Exit(INTERRUPTED) from error
+
+
+def cannot_print(error: OSError) -> str:
+    """What to say where stdout takes nothing."""
+    return f"stdout cannot be written: {error.strerror or error}. What was written elsewhere is complete."
+
+
+def of_system(error: OSError) -> str:
+    """What the system would not do, and with which file or stream."""
+    if error.filename:
+        return f"{os.fsdecode(error.filename)}: {error.strerror or error}."
+    try:  # what could not be printed is tried again, so that it is known to be that
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as again:
+        return cannot_print(again)
+    try:
+        os.getcwd()  # noqa: PTH109 - Path.cwd() is the same, at greater length
+    except OSError:
+        return "The current directory does not exist any more."
+    return f"The system: {error.strerror or error}."
+
+
+def _trace(error: BaseException, *, verbose: bool) -> None:
+    if verbose:
+        with suppress(OSError, ValueError):
+            traceback.print_exception(error, file=sys.stderr)

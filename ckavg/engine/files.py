@@ -11,6 +11,7 @@ import resource
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +22,15 @@ _HAS_NOWAIT = _HAS_PREADV and hasattr(os, "RWF_NOWAIT")
 _HAS_FADVISE = hasattr(os, "posix_fadvise")
 _RESERVED = 32
 _PLENTY = 1 << 16
+_CHANGED = "Something changed it meanwhile. Run again once the checkpoint is complete."
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """An open file, and what it was when it was opened."""
+
+    handle: int
+    status: os.stat_result
 
 
 class Files:
@@ -32,7 +42,7 @@ class Files:
 
     def __init__(self, *, threads: int) -> None:
         self._most = max(2, _usable_handles() // threads)
-        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._open: OrderedDict[Path, _Opened] = OrderedDict()
         self._can_read_cached = _HAS_NOWAIT
         self.bytes_read = 0
 
@@ -47,7 +57,7 @@ class Files:
 
         Raises:
             TruncatedShardError: the file ends before the buffer is full.
-            ReadError: the system would not let us read it.
+            ReadError: the system would not let us read it, or a file that was closed to make room has changed.
         """
         size = len(buffer)
         try:
@@ -58,8 +68,7 @@ class Files:
                 count = _pread(self._handle(path), buffer[done:], offset + done)
                 if count == 0:
                     raise TruncatedShardError(
-                        f"{path} ends at byte {offset + done:,}; it was longer when the run was opened.",
-                        hint="Something changed it meanwhile. Run again once the checkpoint is complete.",
+                        f"{path} ends at byte {offset + done:,}; it was longer when the run was opened.", hint=_CHANGED
                     )
                 done += count
         except OSError as error:
@@ -90,13 +99,24 @@ class Files:
     def announce(self, path: Path, offset: int, nbytes: int) -> None:
         """Tell the system that these bytes will be read soon, so that it fetches them in large pieces at once."""
         if _HAS_FADVISE:
-            with suppress(OSError):  # a hint; whatever is wrong shows when the bytes are read
+            with suppress(OSError, ReadError):  # a hint; whatever is wrong shows when the bytes are read
                 os.posix_fadvise(self._handle(path), offset, nbytes, os.POSIX_FADV_WILLNEED)
 
-    def close(self) -> None:
-        """Close every file."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+    def close(self, *, check: bool = True) -> None:
+        """Close every file.
+
+        Args:
+            check: refuse one that was written to or replaced while it was open.
+
+        Raises:
+            ReadError: there is one. All are closed even so.
+        """
+        try:
+            while self._open:
+                self._close_one(check=check)
+        finally:
+            while self._open:
+                self._close_one(check=False)
 
     def __enter__(self) -> Files:
         return self
@@ -104,7 +124,7 @@ class Files:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(check=kind is None)
 
     def _read_cached(self, handle: int, buffer: memoryview, offset: int) -> int:
         """Read what is in memory already and return how much that was; 0 where the system cannot tell."""
@@ -119,15 +139,38 @@ class Files:
             return 0
 
     def _handle(self, path: Path) -> int:
-        handle = self._open.get(path)
-        if handle is not None:
+        found = self._open.get(path)
+        if found is not None:
             self._open.move_to_end(path)
-            return handle
+            return found.handle
         while len(self._open) >= self._most:
-            os.close(self._open.popitem(last=False)[1])
+            self._close_one(check=True)
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._open[path] = handle
+        self._open[path] = _Opened(handle, os.fstat(handle))
         return handle
+
+    def _close_one(self, *, check: bool) -> None:
+        """Close the least recently used file."""
+        path, opened = self._open.popitem(last=False)
+        try:
+            if check and _has_changed(path, opened):
+                raise ReadError(f"{path} was changed or replaced while it was read.", hint=_CHANGED)
+        finally:
+            os.close(opened.handle)
+
+
+def _has_changed(path: Path, opened: _Opened) -> bool:
+    """Whether a file was written to since it was opened, or another one has its name. One that was removed is whole."""
+    before, now = opened.status, os.fstat(opened.handle)
+    if (before.st_size, before.st_mtime_ns) != (now.st_size, now.st_mtime_ns):
+        return True
+    if before.st_nlink == now.st_nlink:
+        return False
+    try:
+        named = path.stat()
+    except OSError:
+        return False
+    return (named.st_dev, named.st_ino) != (now.st_dev, now.st_ino)
 
 
 def _usable_handles() -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ckavg.advice import about_anchor
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
-from ckavg.report.text import as_bytes, as_count
+from ckavg.report.text import as_bytes, as_count, told
 from ckavg.result.command import as_options
 from ckavg.run.opening import Inspection
 
@@ -53,7 +53,7 @@ def print_inspection(found: Inspection, *, as_json: bool) -> None:
     for problem in found.problems:
         console.print()
         console.print("problem: ", style="bold red", end="")
-        for line in str(problem).splitlines():
+        for line in filter(None, told(problem)):
             console.print(quoted(line))
     console.print()
     console.print(quoted(_verdict(found)), soft_wrap=True)
