@@ -8,10 +8,12 @@ import os
 import resource
 import signal
 import sys
-from contextlib import suppress
-from typing import Annotated, NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from ckavg.cli.bema import bema
 from ckavg.cli.dema import dema
@@ -26,14 +28,39 @@ from ckavg.cli.pema import pema
 from ckavg.cli.ranks import mute_others
 from ckavg.cli.sweep import sweep
 from ckavg.cli.terminal import warn
+from ckavg.report.text import printable
 from ckavg.version import __version__
 
 _STDERR = 2
 _MANY_FILES = 10_240
 """The most that macOS allows, and enough for any run."""
 
+
+class _Program(TyperGroup):
+    """The verbs. What is wrong with a command line is said in one line, and without obeying what was typed."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _told_in_one_line():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, *arguments: Any) -> Any:
+        with _told_in_one_line():
+            return super().invoke(*arguments)
+
+
+@contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error: typer brings its own, under names of its own
+            vars(error).update(message=printable(str(vars(error).get("message", ""))))
+        raise
+
+
 app = typer.Typer(
     name="ckavg",
+    cls=_Program,
     help="Average the saved checkpoints of a training run into one better model, without retraining.",
     epilog="Begin with: ckavg inspect ./checkpoints",
     no_args_is_help=True,

@@ -82,6 +82,8 @@ def remember(run: Run, path: PathLength, stamps: Stamps) -> Path | None:
     for place in _places(run.source):
         if place.is_symlink() or checkpoints & set(resolved(place).parents):
             continue  # it leads to somebody else's file, perhaps to a checkpoint's
+        if place.exists() and not place.is_file():
+            continue  # a pipe, which would wait until somebody reads
         table = _merged(_load(place), run, path, unchanged)
         with contextlib.suppress(OSError):
             return _write(place, table)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
 from ckavg.advice import about_anchor
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.report.text import as_bytes, as_count, told
-from ckavg.result.command import as_options
+from ckavg.result.command import as_options, shell_word
 from ckavg.run.opening import Inspection
 
 
@@ -86,4 +85,4 @@ def _verdict(found: Inspection) -> str:
     if found.problems:
         return f"{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''} to solve before averaging."
     options = as_options(found.selection.stated)
-    return f"Nothing stands in the way. Next: ckavg pema {shlex.quote(str(found.source))} {options}".rstrip()
+    return f"Nothing stands in the way. Next: ckavg pema {shell_word(str(found.source))} {options}".rstrip()

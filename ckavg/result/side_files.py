@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ckavg.atomic import resolved
 from ckavg.errors import ReadError
 from ckavg.result.layout import WeightPlan
 from ckavg.run.layouts import read_label
@@ -54,12 +55,13 @@ def read_config(files: Mapping[str, bytes], name: str = CONFIG) -> dict[str, Any
     return parsed if isinstance(parsed, dict) else {}
 
 
-def _gather(directory: Path, *, deep: bool) -> dict[str, bytes]:
+def _gather(directory: Path, *, deep: bool, above: tuple[Path, ...] = ()) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
+    above = *above, resolved(directory)  # a link to one of these would never come to an end
     try:
         for path in sorted(directory.iterdir()):
-            if path.is_dir() and deep and _is_wanted_folder(path.name):
-                files |= {f"{path.name}/{name}": data for name, data in _gather(path, deep=True).items()}
+            if path.is_dir() and deep and _is_wanted_folder(path.name) and resolved(path) not in above:
+                files |= {f"{path.name}/{name}": data for name, data in _gather(path, deep=True, above=above).items()}
             elif path.is_file() and _is_wanted(path):
                 files[path.name] = path.read_bytes()
     except OSError as error:
@@ -83,9 +85,14 @@ def _with_dtype(config: bytes, weights: WeightPlan) -> bytes:
     """Unchanged to the byte where it agrees already, or where there is no one dtype to state."""
     dtypes = {DTYPE_NAMES[code] for code in weights.dtypes.values()}
     parsed = read_config({CONFIG: config})
-    if len(dtypes) != 1 or not _set_dtype(parsed, dtypes.pop()):
+    try:
+        if len(dtypes) != 1 or not _set_dtype(parsed, dtypes.pop()):
+            return config
+        return json.dumps(parsed, indent=2, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # an escape that stands for no character
+        return json.dumps(parsed, indent=2).encode() + b"\n"
+    except RecursionError:  # deeper than any config that a loader could read
         return config
-    return json.dumps(parsed, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> bool:

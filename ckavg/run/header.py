@@ -11,6 +11,7 @@ import json
 import os
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,23 +83,26 @@ def _header_bytes(path: Path, prefix: bytes, size: int) -> int:
 
 
 def _parsed(path: Path, text: bytes) -> dict[str, Any]:
-    if not text.startswith(b"{"):
-        raise CorruptFileError(f"{path} has a corrupt header: not a JSON object.", hint=_RESAVE)
     if sum(map(text.count, (b",", b"[", b"{"))) > MOST_VALUES:
         raise CorruptFileError(f"{path} has a corrupt header: more than {MOST_VALUES:,} values.", hint=_RESAVE)
     try:
-        parsed: dict[str, Any] = json.loads(
-            text.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
-        )
+        parsed = json.loads(text.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path} has a corrupt header: {error}.", hint=_RESAVE) from error
-    _check_metadata(path, parsed.pop("__metadata__", {}))
+    if not isinstance(parsed, dict):
+        raise CorruptFileError(f"{path} has a corrupt header: not a JSON object.", hint=_RESAVE)
+    _check_metadata(path, parsed.pop("__metadata__", None))
     return parsed
 
 
-def _check_metadata(path: Path, metadata: object) -> None:
-    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
-        raise CorruptFileError(f"{path} has a corrupt header: __metadata__ must hold texts by name.", hint=_RESAVE)
+def _check_metadata(path: Path, metadata: Any) -> None:
+    if metadata is None:
+        return
+    if isinstance(metadata, dict) and all(isinstance(each, str) for each in metadata.values()):
+        with suppress(UnicodeEncodeError):
+            "".join((*metadata, *metadata.values())).encode()
+            return
+    raise CorruptFileError(f"{path} has a corrupt header: __metadata__ must hold texts by name.", hint=_RESAVE)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
