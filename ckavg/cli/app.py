@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -19,7 +20,7 @@ from ckavg.cli.bema import bema
 from ckavg.cli.dema import dema
 from ckavg.cli.demo import demo
 from ckavg.cli.ema import ema
-from ckavg.cli.failures import FAILED, INTERRUPTED, cannot_print, of_system
+from ckavg.cli.failures import FAILED, INTERRUPTED, of_system
 from ckavg.cli.inspect import inspect
 from ckavg.cli.mean import mean
 from ckavg.cli.ouema import ouema
@@ -27,7 +28,7 @@ from ckavg.cli.path import path
 from ckavg.cli.pema import pema
 from ckavg.cli.ranks import mute_others
 from ckavg.cli.sweep import sweep
-from ckavg.cli.terminal import warn
+from ckavg.cli.terminal import Stdout, warn
 from ckavg.report.text import printable
 from ckavg.version import __version__
 
@@ -93,9 +94,13 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no ℓ shows a question mark, not a traceback
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        of_stdout = {name: getattr(sys.stdout, name) for name in ("encoding", "line_buffering", "write_through")}
+        sys.stdout = Stdout(sys.stdout.detach(), errors="replace", **of_stdout)
     _occupy_standard_streams()
     _allow_many_files()
     mute_others()
+    _check_directory()
     try:
         app(prog_name="ckavg")
     except SystemExit as error:
@@ -113,6 +118,17 @@ def _occupy_standard_streams() -> None:
         while (handle := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
             os.set_inheritable(handle, True)
         os.close(handle)
+
+
+def _check_directory() -> None:
+    """Refuse to begin in a directory that was removed: no relative name means anything there, and MKL ends the process
+    in the middle of the work.
+    """
+    try:
+        Path.cwd()
+    except OSError:
+        warn("error", "The current directory does not exist any more. Change to one that does.")
+        _leave(FAILED)
 
 
 def _allow_many_files() -> None:
@@ -135,7 +151,7 @@ def _leave(status: str | int | None) -> NoReturn:
         status = status or FAILED
     except OSError as error:
         if not status:  # else it was said before
-            warn("error", cannot_print(error))
+            warn("error", of_system(error))
         status = status or FAILED
     with suppress(OSError):
         if sys.stderr is not None:

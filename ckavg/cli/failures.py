@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 import typer
 
-from ckavg.cli.terminal import say, say_labelled, warn
+from ckavg.cli.terminal import Stdout, say, say_labelled, warn
 from ckavg.errors import CkavgError, SettingError
 from ckavg.report.text import told
 
@@ -47,25 +47,12 @@ def failures(*, verbose: bool) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from error
 
 
-def cannot_print(error: OSError) -> str:
-    """What to say where stdout takes nothing."""
-    return f"stdout cannot be written: {error.strerror or error}. What was written elsewhere is complete."
-
-
 def of_system(error: OSError) -> str:
     """What the system would not do, and with which file or stream."""
-    if error.filename:
-        return f"{os.fsdecode(error.filename)}: {error.strerror or error}."
-    try:  # what could not be printed is tried again, so that it is known to be that
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as again:
-        return cannot_print(again)
-    try:
-        os.getcwd()  # noqa: PTH109 - Path.cwd() is the same, at greater length
-    except OSError:
-        return "The current directory does not exist any more."
-    return f"The system: {error.strerror or error}."
+    why = error.strerror or error
+    if error.filename == Stdout.NAME:
+        return f"stdout cannot be written: {why}. What was written elsewhere is complete."
+    return f"{os.fsdecode(error.filename) if error.filename else 'The system'}: {why}."
 
 
 def _trace(error: BaseException, *, verbose: bool) -> None:

@@ -1,7 +1,8 @@
-"""What goes to stderr: messages."""
+"""What goes to stderr: messages. And what becomes of a stdout that takes nothing."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from contextlib import suppress
@@ -35,3 +36,25 @@ def say_labelled(kind: str, text: str) -> None:
 def stderr_is_terminal() -> bool:
     """Whether a person is likely to watch stderr."""
     return sys.stderr is not None and sys.stderr.isatty()
+
+
+class Stdout(io.TextIOWrapper):
+    """Stdout, whose errors bear its name, so that a message can say what it is that cannot be written."""
+
+    NAME = "stdout"
+
+    def write(self, text: str) -> int:
+        """As of any text stream."""
+        try:
+            return super().write(text)
+        except OSError as error:
+            error.filename = self.NAME
+            raise
+
+    def flush(self) -> None:
+        """As of any text stream."""
+        try:
+            super().flush()
+        except OSError as error:
+            error.filename = self.NAME
+            raise

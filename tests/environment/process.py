@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +54,8 @@ def ckavg(
     surroundings = {name: value for name, value in (surroundings | dict(env or {})).items() if value}
     command = [sys.executable, "-c", before + _MAIN, *arguments]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL} | more
-    return subprocess.run(command, env=surroundings, preexec_fn=preexec, timeout=timeout, check=False, **options)
+    done: Any = subprocess.run(command, env=surroundings, preexec_fn=preexec, timeout=timeout, check=False, **options)
+    return cast("subprocess.CompletedProcess[bytes]", done)
 
 
 def check_message(done: subprocess.CompletedProcess[bytes], *parts: str, status: int = 1) -> None:
