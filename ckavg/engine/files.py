@@ -65,10 +65,12 @@ class Files:
             if done < size:
                 on_miss()  # may open other files, and so close this one
             while done < size:
-                count = _pread(self._handle(path), buffer[done:], offset + done)
+                handle = self._handle(path)
+                count = _pread(handle, buffer[done:], offset + done)
                 if count == 0:
                     raise TruncatedShardError(
-                        f"{path} ends at byte {offset + done:,}; it was longer when the run was opened.", hint=_CHANGED
+                        f"{path} ends at byte {os.fstat(handle).st_size:,}; it was longer when the run was opened.",
+                        hint=_CHANGED,
                     )
                 done += count
         except OSError as error:

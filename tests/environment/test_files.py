@@ -130,8 +130,8 @@ def _replace(file: Path) -> None:
 
 
 HAPPENS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "shrinks": (_shrink, "ends at byte 5,000"),
-    "is emptied": (lambda file: os.truncate(file, 0), "ends at byte"),
+    "shrinks": (_shrink, "ends at byte 5,000|was changed"),
+    "is emptied": (lambda file: os.truncate(file, 0), "ends at byte 0|was changed"),
     "is written to": (_write_into, "was changed or replaced while it was read"),
     "is replaced": (_replace, "was changed or replaced while it was read"),
 }

@@ -72,10 +72,9 @@ def test_trainer_states(run: Path) -> None:
         (run / LAST / "trainer_state.json").write_bytes(text)
         step = stated_step(text)
         result = mean_of(run)
-        for verb in ("ema", "bema"):
-            other = run_cli(verb, run, "--dry-run", "--json")
-            assert other.exit_code == result.exit_code, other.stderr
-            check_text(other.stderr)
+        other = run_cli("bema", run, "--dry-run", "--json")  # which looks at the learning rates
+        assert other.exit_code == result.exit_code, other.stderr
+        check_text(other.stderr)
         if step in STEPS[:-1]:
             check_refusal(result, run, f"step {step} is there 2 times")
             return
