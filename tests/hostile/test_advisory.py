@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def test_trainer_states(run: Path) -> None:
         check_mean(run, files_of(run), run / "averaged" / "mean")
 
     check()
+    sys.stdout.write(f"{len(seen)} distinct examples\n")  # shown with -rP
     assert len(seen) >= 100
     assert warned >= 50
 
@@ -111,6 +113,7 @@ def test_configs(run: Path, name: str) -> None:
         check_text(shown.stdout)
 
     check()
+    sys.stdout.write(f"{len(seen)} distinct examples\n")  # shown with -rP
     assert len(seen) >= 40
 
 
@@ -159,6 +162,7 @@ def test_tables_of_the_path(run: Path) -> None:
         assert (run / "averaged" / "pema-gamma0.15" / MODEL).read_bytes() == expected
 
     check()
+    sys.stdout.write(f"{len(seen)} distinct examples\n")  # shown with -rP
     assert sources(run) == before
     assert len(seen) >= 45
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,7 @@ def test_spoilt(run: Path) -> None:
             check_result(run)
 
     check()
+    sys.stdout.write(f"{len(seen)} distinct examples\n")  # shown with -rP
     assert len(seen) >= 130
 
 
