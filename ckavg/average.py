@@ -26,7 +26,7 @@ from ckavg.plan import Plan, check_together, plan_average
 from ckavg.recording import Work, completed, record_of
 from ckavg.result.leftovers import tidy
 from ckavg.result.record import Averaged, Seconds
-from ckavg.run.stamps import Stamps, check_unchanged, stamps_of, states_of
+from ckavg.run.stamps import Stamps, check_unchanged, stamps_of
 from ckavg.run.values import Run
 from ckavg.schemes import Coefficients, Scheme, Timeline
 from ckavg.together import agree, agree_on, opened, settled, staged
@@ -80,10 +80,9 @@ def measure_path(
         own = ranks.own_device(resolve_device(device, nbytes=nbytes))
         settings = fitted(Settings(device=own, on_progress=on_progress, ranks=ranks))
         agree(run, ranks, plan.exclude, zero_sigma, sample, allow_nonfinite)
-        states = states_of(run)
         path = _measure(run, plan, zero_sigma, settings, allow_nonfinite=allow_nonfinite)
         if ranks.is_first:
-            check_unchanged(run, states)
+            check_unchanged(run.checkpoints)
         return path
 
 
@@ -199,7 +198,7 @@ def carry_out(
             for directory in {resolved(plan.out).parent for plan in plans}:
                 tidy(directory)
         stagings = staged(plans, ranks, stack)
-        stamps, states = stamps_of(run), states_of(run)
+        stamps = stamps_of(run)
         measuring = time.perf_counter()
         planned = next((plan.path for plan in plans if plan.path), None)
         path = _measure(run, planned, zero_sigma, settings, allow_nonfinite=allow_nonfinite) if planned else None
@@ -210,7 +209,7 @@ def carry_out(
             plans, coefficients, stagings, accumulate, stamps, settings, allow_nonfinite=allow_nonfinite
         )
         if ranks.is_first:
-            check_unchanged(run, states)
+            check_unchanged(run.checkpoints)
         done = time.perf_counter()
         work = Work(
             accumulate=_accumulated(run, accumulate),

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckavg.engine.files import usable_handles
 from ckavg.engine.ranks import Ranks
 from ckavg.journal import Journal
 from ckavg.plan import Plan
@@ -96,13 +97,20 @@ def opened(
 
     done = ranks.first(lambda: _continued(plans, stagings, key))
     create = ranks.is_first and not done
+    count = sum(len(plan.outputs) * len(plan.weights.shards) for plan in plans)
+    keep_open = count <= usable_handles() // 2
     with ExitStack() as stack:
         if not ranks.is_first:
             ranks.wait()
         sinks = [
             {
                 index: stack.enter_context(
-                    ShardFiles(staging.path / out.relative_to(plan.out), plan.weights.shards, create=create)
+                    ShardFiles(
+                        staging.path / out.relative_to(plan.out),
+                        plan.weights.shards,
+                        create=create,
+                        keep_open=keep_open,
+                    )
                 )
                 for index, out in plan.outputs.items()
             }

@@ -6,8 +6,6 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-import typer
-
 from ckavg.average import Done, carry_out
 from ckavg.cli.commands import Command, joined
 from ckavg.cli.options import Averaging, Measuring
@@ -36,6 +34,7 @@ def averaging_command(make_scheme: Callable[..., Scheme]) -> Command:
 
 def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
     from ckavg.report import average as report
+    from ckavg.report.console import print_json
 
     found = inspect_run(options.source, options.selection(scheme.every_from))
     run = checked(found, [place_of(found.source, scheme, options.out)], force=options.force)
@@ -53,7 +52,7 @@ def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
     (result,) = done.records
     warn_of(result.warnings[len(plan.warnings) :])
     if options.as_json:
-        typer.echo(result.to_json())
+        print_json(result.to_dict())
     elif not options.quiet:
         report.print_summary(result, plan)
     draw(done, options)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import typer
 
-from ckavg.cli.terminal import warn
+from ckavg.cli.terminal import Stdout, say, say_labelled, warn
 from ckavg.errors import CkavgError, SettingError
+from ckavg.report.text import printable, told
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -25,24 +27,46 @@ def failures(*, verbose: bool) -> Iterator[None]:
     try:
         yield
     except CkavgError as error:
-        if verbose:
-            traceback.print_exception(error, file=sys.stderr)
-        warn("error", error.message, "\n".join(part for part in (error.hint, *_notes(error)) if part))
+        _trace(error, verbose=verbose)
+        message, hint = told(error)
+        say_labelled("error", message)
+        _say_all(hint, *_notes(error))
         raise typer.Exit(USAGE if isinstance(error, SettingError) else FAILED) from error
     except OSError as error:  # of the environment rather than a bug: a path that is too long, a right that is missing
-        if verbose:
-            traceback.print_exception(error, file=sys.stderr)
-        warn("error", f"{error.filename or 'The system'}: {error.strerror or error}.")
+        _trace(error, verbose=verbose)
+        if not isinstance(error, BrokenPipeError):  # nobody reads stdout any more, and so nobody misses it
+            warn("error", of_system(error))
+        raise typer.Exit(FAILED) from error
+    except MemoryError as error:
+        _trace(error, verbose=verbose)
+        warn("error", "There is not enough memory. Nothing was left under the final name.")
         raise typer.Exit(FAILED) from error
     except KeyboardInterrupt as error:
-        warn(
-            "interrupted",
-            "Nothing was left under the final name; the checkpoints are as they were.",
-            "\n".join(_notes(error)),
-        )
+        warn("interrupted", "Nothing was left under the final name; the checkpoints are as they were.")
+        _say_all(*_notes(error))
         raise typer.Exit(INTERRUPTED) from error
 
 
 def _notes(error: BaseException) -> list[str]:
     """What was added to an exception on its way here: what is kept of the work it ended."""
-    return list(getattr(error, "__notes__", ()))
+    return [printable(note) for note in getattr(error, "__notes__", ())]
+
+
+def _say_all(*lines: str) -> None:
+    for line in lines:
+        if line:
+            say(line)
+
+
+def of_system(error: OSError) -> str:
+    """What the system would not do, and with which file or stream."""
+    why = error.strerror or error
+    if error.filename == Stdout.NAME:
+        return f"stdout cannot be written: {why}. What was written elsewhere is complete."
+    return f"{os.fsdecode(error.filename) if error.filename else 'The system'}: {why}."
+
+
+def _trace(error: BaseException, *, verbose: bool) -> None:
+    if verbose:
+        with suppress(OSError, ValueError):
+            traceback.print_exception(error, file=sys.stderr)

@@ -17,7 +17,13 @@ _WORK = "How it is computed"
 _SHOWN = "What is shown"
 
 Source = Annotated[
-    Path, typer.Argument(metavar="SOURCE", help="Directory of saved checkpoints.", show_default="current directory")
+    Path,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Directory of saved checkpoints.",
+        show_default="current directory",
+        readable=False,  # that it is not is no wrong usage, and said later
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.", rich_help_panel=_SHOWN)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.", rich_help_panel=_SHOWN)]
@@ -35,6 +41,7 @@ class Choice:
             metavar="PATH",
             help="The anchor θ_0: the base model's directory or file.",
             show_default="the first checkpoint",
+            readable=False,
             rich_help_panel=_CHOICE,
         ),
     ] = None

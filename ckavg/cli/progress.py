@@ -6,9 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import typer
-
-from ckavg.cli.terminal import stderr_is_terminal
+from ckavg.cli.terminal import say, stderr_is_terminal
 from ckavg.engine.progress import OnProgress, Progress
 
 _TITLES = {"path": "measuring the path", "replay": "averaging"}
@@ -85,13 +83,11 @@ class _Lines:
         title = _title(news, len(self._begun), self._passes)
         if news.done == 0:
             kept = f"; {news.kept / 1e9:.2f} GB more were done before it was interrupted" if news.kept else ""
-            typer.echo(f"{title}: {news.total / 1e9:.2f} GB to read{kept}", err=True)
+            say(f"{title}: {news.total / 1e9:.2f} GB to read{kept}")
             return
         rate = news.done / max(now - begun, 1e-9)
         left = "done" if news.done == news.total else f"{(news.total - news.done) / rate:.0f} s left"
-        typer.echo(
-            f"{title}: {news.done / 1e9:.2f} of {news.total / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s, {left}", err=True
-        )
+        say(f"{title}: {news.done / 1e9:.2f} of {news.total / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s, {left}")
 
 
 def _title(news: Progress, number: int, passes: int) -> str:
@@ -116,7 +112,7 @@ def show_steps(title: str) -> Iterator[Callable[[int, int, float], None]]:
         nonlocal shown
         if done * 10 // total > shown or done == total:
             shown = done * 10 // total
-            typer.echo(f"{title}: step {done} of {total}, loss {loss:.3f}", err=True)
+            say(f"{title}: step {done} of {total}, loss {loss:.3f}")
 
     yield listen
 

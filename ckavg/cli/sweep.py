@@ -15,11 +15,12 @@ from ckavg.cli.commands import joined
 from ckavg.cli.failures import INTERRUPTED
 from ckavg.cli.options import Sweeping
 from ckavg.cli.ranks import together
-from ckavg.cli.terminal import warn
+from ckavg.cli.terminal import say, warn
 from ckavg.engine.ranks import Ranks
 from ckavg.errors import SettingError, WriteError
 from ckavg.evaluation import check_command, evaluate, record_evaluation
 from ckavg.plan import checked
+from ckavg.report.text import printable
 from ckavg.result.record import Averaged
 from ckavg.run.opening import inspect_run
 from ckavg.schemes import SCHEMES, Scheme
@@ -99,7 +100,7 @@ def _evaluate_all(results: list[Averaged], command: str, *, quiet: bool) -> bool
     try:
         for place, result in enumerate(results):
             if not quiet:
-                typer.echo(f"evaluating {result.outputs[-1].name}, {place + 1} of {len(results)}", err=True)
+                say(f"evaluating {printable(result.outputs[-1].name)}, {place + 1} of {len(results)}")
             evaluation = evaluate(result.directory, command)
             if evaluation.value is None:
                 warn("warning", f"{result.outputs[-1].name} has no evaluation: {evaluation.problem}.")

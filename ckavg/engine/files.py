@@ -31,7 +31,7 @@ class Files:
     """
 
     def __init__(self, *, threads: int) -> None:
-        self._most = max(2, _usable_handles() // threads)
+        self._most = max(2, usable_handles() // threads)
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._can_read_cached = _HAS_NOWAIT
         self.bytes_read = 0
@@ -55,10 +55,11 @@ class Files:
             if done < size:
                 on_miss()  # may open other files, and so close this one
             while done < size:
-                count = _pread(self._handle(path), buffer[done:], offset + done)
+                handle = self._handle(path)
+                count = _pread(handle, buffer[done:], offset + done)
                 if count == 0:
                     raise TruncatedShardError(
-                        f"{path} ends at byte {offset + done:,}; it was longer when the run was opened.",
+                        f"{path} ends at byte {os.fstat(handle).st_size:,}; it was longer when the run was opened.",
                         hint="Something changed it meanwhile. Run again once the checkpoint is complete.",
                     )
                 done += count
@@ -130,7 +131,8 @@ class Files:
         return handle
 
 
-def _usable_handles() -> int:
+def usable_handles() -> int:
+    """How many more files this process may open, a few left for whatever else it needs."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _PLENTY if soft == resource.RLIM_INFINITY else soft - _open_handles() - _RESERVED
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckavg.atomic import resolved, write_bytes
+from ckavg.atomic import read_small, resolved, write_bytes
 from ckavg.path.known import Known
 from ckavg.path.table import PathLength
 from ckavg.run.stamps import Stamps, stamps_of
@@ -71,6 +71,8 @@ def remember(run: Run, path: PathLength, stamps: Stamps) -> Path | None:
     for place in places(run.source):
         if place.is_symlink() or checkpoints & set(resolved(place).parents):
             continue  # it leads to somebody else's file, perhaps to a checkpoint's
+        if place.exists() and not place.is_file():
+            continue  # a pipe, which would wait until somebody reads
         table = _merged(_load(place), run, path, unchanged)
         with contextlib.suppress(OSError):
             return _write(place, table)
@@ -90,9 +92,7 @@ def _pair(before: str | None, after: str | None) -> str | None:
 
 def _load(place: Path) -> dict[str, Any]:
     try:
-        if place.stat().st_size > _MOST_BYTES:
-            return {}
-        table = json.loads(place.read_bytes())
+        table = json.loads(read_small(place, _MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     sound = isinstance(table, dict) and table.get("format") == _FORMAT and isinstance(table.get("tensors"), list)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from typing import Any
 
 from rich.table import Table
@@ -12,6 +11,7 @@ from ckavg.memory import memory_bytes
 from ckavg.plan import Plan
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.report.text import MOST_ROWS, as_bytes, as_count, bar, shortened_rows
+from ckavg.result.command import shell_word
 from ckavg.result.record import Averaged
 from ckavg.result.side_files import read_config
 
@@ -127,6 +127,11 @@ def _next_command(result: Averaged, plan: Plan) -> str:
         auto = "AutoModelForCausalLM" if "ForCausalLM" in str(architectures[0]) else "AutoModel"
         loader = f"from transformers import {auto} as M"
     else:
-        return f"ls {shlex.quote(str(result.directory))}"
-    code = f"{loader}; M.from_pretrained({json.dumps(str(result.directory), ensure_ascii=False)})"
-    return f"python -c {shlex.quote(code)}"
+        return f"ls {shell_word(str(result.directory))}"
+    code = f"{loader}; M.from_pretrained({_string(str(result.directory))})"
+    return f"python -c {shell_word(code)}"
+
+
+def _string(text: str) -> str:
+    """As a string in Python's own notation, which is JSON's as long as no byte of it is no text."""
+    return json.dumps(text, ensure_ascii=not text.isprintable())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -29,9 +32,14 @@ def plain_table(*columns: str, left: tuple[str, ...] = ()) -> Table:
 
 def quoted(text: object) -> Text:
     """Text from outside, shown as it is: no markup, no control characters."""
-    return Text(printable(str(text)).replace("\n", "\\n"))
+    return Text(printable(str(text)))
 
 
 def print_json(value: object) -> None:
-    """One JSON object on stdout."""
-    typer.echo(as_json(value))
+    """One JSON object on stdout, in ASCII where stdout has no more."""
+    text = as_json(value)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        text = json.dumps(json.loads(text), indent=2)
+    typer.echo(text)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
 from ckavg.advice import about_anchor
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
-from ckavg.report.text import as_bytes, as_count
-from ckavg.result.command import as_options
+from ckavg.report.text import as_bytes, as_count, told
+from ckavg.result.command import as_options, shell_word
 from ckavg.run.opening import Inspection
 
 
@@ -53,7 +52,7 @@ def print_inspection(found: Inspection, *, as_json: bool) -> None:
     for problem in found.problems:
         console.print()
         console.print("problem: ", style="bold red", end="")
-        for line in str(problem).splitlines():
+        for line in filter(None, told(problem)):
             console.print(quoted(line))
     console.print()
     console.print(quoted(_verdict(found)), soft_wrap=True)
@@ -86,4 +85,4 @@ def _verdict(found: Inspection) -> str:
     if found.problems:
         return f"{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''} to solve before averaging."
     options = as_options(found.selection.stated)
-    return f"Nothing stands in the way. Next: ckavg pema {shlex.quote(str(found.source))} {options}".rstrip()
+    return f"Nothing stands in the way. Next: ckavg pema {shell_word(str(found.source))} {options}".rstrip()

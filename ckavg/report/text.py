@@ -6,10 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import TypeVar
 
+from ckavg.errors import CkavgError, CombinedError
+
 Row = TypeVar("Row")
 
 MOST_ROWS = 40
 """Rows of a table by checkpoint; of a longer one, those in the middle are left out."""
+
+_MOST_OF_A_LINE = 10_000
+"""Characters; twice the longest path."""
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _HEIGHTS = "▁▂▃▄▅▆▇█"
@@ -69,12 +74,38 @@ def shortened_rows(rows: Sequence[Row], most: int) -> tuple[Sequence[Row], slice
 
 
 def printable(text: str) -> str:
-    r"""The text without control characters, which names of files and tensors may hold; newlines stay.
+    r"""The text in one line, as it is but for characters that a terminal would obey or not show: control characters,
+    bytes that are no text, and Unicode's invisible ones, among them those that reverse the order of what follows.
 
-    >>> printable("a\x1b[31mb\nc")
-    'a\\x1b[31mb\nc'
+    >>> printable("a\x1b[31mb\nc\u202ed [red]é")
+    'a\\x1b[31mb\\nc\\u202ed [red]é'
     """
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def told(error: CkavgError) -> tuple[str, str]:
+    r"""The message and the hint of an error, fit for a terminal; several problems have a line or two each.
+
+    >>> told(CkavgError("a\nb is no file.", hint="Name another."))
+    ('a\\nb is no file.', 'Name another.')
+    """
+    if not isinstance(error, CombinedError):
+        return _shortened(printable(error.message)), printable(error.hint)
+    lines = [f"{len(error.errors)} problems:"]
+    for each in error.errors:
+        message, hint = told(each)
+        lines += [f"- {message}", *([f"  {hint}"] if hint else ())]
+    return "\n".join(lines), printable(error.hint)
+
+
+def _shortened(line: str) -> str:
+    """A line without its middle, where a name in it is longer than any name should be."""
+    hidden = len(line) - _MOST_OF_A_LINE
+    if hidden <= 0:
+        return line
+    return f"{line[: _MOST_OF_A_LINE // 2]} … ({hidden:,} more characters) … {line[-(_MOST_OF_A_LINE // 2) :]}"
 
 
 def _scaled(count: int, units: tuple[tuple[float, str], ...]) -> str:

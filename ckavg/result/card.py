@@ -12,6 +12,7 @@ from ckavg.result.record import Averaged
 from ckavg.schemes import Scheme
 from ckavg.version import __version__
 
+_MARKUP = re.compile(r"[\\`*\[\]<>&|]")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
@@ -40,7 +41,7 @@ def write_card(record: Averaged, scheme: Scheme, config: Mapping[str, Any], adap
 {front}
 ---
 
-# {record.outputs[-1].name}
+# {_heading(record.outputs[-1].name)}
 
 {_what(record)}, made with ckavg {__version__} without any further training.
 
@@ -80,6 +81,11 @@ def reproduce(record: Averaged, scheme: Scheme) -> str:
         if record.zero_sigma != "exclude":
             settings["zero_sigma"] = record.zero_sigma
     return f"ckavg {record.scheme} {as_options(settings)}".rstrip()
+
+
+def _heading(name: str) -> str:
+    """A name in one line of Markdown, in which nothing of it has a meaning."""
+    return _MARKUP.sub(r"\\\g<0>", name if name.isprintable() else json.dumps(name)[1:-1])
 
 
 def _what(record: Averaged) -> str:

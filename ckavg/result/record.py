@@ -11,7 +11,7 @@ from typing import Any
 
 from ckavg.version import __version__
 
-_COMMANDS = re.compile("[\x7f-\x9f]")
+_BEYOND_ASCII = re.compile("[^\n -~]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +168,6 @@ class Averaged:
 
 
 def as_json(value: object) -> str:
-    """One JSON object as text: readable, and without a character that a terminal would take for a command."""
+    """One JSON object as text: readable, and without a character that a terminal would obey, or could not show."""
     text = json.dumps(value, indent=2, default=str, ensure_ascii=False, allow_nan=False)
-    return _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _BEYOND_ASCII.sub(lambda found: found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1], text)

@@ -17,6 +17,9 @@ from ckavg.result.layout import ShardPlan
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Never for reading: a network file system then writes the bytes it is given, and not their whole pages.
+_WRITE = os.O_WRONLY | os.O_CLOEXEC
+
 
 class ShardFiles:
     """The weight files of a result, written tile by tile from several threads.
@@ -25,39 +28,38 @@ class ShardFiles:
         directory: where they go; it is made where it does not exist.
         shards: their layout.
         create: make them, as one process does, unless an interrupted attempt did; otherwise they are there.
+        keep_open: hold all of them open. Where there are too many for that, each is opened for every tile.
 
     Raises:
         WriteError: the system would not let us write.
     """
 
-    def __init__(self, directory: Path, shards: tuple[ShardPlan, ...], *, create: bool = True) -> None:
-        self._offsets: dict[str, tuple[int, int, Path]] = {}
-        self._handles: list[tuple[int, Path]] = []
-        for shard in shards:
-            path = directory / shard.name
+    def __init__(
+        self, directory: Path, shards: tuple[ShardPlan, ...], *, create: bool = True, keep_open: bool = True
+    ) -> None:
+        self._paths = {directory / shard.name: shard for shard in shards}
+        self._places = {
+            name: (path, offset) for path, shard in self._paths.items() for name, offset in shard.offsets.items()
+        }
+        self._open: dict[Path, int] = {}
+        for path, shard in self._paths.items():
             with write_errors(path):
                 if create:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                # Never for reading: a network file system then writes the bytes it is given, and not their whole pages.
-                made = os.O_CREAT | os.O_EXCL if create else 0
-                handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC | made, 0o666)
-                self._handles.append((handle, path))
-                if create:
-                    _reserve(handle, shard.nbytes)
-                    _write_at(handle, memoryview(shard.header), 0)
-            for name, offset in shard.offsets.items():
-                self._offsets[name] = handle, offset, path
+                    _create(path, shard)
+                if keep_open:
+                    self._open[path] = os.open(path, _WRITE)
 
     def put(self, name: str, offset: int, values: Tensor) -> None:
         """Write the bytes of tensor `name` from byte `offset` on: (n,) uint8 in CPU memory."""
-        handle, start, path = self._offsets[name]
-        with write_errors(path):
+        path, start = self._places[name]
+        with self._handle(path) as handle:
             _write_at(handle, values.numpy().data, start + offset)
 
     def sync(self) -> None:
         """Wait until every byte is on the disk."""
-        for handle, path in self._handles:
-            with write_errors(path):
+        for path in self._paths:
+            with self._handle(path) as handle:
                 os.fsync(handle)
 
     def __enter__(self) -> ShardFiles:
@@ -66,8 +68,29 @@ class ShardFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        while self._handles:
-            os.close(self._handles.pop()[0])
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    @contextmanager
+    def _handle(self, path: Path) -> Iterator[int]:
+        with write_errors(path):
+            if path in self._open:
+                yield self._open[path]
+                return
+            handle = os.open(path, _WRITE)
+            try:
+                yield handle
+            finally:
+                os.close(handle)
+
+
+def _create(path: Path, shard: ShardPlan) -> None:
+    handle = os.open(path, _WRITE | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        _reserve(handle, shard.nbytes)
+        _write_at(handle, memoryview(shard.header), 0)
+    finally:
+        os.close(handle)
 
 
 def _reserve(handle: int, nbytes: int) -> None:
@@ -89,7 +112,10 @@ def _reserve(handle: int, nbytes: int) -> None:
 def _write_at(handle: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
-        done += os.pwrite(handle, data[done:], offset + done)
+        count = os.pwrite(handle, data[done:], offset + done)
+        if count == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        done += count
 
 
 @contextmanager

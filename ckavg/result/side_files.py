@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ckavg.atomic import read_small
 from ckavg.errors import ReadError, SettingError
 from ckavg.result.layout import WeightPlan
 from ckavg.run.contents import ADAPTERS, holds_weights
-from ckavg.run.files import Bounds, problem_with, read_small
+from ckavg.run.files import Bounds, problem_with
 from ckavg.run.foreign import foreign_weights
 from ckavg.run.layouts import is_averaged, may_hold_model
 from ckavg.run.values import DTYPE_NAMES, Checkpoint, Run
@@ -218,9 +219,14 @@ def _dtypes(weights: WeightPlan, part: str) -> set[str]:
 def _with_dtype(config: bytes, dtypes: set[str]) -> bytes:
     """Unchanged to the byte where it agrees already, or where there is no one dtype to state."""
     parsed = read_config({CONFIG: config})
-    if len(dtypes) != 1 or not _set_dtype(parsed, next(iter(dtypes))):
+    try:
+        if len(dtypes) != 1 or not _set_dtype(parsed, next(iter(dtypes))):
+            return config
+        return json.dumps(parsed, indent=2, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # an escape that stands for no character
+        return json.dumps(parsed, indent=2).encode() + b"\n"
+    except RecursionError:  # deeper than any config that a loader could read
         return config
-    return json.dumps(parsed, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> bool:

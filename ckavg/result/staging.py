@@ -10,6 +10,7 @@ import socket
 import stat
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -172,7 +173,8 @@ class Staging:
                     self._replaced.rename(self._out)
                 raise
             self._committed = True
-            _sync(self._out.parent)
+            with suppress(OSError):  # it is there, and whole; only a power cut within seconds could undo the renaming
+                _sync(self._out.parent)
             shutil.rmtree(self._replaced, ignore_errors=True)
 
     def _settle_replaced(self) -> None:

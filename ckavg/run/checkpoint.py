@@ -153,7 +153,7 @@ def _assemble(path: Path, step: int, parts: Sequence[_Part]) -> Checkpoint:
             except CkavgError as error:
                 errors.append(error)
                 continue
-            shards.append(Shard(file, header.nbytes))
+            shards.append(Shard(file, header.nbytes, header.state))
             for name in header.entries.keys() & placed.keys():
                 errors.append(
                     CorruptFileError(f"{file.parent}: tensor {name!r} is in more than one file.", hint=_REWRITE)

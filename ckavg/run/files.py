@@ -7,13 +7,12 @@ Nothing here waits for a writer, and nothing is parsed whose values would not fi
 from __future__ import annotations
 
 import json
-import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckavg.atomic import resolved
+from ckavg.atomic import read_small, resolved
 from ckavg.errors import CkavgError, CorruptFileError, ReadError
 
 _MOST_VALUES = 2_000_000
@@ -81,23 +80,6 @@ def problem_with(path: Path, bounds: Bounds) -> CkavgError | None:
         f"{path} is {next((name for is_kind, name in _KINDS if is_kind(mode)), 'no file')}, expected a file.",
         hint="Save the checkpoint again, or leave it out with --from-step, --to-step or --last.",
     )
-
-
-def read_small(path: Path, most_bytes: int) -> bytes:
-    """The content of a plain file that is not larger than it should be.
-
-    Raises:
-        OSError: there is none, or the system would not let us.
-        ValueError: it is no plain file, or larger.
-    """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(handle, "rb") as file:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path} is no plain file")
-        if status.st_size > most_bytes:
-            raise ValueError(f"{path} has {status.st_size:,} bytes, more than {most_bytes:,}")
-        return file.read(most_bytes + 1)
 
 
 def read_object(path: Path, most_bytes: int) -> dict[str, Any]:

@@ -8,20 +8,28 @@ little-endian length, a JSON object, then the tensors' bytes without gaps.
 from __future__ import annotations
 
 import json
-import math
 import os
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ckavg.atomic import open_regular
 from ckavg.errors import CorruptFileError, MissingShardError, ReadError, TruncatedShardError, UnsupportedFormatError
 from ckavg.run.values import ITEM_BYTES, Entry
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit that the safetensors library sets, too."""
 
+MOST_VALUES = 4_000_000
+"""Commas and brackets in one header, 8 of which a tensor takes. Half a million tensors are far more than any model has
+in one file, and what a hostile header makes Python build stays within a few hundred MB.
+"""
+
+_LARGEST = 2**63 - 1
+_SHOWN = 200
 _LENGTH = struct.Struct("<Q")
 _RESAVE = "Save it again with safetensors, or leave it out with --from-step, --to-step or --last."
 _STILL_WRITTEN = "It is still being written, or was cut off when it was copied: wait, or copy it again."
@@ -29,10 +37,17 @@ _STILL_WRITTEN = "It is still being written, or was cut off when it was copied: 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What one file declares, checked against its size in bytes; tensors in the order of their bytes."""
+    """What one file declares, checked against its size in bytes; tensors in the order of their bytes.
+
+    Attributes:
+        nbytes: size of the file.
+        entries: its tensors.
+        state: inode and time of modification in nanoseconds: another state means other bytes.
+    """
 
     nbytes: int
     entries: Mapping[str, Entry]
+    state: tuple[int, int]
 
 
 def read_header(path: Path, *, shard: int = 0) -> Header:
@@ -46,17 +61,21 @@ def read_header(path: Path, *, shard: int = 0) -> Header:
         ReadError: the system would not let us read it.
     """
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
+            size = status.st_size
             raw = _header_bytes(path, file.read(_LENGTH.size), size)
             text = file.read(raw)
     except FileNotFoundError as error:
         raise MissingShardError(f"{path} does not exist.", hint=_STILL_WRITTEN) from error
     except OSError as error:
         raise ReadError(f"{path} cannot be read: {error.strerror}.", hint="Check that you may read it.") from error
+    except ValueError as error:  # a name that the system cannot have: with a zero byte, or no text
+        raise MissingShardError(f"{path} does not exist: no file can have this name.", hint=_RESAVE) from error
     if len(text) < raw:
         raise TruncatedShardError(f"{path} ends within its header ({size:,} bytes).", hint=_STILL_WRITTEN)
-    return _checked(path, _parsed(path, text), _LENGTH.size + raw, size, shard)
+    entries = _checked(path, _parsed(path, text), _LENGTH.size + raw, size, shard)
+    return Header(size, entries, (status.st_ino, status.st_mtime_ns))
 
 
 def _header_bytes(path: Path, prefix: bytes, size: int) -> int:
@@ -73,14 +92,26 @@ def _header_bytes(path: Path, prefix: bytes, size: int) -> int:
 
 
 def _parsed(path: Path, text: bytes) -> dict[str, Any]:
+    if sum(map(text.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise CorruptFileError(f"{path} has a corrupt header: more than {MOST_VALUES:,} values.", hint=_RESAVE)
     try:
-        parsed = json.loads(text, object_pairs_hook=_no_duplicates)
+        parsed = json.loads(text.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path} has a corrupt header: {error}.", hint=_RESAVE) from error
     if not isinstance(parsed, dict):
         raise CorruptFileError(f"{path} has a corrupt header: not a JSON object.", hint=_RESAVE)
-    parsed.pop("__metadata__", None)
+    _check_metadata(path, parsed.pop("__metadata__", None))
     return parsed
+
+
+def _check_metadata(path: Path, metadata: Any) -> None:
+    if metadata is None:
+        return
+    if isinstance(metadata, dict) and all(isinstance(each, str) for each in metadata.values()):
+        with suppress(UnicodeEncodeError):
+            "".join((*metadata, *metadata.values())).encode()
+            return
+    raise CorruptFileError(f"{path} has a corrupt header: __metadata__ must hold texts by name.", hint=_RESAVE)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -90,14 +121,18 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _checked(path: Path, declared: Mapping[str, Any], data_start: int, size: int, shard: int) -> Header:
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _checked(path: Path, declared: Mapping[str, Any], data_start: int, size: int, shard: int) -> dict[str, Entry]:
     spans = sorted((_span(path, name, value) for name, value in declared.items()), key=lambda span: span[3:])
     entries: dict[str, Entry] = {}
     end = 0
     for name, dtype, shape, start, stop in spans:
         if start != end:
             raise CorruptFileError(
-                f"{path} has a corrupt header: tensor {name!r} begins at byte {start:,}, expected {end:,}.",
+                f"{path} has a corrupt header: tensor {_shown(name)} begins at byte {start:,}, expected {end:,}.",
                 hint=_RESAVE,
             )
         end = stop
@@ -110,34 +145,59 @@ def _checked(path: Path, declared: Mapping[str, Any], data_start: int, size: int
         raise CorruptFileError(
             f"{path} is {size:,} bytes long, but its header accounts for {data_start + end:,}.", hint=_RESAVE
         )
-    return Header(size, entries)
+    return entries
 
 
 def _span(path: Path, name: str, value: Any) -> tuple[str, str, tuple[int, ...], int, int]:
+    shown = _shown(name)
     try:
         name.encode()
-        dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        numbers = (*shape, start, stop)
+        dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     except UnicodeEncodeError as error:
-        raise CorruptFileError(f"{path} has a corrupt header: {name!r} is no text.", hint=_RESAVE) from error
-    except (TypeError, KeyError, ValueError) as error:
+        raise CorruptFileError(f"{path} has a corrupt header: {shown} is no text.", hint=_RESAVE) from error
+    except (TypeError, KeyError) as error:
         raise CorruptFileError(
-            f"{path} has a corrupt header: tensor {name!r} lacks dtype, shape or data_offsets.", hint=_RESAVE
+            f"{path} has a corrupt header: tensor {shown} lacks dtype, shape or data_offsets.", hint=_RESAVE
         ) from error
-    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+    if not (_are_counts(shape) and _are_counts(offsets) and len(offsets) == 2):
         raise CorruptFileError(
-            f"{path} has a corrupt header: shape and offsets of tensor {name!r} must be whole numbers.", hint=_RESAVE
+            f"{path} has a corrupt header: shape and offsets of tensor {shown} must be whole numbers.", hint=_RESAVE
         )
-    item = ITEM_BYTES.get(dtype) if isinstance(dtype, str) else None
+    if not isinstance(dtype, str):
+        raise CorruptFileError(f"{path} has a corrupt header: the dtype of tensor {shown} is no text.", hint=_RESAVE)
+    item = ITEM_BYTES.get(dtype)
     if item is None:
         raise UnsupportedFormatError(
-            f"{path}: tensor {name!r} has dtype {dtype!r}, which cannot be averaged.",
+            f"{path}: tensor {shown} has dtype {_shown(dtype)}, which cannot be averaged.",
             hint="Quantized weights do not average. Average the checkpoints before quantizing them.",
         )
-    if math.prod(shape) * item != stop - start:
+    start, stop = offsets
+    nbytes = _product(item, shape)
+    if nbytes != stop - start:
+        needs = "too many" if nbytes is None else f"{nbytes:,}"
         raise CorruptFileError(
-            f"{path} has a corrupt header: tensor {name!r} ({dtype}, {shape}) needs {math.prod(shape) * item:,} bytes, "
+            f"{path} has a corrupt header: tensor {shown} ({dtype}, {_shown(tuple(shape))}) needs {needs} bytes, "
             f"but has {stop - start:,}.",
             hint=_RESAVE,
         )
-    return name, dtype, shape, start, stop
+    return name, dtype, tuple(shape), start, stop
+
+
+def _are_counts(values: object) -> bool:
+    return isinstance(values, list) and all(type(number) is int and 0 <= number <= _LARGEST for number in values)
+
+
+def _product(item: int, shape: list[int]) -> int | None:
+    """Bytes of a tensor; None where a product on the way is beyond what any program can address."""
+    nbytes = item
+    for size in shape:
+        nbytes *= size
+        if nbytes > _LARGEST:  # at once: a long list of large numbers would take hours to multiply
+            return None
+    return nbytes
+
+
+def _shown(value: object) -> str:
+    """A value as a message shows it, however large it is."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -13,19 +13,16 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from pathlib import Path
+from collections.abc import Iterable
 
 from ckavg.errors import ChangedError, CkavgError, ReadError, raise_all
-from ckavg.run.values import Checkpoint, Run
+from ckavg.run.values import Checkpoint, Run, Shard
 
 _FINE_CLOCK_NS = 20_000_000
 _COARSE_CLOCK_NS = 2_000_000_000
 
 Stamps = tuple[str | None, ...]
 """Of each checkpoint of a run; None where a later change could not be told from the last one."""
-
-States = dict[Path, tuple[int, int, int]]
-"""Size, inode and time of modification of every weight file."""
 
 
 def stamps_of(run: Run) -> Stamps:
@@ -51,46 +48,31 @@ def stamp(checkpoint: Checkpoint) -> str | None:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def states_of(run: Run) -> States:
-    """The state of every weight file of a run now.
-
-    Raises:
-        ReadError: one cannot be looked at any more.
-    """
-    states: States = {}
-    for checkpoint in run.checkpoints:
-        for shard in checkpoint.shards:
-            try:
-                status = shard.path.stat()
-            except OSError as error:
-                raise ReadError(
-                    f"{shard.path} cannot be read: {error.strerror}.", hint="It was there when the run was opened."
-                ) from error
-            states[shard.path] = status.st_size, status.st_ino, status.st_mtime_ns
-    return states
-
-
-def check_unchanged(run: Run, before: States) -> None:
-    """Refuse to go on with what was read of files that have changed since.
-
-    Args:
-        run: what was read.
-        before: the states of its files before that.
+def check_unchanged(checkpoints: Iterable[Checkpoint]) -> None:
+    """Refuse to go on with what was read of files that have changed since their headers were.
 
     Raises:
         ChangedError: some have.
-        ReadError: one cannot be looked at any more.
+        ReadError: some cannot be looked at any more.
+        CombinedError: more than one of these.
     """
-    now = states_of(run)
-    changed = sorted(path for path, state in before.items() if now[path] != state)
-    errors: list[CkavgError] = [
-        ChangedError(
-            f"{path} changed while it was read.",
-            hint="Run again once nothing writes to the checkpoints any more, or leave this one out with --to-step.",
+    shards = [shard for checkpoint in checkpoints for shard in checkpoint.shards]
+    raise_all([found for shard in shards if (found := _change_of(shard)) is not None])
+
+
+def _change_of(shard: Shard) -> CkavgError | None:
+    try:
+        status = shard.path.stat()
+    except OSError as error:
+        return ReadError(
+            f"{shard.path} cannot be read: {error.strerror}.", hint="It was there when the run was opened."
         )
-        for path in changed
-    ]
-    raise_all(errors)
+    if shard.state is None or (shard.nbytes, *shard.state) == (status.st_size, status.st_ino, status.st_mtime_ns):
+        return None
+    return ChangedError(
+        f"{shard.path} was changed or replaced while it was read.",
+        hint="Run again once nothing writes to the checkpoints any more, or leave this one out with --to-step.",
+    )
 
 
 def _settled(changed: int) -> bool:

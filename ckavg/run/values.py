@@ -66,10 +66,17 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file: its path and its size in bytes."""
+    """One safetensors file.
+
+    Attributes:
+        path: where it is.
+        nbytes: its size in bytes.
+        state: inode and time of modification when its header was read; None where that does not matter.
+    """
 
     path: Path
     nbytes: int
+    state: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

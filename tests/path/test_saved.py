@@ -267,7 +267,7 @@ def test_a_file_that_changes_while_it_is_measured_is_refused_and_not_kept(source
         if news.done == 0:
             flip(file)
 
-    with pytest.raises(ChangedError, match=f"{file} changed while it was read"):
+    with pytest.raises(ChangedError, match=f"{file} was changed or replaced while it was read"):
         ckavg.measure_path(ckavg.open_run(source), on_progress=change)
     assert in_checkpoints(source, measured(source)) == 3
 

@@ -194,7 +194,7 @@ def test_short_reads_and_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(files, "_HAS_PREADV", False)
     monkeypatch.setattr(files, "_HAS_NOWAIT", False)
     monkeypatch.setattr(os, "pread", lambda handle, size, offset: pread(handle, min(size, 1001), offset))
-    monkeypatch.setattr(files, "_usable_handles", lambda: 3)
+    monkeypatch.setattr(files, "usable_handles", lambda: 3)
     assert formed(run, Settings(threads=1)) == expected
 
 

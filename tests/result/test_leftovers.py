@@ -104,6 +104,6 @@ def test_a_checkpoint_that_changes_while_it_is_averaged(source: Path) -> None:
             data[-1] ^= 1
             file.write_bytes(data)
 
-    with pytest.raises(ChangedError, match="changed while it was read"):
+    with pytest.raises(ChangedError, match="changed or replaced while it was read"):
         ckavg.average(ckavg.open_run(source), ckavg.EMA(), on_progress=change)
     assert not (source / "averaged").exists()
