@@ -11,7 +11,7 @@ import typer
 from ckavg.cli.terminal import stderr_is_terminal
 from ckavg.engine.progress import OnProgress, Progress
 
-_TITLES = {"path": "measuring the path", "replay": "averaging"}
+_TITLES = {"path": "measuring the path", "replay": "averaging", "health": "examining"}
 _SECONDS_BETWEEN_LINES = 5.0
 
 
