@@ -48,7 +48,7 @@ def inspect(options: Inspecting) -> None:
 
 
 def _look_deep(found: Inspection, options: Inspecting) -> bool:
-    """Read the weights of all checkpoints that can be read, show what they reveal, and return whether they are sound."""
+    """Read the weights of the checkpoints that can be read, show what they reveal; whether they are sound."""
     if not Ranks.of_environment().is_first:  # one reads for all processes of a job
         return True
     from ckavg.health.examine import examine

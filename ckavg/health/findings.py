@@ -47,12 +47,14 @@ def find(steps: Sequence[int], tensors: Sequence[TensorStatistics]) -> tuple[Fin
         tensors: what was measured of each tensor.
     """
     filled = [tensor for tensor in tensors if tensor.numel]
-    foreign = {tensor.name: _foreign_places(steps, tensor) for tensor in filled}
+    foreign = [_foreign_places(steps, tensor) for tensor in filled]
     return (
         *_in_order(finding for tensor in filled for finding in _nonfinite(steps, tensor)),
         *_told_foreign(steps, filled, foreign),
         *_in_order(
-            finding for tensor in filled for finding in spikes(steps, tensor, elsewhere=foreign[tensor.name].keys())
+            finding
+            for tensor, places in zip(filled, foreign, strict=True)
+            for finding in spikes(steps, tensor, elsewhere=places.keys())
         ),
         *_in_order(finding for tensor in filled for finding in dips(steps, tensor)),
         *_stale(steps, filled),
@@ -159,22 +161,21 @@ def _expectations(
 
 
 def _told_foreign(
-    steps: Sequence[int], tensors: Sequence[TensorStatistics], foreign: dict[str, dict[int, float]]
+    steps: Sequence[int], tensors: Sequence[TensorStatistics], foreign: Sequence[dict[int, float]]
 ) -> list[Finding]:
     """One finding for a checkpoint most of whose tensors are foreign, otherwise one for each of them."""
     comparable = [tensor for tensor in tensors if tensor.numel >= _FEWEST_ELEMENTS and any(tensor.distance)]
     by_index: dict[int, list[tuple[float, str]]] = {}
-    for name, places in foreign.items():
+    for tensor, places in zip(tensors, foreign, strict=True):
         for index, factor in places.items():
-            by_index.setdefault(index, []).append((factor, name))
+            by_index.setdefault(index, []).append((factor, tensor.name))
     found = []
     for index, named in sorted(by_index.items()):
         step = steps[index]
         if len(named) >= max(2, _MOST_OF * len(comparable)):
             factor = statistics.median(factor for factor, _ in named)
             message = (
-                f"step {step}: the checkpoint is foreign: {_times(factor)} as far from its neighbours as is usual, in "
-                f"{len(named)} of {len(comparable)} tensors."
+                f"step {step}: the checkpoint is foreign: {_far(factor)}, in {len(named)} of {len(comparable)} tensors."
             )
             found.append(Finding("foreign", step, None, message))
             continue
@@ -183,12 +184,12 @@ def _told_foreign(
                 "foreign",
                 step,
                 name,
-                f"step {step}: tensor {name!r} is foreign: {_times(factor)} as far from its neighbours as is usual.",
+                f"step {step}: tensor {name!r} is foreign: {_far(factor)}.",
             )
             for factor, name in sorted(named, key=lambda each: each[1])
         ]
     return found
 
 
-def _times(factor: float) -> str:
-    return f"{factor:.3g} times"
+def _far(factor: float) -> str:
+    return f"{factor:.3g} times as far from the checkpoints beside it as is usual"

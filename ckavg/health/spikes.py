@@ -1,14 +1,15 @@
 """Stage *health*: single values that one checkpoint has and its neighbours have not, too large or too small. Pure.
 
-A spike is how far the value that sticks out most lies from both neighbours. In units of the mean change of its tensor
-over the quieter of the two intervals, it is much the same along a sound run, however heavy the tails of a tensor are:
-so it is compared with the median of the other checkpoints, and with how much those vary.
+A spike is how far the value that sticks out most lies outside of its two neighbours: an even drift has none. In units
+of the mean change of its tensor over the two intervals, it is much the same along a sound run, however heavy the tails
+of a tensor are: so it is compared with the median of the other checkpoints, and with how much those vary.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Collection, Sequence
 
 from ckavg.health.values import Finding, TensorStatistics
@@ -16,7 +17,7 @@ from ckavg.health.values import Finding, TensorStatistics
 _FACTOR = 3.0
 """How many times the median a spike must be, whatever the others are."""
 
-_FACTOR_AT_AN_END = 6.0
+_FACTOR_AT_AN_END = 16.0
 """The same of the first and the last checkpoint, whose change nothing says was taken back."""
 
 _DEVIATIONS = 8.0
@@ -41,6 +42,9 @@ of a 16-bit tensor have not moved at all, and the few that did are no measure.""
 _OUT_OF_RANGE = 8.0
 """How many times the largest value of both neighbours a change must be to be out of their range."""
 
+_OUT_OF_RANGE_OF_FEW = 2.0**20
+"""The same where there are too few elements for a mean change."""
+
 _DIP = 2.0**24
 """How many times smaller than in both neighbours a value must be to have vanished. Values that cross zero come near it
 by chance, the nearer the more there are: among 10⁸, to about 2⁻²⁰ of what they were."""
@@ -63,21 +67,25 @@ def spikes(steps: Sequence[int], tensor: TensorStatistics, *, elsewhere: Collect
     if len(tensor.held) < 2:
         return []
     relative = _relative(tensor)
-    inner = {place for place in range(1, len(tensor.held) - 1) if _is_spike(tensor, relative, place)}
-    ends = {
-        place
-        for place, beside in ((0, 1), (len(tensor.held) - 1, len(tensor.held) - 2))
-        if beside not in inner and _is_spike_at_end(tensor, place)
+    last = len(tensor.held) - 1
+    found = {
+        place: by for place in range(1, last) if (by := _judged(tensor, place, relative[1:last], place - 1, _FACTOR))
     }
-    found = []
-    for place in sorted(inner | ends):
-        step = steps[tensor.held[place]]
-        if tensor.held[place] not in elsewhere:
-            usual = _usual(tensor, place)
-            by = f"{tensor.spike[place] / usual:.3g} times the usual" if usual > 0 else "where nothing else moves"
-            message = f"step {step}: a value of tensor {tensor.name!r} is off by {tensor.spike[place]:.3g}, {by}."
-            found.append(Finding("spike", step, tensor.name, message))
-    return found
+    jumps = [change / _scale(tensor, rest) for change, rest in zip(tensor.change, tensor.rest, strict=True)][1:]
+    for place, beside, own in ((0, 1, 0), (last, last - 1, last - 1)):
+        if beside not in found and (by := _judged(tensor, place, jumps, own, _FACTOR_AT_AN_END)):
+            found[place] = by
+    return [
+        Finding(
+            "spike",
+            steps[tensor.held[place]],
+            tensor.name,
+            f"step {steps[tensor.held[place]]}: a value of tensor {tensor.name!r} is off by {tensor.spike[place]:.3g}, "
+            f"{by}.",
+        )
+        for place, by in sorted(found.items())
+        if tensor.held[place] not in elsewhere
+    ]
 
 
 def dips(steps: Sequence[int], tensor: TensorStatistics) -> list[Finding]:
@@ -99,58 +107,50 @@ def dips(steps: Sequence[int], tensor: TensorStatistics) -> list[Finding]:
 
 
 def _relative(tensor: TensorStatistics) -> list[float]:
-    """Every spike in units of the mean change over the quieter interval beside it; 0 at both ends."""
+    """Every spike in units of the mean change over both intervals beside it, their geometric mean; 0 at both ends."""
     return [
-        tensor.spike[place] / _scale(tensor, min(tensor.rest[place], tensor.rest[place + 1]))
-        if 0 < place < len(tensor.held) - 1 and tensor.spike[place]
+        tensor.spike[place] / _scale(tensor, math.sqrt(tensor.rest[place]) * math.sqrt(tensor.rest[place + 1]))
+        if 0 < place < len(tensor.held) - 1
         else 0.0
         for place in range(len(tensor.held))
     ]
 
 
 def _scale(tensor: TensorStatistics, distance: float) -> float:
-    return max(distance / tensor.numel, _QUIET * tensor.precision * statistics.median(tensor.largest), 5e-324)
+    """A mean change; not less than rounding makes."""
+    least = _QUIET * tensor.precision * statistics.median(tensor.largest)
+    return max(distance / tensor.numel, least, sys.float_info.min)
 
 
-def _is_spike(tensor: TensorStatistics, relative: Sequence[float], place: int) -> bool:
-    others = [relative[other] for other in range(1, len(relative) - 1) if other != place]
-    return _may_be(tensor, place) and (
-        _is_out_of_range(tensor, place, relative[place]) or _stands_out(relative[place], others, _FACTOR)
-    )
+def _judged(tensor: TensorStatistics, place: int, relative: Sequence[float], own: int, factor: float) -> str | None:
+    """By how much the value that sticks out most of a checkpoint does; None if it is no spike.
+
+    Args:
+        tensor: what was measured of it.
+        place: which checkpoint of those that hold it.
+        relative: spikes, or changes, in units of the mean change.
+        own: which of them is that of the checkpoint.
+        factor: how many times the median of the others it must be.
+    """
+    spike = tensor.spike[place]
+    if spike <= _ROUNDING * tensor.precision * statistics.median(tensor.largest):
+        return None
+    largest = max(tensor.largest[other] for other in (place - 1, place + 1) if 0 <= other < len(tensor.held))
+    is_small = tensor.numel < _FEWEST_ELEMENTS
+    if not is_small and (by := _over_median(relative[own], [*relative[:own], *relative[own + 1 :]], factor)):
+        return f"{by:.3g} times as far as is usual"
+    if spike > (_OUT_OF_RANGE_OF_FEW if is_small else _OUT_OF_RANGE) * largest and (
+        is_small or relative[own] > min(_ALONE, tensor.numel)
+    ):
+        return "far out of the range of all values beside it"
+    return None
 
 
-def _is_spike_at_end(tensor: TensorStatistics, place: int) -> bool:
-    """The same of the first or the last checkpoint, by the largest change of the one interval there is."""
-    jumps = [change / _scale(tensor, rest) for change, rest in zip(tensor.change, tensor.rest, strict=True)][1:]
-    own = jumps.pop(0 if place == 0 else -1)
-    return _may_be(tensor, place) and (
-        _is_out_of_range(tensor, place, own) or _stands_out(own, jumps, _FACTOR_AT_AN_END)
-    )
-
-
-def _may_be(tensor: TensorStatistics, place: int) -> bool:
-    """Whether it is more than rounding."""
-    return tensor.spike[place] > _ROUNDING * tensor.precision * statistics.median(tensor.largest)
-
-
-def _is_out_of_range(tensor: TensorStatistics, place: int, relative: float) -> bool:
-    beside = [tensor.largest[other] for other in (place - 1, place + 1) if 0 <= other < len(tensor.held)]
-    return tensor.spike[place] > _OUT_OF_RANGE * max(beside) and relative > min(_ALONE, tensor.numel)
-
-
-def _stands_out(value: float, others: Sequence[float], factor: float) -> bool:
-    """Whether a value is far above the median of others, by a factor and by their own deviations on a log scale."""
-    if len(others) < _FEWEST_OTHERS:
-        return False
-    median = statistics.median(others)
-    if median == 0:
-        return value > factor / _QUIET
-    logs = [math.log(other / median) for other in others if other > 0]
+def _over_median(value: float, others: Sequence[float], factor: float) -> float | None:
+    """How many times the median a value is, if that is by far more than usual: by a factor, and by how others vary."""
+    if len(others) < _FEWEST_OTHERS or value == 0:
+        return None
+    median = max(statistics.median(others), 1.0)
+    logs = [math.log(max(other, sys.float_info.min) / median) for other in others]
     deviation = _NORMAL * statistics.median(abs(each) for each in logs)
-    return math.log(value / median) > max(math.log(factor), _DEVIATIONS * deviation) if value > 0 else False
-
-
-def _usual(tensor: TensorStatistics, place: int) -> float:
-    """The median spike of the other checkpoints."""
-    others = [spike for other, spike in enumerate(tensor.spike) if other != place]
-    return statistics.median(others)
+    return value / median if math.log(value / median) > max(math.log(factor), _DEVIATIONS * deviation) else None

@@ -93,9 +93,9 @@ class PieceStatistics:
             if place == 1:
                 rows[SPIKE, 0] = change
                 continue
-            rows[SPIKE, place - 1] = float(torch.minimum(d[0], d[1], out=spare).amax())
-            careful = not (finite[place] and finite[place - 2])
+            careful = not all(finite[place - 2 :])
             rows[ACROSS, place - 1] = _distance(now, earlier, spare, careful=careful)
+            rows[SPIKE, place - 1] = _spike(d[0], d[1], spare, careful=careful)
         if last:
             rows[DIP, last] = _dip(tiny[last], x[last % 3], (x[(last - 1) % 3],))
         return Measured(rows, *moments)
@@ -169,6 +169,21 @@ class Gathered:
         )
 
 
+def _spike(before: torch.Tensor, after: torch.Tensor, across: torch.Tensor, *, careful: bool) -> float:
+    """How far a value lies outside of its neighbours: |a| + |b| − |a + b| is 2 min(|a|, |b|) or 0, by the signs.
+
+    Args:
+        before, after: (n,) |x_k − x_{k−1}| and |x_{k+1} − x_k|.
+        across: (n,) |x_{k+1} − x_{k−1}|; used up.
+        careful: whether some weights are not finite, so that the three do not belong together.
+    """
+    twice = torch.sub(before, across, out=across).add_(after)
+    largest = float(twice.amax())
+    if careful or not math.isfinite(largest):
+        largest = float(torch.minimum(twice, 2 * torch.minimum(before, after).double()).amax())
+    return max(0.0, largest / 2)
+
+
 def _dip(tiny: int | None, values: torch.Tensor, beside: tuple[torch.Tensor, ...]) -> float:
     """How many times a tiny value is the lesser of what the same element is in the checkpoints beside it."""
     if tiny is None:
@@ -185,7 +200,7 @@ def _compare(
     change = float(out.amax())
     if change <= _DOMINATES * total:
         return total, total - change, change
-    rest = out.double()
+    rest = out.to(torch.float64, copy=True)
     rest[rest.argmax()] = 0.0
     others = float(rest.sum())
     return others + change, others, change
@@ -203,15 +218,16 @@ def _distance(after: torch.Tensor, before: torch.Tensor, out: torch.Tensor, *, c
         total = float(torch.sub(after, before, out=out).abs_().sum())
         if math.isfinite(total):
             return total
-    wide = after.double().sub_(before).abs_()
+    wide = after.to(torch.float64, copy=True).sub_(before).abs_()
     wide.masked_fill_(~(torch.isfinite(after) & torch.isfinite(before)), 0.0)
+    total = float(wide.sum())
     out.copy_(wide.clamp_(max=torch.finfo(out.dtype).max))
-    return float(wide.sum())
+    return total
 
 
 def _moments(values: torch.Tensor) -> tuple[float, float]:
     """Mean and sum of squared deviations, about the first element: exactly 0 where all are equal."""
     first = float(values[0])
-    shifted = values.double().sub_(first)
+    shifted = values.to(torch.float64, copy=True).sub_(first)
     mean = float(shifted.mean())
     return first + mean, float(shifted.sub_(mean).square_().sum())

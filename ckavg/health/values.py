@@ -32,7 +32,9 @@ class TensorStatistics:
         distance: ‖x_k − x_{k−1}‖₁.
         rest: the same without the largest term of every piece, which one damaged value would be.
         change: max |x_k − x_{k−1}|.
-        spike: max over the elements of min(|x_k − x_{k−1}|, |x_k − x_{k+1}|); at both ends, of the one there is.
+        spike: how far an element lies outside of its two neighbours at most: max over the elements of
+            min(|x_k − x_{k−1}|, |x_k − x_{k+1}|) where the two changes are of opposite sign; at both ends, of the one
+            change there is.
         dip: the lesser of |x_{k−1}| and |x_{k+1}| in units of |x_k|, for the least |x_k| > 0 of a piece, if that is
             below 2⁻⁴⁰ of the piece's largest; the largest of all pieces, 0 where there is none.
         across: ‖x_{k+1} − x_{k−1}‖₁; 0 at both ends.

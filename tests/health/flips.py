@@ -107,11 +107,15 @@ def report(title: str, run: Run, *, trials: int = TRIALS) -> None:
         total[damage.part] += 1
         noticed[damage.part] += damage.is_noticed
         others += max(0, damage.others - len(undamaged))
-    print(f"\n{title}: {len(run.checkpoints)} checkpoints, {len(run.tensors)} tensors")
-    print(f"findings about the undamaged run: {len(undamaged)}; about what was not damaged: {others}")
+    say(f"\n{title}: {len(run.checkpoints)} checkpoints, {len(run.tensors)} tensors")
+    say(f"findings about the undamaged run: {len(undamaged)}; about what was not damaged: {others}")
     for part in sorted(total):
-        print(f"{part}: {noticed[part]} of {total[part]} noticed")
-    print(f"all: {noticed.total()} of {total.total()} noticed")
+        say(f"{part}: {noticed[part]} of {total[part]} noticed")
+    say(f"all: {noticed.total()} of {total.total()} noticed")
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
 
 
 def main() -> None:
