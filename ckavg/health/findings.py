@@ -9,11 +9,10 @@ from both neighbours, which lie near each other, is foreign.
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-from ckavg.health.spikes import dips, spikes
+from ckavg.health.single import single_values
 from ckavg.health.values import Finding, TensorStatistics
 
 _DETOUR = 4.0
@@ -29,11 +28,9 @@ _FEWEST_INTERVALS = 5
 _FEWEST_ELEMENTS = 64
 """Elements of which a sum is steady enough to be compared; fewer may by chance return to where they were."""
 
-_ROUNDING = 4.0
-"""Mean change in units of the dtype's precision below which it may be rounding to and fro."""
-
-_HEAVY_TAIL = 16.0
-"""The largest value of a tensor in units of its typical one, where the anchor does not tell that one: it may be 0."""
+_ROUNDING = 64.0
+"""Distance, in units of the last place at the largest value, below which it may be a few elements that were rounded to
+and fro."""
 
 _MOST_OF = 0.5
 """Part of the tensors that must be foreign for the whole checkpoint to be."""
@@ -48,15 +45,16 @@ def find(steps: Sequence[int], tensors: Sequence[TensorStatistics]) -> tuple[Fin
     """
     filled = [tensor for tensor in tensors if tensor.numel]
     foreign = [_foreign_places(steps, tensor) for tensor in filled]
+    single = [
+        finding
+        for tensor, places in zip(filled, foreign, strict=True)
+        for finding in single_values(steps, tensor)
+        if finding.step not in {steps[index] for index in places}
+    ]
     return (
         *_in_order(finding for tensor in filled for finding in _nonfinite(steps, tensor)),
         *_told_foreign(steps, filled, foreign),
-        *_in_order(
-            finding
-            for tensor, places in zip(filled, foreign, strict=True)
-            for finding in spikes(steps, tensor, elsewhere=places.keys())
-        ),
-        *_in_order(finding for tensor in filled for finding in dips(steps, tensor)),
+        *_in_order(single),
         *_stale(steps, filled),
         *_frozen(filled),
     )
@@ -110,10 +108,7 @@ def _foreign_places(steps: Sequence[int], tensor: TensorStatistics) -> dict[int,
     """Checkpoints, by index, that are far from all others in this tensor, and how many times as far as is usual."""
     if tensor.numel < _FEWEST_ELEMENTS:
         return {}
-    typical = statistics.median(tensor.largest) / _HEAVY_TAIL
-    if math.isfinite(tensor.sigma):
-        typical = max(typical, math.hypot(tensor.mean, tensor.sigma))
-    least = _ROUNDING * tensor.precision * typical * tensor.numel
+    least = _ROUNDING * tensor.precision * statistics.median(tensor.largest)
     found: dict[int, float] = {}
     for place in range(1, len(tensor.held) - 1):
         near = min(tensor.rest[place], tensor.rest[place + 1])

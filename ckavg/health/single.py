@@ -10,15 +10,19 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from ckavg.health.values import Finding, TensorStatistics
 
-_FACTOR = 3.0
+_FACTOR = 4.0
 """How many times the median a spike must be, whatever the others are."""
 
 _FACTOR_AT_AN_END = 16.0
 """The same of the first and the last checkpoint, whose change nothing says was taken back."""
+
+_FEW_ELEMENTS = 1024
+_FACTOR_OF_FEW = 2.0
+"""Of fewer elements than that, the one that sticks out most varies more, and both factors are so many times larger."""
 
 _DEVIATIONS = 8.0
 """And how many deviations above it on a scale of powers, where the others vary: in a tensor of rare large updates."""
@@ -56,14 +60,19 @@ _ALONE = 32.0
 """And how many times the mean change, so that it is a value and not the tensor that grew."""
 
 
-def spikes(steps: Sequence[int], tensor: TensorStatistics, *, elsewhere: Collection[int]) -> list[Finding]:
-    """The spikes of a tensor.
+def single_values(steps: Sequence[int], tensor: TensorStatistics) -> list[Finding]:
+    """The values of a tensor that one checkpoint alone has: too large, or else too small.
 
     Args:
         steps: optimizer step of every checkpoint.
         tensor: what was measured of it.
-        elsewhere: indices of checkpoints that are told to be foreign in this tensor, and not told again.
     """
+    found = _spikes(steps, tensor)
+    told = {finding.step for finding in found}
+    return found + [dip for dip in _dips(steps, tensor) if dip.step not in told]
+
+
+def _spikes(steps: Sequence[int], tensor: TensorStatistics) -> list[Finding]:
     if len(tensor.held) < 2:
         return []
     relative = _relative(tensor)
@@ -84,11 +93,10 @@ def spikes(steps: Sequence[int], tensor: TensorStatistics, *, elsewhere: Collect
             f"{by}.",
         )
         for place, by in sorted(found.items())
-        if tensor.held[place] not in elsewhere
     ]
 
 
-def dips(steps: Sequence[int], tensor: TensorStatistics) -> list[Finding]:
+def _dips(steps: Sequence[int], tensor: TensorStatistics) -> list[Finding]:
     """Values of a tensor that are almost 0 in one checkpoint alone, as with a damaged exponent."""
     has_dip = [dip > _DIP for dip in tensor.dip]
     if sum(has_dip) - 1 > _DIPS_ARE_USUAL * (len(has_dip) - 1):
@@ -133,11 +141,17 @@ def _judged(tensor: TensorStatistics, place: int, relative: Sequence[float], own
         factor: how many times the median of the others it must be.
     """
     spike = tensor.spike[place]
+    factor *= _FACTOR_OF_FEW if tensor.numel < _FEW_ELEMENTS else 1.0
     if spike <= _ROUNDING * tensor.precision * statistics.median(tensor.largest):
         return None
     largest = max(tensor.largest[other] for other in (place - 1, place + 1) if 0 <= other < len(tensor.held))
     is_small = tensor.numel < _FEWEST_ELEMENTS
-    if not is_small and (by := _over_median(relative[own], [*relative[:own], *relative[own + 1 :]], factor)):
+    usual = statistics.median(other for at, other in enumerate(tensor.spike) if at != place)
+    if (
+        not is_small
+        and spike > usual
+        and (by := _over_median(relative[own], [*relative[:own], *relative[own + 1 :]], factor))
+    ):
         return f"{by:.3g} times as far as is usual"
     if spike > (_OUT_OF_RANGE_OF_FEW if is_small else _OUT_OF_RANGE) * largest and (
         is_small or relative[own] > min(_ALONE, tensor.numel)
@@ -151,6 +165,6 @@ def _over_median(value: float, others: Sequence[float], factor: float) -> float 
     if len(others) < _FEWEST_OTHERS or value == 0:
         return None
     median = max(statistics.median(others), 1.0)
-    logs = [math.log(max(other, sys.float_info.min) / median) for other in others]
+    logs = [math.log(max(other, 1.0) / median) for other in others]
     deviation = _NORMAL * statistics.median(abs(each) for each in logs)
     return value / median if math.log(value / median) > max(math.log(factor), _DEVIATIONS * deviation) else None
