@@ -113,8 +113,11 @@ class PieceStatistics:
             column[INFINITE] = len(values) - len(finite) - column[NAN]
             largest = float(finite.abs().amax()) if len(finite) else 0.0
         column[LARGEST] = largest
-        absolute.sub_(1).bitwise_and_(positive)  # 0 becomes the largest of all
-        smallest = float((absolute.amin() + 1).bitwise_and_(positive).view(stored.dtype))
+        least = absolute.amin()
+        if not least:
+            absolute.masked_fill_(absolute == 0, positive)  # which is a NaN
+            least = absolute.amin()
+        smallest = float(least.view(stored.dtype))
         return int(absolute.argmin()) if 0 < smallest < _TINY * largest else None
 
     def _workspace(self, tensor: Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
