@@ -18,6 +18,7 @@ STAGES = {
     "engine": {"run"},
     "path": {"run", "engine"},
     "replay": {"run", "engine", "schemes"},
+    "health": {"run", "engine", "path"},
     "result": {"run", "schemes"},
     "demo": set(),
 }

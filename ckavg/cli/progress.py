@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from ckavg.cli.terminal import say, stderr_is_terminal
 from ckavg.engine.progress import OnProgress, Progress
 
-_TITLES = {"path": "measuring the path", "replay": "averaging"}
+_TITLES = {"path": "measuring the path", "replay": "averaging", "health": "examining"}
 _SECONDS_BETWEEN_LINES = 5.0
 
 

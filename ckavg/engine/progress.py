@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Pass = Literal["path", "replay"]
+Pass = Literal["path", "replay", "health"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +14,7 @@ class Progress:
     """How far a pass has come.
 
     Attributes:
-        stage: `path` for pass 1, `replay` for pass 2.
+        stage: `path` for pass 1, `replay` for pass 2, `health` for `inspect --deep`.
         done: bytes of checkpoints worked through.
         total: bytes of checkpoints to work through.
         kept: bytes beside these that an interrupted attempt had worked through.

@@ -30,8 +30,8 @@ def to_dict(found: Inspection) -> dict[str, Any]:
     }
 
 
-def print_inspection(found: Inspection, *, as_json: bool) -> None:
-    """Print the checkpoints, then warnings and problems, to stdout."""
+def print_inspection(found: Inspection, *, as_json: bool, verdict: bool = True) -> None:
+    """Print the checkpoints, then warnings and problems, to stdout; with `verdict`, what follows from them."""
     console = stdout_console()
     if as_json:
         print_json(to_dict(found))
@@ -54,8 +54,9 @@ def print_inspection(found: Inspection, *, as_json: bool) -> None:
         console.print("problem: ", style="bold red", end="")
         for line in filter(None, told(problem)):
             console.print(quoted(line))
-    console.print()
-    console.print(quoted(_verdict(found)), soft_wrap=True)
+    if verdict:
+        console.print()
+        console.print(quoted(conclusion(found)), soft_wrap=True)
 
 
 def _warnings(found: Inspection) -> tuple[str, ...]:
@@ -81,7 +82,8 @@ def _table(found: Inspection) -> Any:
     return table
 
 
-def _verdict(found: Inspection) -> str:
+def conclusion(found: Inspection) -> str:
+    """What to do next."""
     if found.problems:
         return f"{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''} to solve before averaging."
     options = as_options(found.selection.stated)

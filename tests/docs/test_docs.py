@@ -220,6 +220,14 @@ def test_json_of_inspect(source: Path) -> None:
     assert _keys(_json_of("inspect", source, "--json")) == _documented_keys("The JSON object of inspect")
 
 
+def test_json_of_inspect_deep(tmp_path: Path) -> None:
+    still = write_run(tmp_path / "still", random_run(0, 1, torch.float32) * 2, (0, 50))
+    told = _json_of("inspect", still, "--deep", "--json")
+    told["health"]["sha256"] = next(iter(told["health"]["sha256"].values()))
+    documented = _documented_keys("The JSON object of inspect") | _documented_keys("The health object")
+    assert _keys(told) == documented
+
+
 def test_documented_selection(source: Path) -> None:
     further = ("--skip-incomplete", "--common-only", "--copy", "trainer_state.json")
     every = ("--init", source / "checkpoint-0", "--init-step", 1, "--every", 50, "--burn-in", 50)
