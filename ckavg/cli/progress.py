@@ -11,7 +11,14 @@ import typer
 from ckavg.cli.terminal import stderr_is_terminal
 from ckavg.engine.progress import OnProgress, Progress
 
-_TITLES = {"path": "measuring the path", "replay": "averaging"}
+_TITLES = {
+    "path": "measuring the path",
+    "replay": "averaging",
+    "files": "hashing the files",
+    "weights": "looking for NaN",
+    "elements": "computing elements again",
+    "sources": "reading the sources",
+}
 _SECONDS_BETWEEN_LINES = 5.0
 
 
