@@ -18,7 +18,7 @@ from ckavg.run.values import Checkpoint
 from ckavg.schemes import Coefficients
 from ckavg.verify.arithmetic import weights_of
 from ckavg.verify.findings import Finding
-from ckavg.verify.sample import Drawn, draw, gather, where, widened
+from ckavg.verify.sample import Drawn, bytes_to_gather, draw, gather, where, widened
 from ckavg.verify.tolerance import allowed, size_of_unit
 
 _AT_ONCE = 100_000
@@ -80,7 +80,7 @@ def recompute(work: Recomputation, *, elements: int, seed: int, on_progress: Cal
     """
     read = [each for each in work.checkpoints if each is not None] + [each for _, each in work.outputs.values()]
     drawn = draw(read[-1].entries, elements, seed)
-    total = sum(each.entries[one.name].item_bytes * len(one.places) for each in read for one in drawn)
+    total = sum(bytes_to_gather(each.entries[one.name], one) for each in read for one in drawn)
     counts = _Counts(work.outputs)
     done = 0
     for some in _batches(drawn):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -152,7 +151,7 @@ def _record(value: dict[str, Any]) -> Record:
     }
     raise_all(errors)
     record = Record(scheme=_scheme(scheme_name, parameters), **found)
-    raise_all([RecordError(message) for is_wrong, message in _inconsistencies(record) if is_wrong()])
+    raise_all([RecordError(message) for is_wrong, message in _inconsistencies(record) if is_wrong])
     return record
 
 
@@ -216,35 +215,37 @@ def _typed(value: float | int | str, kind: type) -> Any:
     return value
 
 
-def _inconsistencies(record: Record) -> list[tuple[Callable[[], bool], str]]:
-    """What must hold between the values of a record; a rule is looked at only as far as those before it hold."""
+def _inconsistencies(record: Record) -> list[tuple[bool, str]]:
+    """What must not be between the values of a record, and whether it is."""
     steps, outputs = record.steps, record.outputs
     lists = (record.betas, record.weights, record.inputs, record.alphas, record.path_length)
     names = [output.name for output in outputs]
     return [
-        (lambda: len(steps) < 2, "steps holds fewer than two checkpoints."),
-        (lambda: any(after <= before for before, after in itertools.pairwise(steps)), "steps are not ascending."),
+        (len(steps) < 2, "steps holds fewer than two checkpoints."),
+        (any(after <= before for before, after in itertools.pairwise(steps)), "steps are not ascending."),
         (
-            lambda: any(each is not None and len(each) != len(steps) for each in lists),
+            any(each is not None and len(each) != len(steps) for each in lists),
             "steps, betas, weights, inputs, alphas and path_length are not of one length.",
         ),
-        (lambda: tuple(each.step for each in record.inputs) != steps, "inputs are not of the steps in steps."),
-        (lambda: not all(each.files for each in record.inputs), "inputs[].files is empty."),
-        (lambda: not outputs, "outputs is empty."),
-        (lambda: not all(each.step in steps for each in outputs), "outputs[].step is not among the steps."),
+        (tuple(each.step for each in record.inputs) != steps, "inputs are not of the steps in steps."),
+        (not all(each.files for each in record.inputs), "inputs[].files is empty."),
+        (not outputs, "outputs is empty."),
+        (not all(each.step in steps for each in outputs), "outputs[].step is not among the steps."),
+        (len({each.step for each in outputs}) < len(outputs), "outputs[].step is there twice."),
+        (len(outputs) > 1 and outputs[-1].step != steps[-1], "the last of outputs is not of the last step."),
         (
-            lambda: any("/" in name or name in ("", ".", "..") for name in names[:-1]) or len(set(names)) < len(names),
+            any("/" in name or name in ("", ".", "..") for name in names[:-1]) or len(set(names)) < len(names),
             "outputs[].name is no name of a directory, or appears twice.",
         ),
         (
-            lambda: any({*each.sha256, RESULT_RECORD} != set(each.files) for each in outputs),
+            any({*each.sha256, RESULT_RECORD} != set(each.files) for each in outputs),
             f"outputs[].sha256 is not of the files in outputs[].files but {RESULT_RECORD}.",
         ),
-        (lambda: any(len(set(each.files)) < len(each.files) for each in outputs), "outputs[].files names one twice."),
+        (any(len(set(each.files)) < len(each.files) for each in outputs), "outputs[].files names one twice."),
         (
-            lambda: record.path_length is not None and any(length < 0 for length in record.path_length),
+            record.path_length is not None and any(length < 0 for length in record.path_length),
             "path_length holds a negative number.",
         ),
-        (lambda: record.scheme.needs_path and record.path_length is None, "path_length is null."),
-        (lambda: not 0 < record.sample <= 1, "sample is no fraction in (0, 1]."),
+        (record.scheme.needs_path and record.path_length is None, "path_length is null."),
+        (not 0 < record.sample <= 1, "sample is no fraction in (0, 1]."),
     ]

@@ -17,6 +17,9 @@ Array = NDArray[np.float64]
 OF_EACH = 8
 """Elements of each tensor, where it has as many and the budget allows."""
 
+_PAGE = 4096
+_MOST_BYTES = 16 << 20
+
 _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "<u1", "BOOL": "<u1",
@@ -67,6 +70,12 @@ def _shared(sizes: Mapping[str, int], elements: int) -> dict[str, int]:
     return counts
 
 
+def bytes_to_gather(entry: Entry, drawn: Drawn) -> int:
+    """How much is read: a small tensor whole, where storage would read most of its pages for single elements anyway."""
+    whole = entry.nbytes <= min(_PAGE * len(drawn.places), _MOST_BYTES)
+    return entry.nbytes if whole else entry.item_bytes * len(drawn.places)
+
+
 def gather(files: Files, checkpoint: Checkpoint, drawn: Drawn) -> NDArray[np.generic]:
     """Read elements of a tensor of a checkpoint: (n,) as they are stored, bfloat16 as the 16 bits of each.
 
@@ -75,7 +84,11 @@ def gather(files: Files, checkpoint: Checkpoint, drawn: Drawn) -> NDArray[np.gen
     """
     entry = checkpoint.entries[drawn.name]
     item = entry.item_bytes
-    buffer = bytearray(item * len(drawn.places))
+    buffer = bytearray(bytes_to_gather(entry, drawn))
+    if len(buffer) == entry.nbytes:
+        path = checkpoint.shards[entry.shard].path
+        files.read_into(path, entry.offset, memoryview(buffer), on_miss=lambda: None)
+        return np.frombuffer(buffer, dtype=_DTYPES[entry.dtype])[list(drawn.places)]
     offsets = [entry.offset + place * item for place in drawn.places]
     path = checkpoint.shards[entry.shard].path
     files.read_each(path, offsets, memoryview(buffer), on_miss=lambda: None)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ckavg.atomic import resolved
 from ckavg.engine.progress import OnProgress, Pass, Progress
 from ckavg.errors import CkavgError, SettingError
 from ckavg.result.record import Output
@@ -53,8 +55,8 @@ def verify_result(
 
     Raises:
         RecordError: there is no record, or not one that can be understood.
+        ReadError: the system would not let us read it.
         SettingError: `elements` is less than 1, or `seed` is negative.
-        TruncatedShardError, ReadError: a file changed while it was read, or cannot be read.
     """
     begun = time.perf_counter()
     if elements < 1:
@@ -66,16 +68,20 @@ def verify_result(
     work.init = Path(init) if init else None
     work.check_record()
     outputs = work.check_result()
+    with work.told("weights"):
+        work.check_weights(outputs)
     checks: list[Check] = ["record", "files", "weights"]
-    compared: tuple[int, float, int] | None = None
     if sources or replay:
         work.find_sources(outputs)
     if sources:
         checks.append("sources")
-        work.check_sources(outputs)
+        with work.told("sources"):
+            work.check_sources(outputs)
     if replay:
         checks.append("replay")
-        compared = work.recompute(outputs, elements, secrets.randbelow(2**32) if seed is None else seed)
+        seed = secrets.randbelow(2**32) if seed is None else seed
+        with work.told("replay"):
+            work.recompute(outputs, elements, seed)
     return Verified(
         result=directory,
         title=work.title,
@@ -83,9 +89,9 @@ def verify_result(
         checks=tuple(checks),
         findings=tuple(dict.fromkeys(work.findings)),
         files=work.files,
-        elements=compared[0] if compared else None,
-        largest_deviation=compared[1] if compared else None,
-        seed=compared[2] if compared else None,
+        elements=work.elements if replay else None,
+        largest_deviation=work.largest_deviation if replay else None,
+        seed=seed if replay else None,
         bytes_read=work.bytes_read,
         seconds=time.perf_counter() - begun,
     )
@@ -108,6 +114,8 @@ class _Work:
     findings: list[Finding] = field(default_factory=list)
     files: int = 0
     bytes_read: int = 0
+    elements: int = 0
+    largest_deviation: float = 0.0
 
     @property
     def title(self) -> str:
@@ -123,14 +131,22 @@ class _Work:
         listen = self.on_progress
         return (lambda done, total: listen(Progress(stage, done, total))) if listen else (lambda done, total: None)
 
+    @contextmanager
+    def told(self, check: Check) -> Iterator[None]:
+        """Have an error end this check alone, as one more thing that is found."""
+        try:
+            yield
+        except CkavgError as error:
+            self.findings.append(Finding(check, error.message))
+
     def places(self) -> dict[int, tuple[str, Path, Output]]:
         """The snapshots and the result: what stands before names, the directory, and the entry, by index."""
-        steps = self.record.steps
-        inner = {
-            steps.index(each.step): (f"{each.name}/", self.directory / each.name, each)
-            for each in self.record.outputs[:-1]
-        }
-        return inner | {self.record.output_index: ("", self.directory, self.record.output)}
+        places = {self.record.output_index: ("", self.directory, self.record.output)}
+        for output in self.record.outputs[:-1]:
+            place = self.directory / output.name
+            if resolved(self.directory) in resolved(place).parents:
+                places[self.record.steps.index(output.step)] = f"{output.name}/", place, output
+        return dict(sorted(places.items()))
 
     def check_record(self) -> None:
         """Do the numbers follow from each other, and do the records of the snapshots say the same?"""
@@ -138,7 +154,15 @@ class _Work:
             told = f"It was made with ckavg {self.record.ckavg_version}, and is checked with {__version__}."
             self.findings.append(Finding("record", told, is_problem=False))
         self.findings += check_arithmetic(self.record)
-        for shown, directory, output in self.places().values():
+        places = self.places()
+        if len(places) < len(self.record.outputs):
+            inside = {place.name for _, place, _ in places.values()}
+            self.findings += [
+                Finding("files", f"{each.name} is a link that leads out of the result.")
+                for each in self.record.outputs[:-1]
+                if each.name not in inside
+            ]
+        for shown, directory, output in places.values():
             if directory == self.directory or not directory.is_dir():
                 continue  # that it is not there shows with its files
             try:
@@ -160,15 +184,14 @@ class _Work:
             index: find_files(place, output, within=self.directory, shown=shown)
             for index, (shown, place, output) in places.items()
         }
+        snapshots = [each.name for each in self.record.outputs[:-1]]
         listen, done = self.listener("files"), 0
         total = sum(sum(each.sizes.values()) for each in present.values())
-        listen(0, total)
         opened: dict[int, tuple[str, Checkpoint]] = {}
         for index, (shown, place, output) in places.items():
             sizes = present[index].sizes
             self.findings += present[index].findings
-            listed = [each.name for each in self.record.outputs[:-1]] if place == self.directory else []
-            self.findings += check_others(place, output, listed, shown=shown)
+            self.findings += check_others(place, output, () if shown else snapshots, shown=shown)
 
             def hashed(name: str, sizes: Mapping[str, int] = sizes) -> None:
                 nonlocal done
@@ -181,14 +204,16 @@ class _Work:
                 self.findings += found
                 if checkpoint is not None:
                     opened[index] = shown, checkpoint
-        listen(total, total)
         self.files += sum(len(each.sizes) for each in present.values())
         self.bytes_read += done
+        return opened
+
+    def check_weights(self, outputs: Outputs) -> None:
+        """Is every element a number?"""
         if not self.record.allow_nonfinite:
-            found, nbytes = check_finite(list(opened.values()), self.listener("weights"))
+            found, nbytes = check_finite(list(outputs.values()), self.listener("weights"))
             self.findings += found
             self.bytes_read += nbytes
-        return opened
 
     def find_sources(self, outputs: Outputs) -> None:
         """Where are the checkpoints, and do they look like those that were averaged?"""
@@ -219,8 +244,8 @@ class _Work:
         self.findings += found
         self.bytes_read += nbytes
 
-    def recompute(self, outputs: Outputs, elements: int, seed: int) -> tuple[int, float, int]:
-        """Compute elements again; how many, the largest deviation, and the seed."""
+    def recompute(self, outputs: Outputs, elements: int, seed: int) -> None:
+        """Are elements that are drawn what the checkpoints give?"""
         from ckavg.verify.replaying import check_elements
 
         done = check_elements(
@@ -234,7 +259,7 @@ class _Work:
         )
         self.findings += done.findings
         self.bytes_read += done.bytes_read
-        return done.elements, done.largest_deviation, seed
+        self.elements, self.largest_deviation = done.elements, done.largest_deviation
 
 
 def _told_alike(record: Record, output: Output) -> tuple[object, ...]:

@@ -37,6 +37,9 @@ def open_weights(
         The result as a checkpoint, None where it is none; and what is wrong with it.
     """
     recorded = {name for name in output.files if name.endswith(".safetensors")}
+    pipes = [path.name for path in directory.glob("*.safetensors") if not path.is_file()]
+    if pipes:  # opening one waits for whoever writes to it
+        return None, [Finding("weights", f"{shown}the weights cannot be loaded: {pipes[0]} is not a plain file.")]
     try:
         checkpoint = read_checkpoint(directory, output.step)
     except CkavgError as error:

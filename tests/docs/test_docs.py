@@ -220,6 +220,11 @@ def test_json_of_inspect(source: Path) -> None:
     assert _keys(_json_of("inspect", source, "--json")) == _documented_keys("The JSON object of inspect")
 
 
+def test_json_of_verify(source: Path) -> None:
+    result = ckavg.average(ckavg.open_run(source), ckavg.EMA()).directory
+    assert _keys(_json_of("verify", result, "--json")) == _documented_keys("The JSON object of verify")
+
+
 def test_documented_selection(source: Path) -> None:
     every = ("--init", source / "checkpoint-0", "--init-step", 1, "--every", 50, "--burn-in", 50)
     told = _json_of("bema", source, "--json", *every, "--from-step", 50, "--to-step", 150, "--last", 3)

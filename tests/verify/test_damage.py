@@ -154,6 +154,21 @@ def test_a_pipe_in_the_place_of_a_file(result: Path) -> None:
     )
 
 
+def test_a_snapshot_that_leads_elsewhere(source: Path, tmp_path: Path) -> None:
+    """What lies behind the link is not looked at, let alone listed."""
+    result = ckavg.average(ckavg.open_run(source), ckavg.EMA(), snapshot_every=20).directory
+    shutil.move(result / "checkpoint-20", tmp_path / "away")
+    (result / "checkpoint-20").symlink_to(tmp_path)
+    verified = ckavg.verify_result(result)
+    assert verified.problems == ("checkpoint-20 is a link that leads out of the result.",)
+    assert verified.warnings == ()
+
+
+def test_a_pipe_that_would_be_loaded(result: Path) -> None:
+    os.mkfifo(result / "model.safetensors")
+    assert problems(result) == ("the weights cannot be loaded: model.safetensors is not a plain file.",)
+
+
 def test_nan_with_the_checksum_to_it(result: Path) -> None:
     path = result / "model-00001-of-00002.safetensors"
     weights = load_file(path)
@@ -278,7 +293,8 @@ def test_a_replaced_checkpoint(result: Path, source: Path) -> None:
 
 
 def _weights(source: Path) -> dict[str, torch.Tensor]:
-    return load_file(source / "checkpoint-20" / "model.safetensors")
+    weights: dict[str, torch.Tensor] = load_file(source / "checkpoint-20" / "model.safetensors")
+    return weights
 
 
 def test_other_tensors_in_files_of_the_same_size(result: Path, source: Path) -> None:
