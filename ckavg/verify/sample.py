@@ -91,7 +91,16 @@ def gather(files: Files, checkpoint: Checkpoint, drawn: Drawn) -> NDArray[np.gen
         return np.frombuffer(buffer, dtype=_DTYPES[entry.dtype])[list(drawn.places)]
     offsets = [entry.offset + place * item for place in drawn.places]
     path = checkpoint.shards[entry.shard].path
-    files.read_each(path, offsets, memoryview(buffer), on_miss=lambda: None)
+    announced = False
+
+    def announce() -> None:
+        nonlocal announced
+        if not announced:  # all of them at the first that is not in memory, so that they are fetched together
+            announced = True
+            for offset in offsets:
+                files.announce(path, offset, item)
+
+    files.read_each(path, offsets, memoryview(buffer), on_miss=announce)
     return np.frombuffer(buffer, dtype=_DTYPES[entry.dtype])
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import ckavg
+from ckavg.result.digests import sha256
 from ckavg.schemes import SCHEMES, Last, Scheme
 from tests.cli.runner import run_cli, snapshot
 from tests.runs import random_run, write_checkpoint, write_run
@@ -252,3 +253,47 @@ def test_what_is_no_result(tmp_path: Path) -> None:
         assert done.stdout == ""
         assert done.stderr.startswith("error: ")
         assert len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_the_tolerance_holds_for_numbers_of_every_size(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Tiny and huge numbers, changes of sign, terms that cancel, and forty updates."""
+    generator = torch.Generator().manual_seed(6)
+    most = 4 if dtype == torch.float16 else 30
+    checkpoints = []
+    for _ in range(41):
+        powers = torch.randint(-2 * most if dtype == torch.float16 else -most - 12, most, (3000,), generator=generator)
+        wild = torch.randn(3000, generator=generator, dtype=torch.float64) * 10.0**powers
+        calm = 1 + 1e-3 * torch.randn(3000, generator=generator, dtype=torch.float64)
+        checkpoints.append({"wild": wild.to(dtype), "calm": calm.to(dtype), "still": torch.ones(5, dtype=dtype)})
+    steps = tuple(range(1, 42))
+    run = ckavg.open_run(write_run(tmp_path / "run", checkpoints, steps))
+    for number, scheme in enumerate(AVERAGES):
+        if isinstance(scheme, ckavg.BEMA) and scheme.burn_in > steps[-1]:
+            continue
+        wide = dtype == torch.float16 and isinstance(scheme, ckavg.OUEMA | ckavg.BEMA | ckavg.DEMA)
+        result = ckavg.average(run, scheme, out=tmp_path / str(number), dtype="float32" if wide else "source")
+        assert ckavg.verify_result(result.directory, replay=True, seed=number, elements=10_000).problems == ()
+
+
+def test_nan_that_was_let_through(tmp_path: Path) -> None:
+    """Where the record says so, NaN is as it should be where the sources have it, and nowhere else."""
+    source = source_of(tmp_path, torch.float32)
+    result = ckavg.average(ckavg.open_run(source), ckavg.EMA()).directory
+    (path,) = (place for place in result.glob("*.safetensors") if "odd" in load_file(place))
+    for file in (path, source / "checkpoint-30" / "model.safetensors"):
+        weights = load_file(file)
+        weights["odd"][1, 2, 3] = float("nan")
+        save_file(weights, file, {"format": "pt"})
+    record = json.loads((result / "ckavg.json").read_bytes())
+    record["outputs"][0]["sha256"][path.name] = sha256(path.read_bytes())
+    record["allow_nonfinite"] = True
+    record["inputs"][3]["files"] = {
+        "model.safetensors": (source / "checkpoint-30" / "model.safetensors").stat().st_size
+    }
+    (result / "ckavg.json").write_text(json.dumps(record))
+    assert ckavg.verify_result(result, replay=True, elements=1_000_000).problems == ()
+    weights["odd"][1, 2, 3] = 0.0
+    save_file(weights, source / "checkpoint-30" / "model.safetensors", {"format": "pt"})
+    (told,) = ckavg.verify_result(result, replay=True, elements=1_000_000).problems
+    assert "'odd'[1, 2, 3] is nan, expected " in told
