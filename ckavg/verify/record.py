@@ -218,10 +218,11 @@ def _typed(value: float | int | str, kind: type) -> Any:
 def _inconsistencies(record: Record) -> list[tuple[bool, str]]:
     """What must not be between the values of a record, and whether it is."""
     steps, outputs = record.steps, record.outputs
+    if len(steps) < 2:
+        return [(True, "steps holds fewer than two checkpoints.")]
     lists = (record.betas, record.weights, record.inputs, record.alphas, record.path_length)
     names = [output.name for output in outputs]
     return [
-        (len(steps) < 2, "steps holds fewer than two checkpoints."),
         (any(after <= before for before, after in itertools.pairwise(steps)), "steps are not ascending."),
         (
             any(each is not None and len(each) != len(steps) for each in lists),
