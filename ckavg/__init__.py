@@ -4,6 +4,7 @@
     path = ckavg.measure_path(run)                      # how far the weights travelled
     result = ckavg.average(run, ckavg.PEMA(gamma=0.15))
     result.directory                                    # loads with from_pretrained
+    ckavg.verify_result(result.directory).problems      # nothing, if it is still what it was
 
 Nothing here prints; progress is a callback. torch is imported when weights are read, not before.
 """
@@ -18,6 +19,8 @@ from ckavg.result.record import Averaged
 from ckavg.run.opening import open_run
 from ckavg.run.values import Run
 from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, MomentumEMA
+from ckavg.verify.findings import Verified
+from ckavg.verify.verify import verify_result
 from ckavg.version import __version__
 
 __all__ = [
@@ -34,10 +37,12 @@ __all__ = [
     "PathLength",
     "Progress",
     "Run",
+    "Verified",
     "__version__",
     "all_ranks",
     "average",
     "measure_path",
     "open_run",
     "plan_average",
+    "verify_result",
 ]

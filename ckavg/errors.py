@@ -14,6 +14,7 @@ CkavgError
 │   ├── CorruptFileError         a file is not what its name promises
 │   ├── ChangedError             a file is not what it was when the work began
 │   └── NonFiniteError           NaN or infinity among the weights
+├── RecordError                  a result has no record, or one that cannot be understood
 ├── ReadError                    the system would not let us read
 ├── SettingError                 a setting outside its domain (also a ValueError)
 ├── OutputError                  the result cannot be put where it was asked for
@@ -100,6 +101,10 @@ class ChangedError(CheckpointError):
 
 class NonFiniteError(CheckpointError):
     """NaN or infinity among the weights."""
+
+
+class RecordError(CkavgError):
+    """The record of a result is not there, or not what a record must be."""
 
 
 class ReadError(CkavgError):

@@ -20,6 +20,7 @@ STAGES = {
     "replay": {"run", "engine", "schemes"},
     "health": {"run", "engine", "path"},
     "result": {"run", "schemes"},
+    "verify": {"run", "engine", "schemes", "path", "result", "plan"},
     "demo": set(),
 }
 """Which stages each stage may import: the values passed to it, and the engine that the passes run on."""
@@ -52,12 +53,14 @@ def test_public_names() -> None:
         "PathLength",
         "Progress",
         "Run",
+        "Verified",
         "__version__",
         "all_ranks",
         "average",
         "measure_path",
         "open_run",
         "plan_average",
+        "verify_result",
     ]
     assert all(getattr(ckavg, name) is not None for name in ckavg.__all__)
 

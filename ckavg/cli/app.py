@@ -29,6 +29,7 @@ from ckavg.cli.pema import pema
 from ckavg.cli.ranks import mute_others
 from ckavg.cli.sweep import sweep
 from ckavg.cli.terminal import Stdout, warn
+from ckavg.cli.verify import verify
 from ckavg.report.text import printable
 from ckavg.version import __version__
 
@@ -68,7 +69,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (pema, bema, ema, ouema, dema, mean, sweep, path, inspect, demo):
+for verb in (pema, bema, ema, ouema, dema, mean, sweep, path, inspect, verify, demo):
     app.command()(verb)
 
 

@@ -9,7 +9,15 @@ from contextlib import contextmanager
 from ckavg.cli.terminal import say, stderr_is_terminal
 from ckavg.engine.progress import OnProgress, Progress
 
-_TITLES = {"path": "measuring the path", "replay": "averaging", "health": "examining"}
+_TITLES = {
+    "path": "measuring the path",
+    "replay": "averaging",
+    "health": "examining",
+    "files": "hashing the files",
+    "weights": "looking for NaN",
+    "elements": "computing elements again",
+    "sources": "reading the sources",
+}
 _SECONDS_BETWEEN_LINES = 5.0
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Pass = Literal["path", "replay", "health"]
+Pass = Literal["path", "replay", "health", "files", "weights", "elements", "sources"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +14,8 @@ class Progress:
     """How far a pass has come.
 
     Attributes:
-        stage: `path` for pass 1, `replay` for pass 2, `health` for `inspect --deep`.
+        stage: `path` for pass 1, `replay` for pass 2, `health` for `inspect --deep`; of a result that is verified, what
+            is read of it: its `files`, its `weights`, single `elements`, or all of its `sources`.
         done: bytes of checkpoints worked through.
         total: bytes of checkpoints to work through.
         kept: bytes beside these that an interrupted attempt had worked through.

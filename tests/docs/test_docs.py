@@ -228,6 +228,11 @@ def test_json_of_inspect_deep(tmp_path: Path) -> None:
     assert _keys(told) == documented
 
 
+def test_json_of_verify(source: Path) -> None:
+    result = ckavg.average(ckavg.open_run(source), ckavg.EMA()).directory
+    assert _keys(_json_of("verify", result, "--json")) == _documented_keys("The JSON object of verify")
+
+
 def test_documented_selection(source: Path) -> None:
     further = ("--skip-incomplete", "--common-only", "--copy", "trainer_state.json")
     every = ("--init", source / "checkpoint-0", "--init-step", 1, "--every", 50, "--burn-in", 50)

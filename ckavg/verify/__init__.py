@@ -1,0 +1,1 @@
+"""Stage *verify*: a result is read again and checked. Writes nothing, anywhere."""
