@@ -73,6 +73,7 @@ def record_of(
         dtype=plan.dtype,
         accumulate=work.accumulate,
         allow_nonfinite=work.allow_nonfinite,
+        copied=tuple(sorted(name for name, entry in run.tensors.items() if entry.kept)),
         warnings=warnings + (advice.about_path(path, left_out) if path else ()) + advice.about_nonfinite(nonfinite),
         evaluation=None,
         inputs=tuple(

@@ -100,6 +100,7 @@ class Averaged:
         dtype: output dtype that was asked for.
         accumulate: dtype in which tensors were accumulated.
         allow_nonfinite: whether checkpoints that hold NaN or infinity were let through.
+        copied: floating tensors that not all checkpoints have, copied from the last one.
         warnings: what a user should know.
         evaluation: what the user's own command said of it; None where there was none.
         inputs: the checkpoints that took part, the anchor first.
@@ -129,6 +130,7 @@ class Averaged:
     dtype: str
     accumulate: str
     allow_nonfinite: bool
+    copied: tuple[str, ...]
     warnings: tuple[str, ...]
     evaluation: Evaluation | None
     inputs: tuple[Input, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -106,6 +106,16 @@ class Checkpoint:
     def directory(self) -> Path:
         """Where its side files are."""
         return self.path.parent if self.kind == "file" else self.path
+
+    def with_copied(self, names: Collection[str]) -> Checkpoint:
+        """The same, with these of its tensors to be copied rather than averaged."""
+        if not names:
+            return self
+        entries = {
+            name: dataclasses.replace(entry, kept=True) if name in names else entry
+            for name, entry in self.entries.items()
+        }
+        return dataclasses.replace(self, entries=entries)
 
     @property
     def nbytes(self) -> int:

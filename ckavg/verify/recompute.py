@@ -66,6 +66,9 @@ class Recomputation:
     allow_nonfinite: bool
 
 
+_NOTHING: NDArray[np.generic] = np.empty(0)
+
+
 def recompute(work: Recomputation, *, elements: int, seed: int, on_progress: Callable[[int, int], None]) -> Recomputed:
     """Draw elements, compute them again, and compare.
 
@@ -80,7 +83,9 @@ def recompute(work: Recomputation, *, elements: int, seed: int, on_progress: Cal
     """
     read = [each for each in work.checkpoints if each is not None] + [each for _, each in work.outputs.values()]
     drawn = draw(read[-1].entries, elements, seed)
-    total = sum(bytes_to_gather(each.entries[one.name], one) for each in read for one in drawn)
+    total = sum(
+        bytes_to_gather(each.entries[one.name], one) for each in read for one in drawn if one.name in each.entries
+    )
     counts = _Counts(work.outputs)
     done = 0
     for some in _batches(drawn):
@@ -91,7 +96,7 @@ def recompute(work: Recomputation, *, elements: int, seed: int, on_progress: Cal
             on_progress(done, total)
         sources, results = stored[: -len(work.outputs)], stored[-len(work.outputs) :]
         for one in some:
-            of_sources = [each[one.name] for each in sources]
+            of_sources = [each.get(one.name, _NOTHING) for each in sources]
             for index, of_result in zip(work.outputs, results, strict=True):
                 _compare(work, index, one, of_sources, of_result[one.name], counts)
     return Recomputed(tuple(counts.findings()), counts.elements, counts.largest, done)
@@ -102,7 +107,8 @@ def _gathered(read: Sequence[Checkpoint], some: Sequence[Drawn]) -> Iterator[tup
 
     def gather_all(checkpoint: Checkpoint) -> tuple[Stored, int]:
         with Files(threads=_THREADS) as files:
-            return {one.name: gather(files, checkpoint, one) for one in some}, files.bytes_read
+            held = [one for one in some if one.name in checkpoint.entries]  # what is copied need not be everywhere
+            return {one.name: gather(files, checkpoint, one) for one in held}, files.bytes_read
 
     with ThreadPoolExecutor(_THREADS) as executor:
         yield from executor.map(gather_all, read)

@@ -93,9 +93,11 @@ def _path(record: Record, checkpoints: Sequence[Checkpoint], source: Path | None
     run = Run(where, selection, tuple(checkpoints), ())
     exclude, zero_sigma = record.path_exclude, record.zero_sigma
     if record.sample < 1:
-        return estimate(run, record.sample, exclude=exclude, zero_sigma=zero_sigma)
+        return estimate(
+            run, record.sample, exclude=exclude, zero_sigma=zero_sigma, allow_nonfinite=record.allow_nonfinite
+        )
     known = plan_path(run, exclude=exclude).recalled.known
-    return measure(run, exclude=exclude, zero_sigma=zero_sigma, known=known)
+    return measure(run, exclude=exclude, zero_sigma=zero_sigma, known=known, allow_nonfinite=record.allow_nonfinite)
 
 
 def _about(record: Record, path: PathLength) -> list[Finding]:

@@ -52,6 +52,7 @@ def find_sources(
         source: where the run is now; None: where it was.
         init: where the anchor given with `--init` is now.
     """
+    copied = frozenset(record.copied)
     checkpoints: list[Checkpoint | None] = []
     found: list[Finding] = []
     for index, recorded in enumerate(record.inputs):
@@ -59,7 +60,9 @@ def find_sources(
         if index >= first:
             try:
                 checkpoint = _found(record, index, _places(record, index, directory, source=source, init=init))
-                _check_tensors(checkpoint, tensors)
+                checkpoint = checkpoint.with_copied(copied)
+                is_last = index == len(record.inputs) - 1
+                _check_tensors(checkpoint, {name: tensors[name] for name in tensors if is_last or name not in copied})
             except CkavgError as error:
                 found.append(Finding("sources", f"step {recorded.step}: {error.message}"))
                 checkpoint = None

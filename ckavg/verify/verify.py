@@ -71,6 +71,8 @@ def verify_result(
     with work.told("weights"):
         work.check_weights(outputs)
     checks: list[Check] = ["record", "files", "weights"]
+    copied = frozenset(work.record.copied)
+    outputs = {index: (name, each.with_copied(copied)) for index, (name, each) in outputs.items()}
     if sources or replay:
         work.find_sources(outputs)
     if sources:
