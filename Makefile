@@ -11,8 +11,9 @@ TORCH ?= torch==2.13.0
 demo: .venv/.package
 	$(BIN)/ckavg demo ckavg-demo --force
 
+# Ends with the coverage by lines and branches, of what runs in the same process, and pytest's summary.
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov=ckavg
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .
@@ -42,7 +43,7 @@ gpu-check:
 	@status=0; $(PYTHON) -m tests.gpu || status=1; $(PYTHON) -m benchmarks.gpu $(GPU_BENCH) || status=1; exit $$status
 
 clean:
-	rm -rf .venv ckavg-demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv ckavg-demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:

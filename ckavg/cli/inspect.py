@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from typing import Annotated
@@ -13,6 +14,7 @@ from ckavg.cli.failures import FAILED, failures
 from ckavg.cli.options import Choice, Json, Quiet, Verbose
 from ckavg.cli.progress import show_progress
 from ckavg.engine.ranks import Ranks
+from ckavg.result.leftovers import find_leftovers
 from ckavg.run.opening import Inspection, inspect_run
 
 
@@ -37,7 +39,7 @@ def inspect(options: Inspecting) -> None:
     from ckavg.report import inspection as report
 
     with failures(verbose=options.verbose):
-        found = inspect_run(options.source, options.selection())
+        found = _with_leftovers(inspect_run(options.source, options.selection()))
         is_sound = not found.problems
         if options.deep:
             is_sound = _look_deep(found, options) and is_sound
@@ -45,6 +47,12 @@ def inspect(options: Inspecting) -> None:
             report.print_inspection(found, as_json=options.as_json)
         if not is_sound:
             raise typer.Exit(FAILED)
+
+
+def _with_leftovers(found: Inspection) -> Inspection:
+    """With a warning for each average that was interrupted where results go by default."""
+    left = find_leftovers(found.source / "averaged")
+    return dataclasses.replace(found, warnings=found.warnings + tuple(map(str, left)))
 
 
 def _look_deep(found: Inspection, options: Inspecting) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def test_one_that_can_be_continued_is_told_of_and_stays(source: Path) -> None:
         told = run_cli(verb[0], source, *verb[1:])
         assert told.exit_code == 0
         assert f"{left} holds 3 MB of an average that was interrupted." in told.stderr
+    inspected = run_cli("inspect", source, "--json")
+    assert f"{left} holds 3 MB" in json.loads(inspected.stdout)["warnings"][-1]
     assert snapshot(left) == before
     (found,) = find_leftovers(source / "averaged")
     assert found.path == left
