@@ -56,7 +56,7 @@ class Damage:
 
 
 def findings(run: Run) -> tuple[Finding, ...]:
-    return examine(run.source, run.checkpoints).findings
+    return examine(run.source, ckavg.open_run(run.source).checkpoints).findings
 
 
 def damages(run: Run, *, trials: int, seed: int) -> Iterator[Damage]:
