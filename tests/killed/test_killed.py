@@ -43,6 +43,7 @@ def test_enough_was_killed_everywhere(told: list[dict[str, Any]]) -> None:
     assert killed["moment"] == MOMENTS
     assert killed["rename"] == 3  # alone; the earlier result aside, then into its place
     assert min(killed[call] for call in ("fsync", "replace", "mkdir", "unlink", "truncate", "pwrite", "open")) >= 2
+    sys.stdout.write(f"{dict(killed)}\n")  # shown with -rP
     whole = max(each["bytes_read"] for each in told)
     assert sum(0 < each["bytes_read"] < whole for each in told) > 20  # continued, rather than begun again
 
