@@ -84,12 +84,13 @@ class _Lines:
 
     def __call__(self, news: Progress) -> None:
         now = time.monotonic()
+        is_new = news.stage not in self._begun
         begun = self._begun.setdefault(news.stage, now)
-        if news.done not in (0, news.total) and now - self._shown < _SECONDS_BETWEEN_LINES:
+        if not is_new and news.done != news.total and now - self._shown < _SECONDS_BETWEEN_LINES:
             return
         self._shown = now
         title = _title(news, len(self._begun), self._passes)
-        if news.done == 0:
+        if is_new:
             kept = f"; {news.kept / 1e9:.2f} GB more were done before it was interrupted" if news.kept else ""
             say(f"{title}: {news.total / 1e9:.2f} GB to read{kept}")
             return

@@ -32,7 +32,10 @@ _LARGEST = 2**63 - 1
 _SHOWN = 200
 _LENGTH = struct.Struct("<Q")
 _RESAVE = "Save it again with safetensors, or leave it out with --from-step, --to-step or --last."
-_STILL_WRITTEN = "It is still being written, or was cut off when it was copied: wait, or copy it again."
+_STILL_WRITTEN = (
+    "It is still being written, or was cut off when it was copied: wait, copy it again, "
+    "or leave such checkpoints out with --skip-incomplete."
+)
 
 
 @dataclass(frozen=True, slots=True)
