@@ -6,12 +6,16 @@ import contextlib
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckavg.atomic import resolved
 from ckavg.result.staging import JOURNAL, PARTIAL, REPLACED
+
+_SECONDS_LEFT_ALONE = 3600
+"""Some network file systems keep locks to one machine: what another one has begun just now is not taken for left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,7 @@ def tidy(directory: Path) -> None:
     """Remove what cannot be continued, and bring back a result that was moved aside and never replaced."""
     for path in _ours(directory, PARTIAL):
         with _held(path) as free:
-            if free and not _is_worth_continuing(path):
+            if free and not _is_worth_continuing(path) and _age(path) > _SECONDS_LEFT_ALONE:
                 shutil.rmtree(path, ignore_errors=True)
     for path in _ours(directory, REPLACED):
         out = directory / path.name.removeprefix(".").removesuffix(REPLACED)
@@ -81,6 +85,14 @@ def _is_worth_continuing(path: Path) -> bool:
             if sum(line != b"\n" for line, _ in zip(file, range(9), strict=False)) > 1:
                 return True
     return False
+
+
+def _age(path: Path) -> float:
+    """Seconds since anything in a directory was last written; 0 where that cannot be told."""
+    try:
+        return time.time() - max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
+    except OSError:
+        return 0.0
 
 
 def _bytes_in(path: Path) -> int:
