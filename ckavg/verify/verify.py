@@ -71,6 +71,7 @@ def verify_result(
     with work.told("weights"):
         work.check_weights(outputs)
     checks: list[Check] = ["record", "files", "weights"]
+    work.check_copied(outputs)
     copied = frozenset(work.record.copied)
     outputs = {index: (name, each.with_copied(copied)) for index, (name, each) in outputs.items()}
     if sources or replay:
@@ -216,6 +217,15 @@ class _Work:
             found, nbytes = check_finite(list(outputs.values()), self.listener("weights"))
             self.findings += found
             self.bytes_read += nbytes
+
+    def check_copied(self, outputs: Outputs) -> None:
+        """Are the tensors that were copied rather than averaged tensors of the result?"""
+        for _, checkpoint in list(outputs.values())[-1:]:
+            floating = {name for name, entry in checkpoint.entries.items() if entry.is_floating}
+            unknown = [name for name in self.record.copied if name not in floating]
+            if unknown:
+                told = f"copied names {unknown[0]!r}, which is no floating tensor of the result."
+                self.findings.append(Finding("record", told))
 
     def find_sources(self, outputs: Outputs) -> None:
         """Where are the checkpoints, and do they look like those that were averaged?"""

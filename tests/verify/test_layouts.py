@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import ckavg
 from tests.cli.runner import run_cli
 from tests.runs import random_run, write_run
 
@@ -69,3 +70,14 @@ def test_sound_and_damaged(tmp_path: Path, name: str, scheme: tuple[str, ...]) -
     assert damaged.exit_code == 1
     assert file.name in damaged.stdout + damaged.stderr
     assert "Traceback" not in damaged.stderr
+
+
+@pytest.mark.parametrize("names", [["nowhere"], ["position_ids"], [""]])
+def test_copied_names_tensors_of_the_result(tmp_path: Path, names: list[str]) -> None:
+    result = ckavg.average(ckavg.open_run(partly_frozen(tmp_path / "run"), common_only=True), ckavg.EMA()).directory
+    record = json.loads((result / "ckavg.json").read_text())
+    assert record["copied"] == ["bias", "odd"]
+    (result / "ckavg.json").write_text(json.dumps(record | {"copied": record["copied"] + names}))
+    told = run_cli("verify", result)
+    assert told.exit_code == 1
+    assert f"copied names {names[0]!r}, which is no floating tensor of the result." in told.stdout
