@@ -230,6 +230,7 @@ def _inconsistencies(record: Record) -> list[tuple[bool, str]]:
             any(each is not None and len(each) != len(steps) for each in lists),
             "steps, betas, weights, inputs, alphas and path_length are not of one length.",
         ),
+        (record.anchor_step not in steps, "anchor_step is not among the steps."),
         (tuple(each.step for each in record.inputs) != steps, "inputs are not of the steps in steps."),
         (not all(each.files for each in record.inputs), "inputs[].files is empty."),
         (not outputs, "outputs is empty."),

@@ -111,6 +111,7 @@ def test_any_bytes(made: tuple[Path, dict[str, Any]], data: bytes) -> None:
         (("parameters",), {"gamma": 1}, "parameters are not those of pema."),
         (("steps",), [], "steps holds fewer than two checkpoints."),
         (("steps", 2), 10, "steps are not ascending."),
+        (("anchor_step",), 1, "anchor_step is not among the steps."),
         (("steps", 2), 20.0, "steps[2] is 20.0; it must be a whole number."),
         (("steps", 2), 10**30, "steps[2] is a huge number; it must be a whole number."),
         (("steps", 2), True, "steps[2] is true; it must be a whole number."),
