@@ -33,7 +33,7 @@ _LICENSE = re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*")
 _LICENSE_NAME = re.compile(r"[A-Za-z0-9][\w. -]*", re.ASCII)
 _LINK = re.compile(r"https?://[^\s<>\"'\\]+|LICENSE(?:\.md)?", re.ASCII)
 _IN_CACHE = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)", re.ASCII)
-_MOST_LISTED = 50
+_MOST_LISTED, _LONGEST = 50, 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def _read_own(path: Path) -> Card:
         raise ReadError(f"card: {path} cannot be read: {why}.", hint="Name a Markdown file with --card.") from error
     try:
         card = parse_card(content)
-        _check_fences(card.text)
+        _check_closed(card.text)
     except ValueError as error:
         raise SettingError(
             f"card: {path} is no model card that can be used: {error}.",
@@ -108,20 +108,14 @@ def _read_own(path: Path) -> Card:
     return card
 
 
-def _check_fences(text: str) -> None:
-    """Refuse a code block that would take in what follows the text."""
-    fence, begun = "", 0
-    for number, line in enumerate(text.split("\n"), 1):
-        found = re.match(r" {0,3}(`{3,}|~{3,})(.*)", line)
-        if found is None:
-            continue
-        if not fence:
-            if found[1][0] == "~" or "`" not in found[2]:
-                fence, begun = found[1], number
-        elif found[1][0] == fence[0] and len(found[1]) >= len(fence) and not found[2].strip():
-            fence = ""
-    if fence:
-        raise ValueError(f"the code block that begins in line {begun} of its text is never closed")
+def _check_closed(text: str) -> None:
+    """Refuse a text with something in it that is never closed, and would take in what follows: code, or a comment."""
+    from markdown_it import MarkdownIt  # takes a while, and most runs have no card
+
+    *_, last = MarkdownIt().parse(f"{text}\n\n# End")
+    if last.type != "heading_close":
+        begun = last.map[0] + 1 if last.map else 1
+        raise ValueError(f"the code block or HTML that begins in line {begun} of its text is never closed")
 
 
 def _places_of_run(run: Run) -> list[tuple[Checkpoint | None, Path]]:
@@ -175,7 +169,9 @@ def _inherited(card: Mapping[str, Any], run: Run) -> dict[str, Any]:
 
 def _license(card: Mapping[str, Any]) -> dict[str, Any]:
     values = dict.fromkeys(_OF_LICENSE, "") | {key: card.get(key) for key in _OF_LICENSE}
-    license_, name, link = (value if isinstance(value, str) else "" for value in values.values())
+    license_, name, link = (
+        value if isinstance(value, str) and len(value) <= _LONGEST else "" for value in values.values()
+    )
     if not _LICENSE.fullmatch(license_):
         return {}
     found = {"license": license_}
@@ -234,4 +230,6 @@ def _private(run: Run) -> tuple[str, ...]:
 def _texts(value: object) -> list[str]:
     """A text, or the texts of a list, each once and a bounded number."""
     values = value if isinstance(value, list) else [value]
-    return list(dict.fromkeys(each for each in values if isinstance(each, str)))[:_MOST_LISTED]
+    return list(dict.fromkeys(each for each in values if isinstance(each, str) and len(each) <= _LONGEST))[
+        :_MOST_LISTED
+    ]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
 
 import ckavg
 from tests.cli.runner import run_cli
@@ -82,8 +83,11 @@ def test_card_without_front_matter(source: Path, tmp_path: Path) -> None:
         (b"---\na: 2024-02-30\n---\n", "not what it seems to be"),
         (b"---\na: 99999999999999999999\n---\n", "beyond 64 bits"),
         (b"---\na: " + b"[" * 99 + b"]" * 99 + b"\n---\n", "nested more than 32 deep"),
-        (b"# a\n\n```python\nx\n", "the code block that begins in line 3 of its text is never closed"),
-        (b"~~~~\n```\n~~~\n", "the code block that begins in line 1"),
+        (b"# a\n\n```python\nx\n", "the code block or HTML that begins in line 3 of its text is never closed"),
+        (b"a\n\n   ```\n> ```\n- ```\n", "the code block or HTML that begins in line 3"),
+        (b"a\n\n<!-- b\n", "HTML that begins in line 3"),
+        (b"<script>\n\n", "HTML that begins in line 1"),
+        (b"~~~~\n```\n~~~\n", "the code block or HTML that begins in line 1"),
     ],
 )
 def test_a_card_that_cannot_be_used_is_refused(source: Path, tmp_path: Path, content: bytes, why: str) -> None:
@@ -92,6 +96,28 @@ def test_a_card_that_cannot_be_used_is_refused(source: Path, tmp_path: Path, con
     with pytest.raises(ckavg.errors.SettingError, match=re.escape(why)):
         averaged(source, card=own)
     assert not (source / "averaged").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```\na\n```",
+        "- ```py\n  x\n  ```\n\n```\nb\n```",
+        "1. a\n\n    ```\n    x\n    ```",
+        "> ```\n> open to the end of the quotation\n\nwords",
+        "````\n```\n````",
+        "    ```\n\n```\na\n```",
+        "``` a ` b",
+        "~~~ a ` b\n~~~",
+        "<!-- a\n\nb -->\n<p>c",
+    ],
+)
+def test_code_blocks_that_end(source: Path, tmp_path: Path, text: str) -> None:
+    own = tmp_path / "own.md"
+    own.write_text(text)
+    card = card_of(source, card=own)
+    tokens = MarkdownIt().parse(card.split("\n---\n", 1)[1])
+    assert "How the weights were averaged" in [token.content for token in tokens if token.type == "inline"]
 
 
 def test_a_card_that_is_not_there(source: Path, tmp_path: Path) -> None:
