@@ -98,6 +98,7 @@ def average(
     zero_sigma: ZeroSigma = "exclude",
     sample: float = 1.0,
     snapshot_every: int | None = None,
+    card: Path | str | None = None,
     allow_nonfinite: bool = False,
     force: bool = False,
     on_progress: OnProgress | None = None,
@@ -117,6 +118,7 @@ def average(
         sample: estimate the path length from this fraction of each tensor; see `measure_path`.
         snapshot_every: also write the average as it stood after each checkpoint whose step is a multiple of this, to
             `<out>/checkpoint-<step>`.
+        card: a Markdown file whose fields and text come first in the model card of the result.
         allow_nonfinite: average checkpoints that hold NaN or infinity, too; where they do, the result is not finite.
         force: replace an existing result.
         on_progress: called now and then in this thread.
@@ -140,6 +142,7 @@ def average(
             path_exclude=path_exclude,
             sample=sample,
             snapshot_every=snapshot_every,
+            card=card,
             force=force,
         )
         done = carry_out(

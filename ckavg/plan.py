@@ -11,6 +11,7 @@ from ckavg.atomic import resolved
 from ckavg.errors import CkavgError, SettingError, raise_all
 from ckavg.path.plan import PathPlan, check_sample, plan_path
 from ckavg.result.layout import WeightPlan, plan_weights
+from ckavg.result.origin import Origin, find_origin
 from ckavg.result.place import place_problems, space_problems
 from ckavg.result.side_files import gather_side_files
 from ckavg.run.checkpoint import RESULT_RECORD
@@ -35,6 +36,7 @@ class Plan:
         force: whether an existing result is replaced.
         weights: the weight files of the result.
         side_files: what is copied beside them, by relative path.
+        origin: what the card of the result says of the run.
         snapshots: indices of the checkpoints after which the average is written, too; the last is not among them.
         path: how the path length is had; None for schemes that do not need it.
         replay_bytes: bytes that pass 2 reads.
@@ -48,6 +50,7 @@ class Plan:
     force: bool
     weights: WeightPlan
     side_files: dict[str, bytes]
+    origin: Origin
     snapshots: tuple[int, ...]
     path: PathPlan | None
     replay_bytes: int
@@ -93,6 +96,7 @@ def plan_average(
     path_exclude: Sequence[str] = (),
     sample: float = 1.0,
     snapshot_every: int | None = None,
+    card: Path | str | None = None,
     force: bool = False,
 ) -> Plan:
     """Say what `average` would read and write, and refuse what cannot be done. Reads no weight and writes nothing.
@@ -106,6 +110,7 @@ def plan_average(
         path_exclude=path_exclude,
         sample=sample,
         snapshot_every=snapshot_every,
+        card=card,
         force=force,
     )
     return plan
@@ -119,6 +124,7 @@ def plan_averages(
     path_exclude: Sequence[str] = (),
     sample: float = 1.0,
     snapshot_every: int | None = None,
+    card: Path | str | None = None,
     force: bool = False,
 ) -> list[Plan]:
     """Plans of several averages of one run, which are carried out together; what they share is read once.
@@ -137,6 +143,7 @@ def plan_averages(
         problems += place_problems(place, run.source, run.checkpoints, force=force)
     weights = plan_weights(run.last, dtype)
     beside = gather_side_files(run, weights)
+    origin = find_origin(run, beside.files, card)
     needs_path = any(scheme.needs_path for scheme, _ in wanted)
     path = plan_path(run, exclude=path_exclude, sample=sample) if needs_path else None
     rates = learning_rates(run.last)
@@ -152,10 +159,11 @@ def plan_averages(
             force=force,
             weights=weights,
             side_files=beside.files,
+            origin=origin,
             snapshots=snapshots,
             path=path if scheme.needs_path else None,
             replay_bytes=_replay_bytes(run, start, outputs=len(snapshots) + 1),
-            warnings=run.warnings + beside.warnings + advice.before(run, scheme, rates),
+            warnings=run.warnings + beside.warnings + origin.warnings + advice.before(run, scheme, rates),
         )
         plans.append(plan)
     # Each by itself: those that do not fit together are refused where they are carried out together.

@@ -13,7 +13,6 @@ from ckavg.plan import CARD, Plan
 from ckavg.result.card import write_card
 from ckavg.result.digests import sha256
 from ckavg.result.record import Averaged, Input, Output, Seconds
-from ckavg.result.side_files import read_config
 from ckavg.run.checkpoint import RESULT_RECORD
 from ckavg.run.values import Run
 from ckavg.schemes import Coefficients
@@ -110,14 +109,13 @@ def completed(
     """
     from ckavg.replay.weights import effective_weights
 
-    config, adapter_config = read_config(plan.side_files), read_config(plan.side_files, "adapter_config.json")
     files: dict[str, bytes] = {}
     of_outputs: list[Averaged] = []
     for output, (index, out) in zip(record.outputs, plan.outputs.items(), strict=True):
         own = record
         if index in plan.snapshots:
             own = dataclasses.replace(record, weights=effective_weights(coefficients, index), outputs=(output,))
-        card = write_card(own, plan.scheme, config, adapter_config)
+        card = write_card(own, plan.scheme, plan.origin)
         place = out.relative_to(plan.out)
         beside = plan.side_files | {CARD: card.encode()}
         files |= {str(place / name): data for name, data in beside.items()}

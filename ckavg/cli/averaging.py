@@ -67,6 +67,7 @@ def plans_of(run: Run, wanted: Sequence[tuple[Scheme, Path | None]], options: Av
         path_exclude=options.path_exclude or (),
         sample=options.sample,
         snapshot_every=options.snapshot_every,
+        card=options.card,
         force=options.force,
     )
 

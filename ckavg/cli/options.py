@@ -183,6 +183,16 @@ class Averaging(Measuring):
             rich_help_panel=_RESULT,
         ),
     ] = None
+    card: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Markdown with front matter: its fields and its text come first in the model card.",
+            show_default=False,
+            readable=False,
+            rich_help_panel=_RESULT,
+        ),
+    ] = None
     force: Annotated[bool, typer.Option("--force", help="Replace an existing result.", rich_help_panel=_RESULT)] = False
     dry_run: Annotated[
         bool,

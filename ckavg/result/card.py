@@ -7,57 +7,46 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ckavg.result.citations import about, citations
 from ckavg.result.command import as_options
+from ckavg.result.front_matter import as_front_matter
+from ckavg.result.metadata import is_hub_id, related
+from ckavg.result.origin import Origin
 from ckavg.result.record import Averaged
 from ckavg.schemes import Scheme
 from ckavg.version import __version__
 
-_MARKUP = re.compile(r"[\\`*\[\]<>&|]")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+_MARKUP = re.compile(r"[\\`*\[\]<>&|~$]")
+_PATH = re.compile(r"(?:^|[\s'\"(=])(?:[A-Za-z]:)?[~/\\][^\s/\\]+[/\\]")
+_MOST_ROWS, _FIRST_ROWS = 24, 8
+_OF_LICENSE = ("license", "license_name", "license_link")
 
 
-def write_card(record: Averaged, scheme: Scheme, config: Mapping[str, Any], adapter_config: Mapping[str, Any]) -> str:
-    """The text of `README.md`: metadata, what this is, how it was made, and the weight of every checkpoint.
+def write_card(record: Averaged, scheme: Scheme, origin: Origin) -> str:
+    """The text of `README.md`: metadata, what this is, how it was made and checked, and what to cite.
 
     Args:
         record: what was done.
         scheme: how.
-        config: `config.json` of the model; empty where there is none.
-        adapter_config: `adapter_config.json`; empty for a whole model.
+        origin: what is known of the run besides; a card of the user's comes first, and its fields win.
     """
-    base = adapter_config.get("base_model_name_or_path") or config.get("_name_or_path")
-    metadata: dict[str, Any] = {}
-    if isinstance(base, str) and _HUB_ID.fullmatch(base):
-        metadata["base_model"] = base
-    if adapter_config:
-        metadata["library_name"] = "peft"
-    elif "_diffusers_version" in config:
-        metadata["library_name"] = "diffusers"
-    elif "model_type" in config:
-        metadata["library_name"] = "transformers"
-    metadata["tags"] = ["checkpoint-averaging", record.scheme]
-    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items())
-    return f"""---
-{front}
----
-
-# {_heading(record.outputs[-1].name)}
-
-{_what(record)}, made with ckavg {__version__} without any further training.
-
-- Scheme: {scheme.title}; {scheme.reference}
-- Hyper-parameters: {_parameters(record) or "none"}
-- Anchor: step {record.anchor_step}; span: {record.span} optimizer steps{_path(record)}
-- Accumulated in {record.accumulate}, rounded once
-
-{_table(record)}
-
-To make it again from the same checkpoints:
-
-    {reproduce(record, scheme)}
-
-`ckavg.json` holds the full record.
-"""
+    metadata = _metadata(record, origin)
+    own = origin.own.text.strip("\n") if origin.own is not None else ""
+    level = "##" if own else "#"
+    heading = "How the weights were averaged" if own else _escaped(record.outputs[-1].name)
+    parts = [
+        as_front_matter(metadata),
+        own,
+        f"{level} {heading}",
+        _description(record, scheme, metadata),
+        f"{level}# Recipe\n\n{_recipe(record, scheme)}",
+        f"{level}# Checkpoints\n\n{_table(record)}",
+        f"{level}# To make it again\n\n{_again(record, scheme, metadata)}",
+        f"{level}# What was checked\n\n{_checks(record)}",
+        _warnings(record, origin.private, level),
+        _citation(scheme, level),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def reproduce(record: Averaged, scheme: Scheme) -> str:
@@ -83,16 +72,54 @@ def reproduce(record: Averaged, scheme: Scheme) -> str:
     return f"ckavg {record.scheme} {as_options(settings)}".rstrip()
 
 
-def _heading(name: str) -> str:
-    """A name in one line of Markdown, in which nothing of it has a meaning."""
-    return _MARKUP.sub(r"\\\g<0>", name if name.isprintable() else json.dumps(name)[1:-1])
+def _metadata(record: Averaged, origin: Origin) -> dict[str, Any]:
+    """The fields for the Hub; those of the user's card take the place of ours, and null removes one."""
+    ours = dict(origin.metadata)
+    ours["tags"] = list(dict.fromkeys(["checkpoint-averaging", record.scheme, *ours.pop("tags", ())]))
+    own = origin.own.metadata if origin.own is not None else {}
+    if "license" in own:
+        for name in _OF_LICENSE:
+            ours.pop(name, None)
+    if "base_model" in own:
+        ours.pop("base_model_relation", None)
+    fields = related({**ours, **own}, is_adapter=origin.is_adapter)
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _description(record: Averaged, scheme: Scheme, metadata: Mapping[str, Any]) -> str:
+    text = f"{_what(record)}, made with ckavg {__version__} without any further training."
+    if record.scheme == "last":
+        return text
+    text += (
+        "\nCheckpoints along a run differ by the noise of training, much of which their average is free of. It\n"
+        "loads and runs like any of them."
+    )
+    base = metadata.get("base_model")
+    if isinstance(base, str) and is_hub_id(base):
+        text += f" The run began with [`{base}`](https://huggingface.co/{base})."
+    told = about(scheme)
+    return f"{text}\n\n{told}" if told else text
 
 
 def _what(record: Averaged) -> str:
-    step, (first, *_, last) = record.outputs[-1].step, record.steps
-    count = sum(each <= step for each in record.steps)
-    what = f"The average of {count} checkpoints of one training run, from step {first} to step\n{step}"
+    step, last = record.outputs[-1].step, record.steps[-1]
+    taken = [each for each, weight in zip(record.steps, record.weights, strict=True) if weight]
+    if len(taken) == 1:
+        return f"The checkpoint of step {taken[0]} of a training run"
+    what = f"The average of {len(taken)} checkpoints of one training run, from step {taken[0]} to step\n{step}"
     return what if step == last else f"{what}, as it stood on the way to step {last}"
+
+
+def _recipe(record: Averaged, scheme: Scheme) -> str:
+    lines = [
+        f"Scheme: {scheme.title}; {scheme.reference}",
+        f"Hyper-parameters: {_parameters(record) or 'none'}",
+        f"Anchor: step {record.anchor_step}; span: {record.span} optimizer steps{_path(record)}",
+        f"Accumulated in {record.accumulate}, rounded once",
+    ]
+    if record.copied:
+        lines.append(f"Copied from the last checkpoint, since not all have them: {len(record.copied)} tensors")
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _parameters(record: Averaged) -> str:
@@ -110,6 +137,63 @@ def _path(record: Averaged) -> str:
 
 
 def _table(record: Averaged) -> str:
+    """Every checkpoint with its weight; of a long run the first and the last ones, and the sum of what is between."""
     columns = record.columns()
-    rows = [tuple(columns), ("---:",) * len(columns), *zip(*columns.values(), strict=True)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = list(zip(*columns.values(), strict=True))
+    told = ""
+    if len(rows) > _MOST_ROWS:
+        first, last = _FIRST_ROWS, len(rows) - (_MOST_ROWS - _FIRST_ROWS)
+        between = sum(record.weights[first:last])
+        rows[first:last] = [("…",) * len(columns)]
+        told = (
+            f"\n\n{last - first} checkpoints in the middle are not shown; together they have the weight {between:.4f}. "
+            "`ckavg.json` lists all."
+        )
+    table = "\n".join(f"| {' | '.join(row)} |" for row in [tuple(columns), ("---:",) * len(columns), *rows])
+    return table + told
+
+
+def _again(record: Averaged, scheme: Scheme, metadata: Mapping[str, Any]) -> str:
+    text = f"From the same checkpoints, in their directory:\n\n    {reproduce(record, scheme)}"
+    base = metadata.get("base_model")
+    if "init" in record.selection:
+        known = f", `{base}`" if isinstance(base, str) and is_hub_id(base) else ""
+        text += f"\n\n`BASE_MODEL` is the directory of the model that the run began with{known}."
+    return f"{text}\n\n`ckavg.json` holds the full record."
+
+
+def _checks(record: Averaged) -> str:
+    finite = (
+        "- NaN and infinity in the checkpoints were let through; where they hold one, so do these weights."
+        if record.allow_nonfinite
+        else "- No checkpoint that was averaged holds NaN or infinity, and neither do these weights."
+    )
+    alike = "the tensors that were averaged" if record.copied else "the same tensors"
+    return f"""- All checkpoints have {alike}, with the same shapes and dtypes.
+{finite}
+- `ckavg.json` states the SHA-256 of every other file here, and a checksum of every checkpoint as it was read.
+  `ckavg verify .` compares; with `--replay`, where the checkpoints are at hand, it also computes elements of the
+  average again."""
+
+
+def _warnings(record: Averaged, private: tuple[str, ...], level: str) -> str:
+    """What a user was told, but for what names places on the machine where it was made."""
+    told, kept_back = [], 0
+    for warning in record.warnings:
+        if any(name in warning for name in private) or _PATH.search(warning):
+            kept_back += 1
+        else:
+            told.append(f"- {_escaped(warning)}")
+    if kept_back:
+        told.append(f"- `ckavg.json` has {kept_back} more, about files of the run.")
+    return "\n".join([f"{level}# Worth knowing", "", *told]) if told else ""
+
+
+def _citation(scheme: Scheme, level: str) -> str:
+    bibtex = citations(scheme)
+    return f"{level}# Citation\n\n```bibtex\n{bibtex}\n```" if bibtex else ""
+
+
+def _escaped(text: str) -> str:
+    """A text in one line of Markdown, in which nothing of it has a meaning."""
+    return _MARKUP.sub(r"\\\g<0>", text if text.isprintable() else json.dumps(text)[1:-1])

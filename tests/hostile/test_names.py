@@ -182,7 +182,10 @@ def test_configs_and_side_files(tmp_path: Path, name: str) -> None:
     card = (result / "README.md").read_text()
     check_text(card)
     front = card.split("\n---\n")[0]
-    assert re.fullmatch(r'---\n(?:base_model: "a/[\w.-]+"\n)?library_name: "peft"\ntags: \[[^\n]*\]', front)
+    assert re.fullmatch(
+        r'---\n(?:base_model: "a/[\w.-]+"\nbase_model_relation: "adapter"\n)?library_name: "peft"\ntags: \[[^\n]*\]',
+        front,
+    )
 
 
 def test_words_of_an_evaluation(tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ def test_card(source: Path) -> None:
     result = ckavg.average(ckavg.open_run(source, last=2), ckavg.PEMA())
     card = (result.directory / "README.md").read_text()
     assert card.startswith(
-        '---\nbase_model: "owner/base-model"\nlibrary_name: "transformers"\n'
+        '---\nbase_model: "owner/base-model"\nbase_model_relation: "finetune"\nlibrary_name: "transformers"\n'
         'tags: ["checkpoint-averaging", "pema"]\n---\n'
     )
     assert "    ckavg pema --gamma 0.15 --last 2\n" in card

@@ -1,0 +1,141 @@
+"""The user's own card: its fields win, its text comes first, and what cannot be used is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from markdown_it import MarkdownIt
+
+import ckavg
+from tests.cli.runner import run_cli
+from tests.result.cards import STEPS, averaged, card_of, configure, fields_of
+from tests.runs import CONFIG, random_run, write_run
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "checkpoints", random_run(3, len(STEPS), torch.float32), STEPS)
+
+
+def test_fields_and_text_of_the_user_come_first(source: Path, tmp_path: Path) -> None:
+    configure(source, CONFIG | {"_name_or_path": "owner/base"})
+    (source / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nlanguage: en\n---\n")
+    own = tmp_path / "own.md"
+    own.write_text(
+        "---\nlicense: mit\nlanguage: null\nbase_model: [a/b, c/d]\nextra: {x: 1.5e-7, y: [true, 2024-05-06]}\n---\n"
+        "\n# My model\n\nGood at **chess**.\n\n---\n\n```\n---\n```\n",
+        newline="\r\n",
+    )
+    card = card_of(source, card=own)
+    fields = fields_of(card)
+    assert fields == {
+        "base_model": ["a/b", "c/d"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "mit",
+        "tags": ["checkpoint-averaging", "mean"],
+        "extra": {"x": 1.5e-7, "y": [True, "2024-05-06"]},
+    }
+    text = card.split("\n---\n", 1)[1]
+    assert text.lstrip().startswith("# My model\n\nGood at **chess**.\n\n---\n\n```\n---\n```\n\n## How the weights")
+    assert text.count("\n# ") == 1
+    assert "### Recipe" in text
+
+
+def test_null_removes_a_field_and_another_base_model_is_related_anew(source: Path, tmp_path: Path) -> None:
+    configure(source, CONFIG | {"_name_or_path": "owner/base"})
+    own = tmp_path / "own.md"
+    own.write_text("---\nbase_model_relation: null\npipeline_tag: null\n---\n")
+    assert fields_of(card_of(source, card=own)) == {
+        "base_model": "owner/base",
+        "library_name": "transformers",
+        "tags": ["checkpoint-averaging", "mean"],
+    }
+    (source / "README.md").write_text("---\nbase_model: a/one\nbase_model_relation: merge\n---\n")
+    own.write_text("---\nbase_model: c/d\ntags: [mine]\n---\n")
+    fields = fields_of(card_of(source, card=own, force=True))
+    assert (fields["base_model"], fields["base_model_relation"], fields["tags"]) == ("c/d", "finetune", ["mine"])
+
+
+def test_card_without_front_matter(source: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.md"
+    own.write_text("Words.\n")
+    card = card_of(source, card=str(own))
+    assert "---\n\nWords.\n\n## How the weights were averaged\n" in card
+    assert fields_of(card)["tags"] == ["checkpoint-averaging", "mean"]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"\xff", "it is not UTF-8 text (byte 0)"),
+        (b"---\nlicense: mit\n", "has no second ---"),
+        (b"---\n- a\n---\n", "is not a mapping"),
+        (b"---\na: [1\n---\n", "is not valid YAML (line 3)"),
+        (b"---\na: 1\na: 2\n---\n", "states 'a' twice"),
+        (b"---\na: &x [1]\nb: *x\n---\n", "uses an alias"),
+        (b"---\n1: a\n---\n", "no short text: '1'"),
+        (b"---\na: !!binary aGk=\n---\n", "of the kind bytes"),
+        (b"---\na: !!python/object/apply:os.getcwd []\n---\n", "is not valid YAML"),
+        (b"---\na: 2024-02-30\n---\n", "not what it seems to be"),
+        (b"---\na: 99999999999999999999\n---\n", "beyond 64 bits"),
+        (b"---\na: " + b"[" * 99 + b"]" * 99 + b"\n---\n", "nested more than 32 deep"),
+        (b"# a\n\n```python\nx\n", "the code block or HTML that begins in line 3 of its text is never closed"),
+        (b"a\n\n   ```\n> ```\n- ```\n", "the code block or HTML that begins in line 3"),
+        (b"a\n\n<!-- b\n", "HTML that begins in line 3"),
+        (b"<script>\n\n", "HTML that begins in line 1"),
+        (b"~~~~\n```\n~~~\n", "the code block or HTML that begins in line 1"),
+    ],
+)
+def test_a_card_that_cannot_be_used_is_refused(source: Path, tmp_path: Path, content: bytes, why: str) -> None:
+    own = tmp_path / "own.md"
+    own.write_bytes(content)
+    with pytest.raises(ckavg.errors.SettingError, match=re.escape(why)):
+        averaged(source, card=own)
+    assert not (source / "averaged").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```\na\n```",
+        "- ```py\n  x\n  ```\n\n```\nb\n```",
+        "1. a\n\n    ```\n    x\n    ```",
+        "> ```\n> open to the end of the quotation\n\nwords",
+        "````\n```\n````",
+        "    ```\n\n```\na\n```",
+        "``` a ` b",
+        "~~~ a ` b\n~~~",
+        "<!-- a\n\nb -->\n<p>c",
+    ],
+)
+def test_code_blocks_that_end(source: Path, tmp_path: Path, text: str) -> None:
+    own = tmp_path / "own.md"
+    own.write_text(text)
+    card = card_of(source, card=own)
+    tokens = MarkdownIt().parse(card.split("\n---\n", 1)[1])
+    assert "How the weights were averaged" in [token.content for token in tokens if token.type == "inline"]
+
+
+def test_a_card_that_is_not_there(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ckavg.errors.ReadError, match=r"card: .*none\.md cannot be read: No such file"):
+        averaged(source, card=tmp_path / "none.md")
+    with pytest.raises(ckavg.errors.ReadError, match="not a plain file"):
+        averaged(source, card=tmp_path)
+
+
+def test_option(source: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.md"
+    own.write_text("---\nlicense: mit\n---\nWords.\n")
+    ran = run_cli("sweep", source, "mean", "ema", "--card", own, "-q")
+    assert ran.exit_code == 0, ran.stderr
+    for name in ("mean", "ema-gamma0.15"):
+        card = (source / "averaged" / name / "README.md").read_text()
+        assert fields_of(card)["license"] == "mit"
+        assert "\nWords.\n" in card
+    assert run_cli("mean", source, "--card", tmp_path / "none.md", "--force").exit_code == 1
+    own.write_text("```\n")
+    assert run_cli("mean", source, "--card", own, "--force").exit_code == 2
