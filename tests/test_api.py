@@ -52,6 +52,7 @@ def test_public_names() -> None:
         "MomentumEMA",
         "PathLength",
         "Progress",
+        "Pushed",
         "Run",
         "Verified",
         "__version__",
@@ -60,6 +61,7 @@ def test_public_names() -> None:
         "measure_path",
         "open_run",
         "plan_average",
+        "push_result",
         "verify_result",
     ]
     assert all(getattr(ckavg, name) is not None for name in ckavg.__all__)
