@@ -94,6 +94,11 @@ def test_terminal_libraries_stay_at_the_edge(module: str, users: set[str]) -> No
             assert path.relative_to(PACKAGE).parts[0] in users
 
 
+def test_one_module_alone_knows_the_client_of_the_hub() -> None:
+    users = {path.name for path in PACKAGE.rglob("*.py") if any("huggingface_hub" in name for name in imports_of(path))}
+    assert users == {"hub.py"}
+
+
 def test_importing_is_light() -> None:
     heavy = "torch", "numpy", "rich", "huggingface_hub", "safetensors", "matplotlib"
     code = f"import sys, ckavg, ckavg.demo; print([name for name in {heavy!r} if name in sys.modules])"

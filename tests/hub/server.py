@@ -131,6 +131,7 @@ class Hub:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     hub: Hub
 
     def log_message(self, *_arguments: object) -> None:
@@ -280,6 +281,8 @@ class _Handler(BaseHTTPRequestHandler):
             paths = parse_qs(self.body.decode()).get("paths") or json.loads(self.body)["paths"]
             tree = repo.commits[repo.resolve(rest) or ""]
             self._json([_entry(path, *tree[path]) for path in paths if path in tree])
+        elif verb == "preupload" and repo.resolve(rest) is None:
+            self._error(404, "Invalid rev id", **{"X-Error-Code": "RevisionNotFound"})
         elif verb == "preupload":
             tree = repo.commits[repo.resolve(rest) or ""]
             files = [
