@@ -15,6 +15,7 @@ from ckavg.engine.ranks import all_ranks
 from ckavg.errors import CkavgError
 from ckavg.path.table import PathLength
 from ckavg.plan import plan_average
+from ckavg.publish import Pushed, push_result
 from ckavg.result.record import Averaged
 from ckavg.run.opening import open_run
 from ckavg.run.values import Run
@@ -36,6 +37,7 @@ __all__ = [
     "MomentumEMA",
     "PathLength",
     "Progress",
+    "Pushed",
     "Run",
     "Verified",
     "__version__",
@@ -44,5 +46,6 @@ __all__ = [
     "measure_path",
     "open_run",
     "plan_average",
+    "push_result",
     "verify_result",
 ]

@@ -21,6 +21,7 @@ CkavgError
 │   ├── OutputExistsError        something is there already
 │   └── WriteError               the system would not let us write
 ├── RanksError                   the processes of one job cannot work together any more
+├── HubError                     the Hugging Face Hub refused, or cannot be reached
 └── CombinedError               more than one of the above, all listed
 """
 
@@ -129,6 +130,10 @@ class WriteError(OutputError):
 
 class RanksError(CkavgError):
     """One of the processes of a job ended, did not come, or sees something else than the others."""
+
+
+class HubError(CkavgError):
+    """The Hugging Face Hub refused what was asked of it, or cannot be reached."""
 
 
 class CombinedError(CkavgError):

@@ -52,6 +52,7 @@ def test_public_names() -> None:
         "MomentumEMA",
         "PathLength",
         "Progress",
+        "Pushed",
         "Run",
         "Verified",
         "__version__",
@@ -60,6 +61,7 @@ def test_public_names() -> None:
         "measure_path",
         "open_run",
         "plan_average",
+        "push_result",
         "verify_result",
     ]
     assert all(getattr(ckavg, name) is not None for name in ckavg.__all__)
@@ -90,6 +92,11 @@ def test_terminal_libraries_stay_at_the_edge(module: str, users: set[str]) -> No
     for path in PACKAGE.rglob("*.py"):
         if module in {name.split(".")[0] for name in imports_of(path)}:
             assert path.relative_to(PACKAGE).parts[0] in users
+
+
+def test_one_module_alone_knows_the_client_of_the_hub() -> None:
+    users = {path.name for path in PACKAGE.rglob("*.py") if any("huggingface_hub" in name for name in imports_of(path))}
+    assert users == {"hub.py"}
 
 
 def test_importing_is_light() -> None:

@@ -116,6 +116,10 @@ def _ranks(run: Path) -> None:
     Ranks.of_environment()
 
 
+def _hub(run: Path) -> None:
+    ckavg.push_result(averaged(run).directory, "owner/name")  # the tests are offline
+
+
 def _combined(run: Path) -> None:
     for step in (10, 20):
         (run / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"")
@@ -141,6 +145,7 @@ CASES: dict[type[errors.CkavgError], Callable[[Path], None]] = {
     errors.OutputExistsError: _exists,
     errors.WriteError: _write,
     errors.RanksError: _ranks,
+    errors.HubError: _hub,
     errors.CombinedError: _combined,
 }
 

@@ -26,6 +26,7 @@ from ckavg.cli.mean import mean
 from ckavg.cli.ouema import ouema
 from ckavg.cli.path import path
 from ckavg.cli.pema import pema
+from ckavg.cli.push import push
 from ckavg.cli.ranks import mute_others
 from ckavg.cli.sweep import sweep
 from ckavg.cli.terminal import Stdout, warn
@@ -69,7 +70,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (pema, bema, ema, ouema, dema, mean, sweep, path, inspect, verify, demo):
+for verb in (pema, bema, ema, ouema, dema, mean, sweep, path, inspect, verify, push, demo):
     app.command()(verb)
 
 

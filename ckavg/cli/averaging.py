@@ -10,6 +10,7 @@ from ckavg.average import Done, carry_out
 from ckavg.cli.commands import Command, joined
 from ckavg.cli.options import Averaging, Measuring
 from ckavg.cli.progress import show_progress
+from ckavg.cli.push import check_push, destination_of, push_shown
 from ckavg.cli.ranks import together
 from ckavg.cli.terminal import warn
 from ckavg.engine.ranks import Ranks
@@ -35,13 +36,17 @@ def averaging_command(make_scheme: Callable[..., Scheme]) -> Command:
 def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
     from ckavg.report import average as report
     from ckavg.report.console import print_json
+    from ckavg.report.push import print_pushed
 
+    destination = destination_of(options)
     found = inspect_run(options.source, options.selection(scheme.every_from))
     run = checked(found, [place_of(found.source, scheme, options.out)], force=options.force)
     check_plot(options, run)
     (plan,) = plans_of(run, [(scheme, options.out)], options)
     warn_of(plan.warnings)
     warn_of_leftovers([plan])
+    if ranks.is_first:
+        check_push(destination, plan.files)
     if options.dry_run:
         warn_of(plan.foreseen)
         report.print_plan(plan, as_json=options.as_json)
@@ -51,11 +56,17 @@ def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
         return
     (result,) = done.records
     warn_of(result.warnings[len(plan.warnings) :])
-    if options.as_json:
+    if options.as_json and destination is None:
         print_json(result.to_dict())
-    elif not options.quiet:
+    elif not (options.as_json or options.quiet):
         report.print_summary(result, plan)
     draw(done, options)
+    if destination is not None:
+        pushed = push_shown(result.directory, destination, quiet=options.quiet)
+        if options.as_json:
+            print_json(result.to_dict() | {"url": pushed.url})
+        else:
+            print_pushed(pushed, as_json=False, quiet=options.quiet)
 
 
 def plans_of(run: Run, wanted: Sequence[tuple[Scheme, Path | None]], options: Averaging) -> list[Plan]:

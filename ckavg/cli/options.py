@@ -15,6 +15,7 @@ _CHOICE = "Which checkpoints"
 _RESULT = "The result"
 _WORK = "How it is computed"
 _SHOWN = "What is shown"
+_HUB = "The Hugging Face Hub"
 
 Source = Annotated[
     Path,
@@ -28,6 +29,24 @@ Source = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.", rich_help_panel=_SHOWN)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.", rich_help_panel=_SHOWN)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Add a traceback to an error.", rich_help_panel=_SHOWN)]
+
+Private = Annotated[
+    bool | None,
+    typer.Option(
+        "--private/--public",
+        help="Who may see the repository.",
+        show_default="private, or as it is",
+        rich_help_panel=_HUB,
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option(metavar="BRANCH", help="Branch to upload to.", show_default="main", rich_help_panel=_HUB)
+]
+CommitMessage = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="First line of the commit.", show_default="names it", rich_help_panel=_HUB),
+]
+CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request.", rich_help_panel=_HUB)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +225,19 @@ class Averaging(Measuring):
             rich_help_panel=_WORK,
         ),
     ] = "float32"
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO",
+            help="Upload the result to owner/name when it is done.",
+            show_default=False,
+            rich_help_panel=_HUB,
+        ),
+    ] = None
+    private: Private = None
+    revision: Revision = None
+    commit_message: CommitMessage = None
+    create_pr: CreatePr = False
 
     def selection(self, every_from: int | None = None) -> Selection:
         """The same, as the library takes it."""

@@ -17,6 +17,7 @@ _TITLES = {
     "weights": "looking for NaN",
     "elements": "computing elements again",
     "sources": "reading the sources",
+    "upload": "uploading",
 }
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -92,7 +93,8 @@ class _Lines:
         title = _title(news, len(self._begun), self._passes)
         if is_new:
             kept = f"; {news.kept / 1e9:.2f} GB more were done before it was interrupted" if news.kept else ""
-            say(f"{title}: {news.total / 1e9:.2f} GB to read{kept}")
+            what = "to send" if news.stage == "upload" else "to read"
+            say(f"{title}: {news.total / 1e9:.2f} GB {what}{kept}")
             return
         rate = news.done / max(now - begun, 1e-9)
         left = "done" if news.done == news.total else f"{(news.total - news.done) / rate:.0f} s left"

@@ -14,11 +14,13 @@ from ckavg.cli.averaging import carry_out_shown, check_plot, draw, plans_of, war
 from ckavg.cli.commands import joined
 from ckavg.cli.failures import INTERRUPTED
 from ckavg.cli.options import Sweeping
+from ckavg.cli.push import check_push, destination_of, push_shown
 from ckavg.cli.ranks import together
 from ckavg.cli.terminal import say, warn
+from ckavg.destination import Destination
 from ckavg.engine.ranks import Ranks
-from ckavg.errors import SettingError, WriteError
-from ckavg.evaluation import check_command, evaluate, record_evaluation
+from ckavg.errors import HubError, SettingError, WriteError
+from ckavg.evaluation import best, check_command, evaluate, record_evaluation
 from ckavg.plan import checked
 from ckavg.report.text import printable
 from ckavg.result.record import Averaged
@@ -63,6 +65,12 @@ def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -
 
     if options.eval_command is not None:
         check_command(options.eval_command)
+    destination = destination_of(options)
+    if destination is not None and options.eval_command is None and len(schemes) > 1:
+        raise SettingError(
+            "sweep: --push-to-hub uploads one average, and nothing tells which of them.",
+            hint="Add --eval COMMAND for the best of them; or choose by yourself, with: ckavg push DIR REPO",
+        )
     origins = {scheme.every_from for scheme in schemes}
     if options.every and len(origins) > 1:
         raise SettingError(
@@ -77,6 +85,8 @@ def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -
     plans = plans_of(run, list(zip(schemes, places, strict=True)), options)
     warn_of(dict.fromkeys(warning for plan in plans for warning in plan.warnings))
     warn_of_leftovers(plans)
+    if ranks.is_first:
+        check_push(destination, plans[0].files)
     if options.dry_run:
         warn_of(dict.fromkeys(warning for plan in plans for warning in plan.foreseen))
         report.print_plans(plans, as_json=options.as_json)
@@ -93,6 +103,21 @@ def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -
     draw(done, options)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
+    if destination is not None:
+        _push_best(results, destination, options)
+
+
+def _push_best(results: list[Averaged], destination: Destination, options: Sweeping) -> None:
+    """Upload the best average; its address goes to stderr, where stdout holds one JSON object already."""
+    winner = best([result.evaluation for result in results], options.eval_goal) if len(results) > 1 else 0
+    if winner is None:
+        raise HubError(
+            "sweep: no average has an evaluation, so that none is the best. Nothing was uploaded.",
+            hint=f"Choose by yourself: ckavg push DIR {destination.repo}",
+        )
+    pushed = push_shown(results[winner].directory, destination, quiet=options.quiet)
+    if not options.quiet:
+        say(printable(f"uploaded {results[winner].outputs[-1].name} to {pushed.url}"))
 
 
 def _evaluate_all(results: list[Averaged], command: str, *, quiet: bool) -> bool:

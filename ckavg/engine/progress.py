@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Pass = Literal["path", "replay", "health", "files", "weights", "elements", "sources"]
+Pass = Literal["path", "replay", "health", "files", "weights", "elements", "sources", "upload"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,9 +15,9 @@ class Progress:
 
     Attributes:
         stage: `path` for pass 1, `replay` for pass 2, `health` for `inspect --deep`; of a result that is verified, what
-            is read of it: its `files`, its `weights`, single `elements`, or all of its `sources`.
-        done: bytes of checkpoints worked through.
-        total: bytes of checkpoints to work through.
+            is read of it: its `files`, its `weights`, single `elements`, or all of its `sources`; `upload` to the Hub.
+        done: bytes worked through.
+        total: bytes to work through.
         kept: bytes beside these that an interrupted attempt had worked through.
     """
 

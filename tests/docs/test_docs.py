@@ -46,7 +46,8 @@ def _program() -> TyperGroup:
 
 def _declared(verb: str) -> Options:
     parameters = _program().commands[verb].params
-    return {name: each.default for each in parameters if each.param_type_name == "option" for name in each.opts}
+    options = [each for each in parameters if each.param_type_name == "option"]
+    return {name: each.default for each in options for name in (*each.opts, *each.secondary_opts)}
 
 
 VERBS = tuple(_program().commands)

@@ -1,0 +1,97 @@
+"""`ckavg push`, and what other verbs need to push what they have made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ckavg.cli.failures import INTERRUPTED, failures
+from ckavg.cli.options import (
+    Averaging,
+    CommitMessage,
+    CreatePr,
+    Json,
+    Private,
+    Quiet,
+    Revision,
+    Verbose,
+)
+from ckavg.cli.progress import show_progress
+from ckavg.cli.terminal import say, warn
+from ckavg.destination import Destination
+from ckavg.errors import SettingError
+from ckavg.hub import check_access
+from ckavg.publish import Pushed, continued, push_to
+from ckavg.report.text import printable
+
+
+def push(
+    result: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a result, or of a snapshot in it.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hugging Face Hub.")],
+    *,
+    private: Private = None,
+    revision: Revision = None,
+    commit_message: CommitMessage = None,
+    create_pr: CreatePr = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Upload a finished average to the Hugging Face Hub.
+
+    Checks the rights, then every file against the record, then uploads all of it as one commit. An upload that failed
+    is continued by the same command. Log in with: hf auth login
+    """
+    from ckavg.report import push as report
+
+    with failures(verbose=verbose):
+        destination = Destination(
+            repo=repo, private=private, revision=revision, commit_message=commit_message, create_pr=create_pr
+        )
+        pushed = push_shown(result, destination, quiet=quiet)
+        report.print_pushed(pushed, as_json=as_json, quiet=quiet)
+
+
+def destination_of(options: Averaging) -> Destination | None:
+    """Where a result is to be uploaded, by the options of an averaging verb; None where it is not."""
+    given = {
+        "--revision": options.revision is not None,
+        "--commit-message": options.commit_message is not None,
+        "--create-pr": options.create_pr,
+        "--private or --public": options.private is not None,
+    }
+    if options.push_to_hub is None:
+        for name, is_given in given.items():
+            if is_given:
+                raise SettingError(f"{name} goes with --push-to-hub.", hint="Name the repository: --push-to-hub REPO")
+        return None
+    return Destination(
+        repo=options.push_to_hub,
+        private=options.private,
+        revision=options.revision,
+        commit_message=options.commit_message,
+        create_pr=options.create_pr,
+    )
+
+
+def check_push(destination: Destination | None, files: tuple[str, ...]) -> None:
+    """Find out, before hours of reading, whether the upload after them would be let in."""
+    if destination is not None:
+        access = check_access(destination, files)
+        if not access.exists and destination.create_pr:
+            say(printable(f"{access.repo} will be created, and the result put into its first pull request"))
+
+
+def push_shown(directory: Path, destination: Destination, *, quiet: bool) -> Pushed:
+    """Upload a result and show how far it has come. An interrupt costs nothing but the rest of the upload."""
+    try:
+        with show_progress(2, quiet=quiet) as on_progress:
+            pushed = push_to(directory, destination, on_progress=on_progress)
+    except KeyboardInterrupt as error:
+        warn("interrupted", f"The result is complete in {directory}. {continued(directory, destination)}")
+        raise typer.Exit(INTERRUPTED) from error
+    for warning in pushed.warnings:
+        warn("warning", warning)
+    return pushed

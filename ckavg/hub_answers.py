@@ -1,0 +1,155 @@
+"""Stage *publish*: what the Hub's answers, or their absence, mean to a user. Pure; knows no client library.
+
+Clients differ in the classes of their errors from version to version, so these are told apart by what all of them have:
+the response and its status, or a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ckavg.errors import HubError
+
+_OF_CLIENTS = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet")
+_MOST_OF_A_REASON = 300
+_LOGIN = "Log in with: hf auth login"
+
+
+def explained(error: Exception, *, doing: str, repo: str, endpoint: str, quoting: bool = True) -> HubError | None:
+    """What a client's exception means, and what to do next; None for one that is no answer of the Hub: a bug.
+
+    Args:
+        error: what the client raised.
+        doing: what was being done, such as "creating the repository".
+        repo: the repository.
+        endpoint: address of the Hub.
+        quoting: whether the words of the answer may be repeated.
+    """
+    said = _shortened if quoting else _withheld
+    begun = f"{repo}: {doing} failed"
+    chain = list(_chain(error))
+    for each in chain:
+        response = getattr(each, "response", None)
+        if getattr(response, "status_code", None) is not None:
+            return _refused(response, each, begun, repo, endpoint, said)
+    names = {kind.__name__ for each in chain for kind in type(each).__mro__}
+    if "OfflineModeIsEnabled" in names:
+        return HubError(
+            f"{begun}: huggingface_hub is in offline mode.",
+            hint="Unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, then run the command again.",
+        )
+    if "LocalTokenNotFoundError" in names:
+        return no_token(repo, endpoint)
+    if any("Timeout" in name for name in names):
+        return HubError(
+            f"{begun}: {endpoint} did not answer in time.",
+            hint="Run the command again, with HF_HUB_DOWNLOAD_TIMEOUT=60 where the network is slow.",
+        )
+    if any(_is_of_client(each) for each in chain) or isinstance(error, OSError):
+        innermost = chain[-1]
+        if isinstance(innermost, ValueError) and not isinstance(innermost, OSError):
+            return HubError(
+                f"{begun}: the answer of {endpoint} is not what a Hub answers: {said(str(error))}.",
+                hint="Check HF_ENDPOINT, and that no proxy answers in its place.",
+            )
+        return HubError(
+            f"{begun}: the connection to {endpoint} failed: {said(str(innermost) or type(innermost).__name__)}.",
+            hint=f"Check the network, HF_ENDPOINT and the proxy: curl -I {endpoint}",
+        )
+    if isinstance(error, ValueError | RuntimeError | KeyError):  # raised by the client itself, of an answer
+        return HubError(
+            f"{begun}: {said(str(error))}.",
+            hint="Run the command again; --verbose shows where it came from.",
+        )
+    return None
+
+
+def no_token(repo: str, endpoint: str) -> HubError:
+    """Nobody is logged in."""
+    return HubError(f"{repo}: there is no token for {endpoint}.", hint=f"{_LOGIN}, or set HF_TOKEN.")
+
+
+def may_not_write(repo: str, endpoint: str, why: str) -> HubError:
+    """The token does not give the right to write."""
+    return HubError(
+        f"{repo}: the token may not write there: {why}.",
+        hint=f"Make a token with write access at {endpoint}/settings/tokens, then: hf auth login --force",
+    )
+
+
+def _refused(
+    response: Any, error: BaseException, begun: str, repo: str, endpoint: str, said: Callable[[str], str]
+) -> HubError:
+    status, reason = response.status_code, said(_reason(response))
+    told = f": {reason}" if reason else ""
+    if status == 401:
+        return HubError(
+            f"{begun}: {endpoint} does not accept the token (401){told}.",
+            hint=f"{_LOGIN} --force; HF_TOKEN, where it is set, comes before what is stored.",
+        )
+    if status == 403:
+        if "Gated" in type(error).__name__:
+            return HubError(
+                f"{begun}: the repository is gated, and the token's user has no access (403){told}.",
+                hint=f"Ask for access at {endpoint}/{repo}",
+            )
+        return HubError(
+            f"{begun}: the token has no right to it (403){told}.",
+            hint=f"Make a token with write access at {endpoint}/settings/tokens, then: hf auth login --force",
+        )
+    if status == 404:
+        return HubError(
+            f"{begun}: {endpoint} knows no such thing, or the token may not see it (404){told}.",
+            hint="Check the name and the revision, and who is logged in: hf auth whoami",
+        )
+    if status == 409:
+        return HubError(f"{begun}: it conflicts with what is there (409){told}.", hint="Choose another name.")
+    if status == 429:
+        seconds = str(response.headers.get("Retry-After") or "")
+        when = f"in {seconds} seconds" if seconds.isdigit() else "in some minutes"
+        return HubError(f"{begun}: {endpoint} takes no more requests for now (429){told}.", hint=f"Try again {when}.")
+    if status >= 500:
+        return HubError(
+            f"{begun}: {endpoint} has a fault of its own ({status}){told}.",
+            hint="Try again in some minutes; https://status.huggingface.co tells of known faults.",
+        )
+    return HubError(
+        f"{begun}: {endpoint} refused it ({status}){told}.", hint="Change what it refuses, then run the command again."
+    )
+
+
+def _reason(response: Any) -> str:
+    """The Hub's own words."""
+    words = response.headers.get("X-Error-Message")
+    if not words:
+        try:
+            words = response.json().get("error")
+        except Exception:  # whatever a body that is no JSON makes of it
+            words = None
+    return words if isinstance(words, str) else ""
+
+
+def _shortened(text: str) -> str:
+    """In one line, without the query of an address, which may be a key to a storage."""
+    line = " ".join(word.partition("?")[0] if "://" in word else word for word in text.split())
+    line = line.rstrip(".")
+    return line if len(line) <= _MOST_OF_A_REASON else f"{line[:_MOST_OF_A_REASON]}…"
+
+
+def _withheld(_text: str) -> str:
+    return "its words hold the token, and are not shown"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what caused it, the outermost first."""
+    current: BaseException | None = error
+    seen: set[int] = set()
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+
+
+def _is_of_client(error: BaseException) -> bool:
+    return any(kind.__module__.partition(".")[0] in _OF_CLIENTS for kind in type(error).__mro__)
