@@ -25,6 +25,10 @@ TOKEN = "hf_" + "SecretSecretSecretSecretSecret1234"
 LARGE = 5_000
 DROPPED = 0
 """In the place of a status: the connection is cut."""
+HELD = -1
+"""Likewise: there is no answer until the end."""
+PORTAL = 200
+"""Likewise: somebody else answers."""
 
 STAGES = {
     "whoami": r"GET /api/whoami-v2",
@@ -103,6 +107,8 @@ class Hub:
     """Bytes that came by PUT, by SHA-256."""
     careless: bool = False
     """Whether a fault repeats the token to whoever sent it."""
+    held: threading.Event = field(default_factory=threading.Event)
+    released: threading.Event = field(default_factory=threading.Event)
     leaked: list[str] = field(default_factory=list)
     """Requests that carried the token where it does not belong."""
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -154,7 +160,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
+        if fault == HELD:
+            self.hub.held.set()
+            self.hub.released.wait()
+            return
         self.body = self._read()
+        if fault == PORTAL:
+            self._answer(b"<html>Welcome to our network</html>", **{"Content-Type": "text/html"})
+            return
         if fault is not None:
             told = f"injected, for {self.headers.get('Authorization')}" if self.hub.careless else "injected"
             self._error(fault, told, **({"Retry-After": "7"} if fault == 429 else {}))
@@ -397,7 +410,10 @@ def serving() -> Iterator[Hub]:
     hub = Hub()
     handler = type("Handler", (_Handler,), {"hub": hub})
     with _listening(handler) as hub.url, _listening(handler) as hub.storage_url:
-        yield hub
+        try:
+            yield hub
+        finally:
+            hub.released.set()
 
 
 @contextmanager
