@@ -145,7 +145,12 @@ def upload(
             repo, operations, commit_message=destination.commit_message or message, num_threads=1, **target
         )
     on_done(sum(file.size for file in files if file.size < _BY_ITSELF))
-    _check_arrived(api, repo, done.oid, files, operations)
+    try:
+        _check_arrived(api, repo, done.oid, files, operations)
+    except HubError as error:
+        if done.pr_url:
+            error.add_note(f"The pull request is open, and another attempt opens another one: {done.pr_url}")
+        raise
     branch = "" if revision == MAIN else f"/tree/{revision}"
     return Uploaded(repo, done.pr_url or f"{api.endpoint}/{repo}{branch}", done.oid)
 

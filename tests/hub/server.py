@@ -95,6 +95,7 @@ class Hub:
     """Names that are those of something else."""
     owners: set[str] = field(default_factory=lambda: {"ada", "lab", "club", "stranger"})
     no_write: set[str] = field(default_factory=set)
+    gated: set[str] = field(default_factory=set)
     ignored: set[str] = field(default_factory=set)
     """Files that a .gitignore there keeps out."""
     storage: dict[str, bytes] = field(default_factory=dict)
@@ -269,7 +270,9 @@ class _Handler(BaseHTTPRequestHandler):
                 siblings = [{"rfilename": path} for path in repo.commits[oid]]
                 self._json({"id": name, "modelId": name, "sha": oid, "private": repo.private, "siblings": siblings})
         elif verb == "auth-check":
-            if name in self.hub.no_write:
+            if name in self.hub.gated:
+                self._error(403, "Access to it is restricted", **{"X-Error-Code": "GatedRepo"})
+            elif name in self.hub.no_write:
                 self._error(403, "You have no write access to this model")
             else:
                 self._json({})

@@ -130,6 +130,15 @@ def test_an_answer_to_the_commit_that_is_lost(hub: Hub, result: Path) -> None:
     assert len(hub.repos[REPO].commits) == 2
 
 
+def test_a_pull_request_that_was_opened_all_the_same(hub: Hub, result: Path) -> None:
+    hub.faults["look"] = DROPPED, FOREVER
+    done = run_cli("push", result, REPO, "--create-pr")
+    assert done.exit_code == 1
+    assert f"The pull request is open, and another attempt opens another one: {hub.url}/{REPO}/discussions/1" in (
+        done.stderr
+    )
+
+
 def test_after_averaging_the_result_stays(hub: Hub, run: Path) -> None:
     hub.faults["put"] = 403, FOREVER
     options = ("--public", "--commit-message", "It's mine", "--create-pr")

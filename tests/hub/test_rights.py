@@ -98,6 +98,19 @@ def test_a_repository_that_one_may_not_write(hub: Hub, run: Path) -> None:
     assert "the token has no right to it (403): You have no write access to this model" in said
 
 
+def test_a_gated_repository(hub: Hub, run: Path) -> None:
+    hub.add("stranger/model", private=False)
+    hub.gated.add("stranger/model")
+    said = refused(run, "--push-to-hub", "stranger/model")
+    assert "the repository is gated, and the token's user has no access (403)" in said
+    assert f"Ask for access at {hub.url}/stranger/model" in said
+
+
+def test_a_private_repository_that_the_token_does_not_see(hub: Hub, run: Path) -> None:
+    """For the Hub it is as if there was none; and as nobody's member one creates none there."""
+    assert "ada is not stranger, nor a member of it" in refused(run, "--push-to-hub", "stranger/secret")
+
+
 @pytest.mark.parametrize(("private", "option"), [(True, "--public"), (False, "--private")])
 def test_the_other_visibility(hub: Hub, run: Path, private: bool, option: str) -> None:
     hub.add(REPO, private=private)
