@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import ckavg
-from tests.hub.server import TOKEN, Hub
+from tests.hub.state import TOKEN, Hub
 from tests.runs import write_run
 
 REPO = "ada/averaged"

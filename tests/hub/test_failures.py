@@ -15,7 +15,7 @@ from huggingface_hub import constants
 import ckavg
 from ckavg.errors import HubError, RecordError
 from tests.cli.runner import run_cli, snapshot
-from tests.hub.server import DROPPED, HELD, PORTAL, STAGES, TOKEN, Hub
+from tests.hub.state import DROPPED, HELD, PORTAL, STAGES, TOKEN, Hub
 
 REPO = "ada/averaged"
 OF_CHECK = ("whoami", "info", "refs", "list", "right")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.hub.server import TOKEN, Hub
+from tests.hub.state import TOKEN, Hub
 from tests.ranks.launch import Job, run_jobs
 
 

@@ -11,7 +11,7 @@ import ckavg
 from ckavg.errors import HubError
 from ckavg.hub_rights import check_token, may_create
 from tests.cli.runner import run_cli
-from tests.hub.server import Hub
+from tests.hub.state import Hub
 
 REPO = "ada/averaged"
 URL = "https://huggingface.co"
