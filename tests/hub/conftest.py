@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import constants
 
 import ckavg
-from tests.hub.server import serving
+from tests.hub.listen import serving
 from tests.hub.state import TOKEN, Hub
 from tests.runs import write_run
 

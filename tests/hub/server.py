@@ -12,17 +12,14 @@ import json
 import re
 import socket
 import struct
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.hub.state import DROPPED, HELD, LARGE, PORTAL, TOKEN, Hub, Repo, entry_of, oid_of
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     hub: Hub
@@ -278,30 +275,3 @@ class _Handler(BaseHTTPRequestHandler):
         location = f"{self.hub.storage_url}/storage/{digest}?X-Signature=SignedSigned"
         linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data)), "Location": location}
         self._answer(b"", 302, **headers, **linked)
-
-
-@contextmanager
-def serving() -> Iterator[Hub]:
-    """A Hub that listens on a port of its own until the end of the block."""
-    hub = Hub()
-    handler = type("Handler", (_Handler,), {"hub": hub})
-    with _listening(handler) as hub.url, _listening(handler) as hub.storage_url:
-        try:
-            yield hub
-        finally:
-            hub.released.set()
-
-
-@contextmanager
-def _listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that hangs up is part of the tests
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
