@@ -69,6 +69,8 @@ def check_access(destination: Destination, names: Collection[str] = ()) -> Acces
     api = _api()
     with _asking("asking whose the token is", destination.repo, api):
         me = api.whoami()
+        if not isinstance(me.get("name"), str):
+            raise ValueError("it names nobody")
     repo = destination.repo if "/" in destination.repo else f"{me['name']}/{destination.repo}"
     check_token(me, repo, api.endpoint, create_pr=destination.create_pr)
     with _asking("looking at the repository", repo, api):
@@ -143,7 +145,12 @@ def upload(
             repo, operations, commit_message=destination.commit_message or message, num_threads=1, **target
         )
     on_done(sum(file.size for file in files if file.size < _BY_ITSELF))
-    _check_arrived(api, repo, done.oid, files, operations)
+    try:
+        _check_arrived(api, repo, done.oid, files, operations)
+    except HubError as error:
+        if done.pr_url:
+            error.add_note(f"The pull request is open, and another attempt opens another one: {done.pr_url}")
+        raise
     branch = "" if revision == MAIN else f"/tree/{revision}"
     return Uploaded(repo, done.pr_url or f"{api.endpoint}/{repo}{branch}", done.oid)
 
@@ -201,7 +208,8 @@ def _check_owner(me: dict[str, Any], repo: str, api: HfApi) -> None:
     owner = repo.partition("/")[0]
     if may_create(me, repo, api.endpoint):
         return
-    for look in (api.get_organization_overview, api.get_user_overview):
+    # a client from before organizations could be looked up gets no further than the last line of the loop
+    for look in (getattr(api, "get_organization_overview", lambda _: None), api.get_user_overview):
         try:
             with _asking(f"looking for {owner}", repo, api):
                 look(owner)

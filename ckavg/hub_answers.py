@@ -6,13 +6,15 @@ the response and its status, or a name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from ckavg.errors import HubError
 
 _OF_CLIENTS = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet")
 _MOST_OF_A_REASON = 300
+_STATUS_OF_XET = re.compile(r"HTTP status (?:client|server) error \((\d{3}) ")
 _LOGIN = "Log in with: hf auth login"
 
 
@@ -30,9 +32,11 @@ def explained(error: Exception, *, doing: str, repo: str, endpoint: str, quoting
     begun = f"{repo}: {doing} failed"
     chain = list(_chain(error))
     for each in chain:
-        response = getattr(each, "response", None)
+        response: Any = getattr(each, "response", None)
         if getattr(response, "status_code", None) is not None:
-            return _refused(response, each, begun, repo, endpoint, said)
+            gated = "Gated" in type(each).__name__
+            reason, after = said(_reason(response)), str(response.headers.get("Retry-After") or "")
+            return _refused(response.status_code, reason, after, begun, repo, endpoint, is_gated=gated)
     names = {kind.__name__ for each in chain for kind in type(each).__mro__}
     if "OfflineModeIsEnabled" in names:
         return HubError(
@@ -47,21 +51,20 @@ def explained(error: Exception, *, doing: str, repo: str, endpoint: str, quoting
             hint="Run the command again, with HF_HUB_DOWNLOAD_TIMEOUT=60 where the network is slow.",
         )
     if any(_is_of_client(each) for each in chain) or isinstance(error, OSError):
-        innermost = chain[-1]
-        if isinstance(innermost, ValueError) and not isinstance(innermost, OSError):
-            return HubError(
-                f"{begun}: the answer of {endpoint} is not what a Hub answers: {said(str(error))}.",
-                hint="Check HF_ENDPOINT, and that no proxy answers in its place.",
-            )
+        told = str(chain[-1]) or type(chain[-1]).__name__
+        if found := _STATUS_OF_XET.search(told):
+            return _refused(int(found[1]), said(told), "", begun, repo, endpoint)
         return HubError(
-            f"{begun}: the connection to {endpoint} failed: {said(str(innermost) or type(innermost).__name__)}.",
+            f"{begun}: the connection to {endpoint} failed: {said(told)}.",
             hint=f"Check the network, HF_ENDPOINT and the proxy: curl -I {endpoint}",
         )
-    if isinstance(error, ValueError | RuntimeError | KeyError):  # raised by the client itself, of an answer
+    if isinstance(error, ValueError | KeyError):  # of the client, which could make nothing of an answer
         return HubError(
-            f"{begun}: {said(str(error))}.",
-            hint="Run the command again; --verbose shows where it came from.",
+            f"{begun}: the answer of {endpoint} is not that of a Hub: {said(str(error))}.",
+            hint=f"Check HF_ENDPOINT, and that no proxy answers in its place: curl -I {endpoint}",
         )
+    if isinstance(error, RuntimeError):  # of a transfer
+        return HubError(f"{begun}: {said(str(error))}.", hint="Run the command again; -v shows where it came from.")
     return None
 
 
@@ -79,9 +82,9 @@ def may_not_write(repo: str, endpoint: str, why: str) -> HubError:
 
 
 def _refused(
-    response: Any, error: BaseException, begun: str, repo: str, endpoint: str, said: Callable[[str], str]
+    status: int, reason: str, after: str, begun: str, repo: str, endpoint: str, *, is_gated: bool = False
 ) -> HubError:
-    status, reason = response.status_code, said(_reason(response))
+    """What a status means. `reason` is in the Hub's own words, `after` its seconds to wait; both may be empty."""
     told = f": {reason}" if reason else ""
     if status == 401:
         return HubError(
@@ -89,7 +92,7 @@ def _refused(
             hint=f"{_LOGIN} --force; HF_TOKEN, where it is set, comes before what is stored.",
         )
     if status == 403:
-        if "Gated" in type(error).__name__:
+        if is_gated:
             return HubError(
                 f"{begun}: the repository is gated, and the token's user has no access (403){told}.",
                 hint=f"Ask for access at {endpoint}/{repo}",
@@ -106,8 +109,7 @@ def _refused(
     if status == 409:
         return HubError(f"{begun}: it conflicts with what is there (409){told}.", hint="Choose another name.")
     if status == 429:
-        seconds = str(response.headers.get("Retry-After") or "")
-        when = f"in {seconds} seconds" if seconds.isdigit() else "in some minutes"
+        when = f"in {after} seconds" if after.isdigit() else "in some minutes"
         return HubError(f"{begun}: {endpoint} takes no more requests for now (429){told}.", hint=f"Try again {when}.")
     if status >= 500:
         return HubError(
@@ -137,8 +139,8 @@ def _shortened(text: str) -> str:
     return line if len(line) <= _MOST_OF_A_REASON else f"{line[:_MOST_OF_A_REASON]}…"
 
 
-def _withheld(_text: str) -> str:
-    return "its words hold the token, and are not shown"
+def _withheld(text: str) -> str:
+    return "its words hold the token, and are not shown" if text else ""
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -19,12 +19,11 @@ from ckavg.cli.options import (
     Verbose,
 )
 from ckavg.cli.progress import show_progress
-from ckavg.cli.terminal import say, warn
+from ckavg.cli.terminal import warn
 from ckavg.destination import Destination
 from ckavg.errors import SettingError
 from ckavg.hub import check_access
 from ckavg.publish import Pushed, continued, push_to
-from ckavg.report.text import printable
 
 
 def push(
@@ -79,9 +78,7 @@ def destination_of(options: Averaging) -> Destination | None:
 def check_push(destination: Destination | None, files: tuple[str, ...]) -> None:
     """Find out, before hours of reading, whether the upload after them would be let in."""
     if destination is not None:
-        access = check_access(destination, files)
-        if not access.exists and destination.create_pr:
-            say(printable(f"{access.repo} will be created, and the result put into its first pull request"))
+        check_access(destination, files)
 
 
 def push_shown(directory: Path, destination: Destination, *, quiet: bool) -> Pushed:

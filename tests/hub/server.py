@@ -12,124 +12,14 @@ import json
 import re
 import socket
 import struct
-import threading
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-TOKEN = "hf_" + "SecretSecretSecretSecretSecret1234"
-LARGE = 5_000
-DROPPED = 0
-"""In the place of a status: the connection is cut."""
-
-STAGES = {
-    "whoami": r"GET /api/whoami-v2",
-    "info": r"GET /api/models/[^/]+/[^/]+",
-    "refs": r"GET .*/refs",
-    "list": r"GET .*/tree/.*",
-    "right": r"GET .*/auth-check/write",
-    "owner": r"GET /api/(users|organizations)/.*",
-    "create": r"POST /api/repos/create",
-    "branch": r"POST .*/branch/.*",
-    "preupload": r"POST .*/preupload/.*",
-    "batch": r"POST .*/info/lfs/objects/batch",
-    "put": r"PUT /storage/.*",
-    "verify": r"POST /lfs-verify",
-    "yaml": r"POST /api/validate-yaml",
-    "commit": r"POST .*/commit/.*",
-    "look": r"POST .*/paths-info/.*",
-}
-
-Tree = dict[str, tuple[bytes, bool]]
-"""By path: the content, and whether it is kept as a large file."""
+from tests.hub.state import DROPPED, HELD, LARGE, PORTAL, TOKEN, Hub, Repo, entry_of, oid_of
 
 
-@dataclass
-class Repo:
-    private: bool
-    commits: dict[str, Tree] = field(default_factory=dict)
-    branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-    pulls: dict[str, str] = field(default_factory=dict)
-    messages: list[str] = field(default_factory=list)
-
-    def commit(self, tree: Tree, message: str) -> str:
-        oid = hashlib.sha1(f"{len(self.commits)}{message}".encode()).hexdigest()
-        self.commits[oid] = tree
-        self.messages.append(message)
-        return oid
-
-    def resolve(self, revision: str) -> str | None:
-        for refs in (self.branches, self.tags, self.pulls):
-            if revision in refs:
-                return refs[revision]
-        return revision if revision in self.commits else None
-
-
-def _me() -> dict[str, Any]:
-    return {
-        "type": "user",
-        "name": "ada",
-        "orgs": [{"name": "lab", "roleInOrg": "write"}, {"name": "club", "roleInOrg": "read"}],
-        "auth": {"type": "access_token", "accessToken": {"displayName": "t", "role": "write"}},
-    }
-
-
-@dataclass
-class Hub:
-    """What the server holds, and what happened to it."""
-
-    url: str = ""
-    storage_url: str = ""
-    me: dict[str, Any] = field(default_factory=_me)
-    repos: dict[str, Repo] = field(default_factory=dict)
-    taken: set[str] = field(default_factory=set)
-    """Names that are those of something else."""
-    owners: set[str] = field(default_factory=lambda: {"ada", "lab", "club", "stranger"})
-    no_write: set[str] = field(default_factory=set)
-    ignored: set[str] = field(default_factory=set)
-    """Files that a .gitignore there keeps out."""
-    storage: dict[str, bytes] = field(default_factory=dict)
-    faults: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """By stage: a status or `DROPPED`, and how many requests it still meets."""
-    passes_before: dict[str, int] = field(default_factory=dict)
-    """By stage: how many requests are served before its fault."""
-    requests: list[str] = field(default_factory=list)
-    sent: Counter[str] = field(default_factory=Counter)
-    """Bytes that came by PUT, by SHA-256."""
-    careless: bool = False
-    """Whether a fault repeats the token to whoever sent it."""
-    leaked: list[str] = field(default_factory=list)
-    """Requests that carried the token where it does not belong."""
-    lock: threading.RLock = field(default_factory=threading.RLock)
-
-    def add(self, name: str, *, private: bool = True, files: Tree | None = None) -> Repo:
-        repo = self.repos[name] = Repo(private)
-        repo.branches["main"] = repo.commit(files or {".gitattributes": (b"", False)}, "initial commit")
-        return repo
-
-    def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
-        repo = self.repos[name]
-        tree = repo.commits[repo.resolve(revision) or ""]
-        return {path: data for path, (data, _) in tree.items() if path != ".gitattributes"}
-
-    def fault(self, line: str) -> int | None:
-        """The fault that this request meets, if one."""
-        for stage, (status, left) in self.faults.items():
-            if left and re.fullmatch(STAGES[stage], line):
-                if self.passes_before.get(stage, 0):
-                    self.passes_before[stage] -= 1
-                    return None
-                self.faults[stage] = status, left - 1
-                return status
-        return None
-
-
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     hub: Hub
@@ -154,7 +44,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
+        if fault == HELD:
+            self.hub.held.set()
+            self.hub.released.wait()
+            return
         self.body = self._read()
+        if fault == PORTAL:
+            self._answer(b"<html>Welcome to our network</html>", **{"Content-Type": "text/html"})
+            return
         if fault is not None:
             told = f"injected, for {self.headers.get('Authorization')}" if self.hub.careless else "injected"
             self._error(fault, told, **({"Retry-After": "7"} if fault == 429 else {}))
@@ -256,7 +153,9 @@ class _Handler(BaseHTTPRequestHandler):
                 siblings = [{"rfilename": path} for path in repo.commits[oid]]
                 self._json({"id": name, "modelId": name, "sha": oid, "private": repo.private, "siblings": siblings})
         elif verb == "auth-check":
-            if name in self.hub.no_write:
+            if name in self.hub.gated:
+                self._error(403, "Access to it is restricted", **{"X-Error-Code": "GatedRepo"})
+            elif name in self.hub.no_write:
                 self._error(403, "You have no write access to this model")
             else:
                 self._json({})
@@ -276,11 +175,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({})
         elif verb == "tree":
             tree = repo.commits[repo.resolve(rest) or repo.branches["main"]]
-            self._json([_entry(path, *each) for path, each in tree.items()])
+            self._json([entry_of(path, *each) for path, each in tree.items()])
         elif verb == "paths-info":
             paths = parse_qs(self.body.decode()).get("paths") or json.loads(self.body)["paths"]
             tree = repo.commits[repo.resolve(rest) or ""]
-            self._json([_entry(path, *tree[path]) for path in paths if path in tree])
+            self._json([entry_of(path, *tree[path]) for path in paths if path in tree])
         elif verb == "preupload" and repo.resolve(rest) is None:
             self._error(404, "Invalid rev id", **{"X-Error-Code": "RevisionNotFound"})
         elif verb == "preupload":
@@ -290,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
                     "path": each["path"],
                     "uploadMode": "lfs" if each["size"] > LARGE else "regular",
                     "shouldIgnore": each["path"] in self.hub.ignored,
-                    "oid": _oid(*tree[each["path"]]) if each["path"] in tree else None,
+                    "oid": oid_of(*tree[each["path"]]) if each["path"] in tree else None,
                 }
                 for each in json.loads(self.body)["files"]
             ]
@@ -368,7 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(404, "not found", **{"X-Error-Code": code, **({"X-Repo-Commit": oid} if oid else {})})
             return
         data, is_large = repo.commits[oid][path]
-        headers = {"X-Repo-Commit": oid, "ETag": f'"{_oid(data, is_large)}"'}
+        headers = {"X-Repo-Commit": oid, "ETag": f'"{oid_of(data, is_large)}"'}
         if not is_large:
             self._content(data, **headers)
             return
@@ -376,40 +275,3 @@ class _Handler(BaseHTTPRequestHandler):
         location = f"{self.hub.storage_url}/storage/{digest}?X-Signature=SignedSigned"
         linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data)), "Location": location}
         self._answer(b"", 302, **headers, **linked)
-
-
-def _oid(data: bytes, is_large: bool) -> str:
-    if is_large:
-        return hashlib.sha256(data).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-def _entry(path: str, data: bytes, is_large: bool) -> dict[str, Any]:
-    told: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": _oid(data, is_large)}
-    if is_large:
-        told["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
-    return told
-
-
-@contextmanager
-def serving() -> Iterator[Hub]:
-    """A Hub that listens on a port of its own until the end of the block."""
-    hub = Hub()
-    handler = type("Handler", (_Handler,), {"hub": hub})
-    with _listening(handler) as hub.url, _listening(handler) as hub.storage_url:
-        yield hub
-
-
-@contextmanager
-def _listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that hangs up is part of the tests
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

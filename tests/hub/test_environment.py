@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import ckavg
-from tests.hub.server import TOKEN, Hub
+from tests.hub.state import TOKEN, Hub
 from tests.runs import write_run
 
 REPO = "ada/averaged"
@@ -68,6 +68,7 @@ def test_with_xet_a_server_without_it_is_told(hub: Hub, result: Path) -> None:
     assert done.returncode == 1
     assert len(re.findall("^error: ", done.stderr, re.MULTILINE)) == 1
     assert "uploading model-00001-of-00003.safetensors failed" in done.stderr
+    assert "the token may not see it (404)" in done.stderr
 
 
 def test_transformers_loads_it_by_its_name(hub: Hub, tmp_path: Path) -> None:

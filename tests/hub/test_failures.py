@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from huggingface_hub import constants
 import ckavg
 from ckavg.errors import HubError, RecordError
 from tests.cli.runner import run_cli, snapshot
-from tests.hub.server import DROPPED, STAGES, TOKEN, Hub
+from tests.hub.state import DROPPED, HELD, PORTAL, STAGES, TOKEN, Hub
 
 REPO = "ada/averaged"
 OF_CHECK = ("whoami", "info", "refs", "list", "right")
@@ -77,13 +80,14 @@ def test_every_failure_at_every_stage(hub: Hub, result: Path, stage: str, status
     assert hub.files(REPO, "averages") == {name: (result / name).read_bytes() for name in hub.files(REPO, "averages")}
 
 
-@pytest.mark.parametrize("status", SAID)
-@pytest.mark.parametrize("stage", OF_CHECK)
+@pytest.mark.parametrize(
+    ("stage", "status"),
+    # that there is no such repository is no failure
+    [(stage, status) for stage in OF_CHECK for status in SAID if (stage, status) != ("info", 404)],
+)
 def test_every_failure_before_anything_is_read(hub: Hub, run: Path, stage: str, status: int) -> None:
     hub.add(REPO)
     hub.faults[stage] = status, FOREVER
-    if (stage, status) == ("info", 404):
-        pytest.skip("it says that there is no such repository, which is no failure")
     done = run_cli("ema", run, "--push-to-hub", REPO)
     assert done.exit_code == 1, done.output
     assert_told(done.stderr, status)
@@ -126,6 +130,15 @@ def test_an_answer_to_the_commit_that_is_lost(hub: Hub, result: Path) -> None:
     assert len(hub.repos[REPO].commits) == 2
 
 
+def test_a_pull_request_that_was_opened_all_the_same(hub: Hub, result: Path) -> None:
+    hub.faults["look"] = DROPPED, FOREVER
+    done = run_cli("push", result, REPO, "--create-pr")
+    assert done.exit_code == 1
+    assert f"The pull request is open, and another attempt opens another one: {hub.url}/{REPO}/discussions/1" in (
+        done.stderr
+    )
+
+
 def test_after_averaging_the_result_stays(hub: Hub, run: Path) -> None:
     hub.faults["put"] = 403, FOREVER
     options = ("--public", "--commit-message", "It's mine", "--create-pr")
@@ -154,6 +167,33 @@ def test_the_token_is_nowhere(hub: Hub, run: Path, stage: str, status: int) -> N
     assert "SignedSigned" not in re.sub(r"(?s)Traceback.*?\nckavg", "", done.stderr)
     for path in run.rglob("*"):
         assert path.is_dir() or b"hf_Secret" not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize("stage", ["whoami", "info", "preupload", "batch", "commit", "look"])
+def test_somebody_else_answers(hub: Hub, result: Path, stage: str) -> None:
+    hub.faults[stage] = PORTAL, FOREVER
+    done = run_cli("push", result, REPO)
+    assert done.exit_code == 1
+    assert f"the answer of {hub.url} is not that of a Hub" in done.stderr
+    assert f"Continue with: ckavg push {result} {REPO}" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=("int", "term"))
+def test_an_interrupt_costs_the_rest_of_the_upload(hub: Hub, run: Path, number: signal.Signals) -> None:
+    hub.faults["put"] = HELD, 1
+    hub.passes_before["put"] = 1
+    out = run / "averaged" / "ema-gamma0.15"
+    command = [sys.executable, "-m", "ckavg", "ema", str(run), "--push-to-hub", REPO]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert hub.held.wait(60)
+        process.send_signal(number)
+        said = process.communicate()[1]
+    assert process.returncode == 130
+    line = f"interrupted: The result is complete in {out}. Continue with: ckavg push {out} {REPO}"
+    assert said.splitlines()[-1] == line
+    assert ckavg.verify_result(out).problems == ()
+    ckavg.push_result(out, REPO)
+    assert hub.sent.total() == weights_of(out)
 
 
 def test_no_token(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 
 import ckavg
 from tests.cli.runner import run_cli
-from tests.hub.server import TOKEN, Hub
+from tests.hub.state import TOKEN, Hub
 
 REPO = "ada/averaged"
 

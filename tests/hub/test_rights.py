@@ -11,7 +11,7 @@ import ckavg
 from ckavg.errors import HubError
 from ckavg.hub_rights import check_token, may_create
 from tests.cli.runner import run_cli
-from tests.hub.server import Hub
+from tests.hub.state import Hub
 
 REPO = "ada/averaged"
 URL = "https://huggingface.co"
@@ -96,6 +96,19 @@ def test_a_repository_that_one_may_not_write(hub: Hub, run: Path) -> None:
     hub.no_write.add("stranger/model")
     said = refused(run, "--push-to-hub", "stranger/model")
     assert "the token has no right to it (403): You have no write access to this model" in said
+
+
+def test_a_gated_repository(hub: Hub, run: Path) -> None:
+    hub.add("stranger/model", private=False)
+    hub.gated.add("stranger/model")
+    said = refused(run, "--push-to-hub", "stranger/model")
+    assert "the repository is gated, and the token's user has no access (403)" in said
+    assert f"Ask for access at {hub.url}/stranger/model" in said
+
+
+def test_a_private_repository_that_the_token_does_not_see(hub: Hub, run: Path) -> None:
+    """For the Hub it is as if there was none; and as nobody's member one creates none there."""
+    assert "ada is not stranger, nor a member of it" in refused(run, "--push-to-hub", "stranger/secret")
 
 
 @pytest.mark.parametrize(("private", "option"), [(True, "--public"), (False, "--private")])

@@ -1,0 +1,38 @@
+"""The Hub on loopback, for as long as a test lasts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.hub.server import Handler
+from tests.hub.state import Hub
+
+
+@contextmanager
+def serving() -> Iterator[Hub]:
+    """A Hub that listens on a port of its own until the end of the block."""
+    hub = Hub()
+    handler = type("Handler", (Handler,), {"hub": hub})
+    with _listening(handler) as hub.url, _listening(handler) as hub.storage_url:
+        try:
+            yield hub
+        finally:
+            hub.released.set()
+
+
+@contextmanager
+def _listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that hangs up is part of the tests
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
