@@ -207,7 +207,7 @@ def _ordered(values: Tensor) -> Tensor:
 
 
 def _cores() -> int:
-    from ckavg.engine.devices import available_cores
+    from ckavg.engine.cores import available_cores
 
     return available_cores()
 

@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
+from ckavg.errors import listed
 from ckavg.path.table import PathLength
 from ckavg.run.trainer_log import learning_rates
 from ckavg.run.values import Run
@@ -258,5 +259,5 @@ def about_weights(steps: Sequence[int], weights: Sequence[float]) -> tuple[str, 
 
 
 def _named(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+    shown = listed(names, _NAMED)
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"

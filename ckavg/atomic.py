@@ -1,51 +1,18 @@
-"""Files that appear under their name complete or not at all, where a name leads, and small files not to be trusted."""
+"""Files that appear under their name complete or not at all, and where a name leads."""
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
-
-MOST_SMALL_BYTES = 100_000_000
-"""What is read whole into memory is no larger than this."""
 
 
 def resolved(path: Path) -> Path:
     """The path without links, as far as there are any that lead somewhere; a link in a circle stays as it is."""
     return Path(os.path.realpath(path))
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a plain file for reading. A pipe, a device or a directory is an error instead of a wait without end.
-
-    Raises:
-        OSError: it is none, or the system would not let us.
-        ValueError: no file can have this name.
-    """
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # nobody need write to a pipe for it to open
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise OSError(errno.EINVAL, "not a plain file", str(path))
-    return os.fdopen(handle, "rb")
-
-
-def read_small(path: Path, most: int = MOST_SMALL_BYTES) -> bytes:
-    """The bytes of a plain file of at most `most` bytes.
-
-    Raises:
-        OSError: it is none, is larger, or the system would not let us read it.
-        ValueError: no file can have this name.
-    """
-    with open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size > most:
-            raise OSError(errno.EFBIG, f"larger than {most:,} bytes", str(path))
-        return file.read()
 
 
 @contextmanager

@@ -201,9 +201,9 @@ def carry_out(
             for directory in {resolved(plan.out).parent for plan in plans}:
                 tidy(directory)
         stagings = staged(plans, ranks, stack)
-        stamps = stamps_of(run)
         measuring = time.perf_counter()
         planned = next((plan.path for plan in plans if plan.path), None)
+        stamps = planned.recalled.stamps if planned else stamps_of(run)
         path = _measure(run, planned, zero_sigma, settings, allow_nonfinite=allow_nonfinite) if planned else None
         replaying = time.perf_counter()
         timeline = _timeline(run, path)

@@ -156,6 +156,15 @@ def is_passing(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt | ReadError | WriteError | RanksError)
 
 
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """The first few of some names, for a message.
+
+    >>> listed(["a", "b", "c"], most=2), listed(["a", "b"], most=2)
+    ('a, b, …', 'a, b')
+    """
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
 def raise_all(errors: Sequence[CkavgError]) -> None:
     """Raise the one error as itself, several as `CombinedError`, none not at all."""
     if len(errors) == 1:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from ckavg.engine.blocks import TILE
+from ckavg.engine.cores import worker_threads
 from ckavg.plan import Plan
-
-MOST_THREADS = 16
-"""As many as the engine starts where there are more cores; told here without the engine, which imports torch."""
 
 _LIBRARIES = 235_000_000
 """Python, torch and the other libraries, before anything is read: measured on Linux with torch for the CPU."""
@@ -36,7 +33,7 @@ def memory_bytes(plans: Sequence[Plan]) -> int:
     run = plans[0].run
     wide = any("float64" in checkpoint.dtypes for checkpoint in run.checkpoints)
     tiles = (1 + _STATE_TILES * len(plans)) * TILE * (8 if wide else 4)
-    buffers = threads() * (2 * TILE * _RAW_BYTES_OF_ELEMENT + tiles)
+    buffers = worker_threads() * (2 * TILE * _RAW_BYTES_OF_ELEMENT + tiles)
     tables = {id(checkpoint.entries): len(checkpoint.entries) for checkpoint in run.checkpoints}
     known = _PER_ENTRY * sum(tables.values())
     if any(plan.path for plan in plans):
@@ -44,12 +41,3 @@ def memory_bytes(plans: Sequence[Plan]) -> int:
     beside = sum(len(data) for data in plans[0].side_files.values())
     headers = sum(len(shard.header) for shard in plans[0].weights.shards)
     return _LIBRARIES + buffers + known + 2 * (beside + headers)
-
-
-def threads() -> int:
-    """How many threads read and compute: one for each core that this process may use."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        cores = os.cpu_count() or 1
-    return max(1, min(cores, MOST_THREADS))

@@ -62,6 +62,15 @@ class Plan:
         return tuple(sorted({shard.name for shard in self.weights.shards} | {*self.side_files, CARD, RESULT_RECORD}))
 
     @property
+    def weight_files(self) -> dict[Path, int]:
+        """Bytes of every weight file, those of snapshots among them, by path in the result."""
+        return {
+            out.relative_to(self.out) / shard.name: shard.nbytes
+            for out in self.outputs.values()
+            for shard in self.weights.shards
+        }
+
+    @property
     def outputs(self) -> dict[int, Path]:
         """Where the average goes after each checkpoint that has one written, by its index; the result itself last."""
         steps = self.run.steps

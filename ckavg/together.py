@@ -95,10 +95,9 @@ def opened(
     from ckavg.engine.stream import Ledger
     from ckavg.replay.replay import Formed
 
-    done = ranks.first(lambda: _continued(plans, stagings, key))
+    key, done = ranks.first(lambda: (key, _continued(plans, stagings, key)))  # file times may look different elsewhere
     create = ranks.is_first and not done
-    count = sum(len(plan.outputs) * len(plan.weights.shards) for plan in plans)
-    keep_open = count <= usable_handles() // 2
+    keep_open = sum(len(plan.weight_files) for plan in plans) <= usable_handles() // 2
     with ExitStack() as stack:
         if not ranks.is_first:
             ranks.wait()
@@ -143,35 +142,25 @@ def settled(plans: Sequence[Plan], stagings: Sequence[Staging], sinks: Sinks, ra
         WriteError: the system would not let us write.
         ReadError: what was written cannot be read again.
     """
-    names = [
-        [out.relative_to(plan.out) / shard.name for out in plan.outputs.values() for shard in plan.weights.shards]
-        for plan in plans
+    paths = [
+        {name: staging.path / name for name in plan.weight_files} for staging, plan in zip(stagings, plans, strict=True)
     ]
-    paths = [staging.path / name for staging, of_plan in zip(stagings, names, strict=True) for name in of_plan]
+    of_all = [path for of_plan in paths for path in of_plan.values()]
     syncs = [sink.sync for of_plan in sinks for sink in of_plan.values()]
     if ranks.world > 1:
         sha256_of((), beside=syncs)
         syncs = []
         ranks.wait()  # the others have written into these files, too
-    own = paths[ranks.rank :: ranks.world]
+    own = of_all[ranks.rank :: ranks.world]
     digests: dict[Path, str] = {}
     for part in ranks.gather(dict(zip(own, sha256_of(own, beside=syncs), strict=True))):
         digests |= part
-    in_order = iter(digests[path] for path in paths)
-    return [{name: next(in_order) for name in of_plan} for of_plan in names]
+    return [{name: digests[path] for name, path in of_plan.items()} for of_plan in paths]
 
 
 def _continued(plans: Sequence[Plan], stagings: Sequence[Staging], key: str) -> dict[int, Any]:
     """What is finished already; where nothing is, the places are empty afterwards."""
-    sizes = [
-        {
-            str(out.relative_to(plan.out) / shard.name): shard.nbytes
-            for out in plan.outputs.values()
-            for shard in plan.weights.shards
-        }
-        for plan in plans
-    ]
-    if all(staging.holds(key, of_plan) for staging, of_plan in zip(stagings, sizes, strict=True)):
+    if all(staging.holds(key, plan.weight_files) for staging, plan in zip(stagings, plans, strict=True)):
         done, *_ = [staging.finished(key) for staging in stagings]
         if done:
             for staging in stagings:

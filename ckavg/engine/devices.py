@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from typing import TYPE_CHECKING
 
 import torch
 
 from ckavg.engine.blocks import BLOCK, TILE
+from ckavg.engine.cores import available_cores
 from ckavg.errors import SettingError
 
 if TYPE_CHECKING:
@@ -127,15 +127,6 @@ def gpu_is_faster(nbytes: int, averages: int, cores: int) -> bool:
     on_cpu = nbytes * (once + each * averages) / min(cores, _MOST_CORES)
     on_gpu = _GPU_START + nbytes / min(_GPU_PER_CORE * min(cores, _GPU_FEEDERS), _GPU_AT_MOST)
     return on_gpu < on_cpu
-
-
-def available_cores(processes: int = 1) -> int:
-    """How many cores this process may use, where so many share them."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        cores = os.cpu_count() or 1
-    return max(1, cores // processes)
 
 
 def _gpu_has_room() -> bool:

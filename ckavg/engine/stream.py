@@ -15,7 +15,7 @@ import torch
 
 from ckavg.engine.ahead import Ahead, announcer
 from ckavg.engine.blocks import TILE, Block, check_tile, sizes_of
-from ckavg.engine.devices import available_cores
+from ckavg.engine.cores import worker_threads
 from ckavg.engine.files import Files
 from ckavg.engine.progress import OnProgress, Pass, Progress
 from ckavg.engine.ranks import ALONE, Ranks
@@ -25,8 +25,6 @@ from ckavg.run.values import Checkpoint
 
 Result = TypeVar("Result")
 Unit = TypeVar("Unit", bound=Block)
-
-_MOST_THREADS = 16
 
 SECONDS_BETWEEN_NOTES = 2.0
 """How much work may be lost to a crash. A note waits for the disk, in a thread that has nothing else to do."""
@@ -141,7 +139,7 @@ def _stream_own(
     settings: Settings,
 ) -> tuple[dict[int, Result], int]:
     """Work on the blocks of this process, by place: what came of each, and the bytes read; errors as of `stream`."""
-    threads = settings.threads or min(available_cores(settings.ranks.local_world), _MOST_THREADS)
+    threads = settings.threads or worker_threads(settings.ranks.local_world)
     tile = check_tile(settings.tile)
     blocks = [work.blocks[place] for place in own]
     of_thread = threading.local()
@@ -162,7 +160,7 @@ def _stream_own(
         return result
 
     results: dict[int, Result] = {}
-    with ExitStack() as open_files, _one_core_per_kernel():
+    with ExitStack() as open_files, one_core_per_kernel():
         announce = announcer(work.checkpoints, open_files.enter_context(Files(threads=threads + 1)), stop.is_set)
         ahead = open_files.enter_context(Ahead(work.checkpoints, blocks, announce))
         executor = ThreadPoolExecutor(threads, thread_name_prefix="ckavg")
@@ -219,8 +217,8 @@ def _reporter(
 
 
 @contextmanager
-def _one_core_per_kernel() -> Iterator[None]:
-    """The threads above are the parallelism; kernels that spawn their own would fight them for the cores."""
+def one_core_per_kernel() -> Iterator[None]:
+    """Threads of ours are the parallelism; kernels that spawn their own would fight them for the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ckavg.engine.devices import available_cores
+from ckavg.engine.cores import worker_threads
 from ckavg.engine.progress import OnProgress
 from ckavg.health.findings import find
 from ckavg.health.reading import read_all
@@ -15,8 +15,6 @@ from ckavg.health.values import Health, TensorStatistics
 from ckavg.path.table import counts
 from ckavg.run.stamps import check_unchanged
 from ckavg.run.values import Checkpoint
-
-_MOST_THREADS = 16
 
 
 def examine(
@@ -31,13 +29,13 @@ def examine(
     Args:
         source: the directory that the names of files are told from.
         checkpoints: ordered by step, the anchor first.
-        threads: how many threads read, hash and compute; None: one for each core, at least 2 and at most 16.
+        threads: how many threads read, hash and compute; None: one for each core, at least 2.
         on_progress: called in the caller's thread now and then.
 
     Raises:
         ChangedError, TruncatedShardError, ReadError: a file changed or cannot be read.
     """
-    threads = threads or max(2, min(available_cores(), _MOST_THREADS))
+    threads = threads or max(2, worker_threads())
     reading = read_all(checkpoints, threads=threads, on_progress=on_progress)
     check_unchanged(checkpoints)
     steps = tuple(checkpoint.step for checkpoint in checkpoints)

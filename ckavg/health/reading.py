@@ -17,6 +17,7 @@ import torch
 
 from ckavg.engine.files import Files
 from ckavg.engine.progress import OnProgress, Progress
+from ckavg.engine.stream import one_core_per_kernel
 from ckavg.health.hashing import Digests, hash_file
 from ckavg.health.plan import PIECE, Piece, Walk, WeightFile, data_start, plan_walk
 from ckavg.health.statistics import Gathered, Measured, PieceStatistics
@@ -194,21 +195,19 @@ def _collected(
 @contextmanager
 def _running(work: Callable[[], None], threads: int, jobs: _Jobs, digests: Digests) -> Iterator[None]:
     """Threads that work, each on one core; on leaving, they are told to stop and waited for."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the threads are the parallelism; kernels that spawn their own would fight them
     workers = [threading.Thread(target=work, name=f"ckavg-health-{number}") for number in range(threads)]
     begun = []
-    try:
-        for worker in workers:
-            worker.start()
-            begun.append(worker)
-        yield
-    finally:
-        jobs.stop()
-        digests.stop()
-        for worker in begun:
-            worker.join()
-        torch.set_num_threads(before)
+    with one_core_per_kernel():
+        try:
+            for worker in workers:
+                worker.start()
+                begun.append(worker)
+            yield
+        finally:
+            jobs.stop()
+            digests.stop()
+            for worker in begun:
+                worker.join()
 
 
 def _hash_headers(checkpoints: Sequence[Checkpoint], walk: Walk, digests: Digests) -> int:

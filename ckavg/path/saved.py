@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckavg.atomic import read_small, resolved, write_bytes
+from ckavg.atomic import resolved, write_bytes
 from ckavg.path.known import Known
 from ckavg.path.table import PathLength
 from ckavg.run.stamps import Stamps, stamps_of
 from ckavg.run.values import Run
+from ckavg.untrusted import read_small
 
 NAME = "path.json"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from ckavg.errors import listed
 from ckavg.health.values import Finding, Health
 from ckavg.report import inspection
 from ckavg.report.console import print_json, quoted, stdout_console
@@ -63,7 +64,7 @@ def print_health(found: Inspection, health: Health, *, seconds: float, as_json: 
     console.print()
     frozen = [each.tensor for each in health.findings if each.kind == "frozen" and each.tensor]
     if frozen:
-        named = ", ".join(frozen[:_NAMED]) + (", …" if len(frozen) > _NAMED else "")
+        named = listed(frozen, _NAMED)
         console.print(quoted(f"frozen   {len(frozen)} tensor{'s' * (len(frozen) > 1)} that never move ({named})"))
     console.print(f"read     {as_bytes(health.bytes_read)}, in {seconds:.1f} s")
     console.print()

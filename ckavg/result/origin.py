@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckavg.atomic import read_small, resolved
+from ckavg.atomic import resolved
 from ckavg.errors import ReadError, SettingError
 from ckavg.result.front_matter import Card, parse_card
 from ckavg.result.metadata import RELATIONS, is_hub_id, library_of, license_of_text, pipeline_of
 from ckavg.result.side_files import read_config
 from ckavg.run.files import Bounds, problem_with
 from ckavg.run.values import Checkpoint, Run
+from ckavg.untrusted import read_small
 
 _CARD = "README.md"
 

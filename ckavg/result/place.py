@@ -50,16 +50,6 @@ def place_problems(out: Path, source: Path, checkpoints: Iterable[Checkpoint], *
     return _cannot_be_made(out)
 
 
-def check_place(out: Path, run: Run, *, force: bool) -> None:
-    """Refuse to put a result where it would harm something, or cannot be made.
-
-    Raises:
-        OutputError: the first of `place_problems`.
-    """
-    for problem in place_problems(out, run.source, run.checkpoints, force=force):
-        raise problem
-
-
 def _existing(place: Path) -> Path:
     """The place, or the nearest of the directories above it that is there."""
     for each in (place, *place.parents):

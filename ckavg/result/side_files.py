@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckavg.atomic import read_small
-from ckavg.errors import ReadError, SettingError
+from ckavg.errors import ReadError, SettingError, listed
 from ckavg.result.layout import WeightPlan
 from ckavg.run.contents import ADAPTERS, holds_weights
 from ckavg.run.files import Bounds, problem_with
 from ckavg.run.foreign import foreign_weights
 from ckavg.run.layouts import is_averaged, may_hold_model
 from ckavg.run.values import DTYPE_NAMES, Checkpoint, Run
+from ckavg.untrusted import read_small
 
 CONFIG = "config.json"
 PIPELINE_CONFIG = "model_index.json"
+DTYPE_KEYS = ("dtype", "torch_dtype")
+"""Where configs state a dtype."""
 
 _SUFFIXES = frozenset(
     {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".bpe", ".spm", ".yaml", ".yml"}
@@ -32,8 +34,6 @@ _RESULTS = ("_results.json", ".index.json")
 _MOST_BYTES = 200_000_000
 _MOST_FILES = 10_000
 _DEEPEST = 8
-_DTYPE_KEYS = ("dtype", "torch_dtype")
-_NAMED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def gather_side_files(run: Run, weights: WeightPlan) -> SideFiles:
     code = sorted(name for name in files if name.endswith(".py"))
     if code:
         warnings.append(
-            f"Custom code is copied with the weights: {_listed(code)}. It is run by whoever loads the result with "
+            f"Custom code is copied with the weights: {listed(code)}. It is run by whoever loads the result with "
             "trust_remote_code; read it first."
         )
     return SideFiles(files, tuple(dict.fromkeys(warnings)))
@@ -133,9 +133,9 @@ def _asked_for(run: Run, warnings: list[str]) -> dict[str, bytes]:
             )
         weights = [name for name in matched if _is_weights(name)]
         if len(weights) == len(matched):
-            raise SettingError(f"copy: {pattern!r} matches weights alone ({_listed(weights)}), which are never copied.")
+            raise SettingError(f"copy: {pattern!r} matches weights alone ({listed(weights)}), which are never copied.")
         if weights:
-            warnings.append(f"Weights are never copied, though --copy {pattern} matches them: {_listed(weights)}.")
+            warnings.append(f"Weights are never copied, though --copy {pattern} matches them: {listed(weights)}.")
         for name in matched:
             if name not in weights:
                 files[name] = _permitted(last.directory / name, bounds)
@@ -232,7 +232,7 @@ def _with_dtype(config: bytes, dtypes: set[str]) -> bytes:
 def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
     changed = False
     for key, value in config.items():
-        if key in _DTYPE_KEYS and value in DTYPE_NAMES.values() and value != dtype:
+        if key in DTYPE_KEYS and value in DTYPE_NAMES.values() and value != dtype:
             config[key] = dtype
             changed = True
         elif isinstance(value, dict):
@@ -244,7 +244,3 @@ def _index(index: Path, placed: Mapping[str, str], total_size: int) -> bytes:
     metadata = read_config({CONFIG: _content(index)}).get("metadata")
     stated = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total_size}
     return json.dumps({"metadata": stated, "weight_map": placed}, indent=2).encode() + b"\n"
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")

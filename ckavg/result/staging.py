@@ -82,7 +82,7 @@ class Staging:
         else:
             self._clean_up()
 
-    def holds(self, key: str, sizes: Mapping[str, int]) -> bool:
+    def holds(self, key: str, sizes: Mapping[Path, int]) -> bool:
         """Whether an interrupted attempt at this very work has left its weight files here.
 
         Args:

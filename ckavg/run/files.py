@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckavg.atomic import read_small, resolved
+from ckavg.atomic import resolved
 from ckavg.errors import CkavgError, CorruptFileError, ReadError
+from ckavg.untrusted import read_small
 
 _MOST_VALUES = 2_000_000
 """Values in a JSON file: some 200 bytes each, once they are parsed. Logs and indexes of real runs have a tenth."""

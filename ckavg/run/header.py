@@ -7,7 +7,6 @@ little-endian length, a JSON object, then the tensors' bytes without gaps.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from collections.abc import Mapping
@@ -16,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckavg.atomic import open_regular
 from ckavg.errors import CorruptFileError, MissingShardError, ReadError, TruncatedShardError, UnsupportedFormatError
 from ckavg.run.values import ITEM_BYTES, Entry
+from ckavg.untrusted import open_regular, parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit that the safetensors library sets, too."""
@@ -98,7 +97,7 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
     if sum(map(text.count, (b",", b"[", b"{"))) > MOST_VALUES:
         raise CorruptFileError(f"{path} has a corrupt header: more than {MOST_VALUES:,} values.", hint=_RESAVE)
     try:
-        parsed = json.loads(text.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        parsed = parse_json(text.decode())
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path} has a corrupt header: {error}.", hint=_RESAVE) from error
     if not isinstance(parsed, dict):
@@ -115,17 +114,6 @@ def _check_metadata(path: Path, metadata: Any) -> None:
             "".join((*metadata, *metadata.values())).encode()
             return
     raise CorruptFileError(f"{path} has a corrupt header: __metadata__ must hold texts by name.", hint=_RESAVE)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a name appears twice")
-    return table
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _checked(path: Path, declared: Mapping[str, Any], data_start: int, size: int, shard: int) -> dict[str, Entry]:

@@ -20,6 +20,7 @@ from ckavg.errors import (
     TooFewCheckpointsError,
     TruncatedShardError,
     UnsupportedFormatError,
+    listed,
     raise_all,
 )
 from ckavg.run.compare import common_part, differences
@@ -197,11 +198,7 @@ def _first_of_kind(problems: Sequence[CkavgError]) -> list[CkavgError]:
 
 
 def _counted(names: Sequence[str]) -> str:
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({_listed(names)})"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({listed(names)})"
 
 
 def _about_ignored(checkpoints: list[Checkpoint]) -> tuple[str, ...]:
@@ -210,10 +207,10 @@ def _about_ignored(checkpoints: list[Checkpoint]) -> tuple[str, ...]:
     names = sorted({name for checkpoint in own for name in checkpoint.ignored})
     if names:
         read = checkpoints[-1].shards[0].path.name
-        told.append(f"Other weight files beside {read} are neither averaged nor copied: {_listed(names)}.")
+        told.append(f"Other weight files beside {read} are neither averaged nor copied: {listed(names)}.")
     averaged = sorted({name for each in checkpoints if each.kind == "pipeline" for name in each.ignored})
     if averaged:
-        told.append(f"Averages that training made are neither averaged nor copied: {_listed(averaged)}.")
+        told.append(f"Averages that training made are neither averaged nor copied: {listed(averaged)}.")
     return tuple(told)
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ckavg.errors import CkavgError
 from ckavg.result.record import Output
+from ckavg.result.side_files import CONFIG, DTYPE_KEYS
 from ckavg.run.checkpoint import read_checkpoint
+from ckavg.run.files import read_object
 from ckavg.run.values import DTYPE_NAMES, Checkpoint, Entry
 from ckavg.verify.findings import Finding
 
-CONFIG = "config.json"
-
 _INDEX = ".safetensors.index.json"
-_DTYPE_KEYS = ("dtype", "torch_dtype")
 _MOST_BYTES = 1 << 28
 _SHOWN = 8
 
@@ -38,7 +36,7 @@ def open_weights(
     """
     recorded = {name for name in output.files if name.endswith(".safetensors")}
     pipes = [path.name for path in directory.glob("*.safetensors") if not path.is_file()]
-    if pipes:  # opening one waits for whoever writes to it
+    if pipes:  # told in the words that are used of any other file
         return None, [Finding("weights", f"{shown}the weights cannot be loaded: {pipes[0]} is not a plain file.")]
     try:
         checkpoint = read_checkpoint(directory, output.step)
@@ -93,7 +91,7 @@ def _nonfinite(
 
     from ckavg.engine.blocks import TILE, Block, cut_blocks
     from ckavg.engine.stream import Settings, by_tensor, stream
-    from ckavg.engine.tiles import TORCH_DTYPES, TileReader
+    from ckavg.engine.tiles import TORCH_DTYPES, TileReader, all_finite
 
     entries = {name: entry for name, entry in checkpoint.entries.items() if entry.is_floating}
     blocks = cut_blocks(entries)
@@ -104,9 +102,7 @@ def _nonfinite(
             for start, stop in block.tiles(TILE):
                 raw = reader.raw(0, block.name, start * entry.item_bytes, stop * entry.item_bytes)
                 values = raw.view(TORCH_DTYPES[entry.dtype])
-                # NaN and infinity survive a sum; a sum that overflows is looked at again.
-                of_all = values.sum(dtype=torch.float32) if values.dtype == torch.float16 else values.sum()
-                wrong += 0 if math.isfinite(of_all) else int((~torch.isfinite(values)).sum())
+                wrong += 0 if all_finite(values) else int((~torch.isfinite(values)).sum())
             return wrong
 
         return count
@@ -150,17 +146,13 @@ def _stated(config: Mapping[str, Any]) -> list[str]:
         for key, value in parts.pop().items():
             if isinstance(value, dict):
                 parts.append(value)
-            elif key in _DTYPE_KEYS and isinstance(value, str) and value in DTYPE_NAMES.values():
+            elif key in DTYPE_KEYS and isinstance(value, str) and value in DTYPE_NAMES.values():
                 found.append(value)
     return found
 
 
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object; empty where it is none, which its checksum tells already."""
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            return {}
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    with suppress(OSError, ValueError):
+        return read_object(path, _MOST_BYTES)
+    return {}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import ckavg
 from ckavg import memory
-from ckavg.engine.stream import _MOST_THREADS
+from ckavg.engine.cores import MOST_THREADS, worker_threads
 from ckavg.errors import CombinedError, OutputExistsError, WriteError
 from ckavg.plan import checked
 from ckavg.result import place
@@ -182,9 +182,12 @@ def test_a_dry_run_tells_bytes_memory_and_all_warnings(source: Path) -> None:
     assert snapshot(source) == before
 
 
-def test_threads_are_told_as_the_engine_starts_them() -> None:
-    assert memory.MOST_THREADS == _MOST_THREADS
-    assert 1 <= memory.threads() <= memory.MOST_THREADS
+@pytest.mark.parametrize(("cores", "processes", "threads"), [(1, 1, 1), (8, 1, 8), (8, 3, 2), (2, 4, 1), (64, 1, 16)])
+def test_threads_are_as_many_as_cores_within_a_bound(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert worker_threads(processes) == threads <= MOST_THREADS
 
 
 _PEAK = """
