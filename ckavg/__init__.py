@@ -13,9 +13,9 @@ from ckavg.average import average, measure_path
 from ckavg.engine.progress import Progress
 from ckavg.engine.ranks import all_ranks
 from ckavg.errors import CkavgError
+from ckavg.hub.publish import Pushed, push_result
 from ckavg.path.table import PathLength
 from ckavg.plan import plan_average
-from ckavg.publish import Pushed, push_result
 from ckavg.result.record import Averaged
 from ckavg.run.opening import open_run
 from ckavg.run.values import Run

@@ -20,10 +20,10 @@ from ckavg.cli.options import (
 )
 from ckavg.cli.progress import show_progress
 from ckavg.cli.terminal import warn
-from ckavg.destination import Destination
 from ckavg.errors import SettingError
-from ckavg.hub import check_access
-from ckavg.publish import Pushed, continued, push_to
+from ckavg.hub.client import check_access
+from ckavg.hub.destination import Destination
+from ckavg.hub.publish import Pushed, continued, push_to
 
 
 def push(

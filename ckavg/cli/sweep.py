@@ -17,10 +17,10 @@ from ckavg.cli.options import Sweeping
 from ckavg.cli.push import check_push, destination_of, push_shown
 from ckavg.cli.ranks import together
 from ckavg.cli.terminal import say, warn
-from ckavg.destination import Destination
 from ckavg.engine.ranks import Ranks
 from ckavg.errors import HubError, SettingError, WriteError
 from ckavg.evaluation import best, check_command, evaluate, record_evaluation
+from ckavg.hub.destination import Destination
 from ckavg.plan import checked
 from ckavg.report.text import printable
 from ckavg.result.record import Averaged

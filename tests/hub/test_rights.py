@@ -9,7 +9,7 @@ import pytest
 
 import ckavg
 from ckavg.errors import HubError
-from ckavg.hub_rights import check_token, may_create
+from ckavg.hub.rights import check_token, may_create
 from tests.cli.runner import run_cli
 from tests.hub.state import Hub
 

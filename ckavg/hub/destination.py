@@ -1,4 +1,4 @@
-"""Stage *publish*: where an upload goes, as it is asked for. Pure; whether it exists is for `hub.py`."""
+"""Stage *publish*: where an upload goes, as it is asked for. Pure; whether it exists is for `client.py`."""
 
 from __future__ import annotations
 

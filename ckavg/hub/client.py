@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ckavg.destination import MAIN, Destination
 from ckavg.errors import CkavgError, HubError
-from ckavg.hub_answers import explained, may_not_write
-from ckavg.hub_rights import check_token, may_create
+from ckavg.hub.answers import explained, may_not_write
+from ckavg.hub.destination import MAIN, Destination
+from ckavg.hub.rights import check_token, may_create
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ckavg import hub
-from ckavg.destination import MAIN, Destination
 from ckavg.engine.progress import OnProgress, Progress
 from ckavg.errors import HubError, RecordError
-from ckavg.hub import HubFile
+from ckavg.hub import client
+from ckavg.hub.client import HubFile
+from ckavg.hub.destination import MAIN, Destination
 from ckavg.plan import CARD
 from ckavg.result.command import as_options, shell_word
 from ckavg.run.checkpoint import RESULT_RECORD
@@ -87,7 +87,7 @@ def push_to(directory: Path, destination: Destination, *, on_progress: OnProgres
     """The same, to a destination that was checked before, say."""
     record = read_record(directory)
     try:
-        access = hub.check_access(destination, record.output.files)
+        access = client.check_access(destination, record.output.files)
         files, warnings = _checked(directory, record, on_progress)
         total, done = sum(file.size for file in files), 0
 
@@ -101,7 +101,7 @@ def push_to(directory: Path, destination: Destination, *, on_progress: OnProgres
             on_progress(Progress("upload", 0, total))
         steps = f"steps {record.steps[0]} to {record.output.step}"
         message = f"Upload {record.output.name}, the average of {steps}"
-        uploaded = hub.upload(destination, access, files, message=message, on_done=sent)
+        uploaded = client.upload(destination, access, files, message=message, on_done=sent)
     except HubError as error:
         error.add_note(f"The result is complete in {directory}. {continued(directory, destination)}")
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ckavg.hub_answers import may_not_write
+from ckavg.hub.answers import may_not_write
 
 _WRITE, _DISCUSS = "repo.write", "discussion.write"
 _ROLES_THAT_WRITE = ("admin", "write", "contributor")
