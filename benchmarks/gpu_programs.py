@@ -82,9 +82,9 @@ def _by_command(words: Sequence[str]) -> int:
 def _by_library(words: Sequence[str]) -> int:
     from ckavg.average import carry_out
     from ckavg.plan import plan_average
-    from ckavg.run.opening import open_run
     from ckavg.schemes import SCHEMES, Mean, Scheme
     from ckavg.schemes.parse import parse_schemes
+    from ckavg.sources import open_run
 
     verb, source, *rest = words
     options = rest[rest.index("--out") :]
@@ -144,8 +144,8 @@ def _rate(source: Path, device: str, tile: int, threads: int, number: int) -> fl
     from ckavg.engine.stream import Settings
     from ckavg.path.measure import measure
     from ckavg.replay.replay import Average, replay
-    from ckavg.run.opening import open_run
     from ckavg.schemes import EMA, Timeline
+    from ckavg.sources import open_run
 
     run = open_run(source)
     settings = Settings(device=device, tile=tile, threads=threads)

@@ -17,9 +17,9 @@ from ckavg.hub.publish import Pushed, push_result
 from ckavg.path.table import PathLength
 from ckavg.plan import plan_average
 from ckavg.result.record import Averaged
-from ckavg.run.opening import open_run
 from ckavg.run.values import Run
 from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, MomentumEMA
+from ckavg.sources import open_run
 from ckavg.verify.findings import Verified
 from ckavg.verify.verify import verify_result
 from ckavg.version import __version__

@@ -16,19 +16,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckavg.atomic import resolved
-from ckavg.engine.progress import OnProgress
+from ckavg.engine.progress import OnProgress, Progress
 from ckavg.engine.ranks import ALONE, Ranks
 from ckavg.errors import SettingError
 from ckavg.path.plan import PathPlan, plan_path
 from ckavg.path.saved import remember
 from ckavg.path.table import PathLength, ZeroSigma
-from ckavg.plan import Plan, check_together, plan_average
+from ckavg.plan import Plan, check_together, fetching_of, fetching_of_path, plan_average
 from ckavg.recording import Work, completed, record_of
 from ckavg.result.leftovers import tidy
 from ckavg.result.record import Averaged, Seconds
+from ckavg.run.opening import Inspection
 from ckavg.run.stamps import Stamps, check_unchanged, stamps_of
-from ckavg.run.values import Run
+from ckavg.run.values import Fetching, Remote, Run
 from ckavg.schemes import Coefficients, Scheme, Timeline
+from ckavg.sources import as_users_know
 from ckavg.together import agree, agree_on, opened, settled, staged
 from ckavg.version import __version__
 
@@ -74,15 +76,16 @@ def measure_path(
     from ckavg.engine.devices import fitted, resolve_device
     from ckavg.engine.stream import Settings
 
-    with ranks.as_one():
+    with ranks.as_one(), as_users_know(run.remote):
         plan = plan_path(run, exclude=path_exclude, sample=sample)
         nbytes = plan.nbytes // ranks.world if plan.sample == 1 else 0  # an estimate is the CPU's in any case
         own = ranks.own_device(resolve_device(device, nbytes=nbytes))
-        settings = fitted(Settings(device=own, on_progress=on_progress, ranks=ranks))
+        settings = fitted(Settings(device=own, on_progress=on_progress, ranks=ranks, remote=run.remote))
         agree(run, ranks, plan.exclude, zero_sigma, sample, allow_nonfinite)
+        fetch(run.remote, fetching_of_path(run, plan), on_progress)
         path = _measure(run, plan, zero_sigma, settings, allow_nonfinite=allow_nonfinite)
         if ranks.is_first:
-            check_unchanged(run.checkpoints)
+            _check_unchanged(run)
         return path
 
 
@@ -189,17 +192,20 @@ def carry_out(
 
     begun = time.perf_counter()
     run = plans[0].run
-    with ranks.as_one(), ExitStack() as stack:
+    with ranks.as_one(), ExitStack() as stack, as_users_know(run.remote):
         if accumulate not in ACCUMULATE:
             raise SettingError(f"accumulate is {accumulate!r}; it must be one of {', '.join(ACCUMULATE)}.")
         check_together(plans)
         nbytes = max(plan.path_bytes for plan in plans) + max(plan.replay_bytes for plan in plans)
         own = ranks.own_device(resolve_device(device, nbytes=nbytes // ranks.world, averages=len(plans)))
-        settings = fitted(Settings(device=own, on_progress=on_progress, ranks=ranks), averages=len(plans))
+        settings = fitted(
+            Settings(device=own, on_progress=on_progress, ranks=ranks, remote=run.remote), averages=len(plans)
+        )
         agree_on(plans, ranks, accumulate, zero_sigma, allow_nonfinite)
         if ranks.is_first:
             for directory in {resolved(plan.out).parent for plan in plans}:
                 tidy(directory)
+        fetch(run.remote, fetching_of(plans), on_progress)
         stagings = staged(plans, ranks, stack)
         measuring = time.perf_counter()
         planned = next((plan.path for plan in plans if plan.path), None)
@@ -212,7 +218,7 @@ def carry_out(
             plans, coefficients, stagings, accumulate, stamps, settings, allow_nonfinite=allow_nonfinite
         )
         if ranks.is_first:
-            check_unchanged(run.checkpoints)
+            _check_unchanged(run)
         done = time.perf_counter()
         work = Work(
             accumulate=_accumulated(run, accumulate),
@@ -236,7 +242,55 @@ def carry_out(
             return tuple(records)
 
         records = ranks.first(finish)
+        if run.remote is not None:
+            run.remote.release()
     return Done(records, path)
+
+
+def fetch(remote: Remote | None, fetching: Fetching | None, on_progress: OnProgress | None) -> None:
+    """Fetch whole what is to be fetched whole of a run that is not on this machine.
+
+    Raises:
+        HubError, ReadError: it could not be fetched. What came of it stays.
+    """
+    if remote is None or fetching is None or not fetching.whole:
+        return
+    total, done = fetching.whole_bytes, 0
+
+    def fetched(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if on_progress:
+            on_progress(Progress("fetch", done, total))
+
+    fetched(0)
+    remote.fetch(fetching, fetched)
+
+
+def fetch_all(found: Inspection, on_progress: OnProgress | None) -> None:
+    """Fetch whole all weight files of what was inspected, for a work that reads them as files.
+
+    Raises:
+        SettingError: there is no room for all of them.
+        HubError, ReadError: they could not be fetched. What came of them stays.
+    """
+    if found.remote is None:
+        return
+    paths = [shard.path for checkpoint in found.checkpoints for shard in checkpoint.shards]
+    fetching = found.remote.plan(dict.fromkeys(paths, 2.0), other_bytes=0)
+    if fetching.streamed_bytes:
+        raise SettingError(
+            f"All weights are to be read as files, {fetching.streamed_bytes / 2e9:.2f} GB; there is room for "
+            f"{fetching.room / 1e9:.2f} GB at {fetching.directory}.",
+            hint="Choose fewer checkpoints, or more room with --max-disk or HF_HOME.",
+        )
+    fetch(found.remote, fetching, on_progress)
+
+
+def _check_unchanged(run: Run) -> None:
+    check_unchanged(run.checkpoints)
+    if run.remote is not None:
+        run.remote.check_unchanged()
 
 
 def _replay(

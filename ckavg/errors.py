@@ -153,7 +153,7 @@ class CombinedError(CkavgError):
 
 def is_passing(error: BaseException) -> bool:
     """Whether the same work may well succeed when it is tried again, and what was done of it is worth keeping."""
-    return isinstance(error, KeyboardInterrupt | ReadError | WriteError | RanksError)
+    return isinstance(error, KeyboardInterrupt | ReadError | WriteError | RanksError | HubError)
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from ckavg.engine.blocks import TILE
 from ckavg.engine.cores import worker_threads
-from ckavg.plan import Plan
+from ckavg.engine.window import WINDOW_BYTES
+from ckavg.plan import Plan, fetching_of
 
 _LIBRARIES = 235_000_000
 """Python, torch and the other libraries, before anything is read: measured on Linux with torch for the CPU."""
@@ -40,4 +41,6 @@ def memory_bytes(plans: Sequence[Plan]) -> int:
         known += _PER_DISTANCE * len(run.tensors) * len(run.checkpoints)
     beside = sum(len(data) for data in plans[0].side_files.values())
     headers = sum(len(shard.header) for shard in plans[0].weights.shards)
-    return _LIBRARIES + buffers + known + 2 * (beside + headers)
+    fetching = fetching_of(plans)
+    window = min(WINDOW_BYTES, fetching.streamed_bytes) if fetching is not None else 0
+    return _LIBRARIES + buffers + known + 2 * (beside + headers) + window

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from ckavg import advice
 from ckavg.atomic import resolved
 from ckavg.errors import CkavgError, SettingError, raise_all
 from ckavg.path.plan import PathPlan, check_sample, plan_path
+from ckavg.path.table import to_measure
 from ckavg.result.layout import WeightPlan, plan_weights
 from ckavg.result.origin import Origin, find_origin
 from ckavg.result.place import place_problems, space_problems
@@ -17,8 +18,9 @@ from ckavg.result.side_files import gather_side_files
 from ckavg.run.checkpoint import RESULT_RECORD
 from ckavg.run.opening import Inspection, as_run, worst_first
 from ckavg.run.trainer_log import learning_rates
-from ckavg.run.values import Run
+from ckavg.run.values import Fetching, Run
 from ckavg.schemes import Scheme, Timeline
+from ckavg.sources import as_users_know
 
 DTYPES = ("source", "float32", "bfloat16", "float16", "float64")
 CARD = "README.md"
@@ -143,10 +145,34 @@ def plan_averages(
 
     Other args, errors: as of `average`.
     """
+    with as_users_know(run.remote):
+        return _plan_averages(
+            run,
+            wanted,
+            dtype=dtype,
+            path_exclude=path_exclude,
+            sample=sample,
+            snapshot_every=snapshot_every,
+            card=card,
+            force=force,
+        )
+
+
+def _plan_averages(
+    run: Run,
+    wanted: Sequence[tuple[Scheme, Path | str | None]],
+    *,
+    dtype: str,
+    path_exclude: Sequence[str],
+    sample: float,
+    snapshot_every: int | None,
+    card: Path | str | None,
+    force: bool,
+) -> list[Plan]:
     if dtype not in DTYPES:
         raise SettingError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
     check_sample(sample)
-    placed = [(scheme, place_of(run.source, scheme, out)) for scheme, out in wanted]
+    placed = [(scheme, place_of(run.home, scheme, out)) for scheme, out in wanted]
     problems: list[CkavgError] = []
     for _, place in placed:
         problems += place_problems(place, run.source, run.checkpoints, force=force)
@@ -156,6 +182,8 @@ def plan_averages(
     needs_path = any(scheme.needs_path for scheme, _ in wanted)
     path = plan_path(run, exclude=path_exclude, sample=sample) if needs_path else None
     rates = learning_rates(run.last)
+    told = run.remote.told if run.remote is not None else str
+    of_files = tuple(map(told, beside.warnings + origin.warnings))
     plans = []
     for scheme, place in placed:
         start = _start(run, scheme)
@@ -172,7 +200,7 @@ def plan_averages(
             snapshots=snapshots,
             path=path if scheme.needs_path else None,
             replay_bytes=_replay_bytes(run, start, outputs=len(snapshots) + 1),
-            warnings=run.warnings + beside.warnings + origin.warnings + advice.before(run, scheme, rates),
+            warnings=run.warnings + of_files + advice.before(run, scheme, rates),
         )
         plans.append(plan)
     # Each by itself: those that do not fit together are refused where they are carried out together.
@@ -181,9 +209,42 @@ def plan_averages(
     return plans
 
 
-def place_of(source: Path, scheme: Scheme, out: Path | str | None) -> Path:
-    """Where a result goes: where it was asked for, else under the scheme's name in `averaged` of the source."""
-    return Path(out) if out is not None else source / "averaged" / scheme.label
+def fetching_of(plans: Sequence[Plan]) -> Fetching | None:
+    """What carrying out these plans fetches, and how; None for a run on this machine."""
+    run = plans[0].run
+    if run.remote is None:
+        return None
+    path = next((plan.path for plan in plans if plan.path), None)
+    readings = _readings(run, path, min(_start(run, plan.scheme) for plan in plans))
+    return run.remote.plan(readings, other_bytes=sum(plan.write_bytes for plan in plans))
+
+
+def fetching_of_path(run: Run, path: PathPlan) -> Fetching | None:
+    """What measuring a path fetches, and how; None for a run on this machine."""
+    return (
+        run.remote.plan(_readings(run, path, len(run.checkpoints)), other_bytes=0) if run.remote is not None else None
+    )
+
+
+def _readings(run: Run, path: PathPlan | None, start: int) -> dict[Path, float]:
+    """How often each weight file is read: in pass 1, and from checkpoint number `start` on in pass 2."""
+    readings: dict[Path, float] = {}
+    to_read: Collection[int] = ()
+    if path is not None and path.nbytes:
+        entries = to_measure(run.tensors, path.exclude)
+        to_read = (
+            path.recalled.known.left_to_measure(entries).to_read if path.sample == 1 else range(len(run.checkpoints))
+        )
+    for index, checkpoint in enumerate(run.checkpoints):
+        count = (path.sample if path is not None and index in to_read else 0.0) + (index >= start)
+        for shard in checkpoint.shards:
+            readings[shard.path] = readings.get(shard.path, 0.0) + count
+    return readings
+
+
+def place_of(home: Path, scheme: Scheme, out: Path | str | None) -> Path:
+    """Where a result goes: where it was asked for, else under the scheme's name in `averaged` of the run's home."""
+    return Path(out) if out is not None else home / "averaged" / scheme.label
 
 
 def checked(found: Inspection, places: Sequence[Path], *, force: bool = False) -> Run:

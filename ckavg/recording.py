@@ -53,8 +53,8 @@ def record_of(
     return Averaged(
         scheme=scheme.name,
         parameters=scheme.parameters(),
-        source=run.source,
-        selection=run.selection.stated,
+        source=run.address,
+        selection=_selection(run),
         steps=run.steps,
         anchor_step=anchor,
         span=run.steps[-1] - anchor,
@@ -78,7 +78,7 @@ def record_of(
         inputs=tuple(
             Input(
                 checkpoint.step,
-                checkpoint.directory,
+                run.place(checkpoint.directory),
                 dict(zip(checkpoint.names, (shard.nbytes for shard in checkpoint.shards), strict=True)),
                 checksum,
             )
@@ -88,6 +88,12 @@ def record_of(
         bytes_read=work.bytes_read,
         seconds=work.seconds,
     )
+
+
+def _selection(run: Run) -> dict[str, int | str | tuple[str, ...]]:
+    """What was chosen, with an anchor from elsewhere as it was named."""
+    init = run.selection.init
+    return run.selection.stated | ({} if init is None else {"init": run.place(init)})
 
 
 def left_out_of_path(run: Run, path: PathLength) -> tuple[str, ...]:

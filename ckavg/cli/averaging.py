@@ -12,14 +12,15 @@ from ckavg.cli.options import Averaging, Measuring
 from ckavg.cli.progress import show_progress
 from ckavg.cli.push import check_push, destination_of, push_shown
 from ckavg.cli.ranks import together
-from ckavg.cli.terminal import warn
+from ckavg.cli.terminal import say, warn
 from ckavg.engine.ranks import Ranks
-from ckavg.plan import Plan, checked, place_of, plan_averages
+from ckavg.plan import Plan, checked, fetching_of, place_of, plan_averages
+from ckavg.report.text import printable
 from ckavg.result.leftovers import find_leftovers
 from ckavg.result.place import check_file
-from ckavg.run.opening import inspect_run
-from ckavg.run.values import Run
+from ckavg.run.values import Fetching, Run
 from ckavg.schemes import Scheme
+from ckavg.sources import inspect_source
 
 
 def averaging_command(make_scheme: Callable[..., Scheme]) -> Command:
@@ -39,8 +40,8 @@ def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
     from ckavg.report.push import print_pushed
 
     destination = destination_of(options)
-    found = inspect_run(options.source, options.selection(scheme.every_from))
-    run = checked(found, [place_of(found.source, scheme, options.out)], force=options.force)
+    found = inspect_source(options.source, options.selection(scheme.every_from), max_disk=options.max_disk)
+    run = checked(found, [place_of(found.home, scheme, options.out)], force=options.force)
     check_plot(options, run)
     (plan,) = plans_of(run, [(scheme, options.out)], options)
     warn_of(plan.warnings)
@@ -85,7 +86,10 @@ def plans_of(run: Run, wanted: Sequence[tuple[Scheme, Path | None]], options: Av
 
 def carry_out_shown(plans: Sequence[Plan], options: Averaging, ranks: Ranks) -> Done:
     """Carry out plans and show how far they have come."""
+    fetching = fetching_of(plans)
+    tell_fetching(fetching, quiet=options.quiet or not ranks.is_first)
     passes = 2 if any(plan.path_bytes for plan in plans) else 1
+    passes += fetching is not None and bool(fetching.whole)
     with show_progress(passes, quiet=options.quiet or not ranks.is_first) as on_progress:
         return carry_out(
             plans,
@@ -96,6 +100,15 @@ def carry_out_shown(plans: Sequence[Plan], options: Averaging, ranks: Ranks) -> 
             on_progress=on_progress,
             ranks=ranks,
         )
+
+
+def tell_fetching(fetching: Fetching | None, *, quiet: bool) -> None:
+    """Say what will be fetched, and how much of the disk it takes, before it begins."""
+    from ckavg.report.fetching import fetching_lines
+
+    if not quiet:
+        for line in fetching_lines(fetching):
+            say(printable(line))
 
 
 def warn_of(warnings: Iterable[str]) -> None:

@@ -14,8 +14,8 @@ from ckavg.cli.progress import show_steps
 from ckavg.engine.ranks import Ranks
 from ckavg.errors import OutputExistsError, SettingError, WriteError
 from ckavg.result.record import Averaged
-from ckavg.run.opening import open_run
 from ckavg.schemes import BEMA, EMA, PEMA
+from ckavg.sources import open_run
 
 if TYPE_CHECKING:
     from ckavg.demo.train import TrainedRun

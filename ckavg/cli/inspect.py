@@ -15,7 +15,8 @@ from ckavg.cli.options import Choice, Json, Quiet, Verbose
 from ckavg.cli.progress import show_progress
 from ckavg.engine.ranks import Ranks
 from ckavg.result.leftovers import find_leftovers
-from ckavg.run.opening import Inspection, inspect_run
+from ckavg.run.opening import Inspection
+from ckavg.sources import inspect_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ def inspect(options: Inspecting) -> None:
     from ckavg.report import inspection as report
 
     with failures(verbose=options.verbose):
-        found = _with_leftovers(inspect_run(options.source, options.selection()))
+        found = _with_leftovers(inspect_source(options.source, options.selection(), max_disk=options.max_disk))
         is_sound = not found.problems
         if options.deep:
             is_sound = _look_deep(found, options) and is_sound
@@ -51,7 +52,7 @@ def inspect(options: Inspecting) -> None:
 
 def _with_leftovers(found: Inspection) -> Inspection:
     """With a warning for each average that was interrupted where results go by default."""
-    left = find_leftovers(found.source / "averaged")
+    left = find_leftovers(found.home / "averaged")
     return dataclasses.replace(found, warnings=found.warnings + tuple(map(str, left)))
 
 
@@ -59,12 +60,16 @@ def _look_deep(found: Inspection, options: Inspecting) -> bool:
     """Read the weights of the checkpoints that can be read, show what they reveal; whether they are sound."""
     if not Ranks.of_environment().is_first:  # one reads for all processes of a job
         return True
+    from ckavg.average import fetch_all
     from ckavg.health.examine import examine
     from ckavg.report.health import print_health
 
     begun = time.perf_counter()
     with show_progress(1, quiet=options.quiet) as on_progress:
+        fetch_all(found, on_progress)
         health = examine(found.source, found.checkpoints, on_progress=on_progress)
+        if found.remote is not None:
+            found.remote.release()
     seconds = time.perf_counter() - begun
     if options.as_json or not options.quiet:
         print_health(found, health, seconds=seconds, as_json=options.as_json)

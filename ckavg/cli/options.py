@@ -21,7 +21,7 @@ Source = Annotated[
     Path,
     typer.Argument(
         metavar="SOURCE",
-        help="Directory of saved checkpoints.",
+        help="Directory of saved checkpoints, hf://owner/name, or an address such as s3://bucket/run.",
         show_default="current directory",
         readable=False,  # that it is not is no wrong usage, and said later
     ),
@@ -58,7 +58,7 @@ class Choice:
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="The anchor θ_0: the base model's directory or file.",
+            help="The anchor θ_0: the base model's directory, file or hf://owner/name.",
             show_default="the first checkpoint",
             readable=False,
             rich_help_panel=_CHOICE,
@@ -84,6 +84,24 @@ class Choice:
     last: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Take the newest N checkpoints only.", rich_help_panel=_CHOICE),
+    ] = None
+    revisions: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            help="Revisions of hf://owner/name, each of which is a checkpoint (repeatable).",
+            show_default=False,
+            rich_help_panel=_CHOICE,
+        ),
+    ] = None
+    max_disk: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Fetch at most this much of a remote SOURCE to the disk, such as 50GB; stream the rest.",
+            show_default="all, if there is room",
+            rich_help_panel=_CHOICE,
+        ),
     ] = None
     skip_incomplete: Annotated[
         bool,
@@ -112,6 +130,7 @@ class Choice:
             last=self.last,
             skip_incomplete=self.skip_incomplete,
             common_only=self.common_only,
+            revisions=tuple(self.revisions or ()),
         )
 
 

@@ -11,14 +11,17 @@ import typer
 
 from ckavg import advice
 from ckavg.average import measure_path
-from ckavg.cli.averaging import check_plot, warn_of
+from ckavg.cli.averaging import check_plot, tell_fetching, warn_of
 from ckavg.cli.commands import with_options
 from ckavg.cli.options import Measuring
 from ckavg.cli.progress import show_progress
 from ckavg.cli.ranks import together
+from ckavg.path.plan import plan_path
+from ckavg.plan import fetching_of_path
 from ckavg.recording import left_out_of_path
 from ckavg.result.place import check_file
-from ckavg.run.opening import as_run, inspect_run
+from ckavg.run.opening import as_run
+from ckavg.sources import inspect_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +43,18 @@ def path(options: MeasuringPath) -> None:
     from ckavg.report import path as report
 
     with together(verbose=options.verbose) as ranks:
-        run = as_run(inspect_run(options.source, options.selection()))
+        run = as_run(inspect_source(options.source, options.selection(), max_disk=options.max_disk))
         check_plot(options, run)
         if options.csv is not None:
             check_file(options.csv, run)
         warnings = run.warnings + advice.about_anchor(run.steps[0], with_init=run.anchor_is_init)
         warn_of(warnings)
+        fetching = fetching_of_path(run, plan_path(run, exclude=options.path_exclude or (), sample=options.sample))
+        tell_fetching(fetching, quiet=options.quiet or not ranks.is_first)
         begun = time.perf_counter()
-        with show_progress(1, quiet=options.quiet or not ranks.is_first) as on_progress:
+        with show_progress(
+            1 + (fetching is not None and bool(fetching.whole)), quiet=options.quiet or not ranks.is_first
+        ) as on_progress:
             measured = measure_path(
                 run,
                 path_exclude=options.path_exclude or (),

@@ -17,6 +17,7 @@ _TITLES = {
     "weights": "looking for NaN",
     "elements": "computing elements again",
     "sources": "reading the sources",
+    "fetch": "fetching",
     "upload": "uploading",
 }
 _SECONDS_BETWEEN_LINES = 5.0
@@ -93,7 +94,7 @@ class _Lines:
         title = _title(news, len(self._begun), self._passes)
         if is_new:
             kept = f"; {news.kept / 1e9:.2f} GB more were done before it was interrupted" if news.kept else ""
-            what = "to send" if news.stage == "upload" else "to read"
+            what = {"upload": "to send", "fetch": "to fetch"}.get(news.stage, "to read")
             say(f"{title}: {news.total / 1e9:.2f} GB {what}{kept}")
             return
         rate = news.done / max(now - begun, 1e-9)

@@ -24,9 +24,9 @@ from ckavg.hub.destination import Destination
 from ckavg.plan import checked
 from ckavg.report.text import printable
 from ckavg.result.record import Averaged
-from ckavg.run.opening import inspect_run
 from ckavg.schemes import SCHEMES, Scheme
 from ckavg.schemes.parse import is_scheme, parse_schemes
+from ckavg.sources import inspect_source
 
 
 def _describe(
@@ -77,8 +77,8 @@ def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -
             "sweep: with --every, all averages must begin at one burn-in, for updates are counted from it.",
             hint="Sweep each burn-in by itself.",
         )
-    found = inspect_run(options.source, options.selection(origins.pop()))
-    base = options.out if options.out is not None else found.source / "averaged"
+    found = inspect_source(options.source, options.selection(origins.pop()), max_disk=options.max_disk)
+    base = options.out if options.out is not None else found.home / "averaged"
     places = [base / scheme.label for scheme in schemes]
     run = checked(found, places, force=options.force)
     check_plot(options, run)

@@ -13,8 +13,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from ckavg.errors import ReadError, TruncatedShardError
+
+if TYPE_CHECKING:
+    from ckavg.engine.window import Window
 
 _HAS_PREADV = hasattr(os, "preadv")
 _HAS_NOWAIT = _HAS_PREADV and hasattr(os, "RWF_NOWAIT")
@@ -28,9 +32,11 @@ class Files:
 
     Args:
         threads: how many threads read at the same time; they share the process's limit on open files.
+        window: through which files are read that are not on this machine; None where all are.
     """
 
-    def __init__(self, *, threads: int) -> None:
+    def __init__(self, *, threads: int, window: Window | None = None) -> None:
+        self._window = window
         self._most = max(2, usable_handles() // threads)
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._can_read_cached = _HAS_NOWAIT
@@ -50,6 +56,10 @@ class Files:
             ReadError: the system would not let us read it.
         """
         size = len(buffer)
+        if self._window is not None and self._window.has(path):
+            self._window.read_into(path, offset, buffer)
+            self.bytes_read += size
+            return
         try:
             done = self._read_cached(self._handle(path), buffer, offset)
             if done < size:
@@ -76,7 +86,7 @@ class Files:
         """
         size = len(buffer) // len(offsets)
         place = 0
-        if self._can_read_cached:
+        if self._can_read_cached and not (self._window is not None and self._window.has(path)):
             with suppress(OSError):  # whatever is wrong is found again, and told, below
                 handle = self._handle(path)
                 while place < len(offsets):  # lean: this may be done a million times
@@ -90,7 +100,7 @@ class Files:
 
     def announce(self, path: Path, offset: int, nbytes: int) -> None:
         """Tell the system that these bytes will be read soon, so that it fetches them in large pieces at once."""
-        if _HAS_FADVISE:
+        if _HAS_FADVISE and not (self._window is not None and self._window.has(path)):
             with suppress(OSError):  # a hint; whatever is wrong shows when the bytes are read
                 os.posix_fadvise(self._handle(path), offset, nbytes, os.POSIX_FADV_WILLNEED)
 

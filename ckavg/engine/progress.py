@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Pass = Literal["path", "replay", "health", "files", "weights", "elements", "sources", "upload"]
+Pass = Literal["path", "replay", "health", "files", "weights", "elements", "sources", "fetch", "upload"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,8 @@ class Progress:
 
     Attributes:
         stage: `path` for pass 1, `replay` for pass 2, `health` for `inspect --deep`; of a result that is verified, what
-            is read of it: its `files`, its `weights`, single `elements`, or all of its `sources`; `upload` to the Hub.
+            is read of it: its `files`, its `weights`, single `elements`, or all of its `sources`; `fetch` of files that
+            are fetched whole before they are read, `upload` to the Hub.
         done: bytes worked through.
         total: bytes to work through.
         kept: bytes beside these that an interrupted attempt had worked through.

@@ -21,7 +21,8 @@ from ckavg.engine.progress import OnProgress, Pass, Progress
 from ckavg.engine.ranks import ALONE, Ranks
 from ckavg.engine.shares import OfAll, own_share
 from ckavg.engine.tiles import TileReader
-from ckavg.run.values import Checkpoint
+from ckavg.engine.window import Window, far_files
+from ckavg.run.values import Checkpoint, Remote
 
 Result = TypeVar("Result")
 Unit = TypeVar("Unit", bound=Block)
@@ -40,6 +41,7 @@ class Settings:
         tile: elements computed at once: a power of two.
         on_progress: called in the caller's thread now and then.
         ranks: the processes that share the work.
+        remote: where files are that are not on this machine; None where all are.
         compiled_from_bytes: how much a pass must read for a compiled kernel to be worth loading, where there is one.
     """
 
@@ -48,6 +50,7 @@ class Settings:
     tile: int = TILE
     on_progress: OnProgress | None = None
     ranks: Ranks = ALONE
+    remote: Remote | None = None
     compiled_from_bytes: int = 16 << 30
 
 
@@ -145,11 +148,12 @@ def _stream_own(
     of_thread = threading.local()
     readers: list[TileReader] = []
     stop = threading.Event()
+    window: Window | None = None
 
     def do(place: int, block: Unit) -> Result:
         settings.ranks.check()
         if not hasattr(of_thread, "worker"):
-            files = open_files.enter_context(Files(threads=threads + 1))
+            files = open_files.enter_context(Files(threads=threads + 1, window=window))
             of_thread.reader = TileReader(work.checkpoints, files, tile=tile, stopped=stop.is_set)
             readers.append(of_thread.reader)
             of_thread.worker = make_worker(of_thread.reader)
@@ -161,7 +165,10 @@ def _stream_own(
 
     results: dict[int, Result] = {}
     with ExitStack() as open_files, one_core_per_kernel():
-        announce = announcer(work.checkpoints, open_files.enter_context(Files(threads=threads + 1)), stop.is_set)
+        if settings.remote is not None and far_files(settings.remote, work.checkpoints):
+            window = open_files.enter_context(Window(settings.remote, work.checkpoints, blocks, stop.is_set))
+        files = open_files.enter_context(Files(threads=threads + 1, window=window))
+        announce = announcer(work.checkpoints, files, stop.is_set)
         ahead = open_files.enter_context(Ahead(work.checkpoints, blocks, announce))
         executor = ThreadPoolExecutor(threads, thread_name_prefix="ckavg")
         try:

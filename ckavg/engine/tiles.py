@@ -13,15 +13,12 @@ from ckavg.engine.blocks import Block
 from ckavg.engine.checksums import BlockSums
 from ckavg.engine.cuda import CudaStreams, Uploader
 from ckavg.engine.files import Files
+from ckavg.engine.window import Stopped
 from ckavg.errors import NonFiniteError
 from ckavg.run.values import Checkpoint
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Floating dtypes: safetensors code to torch dtype."""
-
-
-class Stopped(Exception):  # noqa: N818 - nothing is wrong with what it stops
-    """The pass ends before its work is done; raised in a thread of it, and seen by nobody else."""
 
 
 class TileReader:

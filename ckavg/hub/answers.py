@@ -18,7 +18,9 @@ _STATUS_OF_XET = re.compile(r"HTTP status (?:client|server) error \((\d{3}) ")
 _LOGIN = "Log in with: hf auth login"
 
 
-def explained(error: Exception, *, doing: str, repo: str, endpoint: str, quoting: bool = True) -> HubError | None:
+def explained(
+    error: Exception, *, doing: str, repo: str, endpoint: str, quoting: bool = True, right: str = "write"
+) -> HubError | None:
     """What a client's exception means, and what to do next; None for one that is no answer of the Hub: a bug.
 
     Args:
@@ -27,6 +29,7 @@ def explained(error: Exception, *, doing: str, repo: str, endpoint: str, quoting
         repo: the repository.
         endpoint: address of the Hub.
         quoting: whether the words of the answer may be repeated.
+        right: what the token must give a right to: to `write`, or to `read`.
     """
     said = _shortened if quoting else _withheld
     begun = f"{repo}: {doing} failed"
@@ -36,7 +39,7 @@ def explained(error: Exception, *, doing: str, repo: str, endpoint: str, quoting
         if getattr(response, "status_code", None) is not None:
             gated = "Gated" in type(each).__name__
             reason, after = said(_reason(response)), str(response.headers.get("Retry-After") or "")
-            return _refused(response.status_code, reason, after, begun, repo, endpoint, is_gated=gated)
+            return _refused(response.status_code, reason, after, begun, repo, endpoint, right, is_gated=gated)
     names = {kind.__name__ for each in chain for kind in type(each).__mro__}
     if "OfflineModeIsEnabled" in names:
         return HubError(
@@ -53,7 +56,7 @@ def explained(error: Exception, *, doing: str, repo: str, endpoint: str, quoting
     if any(_is_of_client(each) for each in chain) or isinstance(error, OSError):
         told = str(chain[-1]) or type(chain[-1]).__name__
         if found := _STATUS_OF_XET.search(told):
-            return _refused(int(found[1]), said(told), "", begun, repo, endpoint)
+            return _refused(int(found[1]), said(told), "", begun, repo, endpoint, right)
         return HubError(
             f"{begun}: the connection to {endpoint} failed: {said(told)}.",
             hint=f"Check the network, HF_ENDPOINT and the proxy: curl -I {endpoint}",
@@ -82,7 +85,7 @@ def may_not_write(repo: str, endpoint: str, why: str) -> HubError:
 
 
 def _refused(
-    status: int, reason: str, after: str, begun: str, repo: str, endpoint: str, *, is_gated: bool = False
+    status: int, reason: str, after: str, begun: str, repo: str, endpoint: str, right: str, *, is_gated: bool = False
 ) -> HubError:
     """What a status means. `reason` is in the Hub's own words, `after` its seconds to wait; both may be empty."""
     told = f": {reason}" if reason else ""
@@ -99,7 +102,7 @@ def _refused(
             )
         return HubError(
             f"{begun}: the token has no right to it (403){told}.",
-            hint=f"Make a token with write access at {endpoint}/settings/tokens, then: hf auth login --force",
+            hint=f"Make a token with {right} access at {endpoint}/settings/tokens, then: hf auth login --force",
         )
     if status == 404:
         return HubError(

@@ -174,14 +174,15 @@ def _asking(doing: str, repo: str, api: HfApi) -> Iterator[None]:
     except CkavgError:
         raise
     except Exception as error:
-        secret = _holds_token(error)
+        secret = holds_token(error)
         told = explained(error, doing=doing, repo=repo, endpoint=api.endpoint, quoting=not secret)
         if told is None:
             raise
         raise told from (None if secret else error)
 
 
-def _holds_token(error: BaseException) -> bool:
+def holds_token(error: BaseException) -> bool:
+    """Whether the text of an exception, or of what caused it, holds the token."""
     from huggingface_hub import get_token
 
     token = get_token()

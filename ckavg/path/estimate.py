@@ -20,7 +20,7 @@ from torch import Tensor
 from ckavg.engine.blocks import Strips
 from ckavg.engine.stream import Settings, by_tensor, stream
 from ckavg.engine.tiles import TileReader
-from ckavg.path.strips import Sampling, choose_strips, cut_strips
+from ckavg.path.strips import Sampling, cut_strips, strips_of
 from ckavg.path.table import PathLength, TensorPath, ZeroSigma, to_measure
 from ckavg.run.values import Run
 
@@ -65,7 +65,7 @@ def estimate(
     """
     settings = settings or Settings()
     entries = to_measure(run.tensors, exclude)
-    samples = choose_strips({name: entry.numel for name, entry in entries.items()}, fraction)
+    samples = strips_of(run, entries, fraction)
     units = cut_strips(entries, samples)
 
     def make_worker(reader: TileReader) -> _Worker:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ckavg.atomic import resolved, write_bytes
+from ckavg.cache import cache_directory
 from ckavg.path.known import Known
 from ckavg.path.table import PathLength
 from ckavg.run.stamps import Stamps, stamps_of
@@ -44,7 +45,7 @@ class Recalled:
 def recall(run: Run) -> Recalled:
     """What was measured of these very files before. A table that cannot be read or understood knows nothing."""
     stamps = stamps_of(run)
-    tables = [_load(place) for place in places(run.source)]
+    tables = [_load(place) for place in places(run)]
     sigmas = next((found for table in tables if (found := _row(table, "sigma", stamps[0]))), {})
     distances = tuple(
         next((found for table in tables if (found := _row(table, "distances", _pair(before, after)))), {})
@@ -69,7 +70,7 @@ def remember(run: Run, path: PathLength, stamps: Stamps) -> Path | None:
     if not any(unchanged):
         return None
     checkpoints = {resolved(checkpoint.path) for checkpoint in run.checkpoints}
-    for place in places(run.source):
+    for place in places(run):
         if place.is_symlink() or checkpoints & set(resolved(place).parents):
             continue  # it leads to somebody else's file, perhaps to a checkpoint's
         if place.exists() and not place.is_file():
@@ -80,11 +81,15 @@ def remember(run: Run, path: PathLength, stamps: Stamps) -> Path | None:
     return None
 
 
-def places(source: Path) -> tuple[Path, Path]:
-    """Where the table of a run is kept: beside its results or, where that cannot be written, in the user's cache."""
-    where = hashlib.sha256(os.fsencode(resolved(source))).hexdigest()[:24]
-    cache = os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache"  # noqa: PTH111 - never raises
-    return source / "averaged" / NAME, Path(cache) / "ckavg" / f"path-{where}.json"
+def places(run: Run) -> tuple[Path, ...]:
+    """Where the table of a run is kept: beside its results or, where that cannot be written, in the user's cache.
+
+    That of a run which is not on this machine is kept in the cache alone.
+    """
+    is_here = run.address == str(run.source)
+    name = os.fsencode(resolved(run.source)) if is_here else run.address.encode()
+    in_cache = cache_directory() / f"path-{hashlib.sha256(name).hexdigest()[:24]}.json"
+    return (run.source / "averaged" / NAME, in_cache) if is_here else (in_cache,)
 
 
 def _pair(before: str | None, after: str | None) -> str | None:
@@ -116,7 +121,8 @@ def _row(table: Mapping[str, Any], kind: str, key: str | None) -> dict[str, floa
 
 def _merged(table: Mapping[str, Any], run: Run, path: PathLength, stamps: list[str | None]) -> dict[str, Any]:
     """The table with a run's path in it, and without what the same places held before."""
-    at = {str(checkpoint.path.absolute()): stamp for checkpoint, stamp in zip(run.checkpoints, stamps, strict=True)}
+    places_of_run = [run.place(checkpoint.path.absolute()) for checkpoint in run.checkpoints]
+    at = dict(zip(places_of_run, stamps, strict=True))
     stated = table.get("checkpoints")
     kept = {stamp: where for stamp, where in (stated if isinstance(stated, dict) else {}).items() if where not in at}
     kept |= {stamp: where for where, stamp in at.items() if stamp}

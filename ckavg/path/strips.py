@@ -9,11 +9,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ckavg.engine.blocks import CHUNK, TILE, Strips
-from ckavg.run.values import Entry
+from ckavg.run.values import Entry, Run
 
-_MANY = 1 << 16
+MANY = 1 << 16
 """About how many strips a model is read in. Weights of one row of a matrix travel alike, so that many short strips tell
 more than few long ones: the error falls with the root of their number, whatever their length."""
+
+MANY_FAR = 1 << 12
+"""The same for a run that is not on this machine, where each strip of each checkpoint is a request."""
 
 _UNIT = 32
 _FEWEST = 8
@@ -46,7 +49,13 @@ class Sampling:
         return self.elements / self.numel
 
 
-def choose_strips(sizes: Mapping[str, int], fraction: float) -> dict[str, Sampling]:
+def strips_of(run: Run, entries: Mapping[str, Entry], fraction: float) -> dict[str, Sampling]:
+    """The strips of the tensors of a run; fewer and longer ones where the run is not on this machine."""
+    many = MANY if run.home == run.source else MANY_FAR
+    return choose_strips({name: entry.numel for name, entry in entries.items()}, fraction, many=many)
+
+
+def choose_strips(sizes: Mapping[str, int], fraction: float, *, many: int = MANY) -> dict[str, Sampling]:
     """Choose strips of all tensors: one at a random place in each of equal parts of a tensor, all of one length.
 
     There are about 65,536 of them in all, and at least 8 of a tensor, so that the error can be told. A tensor of which
@@ -55,12 +64,13 @@ def choose_strips(sizes: Mapping[str, int], fraction: float) -> dict[str, Sampli
     Args:
         sizes: number of elements of each tensor, at least 1.
         fraction: how much of each is read, in (0, 1).
+        many: about how many strips there are in all.
 
     >>> chosen = choose_strips({"w": 8_000_000, "norm": 512}, 0.01)
     >>> chosen["w"].length, len(chosen["w"].starts), chosen["norm"]
     (32, 2500, Sampling(numel=512, starts=(0,), length=512, weights=(512.0,)))
     """
-    strips = fraction * sum(sizes.values()) / _MANY
+    strips = fraction * sum(sizes.values()) / many
     length = min(CHUNK, math.ceil(strips / _UNIT) * _UNIT)
     return {
         name: _sample(name, numel, max(_FEWEST, math.ceil(fraction * numel / length)), length)

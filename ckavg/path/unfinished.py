@@ -42,7 +42,7 @@ class Unfinished:
     """
 
     def __init__(self, run: Run, stamps: Stamps, ranks: Ranks) -> None:
-        self._places = [place.parent for place in places(run.source)]
+        self._places = [place.parent for place in places(run)]
         self._of_run = None if None in stamps else _hash(__version__, stamps)
         self._ranks = ranks
         self._key = ""

@@ -123,7 +123,7 @@ def replay(
     averaged = stream("replay", read, blocks, average_worker, settings, ledger)
     nbytes = averaged.bytes_read
     if copied:
-        quiet = Settings(threads=settings.threads, tile=settings.tile, ranks=settings.ranks)
+        quiet = Settings(threads=settings.threads, tile=settings.tile, ranks=settings.ranks, remote=settings.remote)
         of_written = [run.checkpoints[index] for index in written]
         nbytes += stream("replay", of_written, cut_blocks(copied), copy_worker, quiet).bytes_read
     digests = [formed.digests for formed in averaged.results]

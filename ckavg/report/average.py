@@ -8,8 +8,9 @@ from typing import Any
 from rich.table import Table
 
 from ckavg.memory import memory_bytes
-from ckavg.plan import Plan
+from ckavg.plan import Plan, fetching_of
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
+from ckavg.report.fetching import fetching_lines, fetching_to_dict
 from ckavg.report.text import MOST_ROWS, as_bytes, as_count, bar, shortened_rows
 from ckavg.result.command import shell_word
 from ckavg.result.record import Averaged
@@ -46,6 +47,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "bytes_to_read": plan.path_bytes + plan.replay_bytes,
         "bytes_to_write": plan.write_bytes,
         "memory_bytes": memory_bytes([plan]),
+        **fetching_to_dict(fetching_of([plan])),
         "warnings": list(plan.warnings + plan.foreseen),
         "outputs": [
             {
@@ -75,6 +77,8 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
             console.print(f"would read   {as_bytes(count)} in {title}")
         elif plan.path and title == passes[0][0]:
             console.print("would read   nothing in pass 1: the path is known from before")
+    for line in fetching_lines(fetching_of([plan])):
+        console.print(quoted(f"would {line}"), soft_wrap=True)
     console.print(quoted(f"would write  {as_bytes(plan.write_bytes)} to {plan.out}"), soft_wrap=True)
     for name in (*plan.files, *(f"{out.name}/" for out in list(plan.outputs.values())[:-1])):
         console.print(quoted(f"             {name}"), soft_wrap=True)

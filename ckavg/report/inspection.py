@@ -14,7 +14,7 @@ from ckavg.run.opening import Inspection
 def to_dict(found: Inspection) -> dict[str, Any]:
     """The inspection as plain JSON values."""
     return {
-        "source": str(found.source),
+        "source": found.address,
         "checkpoints": [
             {
                 "step": checkpoint.step,
@@ -41,7 +41,9 @@ def print_inspection(found: Inspection, *, as_json: bool, verdict: bool = True) 
         floating = sum(entry.numel for entry in newest.entries.values() if entry.is_floating)
         total = as_bytes(sum(checkpoint.nbytes for checkpoint in found.checkpoints))
         console.print(
-            quoted(f"{found.source}: {len(found.checkpoints)} checkpoints of {as_count(floating)} parameters, {total}"),
+            quoted(
+                f"{found.address}: {len(found.checkpoints)} checkpoints of {as_count(floating)} parameters, {total}"
+            ),
             style="bold",
         )
         console.print()
@@ -87,4 +89,4 @@ def conclusion(found: Inspection) -> str:
     if found.problems:
         return f"{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''} to solve before averaging."
     options = as_options(found.selection.stated)
-    return f"Nothing stands in the way. Next: ckavg pema {shell_word(str(found.source))} {options}".rstrip()
+    return f"Nothing stands in the way. Next: ckavg pema {shell_word(found.address)} {options}".rstrip()

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from ckavg.evaluation import best
 from ckavg.memory import memory_bytes
-from ckavg.plan import Plan
+from ckavg.plan import Plan, fetching_of
 from ckavg.report.average import path_told, plan_to_dict
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
+from ckavg.report.fetching import fetching_lines, fetching_to_dict
 from ckavg.report.text import as_bytes, sparkline
 from ckavg.result.record import Averaged, Evaluation
 
@@ -64,13 +65,17 @@ def _value(evaluation: Evaluation | None) -> str:
 
 def print_plans(plans: Sequence[Plan], *, as_json: bool) -> None:
     """Print what would be read and written."""
+    fetching = fetching_of(plans)
     if as_json:
-        print_json({"dry_run": True, "averages": [plan_to_dict(plan) for plan in plans]})
+        fetched = fetching_to_dict(fetching)
+        print_json({"dry_run": True, "averages": [plan_to_dict(plan) for plan in plans], **fetched})
         return
     console = stdout_console()
     read = max(plan.path_bytes for plan in plans) + max(plan.replay_bytes for plan in plans)
     console.print(f"{len(plans)} averages from one reading", style="bold")
     console.print(f"would read   {as_bytes(read)}")
+    for line in fetching_lines(fetching):
+        console.print(quoted(f"would {line}"), soft_wrap=True)
     for plan in plans:
         console.print(quoted(f"would write  {as_bytes(plan.write_bytes)} to {plan.out}"), soft_wrap=True)
     console.print(f"would need   about {as_bytes(memory_bytes(plans))} of memory")

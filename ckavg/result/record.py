@@ -20,13 +20,13 @@ class Input:
 
     Attributes:
         step: its optimizer step.
-        directory: where it was.
+        directory: where it was, on this machine or by its address.
         files: bytes of its weight files, by path relative to `directory`.
         checksum: of its averaged tensors, as `engine/checksums.py` takes it; None where they were not read.
     """
 
     step: int
-    directory: Path
+    directory: Path | str
     files: dict[str, int]
     checksum: str | None
 
@@ -81,7 +81,7 @@ class Averaged:
     Attributes:
         scheme: its name, such as `pema`.
         parameters: its hyper-parameters.
-        source: the directory the checkpoints came from.
+        source: the directory or address that the checkpoints came from.
         selection: what was chosen of it, where it was not everything.
         steps: optimizer step of every checkpoint that took part, the anchor's first.
         anchor_step: optimizer step of θ_0.
@@ -111,7 +111,7 @@ class Averaged:
 
     scheme: str
     parameters: dict[str, float | int | str]
-    source: Path
+    source: Path | str
     selection: dict[str, int | str | tuple[str, ...]]
     steps: tuple[int, ...]
     anchor_step: int

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ckavg.errors import ReadError, SettingError, listed
@@ -104,7 +104,7 @@ def _gather(checkpoint: Checkpoint, named: Path, warnings: list[str]) -> dict[st
     files: dict[str, bytes] = {}
     for name in _names(directory, checkpoint, wanted_only=True):
         path = directory / name
-        if not _is_wanted(path) or (beside_model and name == "adapter_config.json"):
+        if not is_side_file(path) or (beside_model and name == "adapter_config.json"):
             continue
         found = problem_with(path, bounds)
         if found is not None:
@@ -197,7 +197,8 @@ def _raise(error: OSError) -> None:
     ) from error
 
 
-def _is_wanted(path: Path) -> bool:
+def is_side_file(path: PurePath) -> bool:
+    """Whether a file, by its name, goes beside the weights of a result."""
     if path.name in _LEFT_OUT or path.name.endswith(_RESULTS) or path.name.startswith("."):
         return False
     return path.suffix in _SUFFIXES or path.name in _NAMES

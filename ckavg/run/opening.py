@@ -27,7 +27,7 @@ from ckavg.run.compare import common_part, differences
 from ckavg.run.configs import about_adapters_beside, contradictions, quantized, read_facts
 from ckavg.run.discover import Scan, duplicate_steps, foreign_logs, scan
 from ckavg.run.reading import Reading
-from ckavg.run.values import Checkpoint, Run, Selection
+from ckavg.run.values import Checkpoint, Remote, Run, Selection
 
 _WORST_FIRST = (
     ReadError, UnsupportedFormatError, MixedOrderError, DuplicateStepError, CorruptFileError, TruncatedShardError,
@@ -48,6 +48,7 @@ class Inspection:
         checkpoints: the selected ones whose headers are sound, ordered by step, the anchor first.
         problems: what stands in the way of averaging them.
         warnings: what does not, but should be known.
+        remote: where its files are; None for a run on this machine.
     """
 
     source: Path
@@ -55,59 +56,23 @@ class Inspection:
     checkpoints: tuple[Checkpoint, ...]
     problems: tuple[CkavgError, ...]
     warnings: tuple[str, ...]
+    remote: Remote | None = None
 
+    @property
+    def address(self) -> str:
+        """What was named, as it was named."""
+        return str(self.source) if self.remote is None else self.remote.named(self.source)
 
-def open_run(
-    source: Path | str = ".",
-    *,
-    init: Path | str | None = None,
-    init_step: int = 0,
-    every: int | None = None,
-    every_from: int | None = None,
-    from_step: int | None = None,
-    to_step: int | None = None,
-    last: int | None = None,
-    skip_incomplete: bool = False,
-    common_only: bool = False,
-    copy: Sequence[str] = (),
-) -> Run:
-    """Open a directory of saved checkpoints as one run. Reads headers only, never a weight.
-
-    Args:
-        source: directory with the checkpoints of one training run.
-        init: the anchor θ_0, a checkpoint directory or safetensors file; None: the first checkpoint selected.
-        init_step: optimizer step of `init`.
-        every: update frequency f in optimizer steps: visit only checkpoints with (t_k − t_0) mod f = 0.
-        every_from: count `every` from this step instead of the anchor's.
-        from_step: leave out checkpoints before this optimizer step.
-        to_step: leave out checkpoints after this optimizer step.
-        last: keep only this many checkpoints, the newest.
-        skip_incomplete: leave out checkpoints that are not written in full, each with a warning.
-        common_only: average the tensors that all checkpoints have; the others are copied from the last one.
-        copy: shell patterns of further files of the last checkpoint that go into the result, by relative path.
-
-    Raises:
-        CkavgError: it cannot be averaged; `CombinedError` lists every reason where there are more than one.
-    """
-    selection = Selection(
-        init=None if init is None else Path(init),
-        init_step=init_step,
-        every=every,
-        every_from=every_from,
-        from_step=from_step,
-        to_step=to_step,
-        last=last,
-        skip_incomplete=skip_incomplete,
-        common_only=common_only,
-        copy=tuple(copy),
-    )
-    return as_run(inspect_run(Path(source), selection))
+    @property
+    def home(self) -> Path:
+        """Where results go by default: the directory that was named; the current one for a run that is not here."""
+        return Path() if self.remote is not None and self.remote.holds(self.source) else self.source
 
 
 def as_run(found: Inspection) -> Run:
     """The inspected checkpoints as a run; raises what stands in the way."""
     raise_all(found.problems)
-    return Run(found.source, found.selection, found.checkpoints, found.warnings)
+    return Run(found.source, found.selection, found.checkpoints, found.warnings, found.remote)
 
 
 def inspect_run(source: Path, selection: Selection) -> Inspection:

@@ -1,6 +1,6 @@
 """Stage *discover*: which very files a run is made of, so that another state of them is not taken for the same.
 
-Looks at sizes and times; opens no file.
+Looks at sizes and times; opens no file. What another machine keeps is known by what that tells of it instead.
 
 A stamp is made of size, inode, and the times of last modification and last change of every weight file, and of the
 tensors that its header declares. The system sets the time of last change whenever content, name or attributes change,
@@ -34,6 +34,9 @@ def stamp(checkpoint: Checkpoint) -> str | None:
     """What tells this state of a checkpoint from any other; None where it changed too recently to tell."""
     parts: list[object] = []
     for shard in checkpoint.shards:
+        if shard.identity is not None:
+            parts.append([shard.nbytes, shard.identity])
+            continue
         try:
             status = shard.path.stat()
         except OSError:
@@ -56,7 +59,7 @@ def check_unchanged(checkpoints: Iterable[Checkpoint]) -> None:
         ReadError: some cannot be looked at any more.
         CombinedError: more than one of these.
     """
-    shards = [shard for checkpoint in checkpoints for shard in checkpoint.shards]
+    shards = [shard for checkpoint in checkpoints for shard in checkpoint.shards if shard.identity is None]
     raise_all([found for shard in shards if (found := _change_of(shard)) is not None])
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 Kind = Literal["model", "adapter", "pipeline", "file"]
 
@@ -72,11 +72,13 @@ class Shard:
         path: where it is.
         nbytes: its size in bytes.
         state: inode and time of modification when its header was read; None where that does not matter.
+        identity: what tells its content from any other, by whoever keeps it; None for a file of this machine.
     """
 
     path: Path
     nbytes: int
     state: tuple[int, int] | None = None
+    identity: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +160,7 @@ class Selection:
         last: keep only this many checkpoints, the newest.
         skip_incomplete: leave out checkpoints that are not written in full.
         common_only: average the tensors that all checkpoints have, and copy the others.
+        revisions: patterns of the revisions of a repository, each of which is a checkpoint.
         copy: shell patterns of further files of the last checkpoint that go into the result.
     """
 
@@ -170,6 +173,7 @@ class Selection:
     last: int | None = None
     skip_incomplete: bool = False
     common_only: bool = False
+    revisions: tuple[str, ...] = ()
     copy: tuple[str, ...] = ()
 
     @property
@@ -184,20 +188,110 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True)
+class Fetching:
+    """What is fetched of a run that is not on this machine, and how.
+
+    Attributes:
+        whole: weight files that are fetched whole, to the disk, before they are read.
+        whole_bytes: size of these; `kept_bytes` of those that are on this machine already.
+        kept_bytes: see there.
+        streamed_bytes: what is fetched as it is read, and never written.
+        directory: where what is fetched whole goes.
+        room: how many bytes there is room for, or was asked for at most.
+    """
+
+    whole: tuple[Path, ...]
+    whole_bytes: int
+    kept_bytes: int
+    streamed_bytes: int
+    directory: Path
+    room: int
+
+
+class Remote(Protocol):
+    """Where the files of a run are that are not on this machine, though they have paths here."""
+
+    def holds(self, path: Path) -> bool:
+        """Whether a path stands for something that is not here."""
+        ...
+
+    def named(self, path: Path) -> str:
+        """What a path in the run stands for, as users know it; a path that stands for itself as it is."""
+        ...
+
+    def told(self, text: str) -> str:
+        """A text, in which such paths are named as users know them."""
+        ...
+
+    def is_far(self, path: Path) -> bool:
+        """Whether the bytes of a weight file must be fetched when they are read."""
+        ...
+
+    def read(self, path: Path, start: int, stop: int) -> bytes:
+        """The bytes from `start` to `stop` of a weight file.
+
+        Raises:
+            HubError, ReadError: they could not be fetched.
+        """
+        ...
+
+    def plan(self, readings: Mapping[Path, float], *, other_bytes: int) -> Fetching:
+        """Say what would be fetched whole, and what as it is read.
+
+        Args:
+            readings: how often each weight file is read; less than once where only a sample is.
+            other_bytes: what else will be written to the disk.
+        """
+        ...
+
+    def fetch(self, fetching: Fetching, on_bytes: Callable[[int], None]) -> None:
+        """Fetch whole what is to be fetched whole; an earlier attempt is continued.
+
+        Raises:
+            HubError, ReadError: it could not be fetched. What came of it stays.
+        """
+        ...
+
+    def check_unchanged(self) -> None:
+        """Raise ChangedError where a file is another one than when it was listed."""
+        ...
+
+    def release(self) -> None:
+        """Remove what was fetched whole and is of no use to anybody else."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """The checkpoints of one training run that take part, ordered by step; the first is the anchor.
 
     Attributes:
-        source: the directory that was named.
+        source: the directory that was named or, for a run that is not here, one that stands in for it.
         selection: what was chosen of it.
         checkpoints: the anchor θ_0 and the visited checkpoints after it; at least two.
         warnings: what a user should know about how the run was read.
+        remote: where its files are; None for a run on this machine.
     """
 
     source: Path
     selection: Selection
     checkpoints: tuple[Checkpoint, ...]
     warnings: tuple[str, ...]
+    remote: Remote | None = None
+
+    @property
+    def address(self) -> str:
+        """What was named, as it was named."""
+        return self.place(self.source)
+
+    @property
+    def home(self) -> Path:
+        """Where results go by default: the directory that was named; the current one for a run that is not here."""
+        return Path() if self.remote is not None and self.remote.holds(self.source) else self.source
+
+    def place(self, path: Path) -> str:
+        """A path in the run as users know it."""
+        return str(path) if self.remote is None else self.remote.named(path)
 
     @property
     def anchor_is_init(self) -> bool:

@@ -139,13 +139,13 @@ Place = Mapping[str, Path]
 def _places(record: Record, index: int, directory: Path, *, source: Path | None, init: Path | None) -> list[Place]:
     """Where a checkpoint may be, the likeliest first; one place alone where the user has named it."""
     recorded, output = record.inputs[index], record.output.directory
-    was = recorded.directory
+    was = Path(recorded.directory)
     if index == 0 and record.anchor_is_init and init is not None:
         if init.is_file() and len(recorded.files) == 1:
             return [dict.fromkeys(recorded.files, init)]
         return [_inside(init, recorded)]
     if not (index == 0 and record.anchor_is_init) and source is not None:
-        return [_inside(source / _below(was, record.source), recorded)]
+        return [_inside(source / _below(was, Path(record.source)), recorded)]
     places = [was]
     if was.is_absolute() == output.is_absolute():
         beside = directory / os.path.relpath(was, output)

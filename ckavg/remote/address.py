@@ -1,0 +1,98 @@
+"""Stage *remote*: how a run that is not here is named. Pure."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+from ckavg.errors import SettingError
+
+_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?P<rest>[^/].*)", re.DOTALL)
+_HUB = re.compile(r"(?P<repo>[^/@]+(?:/[^/@]+)?)(?:@(?P<revision>[^/]+))?(?:/(?P<folder>.+))?")
+_OTHER_KINDS = ("datasets", "spaces", "buckets", "kernels")
+_PATTERN = re.compile(r"[*?\[]")
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?:(?P<prefix>[KMGT])(?P<binary>i?)B?|B)?", re.IGNORECASE)
+_POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a run lies that is not here.
+
+    Attributes:
+        scheme: `hf`, or the name of another file system, such as `s3`.
+        place: the repository `owner/name`, or what follows `://` for other file systems.
+        revision: branch, tag, commit, or a pattern of such; None where none is named. Of the Hub alone.
+        folder: where in the repository; empty for all of it.
+    """
+
+    scheme: str
+    place: str
+    revision: str | None = None
+    folder: str = ""
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision.replace('/', '%2F')}" if self.revision else ""
+        return f"{self.scheme}://{self.place}{revision}{f'/{self.folder}' if self.folder else ''}"
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether it is a model repository on the Hugging Face Hub."""
+        return self.scheme == "hf" and self.place.partition("/")[0] not in _OTHER_KINDS
+
+    @property
+    def name(self) -> str:
+        """Its last part, to name a directory after."""
+        return (self.folder or self.place).rstrip("/").rpartition("/")[2]
+
+
+def address_of(source: Path | str) -> Address | None:
+    """Read an address such as `hf://owner/name@revision` or `s3://bucket/run`; None for a path on this machine.
+
+    A `Path` has one slash where the address had two; that is understood, too.
+
+    Raises:
+        SettingError: it is of the Hub, and names no repository.
+
+    >>> address_of("hf://allenai/OLMo-2-0425-1B@stage1-*")
+    Address(scheme='hf', place='allenai/OLMo-2-0425-1B', revision='stage1-*', folder='')
+    >>> str(address_of(Path("s3://bucket/run/"))), address_of("./checkpoints")
+    ('s3://bucket/run', None)
+    """
+    match = _ADDRESS.fullmatch(str(source))
+    if match is None:
+        return None
+    scheme, rest = match["scheme"].lower(), match["rest"].rstrip("/")
+    address = Address(scheme, rest)
+    if not address.is_hub:
+        return address
+    found = _HUB.fullmatch(rest)
+    if found is None:
+        raise SettingError(f"{source} names no repository.", hint="For example: hf://owner/name@revision")
+    revision = found["revision"]
+    return Address(scheme, found["repo"], unquote(revision) if revision else None, found["folder"] or "")
+
+
+def is_pattern(revision: str) -> bool:
+    """Whether it may match several revisions."""
+    return _PATTERN.search(revision) is not None
+
+
+def parse_size(text: str | int) -> int:
+    """A number of bytes, such as `50GB`, `512MiB` or `0`.
+
+    Raises:
+        SettingError: it is none.
+
+    >>> parse_size("1.5GB"), parse_size("2 MiB"), parse_size("100")
+    (1500000000, 2097152, 100)
+    """
+    if isinstance(text, int) and text >= 0:
+        return text
+    match = _SIZE.fullmatch(str(text).strip())
+    if match is None:
+        raise SettingError(f"{text!r} is no size.", hint="For example: 50GB, 512MiB, or 0.")
+    power = _POWERS[match["prefix"].upper()] if match["prefix"] else 0
+    return int(float(match["number"]) * (1024 if match["binary"] else 1000) ** power)

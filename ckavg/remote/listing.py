@@ -1,0 +1,184 @@
+"""Stage *remote*: which checkpoints an address holds, shown in a mirror by name and size."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ckavg.errors import NoCheckpointsError, SettingError, listed
+from ckavg.remote.address import Address, is_pattern
+from ckavg.remote.hub import Repository
+from ckavg.remote.mirror import Mirror
+from ckavg.remote.objects import ObjectTree
+from ckavg.remote.store import Tree
+from ckavg.run.layouts import read_label
+from ckavg.run.trainer_log import TRAINER_STATE
+
+CARD = "README.md"
+_WEIGHTS = ".safetensors"
+_NUMBER = re.compile(r"\d+(?:[-_]tokens[\w.]+)?$", re.ASCII)
+
+
+@dataclass(slots=True)
+class Place:
+    """A checkpoint in the mirror.
+
+    Attributes:
+        path: its directory there, or its file.
+        tree: where its files are.
+        prefix: what their paths begin with in the tree, and not in the mirror.
+        names: their paths in the tree; empty until they are listed.
+    """
+
+    path: Path
+    tree: Tree
+    prefix: str = ""
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def directory(self) -> Path:
+        """Where its side files are."""
+        return self.path.parent if self.path.suffix == _WEIGHTS else self.path
+
+    def show(self, mirror: Mirror) -> None:
+        """List its files, if that has not been done."""
+        if not self.names:
+            self.names = list(self.tree.files)
+            mirror.add(self.path, self.tree, self.names)
+
+
+def list_run(mirror: Mirror, address: Address, revisions: Sequence[str]) -> tuple[dict[Path, Place], list[str]]:
+    """Show the checkpoints of an address in a mirror: revisions of a repository, or folders and files in one place.
+
+    Args:
+        mirror: where they are shown.
+        address: what was named.
+        revisions: patterns of revisions, each of which is a checkpoint.
+
+    Returns:
+        The checkpoints by path in the mirror, and what a user should know about the rest.
+
+    Raises:
+        NoCheckpointsError: there are none.
+        HubError, ReadError: the place refuses, or cannot be reached.
+    """
+    mirror.stand_for(mirror.root, str(address))
+    if not address.is_hub:
+        return _folders(mirror, address, ObjectTree(address), None), []
+    repository = Repository(address.place)
+    patterns = [*revisions]
+    if address.revision is not None and is_pattern(address.revision):
+        patterns.append(address.revision)
+    elif revisions and address.revision is not None:
+        raise SettingError(
+            f"{address} names one revision, and --revisions others.",
+            hint="Leave one of them out: @REVISION or --revisions.",
+        )
+    if patterns:
+        return _revisions(mirror, address, repository, patterns)
+    tree = repository.tree(address.revision or "main", address.folder)
+    return _folders(mirror, address, tree, repository), []
+
+
+def list_model(mirror: Mirror, address: Address, path: Path) -> Place:
+    """Show one model in a mirror: that of `--init`.
+
+    Raises:
+        HubError, ReadError: the place refuses, or cannot be reached.
+    """
+    if not address.is_hub:
+        place = Place(path, ObjectTree(address))
+    else:
+        if address.revision is not None and is_pattern(address.revision):
+            raise SettingError(f"--init {address} may be several revisions.", hint="Name one: hf://owner/name@REVISION")
+        place = Place(path, Repository(address.place).tree(address.revision or "main", address.folder))
+    place.show(mirror)
+    return place
+
+
+def _revisions(
+    mirror: Mirror, address: Address, repository: Repository, patterns: Sequence[str]
+) -> tuple[dict[Path, Place], list[str]]:
+    known = repository.revisions()
+    matched = [name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    if not matched:
+        kept = " in the cache, and huggingface_hub is in offline mode" if repository.is_offline else ""
+        raise NoCheckpointsError(
+            f"{address}: no revision matches {' or '.join(map(repr, patterns))}; it has {_shown(known)}{kept}.",
+            hint="Unset HF_HUB_OFFLINE, then run the command again."
+            if kept
+            else "Name them with --revisions, in quotation marks: --revisions 'step*'",
+        )
+    places: dict[Path, Place] = {}
+    unstated = []
+    for name in matched:
+        safe = name.replace("/", "--")
+        if read_label(safe) is None:
+            unstated.append(name)
+            continue
+        path = mirror.root / safe
+        places[path] = Place(path, repository.tree(name, address.folder, commit=known[name]))
+        mirror.stand_for(path, str(Address("hf", address.place, name, address.folder)))
+        path.mkdir(exist_ok=True)
+        if safe.isdigit():  # a bare number says too little without weights beside it
+            (path / f"model{_WEIGHTS}").touch()
+    if not places:
+        raise NoCheckpointsError(
+            f"{address}: no revision that matches states a step: {listed(unstated)}.",
+            hint="Expected names such as step1000 or stage1-step1000-tokens5B.",
+        )
+    told = f"Passed over, for the name of the revision states no step: {listed(unstated)}."
+    return places, [told] if unstated else []
+
+
+def _folders(mirror: Mirror, address: Address, tree: Tree, repository: Repository | None) -> dict[Path, Place]:
+    by_first: dict[str, list[str]] = {}
+    for name in tree.files:
+        by_first.setdefault(name.partition("/")[0], []).append(name)
+    places: dict[Path, Place] = {}
+    top = []
+    for first, names in by_first.items():
+        path = mirror.root / first
+        if names == [first]:
+            top.append(first)
+            if first.endswith(_WEIGHTS) and read_label(first.removesuffix(_WEIGHTS)):
+                places[path] = Place(path, tree, "", names)
+        elif read_label(first):
+            places[path] = Place(path, tree, f"{first}/", names)
+            mirror.add(path, tree, names, prefix=f"{first}/", url=f"{tree.url}/{first}")
+            mirror.bring(path, tree, [name for name in names if name == f"{first}/{TRAINER_STATE}"], prefix=f"{first}/")
+    if not places:
+        raise _nothing(address, top, repository)
+    mirror.add(mirror.root, tree, [name for name in top if name.endswith(_WEIGHTS) or name == CARD])
+    mirror.bring(mirror.root, tree, [name for name in top if name == CARD])
+    return places
+
+
+def _nothing(address: Address, top: Iterable[str], repository: Repository | None) -> NoCheckpointsError:
+    """What to say of a place without checkpoints; a repository may hold them as revisions."""
+    is_one = any(name.endswith(_WEIGHTS) for name in top)
+    what = f"{address} is one checkpoint, not a run." if is_one else f"{address} holds no checkpoints."
+    suggested = [] if repository is None else _patterns(repository.revisions())
+    if suggested:
+        options = " or ".join(f"--revisions '{pattern}'" for pattern in suggested[:3])
+        return NoCheckpointsError(what, hint=f"Its revisions look like checkpoints: {options}")
+    return NoCheckpointsError(
+        what, hint="Expected folders such as checkpoint-500/ or step_500/, or revisions that are named so."
+    )
+
+
+def _patterns(revisions: Mapping[str, str]) -> list[str]:
+    """Patterns of revisions that look like checkpoints, those that match most first."""
+    labelled = [name for name in revisions if read_label(name.replace("/", "--"))]
+    counts = Counter(f"{_NUMBER.sub('', name)}*" for name in labelled)
+    return [pattern for pattern, count in counts.most_common() if count > 1]
+
+
+def _shown(revisions: Mapping[str, str]) -> str:
+    patterns = _patterns(revisions)
+    names = [*patterns, *(name for name in revisions if not any(fnmatch.fnmatchcase(name, each) for each in patterns))]
+    return listed(names) if names else "none"

@@ -1,0 +1,347 @@
+"""Stage *remote*: a directory that stands in for a run that is not here.
+
+It has the names and the small files of the run. In the place of a weight file there is, while the run is opened, a
+sparse file of its size with its header, so that everything is found and checked as in a run on this machine. Once that
+is done, a link that leads nowhere takes its place: whoever reads it without fetching gets an error instead of zeros.
+When a file is fetched whole, a link to it takes its place in turn.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import struct
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from ckavg.cache import cache_directory
+from ckavg.errors import ReadError
+from ckavg.remote.store import OnBytes, RemoteFile, Tree
+from ckavg.run.checkpoint import RESULT_RECORD
+from ckavg.run.header import MAX_HEADER_BYTES
+from ckavg.run.values import Fetching
+
+Item = TypeVar("Item")
+
+_OPEN: weakref.WeakSet[Mirror] = weakref.WeakSet()
+
+AT_ONCE = 8
+"""How many files are asked for at the same time."""
+
+_VIEWS = "views"
+_LOCK = ".lock"
+_WEIGHTS = ".safetensors"
+_HEAD_BYTES = 64 << 10
+"""How much of a file is read for its header at first; most headers are shorter."""
+_LEFT_FREE = 1 << 30
+"""What is left of a disk whatever happens."""
+
+_NOT_HERE = "not-on-this-machine"
+_LENGTH = struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a path in the mirror stands for: a file of a tree."""
+
+    tree: Tree
+    name: str
+
+    @property
+    def file(self) -> RemoteFile:
+        """What the tree says of it."""
+        return self.tree.files[self.name]
+
+
+class Mirror:
+    """The stand-in for a run. It is removed with the object, or by the next one after a crash.
+
+    Args:
+        name: the name of its directory.
+        max_disk: how many bytes may be fetched to the disk; None: as many as there is room for.
+    """
+
+    def __init__(self, name: str, *, max_disk: int | None = None) -> None:
+        self._max_disk = max_disk
+        home = cache_directory() / _VIEWS
+        self._own = home / f"{os.getpid()}-{secrets.token_hex(4)}"
+        self.root = self._own / (name or "run")
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            _tidy(home)
+            self._own.mkdir(mode=0o700)
+            self._lock = (self._own / _LOCK).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.root.mkdir()
+        except OSError as error:
+            raise ReadError(
+                f"{self._own} cannot be made: {error.strerror}.",
+                hint="It stands in for the run while that is read. Name a directory of yours with XDG_CACHE_HOME.",
+            ) from error
+        self._finalizer = weakref.finalize(self, _remove, self._own)
+        _OPEN.add(self)
+        self.weights: dict[Path, Origin] = {}
+        self._names: dict[Path, str] = {}
+        self._trees: list[Tree] = []
+
+    def add(self, place: Path, tree: Tree, names: Iterable[str], *, prefix: str = "", url: str | None = None) -> None:
+        """Show files of a tree in a directory of the mirror: weights by their size, others by their name alone.
+
+        Args:
+            place: the directory; it is made.
+            tree: where they are.
+            names: their paths in the tree.
+            prefix: what their paths begin with there, and not here.
+            url: what the directory stands for.
+        """
+        self.stand_for(place, url or tree.url)
+        if tree not in self._trees:
+            self._trees.append(tree)
+        with _writing(place):
+            place.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                path = place / _checked(name.removeprefix(prefix))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                origin = Origin(tree, name)
+                if path.name.endswith(_WEIGHTS):
+                    self.weights[path] = origin
+                    with path.open("wb") as file:
+                        file.truncate(origin.file.size)
+                elif path.name == RESULT_RECORD:
+                    path.touch()
+                else:
+                    path.symlink_to(_NOT_HERE)
+
+    def stand_for(self, place: Path, url: str) -> None:
+        """Say what a place in the mirror is called elsewhere."""
+        self._names[place] = url
+
+    def bring(self, place: Path, tree: Tree, names: Iterable[str], *, prefix: str = "") -> None:
+        """Fetch small files whole, and copy them to their places."""
+
+        def one(name: str) -> None:
+            path = place / _checked(name.removeprefix(prefix))
+            kept = tree.fetch(name, lambda _: None) if tree.keeps else None
+            data = b"" if kept is not None else tree.read(name, 0, tree.files[name].size)
+            with _writing(path):
+                path.unlink(missing_ok=True)
+                if kept is not None:
+                    shutil.copyfile(kept, path)
+                else:
+                    path.write_bytes(data)
+
+        at_once(one, list(names))
+
+    def open_headers(self, paths: Iterable[Path]) -> None:
+        """Put the headers of weight files into their places."""
+
+        def one(path: Path) -> None:
+            origin = self.weights[path]
+            head = _head(origin)
+            with _writing(path), path.open("r+b") as file:
+                file.write(head)
+
+        at_once(one, list(paths))
+
+    def seal(self) -> None:
+        """Put links in the place of all weight files: to those that are on this machine whole, else to nowhere."""
+        for path, origin in self.weights.items():
+            self._link(path, origin.tree.kept(origin.name))
+
+    def holds(self, path: Path) -> bool:
+        """See `Remote`."""
+        return path == self._own or self._own in path.parents
+
+    def identity(self, path: Path) -> str:
+        """What tells the content of a weight file from any other; another one each time where nothing does."""
+        origin = self.weights[path]
+        file = origin.file
+        if file.identity is None:
+            return secrets.token_hex(16)
+        return file.identity if file.is_hash else f"{origin.tree.url}/{origin.name} {file.identity}"
+
+    def content_hash(self, path: Path) -> str | None:
+        """A hash of the content of a weight file; None where it is not known, or the file is of this machine."""
+        origin = self.weights.get(path)
+        return origin.file.identity if origin is not None and origin.file.is_hash else None
+
+    def named(self, path: Path) -> str:
+        """See `Remote`."""
+        for above in (path, *path.parents):
+            if above in self._names:
+                rest = path.relative_to(above).as_posix()
+                return self._names[above] if rest == "." else f"{self._names[above]}/{rest}"
+        return str(path)
+
+    def told(self, text: str) -> str:
+        """A text with the places in the mirror as users know them."""
+        for place in sorted(self._names, key=lambda each: -len(str(each))):
+            text = text.replace(str(place), self._names[place])
+        return text
+
+    def is_far(self, path: Path) -> bool:
+        """See `Remote`."""
+        return path in self.weights and not path.exists()
+
+    def read(self, path: Path, start: int, stop: int) -> bytes:
+        """See `Remote`."""
+        origin = self.weights[path]
+        return origin.tree.read(origin.name, start, stop)
+
+    def plan(self, readings: Mapping[Path, float], *, other_bytes: int) -> Fetching:
+        """See `Remote`."""
+        far = {path: self.weights[path] for path, count in readings.items() if count and self.is_far(path)}
+        kept = sum(self.weights[path].file.size for path in readings if path in self.weights and path not in far)
+        # A disk is of use where it saves a second reading, or where the file is of use to others, too.
+        wanted = [path for path, origin in far.items() if readings[path] >= (1 if origin.tree.keeps else 2)]
+        origins = [self.weights[path] for path in readings if path in self.weights]
+        directory = next((origin.tree.directory for origin in origins), cache_directory())
+        room = free_bytes(directory) - other_bytes - _LEFT_FREE
+        if self._max_disk is not None:
+            room = min(room, self._max_disk)
+        whole = _that_fit(wanted, {path: far[path].file.size for path in wanted}, room)
+        if self._max_disk is None and len(whole) < len(wanted):
+            whole = []  # nobody asked to fill the disk
+        streamed = sum(
+            far[path].file.size * count for path, count in readings.items() if path in far and path not in whole
+        )
+        return Fetching(
+            whole=tuple(whole),
+            whole_bytes=sum(far[path].file.size for path in whole),
+            kept_bytes=kept,
+            streamed_bytes=int(streamed),
+            directory=directory,
+            room=max(0, room),
+        )
+
+    def fetch(self, fetching: Fetching, on_bytes: OnBytes) -> None:
+        """See `Remote`."""
+        lock = threading.Lock()
+
+        def count(nbytes: int) -> None:
+            with lock:
+                on_bytes(nbytes)
+
+        def one(path: Path) -> None:
+            origin = self.weights[path]
+            place = origin.tree.fetch(origin.name, count)
+            self._link(path, place)
+
+        at_once(one, fetching.whole)
+
+    def check_unchanged(self) -> None:
+        """See `Remote`."""
+        for tree in self._trees:
+            tree.check_unchanged()
+
+    def release(self) -> None:
+        """See `Remote`."""
+        for tree in self._trees:
+            tree.drop()
+
+    def close(self) -> None:
+        """Remove it."""
+        self._lock.close()
+        self._finalizer()
+
+    def _link(self, path: Path, target: Path | None) -> None:
+        with _writing(path):
+            path.unlink(missing_ok=True)
+            path.symlink_to(_NOT_HERE if target is None else target)
+
+
+def close_all() -> None:
+    """Remove all mirrors, for a process that ends without the usual clean-up."""
+    for mirror in list(_OPEN):
+        mirror.close()
+
+
+def free_bytes(directory: Path) -> int:
+    """How much room there is where a directory is, or will be."""
+    for each in (directory, *directory.parents):
+        with suppress(OSError):
+            return shutil.disk_usage(each).free
+    return 0
+
+
+def _that_fit(paths: Sequence[Path], sizes: Mapping[Path, int], room: int) -> list[Path]:
+    fit: list[Path] = []
+    for path in paths:
+        if sizes[path] <= room:
+            room -= sizes[path]
+            fit.append(path)
+    return fit
+
+
+def _head(origin: Origin) -> bytes:
+    """The first bytes of a weight file, its header among them."""
+    size = origin.file.size
+    kept = origin.tree.kept(origin.name)
+    if kept is not None:
+        with kept.open("rb") as file:
+            head = file.read(min(size, _HEAD_BYTES))
+            return head + file.read(_missing(head, size))
+    head = origin.tree.read(origin.name, 0, min(size, _HEAD_BYTES)) if size else b""
+    rest = _missing(head, size)
+    return head + origin.tree.read(origin.name, len(head), len(head) + rest) if rest else head
+
+
+def _missing(head: bytes, size: int) -> int:
+    """How many bytes of the header are not in the first ones. A length that cannot be is left to who reads it."""
+    if len(head) < _LENGTH.size:
+        return 0
+    end = _LENGTH.size + _LENGTH.unpack(head[: _LENGTH.size])[0]
+    return max(0, end - len(head)) if end <= min(size, MAX_HEADER_BYTES) else 0
+
+
+def _checked(name: str) -> str:
+    """A path that stays within the directory it is taken to."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\0" in name:
+        raise ReadError(f"{name!r} is listed as a file of the run, and leads out of it.", hint="It is not trusted.")
+    return name
+
+
+def at_once(do: Callable[[Item], None], items: Sequence[Item]) -> None:
+    """Call a function for all items, a few at a time; the first error ends it."""
+    if len(items) < 2:
+        for item in items:
+            do(item)
+        return
+    with ThreadPoolExecutor(min(AT_ONCE, len(items)), thread_name_prefix="ckavg-fetch") as executor:
+        try:
+            for future in [executor.submit(do, item) for item in items]:
+                future.result()
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ReadError(
+            f"{path} cannot be written: {error.strerror or error}.", hint="It stands in for the run while that is read."
+        ) from error
+
+
+def _tidy(home: Path) -> None:
+    """Remove what processes have left that are no more."""
+    for left in home.iterdir():
+        with suppress(OSError), (left / _LOCK).open("r+") as lock:  # one that has none yet is just being made
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(left)
+
+
+def _remove(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)

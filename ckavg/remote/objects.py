@@ -1,0 +1,142 @@
+"""Stage *remote*: directories of any other file system that fsspec has a driver for, such as `s3://bucket/run`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ckavg.cache import cache_directory
+from ckavg.errors import ChangedError, CkavgError, NoCheckpointsError, ReadError, SettingError
+from ckavg.remote.address import Address
+from ckavg.remote.download import Partial, complete
+from ckavg.remote.store import OnBytes, RemoteFile
+from ckavg.remote.tries import with_retries
+
+_HASHES = ("ETag", "etag", "md5Hash", "content_md5")
+_TIMES = ("LastModified", "last_modified", "mtime", "created")
+"""Where drivers tell what changes when a file does."""
+
+
+class ObjectTree:
+    """A directory of a file system that fsspec knows; see `Tree`."""
+
+    keeps = False
+
+    def __init__(self, address: Address) -> None:
+        self.url = str(address)
+        self._fs, self._root = _file_system(address)
+        self._fetched: set[Path] = set()
+
+    @cached_property
+    def files(self) -> Mapping[str, RemoteFile]:
+        """See `Tree`."""
+        return self._listed()
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """See `Tree`."""
+        path = f"{self._root}/{name}" if name else self._root
+
+        def piece() -> bytes:
+            data: bytes = self._fs.cat_file(path, start=start, end=stop)
+            if len(data) != stop - start:
+                raise OSError(f"{len(data)} bytes came, {stop - start} were asked for")
+            return data
+
+        with self._asking(f"{self.url}/{name}"):
+            return with_retries(piece)
+
+    def kept(self, name: str) -> Path | None:
+        """See `Tree`."""
+        place = self._place(name)
+        return place if place.is_file() else None
+
+    def fetch(self, name: str, on_bytes: OnBytes) -> Path:
+        """See `Tree`."""
+        place = self._place(name)
+        complete(Partial(self, name, self.files[name].size, place), on_bytes)
+        self._fetched.add(place)
+        return place
+
+    @property
+    def directory(self) -> Path:
+        """See `Tree`."""
+        return cache_directory() / "files"
+
+    def drop(self) -> None:
+        """Remove what was fetched whole: nothing else knows of it."""
+        for place in self._fetched:
+            place.unlink(missing_ok=True)
+            with suppress(OSError):
+                place.parent.rmdir()
+        self._fetched.clear()
+
+    def check_unchanged(self) -> None:
+        """See `Tree`."""
+        self._fs.invalidate_cache()
+        before, now = self.files, self._listed()
+        for name, file in before.items():
+            if name.endswith(".safetensors") and now.get(name) != file:
+                raise ChangedError(
+                    f"{self.url}/{name} was changed or replaced while it was read.",
+                    hint="Run again once nothing writes to the checkpoints any more, or leave this one out.",
+                )
+
+    def _place(self, name: str) -> Path:
+        """Where a file goes: another place for another state of it."""
+        file = self.files[name]
+        key = hashlib.sha256(repr((self.url, name, file.size, file.identity)).encode()).hexdigest()[:32]
+        return self.directory / key / Path(name).name
+
+    def _listed(self) -> Mapping[str, RemoteFile]:
+        with self._asking(self.url):
+            found: dict[str, dict[str, Any]] = with_retries(lambda: self._fs.find(self._root, detail=True))
+        listed = {}
+        for path, info in found.items():
+            name = path.removeprefix(self._root).lstrip("/")
+            if info.get("type") == "file" and name:
+                listed[name] = RemoteFile(int(info.get("size") or 0), *_identity(info))
+        if not listed:
+            raise NoCheckpointsError(f"{self.url} does not exist, or is empty.", hint="Check the name and the rights.")
+        return listed
+
+    @contextmanager
+    def _asking(self, what: str) -> Iterator[None]:
+        """Make an error of the driver one of ours; drivers raise what their clients do."""
+        try:
+            yield
+        except CkavgError:
+            raise
+        except FileNotFoundError as error:
+            raise ReadError(f"{what} does not exist.", hint="Check the name, and the rights to list it.") from error
+        except PermissionError as error:
+            raise ReadError(
+                f"{what} may not be read: {error}.", hint=f"Check the credentials of {self._fs.protocol}."
+            ) from error
+        except Exception as error:
+            why = str(error).strip().rstrip(".") or type(error).__name__
+            raise ReadError(f"{what} cannot be read: {why}.", hint="Check the network and the credentials.") from error
+
+
+def _file_system(address: Address) -> tuple[Any, str]:
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError as error:
+        raise SettingError(f"{address} is read with fsspec, which is missing.", hint="pip install fsspec") from error
+    try:
+        fs, root = url_to_fs(str(address))
+    except ImportError as error:
+        raise SettingError(f"{address}: {error}", hint="Install the driver, then run the command again.") from error
+    except ValueError as error:
+        raise SettingError(
+            f"{address}: {error}.", hint="Name a directory, hf://owner/name, or an address such as s3://bucket/run."
+        ) from error
+    return fs, str(root).rstrip("/")
+
+
+def _identity(info: Mapping[str, Any]) -> tuple[str | None, bool]:
+    key = next((key for key in (*_HASHES, *_TIMES) if info.get(key)), None)
+    return (None, False) if key is None else (f"{key}:{info[key]}", key in _HASHES)

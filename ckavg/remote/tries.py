@@ -1,0 +1,32 @@
+"""Stage *remote*: the same request again, after a while, where it may go better then."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+TRIES = 5
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0
+_FINAL = (FileNotFoundError, PermissionError, NotImplementedError, IsADirectoryError)
+
+
+def with_retries(ask: Callable[[], Value]) -> Value:
+    """What `ask` returns; it is called again, up to 5 times in all, where it raises what may pass.
+
+    Raises:
+        Exception: whatever it raised the last time, or at once where another try would end alike.
+    """
+    wait = _FIRST_WAIT
+    for _ in range(TRIES - 1):
+        try:
+            return ask()
+        except _FINAL:
+            raise
+        except Exception:
+            time.sleep(wait * random.uniform(0.5, 1))  # noqa: S311 - so that many do not come back at once
+            wait = min(2 * wait, _LONGEST_WAIT)
+    return ask()

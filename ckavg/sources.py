@@ -1,0 +1,237 @@
+"""From what was named to a run, wherever it is: a directory, a repository on the Hub, another file system.
+
+What is not here is listed and put into a mirror (`remote/mirror.py`). The checkpoints that the selection leaves get
+their headers and configs, and the mirror is opened as any directory is; no byte of a weight is fetched for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from ckavg.errors import CkavgError, CombinedError, SettingError
+from ckavg.remote.address import Address, address_of, parse_size
+from ckavg.result.side_files import is_side_file
+from ckavg.run.discover import Candidate, scan
+from ckavg.run.opening import Inspection, as_run, inspect_run
+from ckavg.run.select import select_steps
+from ckavg.run.values import Checkpoint, Remote, Run, Selection
+
+if TYPE_CHECKING:
+    from ckavg.remote.listing import Place
+    from ckavg.remote.mirror import Mirror
+
+_CARD = "README.md"
+_CONFIGS = ("config.json", "adapter_config.json", "model_index.json")
+_WEIGHTS, _INDEX = ".safetensors", ".safetensors.index"
+
+
+def open_run(
+    source: Path | str = ".",
+    *,
+    init: Path | str | None = None,
+    init_step: int = 0,
+    every: int | None = None,
+    every_from: int | None = None,
+    from_step: int | None = None,
+    to_step: int | None = None,
+    last: int | None = None,
+    skip_incomplete: bool = False,
+    common_only: bool = False,
+    copy: Sequence[str] = (),
+    revisions: Sequence[str] = (),
+    max_disk: int | str | None = None,
+) -> Run:
+    """Open saved checkpoints as one run. Reads headers only, never a weight.
+
+    Args:
+        source: directory with the checkpoints of one training run, `hf://owner/name[@revision][/folder]`, or another
+            address that fsspec has a driver for, such as `s3://bucket/run`.
+        init: the anchor θ_0, a checkpoint directory, safetensors file or address; None: the first checkpoint selected.
+        init_step: optimizer step of `init`.
+        every: update frequency f in optimizer steps: visit only checkpoints with (t_k − t_0) mod f = 0.
+        every_from: count `every` from this step instead of the anchor's.
+        from_step: leave out checkpoints before this optimizer step.
+        to_step: leave out checkpoints after this optimizer step.
+        last: keep only this many checkpoints, the newest.
+        skip_incomplete: leave out checkpoints that are not written in full, each with a warning.
+        common_only: average the tensors that all checkpoints have; the others are copied from the last one.
+        copy: shell patterns of further files of the last checkpoint that go into the result, by relative path.
+        revisions: shell patterns of the revisions of a repository, each of which is a checkpoint.
+        max_disk: how many bytes may be fetched to the disk, such as `50GB`; None: all, if there is room. The rest is
+            fetched as it is read, and not kept.
+
+    Raises:
+        CkavgError: it cannot be averaged; `CombinedError` lists every reason where there are more than one.
+    """
+    selection = Selection(
+        init=None if init is None else Path(init),
+        init_step=init_step,
+        every=every,
+        every_from=every_from,
+        from_step=from_step,
+        to_step=to_step,
+        last=last,
+        skip_incomplete=skip_incomplete,
+        common_only=common_only,
+        revisions=tuple(revisions),
+        copy=tuple(copy),
+    )
+    return as_run(inspect_source(source, selection, max_disk=max_disk))
+
+
+def inspect_source(source: Path | str, selection: Selection, *, max_disk: int | str | None = None) -> Inspection:
+    """Look at a source, wherever it is, and return its problems beside what is sound, instead of raising them.
+
+    Args:
+        source, max_disk: as of `open_run`.
+        selection: what is chosen of it.
+
+    Raises:
+        HubError: the Hub refused, or cannot be reached.
+        NoCheckpointsError, MixedOrderError, ReadError, SettingError: there is nothing to inspect.
+    """
+    address = address_of(source)
+    base = None if selection.init is None else address_of(selection.init)
+    if selection.revisions and (address is None or not address.is_hub):
+        raise SettingError(
+            f"--revisions are those of a repository on the Hub; {source} is none.",
+            hint="For example: ckavg inspect hf://owner/name --revisions 'step*'",
+        )
+    limit = None if max_disk is None else parse_size(max_disk)
+    if address is None and base is None:
+        if limit is not None:
+            raise SettingError("--max-disk bounds what is fetched; all of this is here.", hint="Leave it out.")
+        return inspect_run(Path(source), selection)
+    from ckavg.remote.mirror import Mirror
+
+    mirror = Mirror((address.name if address else "run").replace(":", "-"), max_disk=limit)
+    try:
+        with as_users_know(mirror):
+            return _inspected(mirror, Path(source) if address is None else address, base, selection)
+    except BaseException:
+        mirror.close()
+        raise
+
+
+@contextmanager
+def as_users_know(remote: Remote | None) -> Iterator[None]:
+    """Have an error name the files of a run that is not here as its user knows them."""
+    try:
+        yield
+    except CkavgError as error:
+        if remote is not None:
+            _rename(error, remote.told)
+        raise
+
+
+def _rename(error: CkavgError, told: Callable[[str], str]) -> None:
+    if isinstance(error, CombinedError):
+        for each in error.errors:
+            _rename(each, told)
+    error.message, error.hint = told(error.message), told(error.hint)
+
+
+def _inspected(mirror: Mirror, source: Path | Address, base: Address | None, selection: Selection) -> Inspection:
+    from ckavg.remote.listing import list_model, list_run
+
+    places: dict[Path, Place] = {}
+    told: list[str] = []
+    if isinstance(source, Address):
+        places, told = list_run(mirror, source, selection.revisions)
+        source = mirror.root
+        _open(mirror, [places[candidate.path] for candidate in _chosen(source, selection)])
+    if base is not None:
+        init = mirror.root.parent / "init" / base.name
+        selection = dataclasses.replace(selection, init=init)
+        places[init] = list_model(mirror, base, init)
+        _open(mirror, [places[init]])
+    found = inspect_run(source, selection)
+    if found.checkpoints:
+        ends = {found.checkpoints[0].path, found.checkpoints[-1].path} if base else {found.checkpoints[-1].path}
+        for path in ends & places.keys():
+            _bring_side_files(mirror, places[path], selection.copy)
+    mirror.seal()
+    checkpoints = tuple(_identified(mirror, each) for each in found.checkpoints)
+    for problem in found.problems:
+        _rename(problem, mirror.told)
+    return dataclasses.replace(
+        found,
+        checkpoints=checkpoints,
+        warnings=(*told, *map(mirror.told, found.warnings), *_alike(mirror, checkpoints)),
+        remote=mirror,
+    )
+
+
+def _chosen(root: Path, selection: Selection) -> Sequence[Candidate]:
+    """Those whose headers will be read; more than that where some turn out to be incomplete."""
+    candidates = scan(root).candidates
+    if selection.skip_incomplete:
+        return candidates
+    kept = select_steps(
+        [candidate.step for candidate in candidates],
+        every=selection.every,
+        every_from=selection.every_from,
+        from_step=selection.from_step,
+        to_step=selection.to_step,
+        last=selection.last,
+        anchor_step=selection.init_step if selection.init is not None else None,
+    )
+    return [candidates[index] for index in kept]
+
+
+def _open(mirror: Mirror, places: Sequence[Place]) -> None:
+    """Put what opening a run reads into the places of checkpoints: configs, indexes, the headers of weights."""
+    from ckavg.remote.mirror import at_once
+
+    at_once(lambda place: place.show(mirror), places)
+    for place in places:
+        in_place = {name: name.removeprefix(place.prefix) for name in place.names}
+        small = [name for name, here in in_place.items() if PurePosixPath(here).name in _CONFIGS or _INDEX in here]
+        mirror.bring(place.directory, place.tree, small, prefix=place.prefix)
+        weights = [here for here in in_place.values() if here.endswith(_WEIGHTS)]
+        top = [here for here in weights if "/" not in here]
+        mirror.open_headers(place.directory / here for here in top or weights)
+
+
+def _bring_side_files(mirror: Mirror, place: Place, patterns: Sequence[str]) -> None:
+    """Fetch what goes into a result beside the weights, and what its card is made from."""
+    names = []
+    for name in place.names:
+        here = PurePosixPath(name.removeprefix(place.prefix))
+        asked = any(fnmatch.fnmatchcase(str(here), pattern) for pattern in patterns)
+        if (asked or here.name == _CARD or is_side_file(here)) and not str(here).endswith(_WEIGHTS):
+            names.append(name)
+    mirror.bring(place.directory, place.tree, names, prefix=place.prefix)
+
+
+def _identified(mirror: Mirror, checkpoint: Checkpoint) -> Checkpoint:
+    """With what tells the content of its weight files from any other."""
+    shards = tuple(
+        dataclasses.replace(shard, state=None, identity=mirror.identity(shard.path))
+        if shard.path in mirror.weights
+        else shard
+        for shard in checkpoint.shards
+    )
+    return dataclasses.replace(checkpoint, shards=shards)
+
+
+def _alike(mirror: Mirror, checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
+    """A warning for checkpoints with the same weights, as one that was uploaded in the place of another leaves them."""
+    by_content: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for checkpoint in checkpoints:
+        content = [mirror.content_hash(shard.path) for shard in checkpoint.shards]
+        if content and None not in content:
+            by_content[tuple(sorted(map(str, content)))].append(checkpoint.step)
+    for steps in by_content.values():
+        if len(steps) > 1:
+            told = ", ".join(map(str, steps))
+            yield (
+                f"Steps {told} hold the same weights, by the hashes of their files: one was uploaded in the place of "
+                "another, perhaps. Leave out those that are wrong with --from-step, --to-step or --revisions."
+            )
