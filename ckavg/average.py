@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckavg.atomic import resolved
-from ckavg.engine.progress import OnProgress, Progress
+from ckavg.engine.progress import OnProgress
 from ckavg.engine.ranks import ALONE, Ranks
 from ckavg.errors import SettingError
 from ckavg.path.plan import PathPlan, plan_path
@@ -24,11 +24,11 @@ from ckavg.path.saved import remember
 from ckavg.path.table import PathLength, ZeroSigma
 from ckavg.plan import Plan, check_together, fetching_of, fetching_of_path, plan_average
 from ckavg.recording import Work, completed, record_of
+from ckavg.remote.fetching import fetch
 from ckavg.result.leftovers import tidy
 from ckavg.result.record import Averaged, Seconds
-from ckavg.run.opening import Inspection
 from ckavg.run.stamps import Stamps, check_unchanged, stamps_of
-from ckavg.run.values import Fetching, Remote, Run
+from ckavg.run.values import Run
 from ckavg.schemes import Coefficients, Scheme, Timeline
 from ckavg.sources import as_users_know
 from ckavg.together import agree, agree_on, opened, settled, staged
@@ -245,46 +245,6 @@ def carry_out(
         if run.remote is not None:
             run.remote.release()
     return Done(records, path)
-
-
-def fetch(remote: Remote | None, fetching: Fetching | None, on_progress: OnProgress | None) -> None:
-    """Fetch whole what is to be fetched whole of a run that is not on this machine.
-
-    Raises:
-        HubError, ReadError: it could not be fetched. What came of it stays.
-    """
-    if remote is None or fetching is None or not fetching.whole:
-        return
-    total, done = fetching.whole_bytes, 0
-
-    def fetched(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if on_progress:
-            on_progress(Progress("fetch", done, total))
-
-    fetched(0)
-    remote.fetch(fetching, fetched)
-
-
-def fetch_all(found: Inspection, on_progress: OnProgress | None) -> None:
-    """Fetch whole all weight files of what was inspected, for a work that reads them as files.
-
-    Raises:
-        SettingError: there is no room for all of them.
-        HubError, ReadError: they could not be fetched. What came of them stays.
-    """
-    if found.remote is None:
-        return
-    paths = [shard.path for checkpoint in found.checkpoints for shard in checkpoint.shards]
-    fetching = found.remote.plan(dict.fromkeys(paths, 2.0), other_bytes=0)
-    if fetching.streamed_bytes:
-        raise SettingError(
-            f"All weights are to be read as files, {fetching.streamed_bytes / 2e9:.2f} GB; there is room for "
-            f"{fetching.room / 1e9:.2f} GB at {fetching.directory}.",
-            hint="Choose fewer checkpoints, or more room with --max-disk or HF_HOME.",
-        )
-    fetch(found.remote, fetching, on_progress)
 
 
 def _check_unchanged(run: Run) -> None:

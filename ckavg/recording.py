@@ -78,7 +78,7 @@ def record_of(
         inputs=tuple(
             Input(
                 checkpoint.step,
-                run.place(checkpoint.directory),
+                run.pinned(checkpoint.directory),
                 dict(zip(checkpoint.names, (shard.nbytes for shard in checkpoint.shards), strict=True)),
                 checksum,
             )

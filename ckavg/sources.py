@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from ckavg.remote.listing import Place
     from ckavg.remote.mirror import Mirror
 
-_CARD = "README.md"
-_CONFIGS = ("config.json", "adapter_config.json", "model_index.json")
-_WEIGHTS, _INDEX = ".safetensors", ".safetensors.index"
+_CARD, _WEIGHTS = "README.md", ".safetensors"
 
 
 def open_run(
@@ -138,26 +136,26 @@ def _rename(error: CkavgError, told: Callable[[str], str]) -> None:
 
 
 def _inspected(mirror: Mirror, source: Path | Address, base: Address | None, selection: Selection) -> Inspection:
-    from ckavg.remote.listing import list_model, list_run
+    from ckavg.remote.listing import list_model, list_run, open_places
 
     places: dict[Path, Place] = {}
     told: list[str] = []
     if isinstance(source, Address):
         places, told = list_run(mirror, source, selection.revisions)
         source = mirror.root
-        _open(mirror, [places[candidate.path] for candidate in _chosen(source, selection)])
+        open_places(mirror, [places[candidate.path] for candidate in _chosen(source, selection)])
     if base is not None:
         init = mirror.root.parent / "init" / base.name
         selection = dataclasses.replace(selection, init=init)
         places[init] = list_model(mirror, base, init)
-        _open(mirror, [places[init]])
+        open_places(mirror, [places[init]])
     found = inspect_run(source, selection)
     if found.checkpoints:
         ends = {found.checkpoints[0].path, found.checkpoints[-1].path} if base else {found.checkpoints[-1].path}
         for path in ends & places.keys():
             _bring_side_files(mirror, places[path], selection.copy)
     mirror.seal()
-    checkpoints = tuple(_identified(mirror, each) for each in found.checkpoints)
+    checkpoints = tuple(mirror.identified(each) for each in found.checkpoints)
     for problem in found.problems:
         _rename(problem, mirror.told)
     return dataclasses.replace(
@@ -185,20 +183,6 @@ def _chosen(root: Path, selection: Selection) -> Sequence[Candidate]:
     return [candidates[index] for index in kept]
 
 
-def _open(mirror: Mirror, places: Sequence[Place]) -> None:
-    """Put what opening a run reads into the places of checkpoints: configs, indexes, the headers of weights."""
-    from ckavg.remote.mirror import at_once
-
-    at_once(lambda place: place.show(mirror), places)
-    for place in places:
-        in_place = {name: name.removeprefix(place.prefix) for name in place.names}
-        small = [name for name, here in in_place.items() if PurePosixPath(here).name in _CONFIGS or _INDEX in here]
-        mirror.bring(place.directory, place.tree, small, prefix=place.prefix)
-        weights = [here for here in in_place.values() if here.endswith(_WEIGHTS)]
-        top = [here for here in weights if "/" not in here]
-        mirror.open_headers(place.directory / here for here in top or weights)
-
-
 def _bring_side_files(mirror: Mirror, place: Place, patterns: Sequence[str]) -> None:
     """Fetch what goes into a result beside the weights, and what its card is made from."""
     names = []
@@ -208,17 +192,6 @@ def _bring_side_files(mirror: Mirror, place: Place, patterns: Sequence[str]) -> 
         if (asked or here.name == _CARD or is_side_file(here)) and not str(here).endswith(_WEIGHTS):
             names.append(name)
     mirror.bring(place.directory, place.tree, names, prefix=place.prefix)
-
-
-def _identified(mirror: Mirror, checkpoint: Checkpoint) -> Checkpoint:
-    """With what tells the content of its weight files from any other."""
-    shards = tuple(
-        dataclasses.replace(shard, state=None, identity=mirror.identity(shard.path))
-        if shard.path in mirror.weights
-        else shard
-        for shard in checkpoint.shards
-    )
-    return dataclasses.replace(checkpoint, shards=shards)
 
 
 def _alike(mirror: Mirror, checkpoints: Sequence[Checkpoint]) -> Iterator[str]:

@@ -60,13 +60,14 @@ def _look_deep(found: Inspection, options: Inspecting) -> bool:
     """Read the weights of the checkpoints that can be read, show what they reveal; whether they are sound."""
     if not Ranks.of_environment().is_first:  # one reads for all processes of a job
         return True
-    from ckavg.average import fetch_all
     from ckavg.health.examine import examine
+    from ckavg.remote.fetching import fetch_all
     from ckavg.report.health import print_health
 
     begun = time.perf_counter()
     with show_progress(1, quiet=options.quiet) as on_progress:
-        fetch_all(found, on_progress)
+        paths = [shard.path for checkpoint in found.checkpoints for shard in checkpoint.shards]
+        fetch_all(found.remote, paths, on_progress)
         health = examine(found.source, found.checkpoints, on_progress=on_progress)
         if found.remote is not None:
             found.remote.release()

@@ -7,19 +7,20 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ckavg.errors import NoCheckpointsError, SettingError, listed
 from ckavg.remote.address import Address, is_pattern
 from ckavg.remote.hub import Repository
-from ckavg.remote.mirror import Mirror
+from ckavg.remote.mirror import Mirror, at_once
 from ckavg.remote.objects import ObjectTree
 from ckavg.remote.store import Tree
 from ckavg.run.layouts import read_label
 from ckavg.run.trainer_log import TRAINER_STATE
 
 CARD = "README.md"
-_WEIGHTS = ".safetensors"
+_CONFIGS = ("config.json", "adapter_config.json", "model_index.json")
+_WEIGHTS, _INDEX = ".safetensors", ".safetensors.index"
 _NUMBER = re.compile(r"\d+(?:[-_]tokens[\w.]+)?$", re.ASCII)
 
 
@@ -84,18 +85,42 @@ def list_run(mirror: Mirror, address: Address, revisions: Sequence[str]) -> tupl
     return _folders(mirror, address, tree, repository), []
 
 
+def open_places(mirror: Mirror, places: Sequence[Place]) -> None:
+    """Put what opening a run reads into the places of checkpoints: configs, indexes, the headers of weights.
+
+    Raises:
+        HubError, ReadError: it could not be fetched.
+    """
+    at_once(lambda place: place.show(mirror), places)
+    for place in places:
+        in_place = {name: name.removeprefix(place.prefix) for name in place.names}
+        small = [name for name, here in in_place.items() if PurePosixPath(here).name in _CONFIGS or _INDEX in here]
+        mirror.bring(place.directory, place.tree, small, prefix=place.prefix)
+        weights = [here for here in in_place.values() if here.endswith(_WEIGHTS)]
+        top = [here for here in weights if "/" not in here]
+        mirror.open_headers(place.directory / here for here in top or weights)
+
+
+def tree_at(address: Address) -> Tree:
+    """The files of an address that names one place.
+
+    Raises:
+        HubError: there is no such revision, or the Hub refused, or cannot be reached.
+    """
+    if not address.is_hub:
+        return ObjectTree(address)
+    return Repository(address.place).tree(address.revision or "main", address.folder)
+
+
 def list_model(mirror: Mirror, address: Address, path: Path) -> Place:
     """Show one model in a mirror: that of `--init`.
 
     Raises:
         HubError, ReadError: the place refuses, or cannot be reached.
     """
-    if not address.is_hub:
-        place = Place(path, ObjectTree(address))
-    else:
-        if address.revision is not None and is_pattern(address.revision):
-            raise SettingError(f"--init {address} may be several revisions.", hint="Name one: hf://owner/name@REVISION")
-        place = Place(path, Repository(address.place).tree(address.revision or "main", address.folder))
+    if address.revision is not None and is_pattern(address.revision):
+        raise SettingError(f"--init {address} may be several revisions.", hint="Name one: hf://owner/name@REVISION")
+    place = Place(path, tree_at(address))
     place.show(mirror)
     return place
 

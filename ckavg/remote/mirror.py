@@ -8,6 +8,7 @@ When a file is fetched whole, a link to it takes its place in turn.
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import secrets
@@ -27,7 +28,7 @@ from ckavg.errors import ReadError
 from ckavg.remote.store import OnBytes, RemoteFile, Tree
 from ckavg.run.checkpoint import RESULT_RECORD
 from ckavg.run.header import MAX_HEADER_BYTES
-from ckavg.run.values import Fetching
+from ckavg.run.values import Checkpoint, Fetching
 
 Item = TypeVar("Item")
 
@@ -90,6 +91,7 @@ class Mirror:
         _OPEN.add(self)
         self.weights: dict[Path, Origin] = {}
         self._names: dict[Path, str] = {}
+        self._pinned: dict[Path, str] = {}
         self._trees: list[Tree] = []
 
     def add(self, place: Path, tree: Tree, names: Iterable[str], *, prefix: str = "", url: str | None = None) -> None:
@@ -103,6 +105,7 @@ class Mirror:
             url: what the directory stands for.
         """
         self.stand_for(place, url or tree.url)
+        self._pinned[place] = f"{tree.pinned_url}/{prefix}".rstrip("/")
         if tree not in self._trees:
             self._trees.append(tree)
         with _writing(place):
@@ -160,6 +163,16 @@ class Mirror:
         """See `Remote`."""
         return path == self._own or self._own in path.parents
 
+    def identified(self, checkpoint: Checkpoint) -> Checkpoint:
+        """With what tells the content of its weight files from any other."""
+        shards = tuple(
+            dataclasses.replace(shard, state=None, identity=self.identity(shard.path))
+            if shard.path in self.weights
+            else shard
+            for shard in checkpoint.shards
+        )
+        return dataclasses.replace(checkpoint, shards=shards)
+
     def identity(self, path: Path) -> str:
         """What tells the content of a weight file from any other; another one each time where nothing does."""
         origin = self.weights[path]
@@ -175,11 +188,11 @@ class Mirror:
 
     def named(self, path: Path) -> str:
         """See `Remote`."""
-        for above in (path, *path.parents):
-            if above in self._names:
-                rest = path.relative_to(above).as_posix()
-                return self._names[above] if rest == "." else f"{self._names[above]}/{rest}"
-        return str(path)
+        return _outside(path, self._names)
+
+    def pinned(self, path: Path) -> str:
+        """See `Remote`."""
+        return _outside(path, self._pinned)
 
     def told(self, text: str) -> str:
         """A text with the places in the mirror as users know them."""
@@ -256,6 +269,14 @@ class Mirror:
         with _writing(path):
             path.unlink(missing_ok=True)
             path.symlink_to(_NOT_HERE if target is None else target)
+
+
+def _outside(path: Path, names: Mapping[Path, str]) -> str:
+    for above in (path, *path.parents):
+        if above in names:
+            rest = path.relative_to(above).as_posix()
+            return names[above] if rest == "." else f"{names[above]}/{rest}"
+    return str(path)
 
 
 def close_all() -> None:

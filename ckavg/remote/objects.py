@@ -27,7 +27,7 @@ class ObjectTree:
     keeps = False
 
     def __init__(self, address: Address) -> None:
-        self.url = str(address)
+        self.url = self.pinned_url = str(address)
         self._fs, self._root = _file_system(address)
         self._fetched: set[Path] = set()
 

@@ -39,6 +39,11 @@ class Tree(Protocol):
         ...
 
     @property
+    def pinned_url(self) -> str:
+        """Its address by what cannot come to mean something else, where there is such a thing."""
+        ...
+
+    @property
     def keeps(self) -> bool:
         """Whether what is fetched whole stays in a cache that other programs share."""
         ...

@@ -15,6 +15,7 @@ from ckavg.report.text import MOST_ROWS, as_bytes, as_count, bar, shortened_rows
 from ckavg.result.command import shell_word
 from ckavg.result.record import Averaged
 from ckavg.result.side_files import read_config
+from ckavg.run.values import Fetching
 
 _BAR_WIDTH = 32
 
@@ -37,8 +38,8 @@ def print_summary(result: Averaged, plan: Plan) -> None:
     console.print(quoted(f"next     {_next_command(result, plan)}"), soft_wrap=True)
 
 
-def plan_to_dict(plan: Plan) -> dict[str, Any]:
-    """A plan as plain JSON values."""
+def plan_to_dict(plan: Plan, fetching: Fetching | None) -> dict[str, Any]:
+    """A plan as plain JSON values, with what is fetched for it and those it is carried out with."""
     return {
         "dry_run": True,
         "scheme": plan.scheme.name,
@@ -47,7 +48,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "bytes_to_read": plan.path_bytes + plan.replay_bytes,
         "bytes_to_write": plan.write_bytes,
         "memory_bytes": memory_bytes([plan]),
-        **fetching_to_dict(fetching_of([plan])),
+        "fetch": fetching_to_dict(fetching),
         "warnings": list(plan.warnings + plan.foreseen),
         "outputs": [
             {
@@ -63,8 +64,9 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
 
 def print_plan(plan: Plan, *, as_json: bool) -> None:
     """Print what would be read and written."""
+    fetching = fetching_of([plan])
     if as_json:
-        print_json(plan_to_dict(plan))
+        print_json(plan_to_dict(plan, fetching))
         return
     console = stdout_console()
     steps = plan.run.steps
@@ -77,7 +79,7 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
             console.print(f"would read   {as_bytes(count)} in {title}")
         elif plan.path and title == passes[0][0]:
             console.print("would read   nothing in pass 1: the path is known from before")
-    for line in fetching_lines(fetching_of([plan])):
+    for line in fetching_lines(fetching):
         console.print(quoted(f"would {line}"), soft_wrap=True)
     console.print(quoted(f"would write  {as_bytes(plan.write_bytes)} to {plan.out}"), soft_wrap=True)
     for name in (*plan.files, *(f"{out.name}/" for out in list(plan.outputs.values())[:-1])):

@@ -8,18 +8,16 @@ from ckavg.report.text import as_bytes
 from ckavg.run.values import Fetching
 
 
-def fetching_to_dict(fetching: Fetching | None) -> dict[str, Any]:
-    """The same as plain JSON values; empty for a run on this machine."""
+def fetching_to_dict(fetching: Fetching | None) -> dict[str, Any] | None:
+    """The same as plain JSON values; None for a run on this machine."""
     if fetching is None:
-        return {}
+        return None
     return {
-        "fetch": {
-            "to_disk_bytes": fetching.whole_bytes,
-            "on_disk_bytes": fetching.kept_bytes,
-            "streamed_bytes": fetching.streamed_bytes,
-            "directory": str(fetching.directory),
-            "room_bytes": fetching.room,
-        }
+        "to_disk_bytes": fetching.whole_bytes,
+        "on_disk_bytes": fetching.kept_bytes,
+        "streamed_bytes": fetching.streamed_bytes,
+        "directory": str(fetching.directory),
+        "room_bytes": fetching.room,
     }
 
 

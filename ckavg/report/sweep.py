@@ -9,7 +9,7 @@ from ckavg.memory import memory_bytes
 from ckavg.plan import Plan, fetching_of
 from ckavg.report.average import path_told, plan_to_dict
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
-from ckavg.report.fetching import fetching_lines, fetching_to_dict
+from ckavg.report.fetching import fetching_lines
 from ckavg.report.text import as_bytes, sparkline
 from ckavg.result.record import Averaged, Evaluation
 
@@ -67,8 +67,7 @@ def print_plans(plans: Sequence[Plan], *, as_json: bool) -> None:
     """Print what would be read and written."""
     fetching = fetching_of(plans)
     if as_json:
-        fetched = fetching_to_dict(fetching)
-        print_json({"dry_run": True, "averages": [plan_to_dict(plan) for plan in plans], **fetched})
+        print_json({"dry_run": True, "averages": [plan_to_dict(plan, fetching) for plan in plans]})
         return
     console = stdout_console()
     read = max(plan.path_bytes for plan in plans) + max(plan.replay_bytes for plan in plans)

@@ -219,6 +219,10 @@ class Remote(Protocol):
         """What a path in the run stands for, as users know it; a path that stands for itself as it is."""
         ...
 
+    def pinned(self, path: Path) -> str:
+        """The same, by what cannot come to mean something else: a commit instead of a branch, where there is one."""
+        ...
+
     def told(self, text: str) -> str:
         """A text, in which such paths are named as users know them."""
         ...
@@ -292,6 +296,10 @@ class Run:
     def place(self, path: Path) -> str:
         """A path in the run as users know it."""
         return str(path) if self.remote is None else self.remote.named(path)
+
+    def pinned(self, path: Path) -> str:
+        """The same, by what cannot come to mean something else."""
+        return str(path) if self.remote is None else self.remote.pinned(path)
 
     @property
     def anchor_is_init(self) -> bool:

@@ -15,7 +15,8 @@ from pathlib import Path
 from ckavg.errors import CkavgError, CorruptFileError
 from ckavg.result.record import Input
 from ckavg.run.checkpoint import read_checkpoint
-from ckavg.run.values import Checkpoint, Entry
+from ckavg.run.values import Checkpoint, Entry, Remote
+from ckavg.verify.elsewhere import Elsewhere, is_elsewhere, open_elsewhere
 from ckavg.verify.findings import Finding
 from ckavg.verify.record import Record
 
@@ -27,10 +28,12 @@ class Sources:
     Attributes:
         checkpoints: by index; None for those that take no part, are not there, or are not what they were.
         findings: why they are not.
+        elsewhere: those that are not on this machine; None where all are.
     """
 
     checkpoints: tuple[Checkpoint | None, ...]
     findings: tuple[Finding, ...]
+    elsewhere: Elsewhere | None = None
 
 
 def find_sources(
@@ -54,12 +57,17 @@ def find_sources(
     """
     copied = frozenset(record.copied)
     checkpoints: list[Checkpoint | None] = []
-    found: list[Finding] = []
+    remote = None
+    if source is None and any(is_elsewhere(each) for each in record.inputs[first:]):
+        remote = open_elsewhere(record.inputs, first=first)
+    found: list[Finding] = [] if remote is None else list(remote.findings)
     for index, recorded in enumerate(record.inputs):
         checkpoint = None
-        if index >= first:
+        if index >= first and not (remote is not None and is_elsewhere(recorded) and not remote.checkpoints[index]):
             try:
-                checkpoint = _found(record, index, _places(record, index, directory, source=source, init=init))
+                checkpoint = (remote and remote.checkpoints[index]) or _found(
+                    record, index, _places(record, index, directory, source=source, init=init)
+                )
                 checkpoint = checkpoint.with_copied(copied)
                 is_last = index == len(record.inputs) - 1
                 _check_tensors(checkpoint, {name: tensors[name] for name in tensors if is_last or name not in copied})
@@ -67,7 +75,7 @@ def find_sources(
                 found.append(Finding("sources", f"step {recorded.step}: {error.message}"))
                 checkpoint = None
         checkpoints.append(checkpoint)
-    return Sources(tuple(checkpoints), tuple(found))
+    return Sources(tuple(checkpoints), tuple(found), remote)
 
 
 def check_checksums(
@@ -75,6 +83,7 @@ def check_checksums(
     checkpoints: Sequence[Checkpoint | None],
     names: Sequence[str],
     on_progress: Callable[[int, int], None],
+    remote: Remote | None = None,
 ) -> tuple[list[Finding], int]:
     """Read the averaged tensors of all checkpoints and compare their checksums with the record.
 
@@ -83,6 +92,7 @@ def check_checksums(
         checkpoints: by index; None for those that are not there.
         names: the averaged tensors.
         on_progress: called with the bytes done and the bytes to do.
+        remote: where those are that are not on this machine.
 
     Returns:
         What was found, and how many bytes were read.
@@ -118,11 +128,12 @@ def check_checksums(
 
         return digests
 
-    settings = Settings(on_progress=lambda news: on_progress(news.done, news.total))
+    settings = Settings(on_progress=lambda news: on_progress(news.done, news.total), remote=remote)
     streamed = stream("sources", read, blocks, make_worker, settings)
     for (checkpoint, recorded), checksum in zip(here, checksums(read, blocks, streamed.results), strict=True):
         if checksum != recorded.checksum:
-            told = f"step {recorded.step}: the weights in {checkpoint.path} are not those that were averaged"
+            place = checkpoint.path if remote is None else remote.named(checkpoint.path)
+            told = f"step {recorded.step}: the weights in {place} are not those that were averaged"
             found.append(Finding("sources", f"{told}: their checksum is {checksum[:12]}…, it was {recorded.checksum}."))
     return found, streamed.bytes_read
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckavg.atomic import resolved
 from ckavg.engine.progress import OnProgress, Pass, Progress
@@ -21,6 +22,9 @@ from ckavg.verify.findings import Check, Finding, Verified
 from ckavg.verify.record import Record, read_record
 from ckavg.verify.weights import check_finite, open_weights
 from ckavg.version import __version__
+
+if TYPE_CHECKING:
+    from ckavg.verify.elsewhere import Elsewhere
 
 ELEMENTS = 10_000
 
@@ -114,6 +118,7 @@ class _Work:
     source: Path | None
     init: Path | None = None
     checkpoints: tuple[Checkpoint | None, ...] = ()
+    elsewhere: Elsewhere | None = None
     findings: list[Finding] = field(default_factory=list)
     files: int = 0
     bytes_read: int = 0
@@ -244,6 +249,7 @@ class _Work:
         )
         self.findings += found.findings
         self.checkpoints = found.checkpoints
+        self.elsewhere = found.elsewhere
 
     def check_sources(self, outputs: Outputs) -> None:
         """Are the checkpoints those that were averaged, every byte of them?"""
@@ -252,7 +258,8 @@ class _Work:
         like = [checkpoint for _, checkpoint in outputs.values()] or [each for each in self.checkpoints if each]
         entries = like[-1].entries if like else {}
         names = [name for name, entry in entries.items() if entry.is_floating and entry.numel]
-        found, nbytes = check_checksums(self.record, self.checkpoints, names, self.listener("sources"))
+        remote = None if self.elsewhere is None else self.elsewhere.mirror
+        found, nbytes = check_checksums(self.record, self.checkpoints, names, self.listener("sources"), remote)
         self.findings += found
         self.bytes_read += nbytes
 
@@ -260,6 +267,10 @@ class _Work:
         """Are elements that are drawn what the checkpoints give?"""
         from ckavg.verify.replaying import check_elements
 
+        if self.elsewhere is not None:
+            from ckavg.verify.elsewhere import fetch_elsewhere
+
+            fetch_elsewhere(self.elsewhere, self.on_progress)
         done = check_elements(
             self.record,
             outputs,

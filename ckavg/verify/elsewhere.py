@@ -1,0 +1,88 @@
+"""Stage *verify*, fourth, for checkpoints that are not on this machine: the addresses in the record are opened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckavg.engine.progress import OnProgress
+from ckavg.errors import CkavgError, CorruptFileError
+from ckavg.remote.address import Address, address_of
+from ckavg.remote.fetching import fetch_all
+from ckavg.remote.listing import tree_at
+from ckavg.remote.mirror import Mirror
+from ckavg.result.record import Input
+from ckavg.run.checkpoint import read_checkpoint
+from ckavg.run.values import Checkpoint
+from ckavg.verify.findings import Finding
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """The checkpoints of a record that are not on this machine.
+
+    Attributes:
+        mirror: where they are shown.
+        checkpoints: by index; None for those that take no part, are on this machine, or are not what they were.
+        findings: why they are not.
+    """
+
+    mirror: Mirror
+    checkpoints: tuple[Checkpoint | None, ...]
+    findings: tuple[Finding, ...]
+
+
+def is_elsewhere(recorded: Input) -> bool:
+    """Whether a checkpoint is known by an address."""
+    return address_of(recorded.directory) is not None
+
+
+def open_elsewhere(inputs: Sequence[Input], *, first: int) -> Elsewhere:
+    """Open the checkpoints that have addresses: their headers are fetched, none of their weights.
+
+    Args:
+        inputs: of the record.
+        first: index of the first checkpoint that takes part.
+    """
+    mirror = Mirror("sources")
+    checkpoints: list[Checkpoint | None] = []
+    found: list[Finding] = []
+    for index, recorded in enumerate(inputs):
+        address = address_of(recorded.directory)
+        checkpoint = None
+        if address is not None and index >= first:
+            try:
+                checkpoint = _opened(mirror, address, recorded, mirror.root / str(index))
+            except CkavgError as error:
+                found.append(Finding("sources", f"step {recorded.step}: {mirror.told(error.message)}"))
+        checkpoints.append(checkpoint)
+    mirror.seal()
+    identified = (None if each is None else mirror.identified(each) for each in checkpoints)
+    return Elsewhere(mirror, tuple(identified), tuple(found))
+
+
+def fetch_elsewhere(elsewhere: Elsewhere, on_progress: OnProgress | None) -> None:
+    """Fetch all of their weights, for what reads single elements.
+
+    Raises:
+        SettingError: there is no room for them.
+        HubError, ReadError: they could not be fetched.
+    """
+    here = [each for each in elsewhere.checkpoints if each is not None]
+    fetch_all(elsewhere.mirror, [shard.path for each in here for shard in each.shards], on_progress)
+
+
+def _opened(mirror: Mirror, address: Address, recorded: Input, place: Path) -> Checkpoint:
+    tree = tree_at(address)
+    for name, size in recorded.files.items():
+        there = tree.files.get(name)
+        if there is None:
+            raise CorruptFileError(f"{address}/{name} is not there; it was averaged.")
+        if there.size != size:
+            raise CorruptFileError(
+                f"{address}/{name} is {there.size:,} bytes long; it was {size:,} when it was averaged."
+            )
+    mirror.add(place, tree, recorded.files)
+    mirror.open_headers(place / name for name in recorded.files)
+    return read_checkpoint(place, recorded.step)
