@@ -15,8 +15,8 @@ from tests.hub.state import Hub
 def serving() -> Iterator[Hub]:
     """A Hub that listens on a port of its own until the end of the block."""
     hub = Hub()
-    handler = type("Handler", (Handler,), {"hub": hub})
-    with _listening(handler) as hub.url, _listening(handler) as hub.storage_url:
+    handler = type("Handler", (Handler,), {"hub": hub, "traffic": hub})
+    with listening(handler) as hub.url, listening(handler) as hub.storage_url:
         try:
             yield hub
         finally:
@@ -24,7 +24,8 @@ def serving() -> Iterator[Hub]:
 
 
 @contextmanager
-def _listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address at which these answers are given, until the end of the block."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that hangs up is part of the tests
