@@ -149,8 +149,13 @@ class Wire(BaseHTTPRequestHandler):
             return
         for begin in range(0, len(body) if broken is None else broken.after, PIECE):
             piece = body[begin : min(begin + PIECE, broken.after if broken is not None else len(body))]
-            self.wfile.write(piece)
+            # before: whoever has the last byte may look at the counts at once
             self.traffic.count(stage, answer.content, len(piece))
+            try:
+                self.wfile.write(piece)
+            except OSError:
+                self.traffic.count(stage, answer.content, -len(piece))
+                raise
         if broken is None:
             return
         if broken.how == "stalled":
