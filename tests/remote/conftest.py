@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from tests.hub.conftest import hub as hub
+from tests.hub.state import Hub
+from tests.remote import mirrors
+from tests.remote.published import publish_revisions
 from tests.remote.stores import Store, fronting, storing
 from tests.runs import write_run
 
@@ -50,3 +54,35 @@ def s3(_storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         }.items():
             monkeypatch.setenv(name, value)
         yield store
+
+
+REPO = "lab/run"
+
+
+def _known_to_the_client(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+@pytest.fixture
+def olah(hub: Hub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[mirrors.Olah]:
+    """Olah as the Hub of the client, with the run as revisions of `lab/run`, which it gets from the Hub on loopback."""
+    if reason := mirrors.missing():
+        pytest.skip(reason)
+    publish_revisions(hub, REPO, run)
+    with mirrors.mirroring_hub(hub, REPO, tmp_path / "olah") as olah:
+        _known_to_the_client(olah.url, monkeypatch)
+        yield olah
+
+
+@pytest.fixture
+def olah_of_git(hub: Hub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[mirrors.Olah]:
+    """Likewise, but the run lies in a git repository, and nothing of our own takes part; it knows no ranges."""
+    if reason := mirrors.missing():
+        pytest.skip(reason)
+    repo = publish_revisions(hub, REPO, run)
+    with mirrors.mirroring_git(repo, REPO, tmp_path / "olah") as olah:
+        _known_to_the_client(olah.url, monkeypatch)
+        yield olah
+    assert hub.requests == []
