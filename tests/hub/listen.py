@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,8 @@ from tests.hub.state import Hub
 def serving() -> Iterator[Hub]:
     """A Hub that listens on a port of its own until the end of the block."""
     hub = Hub()
-    handler = type("Handler", (Handler,), {"hub": hub})
-    with _listening(handler) as hub.url, _listening(handler) as hub.storage_url:
+    handler = type("Handler", (Handler,), {"hub": hub, "traffic": hub})
+    with listening(handler) as hub.url, listening(handler) as hub.storage_url:
         try:
             yield hub
         finally:
@@ -24,10 +25,22 @@ def serving() -> Iterator[Hub]:
 
 
 @contextmanager
-def _listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address at which these answers are given, until the end of the block.
+
+    Raises:
+        BaseException: what went wrong in the server itself, once the block has ended well.
+    """
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
-    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that hangs up is part of the tests
+    bugs: list[BaseException] = []
+
+    def keep_bug(*_: object) -> None:
+        error = sys.exception()
+        if error is not None and not isinstance(error, OSError):  # a client that hangs up is part of the tests
+            bugs.append(error)
+
+    server.handle_error = keep_bug  # type: ignore[method-assign,assignment]
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
@@ -36,3 +49,5 @@ def _listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+    if bugs:
+        raise bugs[0]

@@ -1,28 +1,26 @@
-"""What the Hub on loopback holds: repositories as trees of bytes, a user, faults to come, and what happened."""
+"""What the Hub on loopback holds: repositories as trees of bytes, and a user."""
 
 from __future__ import annotations
 
 import hashlib
-import re
-import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.hub.faults import DROPPED as DROPPED
+from tests.hub.faults import HELD as HELD
+from tests.hub.faults import PORTAL as PORTAL
+from tests.hub.faults import Traffic
+
 TOKEN = "hf_" + "SecretSecretSecretSecretSecret1234"
 LARGE = 5_000
-DROPPED = 0
-"""In the place of a status: the connection is cut."""
-HELD = -1
-"""Likewise: there is no answer until the end."""
-PORTAL = 200
-"""Likewise: somebody else answers."""
 
+_FILE = r"/(?!api/)[^/]+/[^/]+/resolve/.*|/api/resolve-cache/.*"
 STAGES = {
     "whoami": r"GET /api/whoami-v2",
-    "info": r"GET /api/models/[^/]+/[^/]+",
-    "refs": r"GET .*/refs",
-    "list": r"GET .*/tree/.*",
+    "info": r"GET /api/models/[^/]+/[^/]+(/revision/.*)?",
+    "refs": r"GET /api/models/[^/]+/[^/]+/refs",
+    "list": r"GET /api/models/[^/]+/[^/]+/tree/.*",
     "right": r"GET .*/auth-check/write",
     "owner": r"GET /api/(users|organizations)/.*",
     "create": r"POST /api/repos/create",
@@ -35,6 +33,10 @@ STAGES = {
     "commit": r"POST .*/commit/.*",
     "look": r"POST .*/paths-info/.*",
 }
+"""What a push asks."""
+
+READING = {"head": rf"HEAD ({_FILE})", "resolve": rf"GET ({_FILE})", "fetch": r"GET /storage/.*"}
+"""What else those ask who read: for a file's name and place, for its content or place, and for that of a large one."""
 
 Tree = dict[str, tuple[bytes, bool]]
 """By path: the content, and whether it is kept as a large file."""
@@ -48,6 +50,8 @@ class Repo:
     tags: dict[str, str] = field(default_factory=dict)
     pulls: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)
+    """By commit: what it is called in the counts. It keeps its name when the branch moves on."""
 
     def commit(self, tree: Tree, message: str) -> str:
         oid = hashlib.sha1(f"{len(self.commits)}{message}".encode()).hexdigest()
@@ -72,9 +76,10 @@ def _me() -> dict[str, Any]:
 
 
 @dataclass
-class Hub:
+class Hub(Traffic):
     """What the server holds, and what happened to it."""
 
+    stages: dict[str, str] = field(default_factory=lambda: STAGES | READING)
     url: str = ""
     storage_url: str = ""
     me: dict[str, Any] = field(default_factory=_me)
@@ -84,54 +89,57 @@ class Hub:
     owners: set[str] = field(default_factory=lambda: {"ada", "lab", "club", "stranger"})
     no_write: set[str] = field(default_factory=set)
     gated: set[str] = field(default_factory=set)
+    """Repositories whose owner has not let the user in: their lists are open, their files are not."""
+    granted: set[str] = field(default_factory=set)
+    """Likewise, but the user is let in; nobody is without a token."""
     ignored: set[str] = field(default_factory=set)
     """Files that a .gitignore there keeps out."""
     storage: dict[str, bytes] = field(default_factory=dict)
-    faults: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """By stage: a status or `DROPPED`, and how many requests it still meets."""
-    passes_before: dict[str, int] = field(default_factory=dict)
-    """By stage: how many requests are served before its fault."""
-    requests: list[str] = field(default_factory=list)
     sent: Counter[str] = field(default_factory=Counter)
     """Bytes that came by PUT, by SHA-256."""
-    careless: bool = False
-    """Whether a fault repeats the token to whoever sent it."""
-    held: threading.Event = field(default_factory=threading.Event)
-    released: threading.Event = field(default_factory=threading.Event)
+    page: int = 1_000
+    """Entries of a tree in one answer."""
+    small_elsewhere: bool = False
+    """Whether small files, too, are answered with a redirect: to a path on the same host, relative to it."""
     leaked: list[str] = field(default_factory=list)
     """Requests that carried the token where it does not belong."""
-    lock: threading.RLock = field(default_factory=threading.RLock)
 
     def add(self, name: str, *, private: bool = True, files: Tree | None = None) -> Repo:
         repo = self.repos[name] = Repo(private)
-        repo.branches["main"] = repo.commit(files or {".gitattributes": (b"", False)}, "initial commit")
+        repo.branches["main"] = self.put(repo, files or {".gitattributes": (b"", False)}, "initial commit")
         return repo
+
+    def put(self, repo: Repo, files: Tree, message: str, *, label: str = "") -> str:
+        """A commit of these files alone, which no branch leads to yet; the large ones are in the storage."""
+        self.storage.update({hashlib.sha256(data).hexdigest(): data for data, is_large in files.values() if is_large})
+        oid = repo.commit(files, message)
+        repo.labels[oid] = label or oid
+        return oid
 
     def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
         repo = self.repos[name]
         tree = repo.commits[repo.resolve(revision) or ""]
         return {path: data for path, (data, _) in tree.items() if path != ".gitattributes"}
 
-    def fault(self, line: str) -> int | None:
-        """The fault that this request meets, if one."""
-        for stage, (status, left) in self.faults.items():
-            if left and re.fullmatch(STAGES[stage], line):
-                if self.passes_before.get(stage, 0):
-                    self.passes_before[stage] -= 1
-                    return None
-                self.faults[stage] = status, left - 1
-                return status
-        return None
-
 
 def oid_of(data: bytes, is_large: bool) -> str:
-    if is_large:
-        return hashlib.sha256(data).hexdigest()
+    """What tells whether a file is the same: the SHA-256 of a large one, the name in git of another."""
+    return hashlib.sha256(data).hexdigest() if is_large else blob_of(data)
+
+
+def blob_of(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
+def pointer_of(data: bytes) -> bytes:
+    """What git keeps in the place of a large file."""
+    digest = hashlib.sha256(data).hexdigest()
+    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {len(data)}\n".encode()
+
+
 def entry_of(path: str, data: bytes, is_large: bool) -> dict[str, Any]:
-    told: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": oid_of(data, is_large)}
+    kept = pointer_of(data) if is_large else data
+    told: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": blob_of(kept)}
     if is_large:
-        told["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+        told["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": len(kept)}
     return told

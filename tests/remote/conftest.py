@@ -1,0 +1,88 @@
+"""A Hub and an object store on loopback, and a run to read from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from tests.hub.conftest import hub as hub
+from tests.hub.state import Hub
+from tests.remote import mirrors
+from tests.remote.published import publish_revisions
+from tests.remote.stores import Store, fronting, storing
+from tests.runs import write_run
+
+STEPS = (10, 20, 30)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Three checkpoints of 1.2 MB in one file, two shards and one file."""
+    weights = [
+        {"a": torch.full((1000, 200), float(step)), "b": torch.full((200, 500), step + 0.5), "c": torch.ones(3)}
+        for step in STEPS
+    ]
+    return write_run(tmp_path / "run", weights, STEPS, shards=(1, 2, 1))
+
+
+@pytest.fixture(scope="session")
+def _storage() -> Iterator[str]:
+    pytest.importorskip("moto.server", reason="no object store without moto[s3], flask and flask-cors")
+    with storing() as url:
+        yield url
+
+
+@pytest.fixture
+def s3(_storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """A bucket of its own, in a store that the environment names; its clients try once, and know no other user."""
+    with fronting(_storage) as store:
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_CA_BUNDLE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in {
+            "AWS_ENDPOINT_URL": store.url,
+            "AWS_ACCESS_KEY_ID": "AKIASTANDIN",
+            "AWS_SECRET_ACCESS_KEY": "SecretOfTheStore",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": str(tmp_path / "no-config"),
+            "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "no-credentials"),
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_MAX_ATTEMPTS": "1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        yield store
+
+
+REPO = "lab/run"
+
+
+def _known_to_the_client(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+@pytest.fixture
+def olah(hub: Hub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[mirrors.Olah]:
+    """Olah as the Hub of the client, with the run as revisions of `lab/run`, which it gets from the Hub on loopback."""
+    if reason := mirrors.missing():
+        pytest.skip(reason)
+    publish_revisions(hub, REPO, run)
+    with mirrors.mirroring_hub(hub, REPO, tmp_path / "olah") as olah:
+        _known_to_the_client(olah.url, monkeypatch)
+        yield olah
+
+
+@pytest.fixture
+def olah_of_git(hub: Hub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[mirrors.Olah]:
+    """Likewise, but the run lies in a git repository, and nothing of our own takes part; it knows no ranges."""
+    if reason := mirrors.missing():
+        pytest.skip(reason)
+    repo = publish_revisions(hub, REPO, run)
+    with mirrors.mirroring_git(repo, REPO, tmp_path / "olah") as olah:
+        _known_to_the_client(olah.url, monkeypatch)
+        yield olah
+    assert hub.requests == []
