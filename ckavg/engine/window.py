@@ -25,8 +25,9 @@ WINDOW_BYTES = 384 << 20
 CONNECTIONS = 16
 
 _LARGEST_PIECE, _SMALLEST_PIECE = 32 << 20, 1 << 20
-_GAP = 32 << 10
-"""Bytes that nobody needs, and that are fetched all the same rather than asked for around them."""
+_LARGEST_GAP, _GAP_OF_NEEDED = 32 << 10, 8
+"""Bytes that nobody needs are fetched all the same, rather than asked for around them, where they are few: in all, and as
+a part of those that are needed before them."""
 
 _SECONDS_BETWEEN_LOOKS = 0.1
 
@@ -249,7 +250,7 @@ def _pieces(path: Path, ranges: Sequence[tuple[int, int]], largest: int) -> Iter
     begin = end = left = 0
     for first, last in ranges:
         while first < last:
-            if left and (first - end > _GAP or first - begin >= largest):
+            if left and (first - end > min(_LARGEST_GAP, left // _GAP_OF_NEEDED) or first - begin >= largest):
                 yield _Piece(path, begin, end, left)
                 left = 0
             if not left:

@@ -18,7 +18,9 @@ more than few long ones: the error falls with the root of their number, whatever
 MANY_FAR = 1 << 12
 """The same for a run that is not on this machine, where each strip of each checkpoint is a request."""
 
-_UNIT = 32
+UNIT, UNIT_FAR = 32, 1024
+"""Elements of the shortest strip, likewise."""
+
 _FEWEST = 8
 
 
@@ -51,11 +53,13 @@ class Sampling:
 
 def strips_of(run: Run, entries: Mapping[str, Entry], fraction: float) -> dict[str, Sampling]:
     """The strips of the tensors of a run; fewer and longer ones where the run is not on this machine."""
-    many = MANY if run.home == run.source else MANY_FAR
-    return choose_strips({name: entry.numel for name, entry in entries.items()}, fraction, many=many)
+    many, unit = (MANY, UNIT) if run.home == run.source else (MANY_FAR, UNIT_FAR)
+    return choose_strips({name: entry.numel for name, entry in entries.items()}, fraction, many=many, unit=unit)
 
 
-def choose_strips(sizes: Mapping[str, int], fraction: float, *, many: int = MANY) -> dict[str, Sampling]:
+def choose_strips(
+    sizes: Mapping[str, int], fraction: float, *, many: int = MANY, unit: int = UNIT
+) -> dict[str, Sampling]:
     """Choose strips of all tensors: one at a random place in each of equal parts of a tensor, all of one length.
 
     There are about 65,536 of them in all, and at least 8 of a tensor, so that the error can be told. A tensor of which
@@ -65,13 +69,14 @@ def choose_strips(sizes: Mapping[str, int], fraction: float, *, many: int = MANY
         sizes: number of elements of each tensor, at least 1.
         fraction: how much of each is read, in (0, 1).
         many: about how many strips there are in all.
+        unit: elements of which the length of a strip is a multiple.
 
     >>> chosen = choose_strips({"w": 8_000_000, "norm": 512}, 0.01)
     >>> chosen["w"].length, len(chosen["w"].starts), chosen["norm"]
     (32, 2500, Sampling(numel=512, starts=(0,), length=512, weights=(512.0,)))
     """
     strips = fraction * sum(sizes.values()) / many
-    length = min(CHUNK, math.ceil(strips / _UNIT) * _UNIT)
+    length = min(CHUNK, math.ceil(strips / unit) * unit)
     return {
         name: _sample(name, numel, max(_FEWEST, math.ceil(fraction * numel / length)), length)
         for name, numel in sizes.items()

@@ -79,15 +79,15 @@ class Mirror:
             home.mkdir(parents=True, exist_ok=True)
             _tidy(home)
             self._own.mkdir(mode=0o700)
-            self._lock = (self._own / _LOCK).open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = os.open(self._own / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.root.mkdir()
         except OSError as error:
             raise ReadError(
                 f"{self._own} cannot be made: {error.strerror}.",
                 hint="It stands in for the run while that is read. Name a directory of yours with XDG_CACHE_HOME.",
             ) from error
-        self._finalizer = weakref.finalize(self, _remove, self._own)
+        self._finalizer = weakref.finalize(self, _end, self._own, lock)
         _OPEN.add(self)
         self.weights: dict[Path, Origin] = {}
         self._names: dict[Path, str] = {}
@@ -262,7 +262,6 @@ class Mirror:
 
     def close(self) -> None:
         """Remove it."""
-        self._lock.close()
         self._finalizer()
 
     def _link(self, path: Path, target: Path | None) -> None:
@@ -359,9 +358,14 @@ def _writing(path: Path) -> Iterator[None]:
 def _tidy(home: Path) -> None:
     """Remove what processes have left that are no more."""
     for left in home.iterdir():
-        with suppress(OSError), (left / _LOCK).open("r+") as lock:  # one that has none yet is just being made
+        with suppress(OSError), (left / _LOCK).open("r+b") as lock:  # one that has none yet is just being made
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(left)
+
+
+def _end(directory: Path, lock: int) -> None:
+    _remove(directory)
+    os.close(lock)
 
 
 def _remove(directory: Path) -> None:

@@ -127,7 +127,8 @@ def _file_system(address: Address) -> tuple[Any, str]:
     except ImportError as error:
         raise SettingError(f"{address} is read with fsspec, which is missing.", hint="pip install fsspec") from error
     try:
-        fs, root = url_to_fs(str(address))
+        # an instance of its own: a kept one remembers old lists, and the credentials of before
+        fs, root = url_to_fs(str(address), skip_instance_cache=True)
     except ImportError as error:
         raise SettingError(f"{address}: {error}", hint="Install the driver, then run the command again.") from error
     except ValueError as error:

@@ -19,6 +19,11 @@ from tests.runs import write_run
 STEPS = (10, 20, 30)
 
 
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Three checkpoints of 1.2 MB in one file, two shards and one file."""

@@ -1,0 +1,237 @@
+"""A run that is elsewhere gives the bytes that it gives on a disk, and takes no more of the disk than it may."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import ckavg
+from ckavg.cache import cache_directory
+from tests.cli.runner import run_cli
+from tests.hub.state import TOKEN, Hub
+from tests.remote.published import publish_folders, publish_revisions
+from tests.remote.stores import Store
+from tests.runs import write_run
+
+REPO = "ada/run"
+REVISIONS = f"hf://{REPO}@step*"
+STEPS = tuple(range(10, 110, 10))
+HEADERS = 64 << 10
+SMALL = 1_000_000
+"""What configs, cards and locks take of the disk."""
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten checkpoints of 8.4 MB in two files, a random walk."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        "embed": torch.randn(1000, 700, generator=generator),
+        "layers.0.up": torch.randn(700, 1000, generator=generator),
+        "layers.0.down": torch.randn(700, 1000, generator=generator),
+        "norm": torch.ones(700),
+    }
+    walk = []
+    for _ in STEPS:
+        weights = {name: each + 0.02 * torch.randn(each.shape, generator=generator) for name, each in weights.items()}
+        walk.append(weights)
+    return write_run(tmp_path_factory.mktemp("long") / "run", walk, STEPS, shards=(2,))
+
+
+def weights_of(result: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in result.iterdir() if path.name not in ("README.md", "ckavg.json")}
+
+
+def size_of(run: Path) -> int:
+    return sum(path.stat().st_size for path in run.rglob("*.safetensors"))
+
+
+def weights_served(served: dict[str, int]) -> int:
+    return sum(size for name, size in served.items() if name.endswith(".safetensors"))
+
+
+def on_disk(*directories: Path) -> int:
+    """What directories take of the disk, sparse files as little as they do."""
+    total = 0
+    for directory in directories:
+        for path in directory.rglob("*"):
+            try:
+                total += 0 if path.is_symlink() or not path.is_file() else path.stat().st_blocks * 512
+            except FileNotFoundError:  # removed since it was listed
+                continue
+    return total
+
+
+@contextmanager
+def most_on_disk(*directories: Path) -> Iterator[list[int]]:
+    """The most that directories take of the disk in this block, looked at all the time."""
+    peak = [0]
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.002):
+            peak[0] = max(peak[0], on_disk(*directories))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
+        peak[0] = max(peak[0], on_disk(*directories))
+
+
+@pytest.mark.parametrize("max_disk", [None, "0", "30MB"])
+@pytest.mark.parametrize("scheme", [ckavg.PEMA(), ckavg.BEMA()], ids=["pema", "bema"])
+def test_ten_revisions_give_the_bytes_of_the_disk(
+    hub: Hub, long_run: Path, tmp_path: Path, scheme: ckavg.PEMA | ckavg.BEMA, max_disk: str | None
+) -> None:
+    publish_revisions(hub, REPO, long_run)
+    expected = ckavg.average(ckavg.open_run(long_run), scheme, out=tmp_path / "local")
+    run = ckavg.open_run(REVISIONS, max_disk=max_disk)
+    assert run.steps == STEPS
+    hub.forget()
+    with most_on_disk(tmp_path / "hf-home", cache_directory()) as peak:
+        got = ckavg.average(run, scheme, out=tmp_path / "remote")
+    of_local, of_remote = weights_of(expected.directory), weights_of(got.directory)
+    assert {name: of_remote[name] for name in of_local} == of_local
+    assert (got.betas, got.weights, got.path_length) == (expected.betas, expected.weights, expected.path_length)
+    passes = 2 if scheme.needs_path else 1
+    size = size_of(long_run)
+    if max_disk is None:
+        assert size <= peak[0] < size + SMALL
+        assert weights_served(hub.served) == size
+    elif max_disk == "0":
+        assert peak[0] < SMALL
+        assert weights_served(hub.served) <= passes * size
+    else:
+        assert 20e6 < peak[0] < 30e6 + SMALL
+        assert weights_served(hub.served) < passes * size - (passes - 1) * 20e6
+
+
+def test_what_is_in_the_cache_is_not_fetched_again(hub: Hub, long_run: Path, tmp_path: Path) -> None:
+    publish_revisions(hub, REPO, long_run)
+    ckavg.average(ckavg.open_run(REVISIONS), ckavg.EMA(), out=tmp_path / "first")
+    hub.forget()
+    ckavg.average(ckavg.open_run(REVISIONS), ckavg.EMA(gamma=0.1), out=tmp_path / "second")
+    assert weights_served(hub.served) == 0
+
+
+def test_a_sample_fetches_little_more_than_one_reading(hub: Hub, long_run: Path, tmp_path: Path) -> None:
+    publish_revisions(hub, REPO, long_run)
+    measured = ckavg.measure_path(ckavg.open_run(REVISIONS), sample=0.01)
+    of_sample = weights_served(hub.served)
+    assert of_sample < 0.05 * size_of(long_run) + 20 * HEADERS
+    hub.forget()
+    result = ckavg.average(ckavg.open_run(REVISIONS, max_disk=0), ckavg.PEMA(), sample=0.01, out=tmp_path / "out")
+    assert size_of(long_run) < weights_served(hub.served) < 1.2 * size_of(long_run)
+    exact = ckavg.measure_path(ckavg.open_run(long_run))
+    assert result.path_length == measured.lengths
+    assert measured.standard_errors is not None
+    assert abs(measured.lengths[-1] - exact.lengths[-1]) < 4 * measured.standard_errors[-1]
+
+
+def test_folders_of_one_revision(hub: Hub, long_run: Path, tmp_path: Path) -> None:
+    publish_folders(hub, REPO, long_run, revision="v2")
+    expected = ckavg.average(ckavg.open_run(long_run), ckavg.EMA(), out=tmp_path / "local")
+    got = ckavg.average(ckavg.open_run(f"hf://{REPO}@v2"), ckavg.EMA(), out=tmp_path / "remote")
+    assert weights_of(got.directory) == weights_of(expected.directory)
+    assert str(got.inputs[0].directory) == f"hf://{REPO}@{hub.repos[REPO].branches['v2']}/checkpoint-10"
+
+
+@pytest.mark.parametrize(("scheme", "readings"), [(ckavg.PEMA(), 1), (ckavg.EMA(), 1)], ids=["pema", "ema"])
+def test_an_object_store_gives_the_bytes_of_the_disk(
+    s3: Store, long_run: Path, tmp_path: Path, scheme: ckavg.PEMA | ckavg.EMA, readings: int
+) -> None:
+    address = s3.upload(long_run, "runs/one")
+    expected = ckavg.average(ckavg.open_run(long_run), scheme, out=tmp_path / "local")
+    run = ckavg.open_run(address)
+    s3.forget()
+    with most_on_disk(cache_directory()) as peak:
+        got = ckavg.average(run, scheme, out=tmp_path / "remote")
+    assert weights_of(got.directory) == weights_of(expected.directory)
+    assert weights_served(s3.served) == readings * size_of(long_run)
+    assert peak[0] < SMALL + (size_of(long_run) if scheme.needs_path else 0)
+    assert not [path for path in cache_directory().rglob("*.safetensors") if path.is_file()]
+
+
+def test_an_object_store_within_a_bound(s3: Store, long_run: Path, tmp_path: Path) -> None:
+    address = s3.upload(long_run)
+    expected = ckavg.average(ckavg.open_run(long_run), ckavg.PEMA(), out=tmp_path / "local")
+    with most_on_disk(cache_directory()) as peak:
+        run = ckavg.open_run(address, max_disk="30MB")
+        got = ckavg.average(run, ckavg.PEMA(), out=tmp_path / "remote")
+    assert weights_of(got.directory) == weights_of(expected.directory)
+    assert 20e6 < peak[0] < 30e6 + SMALL
+
+
+def test_the_anchor_may_be_elsewhere(hub: Hub, long_run: Path, tmp_path: Path) -> None:
+    publish_revisions(hub, REPO, long_run)
+    base = long_run / "checkpoint-10"
+    expected = ckavg.average(ckavg.open_run(long_run, init=base, from_step=20), ckavg.BEMA(), out=tmp_path / "local")
+    run = ckavg.open_run(long_run, init=f"hf://{REPO}@step10", from_step=20)
+    got = ckavg.average(run, ckavg.BEMA(), out=tmp_path / "remote")
+    of_local = weights_of(expected.directory)
+    assert {name: weights_of(got.directory)[name] for name in of_local} == of_local
+    assert got.to_dict()["selection"]["init"] == f"hf://{REPO}@step10"
+    assert got.source == str(long_run)
+
+
+def test_both_ends_on_the_command_line(
+    hub: Hub, long_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish_revisions(hub, REPO, long_run)
+    monkeypatch.chdir(tmp_path)
+    words = ("pema", f"hf://{REPO}", "--revisions", "step*", "--last", "4", "--max-disk", "20MB")
+    told = json.loads(run_cli(*words, "--dry-run", "--json").stdout)
+    assert told["fetch"]["to_disk_bytes"] + told["fetch"]["streamed_bytes"] / 2 == pytest.approx(
+        4 / 10 * size_of(long_run), rel=0.01
+    )
+    assert 12e6 < told["fetch"]["to_disk_bytes"] <= 20e6
+    assert weights_served(hub.served) <= 8 * HEADERS
+    done = run_cli(*words, "--push-to-hub", "ada/averaged")
+    assert done.exit_code == 0, done.stderr
+    assert f"fetch {told['fetch']['to_disk_bytes'] / 1e6:.1f} MB to {tmp_path / 'hf-home'}" in done.stderr
+    result = tmp_path / "averaged" / "pema-gamma0.15"
+    pushed = hub.files("ada/averaged")
+    assert pushed.keys() == {path.name for path in result.iterdir()}
+    assert all((result / name).read_bytes() == data for name, data in pushed.items())
+    record = json.loads((result / "ckavg.json").read_text())
+    assert record["source"] == f"hf://{REPO}"
+    assert record["selection"] == {"last": 4, "revisions": ["step*"]}
+    commits = hub.repos[REPO].branches
+    assert [each["directory"] for each in record["inputs"]] == [
+        f"hf://{REPO}@{commits[f'step{step}']}" for step in STEPS[-4:]
+    ]
+    everything = done.stdout + done.stderr + "".join(data.decode(errors="replace") for data in pushed.values())
+    assert TOKEN not in everything
+    assert str(cache_directory()) not in everything
+
+
+def test_a_result_is_verified_against_checkpoints_elsewhere(hub: Hub, long_run: Path, tmp_path: Path) -> None:
+    repo = publish_revisions(hub, REPO, long_run)
+    run = ckavg.open_run(REVISIONS, last=3, max_disk=0)
+    result = ckavg.average(run, ckavg.EMA(), out=tmp_path / "out").directory
+    repo.branches["step100"] = repo.branches["step10"]  # the record knows the commit
+    assert ckavg.verify_result(result, sources=True).problems == ()
+    commit = json.loads((result / "ckavg.json").read_text())["inputs"][-1]["directory"].partition("@")[2]
+    tree = repo.commits[commit]
+    name = next(name for name in tree if name.endswith(".safetensors"))
+    changed = bytearray(tree[name][0])
+    changed[-1] ^= 0x40
+    repo.commits[commit] = tree | {name: (bytes(changed), True)}
+    hub.put(repo, repo.commits[commit], "the bytes alone")
+    (problem,) = ckavg.verify_result(result, sources=True).problems
+    assert "step 100: the weights in hf://ada/run@" in problem
+    assert "are not those that were averaged" in problem
+    repo.commits[commit] = tree
+    verified = ckavg.verify_result(result, replay=True, sources=True)
+    assert verified.problems == ()
+    assert verified.elements == 10_000
