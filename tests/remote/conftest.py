@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 
 from tests.hub.conftest import hub as hub
-from tests.hub.state import Hub
+from tests.hub.state import Hub, Repo
 from tests.remote import mirrors
 from tests.remote.published import publish_revisions
+from tests.remote.questions import REPO
 from tests.remote.stores import Store, fronting, storing
 from tests.runs import write_run
 
@@ -32,6 +33,17 @@ def run(tmp_path: Path) -> Path:
         for step in STEPS
     ]
     return write_run(tmp_path / "run", weights, STEPS, shards=(1, 2, 1))
+
+
+@pytest.fixture
+def api(hub: Hub) -> HfApi:
+    return HfApi(endpoint=hub.url)
+
+
+@pytest.fixture
+def repo(hub: Hub, run: Path) -> Repo:
+    """The run as the revisions `step10`, `step20` and `step30` of `lab/run`."""
+    return publish_revisions(hub, REPO, run)
 
 
 @pytest.fixture(scope="session")
@@ -61,9 +73,6 @@ def s3(_storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         yield store
 
 
-REPO = "lab/run"
-
-
 def _known_to_the_client(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -72,7 +81,10 @@ def _known_to_the_client(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def olah(hub: Hub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[mirrors.Olah]:
-    """Olah as the Hub of the client, with the run as revisions of `lab/run`, which it gets from the Hub on loopback."""
+    """Olah as the Hub of the client, with the run as revisions of `lab/run`, which it gets from the Hub on loopback.
+
+    It asks again for what a branch leads to after ten minutes.
+    """
     if reason := mirrors.missing():
         pytest.skip(reason)
     publish_revisions(hub, REPO, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,3 +69,13 @@ def publish_folders(hub: Hub, name: str, run: Path, *, revision: str = "main", p
     files = {path: each for path, each in OF_A_MODEL.items() if path != "tokenizer_config.json"}
     repo.branches[revision] = hub.put(repo, files | tree_of(run), f"Upload to {revision}", label=revision)
     return repo
+
+
+def weights(run: Path, step: int = 10) -> bytes:
+    """The one weight file of a checkpoint."""
+    return (run / f"checkpoint-{step}" / "model.safetensors").read_bytes()
+
+
+def digest_of(data: bytes) -> str:
+    """The name of a large file in the storage."""
+    return hashlib.sha256(data).hexdigest()

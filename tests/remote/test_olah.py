@@ -10,8 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionN
 
 from tests.hub.state import Hub
 from tests.remote.mirrors import BLOCK, Olah
-
-FILE = "model.safetensors"
+from tests.remote.questions import FILE
 
 
 def expected(hub: Hub, olah: Olah, revision: str) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.hub.faults import DROPPED, WHOLE, Broken
+from tests.remote.published import weights
 from tests.remote.stores import Store
 
 s3fs: Any = pytest.importorskip("s3fs")
@@ -20,10 +21,6 @@ def files(s3: Store) -> Any:
     client = s3fs.S3FileSystem(skip_instance_cache=True)
     client.retries = 1
     return client
-
-
-def weights(run: Path, step: int = 10) -> bytes:
-    return (run / f"checkpoint-{step}" / "model.safetensors").read_bytes()
 
 
 def test_a_run_is_listed(s3: Store, files: Any, run: Path) -> None:
