@@ -26,8 +26,8 @@ CONNECTIONS = 16
 
 _LARGEST_PIECE, _SMALLEST_PIECE = 32 << 20, 1 << 20
 _LARGEST_GAP, _GAP_OF_NEEDED = 32 << 10, 8
-"""Bytes that nobody needs are fetched all the same, rather than asked for around them, where they are few: in all, and as
-a part of those that are needed before them."""
+"""Bytes that nobody needs are fetched all the same, rather than asked for around them, where they are few: in all, and
+as a part of those that are needed before them."""
 
 _SECONDS_BETWEEN_LOOKS = 0.1
 

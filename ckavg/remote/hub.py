@@ -19,6 +19,7 @@ from ckavg.hub.client import holds_token
 from ckavg.remote.address import Address
 from ckavg.remote.download import Partial, complete
 from ckavg.remote.store import OnBytes, RemoteFile
+from ckavg.remote.tries import ShortAnswerError, exactly, with_retries
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -142,15 +143,14 @@ class HubTree:
         path = self._prefix + name
         url = hf_hub_url(self._repository.name, path, revision=self.commit, endpoint=self._repository.api.endpoint)
         headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        with self._repository.asking(f"reading {path} of {self._revision}"):
+
+        def piece() -> bytes:
             response = http_backoff("GET", url, headers=headers, timeout=_seconds())
             hf_raise_for_status(response)
-            data: bytes = response.content
-            if response.status_code == 200:  # something between ignored the range
-                data = data[start:stop]
-            if len(data) != stop - start:
-                raise OSError(f"{len(data)} bytes came, {stop - start} were asked for")
-        return data
+            return exactly(response.content, start, stop, self.files[name].size)
+
+        with self._repository.asking(f"reading {path} of {self._revision}"):
+            return with_retries(piece, on=ShortAnswerError)  # the client itself makes a request again that failed
 
     def kept(self, name: str) -> Path | None:
         """See `Tree`."""

@@ -14,7 +14,7 @@ from ckavg.errors import ChangedError, CkavgError, NoCheckpointsError, ReadError
 from ckavg.remote.address import Address
 from ckavg.remote.download import Partial, complete
 from ckavg.remote.store import OnBytes, RemoteFile
-from ckavg.remote.tries import with_retries
+from ckavg.remote.tries import exactly, with_retries
 
 _HASHES = ("ETag", "etag", "md5Hash", "content_md5")
 _TIMES = ("LastModified", "last_modified", "mtime", "created")
@@ -41,10 +41,7 @@ class ObjectTree:
         path = f"{self._root}/{name}" if name else self._root
 
         def piece() -> bytes:
-            data: bytes = self._fs.cat_file(path, start=start, end=stop)
-            if len(data) != stop - start:
-                raise OSError(f"{len(data)} bytes came, {stop - start} were asked for")
-            return data
+            return exactly(self._fs.cat_file(path, start=start, end=stop), start, stop, self.files[name].size)
 
         with self._asking(f"{self.url}/{name}"):
             return with_retries(piece)

@@ -14,8 +14,29 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0
 _FINAL = (FileNotFoundError, PermissionError, NotImplementedError, IsADirectoryError)
 
 
-def with_retries(ask: Callable[[], Value]) -> Value:
+class ShortAnswerError(OSError):
+    """Fewer or more bytes came than were asked for."""
+
+
+def exactly(data: bytes, start: int, stop: int, size: int) -> bytes:
+    """The bytes from `start` to `stop` of a file of `size` bytes, where something between may have ignored the range.
+
+    Raises:
+        ShortAnswerError: they are not these.
+    """
+    if len(data) == size != stop - start:
+        return data[start:stop]
+    if len(data) != stop - start:
+        raise ShortAnswerError(f"{len(data):,} bytes came, where {stop - start:,} were asked for")
+    return data
+
+
+def with_retries(ask: Callable[[], Value], *, on: type[Exception] = Exception) -> Value:
     """What `ask` returns; it is called again, up to 5 times in all, where it raises what may pass.
+
+    Args:
+        ask: the request.
+        on: what may pass.
 
     Raises:
         Exception: whatever it raised the last time, or at once where another try would end alike.
@@ -26,7 +47,7 @@ def with_retries(ask: Callable[[], Value]) -> Value:
             return ask()
         except _FINAL:
             raise
-        except Exception:
+        except on:
             time.sleep(wait * random.uniform(0.5, 1))  # noqa: S311 - so that many do not come back at once
             wait = min(2 * wait, _LONGEST_WAIT)
     return ask()

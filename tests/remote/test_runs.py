@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -60,11 +61,10 @@ def on_disk(*directories: Path) -> int:
     """What directories take of the disk, sparse files as little as they do."""
     total = 0
     for directory in directories:
-        for path in directory.rglob("*"):
-            try:
-                total += 0 if path.is_symlink() or not path.is_file() else path.stat().st_blocks * 512
-            except FileNotFoundError:  # removed since it was listed
-                continue
+        for folder, _, names in os.walk(directory):
+            for name in names:
+                with suppress(FileNotFoundError):  # removed since it was listed
+                    total += (Path(folder) / name).lstat().st_blocks * 512
     return total
 
 
@@ -146,9 +146,9 @@ def test_folders_of_one_revision(hub: Hub, long_run: Path, tmp_path: Path) -> No
     assert str(got.inputs[0].directory) == f"hf://{REPO}@{hub.repos[REPO].branches['v2']}/checkpoint-10"
 
 
-@pytest.mark.parametrize(("scheme", "readings"), [(ckavg.PEMA(), 1), (ckavg.EMA(), 1)], ids=["pema", "ema"])
+@pytest.mark.parametrize("scheme", [ckavg.PEMA(), ckavg.EMA()], ids=["pema", "ema"])
 def test_an_object_store_gives_the_bytes_of_the_disk(
-    s3: Store, long_run: Path, tmp_path: Path, scheme: ckavg.PEMA | ckavg.EMA, readings: int
+    s3: Store, long_run: Path, tmp_path: Path, scheme: ckavg.PEMA | ckavg.EMA
 ) -> None:
     address = s3.upload(long_run, "runs/one")
     expected = ckavg.average(ckavg.open_run(long_run), scheme, out=tmp_path / "local")
@@ -157,7 +157,8 @@ def test_an_object_store_gives_the_bytes_of_the_disk(
     with most_on_disk(cache_directory()) as peak:
         got = ckavg.average(run, scheme, out=tmp_path / "remote")
     assert weights_of(got.directory) == weights_of(expected.directory)
-    assert weights_served(s3.served) == readings * size_of(long_run)
+    tensors = 10 * 4 * (3 * 700_000 + 700)  # what is fetched as it is read leaves out the headers
+    assert weights_served(s3.served) == (size_of(long_run) if scheme.needs_path else tensors)
     assert peak[0] < SMALL + (size_of(long_run) if scheme.needs_path else 0)
     assert not [path for path in cache_directory().rglob("*.safetensors") if path.is_file()]
 
