@@ -97,6 +97,11 @@ class Window:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def held_bytes(self) -> int:
+        """How much is held, or on its way."""
+        return self._bytes
+
     def has(self, path: Path) -> bool:
         """Whether a file is read here, rather than from this machine."""
         return path in self._far
