@@ -22,16 +22,16 @@ def fetching_to_dict(fetching: Fetching | None) -> dict[str, Any] | None:
 
 
 def fetching_lines(fetching: Fetching | None) -> list[str]:
-    """What is fetched to the disk and what is not, in lines that begin with a verb."""
+    """What is fetched to the disk and what is not, in lines that begin with a verb, in one column."""
     if fetching is None:
         return []
     lines = []
     if fetching.kept_bytes:
-        lines.append(f"find  {as_bytes(fetching.kept_bytes)} in {fetching.directory}")
+        lines.append(f"find   {as_bytes(fetching.kept_bytes)} in {fetching.directory}")
     if fetching.whole_bytes:
         lines.append(
-            f"fetch {as_bytes(fetching.whole_bytes)} to {fetching.directory}, with room for {as_bytes(fetching.room)}"
+            f"fetch  {as_bytes(fetching.whole_bytes)} to {fetching.directory}, with room for {as_bytes(fetching.room)}"
         )
     if fetching.streamed_bytes:
-        lines.append(f"fetch {as_bytes(fetching.streamed_bytes)} as it is read, none of it to the disk")
+        lines.append(f"fetch  {as_bytes(fetching.streamed_bytes)} as it is read, none of it to the disk")
     return lines

@@ -199,7 +199,7 @@ def test_both_ends_on_the_command_line(
     assert weights_served(hub.served) <= 8 * HEADERS
     done = run_cli(*words, "--push-to-hub", "ada/averaged")
     assert done.exit_code == 0, done.stderr
-    assert f"fetch {told['fetch']['to_disk_bytes'] / 1e6:.1f} MB to {tmp_path / 'hf-home'}" in done.stderr
+    assert f"fetch  {told['fetch']['to_disk_bytes'] / 1e6:.1f} MB to {tmp_path / 'hf-home'}" in done.stderr
     result = tmp_path / "averaged" / "pema-gamma0.15"
     pushed = hub.files("ada/averaged")
     assert pushed.keys() == {path.name for path in result.iterdir()}
