@@ -19,7 +19,7 @@ from ckavg.remote.address import Address, address_of, parse_size
 from ckavg.result.side_files import is_side_file
 from ckavg.run.discover import Candidate, scan
 from ckavg.run.opening import Inspection, as_run, inspect_run
-from ckavg.run.select import select_steps
+from ckavg.run.select import selected
 from ckavg.run.values import Checkpoint, Remote, Run, Selection
 
 if TYPE_CHECKING:
@@ -171,15 +171,7 @@ def _chosen(root: Path, selection: Selection) -> Sequence[Candidate]:
     candidates = scan(root).candidates
     if selection.skip_incomplete:
         return candidates
-    kept = select_steps(
-        [candidate.step for candidate in candidates],
-        every=selection.every,
-        every_from=selection.every_from,
-        from_step=selection.from_step,
-        to_step=selection.to_step,
-        last=selection.last,
-        anchor_step=selection.init_step if selection.init is not None else None,
-    )
+    kept = selected([candidate.step for candidate in candidates], selection)
     return [candidates[index] for index in kept]
 
 

@@ -15,7 +15,7 @@ from ckavg.errors import (
 )
 from ckavg.run.checkpoint import read_checkpoint
 from ckavg.run.discover import Candidate, Scan
-from ckavg.run.select import select_steps
+from ckavg.run.select import selected
 from ckavg.run.values import Checkpoint, Selection
 
 MOST_CHECKPOINTS = 10_000
@@ -82,16 +82,7 @@ class Reading:
 
     def _choose(self) -> list[Candidate]:
         complete = [candidate for candidate in self._found.candidates if candidate.path not in self._incomplete]
-        selection = self._selection
-        kept = select_steps(
-            [candidate.step for candidate in complete],
-            every=selection.every,
-            every_from=selection.every_from,
-            from_step=selection.from_step,
-            to_step=selection.to_step,
-            last=selection.last,
-            anchor_step=selection.init_step if selection.init is not None else None,
-        )
+        kept = selected([candidate.step for candidate in complete], self._selection)
         return [complete[index] for index in kept]
 
     @staticmethod

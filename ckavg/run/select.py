@@ -5,6 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ckavg.errors import SettingError
+from ckavg.run.values import Selection
+
+
+def selected(steps: Sequence[int], selection: Selection) -> list[int]:
+    """Indices into `steps`, ascending, of the checkpoints that a selection chooses; errors as of `select_steps`."""
+    return select_steps(
+        steps,
+        every=selection.every,
+        every_from=selection.every_from,
+        from_step=selection.from_step,
+        to_step=selection.to_step,
+        last=selection.last,
+        anchor_step=selection.init_step if selection.init is not None else None,
+    )
 
 
 def select_steps(
