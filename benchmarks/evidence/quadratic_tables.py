@@ -69,7 +69,7 @@ def _agreement(cases: Sequence[Case]) -> Table:
         z = [abs(case.z(name, step)) for case in cases for step in case.measured]
         at_end = [abs(case.z(name, case.measured[-1])) for case in cases]
         rows.append((name, max(at_end), len(z), max(z), sum(each > DECIDED for each in z)))
-    columns = ("estimator", "largest |z| at the end", "points in all", "largest |z|", "points beyond 3")
+    columns = ("estimator", "furthest z at the end", "points in all", "furthest z of all", "points beyond 3")
     return Table("quadratic-agreement", columns, tuple(rows))
 
 
