@@ -6,7 +6,7 @@ BIN := .venv/bin
 # build with several GB of GPU libraries.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check format bench gpu-check clean
+.PHONY: demo test check format bench reproduce gpu-check clean
 
 demo: .venv/.package
 	$(BIN)/ckavg demo ckavg-demo --force
@@ -29,6 +29,10 @@ format: .venv/.dev
 BENCH ?=
 bench: .venv/.package
 	$(BIN)/python -m benchmarks $(BENCH)
+
+# Every number and figure of docs/evidence.md, made anew: a quarter of an hour, and 1 GB of temporary files.
+reproduce: .venv/.dev
+	$(BIN)/python -m benchmarks.evidence
 
 # On a machine with a GPU: what it is, whether it computes what its CPU does, and how fast. Ends within eight minutes.
 # Uses the Python, torch and safetensors that are there, and no network. GPU_WHEELS names a directory of wheels to use,
