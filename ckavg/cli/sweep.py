@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -21,6 +22,7 @@ from ckavg.engine.ranks import Ranks
 from ckavg.errors import HubError, SettingError, WriteError
 from ckavg.evaluation import best, check_command, evaluate, record_evaluation
 from ckavg.hub.destination import Destination
+from ckavg.hub.publish import continued
 from ckavg.plan import Plan, checked
 from ckavg.report.text import printable
 from ckavg.result.record import Averaged
@@ -94,17 +96,29 @@ def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -
     done = carry_out_shown(plans, options, ranks)
     if not ranks.is_first:
         return
-    told = {warning for plan in plans for warning in plan.warnings}
-    warn_of(dict.fromkeys(each for result in done.records for each in result.warnings if each not in told))
-    results, interrupted = list(done.records), False
-    if options.eval_command is not None:
-        interrupted = not _evaluate_all(results, plans, options.eval_command, quiet=options.quiet)
-    report.print_results(results, goal=options.eval_goal, as_json=options.as_json, quiet=options.quiet)
-    draw(done, options)
-    if interrupted:
-        raise typer.Exit(INTERRUPTED)
-    if destination is not None:
-        _push_best(results, destination, options)
+    with _all_complete(base, destination):
+        told = {warning for plan in plans for warning in plan.warnings}
+        warn_of(dict.fromkeys(each for result in done.records for each in result.warnings if each not in told))
+        results, interrupted = list(done.records), False
+        if options.eval_command is not None:
+            interrupted = not _evaluate_all(results, plans, options.eval_command, quiet=options.quiet)
+        report.print_results(results, goal=options.eval_goal, as_json=options.as_json, quiet=options.quiet)
+        draw(done, options)
+        if interrupted:
+            raise typer.Exit(INTERRUPTED)
+        if destination is not None:
+            _push_best(results, destination, options)
+
+
+@contextmanager
+def _all_complete(base: Path, destination: Destination | None) -> Iterator[None]:
+    """Let an interrupt after the averaging say that the results are there."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        goes_on = "" if destination is None else f" {continued(Path('DIR'), destination)}"
+        warn("interrupted", f"All averages are complete in {base}.{goes_on}")
+        raise typer.Exit(INTERRUPTED) from error
 
 
 def _push_best(results: list[Averaged], destination: Destination, options: Sweeping) -> None:

@@ -46,7 +46,9 @@ def explained(error: Exception, *, doing: str, repo: str, endpoint: str, quoting
         )
     if "LocalTokenNotFoundError" in names:
         return no_token(repo, endpoint)
-    if any("Timeout" in name for name in names):
+    if "JSONDecodeError" in names:  # which one HTTP library counts among the failures of a connection
+        return _no_hub(begun, endpoint, said(str(error)))
+    if any("Timeout" in name for name in names) and "NewConnectionError" not in names:
         return HubError(
             f"{begun}: {endpoint} did not answer in time.",
             hint="Run the command again, with HF_HUB_DOWNLOAD_TIMEOUT=60 where the network is slow.",
@@ -60,13 +62,17 @@ def explained(error: Exception, *, doing: str, repo: str, endpoint: str, quoting
             hint=f"Check the network, HF_ENDPOINT and the proxy: curl -I {endpoint}",
         )
     if isinstance(error, ValueError | KeyError):  # of the client, which could make nothing of an answer
-        return HubError(
-            f"{begun}: the answer of {endpoint} is not that of a Hub: {said(str(error))}.",
-            hint=f"Check HF_ENDPOINT, and that no proxy answers in its place: curl -I {endpoint}",
-        )
+        return _no_hub(begun, endpoint, said(str(error)))
     if isinstance(error, RuntimeError):  # of a transfer
         return HubError(f"{begun}: {said(str(error))}.", hint="Run the command again; -v shows where it came from.")
     return None
+
+
+def _no_hub(begun: str, endpoint: str, why: str) -> HubError:
+    return HubError(
+        f"{begun}: the answer of {endpoint} is not that of a Hub: {why}.",
+        hint=f"Check HF_ENDPOINT, and that no proxy answers in its place: curl -I {endpoint}",
+    )
 
 
 def without_password(endpoint: str) -> str:

@@ -171,9 +171,19 @@ def _check_owner(me: dict[str, Any], repo: str, api: HfApi) -> None:
 def _check_writable(api: HfApi, repo: str) -> None:
     import inspect
 
-    if "write" not in inspect.signature(api.auth_check).parameters:
-        return  # a client from before there was such a question; the Hub answers it when the upload begins
-    ask("asking whether the token may write", repo, api, lambda: api.auth_check(repo, write=True))
+    if "write" in inspect.signature(api.auth_check).parameters:
+        question = partial(api.auth_check, repo, write=True)
+    else:  # a client from before there was such a question
+        question = partial(_ask_for_right, api, repo)
+    ask("asking whether the token may write", repo, api, question)
+
+
+def _ask_for_right(api: HfApi, repo: str) -> None:
+    import huggingface_hub.utils as of_client
+
+    url = f"{api.endpoint}/api/models/{repo}/auth-check/write"
+    headers = of_client.build_hf_headers(token=True)  # type: ignore[attr-defined]
+    of_client.hf_raise_for_status(of_client.get_session().get(url, headers=headers))  # type: ignore[attr-defined]
 
 
 def _check_other_weights(api: HfApi, repo: str, revision: str, names: Collection[str]) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from ckavg.errors import CkavgError
 from ckavg.hub.answers import chain_of
 
 Answer = TypeVar("Answer")
@@ -64,6 +65,8 @@ def pause_after(error: Exception, wait: float) -> float | None:
 
 def is_passing(error: BaseException) -> bool:
     """Whether the same request may well succeed in a moment: a limit, a fault of the Hub, a lost connection."""
+    if isinstance(error, CkavgError):  # somebody has made up their mind about it
+        return False
     response = _response(error)
     if response is not None:
         return bool(response.status_code in _PASSING)

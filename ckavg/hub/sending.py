@@ -6,6 +6,7 @@ With `client.py`, the only user of huggingface_hub. Knows nothing of results.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ckavg.errors import HubError
 from ckavg.hub.client import Access, address, ask, asking, connect, is_private
 from ckavg.hub.destination import MAIN, Destination
-from ckavg.hub.retrying import is_passing, may_have_arrived, status_of, tried
-from ckavg.hub.transfer import Transfer, operation_of, told_by_xet
+from ckavg.hub.retrying import WAITS, is_passing, may_have_arrived, status_of, tried
+from ckavg.hub.transfer import Transfer, operation_of, told_by_xet, tries_again
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -81,10 +82,19 @@ def upload(
     operations = [operation_of(file.name, file.path, file.sha256, transfer) for file in files]
     for file, operation in zip(files, operations, strict=True):
         if file.size >= _BY_ITSELF:
+            send = partial(
+                api.preupload_lfs_files,
+                repo,
+                [operation],
+                free_memory=False,
+                revision=revision,
+                create_pr=destination.create_pr,
+            )
             with asking(f"uploading {file.name}", repo, api), told_by_xet(transfer):
-                api.preupload_lfs_files(
-                    repo, [operation], free_memory=False, revision=revision, create_pr=destination.create_pr
-                )
+                if tries_again():
+                    send()
+                else:
+                    tried(send)
             transfer.complete(file.size)
     done = _commit(api, repo, destination, files, operations, message)
     transfer.complete(sum(file.size for file in files if file.size < _BY_ITSELF))
@@ -181,14 +191,16 @@ def _open_pull_request(api: HfApi, repo: str, commit: Callable[[], _Commit], is_
         except Exception as error:
             if not (is_passing(error) and may_have_arrived(error)):
                 raise
-            for ref in sorted(tried(lambda: _pull_requests(api, repo)) - before):
-                if is_ours(ref):
-                    url = f"{address(api)}/{repo}/discussions/{ref.rpartition('/')[2]}"
-                    return _Commit(_head(api, repo, ref), url)
+            for wait in WAITS:
+                time.sleep(wait)
+                for ref in sorted(tried(lambda: _pull_requests(api, repo)) - before):
+                    if is_ours(ref):
+                        url = f"{address(api)}/{repo}/discussions/{ref.rpartition('/')[2]}"
+                        return _Commit(_head(api, repo, ref), url)
             raise HubError(
                 f"{repo}: the answer to the commit was lost, and no pull request of it is there yet.",
                 hint=f"Look in some minutes whether it is, before another attempt: {address(api)}/{repo}/discussions",
-            ) from error
+            ) from None
 
     return tried(attempt)
 

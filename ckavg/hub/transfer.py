@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _REPORTERS = ("XetUploadProgressReporter", "XetProgressReporter")
 """Names that the class has had, the latest first."""
 
+_TRIES_AGAIN_SINCE = (1, 5)
+
 _STEP = 1 << 20
 """Bytes between two reports."""
 
@@ -90,6 +92,17 @@ def operation_of(name: str, path: Path, sha256: str | None, transfer: Transfer) 
     if sha256 is not None:
         operation.upload_info.sha256 = bytes.fromhex(sha256)
     return operation
+
+
+def tries_again() -> bool:
+    """Whether the client itself tries again what it asks and sends for a large file; early versions do so in part.
+
+    To try again what it has given up on would be to send a file thirty times.
+    """
+    from huggingface_hub import __version__
+
+    major, minor, *_ = __version__.split(".")
+    return (int(major), int(minor)) >= _TRIES_AGAIN_SINCE
 
 
 @contextmanager

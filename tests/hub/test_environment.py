@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 import ckavg
@@ -65,6 +66,9 @@ def test_debugging_shows_no_token(hub: Hub, result: Path) -> None:
 def test_with_xet_a_server_without_it_is_told(hub: Hub, result: Path) -> None:
     """The client's other transfer, in Rust, has errors of its own."""
     done = pushed(result, HF_HUB_DISABLE_XET=None)
+    if done.returncode == 0 and huggingface_hub.__version__ < "1.5":
+        assert hub.sent, "early versions ask first which transfer the server knows"
+        return
     assert done.returncode == 1
     assert len(re.findall("^error: ", done.stderr, re.MULTILINE)) == 1
     assert "uploading model-00001-of-00003.safetensors failed" in done.stderr

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -239,19 +243,37 @@ def test_no_network(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_no_answer(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import httpx2
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
-
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        set_client_factory(lambda: httpx2.Client(timeout=0.2))
-        try:
+        with impatient():
             said = run_cli("ema", run, "--push-to-hub", REPO).stderr
-        finally:
-            set_client_factory(default_client_factory)
     assert "did not answer in time" in said
     assert "HF_HUB_DOWNLOAD_TIMEOUT=60" in said
+
+
+@contextmanager
+def impatient() -> Iterator[None]:
+    """The client with a short timeout, whichever library its version sends requests with."""
+    _http: Any = importlib.import_module("huggingface_hub.utils._http")
+    if hasattr(_http, "set_client_factory"):
+        library = getattr(_http, "httpx2", None) or _http.httpx
+        _http.set_client_factory(lambda: library.Client(timeout=0.2))
+        try:
+            yield
+        finally:
+            _http.set_client_factory(_http.default_client_factory)
+        return
+    from requests import Session
+
+    class Impatient(Session):
+        def request(self, *arguments: Any, **options: Any) -> Any:
+            return super().request(*arguments, **options | {"timeout": 0.2})
+
+    _http.configure_http_backend(Impatient)
+    try:
+        yield
+    finally:
+        _http.configure_http_backend()
 
 
 def test_a_changed_file_is_not_uploaded(hub: Hub, result: Path) -> None:

@@ -1,0 +1,212 @@
+"""What passes is tried again, a bounded number of times, and nothing is ever committed twice."""
+
+from __future__ import annotations
+
+import re
+import socket
+import struct
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ckavg
+from ckavg.errors import HubError
+from ckavg.hub.retrying import WAITS, pause_after
+from tests.cli.runner import run_cli
+from tests.hub.server import Handler
+from tests.hub.state import DROPPED, STAGES, Hub, Repo
+
+REPO = "ada/averaged"
+FOREVER = 1_000
+
+
+def requests_of(hub: Hub, stage: str) -> int:
+    return sum(re.fullmatch(STAGES[stage], line) is not None for line in hub.requests)
+
+
+@pytest.fixture
+def pauses(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that would be waited."""
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    return waited
+
+
+@pytest.fixture
+def losing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """Have the Hub do what it is asked by a method, and lose its first answers."""
+
+    def lose(method: str, count: int) -> None:
+        original, left = getattr(Handler, method), [count]
+
+        def carried_out(self: Any, *arguments: Any) -> None:
+            if not left[0]:
+                original(self, *arguments)
+                return
+            left[0] -= 1
+            self._answer = lambda *_, **__: None
+            try:
+                original(self, *arguments)
+            finally:
+                del self._answer
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            self.connection.close()
+
+        monkeypatch.setattr(Handler, method, carried_out)
+
+    return lose
+
+
+def test_a_commit_whose_answer_is_lost_is_found(hub: Hub, result: Path, losing: Callable[[str, int], None]) -> None:
+    losing("_commit", 1)
+    pushed = ckavg.push_result(result, REPO, revision="averages")
+    assert len(hub.repos[REPO].commits) == 2
+    assert requests_of(hub, "commit") == 1
+    assert pushed.commit == hub.repos[REPO].branches["averages"]
+
+
+def test_a_pull_request_whose_answer_is_lost_is_found(
+    hub: Hub, result: Path, losing: Callable[[str, int], None]
+) -> None:
+    repo = hub.add(REPO)
+    repo.pulls["refs/pr/1"] = repo.branches["main"]
+    losing("_commit", 1)
+    pushed = ckavg.push_result(result, REPO, create_pr=True)
+    assert pushed.url == f"{hub.url}/{REPO}/discussions/2"
+    assert pushed.commit == hub.repos[REPO].pulls["refs/pr/2"]
+    assert (len(hub.repos[REPO].pulls), requests_of(hub, "commit")) == (2, 1)
+
+
+def test_a_repository_that_was_created_all_the_same(hub: Hub, result: Path, losing: Callable[[str, int], None]) -> None:
+    losing("_create", 1)
+    ckavg.push_result(result, REPO)
+    assert requests_of(hub, "create") == 1
+    assert hub.repos[REPO].private
+
+
+def test_a_commit_that_arrives_late_is_not_made_twice(hub: Hub, result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first attempt is carried out when the second is there already, which names another parent then."""
+    original = Handler._commit
+    late: list[bytes] = []
+
+    def commit(self: Any, name: str, repo: Repo, revision: str) -> None:
+        if not late:
+            late.append(self.body)
+            self._error(504, "took too long")
+            return
+        second, self.body = self.body, late[0]
+        self._answer = lambda *_, **__: None
+        original(self, name, repo, revision)
+        del self._answer
+        assert b'"parentCommit"' in second
+        self._error(412, "A commit has happened since. Please refresh and try again.")
+
+    monkeypatch.setattr(Handler, "_commit", commit)
+    pushed = ckavg.push_result(result, REPO)
+    assert len(hub.repos[REPO].commits) == 2
+    assert pushed.commit == hub.repos[REPO].branches["main"]
+
+
+@pytest.mark.parametrize("status", [503, DROPPED])
+def test_a_pull_request_of_which_nothing_is_known_is_not_opened_again(hub: Hub, result: Path, status: int) -> None:
+    hub.add(REPO)
+    hub.faults["commit"] = status, FOREVER
+    done = run_cli("push", result, REPO, "--create-pr")
+    assert done.exit_code == 1
+    assert "the answer to the commit was lost, and no pull request of it is there yet" in done.stderr
+    assert f"{hub.url}/{REPO}/discussions" in done.stderr
+    assert requests_of(hub, "commit") == 1
+
+
+def test_a_pull_request_that_was_not_taken_is_asked_for_again(hub: Hub, result: Path) -> None:
+    hub.add(REPO)
+    hub.faults["commit"] = 429, 2
+    ckavg.push_result(result, REPO, create_pr=True)
+    assert (len(hub.repos[REPO].pulls), requests_of(hub, "commit")) == (1, 3)
+
+
+@pytest.mark.parametrize("stage", ["whoami", "create", "commit", "look"])
+def test_attempts_are_bounded(hub: Hub, result: Path, pauses: list[float], stage: str) -> None:
+    hub.faults[stage] = 503, FOREVER
+    with pytest.raises(HubError, match="503"):
+        ckavg.push_result(result, REPO)
+    assert hub.faults[stage][1] == FOREVER - (len(WAITS) + 1)
+    assert tuple(pauses) == WAITS
+
+
+def test_the_hub_says_how_long_to_wait(hub: Hub, result: Path, pauses: list[float]) -> None:
+    hub.faults["whoami"] = 429, 2
+    ckavg.push_result(result, REPO)
+    assert pauses == [7.0, 7.0]
+
+
+def test_nobody_waits_for_an_hour() -> None:
+    class LimitedError(Exception):
+        def __init__(self, after: str) -> None:
+            self.response = type("Response", (), {"status_code": 429, "headers": {"Retry-After": after}})()
+
+    assert pause_after(LimitedError("60"), 1) == 60
+    assert pause_after(LimitedError("3600"), 1) is None
+    assert pause_after(LimitedError("Wed, 21 Oct 2026 07:28:00 GMT"), 1) == 1
+
+
+def test_what_does_not_pass_is_asked_once(hub: Hub, result: Path, pauses: list[float]) -> None:
+    hub.faults["whoami"] = 401, FOREVER
+    with pytest.raises(HubError):
+        ckavg.push_result(result, REPO)
+    assert Counter(hub.requests) == {"GET /api/whoami-v2": 1}
+    assert pauses == []
+
+
+# --- a password in the address ---
+
+
+@pytest.mark.parametrize("fault", [None, 503, DROPPED])
+def test_a_password_in_the_address_is_nowhere(
+    hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch, fault: int | None
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.url.replace("://", "://ada:top%2Fsecret@"))
+    if fault is not None:
+        hub.faults["whoami"] = fault, FOREVER
+    done = run_cli("ema", run, "--push-to-hub", REPO, "--verbose")
+    if fault is not None:
+        assert done.exit_code == 1
+        assert f"{hub.url} " in done.stderr or f"{hub.url}\n" in done.stderr
+    for secret in ("top%2Fsecret", "top/secret"):
+        assert secret not in done.output
+    assert "ada:" not in done.output
+
+
+# --- an interrupt when the average is there ---
+
+
+def test_an_interrupt_before_the_upload(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ckavg.cli.averaging.draw", interrupted)
+    out = run / "averaged" / "ema-gamma0.15"
+    done = run_cli("ema", run, "--push-to-hub", REPO, "--public")
+    assert done.exit_code == 130
+    line = f"interrupted: The result is complete in {out}. Continue with: ckavg push {out} {REPO} --public"
+    assert done.stderr.splitlines()[-1] == line
+    done = run_cli("ema", run, "--force")
+    assert done.exit_code == 130
+    assert done.stderr.splitlines()[-1] == f"interrupted: The result is complete in {out}."
+    assert ckavg.verify_result(out).problems == ()
+
+
+def test_an_interrupt_after_a_sweep(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ckavg.cli.sweep.draw", interrupted)
+    done = run_cli("sweep", run, "mean", "last", "--eval", "echo 1 {dir}", "--push-to-hub", REPO)
+    assert done.exit_code == 130
+    said = f"interrupted: All averages are complete in {run / 'averaged'}. Continue with: ckavg push DIR {REPO}"
+    assert done.stderr.splitlines()[-1] == said
