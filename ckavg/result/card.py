@@ -98,8 +98,8 @@ def _description(record: Averaged, scheme: Scheme, metadata: Mapping[str, Any]) 
     if record.scheme == "last":
         return text
     text += (
-        "\nCheckpoints along a run differ by the noise of training, much of which their average is free of. It\n"
-        "loads and runs like any of them."
+        "\nCheckpoints along a run differ by the noise of training, of which their average holds less. It loads and\n"
+        "runs like any of them."
     )
     base = metadata.get("base_model")
     if isinstance(base, str) and is_hub_id(base):
@@ -122,10 +122,11 @@ def _evaluation(record: Averaged, private: tuple[str, ...], level: str) -> str:
     told = record.evaluation
     if told is None or told.value is None:
         return ""
-    text = f"{level}# Evaluation\n\nOf these weights, a command of whoever made them printed **{told.value:.10g}**"
+    printed, heading = f"printed **{told.value:.10g}**", f"{level}# Evaluation\n\n"
     if _names_a_place(told.command, private):
-        return f"{text}. `ckavg.json` states the command."
-    return f"{text}; `{{dir}}` is their directory:\n\n    {_in_one_line(told.command)}"
+        return f"{heading}A command that was run on these weights {printed}; `ckavg.json` states it."
+    of_weights = "with the directory of these weights in the place of `{dir}`"
+    return f"{heading}This command, {of_weights}, {printed}:\n\n    {_in_one_line(told.command)}"
 
 
 def _recipe(record: Averaged, scheme: Scheme) -> str:

@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 
 import ckavg
+from ckavg.hub.transfer import tries_again
 from tests.hub.state import TOKEN, Hub
 from tests.runs import write_run
 
@@ -57,6 +58,7 @@ def test_nobody_is_logged_in(hub: Hub, result: Path) -> None:
     assert f"Continue with: ckavg push {result} {REPO}" in done.stderr
 
 
+@pytest.mark.skipif(huggingface_hub.__version__ == "1.0.1", reason="its HF_DEBUG fails at the first file that it sends")
 def test_debugging_shows_no_token(hub: Hub, result: Path) -> None:
     done = pushed(result, HF_DEBUG="1")
     assert done.returncode == 0, done.stderr
@@ -66,7 +68,7 @@ def test_debugging_shows_no_token(hub: Hub, result: Path) -> None:
 def test_with_xet_a_server_without_it_is_told(hub: Hub, result: Path) -> None:
     """The client's other transfer, in Rust, has errors of its own."""
     done = pushed(result, HF_HUB_DISABLE_XET=None)
-    if done.returncode == 0 and huggingface_hub.__version__ < "1.5":
+    if done.returncode == 0 and not tries_again():
         assert hub.sent, "early versions ask first which transfer the server knows"
         return
     assert done.returncode == 1

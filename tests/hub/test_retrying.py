@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,40 @@ def test_what_does_not_pass_is_asked_once(hub: Hub, result: Path, pauses: list[f
         ckavg.push_result(result, REPO)
     assert Counter(hub.requests) == {"GET /api/whoami-v2": 1}
     assert pauses == []
+
+
+def test_no_answer(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with impatient():
+            said = run_cli("ema", run, "--push-to-hub", REPO).stderr
+    assert "did not answer in time" in said
+    assert "HF_HUB_DOWNLOAD_TIMEOUT=60" in said
+
+
+@contextmanager
+def impatient() -> Iterator[None]:
+    """The client with a short timeout, whichever library its version sends requests with."""
+    _http: Any = importlib.import_module("huggingface_hub.utils._http")
+    if hasattr(_http, "set_client_factory"):
+        library = getattr(_http, "httpx2", None) or _http.httpx
+        _http.set_client_factory(lambda: library.Client(timeout=0.2))
+        try:
+            yield
+        finally:
+            _http.set_client_factory(_http.default_client_factory)
+        return
+    from requests import Session
+
+    class Impatient(Session):
+        def request(self, *arguments: Any, **options: Any) -> Any:
+            return super().request(*arguments, **options | {"timeout": 0.2})
+
+    _http.configure_http_backend(Impatient)
+    try:
+        yield
+    finally:
+        _http.configure_http_backend()
 
 
 # --- a password in the address ---
