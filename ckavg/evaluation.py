@@ -11,6 +11,9 @@ from pathlib import Path
 
 from ckavg.atomic import write_bytes
 from ckavg.errors import SettingError, WriteError
+from ckavg.plan import CARD, Plan
+from ckavg.result.card import PICTURE, write_card
+from ckavg.result.digests import sha256
 from ckavg.result.record import Averaged, Evaluation
 from ckavg.run.checkpoint import RESULT_RECORD
 
@@ -57,8 +60,15 @@ def evaluate(directory: Path, command: str) -> Evaluation:
     return Evaluation(command, value)
 
 
-def record_evaluation(result: Averaged, evaluation: Evaluation) -> Averaged:
-    """Put an evaluation into the record of a result, on the disk, too.
+def record_evaluation(result: Averaged, evaluation: Evaluation, plan: Plan) -> Averaged:
+    """Put an evaluation into the card and the record of a result, on the disk, too.
+
+    A card that was edited since it was written stays as it is.
+
+    Args:
+        result: what was averaged.
+        evaluation: what is said of it.
+        plan: by which it was made; the card is written from it again.
 
     Raises:
         WriteError: the system would not let us; the record is as it was.
@@ -66,12 +76,25 @@ def record_evaluation(result: Averaged, evaluation: Evaluation) -> Averaged:
     evaluated = dataclasses.replace(result, evaluation=evaluation)
     path = result.directory / RESULT_RECORD
     try:
+        evaluated = _with_card(evaluated, plan)
         write_bytes(path, evaluated.to_bytes())
     except OSError as error:
         raise WriteError(
             f"{path} cannot be written: {error.strerror or error}.", hint="The average itself is complete."
         ) from error
     return evaluated
+
+
+def _with_card(evaluated: Averaged, plan: Plan) -> Averaged:
+    *snapshots, output = evaluated.outputs
+    path = output.directory / CARD
+    if sha256(path.read_bytes()) != output.sha256[CARD]:
+        return evaluated
+    picture = PICTURE if PICTURE in output.files else None
+    card = write_card(evaluated, plan.scheme, plan.origin, picture=picture).encode()
+    write_bytes(path, card)
+    output = dataclasses.replace(output, sha256=output.sha256 | {CARD: sha256(card)})
+    return dataclasses.replace(evaluated, outputs=(*snapshots, output))
 
 
 def last_number(text: str) -> float | None:

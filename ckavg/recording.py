@@ -10,7 +10,7 @@ from pathlib import Path
 from ckavg import advice
 from ckavg.path.table import PathLength, ZeroSigma
 from ckavg.plan import CARD, Plan
-from ckavg.result.card import write_card
+from ckavg.result.card import PICTURE, write_card
 from ckavg.result.digests import sha256
 from ckavg.result.record import Averaged, Input, Output, Seconds
 from ckavg.run.checkpoint import RESULT_RECORD
@@ -107,6 +107,17 @@ def left_out_of_path(run: Run, path: PathLength) -> tuple[str, ...]:
     )
 
 
+def _pictured(record: Averaged) -> tuple[Averaged, bytes | None]:
+    """The picture for the card, where it can be drawn. Hours of averaging are not lost for one that cannot."""
+    from ckavg.report.drawn import card_picture
+
+    try:
+        return record, card_picture(record)
+    except Exception as error:  # whatever a library that was installed badly may raise
+        warning = f"The card has no picture of the weights: matplotlib failed with {type(error).__name__}: {error}."
+        return dataclasses.replace(record, warnings=(*record.warnings, warning)), None
+
+
 def completed(
     plan: Plan, coefficients: Coefficients, record: Averaged, of_weights: Mapping[Path, str]
 ) -> tuple[Averaged, dict[str, bytes]]:
@@ -115,15 +126,18 @@ def completed(
     """
     from ckavg.replay.weights import effective_weights
 
+    record, picture = _pictured(record)
     files: dict[str, bytes] = {}
     of_outputs: list[Averaged] = []
     for output, (index, out) in zip(record.outputs, plan.outputs.items(), strict=True):
-        own = record
+        own, drawn = record, {PICTURE: picture} if picture is not None else {}
         if index in plan.snapshots:
             own = dataclasses.replace(record, weights=effective_weights(coefficients, index), outputs=(output,))
-        card = write_card(own, plan.scheme, plan.origin)
+            drawn = {}  # there may be very many of them
+        output = dataclasses.replace(output, files=tuple(sorted({*output.files, *drawn})))
+        card = write_card(own, plan.scheme, plan.origin, picture=PICTURE if drawn else None)
         place = out.relative_to(plan.out)
-        beside = plan.side_files | {CARD: card.encode()}
+        beside = plan.side_files | drawn | {CARD: card.encode()}
         files |= {str(place / name): data for name, data in beside.items()}
         digests = {shard.name: of_weights[place / shard.name] for shard in plan.weights.shards}
         digests |= {name: sha256(data) for name, data in beside.items()}

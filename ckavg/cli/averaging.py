@@ -10,7 +10,7 @@ from ckavg.average import Done, carry_out
 from ckavg.cli.commands import Command, joined
 from ckavg.cli.options import Averaging, Measuring
 from ckavg.cli.progress import show_progress
-from ckavg.cli.push import check_push, destination_of, push_shown
+from ckavg.cli.push import check_push, complete_in, destination_of, push_shown
 from ckavg.cli.ranks import together
 from ckavg.cli.terminal import say, warn
 from ckavg.engine.ranks import Ranks
@@ -56,18 +56,19 @@ def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
     if not ranks.is_first:
         return
     (result,) = done.records
-    warn_of(result.warnings[len(plan.warnings) :])
-    if options.as_json and destination is None:
-        print_json(result.to_dict())
-    elif not (options.as_json or options.quiet):
-        report.print_summary(result, plan)
-    draw(done, options)
-    if destination is not None:
-        pushed = push_shown(result.directory, destination, quiet=options.quiet)
-        if options.as_json:
-            print_json(result.to_dict() | {"url": pushed.url})
-        else:
-            print_pushed(pushed, as_json=False, quiet=options.quiet)
+    with complete_in(result.directory, destination):
+        warn_of(result.warnings[len(plan.warnings) :])
+        if options.as_json and destination is None:
+            print_json(result.to_dict())
+        elif not (options.as_json or options.quiet):
+            report.print_summary(result, plan)
+        draw(done, options)
+        if destination is not None:
+            pushed = push_shown(result.directory, destination, quiet=options.quiet)
+            if options.as_json:
+                print_json(result.to_dict() | {"url": pushed.url})
+            else:
+                print_pushed(pushed, as_json=False, quiet=options.quiet)
 
 
 def plans_of(run: Run, wanted: Sequence[tuple[Scheme, Path | None]], options: Averaging) -> list[Plan]:

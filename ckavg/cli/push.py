@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -81,14 +83,21 @@ def check_push(destination: Destination | None, files: tuple[str, ...]) -> None:
         check_access(destination, files)
 
 
+@contextmanager
+def complete_in(directory: Path, destination: Destination | None = None) -> Iterator[None]:
+    """Let an interrupt after the averaging say that the result is there, and how to go on if it is to be uploaded."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        goes_on = "" if destination is None else f" {continued(directory, destination)}"
+        warn("interrupted", f"The result is complete in {directory}.{goes_on}")
+        raise typer.Exit(INTERRUPTED) from error
+
+
 def push_shown(directory: Path, destination: Destination, *, quiet: bool) -> Pushed:
     """Upload a result and show how far it has come. An interrupt costs nothing but the rest of the upload."""
-    try:
-        with show_progress(2, quiet=quiet) as on_progress:
-            pushed = push_to(directory, destination, on_progress=on_progress)
-    except KeyboardInterrupt as error:
-        warn("interrupted", f"The result is complete in {directory}. {continued(directory, destination)}")
-        raise typer.Exit(INTERRUPTED) from error
+    with complete_in(directory, destination), show_progress(2, quiet=quiet) as on_progress:
+        pushed = push_to(directory, destination, on_progress=on_progress)
     for warning in pushed.warnings:
         warn("warning", warning)
     return pushed

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -21,7 +22,8 @@ from ckavg.engine.ranks import Ranks
 from ckavg.errors import HubError, SettingError, WriteError
 from ckavg.evaluation import best, check_command, evaluate, record_evaluation
 from ckavg.hub.destination import Destination
-from ckavg.plan import checked
+from ckavg.hub.publish import continued
+from ckavg.plan import Plan, checked
 from ckavg.report.text import printable
 from ckavg.result.record import Averaged
 from ckavg.schemes import SCHEMES, Scheme
@@ -94,17 +96,29 @@ def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -
     done = carry_out_shown(plans, options, ranks)
     if not ranks.is_first:
         return
-    told = {warning for plan in plans for warning in plan.warnings}
-    warn_of(dict.fromkeys(each for result in done.records for each in result.warnings if each not in told))
-    results, interrupted = list(done.records), False
-    if options.eval_command is not None:
-        interrupted = not _evaluate_all(results, options.eval_command, quiet=options.quiet)
-    report.print_results(results, goal=options.eval_goal, as_json=options.as_json, quiet=options.quiet)
-    draw(done, options)
-    if interrupted:
-        raise typer.Exit(INTERRUPTED)
-    if destination is not None:
-        _push_best(results, destination, options)
+    with _all_complete(base, destination):
+        told = {warning for plan in plans for warning in plan.warnings}
+        warn_of(dict.fromkeys(each for result in done.records for each in result.warnings if each not in told))
+        results, interrupted = list(done.records), False
+        if options.eval_command is not None:
+            interrupted = not _evaluate_all(results, plans, options.eval_command, quiet=options.quiet)
+        report.print_results(results, goal=options.eval_goal, as_json=options.as_json, quiet=options.quiet)
+        draw(done, options)
+        if interrupted:
+            raise typer.Exit(INTERRUPTED)
+        if destination is not None:
+            _push_best(results, destination, options)
+
+
+@contextmanager
+def _all_complete(base: Path, destination: Destination | None) -> Iterator[None]:
+    """Let an interrupt after the averaging say that the results are there."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        goes_on = "" if destination is None else f" {continued(Path('DIR'), destination)}"
+        warn("interrupted", f"All averages are complete in {base}.{goes_on}")
+        raise typer.Exit(INTERRUPTED) from error
 
 
 def _push_best(results: list[Averaged], destination: Destination, options: Sweeping) -> None:
@@ -120,7 +134,7 @@ def _push_best(results: list[Averaged], destination: Destination, options: Sweep
         say(printable(f"uploaded {results[winner].outputs[-1].name} to {pushed.url}"))
 
 
-def _evaluate_all(results: list[Averaged], command: str, *, quiet: bool) -> bool:
+def _evaluate_all(results: list[Averaged], plans: Sequence[Plan], command: str, *, quiet: bool) -> bool:
     """Have the user's command tell of each result; one that fails costs nothing else. False after an interrupt."""
     try:
         for place, result in enumerate(results):
@@ -130,7 +144,7 @@ def _evaluate_all(results: list[Averaged], command: str, *, quiet: bool) -> bool
             if evaluation.value is None:
                 warn("warning", f"{result.outputs[-1].name} has no evaluation: {evaluation.problem}.")
             try:
-                results[place] = record_evaluation(result, evaluation)
+                results[place] = record_evaluation(result, evaluation, plans[place])
             except WriteError as error:
                 warn("warning", error.message)
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote
 
 from ckavg.errors import HubError
 
@@ -33,7 +34,7 @@ def explained(
     """
     said = _shortened if quoting else _withheld
     begun = f"{repo}: {doing} failed"
-    chain = list(_chain(error))
+    chain = list(chain_of(error))
     for each in chain:
         response: Any = getattr(each, "response", None)
         if getattr(response, "status_code", None) is not None:
@@ -48,7 +49,9 @@ def explained(
         )
     if "LocalTokenNotFoundError" in names:
         return no_token(repo, endpoint)
-    if any("Timeout" in name for name in names):
+    if "JSONDecodeError" in names:  # which one HTTP library counts among the failures of a connection
+        return _no_hub(begun, endpoint, said(str(error)))
+    if any("Timeout" in name for name in names) and "NewConnectionError" not in names:
         return HubError(
             f"{begun}: {endpoint} did not answer in time.",
             hint="Run the command again, with HF_HUB_DOWNLOAD_TIMEOUT=60 where the network is slow.",
@@ -62,13 +65,38 @@ def explained(
             hint=f"Check the network, HF_ENDPOINT and the proxy: curl -I {endpoint}",
         )
     if isinstance(error, ValueError | KeyError):  # of the client, which could make nothing of an answer
-        return HubError(
-            f"{begun}: the answer of {endpoint} is not that of a Hub: {said(str(error))}.",
-            hint=f"Check HF_ENDPOINT, and that no proxy answers in its place: curl -I {endpoint}",
-        )
+        return _no_hub(begun, endpoint, said(str(error)))
     if isinstance(error, RuntimeError):  # of a transfer
         return HubError(f"{begun}: {said(str(error))}.", hint="Run the command again; -v shows where it came from.")
     return None
+
+
+def _no_hub(begun: str, endpoint: str, why: str) -> HubError:
+    return HubError(
+        f"{begun}: the answer of {endpoint} is not that of a Hub: {why}.",
+        hint=f"Check HF_ENDPOINT, and that no proxy answers in its place: curl -I {endpoint}",
+    )
+
+
+def without_password(endpoint: str) -> str:
+    """An address without the user and the password that may stand before its host.
+
+    >>> without_password("https://ada:secret@hub.example.org/hf"), without_password("https://huggingface.co")
+    ('https://hub.example.org/hf', 'https://huggingface.co')
+    """
+    scheme, between, rest = endpoint.partition("://")
+    return f"{scheme}{between}{rest.rpartition('@')[2]}"
+
+
+def passwords_in(endpoint: str) -> tuple[str, ...]:
+    """What of an address must not be shown, as it stands there and as it is meant.
+
+    >>> passwords_in("https://ada:s%40cret@hub.example.org"), passwords_in("https://huggingface.co")
+    (('s%40cret', 's@cret'), ())
+    """
+    user, _, password = endpoint.partition("://")[2].rpartition("@")[0].partition(":")
+    secret = password or user  # a token may stand in the place of the user
+    return (secret, unquote(secret)) if secret else ()
 
 
 def no_token(repo: str, endpoint: str) -> HubError:
@@ -146,7 +174,7 @@ def _withheld(text: str) -> str:
     return "its words hold the token, and are not shown" if text else ""
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain_of(error: BaseException) -> Iterator[BaseException]:
     """An exception and what caused it, the outermost first."""
     current: BaseException | None = error
     seen: set[int] = set()

@@ -1,30 +1,31 @@
-"""Stage *publish*, its outer end: repositories, rights and files on the Hugging Face Hub.
+"""Stage *publish*, its outer end: repositories and rights on the Hugging Face Hub.
 
-The only user of huggingface_hub, which is imported when something is asked of the Hub. Knows nothing of results. The
-token stays with huggingface_hub: it is looked for where its users expect, and no value here ever holds it.
+With `sending.py`, the only user of huggingface_hub, which is imported when something is asked of the Hub. Knows nothing
+of results. The token stays with huggingface_hub: it is looked for where its users expect, and no value here holds it
+longer than it takes to see whether a message does.
 """
 
 from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ckavg.errors import CkavgError, HubError
-from ckavg.hub.answers import explained, may_not_write
+from ckavg.hub.answers import explained, may_not_write, passwords_in, without_password
 from ckavg.hub.destination import MAIN, Destination
+from ckavg.hub.retrying import Answer, tried
 from ckavg.hub.rights import check_token, may_create
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import HfApi
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
-_BY_ITSELF = 1 << 20
-"""Bytes from which a file is uploaded by itself, before the commit. Smaller ones go with the commit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,25 +35,6 @@ class Access:
     repo: str
     exists: bool
     has_branch: bool
-
-
-@dataclass(frozen=True, slots=True)
-class HubFile:
-    """One file to upload: its name in the repository, where it is, its size in bytes, and its SHA-256 where known."""
-
-    name: str
-    path: Path
-    size: int
-    sha256: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Uploaded:
-    """What came of an upload: full name, address to look at, and the commit."""
-
-    repo: str
-    url: str
-    commit: str
 
 
 def check_access(destination: Destination, names: Collection[str] = ()) -> Access:
@@ -66,15 +48,14 @@ def check_access(destination: Destination, names: Collection[str] = ()) -> Acces
         HubError: there is no token; it may not write there; the owner does not exist; the repository is not private, or
             not public, as it was asked for; or weights that a loader might take for these lie there.
     """
-    api = _api()
-    with _asking("asking whose the token is", destination.repo, api):
-        me = api.whoami()
+    api = connect()
+    with asking("asking whose the token is", destination.repo, api):
+        me = tried(api.whoami)
         if not isinstance(me.get("name"), str):
             raise ValueError("it names nobody")
     repo = destination.repo if "/" in destination.repo else f"{me['name']}/{destination.repo}"
-    check_token(me, repo, api.endpoint, create_pr=destination.create_pr)
-    with _asking("looking at the repository", repo, api):
-        private = _is_private(api, repo)
+    check_token(me, repo, address(api), create_pr=destination.create_pr)
+    private = ask("looking at the repository", repo, api, lambda: is_private(api, repo))
     if private is None:
         _check_owner(me, repo, api)
         return Access(repo, exists=False, has_branch=False)
@@ -82,80 +63,23 @@ def check_access(destination: Destination, names: Collection[str] = ()) -> Acces
         is_now, asked = ("private", "public") if private else ("public", "private")
         raise HubError(
             f"{repo} exists and is {is_now}; --{asked} was asked for.",
-            hint=f"Leave out --{asked}, or change the repository at {api.endpoint}/{repo}/settings first.",
+            hint=f"Leave out --{asked}, or change the repository at {address(api)}/{repo}/settings first.",
         )
     if not destination.create_pr:
         _check_writable(api, repo)
     revision = destination.revision or MAIN
-    with _asking("looking at the repository", repo, api):
-        refs = api.list_repo_refs(repo, include_pull_requests=True)
+    refs = ask("looking at the repository", repo, api, lambda: api.list_repo_refs(repo, include_pull_requests=True))
     if any(revision == each.name for each in refs.tags):
         raise HubError(f"{repo}: {revision} is a tag; an upload needs a branch.", hint="Name another --revision.")
     known = {each.name for each in refs.branches} | {each.ref for each in refs.pull_requests or ()}
     if revision.startswith("refs/") and revision not in known:
-        raise HubError(f"{repo} has no {revision}.", hint=f"Its pull requests are at {api.endpoint}/{repo}/discussions")
+        raise HubError(f"{repo} has no {revision}.", hint=f"Its pull requests are at {address(api)}/{repo}/discussions")
     _check_other_weights(api, repo, revision if revision in known else MAIN, names)
     return Access(repo, exists=True, has_branch=revision in known)
 
 
-def upload(
-    destination: Destination,
-    access: Access,
-    files: Sequence[HubFile],
-    *,
-    message: str,
-    on_done: Callable[[int], None],
-) -> Uploaded:
-    """Upload files as one commit; what is there already, of an earlier attempt, say, is not sent again.
-
-    Args:
-        destination: where they go.
-        access: of `check_access`, just before.
-        files: all of them.
-        message: first line of the commit, where the destination has none.
-        on_done: called with the bytes of what is done.
-
-    Raises:
-        HubError: the Hub refused, or cannot be reached. What was sent by then is not sent again by the next attempt.
-    """
-    from huggingface_hub import CommitOperationAdd
-
-    api, repo = _api(), access.repo
-    if not access.exists:
-        with _asking("creating the repository", repo, api):
-            api.create_repo(repo, private=destination.private is not False)
-    revision = destination.revision or MAIN
-    if not access.has_branch and revision != MAIN:
-        with _asking(f"creating the branch {revision}", repo, api):
-            api.create_branch(repo, branch=revision, exist_ok=True)
-    operations = []
-    for file in files:
-        operation = CommitOperationAdd(file.name, str(file.path))
-        if file.sha256 is not None:
-            operation.upload_info.sha256 = bytes.fromhex(file.sha256)  # was read from the file a moment ago
-        operations.append(operation)
-    target: dict[str, Any] = {"revision": revision, "create_pr": destination.create_pr}
-    for file, operation in zip(files, operations, strict=True):
-        if file.size >= _BY_ITSELF:
-            with _asking(f"uploading {file.name}", repo, api):
-                api.preupload_lfs_files(repo, [operation], free_memory=False, **target)
-            on_done(file.size)
-    with _asking("committing", repo, api):
-        done = api.create_commit(
-            repo, operations, commit_message=destination.commit_message or message, num_threads=1, **target
-        )
-    on_done(sum(file.size for file in files if file.size < _BY_ITSELF))
-    try:
-        _check_arrived(api, repo, done.oid, files, operations)
-    except HubError as error:
-        if done.pr_url:
-            error.add_note(f"The pull request is open, and another attempt opens another one: {done.pr_url}")
-        raise
-    branch = "" if revision == MAIN else f"/tree/{revision}"
-    return Uploaded(repo, done.pr_url or f"{api.endpoint}/{repo}{branch}", done.oid)
-
-
-def _api() -> HfApi:
+def connect() -> HfApi:
+    """The client, with the user's endpoint and token, and without bars and logs of its own."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
     from huggingface_hub.utils import logging as of_client
@@ -166,30 +90,50 @@ def _api() -> HfApi:
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=True)
 
 
+def address(api: HfApi) -> str:
+    """Of the Hub, as it may be shown: without a user and a password in it."""
+    return without_password(api.endpoint)
+
+
 @contextmanager
-def _asking(doing: str, repo: str, api: HfApi) -> Iterator[None]:
-    """Make an error of the client one of ours. Where its text holds the token, nothing of it is kept."""
+def asking(doing: str, repo: str, api: HfApi) -> Iterator[None]:
+    """Make an error of the client one of ours. Where its text holds a secret, nothing of it is kept.
+
+    Args:
+        doing: what is being done, such as "creating the repository".
+        repo: the repository.
+        api: the client.
+
+    Raises:
+        HubError: what the client's error means.
+    """
     try:
         yield
     except CkavgError:
         raise
     except Exception as error:
-        secret = holds_token(error)
-        told = explained(error, doing=doing, repo=repo, endpoint=api.endpoint, quoting=not secret)
+        secret = holds_secret(error, api)
+        told = explained(error, doing=doing, repo=repo, endpoint=address(api), quoting=not secret)
         if told is None:
             raise
         raise told from (None if secret else error)
 
 
-def holds_token(error: BaseException) -> bool:
-    """Whether the text of an exception, or of what caused it, holds the token."""
+def ask(doing: str, repo: str, api: HfApi, question: Callable[[], Answer]) -> Answer:
+    """The answer to a question that may be asked several times, and is where that helps; errors as of `asking`."""
+    with asking(doing, repo, api):
+        return tried(question)
+
+
+def holds_secret(error: BaseException, api: HfApi) -> bool:
+    """Whether the text of an exception, or of what caused it, holds the token or a password of the address."""
     from huggingface_hub import get_token
 
-    token = get_token()
-    return bool(token) and str(token) in "".join(traceback.format_exception(error))
+    told = "".join(traceback.format_exception(error))
+    return any(secret in told for secret in (get_token(), *passwords_in(api.endpoint)) if secret)
 
 
-def _is_private(api: HfApi, repo: str) -> bool | None:
+def is_private(api: HfApi, repo: str) -> bool | None:
     """Whether a model repository is private; None where there is none, as far as the token sees."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -207,21 +151,20 @@ def _check_owner(me: dict[str, Any], repo: str, api: HfApi) -> None:
     from huggingface_hub.errors import HfHubHTTPError
 
     owner = repo.partition("/")[0]
-    if may_create(me, repo, api.endpoint):
+    if may_create(me, repo, address(api)):
         return
     # a client from before organizations could be looked up gets no further than the last line of the loop
     for look in (getattr(api, "get_organization_overview", lambda _: None), api.get_user_overview):
         try:
-            with _asking(f"looking for {owner}", repo, api):
-                look(owner)
+            ask(f"looking for {owner}", repo, api, partial(look, owner))
         except HubError as error:
             cause = error.__cause__
             if not (isinstance(cause, HfHubHTTPError) and cause.response.status_code == 404):
                 raise
         else:
-            raise may_not_write(repo, api.endpoint, f"{me['name']} is not {owner}, nor a member of it")
+            raise may_not_write(repo, address(api), f"{me['name']} is not {owner}, nor a member of it")
     raise HubError(
-        f"{repo}: there is no user and no organization {owner} at {api.endpoint}.",
+        f"{repo}: there is no user and no organization {owner} at {address(api)}.",
         hint=f"Check the name. The token is that of {me['name']}.",
     )
 
@@ -229,17 +172,25 @@ def _check_owner(me: dict[str, Any], repo: str, api: HfApi) -> None:
 def _check_writable(api: HfApi, repo: str) -> None:
     import inspect
 
-    if "write" not in inspect.signature(api.auth_check).parameters:
-        return  # a client from before there was such a question; the Hub answers it when the upload begins
-    with _asking("asking whether the token may write", repo, api):
-        api.auth_check(repo, write=True)
+    if "write" in inspect.signature(api.auth_check).parameters:
+        question = partial(api.auth_check, repo, write=True)
+    else:  # a client from before there was such a question
+        question = partial(_ask_for_right, api, repo)
+    ask("asking whether the token may write", repo, api, question)
+
+
+def _ask_for_right(api: HfApi, repo: str) -> None:
+    import huggingface_hub.utils as of_client
+
+    url = f"{api.endpoint}/api/models/{repo}/auth-check/write"
+    headers = of_client.build_hf_headers(token=True)  # type: ignore[attr-defined]
+    of_client.hf_raise_for_status(of_client.get_session().get(url, headers=headers))  # type: ignore[attr-defined]
 
 
 def _check_other_weights(api: HfApi, repo: str, revision: str, names: Collection[str]) -> None:
     """Refuse weights beside those to be uploaded: which of them a loader takes is a matter of its taste."""
     folders = {PurePosixPath(name).parent for name in names if name.endswith(_WEIGHTS)}
-    with _asking("listing its files", repo, api):
-        there = api.list_repo_files(repo, revision=revision)
+    there = ask("listing its files", repo, api, lambda: api.list_repo_files(repo, revision=revision))
     others = [
         name
         for name in there
@@ -250,22 +201,5 @@ def _check_other_weights(api: HfApi, repo: str, revision: str, names: Collection
         raise HubError(
             f"{repo} holds other weights at {revision}, which would be loaded in part or instead: "
             f"{', '.join(others[:3])}{more}.",
-            hint=f"Delete them at {api.endpoint}/{repo}/tree/{revision}, or name another repository.",
+            hint=f"Delete them at {address(api)}/{repo}/tree/{revision}, or name another repository.",
         )
-
-
-def _check_arrived(
-    api: HfApi, repo: str, commit: str, files: Sequence[HubFile], operations: Sequence[CommitOperationAdd]
-) -> None:
-    """Look at what the commit holds: a .gitignore there, for one, silently keeps files out."""
-    with _asking("looking at what was uploaded", repo, api):
-        there = {each.path: each for each in api.get_paths_info(repo, [file.name for file in files], revision=commit)}
-    for file, operation in zip(files, operations, strict=True):
-        found = there.get(file.name)
-        lfs = getattr(found, "lfs", None)
-        arrived = found is not None and getattr(found, "size", None) == file.size
-        if not arrived or (lfs is not None and lfs.sha256 != operation.upload_info.sha256.hex()):
-            raise HubError(
-                f"{repo}: {file.name} is not in commit {commit[:8]} as it was sent.",
-                hint=f"Look for a .gitignore at {api.endpoint}/{repo}/tree/{commit}",
-            )

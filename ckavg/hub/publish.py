@@ -10,9 +10,9 @@ from typing import Any
 
 from ckavg.engine.progress import OnProgress, Progress
 from ckavg.errors import HubError, RecordError
-from ckavg.hub import client
-from ckavg.hub.client import HubFile
+from ckavg.hub.client import check_access
 from ckavg.hub.destination import MAIN, Destination
+from ckavg.hub.sending import HubFile, upload
 from ckavg.plan import CARD
 from ckavg.result.command import as_options, shell_word
 from ckavg.run.checkpoint import RESULT_RECORD
@@ -69,7 +69,7 @@ def push_result(
         result: directory of a result, or of one of its snapshots.
         repo: `owner/name`, or a name of the token's user; created where it does not exist.
         private, revision, commit_message, create_pr: as of `Destination`.
-        on_progress: called now and then in this thread.
+        on_progress: called now and then; while a file is sent, in a thread of the client's, too.
 
     Raises:
         RecordError: there is no record, or the files are not those of it.
@@ -87,21 +87,18 @@ def push_to(directory: Path, destination: Destination, *, on_progress: OnProgres
     """The same, to a destination that was checked before, say."""
     record = read_record(directory)
     try:
-        access = client.check_access(destination, record.output.files)
+        access = check_access(destination, record.output.files)
         files, warnings = _checked(directory, record, on_progress)
-        total, done = sum(file.size for file in files), 0
+        total = sum(file.size for file in files)
 
-        def sent(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            if on_progress and nbytes:
+        def sent(done: int) -> None:
+            if on_progress:
                 on_progress(Progress("upload", done, total))
 
-        if on_progress:
-            on_progress(Progress("upload", 0, total))
+        sent(0)
         steps = f"steps {record.steps[0]} to {record.output.step}"
         message = f"Upload {record.output.name}, the average of {steps}"
-        uploaded = client.upload(destination, access, files, message=message, on_done=sent)
+        uploaded = upload(destination, access, files, message=message, on_sent=sent)
     except HubError as error:
         error.add_note(f"The result is complete in {directory}. {continued(directory, destination)}")
         raise

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ckavg.errors import CkavgError, HubError
 from ckavg.hub.answers import explained
-from ckavg.hub.client import holds_token
+from ckavg.hub.client import address, holds_secret
 from ckavg.remote.address import Address
 from ckavg.remote.download import Partial, complete
 from ckavg.remote.store import OnBytes, RemoteFile
@@ -94,8 +94,8 @@ class Repository:
         except CkavgError:
             raise
         except Exception as error:
-            secret = holds_token(error)
-            endpoint = self.api.endpoint
+            secret = holds_secret(error, self.api)
+            endpoint = address(self.api)
             told = explained(error, doing=doing, repo=self.name, endpoint=endpoint, quoting=not secret, right="read")
             if told is None:
                 raise

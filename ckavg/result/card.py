@@ -16,19 +16,23 @@ from ckavg.result.record import Averaged
 from ckavg.schemes import Scheme
 from ckavg.version import __version__
 
+PICTURE = "ckavg.svg"
+"""Name of the picture that a card shows, beside it."""
+
 _MARKUP = re.compile(r"[\\`*\[\]<>&|~$]")
 _PATH = re.compile(r"(?:^|[\s'\"(=])(?:[A-Za-z]:)?[~/\\][^\s/\\]+[/\\]")
 _MOST_ROWS, _FIRST_ROWS = 24, 8
 _OF_LICENSE = ("license", "license_name", "license_link")
 
 
-def write_card(record: Averaged, scheme: Scheme, origin: Origin) -> str:
+def write_card(record: Averaged, scheme: Scheme, origin: Origin, *, picture: str | None = None) -> str:
     """The text of `README.md`: metadata, what this is, how it was made and checked, and what to cite.
 
     Args:
         record: what was done.
         scheme: how.
         origin: what is known of the run besides; a card of the user's comes first, and its fields win.
+        picture: name of the file beside the card that shows the weights; None: there is none.
     """
     metadata = _metadata(record, origin)
     own = origin.own.text.strip("\n") if origin.own is not None else ""
@@ -39,8 +43,11 @@ def write_card(record: Averaged, scheme: Scheme, origin: Origin) -> str:
         own,
         f"{level} {heading}",
         _description(record, scheme, metadata),
+        _evaluation(record, origin.private, level),
         f"{level}# Recipe\n\n{_recipe(record, scheme)}",
-        f"{level}# Checkpoints\n\n{_table(record)}",
+        f"{level}# Checkpoints",
+        f"![The weight of each checkpoint in the average, by optimizer step]({picture})" if picture else "",
+        _table(record),
         f"{level}# To make it again\n\n{_again(record, scheme, metadata)}",
         f"{level}# What was checked\n\n{_checks(record)}",
         _warnings(record, origin.private, level),
@@ -91,8 +98,8 @@ def _description(record: Averaged, scheme: Scheme, metadata: Mapping[str, Any]) 
     if record.scheme == "last":
         return text
     text += (
-        "\nCheckpoints along a run differ by the noise of training, much of which their average is free of. It\n"
-        "loads and runs like any of them."
+        "\nCheckpoints along a run differ by the noise of training, of which their average holds less. It loads and\n"
+        "runs like any of them."
     )
     base = metadata.get("base_model")
     if isinstance(base, str) and is_hub_id(base):
@@ -108,6 +115,18 @@ def _what(record: Averaged) -> str:
         return f"The checkpoint of step {taken[0]} of a training run"
     what = f"The average of {len(taken)} checkpoints of one training run, from step {taken[0]} to step\n{step}"
     return what if step == last else f"{what}, as it stood on the way to step {last}"
+
+
+def _evaluation(record: Averaged, private: tuple[str, ...], level: str) -> str:
+    """What the user's own command said; in words alone, since nothing tells which metric it is, and on which data."""
+    told = record.evaluation
+    if told is None or told.value is None:
+        return ""
+    printed, heading = f"printed **{told.value:.10g}**", f"{level}# Evaluation\n\n"
+    if _names_a_place(told.command, private):
+        return f"{heading}A command that was run on these weights {printed}; `ckavg.json` states it."
+    of_weights = "with the directory of these weights in the place of `{dir}`"
+    return f"{heading}This command, {of_weights}, {printed}:\n\n    {_in_one_line(told.command)}"
 
 
 def _recipe(record: Averaged, scheme: Scheme) -> str:
@@ -180,7 +199,7 @@ def _warnings(record: Averaged, private: tuple[str, ...], level: str) -> str:
     """What a user was told, but for what names places on the machine where it was made."""
     told, kept_back = [], 0
     for warning in record.warnings:
-        if any(name in warning for name in private) or _PATH.search(warning):
+        if _names_a_place(warning, private):
             kept_back += 1
         else:
             told.append(f"- {_escaped(warning)}")
@@ -196,4 +215,13 @@ def _citation(scheme: Scheme, level: str) -> str:
 
 def _escaped(text: str) -> str:
     """A text in one line of Markdown, in which nothing of it has a meaning."""
-    return _MARKUP.sub(r"\\\g<0>", text if text.isprintable() else json.dumps(text)[1:-1])
+    return _MARKUP.sub(r"\\\g<0>", _in_one_line(text))
+
+
+def _in_one_line(text: str) -> str:
+    return text if text.isprintable() else json.dumps(text)[1:-1]
+
+
+def _names_a_place(text: str, private: tuple[str, ...]) -> bool:
+    """Whether it names something on the machine where the average was made."""
+    return any(name in text for name in private) or _PATH.search(text) is not None

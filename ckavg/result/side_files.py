@@ -29,7 +29,7 @@ _SUFFIXES = frozenset(
 )
 _NAMES = frozenset({"LICENSE", "NOTICE", "LICENSE.md", "USE_POLICY.md"})
 _LEFT_OUT = frozenset({"trainer_state.json", "zero_to_fp32.py", "ckavg.json", "training_args.json", "all_results.json"})
-_MADE_HERE = ("README.md", "ckavg.json")
+_MADE_HERE = ("README.md", "ckavg.json", "ckavg.svg")
 _RESULTS = ("_results.json", ".index.json")
 _MOST_BYTES = 200_000_000
 _MOST_FILES = 10_000

@@ -40,7 +40,7 @@ def record_of(run: Path, name: str) -> dict[str, Any]:
 
 def complete(run: Path) -> list[str]:
     """The results that have everything in them."""
-    files = {"README.md", "ckavg.json", "config.json", "model.safetensors", "tokenizer.json"}
+    files = {"README.md", "ckavg.json", "ckavg.svg", "config.json", "model.safetensors", "tokenizer.json"}
     return [path.name for path in (run / "averaged").iterdir() if {file.name for file in path.iterdir()} == files]
 
 

@@ -15,6 +15,8 @@ HELD = -1
 """Likewise: there is no answer until the end."""
 WHOLE = -2
 """Likewise: the whole file with status 200, whatever range was asked for."""
+LOST = -3
+"""Likewise: what was asked is done, and the connection is cut in the place of the answer."""
 PORTAL = 200
 """Likewise: somebody else answers."""
 

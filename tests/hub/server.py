@@ -126,6 +126,8 @@ def _commit(hub: Hub, request: Request, name: str, repo: Repo, revision: str) ->
     tree = dict(repo.commits[parent])
     for each in operations:
         value = each["value"]
+        if each["key"] == "lfsFile" and value["oid"] not in hub.storage:
+            return error(422, "The file is not there")
         if each["key"] == "lfsFile":
             data, is_large = hub.storage[value["oid"]], True
         else:

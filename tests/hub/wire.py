@@ -11,7 +11,7 @@ from email.message import Message
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.hub.faults import DROPPED, HELD, PORTAL, WHOLE, Broken, Fault, Traffic
+from tests.hub.faults import DROPPED, HELD, LOST, PORTAL, WHOLE, Broken, Fault, Traffic
 
 PIECE = 1 << 16
 
@@ -114,12 +114,15 @@ class Wire(BaseHTTPRequestHandler):
         with traffic.lock:
             answer = self._injected(fault) or self.respond(request)
             traffic.then.pop(stage, lambda: None)()
+        if fault == LOST:
+            self._reset()
+            return
         self._send(answer, stage, fault if isinstance(fault, Broken) else None)
 
     do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = _serve  # noqa: N815
 
     def _injected(self, fault: Fault | None) -> Answer | None:
-        if fault is None or fault == WHOLE or isinstance(fault, Broken):
+        if fault in (None, WHOLE, LOST) or isinstance(fault, Broken):
             return None
         if fault == PORTAL:
             return Answer(b"<html>Welcome to our network</html>", headers={"Content-Type": "text/html"})

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 import ckavg
 from ckavg.schemes import Scheme
@@ -35,3 +36,10 @@ def fields_of(card: str) -> dict[str, Any]:
 def configure(source: Path, config: dict[str, Any], name: str = "config.json") -> None:
     for step in STEPS:
         (source / f"checkpoint-{step}" / name).write_text(json.dumps(config))
+
+
+def blocks(card: str) -> list[tuple[str, str]]:
+    """Kind and content of the outermost blocks, as a Markdown parser sees them."""
+    text = card.split("\n---\n", 1)[1]
+    tokens = MarkdownIt().enable("table").parse(text)
+    return [(token.type, token.content) for token in tokens if token.type in ("inline", "fence", "code_block")]

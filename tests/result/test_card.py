@@ -14,7 +14,7 @@ import ckavg
 from ckavg.result.front_matter import as_front_matter
 from ckavg.result.metadata import license_of_text, pipeline_of
 from ckavg.schemes import Scheme
-from tests.result.cards import STEPS, averaged, card_of, configure, fields_of
+from tests.result.cards import STEPS, averaged, blocks, card_of, configure, fields_of
 from tests.runs import CONFIG, random_run, write_checkpoint, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -34,13 +34,6 @@ SCHEMES = [
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return write_run(tmp_path / "checkpoints", random_run(3, len(STEPS), torch.float32), STEPS)
-
-
-def blocks(card: str) -> list[tuple[str, str]]:
-    """Kind and content of the outermost blocks, as a Markdown parser sees them."""
-    text = card.split("\n---\n", 1)[1]
-    tokens = MarkdownIt().enable("table").parse(text)
-    return [(token.type, token.content) for token in tokens if token.type in ("inline", "fence", "code_block")]
 
 
 # --- metadata ---

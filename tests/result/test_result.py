@@ -33,6 +33,7 @@ def test_files_are_those_of_the_last_checkpoint(source: Path) -> None:
     assert set(result.outputs[0].files) == {
         "README.md",
         "ckavg.json",
+        "ckavg.svg",
         "config.json",
         "tokenizer.json",
         "model.safetensors.index.json",

@@ -1,0 +1,161 @@
+"""What a card shows besides its recipe: a picture of the weights, and what the user's own command said of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+import ckavg
+from ckavg.report.drawn import card_picture
+from ckavg.schemes import Scheme
+from tests.cli.runner import run_cli
+from tests.result.cards import STEPS, averaged, blocks, fields_of
+from tests.runs import random_run, write_run
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "checkpoints", random_run(3, len(STEPS), torch.float32), STEPS)
+
+
+# --- the picture ---
+
+
+def test_the_picture_is_shown_recorded_and_verified(source: Path) -> None:
+    result = ckavg.average(ckavg.open_run(source), ckavg.PEMA(), snapshot_every=10)
+    card = (result.directory / "README.md").read_text()
+    assert card.count("![The weight of each checkpoint in the average, by optimizer step](ckavg.svg)") == 1
+    of_checkpoint, output = result.outputs[0], result.outputs[-1]
+    picture = (result.directory / "ckavg.svg").read_bytes()
+    assert output.sha256["ckavg.svg"] == hashlib.sha256(picture).hexdigest()
+    assert "ckavg.svg" not in of_checkpoint.files
+    assert "ckavg.svg" not in (of_checkpoint.directory / "README.md").read_text()
+    assert ckavg.verify_result(result.directory).findings == ()
+    (result.directory / "ckavg.svg").write_bytes(picture + b" ")
+    (problem,) = ckavg.verify_result(result.directory).problems
+    assert "ckavg.svg" in problem
+
+
+def test_the_picture_has_no_time_no_version_and_no_style_of_a_user(source: Path, tmp_path: Path) -> None:
+    config = tmp_path / "matplotlibrc"
+    config.write_text("axes.facecolor: black\nfont.size: 30\n")
+    here = averaged(source, ckavg.BEMA(), out=tmp_path / "here")
+    code = (
+        f"import ckavg; ckavg.average(ckavg.open_run({str(source)!r}), ckavg.BEMA(), out={str(tmp_path / 'there')!r})"
+    )
+    env = {**os.environ, "MATPLOTLIBRC": str(config), "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7", "HOME": "/nowhere"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+    picture = (here / "ckavg.svg").read_bytes()
+    assert (tmp_path / "there" / "ckavg.svg").read_bytes() == picture
+    assert b"dc:date" not in picture
+    assert b"Matplotlib v" not in picture
+
+
+def bars(picture: bytes) -> list[float]:
+    """Heights of the bars of the last axes, in units of the drawing, downwards."""
+    root = ElementTree.fromstring(picture)
+    svg = "{http://www.w3.org/2000/svg}"
+    *_, axes = (each for each in root.iter(f"{svg}g") if each.get("id", "").startswith("axes_"))
+    heights = []
+    for patch in axes.iter(f"{svg}g"):
+        path = patch.find(f"{svg}path")
+        if not patch.get("id", "").startswith("patch_") or path is None or "z" not in (path.get("d") or ""):
+            continue
+        ys = [float(y) for y in re.findall(r"[ML] \S+ (\S+)", path.get("d") or "")]
+        heights.append(ys[0] - ys[2])
+    return heights[1:]  # the first is the background
+
+
+@pytest.mark.parametrize("scheme", [ckavg.PEMA(), ckavg.Mean(), ckavg.DEMA(), ckavg.Last()])
+def test_the_bars_are_the_weights(source: Path, scheme: Scheme) -> None:
+    result = ckavg.average(ckavg.open_run(source), scheme)
+    drawn = bars((result.directory / "ckavg.svg").read_bytes())
+    scale = drawn[-1] / result.weights[-1]
+    assert drawn == pytest.approx([weight * scale for weight in result.weights], abs=1e-3)
+
+
+def test_many_checkpoints_make_one_line(source: Path) -> None:
+    result = ckavg.average(ckavg.open_run(source), ckavg.EMA())
+    count = 2_000
+    many = dataclasses.replace(
+        result,
+        steps=tuple(range(count)),
+        weights=(1 / count,) * count,
+        betas=(None,) + (0.5,) * (count - 1),
+    )
+    picture = card_picture(many)
+    assert picture is not None
+    assert len(picture) < 250_000
+
+
+def test_without_matplotlib_there_is_no_picture(source: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        f"import ckavg; print(ckavg.average(ckavg.open_run({str(source)!r}), ckavg.Mean()).warnings)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "()\n"
+    out = source / "averaged" / "mean"
+    assert not (out / "ckavg.svg").exists()
+    assert "ckavg.svg" not in (out / "README.md").read_text() + (out / "ckavg.json").read_text()
+    assert ckavg.verify_result(out).findings == ()
+
+
+def test_a_picture_that_fails_costs_no_average(source: Path) -> None:
+    env = {**os.environ, "MPLBACKEND": "no such thing"}
+    code = f"import ckavg; print(*ckavg.average(ckavg.open_run({str(source)!r}), ckavg.Mean()).warnings)"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("The card has no picture of the weights: matplotlib failed with ValueError: ")
+    assert ckavg.verify_result(source / "averaged" / "mean").problems == ()
+
+
+# --- the evaluation ---
+
+
+def evaluated(source: Path, command: str) -> tuple[str, Path]:
+    done = run_cli("sweep", source, "mean", "--eval", command)
+    assert done.exit_code == 0, done.output
+    out = source / "averaged" / "mean"
+    return (out / "README.md").read_text(), out
+
+
+def test_the_card_tells_the_evaluation(source: Path) -> None:
+    card, out = evaluated(source, "echo `basename {dir}` loss 0.1234567")
+    said = "This command, with the directory of these weights in the place of `{dir}`, printed **0.1234567**:"
+    assert ("inline", said) in blocks(card)
+    assert ("code_block", "echo `basename {dir}` loss 0.1234567\n") in blocks(card)
+    assert "model-index" not in fields_of(card), "which needs a data set and a metric, and nobody named them"
+    assert ckavg.verify_result(out).findings == ()
+
+
+def test_an_evaluation_tells_no_path_and_breaks_out_of_nothing(source: Path) -> None:
+    card, _ = evaluated(source, f"cd {source}; echo 1 # {{dir}}")
+    assert str(source) not in card
+    assert "A command that was run on these weights printed **1**; `ckavg.json` states it." in card
+    shutil.rmtree(source / "averaged")
+    card, _ = evaluated(source, "echo 2\n\n# Heading {dir}")
+    assert ("code_block", "echo 2\\n\\n# Heading {dir}\n") in blocks(card)
+
+
+def test_a_command_that_fails_is_not_in_the_card(source: Path) -> None:
+    card, out = evaluated(source, "echo {dir}; exit 3")
+    assert "Evaluation" not in card
+    assert ckavg.verify_result(out).findings == ()
+
+
+def test_a_card_that_the_command_edits_stays(source: Path) -> None:
+    card, out = evaluated(source, "echo mine >> {dir}/README.md; echo 5")
+    assert card.endswith("mine\n")
+    assert "Evaluation" not in card
+    assert '"value": 5.0' in (out / "ckavg.json").read_text()
