@@ -122,6 +122,7 @@ def list_model(mirror: Mirror, address: Address, path: Path) -> Place:
         raise SettingError(f"--init {address} may be several revisions.", hint="Name one: hf://owner/name@REVISION")
     place = Place(path, tree_at(address))
     place.show(mirror)
+    mirror.stand_for(path, str(address))
     return place
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckavg.result.citations import about, citations
-from ckavg.result.command import as_options
+from ckavg.result.command import as_options, shell_word
 from ckavg.result.front_matter import as_front_matter
 from ckavg.result.metadata import is_hub_id, related
 from ckavg.result.origin import Origin
@@ -42,7 +42,7 @@ def write_card(record: Averaged, scheme: Scheme, origin: Origin, *, picture: str
         as_front_matter(metadata),
         own,
         f"{level} {heading}",
-        _description(record, scheme, metadata),
+        _description(record, scheme, metadata, origin.repository),
         _evaluation(record, origin.private, level),
         f"{level}# Recipe\n\n{_recipe(record, scheme)}",
         f"{level}# Checkpoints",
@@ -57,10 +57,10 @@ def write_card(record: Averaged, scheme: Scheme, origin: Origin, *, picture: str
 
 
 def reproduce(record: Averaged, scheme: Scheme) -> str:
-    """The command line that forms the same average, in the directory of the checkpoints."""
+    """The command line that forms the same average; in the directory of the checkpoints, if they have no address."""
     settings: dict[str, object] = {**scheme.stated, **record.selection}
     settings.pop("every_from", None)  # follows from --burn-in
-    if "init" in settings:
+    if "init" in settings and not _is_address(settings["init"]):
         settings["init"] = "BASE_MODEL"  # a local path, and nobody else's
     if record.dtype != "source":
         settings["dtype"] = record.dtype
@@ -76,7 +76,13 @@ def reproduce(record: Averaged, scheme: Scheme) -> str:
         settings["path_exclude"] = record.path_exclude
         if record.zero_sigma != "exclude":
             settings["zero_sigma"] = record.zero_sigma
-    return f"ckavg {record.scheme} {as_options(settings)}".rstrip()
+    source = f" {shell_word(str(record.source))}" if _is_address(record.source) else ""
+    return f"ckavg {record.scheme}{source} {as_options(settings)}".rstrip()
+
+
+def _is_address(place: object) -> bool:
+    """Whether a place is one for everybody, rather than a directory here."""
+    return "://" in str(place)
 
 
 def _metadata(record: Averaged, origin: Origin) -> dict[str, Any]:
@@ -93,7 +99,7 @@ def _metadata(record: Averaged, origin: Origin) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _description(record: Averaged, scheme: Scheme, metadata: Mapping[str, Any]) -> str:
+def _description(record: Averaged, scheme: Scheme, metadata: Mapping[str, Any], repository: str) -> str:
     text = f"{_what(record)}, made with ckavg {__version__} without any further training."
     if record.scheme == "last":
         return text
@@ -102,7 +108,9 @@ def _description(record: Averaged, scheme: Scheme, metadata: Mapping[str, Any]) 
         "runs like any of them."
     )
     base = metadata.get("base_model")
-    if isinstance(base, str) and is_hub_id(base):
+    if repository:
+        text += f" The checkpoints are those of [`{repository}`](https://huggingface.co/{repository})."
+    if isinstance(base, str) and is_hub_id(base) and base != repository:
         text += f" The run began with [`{base}`](https://huggingface.co/{base})."
     told = about(scheme)
     return f"{text}\n\n{told}" if told else text
@@ -173,9 +181,10 @@ def _table(record: Averaged) -> str:
 
 
 def _again(record: Averaged, scheme: Scheme, metadata: Mapping[str, Any]) -> str:
-    text = f"From the same checkpoints, in their directory:\n\n    {reproduce(record, scheme)}"
+    where = "" if _is_address(record.source) else ", in their directory"
+    text = f"From the same checkpoints{where}:\n\n    {reproduce(record, scheme)}"
     base = metadata.get("base_model")
-    if "init" in record.selection:
+    if "init" in record.selection and not _is_address(record.selection["init"]):
         known = f", `{base}`" if isinstance(base, str) and is_hub_id(base) else ""
         text += f"\n\n`BASE_MODEL` is the directory of the model that the run began with{known}."
     return f"{text}\n\n`ckavg.json` holds the full record."

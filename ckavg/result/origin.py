@@ -33,6 +33,7 @@ _PIPELINE_TAG = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
 _LICENSE = re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*")
 _LICENSE_NAME = re.compile(r"[A-Za-z0-9][\w. -]*", re.ASCII)
 _LINK = re.compile(r"https?://[^\s<>\"'\\]+|LICENSE(?:\.md)?", re.ASCII)
+_ADDRESS = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:[@/].*)?", re.ASCII)
 _IN_CACHE = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)", re.ASCII)
 _MOST_LISTED, _LONGEST = 50, 200
 
@@ -45,6 +46,7 @@ class Origin:
         metadata: fields for the Hub, from the run's configs, its own card and its licence; without tags of ours.
         own: the card that the user wrote for the result; None where there is none.
         is_adapter: whether the weights are those of an adapter.
+        repository: the repository on the Hub that the checkpoints come from; empty where they do not.
         private: names of places on this machine, the longest first, none of which belongs into a card.
         warnings: what of it a user should know.
     """
@@ -52,6 +54,7 @@ class Origin:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     own: Card | None = None
     is_adapter: bool = False
+    repository: str = ""
     private: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -80,16 +83,19 @@ def find_origin(run: Run, side_files: Mapping[str, bytes], card: Path | str | No
         of_license = _license(of_init) or _license_beside(side_files)
     base = _base_model(run, config, adapter, inherited.pop("base_model", None))
     relation = inherited.pop("base_model_relation", None)
+    repository = _repository(run.address)
     metadata: dict[str, Any] = {}
     if base:
         metadata["base_model"] = base
         if relation and not adapter:
             metadata["base_model_relation"] = relation
+    elif repository:
+        metadata |= {"base_model": repository, "base_model_relation": "merge"}
     library, pipeline = library_of(config, adapter), pipeline_of(config, adapter)
     metadata |= {"library_name": library} if library else {}
     metadata |= {"pipeline_tag": pipeline} if pipeline else {}
     metadata |= of_license
-    return Origin(metadata | inherited, own, bool(adapter), _private(run), tuple(dict.fromkeys(warnings)))
+    return Origin(metadata | inherited, own, bool(adapter), repository, _private(run), tuple(dict.fromkeys(warnings)))
 
 
 def _read_own(path: Path) -> Card:
@@ -200,7 +206,7 @@ def _base_model(
     if run.selection.init is not None:
         named = resolved(run.selection.init)
         cached = next((found for each in named.parts if (found := _IN_CACHE.fullmatch(each))), None)
-        of_cache = f"{cached['owner']}/{cached['name']}" if cached else ""
+        of_cache = f"{cached['owner']}/{cached['name']}" if cached else _repository(run.place(run.selection.init))
     of_card = [each for each in stated or [] if not _is_local(each, run)]
     candidates: Iterator[object] = iter((adapter.get("base_model_name_or_path"), config.get("_name_or_path"), of_cache))
     if adapter:
@@ -213,6 +219,12 @@ def _base_model(
         if isinstance(each, str) and is_hub_id(each) and not _is_local(each, run):
             return each
     return ""
+
+
+def _repository(address: str) -> str:
+    """The repository of an address on the Hub; empty for any other place."""
+    match = _ADDRESS.fullmatch(address)
+    return match["repo"] if match else ""
 
 
 def _is_local(name: str, run: Run) -> bool:

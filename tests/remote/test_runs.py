@@ -183,6 +183,9 @@ def test_the_anchor_may_be_elsewhere(hub: Hub, long_run: Path, tmp_path: Path) -
     assert {name: weights_of(got.directory)[name] for name in of_local} == of_local
     assert got.to_dict()["selection"]["init"] == f"hf://{REPO}@step10"
     assert got.source == str(long_run)
+    card = (got.directory / "README.md").read_text()
+    assert f'base_model: "{REPO}"\nbase_model_relation: "finetune"\n' in card
+    assert f"\n    ckavg bema --eta 0.2 --init hf://{REPO}@step10 --from-step 20\n" in card
 
 
 def test_both_ends_on_the_command_line(
@@ -211,6 +214,11 @@ def test_both_ends_on_the_command_line(
     assert [each["directory"] for each in record["inputs"]] == [
         f"hf://{REPO}@{commits[f'step{step}']}" for step in STEPS[-4:]
     ]
+    card = (result / "README.md").read_text()
+    assert f'base_model: "{REPO}"\nbase_model_relation: "merge"\n' in card
+    assert 'license: "apache-2.0"' in card
+    assert f"\n    ckavg pema hf://{REPO} --gamma 0.15 --last 4 --revisions 'step*'\n" in card
+    assert f"The checkpoints are those of [`{REPO}`](https://huggingface.co/{REPO})." in card
     everything = done.stdout + done.stderr + "".join(data.decode(errors="replace") for data in pushed.values())
     assert TOKEN not in everything
     assert str(cache_directory()) not in everything
