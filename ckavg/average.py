@@ -19,10 +19,11 @@ from ckavg.atomic import resolved
 from ckavg.engine.progress import OnProgress
 from ckavg.engine.ranks import ALONE, Ranks
 from ckavg.errors import SettingError
+from ckavg.fetching import fetching_of, fetching_of_path
 from ckavg.path.plan import PathPlan, plan_path
 from ckavg.path.saved import remember
 from ckavg.path.table import PathLength, ZeroSigma
-from ckavg.plan import Plan, check_together, fetching_of, fetching_of_path, plan_average
+from ckavg.plan import Plan, check_together, plan_average
 from ckavg.recording import Work, completed, record_of
 from ckavg.remote.fetching import fetch
 from ckavg.result.leftovers import tidy

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from ckavg.engine.blocks import TILE
 from ckavg.engine.cores import worker_threads
 from ckavg.engine.window import WINDOW_BYTES
-from ckavg.plan import Plan, fetching_of
+from ckavg.fetching import fetching_of
+from ckavg.plan import Plan
 
 _LIBRARIES = 235_000_000
 """Python, torch and the other libraries, before anything is read: measured on Linux with torch for the CPU."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,6 @@ from ckavg import advice
 from ckavg.atomic import resolved
 from ckavg.errors import CkavgError, SettingError, raise_all
 from ckavg.path.plan import PathPlan, check_sample, plan_path
-from ckavg.path.table import to_measure
 from ckavg.result.layout import WeightPlan, plan_weights
 from ckavg.result.origin import Origin, find_origin
 from ckavg.result.place import place_problems, space_problems
@@ -18,7 +17,7 @@ from ckavg.result.side_files import gather_side_files
 from ckavg.run.checkpoint import RESULT_RECORD
 from ckavg.run.opening import Inspection, as_run, worst_first
 from ckavg.run.trainer_log import learning_rates
-from ckavg.run.values import Fetching, Run
+from ckavg.run.values import Run
 from ckavg.schemes import Scheme, Timeline
 from ckavg.sources import as_users_know
 
@@ -186,7 +185,7 @@ def _plan_averages(
     of_files = tuple(map(told, beside.warnings + origin.warnings))
     plans = []
     for scheme, place in placed:
-        start = _start(run, scheme)
+        start = start_of(run, scheme)
         snapshots = _snapshots(run, start, snapshot_every)
         plan = Plan(
             run=run,
@@ -207,39 +206,6 @@ def _plan_averages(
     problems += [problem for plan in plans for problem in space_problems([(plan.out, plan.write_bytes)])]
     raise_all(worst_first(problems))
     return plans
-
-
-def fetching_of(plans: Sequence[Plan]) -> Fetching | None:
-    """What carrying out these plans fetches, and how; None for a run on this machine."""
-    run = plans[0].run
-    if run.remote is None:
-        return None
-    path = next((plan.path for plan in plans if plan.path), None)
-    readings = _readings(run, path, min(_start(run, plan.scheme) for plan in plans))
-    return run.remote.plan(readings, other_bytes=sum(plan.write_bytes for plan in plans))
-
-
-def fetching_of_path(run: Run, path: PathPlan) -> Fetching | None:
-    """What measuring a path fetches, and how; None for a run on this machine."""
-    return (
-        run.remote.plan(_readings(run, path, len(run.checkpoints)), other_bytes=0) if run.remote is not None else None
-    )
-
-
-def _readings(run: Run, path: PathPlan | None, start: int) -> dict[Path, float]:
-    """How often each weight file is read: in pass 1, and from checkpoint number `start` on in pass 2."""
-    readings: dict[Path, float] = {}
-    to_read: Collection[int] = ()
-    if path is not None and path.nbytes:
-        entries = to_measure(run.tensors, path.exclude)
-        to_read = (
-            path.recalled.known.left_to_measure(entries).to_read if path.sample == 1 else range(len(run.checkpoints))
-        )
-    for index, checkpoint in enumerate(run.checkpoints):
-        count = (path.sample if path is not None and index in to_read else 0.0) + (index >= start)
-        for shard in checkpoint.shards:
-            readings[shard.path] = readings.get(shard.path, 0.0) + count
-    return readings
 
 
 def place_of(home: Path, scheme: Scheme, out: Path | str | None) -> Path:
@@ -269,7 +235,7 @@ def checked(found: Inspection, places: Sequence[Path], *, force: bool = False) -
     return as_run(found)
 
 
-def _start(run: Run, scheme: Scheme) -> int:
+def start_of(run: Run, scheme: Scheme) -> int:
     """Index of the checkpoint with which an average begins: the anchor, where β hangs on the path."""
     if scheme.needs_path:
         return 0

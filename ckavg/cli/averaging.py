@@ -14,7 +14,8 @@ from ckavg.cli.push import check_push, complete_in, destination_of, push_shown
 from ckavg.cli.ranks import together
 from ckavg.cli.terminal import say, warn
 from ckavg.engine.ranks import Ranks
-from ckavg.plan import Plan, checked, fetching_of, place_of, plan_averages
+from ckavg.fetching import fetching_of
+from ckavg.plan import Plan, checked, place_of, plan_averages
 from ckavg.report.text import printable
 from ckavg.result.leftovers import find_leftovers
 from ckavg.result.place import check_file

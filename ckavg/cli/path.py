@@ -16,8 +16,8 @@ from ckavg.cli.commands import with_options
 from ckavg.cli.options import Measuring
 from ckavg.cli.progress import show_progress
 from ckavg.cli.ranks import together
+from ckavg.fetching import fetching_of_path
 from ckavg.path.plan import plan_path
-from ckavg.plan import fetching_of_path
 from ckavg.recording import left_out_of_path
 from ckavg.result.place import check_file
 from ckavg.run.opening import as_run

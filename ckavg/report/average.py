@@ -7,8 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
+from ckavg.fetching import fetching_of
 from ckavg.memory import memory_bytes
-from ckavg.plan import Plan, fetching_of
+from ckavg.plan import Plan
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.report.fetching import fetching_lines, fetching_to_dict
 from ckavg.report.text import MOST_ROWS, as_bytes, as_count, bar, shortened_rows
