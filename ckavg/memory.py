@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from ckavg.engine.blocks import TILE
 from ckavg.engine.cores import worker_threads
@@ -12,6 +13,9 @@ from ckavg.plan import Plan
 
 _LIBRARIES = 235_000_000
 """Python, torch and the other libraries, before anything is read: measured on Linux with torch for the CPU."""
+
+_PICTURE = 45_000_000
+"""matplotlib, and what it takes for the picture in a card."""
 
 _PER_ENTRY = 450
 """A tensor in the table of a checkpoint: its name, its shape, and their places in a dictionary."""
@@ -44,4 +48,5 @@ def memory_bytes(plans: Sequence[Plan]) -> int:
     headers = sum(len(shard.header) for shard in plans[0].weights.shards)
     fetching = fetching_of(plans)
     window = min(WINDOW_BYTES, fetching.streamed_bytes) if fetching is not None else 0
-    return _LIBRARIES + buffers + known + 2 * (beside + headers) + window
+    libraries = _LIBRARIES + (_PICTURE if find_spec("matplotlib") else 0)
+    return libraries + buffers + known + 2 * (beside + headers) + window
