@@ -17,6 +17,7 @@ from ckavg.remote.store import OnBytes, RemoteFile
 from ckavg.remote.tries import exactly, with_retries
 
 _HASHES = ("ETag", "etag", "md5Hash", "content_md5")
+_FINAL = (FileNotFoundError, PermissionError, NotImplementedError, IsADirectoryError)
 _TIMES = ("LastModified", "last_modified", "mtime", "created")
 """Where drivers tell what changes when a file does."""
 
@@ -44,7 +45,7 @@ class ObjectTree:
             return exactly(self._fs.cat_file(path, start=start, end=stop), start, stop, self.files[name].size)
 
         with self._asking(f"{self.url}/{name}"):
-            return with_retries(piece)
+            return with_retries(piece, passes=_may_pass)
 
     def kept(self, name: str) -> Path | None:
         """See `Tree`."""
@@ -90,7 +91,9 @@ class ObjectTree:
 
     def _listed(self) -> Mapping[str, RemoteFile]:
         with self._asking(self.url):
-            found: dict[str, dict[str, Any]] = with_retries(lambda: self._fs.find(self._root, detail=True))
+            found: dict[str, dict[str, Any]] = with_retries(
+                lambda: self._fs.find(self._root, detail=True), passes=_may_pass
+            )
         listed = {}
         for path, info in found.items():
             name = path.removeprefix(self._root).lstrip("/")
@@ -133,6 +136,10 @@ def _file_system(address: Address) -> tuple[Any, str]:
             f"{address}: {error}.", hint="Name a directory, hf://owner/name, or an address such as s3://bucket/run."
         ) from error
     return fs, str(root).rstrip("/")
+
+
+def _may_pass(error: Exception) -> bool:
+    return not isinstance(error, _FINAL)
 
 
 def _identity(info: Mapping[str, Any]) -> tuple[str | None, bool]:
