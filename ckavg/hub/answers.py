@@ -75,7 +75,7 @@ def explained(
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether the same request may go better after a while: too many requests, a fault of the Hub, a lost connection."""
+    """Whether the same request may go better after a while: after 429, 5xx, or a lost connection."""
     chain = list(_chain(error))
     for each in chain:
         status = getattr(getattr(each, "response", None), "status_code", None)

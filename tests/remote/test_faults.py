@@ -20,7 +20,6 @@ STAGES = ("refs", "list", "head", "resolve", "fetch")
 """What opening revisions and reading them asks. `info` is asked for where one revision holds folders."""
 PASSING: dict[str, Any] = {
     "429": 429,
-    "500": 500,
     "503": 503,
     "dropped": DROPPED,
     "closed": Broken(1, "closed"),
