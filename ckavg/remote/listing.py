@@ -12,8 +12,9 @@ from pathlib import Path, PurePosixPath
 from ckavg.errors import NoCheckpointsError, SettingError, listed
 from ckavg.remote.address import Address, is_pattern
 from ckavg.remote.hub import Repository
-from ckavg.remote.mirror import Mirror, at_once
+from ckavg.remote.mirror import Mirror
 from ckavg.remote.objects import ObjectTree
+from ckavg.remote.parallel import at_once
 from ckavg.remote.store import Tree
 from ckavg.run.layouts import read_label
 from ckavg.run.trainer_log import TRAINER_STATE
