@@ -6,19 +6,20 @@ changes nothing. Files that are fetched whole go into the client's own cache, wh
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeGuard, TypeVar
 
-from ckavg.errors import CkavgError, HubError
+from ckavg.errors import CkavgError, HubError, ReadError
 from ckavg.hub.answers import explained, holds_key, may_pass
 from ckavg.hub.client import holds_token
 from ckavg.remote.address import Address
 from ckavg.remote.download import Partial, complete
-from ckavg.remote.store import OnBytes, RemoteFile
+from ckavg.remote.store import GO_ONLINE, OnBytes, RemoteFile
 from ckavg.remote.tries import exactly, with_retries
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Repository:
         return HubError(
             f"{self.name}: revision {revision} is not in the cache at {self.cache.parent}, and huggingface_hub is in "
             "offline mode.",
-            hint="Unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, then run the command again.",
+            hint=GO_ONLINE,
         )
 
     def ask(self, doing: str, request: Callable[[], Value]) -> Value:
@@ -97,7 +98,7 @@ class Repository:
             ReadError: the cache cannot be written.
         """
         with self._asking(doing):
-            return with_retries(request, passes=may_pass)
+            return with_retries(request, passes=lambda error: may_pass(error) and not _is_of_disk(error))
 
     @contextmanager
     def _asking(self, doing: str) -> Iterator[None]:
@@ -107,6 +108,11 @@ class Repository:
         except CkavgError:
             raise
         except Exception as error:
+            if _is_of_disk(error):
+                raise ReadError(
+                    f"{self.name}: {doing} failed: {error.filename or self.cache.parent}: {error.strerror}.",
+                    hint="Free some space, name a directory of yours with HF_HOME, or fetch less with --max-disk.",
+                ) from error
             quoting, endpoint = not holds_token(error), self.api.endpoint
             told = explained(error, doing=doing, repo=self.name, endpoint=endpoint, quoting=quoting, right="read")
             if told is None:
@@ -128,6 +134,11 @@ class HubTree:
         self.commit = commit
         self.url = str(Address("hf", repository.name, revision, folder))
         self.pinned_url = str(Address("hf", repository.name, commit, folder))
+
+    @property
+    def is_offline(self) -> bool:
+        """See `Tree`."""
+        return self._repository.is_offline
 
     @cached_property
     def files(self) -> Mapping[str, RemoteFile]:
@@ -235,6 +246,15 @@ def _identity(file: object) -> tuple[str | None, bool]:
         return f"{_LARGE}:{lfs.sha256}", True
     blob = getattr(file, "blob_id", None)
     return (f"{_SMALL}:{blob}", True) if blob else (None, False)
+
+
+def _is_of_disk(error: Exception) -> TypeGuard[OSError]:
+    """Whether the system would not let the client write, rather than the network fail."""
+    return (
+        type(error).__module__ == "builtins"
+        and isinstance(error, OSError)
+        and bool(error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO))
+    )
 
 
 def _kept_refs(refs: Path) -> Mapping[str, str]:

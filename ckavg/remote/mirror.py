@@ -150,6 +150,11 @@ class Mirror:
         for path, origin in self.weights.items():
             self._link(path, origin.tree.kept(origin.name))
 
+    @property
+    def is_offline(self) -> bool:
+        """Whether nothing can be read but what was fetched before."""
+        return any(tree.is_offline for tree in self._trees)
+
     def holds(self, path: Path) -> bool:
         """See `Remote`."""
         return path == self._own or self._own in path.parents

@@ -26,6 +26,7 @@ class ObjectTree:
     """A directory of a file system that fsspec knows; see `Tree`."""
 
     keeps = False
+    is_offline = False
 
     def __init__(self, address: Address) -> None:
         self.url = self.pinned_url = str(address)
