@@ -13,11 +13,8 @@ from typing import Any
 from ckavg.errors import HubError
 
 _OF_CLIENTS = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet")
-_FINAL = {"OfflineModeIsEnabled", "LocalTokenNotFoundError", "HFValidationError"}
 _MOST_OF_A_REASON = 300
 _STATUS_OF_XET = re.compile(r"HTTP status (?:client|server) error \((\d{3}) ")
-_PASSWORD = re.compile(r"(?<=://)[^/\s@]+@")
-_KEY = re.compile(rf"{_PASSWORD.pattern}|[?&][^\s=&]*(?:signature|credential|token|key)[^\s=&]*=", re.IGNORECASE)
 _LOGIN = "Log in with: hf auth login"
 
 
@@ -35,7 +32,7 @@ def explained(
         right: what the token must give a right to: to `write`, or to `read`.
     """
     said = _shortened if quoting else _withheld
-    begun, endpoint = f"{repo}: {doing} failed", _PASSWORD.sub("", endpoint)
+    begun = f"{repo}: {doing} failed"
     chain = list(_chain(error))
     for each in chain:
         response: Any = getattr(each, "response", None)
@@ -72,24 +69,6 @@ def explained(
     if isinstance(error, RuntimeError):  # of a transfer
         return HubError(f"{begun}: {said(str(error))}.", hint="Run the command again; -v shows where it came from.")
     return None
-
-
-def may_pass(error: Exception) -> bool:
-    """Whether the same request may go better after a while: after 429, 5xx, or a lost connection."""
-    chain = list(_chain(error))
-    for each in chain:
-        status = getattr(getattr(each, "response", None), "status_code", None)
-        if status is not None:
-            return status in (408, 429) or bool(status >= 500)
-    names = {kind.__name__ for each in chain for kind in type(each).__mro__}
-    if names & _FINAL:
-        return False
-    return any(_is_of_client(each) for each in chain) or isinstance(error, OSError | ValueError | KeyError)
-
-
-def holds_key(error: BaseException) -> bool:
-    """Whether the text of an exception, or of what caused it, holds a signed address, or one with a password."""
-    return any(_KEY.search(str(each)) for each in _chain(error))
 
 
 def no_token(repo: str, endpoint: str) -> HubError:
@@ -169,7 +148,7 @@ def _reason(response: Any) -> str:
 def _shortened(text: str) -> str:
     """In one line, without the query of an address, which may be a key to a storage."""
     line = " ".join(word.partition("?")[0] if "://" in word else word for word in text.split())
-    line = _PASSWORD.sub("", line).rstrip(".")
+    line = line.rstrip(".")
     return line if len(line) <= _MOST_OF_A_REASON else f"{line[:_MOST_OF_A_REASON]}…"
 
 

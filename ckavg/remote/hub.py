@@ -6,19 +6,19 @@ changes nothing. Files that are fetched whole go into the client's own cache, wh
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ckavg.errors import CkavgError, HubError, ReadError
-from ckavg.hub.answers import explained, holds_key, may_pass
+from ckavg.hub.answers import explained
 from ckavg.hub.client import holds_token
 from ckavg.remote.address import Address
 from ckavg.remote.download import Partial, complete
+from ckavg.remote.failing import holds_key, holds_password, is_of_disk, may_pass, without_password
 from ckavg.remote.store import GO_ONLINE, OnBytes, RemoteFile
 from ckavg.remote.tries import exactly, with_retries
 
@@ -98,7 +98,7 @@ class Repository:
             ReadError: the cache cannot be written.
         """
         with self._asking(doing):
-            return with_retries(request, passes=lambda error: may_pass(error) and not _is_of_disk(error))
+            return with_retries(request, passes=may_pass)
 
     @contextmanager
     def _asking(self, doing: str) -> Iterator[None]:
@@ -108,12 +108,13 @@ class Repository:
         except CkavgError:
             raise
         except Exception as error:
-            if _is_of_disk(error):
+            if is_of_disk(error):
                 raise ReadError(
                     f"{self.name}: {doing} failed: {error.filename or self.cache.parent}: {error.strerror}.",
                     hint="Free some space, name a directory of yours with HF_HOME, or fetch less with --max-disk.",
                 ) from error
-            quoting, endpoint = not holds_token(error), self.api.endpoint
+            quoting = not holds_token(error) and not holds_password(error)
+            endpoint = without_password(self.api.endpoint)
             told = explained(error, doing=doing, repo=self.name, endpoint=endpoint, quoting=quoting, right="read")
             if told is None:
                 raise
@@ -246,15 +247,6 @@ def _identity(file: object) -> tuple[str | None, bool]:
         return f"{_LARGE}:{lfs.sha256}", True
     blob = getattr(file, "blob_id", None)
     return (f"{_SMALL}:{blob}", True) if blob else (None, False)
-
-
-def _is_of_disk(error: Exception) -> TypeGuard[OSError]:
-    """Whether the system would not let the client write, rather than the network fail."""
-    return (
-        type(error).__module__ == "builtins"
-        and isinstance(error, OSError)
-        and bool(error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO))
-    )
 
 
 def _kept_refs(refs: Path) -> Mapping[str, str]:
