@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from ckavg.errors import CkavgError, CombinedError, SettingError
+from ckavg.errors import CkavgError, CombinedError, MissingShardError, SettingError
 from ckavg.remote.address import Address, address_of, parse_size
+from ckavg.remote.store import GO_ONLINE
 from ckavg.result.side_files import is_side_file
 from ckavg.run.discover import Candidate, scan
 from ckavg.run.opening import Inspection, as_run, inspect_run
@@ -157,6 +158,8 @@ def _inspected(mirror: Mirror, source: Path | Address, base: Address | None, sel
     mirror.seal()
     checkpoints = tuple(mirror.identified(each) for each in found.checkpoints)
     for problem in found.problems:
+        if isinstance(problem, MissingShardError) and mirror.is_offline:
+            problem.hint = f"It is not in the cache, or not all of it. {GO_ONLINE}"
         _rename(problem, mirror.told)
     return dataclasses.replace(
         found,

@@ -117,6 +117,16 @@ def _refused(
 ) -> HubError:
     """What a status means. `reason` is in the Hub's own words, `after` its seconds to wait; both may be empty."""
     told = f": {reason}" if reason else ""
+    if status == 401 and right == "read":  # of what it shows to nobody, the Hub does not tell whether it exists
+        if is_gated:
+            return HubError(
+                f"{begun}: the repository is gated, and no token that {endpoint} accepts was sent (401){told}.",
+                hint=f"{_LOGIN} --force; access is asked for at {endpoint}/{repo}",
+            )
+        return HubError(
+            f"{begun}: {endpoint} knows no such repository, or shows it only with another token (401){told}.",
+            hint=f"Check the name. {_LOGIN} --force; HF_TOKEN, where it is set, comes before what is stored.",
+        )
     if status == 401:
         return HubError(
             f"{begun}: {endpoint} does not accept the token (401){told}.",

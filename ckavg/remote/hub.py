@@ -7,22 +7,25 @@ changes nothing. Files that are fetched whole go into the client's own cache, wh
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from ckavg.errors import CkavgError, HubError
+from ckavg.errors import CkavgError, HubError, ReadError
 from ckavg.hub.answers import explained
 from ckavg.hub.client import address, holds_secret
 from ckavg.remote.address import Address
 from ckavg.remote.download import Partial, complete
-from ckavg.remote.store import OnBytes, RemoteFile
-from ckavg.remote.tries import ShortAnswerError, exactly, with_retries
+from ckavg.remote.failing import holds_key, is_of_disk, may_pass
+from ckavg.remote.store import GO_ONLINE, OnBytes, RemoteFile
+from ckavg.remote.tries import exactly, with_retries
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+Value = TypeVar("Value")
 
 _LARGE, _SMALL = "sha256", "git"
 """What files are known by: large ones by their SHA-256, small ones as git does. The cache keeps them by these names."""
@@ -52,8 +55,7 @@ class Repository:
         """
         if self.is_offline:
             return _kept_refs(self.cache / "refs")
-        with self.asking("listing its revisions"):
-            refs = self.api.list_repo_refs(self.name)
+        refs = self.ask("listing its revisions", lambda: self.api.list_repo_refs(self.name))
         return {ref.name: ref.target_commit for ref in (*refs.tags, *refs.branches)}
 
     def tree(self, revision: str, folder: str = "", *, commit: str | None = None) -> HubTree:
@@ -74,8 +76,10 @@ class Repository:
             if commit is None:
                 raise self.not_kept(revision)
         if commit is None:
-            with self.asking(f"looking for its revision {revision}"):
-                commit = str(self.api.repo_info(self.name, revision=revision).sha)
+            info = self.ask(
+                f"looking for its revision {revision}", lambda: self.api.repo_info(self.name, revision=revision)
+            )
+            commit = str(info.sha)
         return HubTree(self, revision, commit, folder)
 
     def not_kept(self, revision: str) -> HubError:
@@ -83,23 +87,40 @@ class Repository:
         return HubError(
             f"{self.name}: revision {revision} is not in the cache at {self.cache.parent}, and huggingface_hub is in "
             "offline mode.",
-            hint="Unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, then run the command again.",
+            hint=GO_ONLINE,
         )
 
+    def ask(self, doing: str, request: Callable[[], Value]) -> Value:
+        """What a request gives, which is made again where it fails for what may pass.
+
+        Raises:
+            HubError: the Hub refused, or cannot be reached.
+            ReadError: the cache cannot be written.
+        """
+        with self._asking(doing):
+            return with_retries(request, passes=may_pass)
+
     @contextmanager
-    def asking(self, doing: str) -> Iterator[None]:
+    def _asking(self, doing: str) -> Iterator[None]:
         """Make an error of the client one of ours."""
         try:
             yield
         except CkavgError:
             raise
         except Exception as error:
-            secret = holds_secret(error, self.api)
-            endpoint = address(self.api)
-            told = explained(error, doing=doing, repo=self.name, endpoint=endpoint, quoting=not secret, right="read")
+            if is_of_disk(error):
+                raise ReadError(
+                    f"{self.name}: {doing} failed: {error.filename or self.cache.parent}: {error.strerror}.",
+                    hint="Free some space, name a directory of yours with HF_HOME, or fetch less with --max-disk.",
+                ) from error
+            quoting = not holds_secret(error, self.api)
+            told = explained(
+                error, doing=doing, repo=self.name, endpoint=address(self.api), quoting=quoting, right="read"
+            )
             if told is None:
                 raise
-            raise told from (None if secret else error)
+            # a traceback would show whatever it says: in the addresses of large files, the key to them
+            raise told from (error if quoting and not holds_key(error) else None)
 
 
 class HubTree:
@@ -116,6 +137,11 @@ class HubTree:
         self.url = str(Address("hf", repository.name, revision, folder))
         self.pinned_url = str(Address("hf", repository.name, commit, folder))
 
+    @property
+    def is_offline(self) -> bool:
+        """See `Tree`."""
+        return self._repository.is_offline
+
     @cached_property
     def files(self) -> Mapping[str, RemoteFile]:
         """See `Tree`."""
@@ -123,15 +149,17 @@ class HubTree:
             return self._kept_files()
         from huggingface_hub.hf_api import RepoFile
 
-        with self._repository.asking(f"listing the files of {self._revision}"):
-            listed = self._repository.api.list_repo_tree(
+        def listed() -> Mapping[str, RemoteFile]:
+            found = self._repository.api.list_repo_tree(
                 self._repository.name, self._prefix.rstrip("/") or None, recursive=True, revision=self.commit
             )
             return {
                 each.path.removeprefix(self._prefix): RemoteFile(each.size, *_identity(each))
-                for each in listed
+                for each in found
                 if isinstance(each, RepoFile)
             }
+
+        return self._repository.ask(f"listing the files of {self._revision}", listed)
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """See `Tree`."""
@@ -149,8 +177,7 @@ class HubTree:
             hf_raise_for_status(response)
             return exactly(response.content, start, stop, self.files[name].size)
 
-        with self._repository.asking(f"reading {path} of {self._revision}"):
-            return with_retries(piece, on=ShortAnswerError)  # the client itself makes a request again that failed
+        return self._repository.ask(f"reading {path} of {self._revision}", piece)
 
     def kept(self, name: str) -> Path | None:
         """See `Tree`."""
@@ -171,14 +198,14 @@ class HubTree:
         if kind == _LARGE:
             # The client itself begins a file anew after an interrupt; one that is there already, it links to.
             complete(Partial(self, name, file.size, self._repository.cache / "blobs" / digest, digest), on_bytes)
-        with self._repository.asking(f"fetching {path} of {self._revision}"):
-            fetched = str(
-                hf_hub_download(
-                    self._repository.name, path, revision=self.commit, endpoint=self._repository.api.endpoint
-                )
-            )
+
+        def download() -> Path:
+            endpoint = self._repository.api.endpoint
+            return Path(str(hf_hub_download(self._repository.name, path, revision=self.commit, endpoint=endpoint)))
+
+        fetched = self._repository.ask(f"fetching {path} of {self._revision}", download)
         self._remember_revision()
-        return Path(fetched)
+        return fetched
 
     def _remember_revision(self) -> None:
         """Have the cache know which commit the revision is at, for those who work offline later."""

@@ -12,9 +12,10 @@ from pathlib import Path, PurePosixPath
 from ckavg.errors import NoCheckpointsError, SettingError, listed
 from ckavg.remote.address import Address, is_pattern
 from ckavg.remote.hub import Repository
-from ckavg.remote.mirror import Mirror, at_once
+from ckavg.remote.mirror import Mirror
 from ckavg.remote.objects import ObjectTree
-from ckavg.remote.store import Tree
+from ckavg.remote.parallel import at_once
+from ckavg.remote.store import GO_ONLINE, Tree
 from ckavg.run.layouts import read_label
 from ckavg.run.trainer_log import TRAINER_STATE
 
@@ -135,9 +136,7 @@ def _revisions(
         kept = " in the cache, and huggingface_hub is in offline mode" if repository.is_offline else ""
         raise NoCheckpointsError(
             f"{address}: no revision matches {' or '.join(map(repr, patterns))}; it has {_shown(known)}{kept}.",
-            hint="Unset HF_HUB_OFFLINE, then run the command again."
-            if kept
-            else "Name them with --revisions, in quotation marks: --revisions 'step*'",
+            hint=GO_ONLINE if kept else "Name them with --revisions, in quotation marks: --revisions 'step*'",
         )
     places: dict[Path, Place] = {}
     unstated = []

@@ -13,40 +13,31 @@ import fcntl
 import os
 import secrets
 import shutil
-import struct
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 
 from ckavg.cache import cache_directory
 from ckavg.errors import ReadError
+from ckavg.remote.heads import head_of
+from ckavg.remote.parallel import Stopped, at_once
 from ckavg.remote.store import OnBytes, RemoteFile, Tree
 from ckavg.run.checkpoint import RESULT_RECORD
-from ckavg.run.header import MAX_HEADER_BYTES
 from ckavg.run.values import Checkpoint, Fetching
 
-Item = TypeVar("Item")
-
 _OPEN: weakref.WeakSet[Mirror] = weakref.WeakSet()
-
-AT_ONCE = 8
-"""How many files are asked for at the same time."""
 
 _VIEWS = "views"
 _LOCK = ".lock"
 _WEIGHTS = ".safetensors"
-_HEAD_BYTES = 64 << 10
-"""How much of a file is read for its header at first; most headers are shorter."""
 _LEFT_FREE = 1 << 30
 """What is left of a disk whatever happens."""
 
 _NOT_HERE = "not-on-this-machine"
-_LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +139,7 @@ class Mirror:
 
         def one(path: Path) -> None:
             origin = self.weights[path]
-            head = _head(origin)
+            head = head_of(origin.tree, origin.name)
             with _writing(path), path.open("r+b") as file:
                 file.write(head)
 
@@ -158,6 +149,11 @@ class Mirror:
         """Put links in the place of all weight files: to those that are on this machine whole, else to nowhere."""
         for path, origin in self.weights.items():
             self._link(path, origin.tree.kept(origin.name))
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether nothing can be read but what was fetched before."""
+        return any(tree.is_offline for tree in self._trees)
 
     def holds(self, path: Path) -> bool:
         """See `Remote`."""
@@ -237,18 +233,27 @@ class Mirror:
 
     def fetch(self, fetching: Fetching, on_bytes: OnBytes) -> None:
         """See `Remote`."""
-        lock = threading.Lock()
+        came: deque[int] = deque()
+        over = threading.Event()
 
         def count(nbytes: int) -> None:
-            with lock:
-                on_bytes(nbytes)
+            if over.is_set():
+                raise Stopped
+            came.append(nbytes)
 
         def one(path: Path) -> None:
             origin = self.weights[path]
             place = origin.tree.fetch(origin.name, count)
             self._link(path, place)
 
-        at_once(one, fetching.whole)
+        def tell() -> None:
+            while came:
+                on_bytes(came.popleft())
+
+        try:
+            at_once(one, fetching.whole, meanwhile=tell)
+        finally:
+            over.set()
 
     def check_unchanged(self) -> None:
         """See `Remote`."""
@@ -301,48 +306,12 @@ def _that_fit(paths: Sequence[Path], sizes: Mapping[Path, int], room: int) -> li
     return fit
 
 
-def _head(origin: Origin) -> bytes:
-    """The first bytes of a weight file, its header among them."""
-    size = origin.file.size
-    kept = origin.tree.kept(origin.name)
-    if kept is not None:
-        with kept.open("rb") as file:
-            head = file.read(min(size, _HEAD_BYTES))
-            return head + file.read(_missing(head, size))
-    head = origin.tree.read(origin.name, 0, min(size, _HEAD_BYTES)) if size else b""
-    rest = _missing(head, size)
-    return head + origin.tree.read(origin.name, len(head), len(head) + rest) if rest else head
-
-
-def _missing(head: bytes, size: int) -> int:
-    """How many bytes of the header are not in the first ones. A length that cannot be is left to who reads it."""
-    if len(head) < _LENGTH.size:
-        return 0
-    end = _LENGTH.size + _LENGTH.unpack(head[: _LENGTH.size])[0]
-    return max(0, end - len(head)) if end <= min(size, MAX_HEADER_BYTES) else 0
-
-
 def _checked(name: str) -> str:
     """A path that stays within the directory it is taken to."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\0" in name:
         raise ReadError(f"{name!r} is listed as a file of the run, and leads out of it.", hint="It is not trusted.")
     return name
-
-
-def at_once(do: Callable[[Item], None], items: Sequence[Item]) -> None:
-    """Call a function for all items, a few at a time; the first error ends it."""
-    if len(items) < 2:
-        for item in items:
-            do(item)
-        return
-    with ThreadPoolExecutor(min(AT_ONCE, len(items)), thread_name_prefix="ckavg-fetch") as executor:
-        try:
-            for future in [executor.submit(do, item) for item in items]:
-                future.result()
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 @contextmanager
@@ -369,4 +338,10 @@ def _end(directory: Path, lock: int) -> None:
 
 
 def _remove(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
+    """All of it, the lock last: what a thread that is still busy adds meanwhile, the next process removes."""
+    with suppress(OSError):
+        for path in directory.iterdir():
+            if path.name != _LOCK:
+                shutil.rmtree(path, ignore_errors=True)
+        if [path.name for path in directory.iterdir()] == [_LOCK]:
+            shutil.rmtree(directory, ignore_errors=True)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
+import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ckavg.cache import cache_directory
 from ckavg.errors import ChangedError, CkavgError, NoCheckpointsError, ReadError, SettingError
 from ckavg.remote.address import Address
 from ckavg.remote.download import Partial, complete
+from ckavg.remote.kept import Kept, kept_directory
 from ckavg.remote.store import OnBytes, RemoteFile
 from ckavg.remote.tries import exactly, with_retries
 
 _HASHES = ("ETag", "etag", "md5Hash", "content_md5")
+_FINAL = (FileNotFoundError, PermissionError, NotImplementedError, IsADirectoryError)
 _TIMES = ("LastModified", "last_modified", "mtime", "created")
 """Where drivers tell what changes when a file does."""
 
@@ -25,11 +26,14 @@ class ObjectTree:
     """A directory of a file system that fsspec knows; see `Tree`."""
 
     keeps = False
+    is_offline = False
 
     def __init__(self, address: Address) -> None:
         self.url = self.pinned_url = str(address)
         self._fs, self._root = _file_system(address)
-        self._fetched: set[Path] = set()
+        self._kept = Kept(self.url)
+        self._attempt = secrets.token_hex(8)
+        """Stands for the state of files of which nothing is told that changes with it: they are not taken up again."""
 
     @cached_property
     def files(self) -> Mapping[str, RemoteFile]:
@@ -44,32 +48,30 @@ class ObjectTree:
             return exactly(self._fs.cat_file(path, start=start, end=stop), start, stop, self.files[name].size)
 
         with self._asking(f"{self.url}/{name}"):
-            return with_retries(piece)
+            return with_retries(piece, passes=_may_pass)
 
     def kept(self, name: str) -> Path | None:
         """See `Tree`."""
         place = self._place(name)
+        if place.is_file():
+            self._kept.hold()
         return place if place.is_file() else None
 
     def fetch(self, name: str, on_bytes: OnBytes) -> Path:
         """See `Tree`."""
         place = self._place(name)
+        self._kept.hold()
         complete(Partial(self, name, self.files[name].size, place), on_bytes)
-        self._fetched.add(place)
         return place
 
     @property
     def directory(self) -> Path:
         """See `Tree`."""
-        return cache_directory() / "files"
+        return kept_directory()
 
     def drop(self) -> None:
         """Remove what was fetched whole: nothing else knows of it."""
-        for place in self._fetched:
-            place.unlink(missing_ok=True)
-            with suppress(OSError):
-                place.parent.rmdir()
-        self._fetched.clear()
+        self._kept.drop()
 
     def check_unchanged(self) -> None:
         """See `Tree`."""
@@ -77,20 +79,21 @@ class ObjectTree:
         before, now = self.files, self._listed()
         for name, file in before.items():
             if name.endswith(".safetensors") and now.get(name) != file:
+                self.drop()  # what came of it may be of either state, and must not be taken for the one that was listed
                 raise ChangedError(
                     f"{self.url}/{name} was changed or replaced while it was read.",
                     hint="Run again once nothing writes to the checkpoints any more, or leave this one out.",
                 )
 
     def _place(self, name: str) -> Path:
-        """Where a file goes: another place for another state of it."""
         file = self.files[name]
-        key = hashlib.sha256(repr((self.url, name, file.size, file.identity)).encode()).hexdigest()[:32]
-        return self.directory / key / Path(name).name
+        return self._kept.place(name, file if file.identity is not None else (file, self._attempt))
 
     def _listed(self) -> Mapping[str, RemoteFile]:
         with self._asking(self.url):
-            found: dict[str, dict[str, Any]] = with_retries(lambda: self._fs.find(self._root, detail=True))
+            found: dict[str, dict[str, Any]] = with_retries(
+                lambda: self._fs.find(self._root, detail=True), passes=_may_pass
+            )
         listed = {}
         for path, info in found.items():
             name = path.removeprefix(self._root).lstrip("/")
@@ -133,6 +136,10 @@ def _file_system(address: Address) -> tuple[Any, str]:
             f"{address}: {error}.", hint="Name a directory, hf://owner/name, or an address such as s3://bucket/run."
         ) from error
     return fs, str(root).rstrip("/")
+
+
+def _may_pass(error: Exception) -> bool:
+    return not isinstance(error, _FINAL)
 
 
 def _identity(info: Mapping[str, Any]) -> tuple[str | None, bool]:

@@ -23,6 +23,9 @@ class RemoteFile:
     is_hash: bool = False
 
 
+GO_ONLINE = "Unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, then run the command again."
+"""What to do where something is not in the cache, and nothing else may be read."""
+
 OnBytes = Callable[[int], None]
 """Called with the number of bytes that have come since the last call."""
 
@@ -46,6 +49,11 @@ class Tree(Protocol):
     @property
     def keeps(self) -> bool:
         """Whether what is fetched whole stays in a cache that other programs share."""
+        ...
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether nothing can be read but what was fetched before."""
         ...
 
     @property

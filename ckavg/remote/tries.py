@@ -11,7 +11,8 @@ Value = TypeVar("Value")
 
 TRIES = 5
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0
-_FINAL = (FileNotFoundError, PermissionError, NotImplementedError, IsADirectoryError)
+_PATIENCE_SECONDS = 20
+"""From when on nothing is asked again: by then, the client has done so by itself."""
 
 
 class ShortAnswerError(OSError):
@@ -31,23 +32,23 @@ def exactly(data: bytes, start: int, stop: int, size: int) -> bytes:
     return data
 
 
-def with_retries(ask: Callable[[], Value], *, on: type[Exception] = Exception) -> Value:
+def with_retries(ask: Callable[[], Value], *, passes: Callable[[Exception], bool]) -> Value:
     """What `ask` returns; it is called again, up to 5 times in all, where it raises what may pass.
 
     Args:
         ask: the request.
-        on: what may pass.
+        passes: whether what it raised may pass.
 
     Raises:
         Exception: whatever it raised the last time, or at once where another try would end alike.
     """
-    wait = _FIRST_WAIT
+    wait, begun = _FIRST_WAIT, time.monotonic()
     for _ in range(TRIES - 1):
         try:
             return ask()
-        except _FINAL:
-            raise
-        except on:
+        except Exception as error:
+            if not passes(error) or time.monotonic() - begun > _PATIENCE_SECONDS:
+                raise
             time.sleep(wait * random.uniform(0.5, 1))  # noqa: S311 - so that many do not come back at once
             wait = min(2 * wait, _LONGEST_WAIT)
     return ask()

@@ -28,7 +28,7 @@ def is_known(request: Request) -> bool:
 
 def repo_for(hub: Hub, request: Request, name: str) -> Repo | Answer:
     """A repository, for somebody who may know that it exists."""
-    if request.authorization is not None and not is_known(request):
+    if request.authorization is not None and not is_known(request) and not request.authorization.startswith("Basic "):
         return error(401, "Invalid credentials in Authorization header")
     repo = hub.repos.get(name)
     if repo is not None and (is_known(request) or not repo.private):

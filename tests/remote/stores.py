@@ -42,6 +42,11 @@ class Store(Traffic):
         status = _order(self.behind, "PUT", f"/{self.bucket}/{quote(key)}", data)
         assert status == 200, status
 
+    def delete(self, key: str) -> None:
+        """Remove one object, behind the counter."""
+        status = _order(self.behind, "DELETE", f"/{self.bucket}/{quote(key)}")
+        assert status == 204, status
+
     def upload(self, directory: Path, prefix: str = "") -> str:
         """Place all files below a directory under `prefix`.
 

@@ -1,0 +1,69 @@
+"""What must have come of a command on a run that is elsewhere, whether it ended well or not."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+from typer.testing import Result
+
+from ckavg.cache import cache_directory
+from tests.cli.runner import run_cli
+from tests.hub.state import TOKEN
+
+SECRETS = (TOKEN, "SignedSigned", "SecretOfTheStore")
+"""What no output holds: the token, the key in the address of a large file, and that of the object store."""
+
+
+def weights_of(result: Path) -> dict[str, bytes]:
+    """The weight files of a result, and their index."""
+    return {path.name: path.read_bytes() for path in result.iterdir() if ".safetensors" in path.name}
+
+
+def no_view_is_left() -> None:
+    """Nothing stands in for a run any more."""
+    for thread in threading.enumerate():  # a connection that is busy ends by itself
+        if thread.name.startswith("ckavg-fetch"):
+            thread.join(60)
+    gc.collect()  # an exception that was caught may hold it until then
+    views = cache_directory() / "views"
+    assert not views.exists() or list(views.iterdir()) == []
+
+
+def served_of(served: dict[str, int], ending: str = ".safetensors") -> int:
+    """Bytes that were served of files with this ending."""
+    return sum(size for name, size in served.items() if name.endswith(ending))
+
+
+def refused(*command: str | Path, named: str, status: int = 1) -> str:
+    """Run a command that ends with one message, which names the place and says what to do next; nothing is left.
+
+    Returns:
+        The message.
+    """
+    told = told_once(run_cli(*command), named, status=status)
+    no_view_is_left()
+    return told
+
+
+def told_once(done: Result, named: str, *, status: int = 1) -> str:
+    """One message that names the place as its user knows it, and says what to do next; nothing secret, nothing ours.
+
+    Returns:
+        The message.
+    """
+    assert done.exit_code == status, done.output
+    told = done.stderr[done.stderr.index("error: ") :]
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert named in told, told
+    assert len([line for line in told.splitlines() if line.strip()]) >= 2, f"nothing to do next: {told}"
+    keeps_to_itself(done.output)
+    return told
+
+
+def keeps_to_itself(text: str, *, also: Iterable[str] = ()) -> None:
+    """No traceback, no secret, and no path of what stands in for the run."""
+    for unwanted in ("Traceback", str(cache_directory() / "views"), *SECRETS, *also):
+        assert unwanted not in text, text
