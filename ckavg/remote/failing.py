@@ -32,8 +32,9 @@ def may_pass(error: Exception) -> bool:
 
 def is_of_disk(error: Exception) -> TypeGuard[OSError]:
     """Whether the system would not let the client write, rather than the network fail."""
-    is_ours = type(error).__module__ == "builtins" and isinstance(error, OSError)
-    return is_ours and bool(error.filename or error.errno in _OF_DISKS)
+    if type(error).__module__ != "builtins" or not isinstance(error, OSError):
+        return False
+    return bool(error.filename) or error.errno in _OF_DISKS
 
 
 def without_password(address: str) -> str:

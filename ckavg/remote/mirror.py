@@ -79,6 +79,7 @@ class Mirror:
                 hint="It stands in for the run while that is read. Name a directory of yours with XDG_CACHE_HOME.",
             ) from error
         self._finalizer = weakref.finalize(self, _end, self._own, lock)
+        self._writes = threading.Lock()
         _OPEN.add(self)
         self.weights: dict[Path, Origin] = {}
         self._names: dict[Path, str] = {}
@@ -99,10 +100,11 @@ class Mirror:
         self._pinned[place] = f"{tree.pinned_url}/{prefix}".rstrip("/")
         if tree not in self._trees:
             self._trees.append(tree)
-        with _writing(place):
+        with self._writing(place):
             place.mkdir(parents=True, exist_ok=True)
-            for name in names:
-                path = place / _checked(name.removeprefix(prefix))
+        for name in names:
+            path = place / _checked(name.removeprefix(prefix))
+            with self._writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 origin = Origin(tree, name)
                 if path.name.endswith(_WEIGHTS):
@@ -125,7 +127,7 @@ class Mirror:
             path = place / _checked(name.removeprefix(prefix))
             kept = tree.fetch(name, lambda _: None) if tree.keeps else None
             data = b"" if kept is not None else tree.read(name, 0, tree.files[name].size)
-            with _writing(path):
+            with self._writing(path):
                 path.unlink(missing_ok=True)
                 if kept is not None:
                     shutil.copyfile(kept, path)
@@ -140,7 +142,7 @@ class Mirror:
         def one(path: Path) -> None:
             origin = self.weights[path]
             head = head_of(origin.tree, origin.name)
-            with _writing(path), path.open("r+b") as file:
+            with self._writing(path), path.open("r+b") as file:
                 file.write(head)
 
         at_once(one, list(paths))
@@ -266,11 +268,25 @@ class Mirror:
             tree.drop()
 
     def close(self) -> None:
-        """Remove it."""
-        self._finalizer()
+        """Remove it. A thread that is still busy writes nothing more."""
+        with self._writes:
+            self._finalizer()
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        with self._writes:
+            if not self._finalizer.alive:
+                raise Stopped
+            try:
+                yield
+            except OSError as error:
+                raise ReadError(
+                    f"{path} cannot be written: {error.strerror or error}.",
+                    hint="It stands in for the run while that is read.",
+                ) from error
 
     def _link(self, path: Path, target: Path | None) -> None:
-        with _writing(path):
+        with self._writing(path):
             path.unlink(missing_ok=True)
             path.symlink_to(_NOT_HERE if target is None else target)
 
@@ -312,16 +328,6 @@ def _checked(name: str) -> str:
     if not parts or name.startswith("/") or ".." in parts or "\0" in name:
         raise ReadError(f"{name!r} is listed as a file of the run, and leads out of it.", hint="It is not trusted.")
     return name
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ReadError(
-            f"{path} cannot be written: {error.strerror or error}.", hint="It stands in for the run while that is read."
-        ) from error
 
 
 def _tidy(home: Path) -> None:
