@@ -159,7 +159,8 @@ class HubTree:
                 if isinstance(each, RepoFile)
             }
 
-        return self._repository.ask(f"listing the files of {self._revision}", listed)
+        place = f"{self._revision}/{self._prefix}".rstrip("/")
+        return self._repository.ask(f"listing the files of {place}", listed)
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """See `Tree`."""

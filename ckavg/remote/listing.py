@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from ckavg.errors import NoCheckpointsError, SettingError, listed
+from ckavg.errors import MixedOrderError, NoCheckpointsError, SettingError, listed
 from ckavg.remote.address import Address, is_pattern
 from ckavg.remote.hub import Repository
 from ckavg.remote.mirror import Mirror
@@ -156,8 +156,20 @@ def _revisions(
             f"{address}: no revision that matches states a step: {listed(unstated)}.",
             hint="Expected names such as step1000 or stage1-step1000-tokens5B.",
         )
+    _check_stages(address, places)
     told = f"Passed over, for the name of the revision states no step: {listed(unstated)}."
     return places, [told] if unstated else []
+
+
+def _check_stages(address: Address, places: Mapping[Path, Place]) -> None:
+    """Refuse revisions of several stages, in words that a repository is chosen from."""
+    stages = sorted({label.stage for path in places if (label := read_label(path.name))})
+    if len(stages) > 1:
+        named = ", ".join(stage or "none" for stage in stages)
+        raise MixedOrderError(
+            f"{address}: the revisions mix stages ({named}), whose steps have no common order.",
+            hint=f"Choose those of one stage: --revisions '{next(filter(None, stages))}*'",
+        )
 
 
 def _folders(mirror: Mirror, address: Address, tree: Tree, repository: Repository | None) -> dict[Path, Place]:

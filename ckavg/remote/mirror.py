@@ -16,16 +16,16 @@ import shutil
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ckavg.cache import cache_directory
 from ckavg.errors import ReadError
+from ckavg.remote.budget import Origin, plan_fetching
 from ckavg.remote.heads import head_of
 from ckavg.remote.parallel import Stopped, at_once
-from ckavg.remote.store import OnBytes, RemoteFile, Tree
+from ckavg.remote.store import OnBytes, Tree
 from ckavg.run.checkpoint import RESULT_RECORD
 from ckavg.run.values import Checkpoint, Fetching
 
@@ -34,23 +34,7 @@ _OPEN: weakref.WeakSet[Mirror] = weakref.WeakSet()
 _VIEWS = "views"
 _LOCK = ".lock"
 _WEIGHTS = ".safetensors"
-_LEFT_FREE = 1 << 30
-"""What is left of a disk whatever happens."""
-
 _NOT_HERE = "not-on-this-machine"
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """What a path in the mirror stands for: a file of a tree."""
-
-    tree: Tree
-    name: str
-
-    @property
-    def file(self) -> RemoteFile:
-        """What the tree says of it."""
-        return self.tree.files[self.name]
 
 
 class Mirror:
@@ -79,6 +63,7 @@ class Mirror:
                 hint="It stands in for the run while that is read. Name a directory of yours with XDG_CACHE_HOME.",
             ) from error
         self._finalizer = weakref.finalize(self, _end, self._own, lock)
+        self._writes = threading.Lock()
         _OPEN.add(self)
         self.weights: dict[Path, Origin] = {}
         self._names: dict[Path, str] = {}
@@ -99,10 +84,11 @@ class Mirror:
         self._pinned[place] = f"{tree.pinned_url}/{prefix}".rstrip("/")
         if tree not in self._trees:
             self._trees.append(tree)
-        with _writing(place):
+        with self._writing(place):
             place.mkdir(parents=True, exist_ok=True)
-            for name in names:
-                path = place / _checked(name.removeprefix(prefix))
+        for name in names:
+            path = place / _checked(name.removeprefix(prefix))
+            with self._writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 origin = Origin(tree, name)
                 if path.name.endswith(_WEIGHTS):
@@ -125,7 +111,7 @@ class Mirror:
             path = place / _checked(name.removeprefix(prefix))
             kept = tree.fetch(name, lambda _: None) if tree.keeps else None
             data = b"" if kept is not None else tree.read(name, 0, tree.files[name].size)
-            with _writing(path):
+            with self._writing(path):
                 path.unlink(missing_ok=True)
                 if kept is not None:
                     shutil.copyfile(kept, path)
@@ -140,7 +126,7 @@ class Mirror:
         def one(path: Path) -> None:
             origin = self.weights[path]
             head = head_of(origin.tree, origin.name)
-            with _writing(path), path.open("r+b") as file:
+            with self._writing(path), path.open("r+b") as file:
                 file.write(head)
 
         at_once(one, list(paths))
@@ -207,29 +193,9 @@ class Mirror:
 
     def plan(self, readings: Mapping[Path, float], *, other_bytes: int) -> Fetching:
         """See `Remote`."""
-        far = {path: self.weights[path] for path, count in readings.items() if count and self.is_far(path)}
-        kept = sum(self.weights[path].file.size for path in readings if path in self.weights and path not in far)
-        # A disk is of use where it saves a second reading, or where the file is of use to others, too.
-        wanted = [path for path, origin in far.items() if readings[path] >= (1 if origin.tree.keeps else 2)]
-        origins = [self.weights[path] for path in readings if path in self.weights]
-        directory = next((origin.tree.directory for origin in origins), cache_directory())
-        room = free_bytes(directory) - other_bytes - _LEFT_FREE
-        if self._max_disk is not None:
-            room = min(room, self._max_disk)
-        whole = _that_fit(wanted, {path: far[path].file.size for path in wanted}, room)
-        if self._max_disk is None and len(whole) < len(wanted):
-            whole = []  # nobody asked to fill the disk
-        streamed = sum(
-            far[path].file.size * count for path, count in readings.items() if path in far and path not in whole
-        )
-        return Fetching(
-            whole=tuple(whole),
-            whole_bytes=sum(far[path].file.size for path in whole),
-            kept_bytes=kept,
-            streamed_bytes=int(streamed),
-            directory=directory,
-            room=max(0, room),
-        )
+        known = {path: self.weights[path] for path in readings if path in self.weights}
+        far = frozenset(path for path in known if readings[path] and self.is_far(path))
+        return plan_fetching(known, far, readings, max_disk=self._max_disk, other_bytes=other_bytes)
 
     def fetch(self, fetching: Fetching, on_bytes: OnBytes) -> None:
         """See `Remote`."""
@@ -266,11 +232,25 @@ class Mirror:
             tree.drop()
 
     def close(self) -> None:
-        """Remove it."""
-        self._finalizer()
+        """Remove it. A thread that is still busy writes nothing more."""
+        with self._writes:
+            self._finalizer()
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        with self._writes:
+            if not self._finalizer.alive:
+                raise Stopped
+            try:
+                yield
+            except OSError as error:
+                raise ReadError(
+                    f"{path} cannot be written: {error.strerror or error}.",
+                    hint="It stands in for the run while that is read.",
+                ) from error
 
     def _link(self, path: Path, target: Path | None) -> None:
-        with _writing(path):
+        with self._writing(path):
             path.unlink(missing_ok=True)
             path.symlink_to(_NOT_HERE if target is None else target)
 
@@ -289,39 +269,12 @@ def close_all() -> None:
         mirror.close()
 
 
-def free_bytes(directory: Path) -> int:
-    """How much room there is where a directory is, or will be."""
-    for each in (directory, *directory.parents):
-        with suppress(OSError):
-            return shutil.disk_usage(each).free
-    return 0
-
-
-def _that_fit(paths: Sequence[Path], sizes: Mapping[Path, int], room: int) -> list[Path]:
-    fit: list[Path] = []
-    for path in paths:
-        if sizes[path] <= room:
-            room -= sizes[path]
-            fit.append(path)
-    return fit
-
-
 def _checked(name: str) -> str:
     """A path that stays within the directory it is taken to."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\0" in name:
         raise ReadError(f"{name!r} is listed as a file of the run, and leads out of it.", hint="It is not trusted.")
     return name
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ReadError(
-            f"{path} cannot be written: {error.strerror or error}.", hint="It stands in for the run while that is read."
-        ) from error
 
 
 def _tidy(home: Path) -> None:
