@@ -14,6 +14,8 @@ from ckavg.hub.answers import chain_of
 _FINAL = {"OfflineModeIsEnabled", "LocalTokenNotFoundError", "HFValidationError"}
 _OF_CLIENTS = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3")
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+_CLOSED = "client has been closed"
+"""Where a connection is refused, the client closes its session, which all threads share; it opens another one."""
 _KEY = re.compile(r"[?&][^\s=&]*(?:signature|credential|token|key)[^\s=&]*=", re.IGNORECASE)
 
 
@@ -26,6 +28,8 @@ def may_pass(error: Exception) -> bool:
             return status in (408, 429) or bool(status >= 500)
     if is_of_disk(error) or _FINAL & {kind.__name__ for each in chain for kind in type(each).__mro__}:
         return False
+    if isinstance(error, RuntimeError) and _CLOSED in str(error):
+        return True
     of_client = any(kind.__module__.partition(".")[0] in _OF_CLIENTS for each in chain for kind in type(each).__mro__)
     return of_client or isinstance(error, OSError | ValueError | KeyError)
 

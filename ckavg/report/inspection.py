@@ -9,6 +9,7 @@ from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.report.text import as_bytes, as_count, told
 from ckavg.result.command import as_options, shell_word
 from ckavg.run.opening import Inspection
+from ckavg.run.values import Checkpoint
 
 
 def to_dict(found: Inspection) -> dict[str, Any]:
@@ -18,7 +19,7 @@ def to_dict(found: Inspection) -> dict[str, Any]:
         "checkpoints": [
             {
                 "step": checkpoint.step,
-                "directory": str(checkpoint.path),
+                "directory": _place(found, checkpoint),
                 "files": list(checkpoint.names),
                 "bytes": checkpoint.nbytes,
                 "dtype": "+".join(checkpoint.dtypes),
@@ -71,7 +72,7 @@ def _table(found: Inspection) -> Any:
     table = plain_table("step", "interval", "shards", "size", "dtype", "directory", left=("dtype", "directory"))
     before: int | None = None
     for place, checkpoint in enumerate(found.checkpoints):
-        name = str(checkpoint.path) if place == 0 and found.selection.init else checkpoint.path.name
+        name = _place(found, checkpoint) if place == 0 and found.selection.init else checkpoint.path.name
         table.add_row(
             str(checkpoint.step),
             "" if before is None else f"{checkpoint.step - before:+d}",
@@ -82,6 +83,10 @@ def _table(found: Inspection) -> Any:
         )
         before = checkpoint.step
     return table
+
+
+def _place(found: Inspection, checkpoint: Checkpoint) -> str:
+    return str(checkpoint.path) if found.remote is None else found.remote.named(checkpoint.path)
 
 
 def conclusion(found: Inspection) -> str:

@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, constants
 from tests.hub.conftest import hub as hub
 from tests.hub.state import Hub, Repo
 from tests.remote import mirrors
+from tests.remote.outcome import wait_for_fetching
 from tests.remote.published import publish_revisions
 from tests.remote.questions import REPO
 from tests.remote.stores import Store, fronting, storing
@@ -23,6 +24,16 @@ STEPS = (10, 20, 30)
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _settled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Requests that were under way when something failed end before the servers do; they share the client's session."""
+    hub = request.getfixturevalue("hub") if "hub" in request.fixturenames else None
+    yield
+    if hub is not None:
+        hub.released.set()
+    wait_for_fetching()
 
 
 @pytest.fixture

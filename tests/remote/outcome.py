@@ -22,11 +22,16 @@ def weights_of(result: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in result.iterdir() if ".safetensors" in path.name}
 
 
-def no_view_is_left() -> None:
-    """Nothing stands in for a run any more."""
-    for thread in threading.enumerate():  # a connection that is busy ends by itself
+def wait_for_fetching() -> None:
+    """Connections that were busy when something failed end by themselves."""
+    for thread in threading.enumerate():
         if thread.name.startswith("ckavg-fetch"):
             thread.join(60)
+
+
+def no_view_is_left() -> None:
+    """Nothing stands in for a run any more."""
+    wait_for_fetching()
     gc.collect()  # an exception that was caught may hold it until then
     views = cache_directory() / "views"
     assert not views.exists() or list(views.iterdir()) == []

@@ -1,0 +1,175 @@
+"""Every verb on a run that is elsewhere, on the command line; and what is left of it on this machine: no view."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ckavg
+from ckavg.cache import cache_directory
+from tests.cli.runner import run_cli
+from tests.hub.faults import HELD
+from tests.hub.state import Hub, Repo
+from tests.remote.outcome import keeps_to_itself, no_view_is_left, served_of, weights_of
+from tests.remote.questions import REPO
+from tests.remote.stores import Store
+
+FAR = (f"hf://{REPO}", "--revisions", "step*")
+
+
+def ran(*command: str | Path) -> str:
+    """What a command that ends well says on stdout."""
+    done = run_cli(*command)
+    assert done.exit_code == 0, done.output
+    keeps_to_itself(done.output)
+    told = done.stdout
+    del done
+    no_view_is_left()
+    return told
+
+
+def size_of(run: Path) -> int:
+    return sum(path.stat().st_size for path in run.rglob("*.safetensors"))
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+@pytest.fixture(params=["hub", "s3"])
+def far(request: pytest.FixtureRequest, run: Path) -> tuple[str, ...]:
+    """The run on the Hub, or in an object store, as words of a command."""
+    if request.param == "hub":
+        request.getfixturevalue("repo")
+        return FAR
+    store: Store = request.getfixturevalue("s3")
+    return (store.upload(run),)
+
+
+def kept() -> list[Path]:
+    """Files of object stores that are on the disk."""
+    return [path for path in (cache_directory() / "files").rglob("*") if path.is_file()]
+
+
+def test_inspect(far: tuple[str, ...], run: Path) -> None:
+    there, here = (json.loads(ran("inspect", *words, "--json")) for words in (far, (run,)))
+    assert [each["step"] for each in there["checkpoints"]] == [each["step"] for each in here["checkpoints"]]
+    assert there["source"] == far[0]
+    assert there["checkpoints"][0]["directory"] in (f"{far[0]}@step10", f"{far[0]}/checkpoint-10")
+    assert far[0] in ran("inspect", *far)
+
+
+def test_inspect_deep(far: tuple[str, ...], run: Path) -> None:
+    there, here = (json.loads(ran("inspect", *words, "--deep", "--json")) for words in (far, (run,)))
+    digests = {name.partition("/")[2]: digest for name, digest in here["health"]["sha256"].items()}
+    assert {name.partition("/")[2]: digest for name, digest in there["health"]["sha256"].items()} == digests
+    assert there["health"]["findings"] == here["health"]["findings"]
+    assert kept() == []
+
+
+def test_path(far: tuple[str, ...], run: Path, tmp_path: Path) -> None:
+    places = {name: tmp_path / f"{name}.csv" for name in ("there", "streamed", "here")}
+    ran("path", *far, "--csv", places["there"])
+    (table,) = cache_directory().glob("path-*.json")
+    table.unlink()
+    ran("path", *far, "--max-disk", "0", "--csv", places["streamed"])
+    ran("path", run, "--csv", places["here"])
+    rows = {name: list(csv.reader(place.read_text().splitlines())) for name, place in places.items()}
+    assert rows["there"] == rows["streamed"] == rows["here"]
+    assert kept() == []
+
+
+def test_path_of_a_sample(far: tuple[str, ...], run: Path) -> None:
+    told = json.loads(ran("path", *far, "--sample", "0.5", "--json"))
+    exact = json.loads(ran("path", run, "--json"))
+    assert told.keys() >= exact.keys() - {"directory"}
+    assert kept() == []
+
+
+def test_sweep(far: tuple[str, ...], run: Path, tmp_path: Path) -> None:
+    words = ("pema:gamma=0.1,0.2", "mean", "last")
+    ran("sweep", far[0], *words, *far[1:], "--out", tmp_path / "there")
+    ran("sweep", run, *words, "--out", tmp_path / "here-too")
+    there, here = tmp_path / "there", tmp_path / "here-too"
+    names = sorted(path.name for path in here.iterdir())
+    assert len(names) == 4
+    assert {name: weights_of(there / name) for name in names} == {name: weights_of(here / name) for name in names}
+    assert kept() == []
+
+
+def test_snapshots_and_verify(far: tuple[str, ...], run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "here" / "averaged" / "pema-gamma0.15"
+    ran("pema", *far, "--snapshot-every", "10")
+    ran("pema", run, "--snapshot-every", "10", "--out", tmp_path / "expected")
+    folders = (".", "checkpoint-20")
+    assert all(weights_of(out / each) == weights_of(tmp_path / "expected" / each) for each in folders)
+    ran("verify", out)
+    ran("verify", out, "--sources")
+    ran("verify", out, "--sources", "--replay")
+    ran("verify", out / "checkpoint-20", "--sources")
+
+
+def test_verify_tells_what_is_gone(hub: Hub, repo: Repo, tmp_path: Path) -> None:
+    ran("ema", *FAR, "--out", tmp_path / "out")
+    del repo.commits[repo.branches.pop("step20")]
+    done = run_cli("verify", tmp_path / "out", "--sources")
+    assert done.exit_code == 1
+    assert "step 20" in done.output
+    keeps_to_itself(done.output)
+    del done
+    no_view_is_left()
+    del hub.repos[REPO]
+    done = run_cli("verify", tmp_path / "out", "--sources")
+    assert done.exit_code == 1
+    keeps_to_itself(done.output)
+    del done
+    no_view_is_left()
+
+
+def test_a_view_goes_with_its_run(repo: Repo) -> None:
+    run = ckavg.open_run(FAR[0], revisions=["step*"])
+    (view,) = (cache_directory() / "views").iterdir()
+    other = ckavg.open_run(FAR[0], revisions=["step*"], last=2)
+    assert view.is_dir(), "it is in use"
+    assert len(list((cache_directory() / "views").iterdir())) == 2
+    del run
+    gc.collect()
+    assert not view.exists()
+    del other
+    no_view_is_left()
+
+
+def test_a_view_of_a_killed_process_goes_with_the_next_run(hub: Hub, repo: Repo) -> None:
+    hub.faults["fetch"], hub.passes_before["fetch"] = (HELD, 1_000), 2
+    code = f"import ckavg; ckavg.open_run('{FAR[0]}', revisions=['step*'])"
+    with subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ), stderr=subprocess.PIPE) as process:
+        assert hub.held.wait(60)
+        (view,) = (cache_directory() / "views").iterdir()
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert view.is_dir()
+    hub.faults.clear()
+    hub.released.set()
+    ran("inspect", *FAR)
+    assert not view.exists()
+
+
+def test_inspection_fetches_no_more_than_it_needs(hub: Hub, repo: Repo, run: Path) -> None:
+    ran("inspect", *FAR)
+    assert served_of(hub.served) == 4 * (64 << 10)
+    hub.forget()
+    ran("inspect", *FAR, "--deep")
+    assert served_of(hub.served) == 4 * (64 << 10) + size_of(run)
+    hub.forget()
+    ran("ema", *FAR)
+    assert served_of(hub.served) == 0, "all of it is in the cache by then"
