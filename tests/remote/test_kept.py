@@ -79,7 +79,11 @@ def test_what_an_interrupted_attempt_fetched_is_taken_up_and_then_removed(
     assert any(name.endswith(".incomplete") for name in kept())
     s3.faults.clear()
     del opened
-    gc.collect()  # the error held on to it
+    gc.collect()  # the error held on to it, and threads that were busy when it came
+    for thread in threading.enumerate():
+        if thread.name == "ckavg-fetch":
+            thread.join(60)
+    gc.collect()
     ckavg.average(ckavg.open_run(address), ckavg.PEMA(), out=tmp_path / "out")
     headers = 4 * (64 << 10)
     assert served_of(s3.served) <= size + headers, "nothing came twice"
