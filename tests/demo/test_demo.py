@@ -101,7 +101,8 @@ def test_progress_counts_every_step(tmp_path: Path) -> None:
     calls: list[tuple[int, int, float]] = []
     tiny_run(tmp_path, calls=calls)
     assert [(done, total) for done, total, _ in calls] == [(step, 37) for step in range(1, 38)]
-    assert calls[0][2] == pytest.approx(math.log(256), abs=0.05)
+    # about what guessing gives; the text, which is that of the Python here, makes a little of the difference
+    assert calls[0][2] == pytest.approx(math.log(256), abs=0.15)
     assert calls[-1][2] < calls[0][2] - 0.5
 
 
