@@ -43,6 +43,9 @@ _HELD_OUT = ("henry_viii", "timon_of_athens", "two_gentlemen_of_verona")
 
 _WINDOW = 128
 _WINDOWS_AT_ONCE = 4
+_WINDOWS_IN_MEMORY = 32
+"""Of a training step: what goes beyond is accumulated, so that it takes no large GPU."""
+
 _WINDOWS_JUDGED = 128
 """Spread over the held-out plays: 16,256 predicted tokens, in about a minute on two cores that do little else."""
 
@@ -182,10 +185,12 @@ def schedule_of(settings: FineTuning) -> dict[str, Any]:
 
 def _trainer(model: Any, tokenizer: Any, run: Path, settings: FineTuning) -> Any:
     transformers = quiet_transformers()
+    at_once = max(size for size in range(1, _WINDOWS_IN_MEMORY + 1) if settings.batch % size == 0)
     arguments = transformers.TrainingArguments(
         output_dir=str(run),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=settings.batch // at_once,
         learning_rate=settings.learning_rate,
         **schedule_of(settings),
         save_steps=settings.every,

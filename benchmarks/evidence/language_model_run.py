@@ -199,12 +199,13 @@ def path_of(path: PathLength) -> dict[str, list[float]]:
         "step": list(path.steps[1:]),
         "path_length": list(path.lengths[1:]),
         **betas,
-        "spread": [_spread(at_once) for at_once in zip(*of_tensors, strict=True)],
-        "uneven": [_spread(at_once) for at_once in zip(*shares, strict=True)],
+        "spread": [spread(at_once) for at_once in zip(*of_tensors, strict=True)],
+        "uneven": [spread(at_once) for at_once in zip(*shares, strict=True)],
     }
 
 
-def _spread(values: Sequence[float]) -> float:
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation over mean."""
     return statistics.stdev(values) / statistics.fmean(values)
 
 

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.evidence.language_model_run import BASE, LAST, PER_TENSOR, SCHEMES, Cell, Outcome, Setting
+from benchmarks.evidence.language_model_run import BASE, LAST, PER_TENSOR, SCHEMES, Cell, Outcome, Setting, spread
 from benchmarks.evidence.tables import Cell as TableCell
 from benchmarks.evidence.tables import Table, with_error
 
@@ -142,15 +142,22 @@ def runs_of(setting: Setting, outcomes: Sequence[Outcome]) -> Table:
     """What each run was: its loss before and after, how far it went, how differently its tensors did."""
     shortest = setting.frequencies[0]
     columns = ("run", "last", "− base", *(f"ℓ(T), every {every}" for every in setting.frequencies),
-               "spread of ℓ_p(T), %", "spread of ℓ_p(t)/ℓ_p(T) at most, %")  # fmt: skip
+               "spread of ℓ_p(T), %", "of the layers' matrices, %", "of the MLPs', %",
+               "spread of ℓ_p(t)/ℓ_p(T) at most, %")  # fmt: skip
     rows: list[tuple[TableCell, ...]] = []
     for outcome in outcomes:
         path = outcome.paths[shortest]
         lengths = (outcome.paths[every]["path_length"][-1] for every in setting.frequencies)
-        spreads = (100 * path["spread"][-1], 100 * max(path["uneven"]))
+        parts = (spread_at_end(outcome, part) for part in ("", "_proj.", ".mlp."))
+        spreads = (*(100 * part for part in parts), 100 * max(path["uneven"]))
         gained = str(difference(outcome, LAST, BASE, 0))
         rows.append((outcome.cell.name, outcome.loss(LAST), gained, *lengths, *spreads))
     return Table("language_model-runs", columns, tuple(rows))
+
+
+def spread_at_end(outcome: Outcome, part: str) -> float:
+    """Standard deviation over mean of ℓ_p(T), over the tensors with `part` in their names."""
+    return spread([length for name, length in outcome.tensor_paths.items() if part in name])
 
 
 def averages_of(outcomes: Sequence[Outcome], every: int) -> Table:

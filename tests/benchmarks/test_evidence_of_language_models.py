@@ -196,7 +196,8 @@ def planted(seed: int, offsets: dict[str, float], noise: Sequence[float] = (0.00
         of_step = {key: [0.1 * step for step in steps] for key in ("path_length", "PEMA 0.15", "EMA 0.15")}
         outcome.paths[every] = {"step": list(map(float, steps)), **of_step, "spread": [0.5 for _ in steps]}
         outcome.paths[every]["uneven"] = [0.2 for _ in steps]
-    outcome.tensor_paths = {"a": 1.0, "b": 2.0}
+    outcome.tensor_paths = {"0.mlp.up_proj.weight": 1.0, "1.mlp.up_proj.weight": 2.0}
+    outcome.tensor_paths |= {"0.q_proj.weight": 3.0, "norm.weight": 10.0}
     return outcome
 
 
@@ -223,9 +224,8 @@ def test_tables_count_runs_and_tell_what_seeds_agree_on() -> None:
     assert (f"{PER_TENSOR} − PEMA 0.15", 4) not in pairs
     assert tables["powers"].rows[0][:2] == ("0.001", 2)
     assert tables["powers"].rows[0][2:7] == pytest.approx((0.8, 8 * 0.8**2, 0.8, "0.10", "0.15"))
-    assert tables["runs"].rows[0] == pytest.approx(
-        ("0.001", 4.0, "-0.50000 ± 0.00058", 0.8, 0.8, 50.0, 20.0)
-    )  # fmt: skip
+    spreads = (100 * math.sqrt(50 / 3) / 4, 50.0, 100 * math.sqrt(0.5) / 1.5)
+    assert tables["runs"].rows[0] == pytest.approx(("0.001", 4.0, "-0.50000 ± 0.00058", 0.8, 0.8, *spreads, 20.0))
     column = {row[0]: row[1] for row in tables["every-2"].rows}
     assert (column["PEMA 0.15"], column["DEMA"]) == ("-0.05000 ± 0.00058", "0.00000 ± 0.00058 (?)")
     assert tables["windows"].rows[0] == ("0.001", "", BASE, 4.5, 3.501, 4.499, 5.5)
