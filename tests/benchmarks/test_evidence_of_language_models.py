@@ -218,7 +218,7 @@ def test_a_difference_is_taken_window_by_window() -> None:
 def test_tables_count_runs_and_tell_what_seeds_agree_on() -> None:
     tables = {table.name.removeprefix("language_model-"): table for table in tables_of(TINY, PLANTED)}
     pairs = {row[:2]: row[2:] for row in tables["pairs"].rows}
-    assert pairs["PEMA 0.15 − best EMA", 2] == (0, 3, 0, "+0.0480", "+0.0500", "0.04900 ± 0.00058", "higher")
+    assert pairs["PEMA 0.15 − best EMA", 2] == (0, 3, 0, "+0.048", "+0.05", "0.04900 ± 0.00058", "higher")
     assert pairs["DEMA − last", 4][:3] == (0, 0, 3)
     assert (f"{PER_TENSOR} − PEMA 0.15", 2) in pairs
     assert (f"{PER_TENSOR} − PEMA 0.15", 4) not in pairs
