@@ -98,6 +98,7 @@ def path_panels(setting: Setting, outcomes: Sequence[Outcome]) -> list[Panel]:
 def draw_all(setting: Setting, outcomes: Sequence[Outcome], directory: Path = RESULTS) -> None:
     """Draw the three figures."""
     panels = frequency_panels(setting, outcomes)
-    draw("language_model-frequency", panels, columns=min(3, len(panels)), directory=directory)
+    columns = next(columns for columns in (3, 4, 2, 1) if len(panels) % columns == 0)
+    draw("language_model-frequency", panels, columns=columns, directory=directory)
     draw("language_model-powers", power_panels(setting, outcomes), columns=2, directory=directory)
     draw("language_model-paths", path_panels(setting, outcomes), columns=2, directory=directory)

@@ -231,9 +231,11 @@ def test_tables_count_runs_and_tell_what_seeds_agree_on() -> None:
     assert tables["windows"].rows[0] == ("0.001", "", BASE, 4.5, 3.501, 4.499, 5.5)
 
 
-def test_all_figures_are_drawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cells", [1, 5, 8])
+def test_all_figures_are_drawn(cells: int, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    draw_all(TINY, PLANTED, tmp_path)
+    found = [dataclasses.replace(PLANTED[0], cell=Cell(learning_rate=0.1 * rate)) for rate in range(1, cells + 1)]
+    draw_all(TINY, found, tmp_path)
     drawn = sorted(file.name for file in tmp_path.iterdir() if file.stat().st_size > 10_000)
     assert drawn == [f"language_model-{name}.png" for name in ("frequency", "paths", "powers")]
 
