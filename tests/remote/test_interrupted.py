@@ -135,7 +135,7 @@ def test_a_process_that_ends(
     assert sum(before.values()) > 0
     ckavg.average(ckavg.open_run(REVISIONS), ckavg.PEMA(), out=tmp_path / "out")
     assert weights_of(tmp_path / "out") == expected
-    assert served_of(hub.served) <= size_of(run) + 2 * HEADERS + 8 * 50_000
+    assert served_of(hub.served) <= size_of(run) + 2 * HEADERS + 40 * 50_000, "what was stalled, a few times over"
     no_view_is_left()
 
 

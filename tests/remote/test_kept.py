@@ -12,7 +12,7 @@ import pytest
 import ckavg
 from ckavg.cache import cache_directory
 from ckavg.remote import download
-from tests.remote.outcome import served_of, weights_of
+from tests.remote.outcome import no_view_is_left, served_of, weights_of
 from tests.remote.stores import Store
 
 pytest.importorskip("s3fs")
@@ -74,10 +74,11 @@ def test_what_an_interrupted_attempt_fetched_is_taken_up_and_then_removed(
     s3.faults["fetch"], s3.passes_before["fetch"] = (403, FOREVER), 20
     with pytest.raises(ckavg.CkavgError, match=r"^s3://runs/team/run/checkpoint-\d0/model\S* may not be read"):
         ckavg.average(opened, ckavg.PEMA(), out=tmp_path / "out")
-    assert served_of(s3.served) == pytest.approx(2_000_000, abs=100_000)
+    assert 1_500_000 < served_of(s3.served) <= 2_000_000, "twenty pieces, some of them the short ends of files"
     assert any(name.endswith(".incomplete") for name in kept())
     s3.faults.clear()
     del opened
+    no_view_is_left()
     ckavg.average(ckavg.open_run(address), ckavg.PEMA(), out=tmp_path / "out")
     headers = 4 * (64 << 10)
     assert served_of(s3.served) <= size + headers, "nothing came twice"
@@ -93,6 +94,7 @@ def test_what_nobody_comes_back_to_goes_after_a_week(s3: Store, address: str, ru
             ckavg.average(opened, ckavg.PEMA(), out=tmp_path / name)
         s3.faults.clear()
         del opened
+        no_view_is_left()
         for lock in (cache_directory() / "files").glob("*/.lock"):
             if time.time() - lock.stat().st_mtime < 3600:
                 os.utime(lock, (0, time.time() - days * 24 * 3600))
