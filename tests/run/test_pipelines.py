@@ -94,7 +94,8 @@ def test_components_are_averaged_each_in_its_folder(tmp_path: Path, scheme: str,
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
 
     last = run / "checkpoint-1000"
-    wanted = {path for path in snapshot(last) if not path.endswith((".bin", ".pkl"))} | {"README.md", "ckavg.json"}
+    wanted = {path for path in snapshot(last) if not path.endswith((".bin", ".pkl"))}
+    wanted |= {"README.md", "ckavg.json", "ckavg.svg"}
     assert set(json.loads(done.stdout)["outputs"][0]["files"]) == set(snapshot(tmp_path / "out")) == wanted
     for name in FILES:
         assert (tmp_path / "out" / name).read_bytes() == (last / name).read_bytes()
@@ -187,7 +188,9 @@ def test_a_whole_pipeline_is_the_anchor_of_a_run_of_one_component(tmp_path: Path
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     (run / "checkpoint-0").rename(run / "checkpoint-100")
     result = ckavg.average(ckavg.open_run(run, init=base), ckavg.EMA())
-    assert set(result.outputs[0].files) == {"README.md", "ckavg.json", f"unet/{UNET}", "unet/config.json"}
+    assert set(result.outputs[0].files) == {
+        "README.md", "ckavg.json", "ckavg.svg", f"unet/{UNET}", "unet/config.json",
+    }  # fmt: skip
     parts = [{"unet/" + n: t.double().numpy() for n, t in weights(seed)["unet"].items()} for seed in range(3)]
     expected = reference.ema(parts, (0, 100, 500))
     found = {f"unet/{name}": values for name, values in reference.load_floats(result.directory / "unet").items()}
