@@ -131,9 +131,13 @@ def warned() -> Iterator[list[str]]:
 
     recorder = Recorder(logging.WARNING)
     logger = logging.getLogger("transformers")
+    level = logger.level
+    # Whoever ran before in this process may have silenced it.
+    logger.setLevel(logging.WARNING)
     logger.addHandler(recorder)
     yield messages
     logger.removeHandler(recorder)
+    logger.setLevel(level)
 
 
 @pytest.fixture
