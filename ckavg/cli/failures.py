@@ -39,10 +39,10 @@ def failures(*, verbose: bool) -> Iterator[None]:
         raise typer.Exit(FAILED) from error
     except MemoryError as error:
         _trace(error, verbose=verbose)
-        warn("error", "There is not enough memory. Nothing was left under the final name.")
+        warn("error", "There is not enough memory. No result was left in part; the checkpoints are as they were.")
         raise typer.Exit(FAILED) from error
     except KeyboardInterrupt as error:
-        warn("interrupted", "Nothing was left under the final name; the checkpoints are as they were.")
+        warn("interrupted", "No result was left in part; the checkpoints are as they were.")
         _say_all(*_notes(error))
         raise typer.Exit(INTERRUPTED) from error
 

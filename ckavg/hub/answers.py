@@ -16,6 +16,7 @@ from ckavg.errors import HubError
 _OF_CLIENTS = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet")
 _MOST_OF_A_REASON = 300
 _STATUS_OF_XET = re.compile(r"HTTP status (?:client|server) error \((\d{3}) ")
+_KEY = re.compile(r"[?&][^\s=&]*(?:signature|credential|token|key)[^\s=&]*=", re.IGNORECASE)
 _LOGIN = "Log in with: hf auth login"
 
 
@@ -97,6 +98,11 @@ def passwords_in(endpoint: str) -> tuple[str, ...]:
     user, _, password = endpoint.partition("://")[2].rpartition("@")[0].partition(":")
     secret = password or user  # a token may stand in the place of the user
     return (secret, unquote(secret)) if secret else ()
+
+
+def holds_key(error: BaseException) -> bool:
+    """Whether the text of an exception, or of its causes, holds a signed address: whoever has it may use the file."""
+    return any(_KEY.search(str(each)) for each in chain_of(error))
 
 
 def no_token(repo: str, endpoint: str) -> HubError:

@@ -17,7 +17,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ckavg.errors import CkavgError, HubError
-from ckavg.hub.answers import explained, may_not_write, passwords_in, without_password
+from ckavg.hub.answers import explained, holds_key, may_not_write, passwords_in, without_password
 from ckavg.hub.destination import MAIN, Destination
 from ckavg.hub.retrying import Answer, tried
 from ckavg.hub.rights import check_token, may_create
@@ -97,7 +97,7 @@ def address(api: HfApi) -> str:
 
 @contextmanager
 def asking(doing: str, repo: str, api: HfApi) -> Iterator[None]:
-    """Make an error of the client one of ours. Where its text holds a secret, nothing of it is kept.
+    """Make an error of the client one of ours. Where its text holds a secret or a key, nothing of it is kept.
 
     Args:
         doing: what is being done, such as "creating the repository".
@@ -116,7 +116,8 @@ def asking(doing: str, repo: str, api: HfApi) -> Iterator[None]:
         told = explained(error, doing=doing, repo=repo, endpoint=address(api), quoting=not secret)
         if told is None:
             raise
-        raise told from (None if secret else error)
+        # a traceback would show whatever it says: in the addresses of large files, the key to them
+        raise told from (None if secret or holds_key(error) else error)
 
 
 def ask(doing: str, repo: str, api: HfApi, question: Callable[[], Answer]) -> Answer:

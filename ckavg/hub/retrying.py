@@ -17,7 +17,7 @@ Answer = TypeVar("Answer")
 WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds before each further attempt."""
 
-_LONGEST = 60.0
+LONGEST = 60.0
 """The most seconds that the Hub may ask to wait for, before it is for the user to wait."""
 
 _PASSING = frozenset({429, 500, 502, 503, 504})
@@ -56,11 +56,15 @@ def pause_after(error: Exception, wait: float) -> float | None:
     """Seconds to wait before another attempt; None where another would fail in the same way, or much later."""
     if not is_passing(error):
         return None
+    asked = asked_pause(error)
+    return max(asked or 0.0, wait) if asked is None or asked <= LONGEST else None
+
+
+def asked_pause(error: BaseException) -> float | None:
+    """Seconds for which the Hub asks to be left alone; None where it does not say."""
     response = _response(error)
     asked = str(response.headers.get("Retry-After") or "") if response is not None else ""
-    if not asked.isdigit():
-        return wait
-    return max(float(asked), wait) if float(asked) <= _LONGEST else None
+    return float(asked) if asked.isdigit() else None
 
 
 def is_passing(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""Stage *remote*: which failures of the Hub's client pass by themselves, and what of them must not be shown.
+"""Stage *remote*: which failures of the Hub's client pass by themselves.
 
 Knows no client library: errors are told apart by the status of a response, or by a name.
 """
@@ -6,7 +6,6 @@ Knows no client library: errors are told apart by the status of a response, or b
 from __future__ import annotations
 
 import errno
-import re
 from typing import TypeGuard
 
 from ckavg.hub.answers import chain_of
@@ -16,7 +15,6 @@ _OF_CLIENTS = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "ur
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _CLOSED = "client has been closed"
 """Where a connection is refused, the client closes its session, which all threads share; it opens another one."""
-_KEY = re.compile(r"[?&][^\s=&]*(?:signature|credential|token|key)[^\s=&]*=", re.IGNORECASE)
 
 
 def may_pass(error: Exception) -> bool:
@@ -39,8 +37,3 @@ def is_of_disk(error: Exception) -> TypeGuard[OSError]:
     if type(error).__module__ != "builtins" or not isinstance(error, OSError):
         return False
     return bool(error.filename) or error.errno in _OF_DISKS
-
-
-def holds_key(error: BaseException) -> bool:
-    """Whether the text of an exception, or of its causes, holds a signed address: whoever has it may read the file."""
-    return any(_KEY.search(str(each)) for each in chain_of(error))

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ckavg.errors import CkavgError, HubError, ReadError
-from ckavg.hub.answers import explained
+from ckavg.hub.answers import explained, holds_key
 from ckavg.hub.client import address, holds_secret
 from ckavg.remote.address import Address
 from ckavg.remote.download import Partial, complete
-from ckavg.remote.failing import holds_key, is_of_disk, may_pass
+from ckavg.remote.failing import is_of_disk, may_pass
 from ckavg.remote.store import GO_ONLINE, OnBytes, RemoteFile
 from ckavg.remote.tries import exactly, with_retries
 

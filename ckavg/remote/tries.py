@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from ckavg.hub.retrying import LONGEST, asked_pause
+
 Value = TypeVar("Value")
 
 TRIES = 5
@@ -47,8 +49,10 @@ def with_retries(ask: Callable[[], Value], *, passes: Callable[[Exception], bool
         try:
             return ask()
         except Exception as error:
-            if not passes(error) or time.monotonic() - begun > _PATIENCE_SECONDS:
+            asked = asked_pause(error) or 0.0
+            if not passes(error) or time.monotonic() - begun > _PATIENCE_SECONDS or asked > LONGEST:
                 raise
-            time.sleep(wait * random.uniform(0.5, 1))  # noqa: S311 - so that many do not come back at once
+            pause = wait * random.uniform(0.5, 1)  # noqa: S311 - so that many do not come back at once
+            time.sleep(max(asked, pause))
             wait = min(2 * wait, _LONGEST_WAIT)
     return ask()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ckavg.advice import about_anchor
+from ckavg.remote.address import address_of
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.report.text import as_bytes, as_count, told
 from ckavg.result.command import as_options, shell_word
@@ -72,7 +73,7 @@ def _table(found: Inspection) -> Any:
     table = plain_table("step", "interval", "shards", "size", "dtype", "directory", left=("dtype", "directory"))
     before: int | None = None
     for place, checkpoint in enumerate(found.checkpoints):
-        name = _place(found, checkpoint) if place == 0 and found.selection.init else checkpoint.path.name
+        name = _place(found, checkpoint) if place == 0 and found.selection.init else _name(found, checkpoint)
         table.add_row(
             str(checkpoint.step),
             "" if before is None else f"{checkpoint.step - before:+d}",
@@ -83,6 +84,13 @@ def _table(found: Inspection) -> Any:
         )
         before = checkpoint.step
     return table
+
+
+def _name(found: Inspection, checkpoint: Checkpoint) -> str:
+    """Within the run: of its directory or file, or of its revision."""
+    address = address_of(_place(found, checkpoint))
+    is_revision = address is not None and not address.folder
+    return (address and is_revision and address.revision) or checkpoint.path.name
 
 
 def _place(found: Inspection, checkpoint: Checkpoint) -> str:

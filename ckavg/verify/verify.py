@@ -78,17 +78,18 @@ def verify_result(
     work.check_copied(outputs)
     copied = frozenset(work.record.copied)
     outputs = {index: (name, each.with_copied(copied)) for index, (name, each) in outputs.items()}
-    if sources or replay:
-        work.find_sources(outputs)
-    if sources:
-        checks.append("sources")
-        with work.told("sources"):
-            work.check_sources(outputs)
-    if replay:
-        checks.append("replay")
-        seed = secrets.randbelow(2**32) if seed is None else seed
-        with work.told("replay"):
-            work.recompute(outputs, elements, seed)
+    with work.reading_elsewhere():
+        if sources or replay:
+            work.find_sources(outputs)
+        if sources:
+            checks.append("sources")
+            with work.told("sources"):
+                work.check_sources(outputs)
+        if replay:
+            checks.append("replay")
+            seed = secrets.randbelow(2**32) if seed is None else seed
+            with work.told("replay"):
+                work.recompute(outputs, elements, seed)
     return Verified(
         result=directory,
         title=work.title,
@@ -146,6 +147,21 @@ class _Work:
             yield
         except CkavgError as error:
             self.findings.append(Finding(check, error.message))
+
+    @contextmanager
+    def reading_elsewhere(self) -> Iterator[None]:
+        """Have nothing left of what shows the checkpoints that are not on this machine.
+
+        What was fetched of them goes, too, unless an error or an interrupt ends the work: then it is there for the
+        next time.
+        """
+        try:
+            yield
+            if self.elsewhere is not None:
+                self.elsewhere.mirror.release()
+        finally:
+            if self.elsewhere is not None:
+                self.elsewhere.mirror.close()
 
     def places(self) -> dict[int, tuple[str, Path, Output]]:
         """The snapshots and the result: what stands before names, the directory, and the entry, by index."""

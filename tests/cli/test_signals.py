@@ -59,7 +59,7 @@ def stopped(run: Path, verb: str, signal_sent: signal.Signals, *, after: str, se
     begun = time.monotonic()
     said += process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert "interrupted: Nothing was left under the final name" in said
+    assert "interrupted: No result was left in part" in said
     assert "Traceback" not in said
     return said, time.monotonic() - begun
 

@@ -183,7 +183,7 @@ def test_the_token_is_nowhere(hub: Hub, run: Path, stage: str, status: int) -> N
         assert done.exit_code == 1, done.output
         assert "Traceback" in done.stderr
     assert "hf_Secret" not in done.output
-    assert "SignedSigned" not in re.sub(r"(?s)Traceback.*?\nckavg", "", done.stderr)
+    assert "SignedSigned" not in done.output
     for path in run.rglob("*"):
         assert path.is_dir() or b"hf_Secret" not in path.read_bytes(), path
 

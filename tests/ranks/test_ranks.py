@@ -176,7 +176,7 @@ CASES = {
     "full disk": Case([1, 1], r"error: .* cannot be written: No space left on device", before={1: FULL_DISK}),
     "killed": Case([1, -9], r"error: Rank 1 on .* is gone without a word", before={1: KILLED}),
     "first killed": Case([-9, 1], r"error: Rank 0 on .* is gone without a word", before={0: KILLED}, speaker=1),
-    "interrupted": Case([130, 130], r"interrupted: Nothing was left under the final name", before={1: STOPPED}),
+    "interrupted": Case([130, 130], r"interrupted: No result was left in part", before={1: STOPPED}),
     "bug": Case([1, 1], r"ZeroDivisionError: division by zero\nIn another process:", before={1: BROKEN}),
     "setting": Case([2, 2], r"error: bema: eta is -1", ["bema", "--eta", -1]),
     "usage": Case([2, 2], r"No such option: --no-such", ["bema", "--no-such"]),
@@ -290,7 +290,7 @@ def test_torchrun_is_told_to_stop(tmp_path: Path, sent: signal.Signals) -> None:
     process.send_signal(sent)
     said += process.communicate(timeout=SECONDS)[1]
     assert process.returncode
-    assert said.count("interrupted: Nothing was left under the final name") == 1
+    assert said.count("interrupted: No result was left in part") == 1
     assert "error: Rank" not in said
     assert sorted(path.name for path in source.iterdir()) == before
 

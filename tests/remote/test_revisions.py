@@ -65,6 +65,7 @@ def test_slashes_bare_numbers_and_names_without_a_step(hub: Hub, repo: Repo, tmp
     assert opened.steps == (10, 20)
     assert opened.warnings == ("Passed over, for the name of the revision states no step: runs/a/best.",)
     record = ckavg.average(opened, ckavg.EMA(), out=tmp_path / "out")
+    assert "runs/a/step10 (anchor)" in run_cli("inspect", FAR, "--revisions", "runs/a/*").stdout
     commit = repo.branches["runs/a/step10"]
     assert str(record.inputs[0].directory) == f"{FAR}@{commit}"
     assert ckavg.open_run(f"{FAR}@runs%2Fa%2Fs*").steps == (10, 20)

@@ -66,7 +66,9 @@ def test_inspect(far: tuple[str, ...], run: Path) -> None:
     assert [each["step"] for each in there["checkpoints"]] == [each["step"] for each in here["checkpoints"]]
     assert there["source"] == far[0]
     assert there["checkpoints"][0]["directory"] in (f"{far[0]}@step10", f"{far[0]}/checkpoint-10")
-    assert far[0] in ran("inspect", *far)
+    shown = ran("inspect", *far)
+    assert far[0] in shown
+    assert "checkpoint-10 (anchor)" in shown or "step10 (anchor)" in shown
 
 
 def test_inspect_deep(far: tuple[str, ...], run: Path) -> None:
@@ -116,6 +118,7 @@ def test_snapshots_and_verify(far: tuple[str, ...], run: Path, tmp_path: Path) -
     ran("verify", out)
     ran("verify", out, "--sources")
     ran("verify", out, "--sources", "--replay")
+    assert kept() == []
     ran("verify", out / "checkpoint-20", "--sources")
 
 
