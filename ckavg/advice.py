@@ -18,8 +18,12 @@ from ckavg.run.values import Run
 from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Coefficients, Last, Mean, Scheme
 
 _NAMED = 3
-_REFERENCE = (0.5, 1.0)
 _FAR = 4.0
+_REFERENCE = (0.5, 1.0)
+"""ℓ(T) of the runs that PEMA was tuned on (Pathwise EMA, Section 2)."""
+
+_CLOCK = tuple(1800 * length**2 for length in _REFERENCE)
+"""T · ℓ(T)² of those runs, of 1800 steps. The last β depends on this alone; ℓ(T) · √T is `_FAR` off at a 16th of it."""
 
 _DECAYED = 0.25
 """Learning rate at the last checkpoint, as a part of the peak, below which averaging is said to gain less."""
@@ -205,7 +209,7 @@ def about_path(path: PathLength, excluded: Sequence[str]) -> tuple[str, ...]:
             for place in range(len(lengths) - 1)
             if all(tensor.distances[place] == 0 for tensor in path.tensors.values())
         ]
-        told += _about_length(lengths[-1])
+        told += _about_length(lengths[-1], path.steps[-1] - path.steps[0])
     return tuple(told)
 
 
@@ -218,12 +222,15 @@ def about_nonfinite(count: int) -> tuple[str, ...]:
     return (f"{count:,} numbers of the result are NaN or infinite, as some of the checkpoints are.",) if count else ()
 
 
-def _about_length(length: float) -> list[str]:
-    """PEMA's γ = 0.15 was found for runs whose path length is about 1, and served well from about 0.5 on."""
-    if length < _REFERENCE[0] / _FAR:
+def _about_length(length: float, span: int) -> list[str]:
+    """PEMA's γ = 0.15 was found for runs of 1800 steps whose path length is about 1, and served well from 0.5 on."""
+    clock = span * length**2
+    if clock < _CLOCK[0] / _FAR**2:
+        low, high = _CLOCK
         return [
-            f"The path is short: ℓ(T) = {length:.2g}, where PEMA was tuned for 0.5 to 1. β stays large, and "
-            "the result near the last checkpoint. Schemes that count steps (ema, bema) average more."
+            f"The path is short for {span} steps: ℓ(T) = {length:.2g} and T·ℓ(T)² = {clock:.2g}, where PEMA was tuned "
+            f"for {low:g} to {high:g}. At γ = 0.15 no β is below {(1 + clock) ** -0.15:.2g}, so the result is near the "
+            "last checkpoint. Worth comparing: mean and ema, which do not depend on the path."
         ]
     if length > _REFERENCE[1] * _FAR:
         return [

@@ -22,18 +22,17 @@ from tests.runs import write_run
 WEIGHTS = {"w": torch.arange(6.0)}
 
 
-def path(*distances: float) -> PathLength:
+def path(*distances: float, every: int = 100) -> PathLength:
     """A path of one tensor of 10 elements with σ = 1."""
-    steps = tuple(range(0, 100 * len(distances) + 1, 100))
+    steps = tuple(range(0, every * len(distances) + 1, every))
     return PathLength(steps, {"w": TensorPath(10, 1.0, distances)}, "exclude", 0)
 
 
 @pytest.mark.parametrize(
     ("distances", "told"),
     [
-        ((0.5, 0.5), "The path is short: ℓ(T) = 0.1"),
+        ((0.5, 0.5), "The path is short for 200 steps: ℓ(T) = 0.1 and T·ℓ(T)² = 2,"),
         ((5.0, 5.0), ""),
-        ((1.0, 1.0), ""),
         ((20.0, 20.0), ""),
         ((30.0, 30.0), "The path is long: ℓ(T) = 6"),
         ((5.0, 0.0, 5.0), "Steps 100 and 200 hold identical weights"),
@@ -44,6 +43,22 @@ def test_path(distances: tuple[float, ...], told: str) -> None:
     said = advice.about_path(path(*distances), ())
     assert len(said) == bool(told)
     assert not told or said[0].startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("length", "every", "least"),
+    [(0.1, 100, 0.85), (0.1, 1_390, 0.6), (0.1, 1_420, None), (0.125, 890, 0.6), (0.125, 910, None), (0.9, 10, 0.65)],
+)
+def test_whether_a_path_is_short_is_a_matter_of_its_last_beta(length: float, every: int, least: float | None) -> None:
+    """The quarter of 0.5 in the 1800 steps of the paper; a longer run may travel less."""
+    measured = path(5 * length, 5 * length, every=every)
+    assert measured.lengths[-1] == pytest.approx(length)
+    betas = PEMA().coefficients(Timeline(measured.steps, measured.lengths)).betas
+    said = advice.about_path(measured, ())
+    assert bool(said) == (least is not None)
+    if least is not None:
+        assert f"At γ = 0.15 no β is below {least}, so" in said[0]
+        assert betas[-1] == min(beta for beta in betas if beta is not None) == pytest.approx(least, rel=0.01)
 
 
 def test_nothing_counts() -> None:

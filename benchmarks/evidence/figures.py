@@ -57,7 +57,10 @@ def draw(name: str, panels: Sequence[Panel], *, columns: int, directory: Path = 
         size = (max(3.0 * columns, 4.5), 2.4 * rows + 0.25 * -(-len(names) // per_line) + 0.1)
         figure = Figure(figsize=size, layout="constrained")
         handles = {}
-        for panel, axis in zip(panels, figure.subplots(rows, columns, squeeze=False).flat, strict=True):
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for unused in axes[len(panels) :]:
+            unused.remove()
+        for panel, axis in zip(panels, axes, strict=False):
             axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
             axis.set(xscale=panel.x_scale, yscale=panel.y_scale)
             for one, scale in ((axis.xaxis, panel.x_scale), (axis.yaxis, panel.y_scale)):

@@ -16,7 +16,7 @@ _COMPARED = ("PEMA 0.15", *EMA_POWERS, "BEMA 0.2, 0.5", "DEMA")
 def _first_seeds(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """The runs of the first seed, from the lowest rate up."""
     chosen = [outcome for outcome in outcomes if outcome.cell.seed == 0]
-    return sorted(chosen, key=lambda each: (each.cell.learning_rate, each.cell.minimum))
+    return sorted(chosen, key=lambda each: (each.cell.learning_rate, each.cell.batch, each.cell.minimum))
 
 
 def frequency_panels(setting: Setting, outcomes: Sequence[Outcome]) -> list[Panel]:
@@ -98,7 +98,6 @@ def path_panels(setting: Setting, outcomes: Sequence[Outcome]) -> list[Panel]:
 def draw_all(setting: Setting, outcomes: Sequence[Outcome], directory: Path = RESULTS) -> None:
     """Draw the three figures."""
     panels = frequency_panels(setting, outcomes)
-    columns = next(columns for columns in (3, 4, 2, 1) if len(panels) % columns == 0)
-    draw("language_model-frequency", panels, columns=columns, directory=directory)
+    draw("language_model-frequency", panels, columns=min(3, len(panels)), directory=directory)
     draw("language_model-powers", power_panels(setting, outcomes), columns=2, directory=directory)
     draw("language_model-paths", path_panels(setting, outcomes), columns=2, directory=directory)

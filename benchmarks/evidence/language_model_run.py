@@ -89,10 +89,12 @@ class Cell:
 
 CELLS = (
     Cell(learning_rate=8e-4),
+    Cell(learning_rate=8e-4, batch=4),
     Cell(learning_rate=3e-4),
     Cell(learning_rate=8e-4, seed=1),
     Cell(learning_rate=2e-3),
     Cell(learning_rate=8e-4, minimum=0.1),
+    Cell(learning_rate=3e-4, minimum=0.1),
     Cell(learning_rate=8e-4, seed=2),
 )
 """In the order in which they are carried out: whatever the time allows, there is something of everything."""
