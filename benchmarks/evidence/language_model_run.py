@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import ckavg
 from benchmarks.evidence.language_model_judge import Judge
@@ -83,7 +83,7 @@ class Cell:
         ('0.0008 to 10 %, seed 2', '0.0003, batch 256')
         """
         falls = "" if self.minimum == 1 else f" to {100 * self.minimum:g} %"
-        batch = "" if self.batch == Cell(learning_rate=self.learning_rate).batch else f", batch {self.batch}"
+        batch = "" if self.batch == type(self)(learning_rate=self.learning_rate).batch else f", batch {self.batch}"
         return f"{self.learning_rate:g}{falls}{batch}" + (f", seed {self.seed}" if self.seed else "")
 
 
@@ -94,7 +94,6 @@ CELLS = (
     Cell(learning_rate=8e-4, seed=1),
     Cell(learning_rate=2e-3),
     Cell(learning_rate=8e-4, minimum=0.1),
-    Cell(learning_rate=3e-4, minimum=0.1),
     Cell(learning_rate=8e-4, seed=2),
 )
 """In the order in which they are carried out: whatever the time allows, there is something of everything."""
@@ -134,6 +133,14 @@ PAPERS = Setting(
     + tuple(Cell(learning_rate=2e-3, batch=256, seed=seed) for seed in (1, 2)),
 )
 """The size of Pathwise EMA's runs of SmolLM2-135M (its Table 1), for one GPU."""
+
+
+class Judging(Protocol):
+    """Tells how good a model is."""
+
+    def losses(self, checkpoint: Path) -> list[float]:
+        """The loss of a model on each of some pieces of text, in nats per token."""
+        ...
 
 
 @dataclass(slots=True)
@@ -245,7 +252,7 @@ def fine_tuning(cell: Cell, setting: Setting) -> FineTuning:
 
 
 def judge_all(
-    directory: Path, setting: Setting, judge: Judge, outcome: Outcome, keep: Callable[[Outcome], None]
+    directory: Path, setting: Setting, judge: Judging, outcome: Outcome, keep: Callable[[Outcome], None]
 ) -> None:
     """Judge the base and the last checkpoint of the run in `directory`, then all averages at all intervals."""
     outcome.losses[0, BASE] = judge.losses(directory / "base")
@@ -265,7 +272,7 @@ def judge_all(
 
 
 def _judge_some(
-    directory: Path, every: int, schemes: Mapping[str, Scheme], judge: Judge, outcome: Outcome, *, device: str
+    directory: Path, every: int, schemes: Mapping[str, Scheme], judge: Judging, outcome: Outcome, *, device: str
 ) -> None:
     """Average by some schemes from one reading, judge each, and remove them; the first of all measure the path."""
     begun = time.perf_counter()

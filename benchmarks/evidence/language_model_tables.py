@@ -94,12 +94,17 @@ def difference(outcome: Outcome, one: str, other: str, every: int) -> Difference
     return Difference.of([first - second for first, second in pairs])
 
 
-def of_one_setting(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """The runs that differ by their seed alone, of the setting that has most of them."""
+def by_setting(outcomes: Sequence[Outcome]) -> dict[Cell, list[Outcome]]:
+    """The runs that differ by their seed alone, by what they have in common."""
     groups: dict[Cell, list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault(dataclasses.replace(outcome.cell, seed=0), []).append(outcome)
-    return max(groups.values(), key=len)
+    return groups
+
+
+def of_one_setting(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The runs that differ by their seed alone, of the setting that has most of them."""
+    return max(by_setting(outcomes).values(), key=len)
 
 
 def losses_of(outcomes: Sequence[Outcome]) -> Table:

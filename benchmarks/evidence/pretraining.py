@@ -9,9 +9,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import multiprocessing
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -156,17 +159,21 @@ def panels_of(setting: Setting, losses: Losses) -> list[Panel]:
 
 def main() -> None:
     """Carry it out seed by seed, then write tables, figure and settings."""
-    torch.set_num_threads(1)  # so small a model gains nothing from more, and the result does not depend on the machine
     setting = Setting()
     of_seed = []
-    for seed in setting.seeds:
-        of_seed.append(judge(setting, seed))
-        told = ", ".join(f"{name} {loss:.4f}" for name, loss in of_seed[-1].items())
-        print(f"seed {seed}: {told}", flush=True)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=_begin_process) as pool:
+        for seed, losses_of_seed in zip(setting.seeds, pool.map(partial(judge, setting), setting.seeds), strict=True):
+            of_seed.append(losses_of_seed)
+            told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses_of_seed.items())
+            print(f"seed {seed}: {told}", flush=True)
     losses = {name: [each[name] for each in of_seed] for name in of_seed[0]}
     publish(tables_of(setting, losses))
     draw("pretraining", panels_of(setting, losses), columns=3)
     write_record("pretraining", dataclasses.asdict(setting))
+
+
+def _begin_process() -> None:
+    torch.set_num_threads(1)  # so small a model gains nothing from more, and the result does not depend on the machine
 
 
 if __name__ == "__main__":

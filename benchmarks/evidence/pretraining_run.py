@@ -62,7 +62,7 @@ class Setting:
 
 
 @dataclass(slots=True)
-class _Training:
+class Training:
     """What training goes on from: it is copied where a run branches off."""
 
     model: Llama
@@ -70,37 +70,39 @@ class _Training:
     generator: torch.Generator
 
     @classmethod
-    def begin(cls, setting: Setting, seed: int) -> _Training:
+    def begin(cls, setting: Setting, seed: int) -> Training:
         generator = torch.Generator().manual_seed(seed)
         model = initialised_llama(setting.shape, generator=generator)
-        return cls(model, _optimizer(model), generator)
+        return cls(model, new_optimizer(model), generator)
 
-    def branch(self) -> _Training:
+    def branch(self) -> Training:
         model = copy.deepcopy(self.model)
-        optimizer = _optimizer(model)
+        optimizer = new_optimizer(model)
         optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         generator = torch.Generator()
         generator.set_state(self.generator.get_state())
-        return _Training(model, optimizer, generator)
+        return Training(model, optimizer, generator)
 
-    def steps(self, setting: Setting, rates: Iterator[float]) -> Iterator[None]:
+    def steps(self, rates: Iterator[float], windows: Iterator[Tensor]) -> Iterator[None]:
         """One optimizer step for each learning rate."""
-        for rate, windows in zip(rates, self._windows(setting), strict=False):
+        for rate, batch in zip(rates, windows, strict=False):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.zero_grad()
-            self.model.loss(windows).backward()  # type: ignore[no-untyped-call]
+            self.model.loss(batch).backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             yield
 
-    def _windows(self, setting: Setting) -> Iterator[Tensor]:
+    def windows(self, setting: Setting) -> Iterator[Tensor]:
+        """Batches of the text, from where it has come to."""
         corpus = load_corpus()
         text = corpus.pretraining + corpus.training
         return random_windows(text, setting.shape.max_position_embeddings, setting.batch, self.generator)
 
 
-def _optimizer(model: Llama) -> torch.optim.AdamW:
+def new_optimizer(model: Llama) -> torch.optim.AdamW:
+    """AdamW as all runs have it."""
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1)
 
 
@@ -112,12 +114,12 @@ def train(directory: Path, setting: Setting, seed: int) -> dict[tuple[str, int],
     """
     run = directory / "run"
     run.mkdir(parents=True)
-    training = _Training.begin(setting, seed)
+    training = Training.begin(setting, seed)
     write_checkpoint(run, 0, training.model, {"global_step": 0})
-    branches: dict[int, _Training] = {}
+    branches: dict[int, Training] = {}
     begins = {setting.begin(window): window for window in setting.windows}
     rates = (setting.learning_rate * min(1.0, step / setting.warm_up) for step in range(1, setting.steps + 1))
-    for step, _ in enumerate(training.steps(setting, rates), start=1):
+    for step, _ in enumerate(training.steps(rates, training.windows(setting)), start=1):
         if step % setting.save_every == 0:
             write_checkpoint(run, step, training.model, {"global_step": step})
         if step in begins:
@@ -129,10 +131,11 @@ def train(directory: Path, setting: Setting, seed: int) -> dict[tuple[str, int],
     return decayed
 
 
-def _decay(directory: Path, setting: Setting, name: str, training: _Training, window: int) -> Path:
+def _decay(directory: Path, setting: Setting, name: str, training: Training, window: int) -> Path:
     """The same steps with a rate that reaches 0 one step after the last; its last checkpoint."""
     directory.mkdir()
     steps = setting.steps - setting.begin(window)
-    for _ in training.steps(setting, (setting.learning_rate * DECAYS[name](step / steps) for step in range(steps))):
+    rates = (setting.learning_rate * DECAYS[name](step / steps) for step in range(steps))
+    for _ in training.steps(rates, training.windows(setting)):
         pass
     return write_checkpoint(directory, setting.steps, training.model, {"global_step": setting.steps})
