@@ -21,7 +21,10 @@ from benchmarks.evidence.language_model_tables import (
 from benchmarks.evidence.tables import Cell as TableCell
 from benchmarks.evidence.tables import Table
 
-_SHOWN = ("PEMA 0.15", *EMA_POWERS, "BEMA 0.2, 0.5", "BEMA 0.4, 0.5", "DEMA", "mean")
+_SHOWN = ("PEMA 0.15", *EMA_POWERS)
+_TICKS = {place: f"{place:g}" for place in (0.1, 0.2, 0.5, 1, 2, 5)}
+_PATHS = 7
+"""Runs whose path is drawn: there are eight colours, and one is EMA's."""
 
 Group = Sequence[Outcome]
 """Runs that differ by their seed alone."""
@@ -110,6 +113,20 @@ def pairs_of(setting: Setting, groups: Mapping[Cell, Group]) -> Table:
     return Table("small_model-pairs", columns, tuple(rows))
 
 
+def shortfalls_of(setting: Setting, groups: Mapping[Cell, Group]) -> Table:
+    """How far each average is behind the best EMA of its cell: in the mean over the cells, and where it is furthest."""
+    names = (LAST, *(name for every, name in groups[next(iter(groups))][0].losses if every == setting.frequencies[-1]))
+    columns = ("average", *(f"{what}, every {every}" for every in setting.frequencies for what in ("mean", "most")))
+    rows: list[tuple[TableCell, ...]] = []
+    for name in names:
+        behind = [
+            [difference(group, name, BEST_EMA, every).mean for group in groups.values()]
+            for every in setting.frequencies
+        ]
+        rows.append((name, *(each for of_cells in behind for each in (statistics.fmean(of_cells), max(of_cells)))))
+    return Table("small_model-shortfalls", columns, tuple(rows))
+
+
 def averages_of(setting: Setting, groups: Mapping[Cell, Group], every: int) -> Table:
     """Loss of each average less that of the last checkpoint, a column for each cell."""
     some = next(iter(groups.values()))[0]
@@ -127,6 +144,7 @@ def tables_of(setting: Setting, outcomes: Sequence[Outcome]) -> list[Table]:
         dataclasses.replace(paths_of(first), name="small_model-paths"),
         runs_of(setting, groups),
         cells_of(setting, groups),
+        shortfalls_of(setting, groups),
         pairs_of(setting, groups),
         *(averages_of(setting, groups, every) for every in setting.frequencies),
     ]
@@ -172,6 +190,7 @@ def power_panels(setting: Setting, groups: Mapping[Cell, Group]) -> list[Panel]:
                 y_label="loss − best EMA, nats per byte",
                 x_scale="log",
                 y_scale="linear",
+                ticks={place: tick for place, tick in _TICKS.items() if lengths[0] < place < lengths[-1]},
                 curves=curves,
             )
         )
@@ -184,4 +203,5 @@ def draw_all(setting: Setting, outcomes: Sequence[Outcome]) -> None:
     first = [group[0] for group in groups.values()]
     draw("small_model-frequency", frequency_panels(setting, groups), columns=min(5, len(groups)))
     draw("small_model-powers", power_panels(setting, groups), columns=3)
-    draw("small_model-paths", path_panels(setting, first), columns=2)
+    drawn = sorted(first, key=lambda outcome: outcome.cell.minimum, reverse=True)[:_PATHS]
+    draw("small_model-paths", path_panels(setting, drawn), columns=4)

@@ -126,6 +126,9 @@ def test_tables_count_cells() -> None:
     assert [row[:2] for row in cells] == [("0.1", 2), ("0.1", 4), ("0.2", 2), ("0.2", 4)]
     assert cells[2][2:7] == pytest.approx((1.6, 8 * 1.6**2, 1.6, "0.20", "0.15"))
     assert tables["runs"].rows[0] == ("0.1", 3.5, "-1 ± 0", 0.8, 0.8, 50.0, 800.0)
+    behind = {row[0]: row[1:] for row in tables["shortfalls"].rows}
+    assert behind["EMA 0.20"] == pytest.approx((0.01, 0.02) * 2)
+    assert behind[LAST] == pytest.approx((0.2 - 0.0015, 0.3 - 0.0015) * 2)
     column = {row[0]: row[1:] for row in tables["every-2"].rows}
     assert column["EMA 0.10"][0] == "-0.09850 ± 0.00065"
     assert column["DEMA"][1] == "0.00150 ± 0.00065 (?)"
