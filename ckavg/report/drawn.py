@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import itertools
 import logging
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ckavg.report.canvas import COLOURS, plain_style
@@ -25,6 +28,24 @@ _FEW = 60
 _BLUE, _VERMILLION = COLOURS[:2]
 
 
+_UNDER_WAY: list[threading.Thread] = []
+"""Imports that were begun."""
+
+
+def make_ready() -> None:
+    """Begin to import what `card_picture` needs, half a second of work, beside the reading of weights."""
+    if find_spec("matplotlib") is not None:
+        thread = threading.Thread(target=_import, name="ckavg-picture", daemon=True)
+        _UNDER_WAY.append(thread)
+        thread.start()
+
+
+def _import() -> None:
+    with _silent(), suppress(Exception):  # whatever is wrong with it shows, or does not matter, when it is drawn
+        importlib.import_module("matplotlib.figure")
+        importlib.import_module("matplotlib.backends.backend_svg")
+
+
 def card_picture(result: Averaged) -> bytes | None:
     """The effective weights of an average over the steps, with ℓ, β and α where the scheme has them, as SVG.
 
@@ -37,6 +58,8 @@ def card_picture(result: Averaged) -> bytes | None:
     Returns:
         The file; None where matplotlib is not installed.
     """
+    while _UNDER_WAY:
+        _UNDER_WAY.pop().join()
     with _silent():
         try:
             from matplotlib.figure import Figure

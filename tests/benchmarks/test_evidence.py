@@ -41,7 +41,7 @@ SMALL = Setting(conditions=(10,), directions=3, steps=60, intervals=((1, 20), (2
 ERR_WITH_RULE = {2: 1.153e-5, 8: 8.076e-5, 64: 7.298e-4, 256: 2.996e-3, 1024: 1.273e-2}
 ERR_WITHOUT_RULE = {2: 0.109, 8: 0.220, 64: 0.258, 256: 0.262, 1024: 0.235}
 
-STUDIES = ("quadratic", "parabola", "pretraining", "language_model")
+STUDIES = ("quadratic", "parabola", "pretraining", "small_model", "language_model")
 
 
 # --- the noisy quadratic ---
