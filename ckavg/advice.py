@@ -228,9 +228,9 @@ def _about_length(length: float, span: int) -> list[str]:
     if clock < _CLOCK[0] / _FAR**2:
         low, high = _CLOCK
         return [
-            f"The path is short for {span} steps: ℓ(T) = {length:.2g} and T·ℓ(T)² = {clock:.2g}, where PEMA was tuned "
-            f"for {low:g} to {high:g}. At γ = 0.15 no β is below {(1 + clock) ** -0.15:.2g}, so the result is near the "
-            "last checkpoint. Worth comparing: mean and ema, which do not depend on the path."
+            f"PEMA averages little here: T·ℓ(T)² = {clock:.2g} with T = {span} steps and ℓ(T) = {length:.2g}, where it "
+            f"was tuned for {low:g} to {high:g}. At γ = 0.15 no β is below {(1 + clock) ** -0.15:.2g}, so most of the "
+            "weight is on the last checkpoint. Worth comparing: mean and ema, which do not depend on the path."
         ]
     if length > _REFERENCE[1] * _FAR:
         return [

@@ -31,7 +31,7 @@ def path(*distances: float, every: int = 100) -> PathLength:
 @pytest.mark.parametrize(
     ("distances", "told"),
     [
-        ((0.5, 0.5), "The path is short for 200 steps: ℓ(T) = 0.1 and T·ℓ(T)² = 2,"),
+        ((0.5, 0.5), "PEMA averages little here: T·ℓ(T)² = 2 with T = 200 steps and ℓ(T) = 0.1, where"),
         ((5.0, 5.0), ""),
         ((20.0, 20.0), ""),
         ((30.0, 30.0), "The path is long: ℓ(T) = 6"),

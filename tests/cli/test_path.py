@@ -273,12 +273,12 @@ def test_source_is_by_default_the_current_directory(run: Path, monkeypatch: pyte
 
 def test_quiet_prints_nothing(tmp_path: Path) -> None:
     weights = [{"w": torch.arange(4.0) * (1 + k)} for k in range(3)]
-    run = write_run(tmp_path / "run", weights, (0, 1, 2))
+    run = write_run(tmp_path / "run", weights, (0, 10, 20))
     result = run_cli("path", run, "--quiet", "--csv", tmp_path / "path.csv")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
     assert (run / "averaged" / "path.json").exists()
     assert len(table(tmp_path / "path.csv")[1]) == 3
-    assert json.loads(run_cli("path", run, "--quiet", "--json").stdout)["steps"] == [0, 1, 2]
+    assert json.loads(run_cli("path", run, "--quiet", "--json").stdout)["steps"] == [0, 10, 20]
 
 
 @pytest.mark.parametrize(("count", "hidden"), [(40, 0), (41, 1), (57, 17)])

@@ -272,9 +272,9 @@ def test_hundreds_of_shards_with_few_open_files(tmp_path: Path) -> None:
     """Of 64 files that may be open, the interpreter, torch and the result take some."""
     run = tmp_path / "run"
     tensors = {f"w{number:03d}": weights(number)["w"] for number in range(300)}
-    for step in range(3):
-        shifted = {name: value + step for name, value in tensors.items()}
-        write_checkpoint(run / f"checkpoint-{step}", shifted, step=step, shards=300 if step < 2 else 2)
+    for place in range(3):
+        shifted = {name: value + place for name, value in tensors.items()}
+        write_checkpoint(run / f"checkpoint-{100 * place}", shifted, step=100 * place, shards=300 if place < 2 else 2)
     before = sources(run)
     for verb in ("pema", "mean"):
         done = ckavg(verb, run, "--quiet", preexec=limited(64))

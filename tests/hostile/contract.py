@@ -45,7 +45,7 @@ def write_small_run(root: Path, *, shards: int = 1) -> Path:
     """Three checkpoints; the last one has `shards` weight files."""
     for place, step in enumerate(STEPS):
         last = step == STEPS[-1]
-        write_checkpoint(root / f"checkpoint-{step}", weights(place), step=step, shards=shards if last else 1)
+        write_checkpoint(root / f"checkpoint-{step}", weights(2 * place), step=step, shards=shards if last else 1)
     return root
 
 
