@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import settings
+
+from ckavg.report import drawn
 
 # The machine that runs the tests may be busy: how long an example takes says nothing about it.
 # The same examples every time, so that what fails can be seen again.
@@ -17,3 +21,12 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def without_pictures() -> Iterator[None]:
+    """No weights are drawn: that takes four times as long as a small average, and here it shows nothing."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(drawn, "card_picture", lambda result: None)
+        monkeypatch.setattr(drawn, "make_ready", lambda: None)
+        yield

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,8 @@ from tests.hostile.contract import (
     write_small_run,
 )
 from tests.hostile.values import render, spoilt
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 EXAMPLES = 400
 SOUND = {

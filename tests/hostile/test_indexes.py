@@ -25,6 +25,8 @@ from tests.hostile.contract import (
 )
 from tests.hostile.values import spoilt
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 EXAMPLES = 150
 LAST = f"checkpoint-{STEPS[-1]}"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from tests.cli.runner import run_cli, snapshot
 from tests.hostile.contract import check_text, write_small_run
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 NAMES = {
     "escape": "a\x1b[31mb\x1b]0;title\x07",
     "csi": "a\x9b31mb",

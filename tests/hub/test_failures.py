@@ -18,6 +18,8 @@ from ckavg.hub.transfer import tries_again
 from tests.cli.runner import run_cli, snapshot
 from tests.hub.state import DROPPED, HELD, LARGE, PORTAL, STAGES, TOKEN, Hub
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 REPO = "ada/averaged"
 OF_CHECK = ("whoami", "info", "refs", "list", "right")
 """Stages before anything is read or sent, in a repository that exists."""

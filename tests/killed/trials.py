@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib.backends.backend_svg
+import matplotlib.figure  # noqa: F401 - here, and not in each of the forks
+
 import ckavg.average
 import ckavg.engine.stream
 import ckavg.path.measure

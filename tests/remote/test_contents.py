@@ -21,6 +21,8 @@ from tests.remote.published import OF_A_MODEL, publish_folders, publish_revision
 from tests.remote.questions import REPO
 from tests.run.test_pipelines import write_pipeline
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 FAR = f"hf://{REPO}"
 REVISIONS = f"{FAR}@step*"
 

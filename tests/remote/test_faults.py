@@ -15,6 +15,8 @@ from tests.remote.outcome import keeps_to_itself, refused, weights_of
 from tests.remote.published import publish_folders
 from tests.remote.questions import REPO
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 FOREVER = 1_000
 STAGES = ("refs", "list", "head", "resolve", "fetch")
 """What opening revisions and reading them asks. `info` is asked for where one revision holds folders."""

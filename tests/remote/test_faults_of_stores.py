@@ -14,6 +14,8 @@ from tests.hub.faults import DROPPED, PORTAL, WHOLE, Broken
 from tests.remote.outcome import keeps_to_itself, no_view_is_left, refused, weights_of
 from tests.remote.stores import Store
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 pytest.importorskip("s3fs")
 
 FOREVER = 10_000

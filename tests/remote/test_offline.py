@@ -16,6 +16,8 @@ from tests.remote.outcome import keeps_to_itself, refused, served_of, weights_of
 from tests.remote.published import publish_folders
 from tests.remote.questions import REPO
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 PATTERN = ("--revisions", "step*")
 FAR = f"hf://{REPO}"
 

@@ -20,6 +20,8 @@ from tests.remote.published import publish_folders, publish_revisions
 from tests.remote.stores import Store
 from tests.runs import write_run
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 REPO = "ada/run"
 REVISIONS = f"hf://{REPO}@step*"
 STEPS = tuple(range(10, 110, 10))

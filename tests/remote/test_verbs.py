@@ -22,6 +22,8 @@ from tests.remote.outcome import keeps_to_itself, no_view_is_left, served_of, we
 from tests.remote.questions import REPO
 from tests.remote.stores import Store
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 FAR = (f"hf://{REPO}", "--revisions", "step*")
 
 

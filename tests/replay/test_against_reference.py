@@ -17,6 +17,8 @@ from tests import reference
 from tests.reference import Array, Arrays
 from tests.runs import random_run, write_run
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 STEPS = (0, 7, 50, 51, 200, 1000)
 Reference = Callable[[Sequence[Arrays], Sequence[int]], dict[str, Array]]
 

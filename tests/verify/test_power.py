@@ -16,6 +16,8 @@ from ckavg.schemes import Scheme
 from ckavg.verify.sample import draw, where
 from tests.runs import random_run, write_run
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 STEPS = (0, 100, 200, 300, 400, 500)
 
 

@@ -18,6 +18,8 @@ from ckavg.schemes import SCHEMES, Last, Scheme
 from tests.cli.runner import run_cli, snapshot
 from tests.runs import random_run, write_checkpoint, write_run
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 STEPS = (0, 10, 20, 30, 40, 50)
 AVERAGES: list[Scheme] = [
     ckavg.EMA(),
