@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import multiprocessing
 import shutil
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from benchmarks.evidence.language_model_figures import draw_all
 from benchmarks.evidence.language_model_run import BASE, LAST, PAPERS, Cell, Outcome, Setting, carry_out_cell
 from benchmarks.evidence.language_model_tables import seconds_of, tables_of
+from benchmarks.evidence.processes import single_threaded
 from benchmarks.evidence.tables import ROOT, publish, write_record
 from benchmarks.finetune import TO_TRAIN, RefusedError, refuse_missing
 
@@ -34,9 +33,6 @@ def kept(cell: Cell, setting: Setting, directory: Path) -> Outcome | None:
 
 def _carry_out(cell: Cell, setting: Setting, directory: Path) -> Outcome:
     """In a process of its own: one cell, kept as it comes."""
-    import torch
-
-    torch.set_num_threads(1)  # the processes are the parallelism, and one thread sums in the same order everywhere
     file = directory / f"{cell.label}.json"
 
     def keep(outcome: Outcome) -> None:
@@ -50,8 +46,7 @@ def outcomes(setting: Setting, directory: Path, *, processes: int) -> list[Outco
     """All cells in order, those that are not there carried out first, so many at a time."""
     directory.mkdir(parents=True, exist_ok=True)
     to_do = [cell for cell in setting.cells if kept(cell, setting, directory) is None]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context) as pool:
+    with single_threaded(processes) as pool:
         for outcome in pool.map(partial(_carry_out, setting=setting, directory=directory), to_do):
             told = f"base {outcome.loss(BASE):.4f}, last {outcome.loss(LAST):.4f}"
             print(f"{outcome.cell.label}: {told}, {sum(outcome.seconds.values()) / 60:.1f} minutes", flush=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.evidence.figures import Curve, Panel, draw
 from benchmarks.evidence.language_model_run import LAST, PER_TENSOR, Outcome, Setting
 from benchmarks.evidence.language_model_tables import BEST_EMA, EMA_POWERS, Difference, best, difference
 from benchmarks.evidence.tables import RESULTS
+
+Against = Callable[[str, str, int], Difference]
+"""How much the average of one name is above that of another, at an interval."""
 
 _COMPARED = ("PEMA 0.15", *EMA_POWERS, "BEMA 0.2, 0.5", "DEMA")
 
@@ -19,20 +23,30 @@ def _first_seeds(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return sorted(chosen, key=lambda each: (each.cell.learning_rate, each.cell.batch, each.cell.minimum))
 
 
-def frequency_panels(setting: Setting, outcomes: Sequence[Outcome]) -> list[Panel]:
-    """Loss less that of the last checkpoint against the interval, a panel for each cell; the band is over the text."""
+def frequency_panels(
+    setting: Setting, runs: Mapping[str, Against], names: Sequence[str] = _COMPARED, *, unit: str = "token"
+) -> list[Panel]:
+    """Loss less that of the last checkpoint against the interval, a panel for each run, with one standard error.
+
+    Args:
+        setting: of the study, for its intervals.
+        runs: by title: how much an average is above another at an interval.
+        names: of the averages.
+        unit: what a loss is counted by.
+    """
     intervals = setting.frequencies
     panels = []
-    for outcome in _first_seeds(outcomes):
+    for title, against in runs.items():
         curves = [Curve(name=LAST, x=intervals, y=[0.0 for _ in intervals], dashed=True)]
-        for name in _COMPARED:
-            found = [difference(outcome, name, LAST, every) for every in intervals]
-            curves.append(Curve(name=name, x=intervals, y=[each.mean for each in found], error=_errors(found)))
+        for name in names:
+            found = [against(name, LAST, every) for every in intervals]
+            errors = [each.error for each in found]
+            curves.append(Curve(name=name, x=intervals, y=[each.mean for each in found], error=errors))
         panels.append(
             Panel(
-                title=outcome.cell.name,
+                title=title,
                 x_label="steps between updates",
-                y_label="loss − last, nats per token",
+                y_label=f"loss − last, nats per {unit}",
                 y_scale="linear",
                 x_scale="log",
                 ticks={every: str(every) for every in intervals},
@@ -40,10 +54,6 @@ def frequency_panels(setting: Setting, outcomes: Sequence[Outcome]) -> list[Pane
             )
         )
     return panels
-
-
-def _errors(found: Sequence[Difference]) -> list[float]:
-    return [each.error for each in found]
 
 
 def power_panels(setting: Setting, outcomes: Sequence[Outcome]) -> list[Panel]:
@@ -97,7 +107,8 @@ def path_panels(setting: Setting, outcomes: Sequence[Outcome]) -> list[Panel]:
 
 def draw_all(setting: Setting, outcomes: Sequence[Outcome], directory: Path = RESULTS) -> None:
     """Draw the three figures."""
-    panels = frequency_panels(setting, outcomes)
+    runs = {outcome.cell.name: partial(difference, outcome) for outcome in _first_seeds(outcomes)}
+    panels = frequency_panels(setting, runs)
     draw("language_model-frequency", panels, columns=min(3, len(panels)), directory=directory)
     draw("language_model-powers", power_panels(setting, outcomes), columns=2, directory=directory)
     draw("language_model-paths", path_panels(setting, outcomes), columns=2, directory=directory)

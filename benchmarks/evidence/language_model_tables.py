@@ -165,11 +165,12 @@ def spread_at_end(outcome: Outcome, part: str) -> float:
 def averages_of(outcomes: Sequence[Outcome], every: int) -> Table:
     """Loss of each average less that of the last checkpoint, a column for each run."""
     names = [name for interval, name in outcomes[0].losses if interval == every]
-    rows = tuple((name, *(_marked(difference(each, name, LAST, every)) for each in outcomes)) for name in names)
+    rows = tuple((name, *(marked(difference(each, name, LAST, every)) for each in outcomes)) for name in names)
     return Table(f"language_model-every-{every}", ("average", *(each.cell.name for each in outcomes)), rows)
 
 
-def _marked(found: Difference) -> str:
+def marked(found: Difference) -> str:
+    """With a question mark where it is undecided."""
     return f"{found} (?)" if found.verdict == "undecided" else str(found)
 
 

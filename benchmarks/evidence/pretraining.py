@@ -9,19 +9,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import multiprocessing
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-
-import torch
 
 import ckavg
 from benchmarks.evidence.figures import Curve, Panel, draw
 from benchmarks.evidence.pretraining_run import DECAYS, Setting, train
+from benchmarks.evidence.processes import single_threaded
 from benchmarks.evidence.tables import Cell, Table, publish, with_error, write_record
 from ckavg.demo.evaluate import held_out_loss
 from ckavg.schemes import Scheme
@@ -161,7 +158,7 @@ def main() -> None:
     """Carry it out seed by seed, then write tables, figure and settings."""
     setting = Setting()
     of_seed = []
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=_begin_process) as pool:
+    with single_threaded() as pool:
         for seed, losses_of_seed in zip(setting.seeds, pool.map(partial(judge, setting), setting.seeds), strict=True):
             of_seed.append(losses_of_seed)
             told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses_of_seed.items())
@@ -170,10 +167,6 @@ def main() -> None:
     publish(tables_of(setting, losses))
     draw("pretraining", panels_of(setting, losses), columns=3)
     write_record("pretraining", dataclasses.asdict(setting))
-
-
-def _begin_process() -> None:
-    torch.set_num_threads(1)  # so small a model gains nothing from more, and the result does not depend on the machine
 
 
 if __name__ == "__main__":

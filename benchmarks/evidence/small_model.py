@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import multiprocessing
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from benchmarks.evidence.language_model_run import BASE, LAST, Cell, Outcome, Setting
 from benchmarks.evidence.language_model_tables import seconds_of
+from benchmarks.evidence.processes import single_threaded
 from benchmarks.evidence.small_model_run import SmallCell, carry_out_cell, pretrain
 from benchmarks.evidence.small_model_tables import draw_all, tables_of
 from benchmarks.evidence.tables import publish, write_record
@@ -54,11 +51,7 @@ def _carry_out(cell: Cell, setting: Setting, base: Path) -> Outcome:
 
 def outcomes(setting: Setting, *, processes: int = 2) -> list[Outcome]:
     """All cells in order, so many at a time, from one base model that is trained first."""
-    context = multiprocessing.get_context("spawn")
-    with (
-        tempfile.TemporaryDirectory(prefix="ckavg-evidence-") as scratch,
-        ProcessPoolExecutor(processes, context, initializer=_begin_process) as pool,
-    ):
+    with tempfile.TemporaryDirectory(prefix="ckavg-evidence-") as scratch, single_threaded(processes) as pool:
         base = pool.submit(pretrain, Path(scratch)).result()
         found = []
         for outcome in pool.map(partial(_carry_out, setting=setting, base=base), setting.cells):
@@ -66,10 +59,6 @@ def outcomes(setting: Setting, *, processes: int = 2) -> list[Outcome]:
             print(f"{outcome.cell.label}: {told}, {sum(outcome.seconds.values()):.0f} s", flush=True)
             found.append(outcome)
     return found
-
-
-def _begin_process() -> None:
-    torch.set_num_threads(1)  # so small a model gains nothing from more, and the result does not depend on the machine
 
 
 def main() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from benchmarks.evidence.figures import Curve, Panel, draw
-from benchmarks.evidence.language_model_figures import path_panels
+from benchmarks.evidence.language_model_figures import frequency_panels, path_panels
 from benchmarks.evidence.language_model_run import BASE, LAST, PER_TENSOR, Cell, Outcome, Setting
 from benchmarks.evidence.language_model_tables import (
     BEST_EMA,
@@ -16,6 +17,7 @@ from benchmarks.evidence.language_model_tables import (
     PEMA_POWERS,
     Difference,
     by_setting,
+    marked,
     paths_of,
 )
 from benchmarks.evidence.tables import Cell as TableCell
@@ -76,11 +78,6 @@ def cells_of(setting: Setting, groups: Mapping[Cell, Group]) -> Table:
 def mean_at_end(group: Group, every: int, key: str) -> float:
     """Of what is known of the path at the last step; see `path_of`."""
     return statistics.fmean(outcome.paths[every][key][-1] for outcome in group)
-
-
-def marked(found: Difference) -> str:
-    """With a question mark where it is undecided."""
-    return f"{found} (?)" if found.verdict == "undecided" else str(found)
 
 
 def runs_of(setting: Setting, groups: Mapping[Cell, Group]) -> Table:
@@ -150,29 +147,6 @@ def tables_of(setting: Setting, outcomes: Sequence[Outcome]) -> list[Table]:
     ]
 
 
-def frequency_panels(setting: Setting, groups: Mapping[Cell, Group]) -> list[Panel]:
-    """Loss less that of the last checkpoint against the interval, a panel for each cell; the band is over the seeds."""
-    panels = []
-    for cell, group in groups.items():
-        curves = [Curve(name=LAST, x=setting.frequencies, y=[0.0 for _ in setting.frequencies], dashed=True)]
-        for name in _SHOWN:
-            found = [difference(group, name, LAST, every) for every in setting.frequencies]
-            errors = [each.error for each in found]
-            curves.append(Curve(name=name, x=setting.frequencies, y=[each.mean for each in found], error=errors))
-        panels.append(
-            Panel(
-                title=cell.name,
-                x_label="steps between updates",
-                y_label="loss − last, nats per byte",
-                y_scale="linear",
-                x_scale="log",
-                ticks={every: str(every) for every in setting.frequencies},
-                curves=curves,
-            )
-        )
-    return panels
-
-
 def power_panels(setting: Setting, groups: Mapping[Cell, Group]) -> list[Panel]:
     """Each power of EMA and PEMA less the best EMA, against ℓ(T): a panel for each interval."""
     panels = []
@@ -201,7 +175,8 @@ def draw_all(setting: Setting, outcomes: Sequence[Outcome]) -> None:
     """Draw the three figures."""
     groups = by_setting(outcomes)
     first = [group[0] for group in groups.values()]
-    draw("small_model-frequency", frequency_panels(setting, groups), columns=min(5, len(groups)))
+    runs = {cell.name: partial(difference, group) for cell, group in groups.items()}
+    draw("small_model-frequency", frequency_panels(setting, runs, _SHOWN, unit="byte"), columns=min(5, len(groups)))
     draw("small_model-powers", power_panels(setting, groups), columns=3)
     drawn = sorted(first, key=lambda outcome: outcome.cell.minimum, reverse=True)[:_PATHS]
     draw("small_model-paths", path_panels(setting, drawn), columns=4)

@@ -86,11 +86,18 @@ def check_push(destination: Destination | None, files: tuple[str, ...]) -> None:
 @contextmanager
 def complete_in(directory: Path, destination: Destination | None = None) -> Iterator[None]:
     """Let an interrupt after the averaging say that the result is there, and how to go on if it is to be uploaded."""
+    goes_on = "" if destination is None else f" {continued(directory, destination)}"
+    with interrupted_with(f"The result is complete in {directory}.{goes_on}"):
+        yield
+
+
+@contextmanager
+def interrupted_with(told: str) -> Iterator[None]:
+    """Have an interrupt end the command with these words, for work that was complete before it."""
     try:
         yield
     except KeyboardInterrupt as error:
-        goes_on = "" if destination is None else f" {continued(directory, destination)}"
-        warn("interrupted", f"The result is complete in {directory}.{goes_on}")
+        warn("interrupted", told)
         raise typer.Exit(INTERRUPTED) from error
 
 

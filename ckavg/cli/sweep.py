@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -15,7 +14,7 @@ from ckavg.cli.averaging import carry_out_shown, check_plot, draw, plans_of, war
 from ckavg.cli.commands import joined
 from ckavg.cli.failures import INTERRUPTED
 from ckavg.cli.options import Sweeping
-from ckavg.cli.push import check_push, destination_of, push_shown
+from ckavg.cli.push import check_push, destination_of, interrupted_with, push_shown
 from ckavg.cli.ranks import together
 from ckavg.cli.terminal import say, warn
 from ckavg.engine.ranks import Ranks
@@ -96,7 +95,8 @@ def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -
     done = carry_out_shown(plans, options, ranks)
     if not ranks.is_first:
         return
-    with _all_complete(base, destination):
+    goes_on = "" if destination is None else f" {continued(Path('DIR'), destination)}"
+    with interrupted_with(f"All averages are complete in {base}.{goes_on}"):
         told = {warning for plan in plans for warning in plan.warnings}
         warn_of(dict.fromkeys(each for result in done.records for each in result.warnings if each not in told))
         results, interrupted = list(done.records), False
@@ -108,17 +108,6 @@ def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -
             raise typer.Exit(INTERRUPTED)
         if destination is not None:
             _push_best(results, destination, options)
-
-
-@contextmanager
-def _all_complete(base: Path, destination: Destination | None) -> Iterator[None]:
-    """Let an interrupt after the averaging say that the results are there."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        goes_on = "" if destination is None else f" {continued(Path('DIR'), destination)}"
-        warn("interrupted", f"All averages are complete in {base}.{goes_on}")
-        raise typer.Exit(INTERRUPTED) from error
 
 
 def _push_best(results: list[Averaged], destination: Destination, options: Sweeping) -> None:

@@ -80,6 +80,15 @@ def check_access(destination: Destination, names: Collection[str] = ()) -> Acces
 
 def connect() -> HfApi:
     """The client, with the user's endpoint and token, and without bars and logs of its own."""
+    return quiet_api(token=True)
+
+
+def quiet_api(*, token: bool | None = None) -> HfApi:
+    """The client of the user's endpoint, without bars and logs of its own.
+
+    Args:
+        token: as huggingface_hub understands it: True requires one, None uses one where there is one.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
     from huggingface_hub.utils import logging as of_client
@@ -87,7 +96,7 @@ def connect() -> HfApi:
     disable_progress_bars()  # the caller is told of progress, and shows it as it likes
     if not os.environ.get("HF_HUB_VERBOSITY") and not os.environ.get("HF_DEBUG"):
         of_client.set_verbosity_error()  # type: ignore[no-untyped-call]  # each retry would be a warning, with the address of a storage and its key
-    return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=True)
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
 
 
 def address(api: HfApi) -> str:

@@ -6,7 +6,6 @@ changes nothing. Files that are fetched whole go into the client's own cache, wh
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ckavg.errors import CkavgError, HubError, ReadError
 from ckavg.hub.answers import explained, holds_key
-from ckavg.hub.client import address, holds_secret
+from ckavg.hub.client import address, holds_secret, quiet_api
 from ckavg.remote.address import Address
 from ckavg.remote.download import Partial, complete
 from ckavg.remote.failing import is_of_disk, may_pass
@@ -23,7 +22,7 @@ from ckavg.remote.store import GO_ONLINE, OnBytes, RemoteFile
 from ckavg.remote.tries import exactly, with_retries
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    pass
 
 Value = TypeVar("Value")
 
@@ -35,15 +34,10 @@ class Repository:
     """A model repository, and what its client needs to read it. Looks at nothing before it is asked to."""
 
     def __init__(self, repo: str) -> None:
-        from huggingface_hub import HfApi, constants
-        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
-        from huggingface_hub.utils import logging as of_client
+        from huggingface_hub import constants
 
-        disable_progress_bars()  # the caller is told of progress, and shows it as it likes
-        if not os.environ.get("HF_HUB_VERBOSITY") and not os.environ.get("HF_DEBUG"):
-            of_client.set_verbosity_error()  # type: ignore[no-untyped-call]  # it would tell of every retry
         self.name = repo
-        self.api: HfApi = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+        self.api = quiet_api()
         self.is_offline = bool(constants.HF_HUB_OFFLINE)
         self.cache = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
 

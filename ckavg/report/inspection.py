@@ -89,8 +89,9 @@ def _table(found: Inspection) -> Any:
 def _name(found: Inspection, checkpoint: Checkpoint) -> str:
     """Within the run: of its directory or file, or of its revision."""
     address = address_of(_place(found, checkpoint))
-    is_revision = address is not None and not address.folder
-    return (address and is_revision and address.revision) or checkpoint.path.name
+    if address is None or address.revision is None or address.folder:
+        return checkpoint.path.name
+    return address.revision
 
 
 def _place(found: Inspection, checkpoint: Checkpoint) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,8 @@ from safetensors.torch import load_file
 
 from benchmarks.evidence import pretraining, pretraining_run
 from ckavg.demo.model import LlamaShape
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = pretraining_run.Setting(
     steps=12,
@@ -21,15 +22,6 @@ TINY = pretraining_run.Setting(
     seeds=(0, 1, 2),
     shape=LlamaShape(hidden_size=16, intermediate_size=16, num_hidden_layers=1, max_position_embeddings=64),
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the study does: its steps are too small to be split."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_a_branch_that_does_not_decay_is_the_stable_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,17 +18,11 @@ from benchmarks.evidence.small_model_tables import best_of, difference, draw_all
 from ckavg.demo.checkpoint import load_model, write_checkpoint
 from ckavg.demo.model import LlamaShape, initialised_llama
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = Setting(steps=8, warm_up=2, frequencies=(2, 4), windows=3)
 SHAPE = LlamaShape(hidden_size=16, intermediate_size=16, num_hidden_layers=1, max_position_embeddings=64)
 TEXT = "".join(f"{place}: to be or not to be {place * place}\n" for place in range(400))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
