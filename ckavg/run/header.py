@@ -59,7 +59,7 @@ def read_header(path: Path, *, shard: int = 0) -> Header:
         MissingShardError: there is no such file.
         TruncatedShardError: the file ends before its header says it does.
         CorruptFileError: it is not a valid safetensors file.
-        UnsupportedFormatError: it holds a dtype that cannot be averaged (8-bit floats).
+        UnsupportedFormatError: it holds a dtype that is not read, such as one of 4 bits.
         ReadError: the system would not let us read it.
     """
     try:

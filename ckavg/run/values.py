@@ -15,11 +15,15 @@ ITEM_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1,
     "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+    "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
 }  # fmt: skip
 """Bytes per element of every dtype that is read, by its safetensors code."""
 
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 """The dtypes that are averaged; all others are copied from the last checkpoint."""
+
+CONSTANT = frozenset({"C64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+"""The dtypes that are neither averaged nor taken from one checkpoint: copied where all checkpoints hold the same bytes."""
 
 DTYPE_NAMES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Floating dtypes: safetensors code to the name users type."""
@@ -62,6 +66,11 @@ class Entry:
     def is_floating(self) -> bool:
         """Whether it is averaged rather than copied."""
         return self.dtype in FLOATING and not self.kept
+
+    @property
+    def must_be_constant(self) -> bool:
+        """Whether it can be copied only where it is the same, bit for bit, in every checkpoint."""
+        return self.dtype in CONSTANT
 
 
 @dataclass(frozen=True, slots=True)
