@@ -13,7 +13,7 @@ from ckavg.path.plan import PathPlan, check_sample, plan_path
 from ckavg.result.layout import WeightPlan, plan_weights
 from ckavg.result.origin import Origin, find_origin
 from ckavg.result.place import place_problems, space_problems
-from ckavg.result.side_files import gather_side_files
+from ckavg.result.side_files import gather_side_files, name_of_weights
 from ckavg.run.checkpoint import RESULT_RECORD
 from ckavg.run.opening import Inspection, as_run, worst_first
 from ckavg.run.trainer_log import learning_rates
@@ -175,7 +175,7 @@ def _plan_averages(
     problems: list[CkavgError] = []
     for _, place in placed:
         problems += place_problems(place, run.source, run.checkpoints, force=force)
-    weights = plan_weights(run.last, dtype)
+    weights = plan_weights(run.last, dtype, file_name=name_of_weights(run))
     beside = gather_side_files(run, weights)
     origin = find_origin(run, beside.files, card)
     needs_path = any(scheme.needs_path for scheme, _ in wanted)

@@ -14,7 +14,7 @@ from ckavg.result.card import PICTURE, write_card
 from ckavg.result.digests import sha256
 from ckavg.result.record import Averaged, Input, Output, Seconds
 from ckavg.run.checkpoint import RESULT_RECORD
-from ckavg.run.values import Run
+from ckavg.run.values import FLOATING, Run
 from ckavg.schemes import Coefficients
 
 
@@ -72,7 +72,7 @@ def record_of(
         dtype=plan.dtype,
         accumulate=work.accumulate,
         allow_nonfinite=work.allow_nonfinite,
-        copied=tuple(sorted(name for name, entry in run.tensors.items() if entry.kept)),
+        copied=tuple(sorted(name for name, entry in run.tensors.items() if entry.kept and entry.dtype in FLOATING)),
         warnings=warnings + (advice.about_path(path, left_out) if path else ()) + advice.about_nonfinite(nonfinite),
         evaluation=None,
         inputs=tuple(
@@ -90,7 +90,7 @@ def record_of(
     )
 
 
-def _selection(run: Run) -> dict[str, int | str | tuple[str, ...]]:
+def _selection(run: Run) -> dict[str, int | str | tuple[int | str, ...]]:
     """What was chosen, with an anchor from elsewhere as it was named."""
     init = run.selection.init
     return run.selection.stated | ({} if init is None else {"init": run.place(init)})

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from ckavg.errors import CkavgError, CombinedError, MissingShardError, SettingError
 from ckavg.remote.address import Address, address_of, parse_size
 from ckavg.remote.store import GO_ONLINE
-from ckavg.result.side_files import is_side_file
+from ckavg.result.side_files import MOST_BYTES, is_side_file
 from ckavg.run.discover import Candidate, scan
 from ckavg.run.opening import Inspection, as_run, inspect_run
 from ckavg.run.select import selected
@@ -35,6 +35,9 @@ def open_run(
     *,
     init: Path | str | None = None,
     init_step: int = 0,
+    match: str | None = None,
+    steps: Sequence[int] = (),
+    skip_step: Sequence[int] = (),
     every: int | None = None,
     every_from: int | None = None,
     from_step: int | None = None,
@@ -53,6 +56,9 @@ def open_run(
             address that fsspec has a driver for, such as `s3://bucket/run`.
         init: the anchor θ_0, a checkpoint directory, safetensors file or address; None: the first checkpoint selected.
         init_step: optimizer step of `init`.
+        match: shell pattern of the names of checkpoints, where several runs lie in one directory.
+        steps: exactly these optimizer steps; empty: all.
+        skip_step: leave out these optimizer steps.
         every: update frequency f in optimizer steps: visit only checkpoints with (t_k − t_0) mod f = 0.
         every_from: count `every` from this step instead of the anchor's.
         from_step: leave out checkpoints before this optimizer step.
@@ -71,6 +77,9 @@ def open_run(
     selection = Selection(
         init=None if init is None else Path(init),
         init_step=init_step,
+        match=match,
+        steps=tuple(steps),
+        skip_step=tuple(skip_step),
         every=every,
         every_from=every_from,
         from_step=from_step,
@@ -144,13 +153,13 @@ def _inspected(mirror: Mirror, source: Path | Address, base: Address | None, sel
     if isinstance(source, Address):
         places, told = list_run(mirror, source, selection.revisions)
         source = mirror.root
-        open_places(mirror, [places[candidate.path] for candidate in _chosen(source, selection)])
+        open_places(mirror, [places[candidate.path] for candidate in _chosen(mirror, selection)])
     if base is not None:
         init = mirror.root.parent / "init" / base.name
         selection = dataclasses.replace(selection, init=init)
         places[init] = list_model(mirror, base, init)
         open_places(mirror, [places[init]])
-    found = inspect_run(source, selection)
+    found = inspect_run(source, selection, read=mirror.peek)
     if found.checkpoints:
         ends = {found.checkpoints[0].path, found.checkpoints[-1].path} if base else {found.checkpoints[-1].path}
         for path in ends & places.keys():
@@ -169,9 +178,9 @@ def _inspected(mirror: Mirror, source: Path | Address, base: Address | None, sel
     )
 
 
-def _chosen(root: Path, selection: Selection) -> Sequence[Candidate]:
+def _chosen(mirror: Mirror, selection: Selection) -> Sequence[Candidate]:
     """Those whose headers will be read; more than that where some turn out to be incomplete."""
-    candidates = scan(root).candidates
+    candidates = scan(mirror.root, match=selection.match, read=mirror.peek).candidates
     if selection.skip_incomplete:
         return candidates
     kept = selected([candidate.step for candidate in candidates], selection)
@@ -184,7 +193,8 @@ def _bring_side_files(mirror: Mirror, place: Place, patterns: Sequence[str]) -> 
     for name in place.names:
         here = PurePosixPath(name.removeprefix(place.prefix))
         asked = any(fnmatch.fnmatchcase(str(here), pattern) for pattern in patterns)
-        if (asked or here.name == _CARD or is_side_file(here)) and not str(here).endswith(_WEIGHTS):
+        wanted = is_side_file(here) and place.tree.files[name].size <= MOST_BYTES
+        if (asked or here.name == _CARD or wanted) and not str(here).endswith(_WEIGHTS):
             names.append(name)
     mirror.bring(place.directory, place.tree, names, prefix=place.prefix)
 

@@ -13,7 +13,7 @@ from ckavg.engine.ranks import Ranks
 from ckavg.journal import Journal
 from ckavg.plan import Plan
 from ckavg.result.digests import sha256_of
-from ckavg.result.shard_files import ShardFiles
+from ckavg.result.shard_files import ShardFiles, write_own_hashes
 from ckavg.result.staging import JOURNAL, Staging
 from ckavg.run.values import Run
 
@@ -149,8 +149,13 @@ def settled(plans: Sequence[Plan], stagings: Sequence[Staging], sinks: Sinks, ra
     syncs = [sink.sync for of_plan in sinks for sink in of_plan.values()]
     if ranks.world > 1:
         sha256_of((), beside=syncs)
-        syncs = []
         ranks.wait()  # the others have written into these files, too
+    if ranks.is_first:
+        for plan, of_plan in zip(plans, paths, strict=True):
+            for out in plan.outputs.values():
+                for shard in plan.weights.shards:
+                    write_own_hashes(of_plan[out.relative_to(plan.out) / shard.name], shard)
+    ranks.wait()
     own = of_all[ranks.rank :: ranks.world]
     digests: dict[Path, str] = {}
     for part in ranks.gather(dict(zip(own, sha256_of(own, beside=syncs), strict=True))):

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ckavg.errors import SettingError
 from ckavg.run.values import Selection
 
 _CHOICE = "Which checkpoints"
@@ -65,6 +66,23 @@ class Choice:
         ),
     ] = None
     init_step: Annotated[int, typer.Option(metavar="N", help="Optimizer step of --init.", rich_help_panel=_CHOICE)] = 0
+    match: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GLOB",
+            help="Of several runs in one directory, those whose names match.",
+            show_default=False,
+            rich_help_panel=_CHOICE,
+        ),
+    ] = None
+    steps: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="Exactly these steps.", show_default="all", rich_help_panel=_CHOICE),
+    ] = None
+    skip_step: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", help="Leave out step N (repeatable).", show_default=False, rich_help_panel=_CHOICE),
+    ] = None
     every: Annotated[
         int | None,
         typer.Option(
@@ -123,6 +141,9 @@ class Choice:
         return Selection(
             init=self.init,
             init_step=self.init_step,
+            match=self.match,
+            steps=_whole_numbers(self.steps),
+            skip_step=tuple(self.skip_step or ()),
             every=self.every,
             every_from=every_from if self.every else None,
             from_step=self.from_step,
@@ -132,6 +153,17 @@ class Choice:
             common_only=self.common_only,
             revisions=tuple(self.revisions or ()),
         )
+
+
+def _whole_numbers(text: str | None) -> tuple[int, ...]:
+    """The steps that were typed as `100,300,700`."""
+    try:
+        return tuple(int(each) for each in text.split(",")) if text is not None else ()
+    except ValueError as error:
+        raise SettingError(
+            f"--steps is {text!r}; it must be whole numbers with commas between them.",
+            hint="For example: --steps 100,300",
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

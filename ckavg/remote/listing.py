@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -16,7 +16,8 @@ from ckavg.remote.mirror import Mirror
 from ckavg.remote.objects import ObjectTree
 from ckavg.remote.parallel import at_once
 from ckavg.remote.store import GO_ONLINE, Tree
-from ckavg.run.layouts import read_label
+from ckavg.run.checkpoint import RESULT_RECORD
+from ckavg.run.layouts import label_run, read_label, read_labels
 from ckavg.run.trainer_log import TRAINER_STATE
 
 CARD = "README.md"
@@ -139,59 +140,67 @@ def _revisions(
             hint=GO_ONLINE if kept else "Name them with --revisions, in quotation marks: --revisions 'step*'",
         )
     places: dict[Path, Place] = {}
-    unstated = []
-    for name in matched:
+    labels = read_labels([name.replace("/", "--") for name in matched])
+    unstated = [
+        name for name in matched if (label := labels.get(name.replace("/", "--"))) is None or label.number is None
+    ]
+    for name in sorted(set(matched) - set(unstated), key=matched.index):
         safe = name.replace("/", "--")
-        if read_label(safe) is None:
-            unstated.append(name)
-            continue
         path = mirror.root / safe
         places[path] = Place(path, repository.tree(name, address.folder, commit=known[name]))
         mirror.stand_for(path, str(Address("hf", address.place, name, address.folder)))
         path.mkdir(exist_ok=True)
-        if safe.isdigit():  # a bare number says too little without weights beside it
-            (path / f"model{_WEIGHTS}").touch()
+        (path / f"model{_WEIGHTS}").touch()  # a number says too little without weights beside it
     if not places:
         raise NoCheckpointsError(
             f"{address}: no revision that matches states a step: {listed(unstated)}.",
             hint="Expected names such as step1000 or stage1-step1000-tokens5B.",
         )
-    _check_stages(address, places)
-    told = f"Passed over, for the name of the revision states no step: {listed(unstated)}."
+    _check_stages(address, {labels[path.name].stem for path in places})
+    told = f"Left out, for the name of the revision states no step: {listed(unstated)}."
     return places, [told] if unstated else []
 
 
-def _check_stages(address: Address, places: Mapping[Path, Place]) -> None:
-    """Refuse revisions of several stages, in words that a repository is chosen from."""
-    stages = sorted({label.stage for path in places if (label := read_label(path.name))})
-    if len(stages) > 1:
-        named = ", ".join(stage or "none" for stage in stages)
+def _check_stages(address: Address, stems: Collection[str]) -> None:
+    """Refuse revisions of several runs or stages, in words that a repository is chosen from."""
+    if len(stems) > 1:
+        named = ", ".join(stem or "none" for stem in sorted(stems))
         raise MixedOrderError(
             f"{address}: the revisions mix stages ({named}), whose steps have no common order.",
-            hint=f"Choose those of one stage: --revisions '{next(filter(None, stages))}*'",
+            hint=f"Choose those of one stage: --revisions '{next(filter(None, sorted(stems)))}*'",
         )
 
 
 def _folders(mirror: Mirror, address: Address, tree: Tree, repository: Repository | None) -> dict[Path, Place]:
-    by_first: dict[str, list[str]] = {}
+    folders: dict[str, list[str]] = defaultdict(list)
     for name in tree.files:
-        by_first.setdefault(name.partition("/")[0], []).append(name)
+        first, slash, _ = name.partition("/")
+        folders[first if slash else ""].append(name)
+    top = folders.pop("", [])
+    labels = label_run(
+        folders,
+        [name.removesuffix(_WEIGHTS) for name in top if name.endswith(_WEIGHTS)],
+        lambda name: any(each.endswith(_WEIGHTS) for each in folders[name]),
+        is_one_model=bool({"model_index.json", "modules.json"} & set(top)),
+    )
     places: dict[Path, Place] = {}
-    top = []
-    for first, names in by_first.items():
-        path = mirror.root / first
-        if names == [first]:
-            top.append(first)
-            if first.endswith(_WEIGHTS) and read_label(first.removesuffix(_WEIGHTS)):
-                places[path] = Place(path, tree, "", names)
-        elif read_label(first):
-            places[path] = Place(path, tree, f"{first}/", names)
-            mirror.add(path, tree, names, prefix=f"{first}/", url=f"{tree.url}/{first}")
-            mirror.bring(path, tree, [name for name in names if name == f"{first}/{TRAINER_STATE}"], prefix=f"{first}/")
+    for first, names in folders.items():
+        path, prefix = mirror.root / first, f"{first}/"
+        if first in labels:
+            places[path] = Place(path, tree, prefix, names)
+            mirror.add(path, tree, names, prefix=prefix, url=f"{tree.url}/{first}")
+            mirror.bring(path, tree, [name for name in names if name == f"{first}/{TRAINER_STATE}"], prefix=prefix)
+        else:  # shown, so that they are told of
+            shown = [name for name in names if name.endswith((_WEIGHTS, RESULT_RECORD))]
+            mirror.add(path, tree, shown, prefix=prefix, url=f"{tree.url}/{first}")
+    flat = [name for name in top if name in labels]
+    places |= {mirror.root / name: Place(mirror.root / name, tree, "", [name]) for name in flat}
     if not places:
         raise _nothing(address, top, repository)
     mirror.add(mirror.root, tree, [name for name in top if name.endswith(_WEIGHTS) or name == CARD])
     mirror.bring(mirror.root, tree, [name for name in top if name == CARD])
+    if len(flat) == len(places):
+        mirror.open_headers(mirror.root / name for name in flat)
     return places
 
 

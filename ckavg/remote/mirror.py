@@ -27,6 +27,7 @@ from ckavg.remote.heads import head_of
 from ckavg.remote.parallel import Stopped, at_once
 from ckavg.remote.store import OnBytes, Tree
 from ckavg.run.checkpoint import RESULT_RECORD
+from ckavg.run.same import read_bytes
 from ckavg.run.values import Checkpoint, Fetching
 
 _OPEN: weakref.WeakSet[Mirror] = weakref.WeakSet()
@@ -69,6 +70,7 @@ class Mirror:
         self._names: dict[Path, str] = {}
         self._pinned: dict[Path, str] = {}
         self._trees: list[Tree] = []
+        self._opened: set[Path] = set()
 
     def add(self, place: Path, tree: Tree, names: Iterable[str], *, prefix: str = "", url: str | None = None) -> None:
         """Show files of a tree in a directory of the mirror: weights by their size, others by their name alone.
@@ -128,8 +130,17 @@ class Mirror:
             head = head_of(origin.tree, origin.name)
             with self._writing(path), path.open("r+b") as file:
                 file.write(head)
+            self._opened.add(path)
 
-        at_once(one, list(paths))
+        at_once(one, [path for path in paths if path not in self._opened])
+
+    def peek(self, path: Path, start: int, stop: int) -> bytes:
+        """The bytes from `start` to `stop` of a weight file, wherever it is.
+
+        Raises:
+            HubError, ReadError: they could not be fetched.
+        """
+        return self.read(path, start, stop) if path in self.weights else read_bytes(path, start, stop)
 
     def seal(self) -> None:
         """Put links in the place of all weight files: to those that are on this machine whole, else to nowhere."""

@@ -100,7 +100,7 @@ class Averaged:
         dtype: output dtype that was asked for.
         accumulate: dtype in which tensors were accumulated.
         allow_nonfinite: whether checkpoints that hold NaN or infinity were let through.
-        copied: floating tensors that not all checkpoints have, copied from the last one.
+        copied: floating tensors that were copied from the last checkpoint: not all have them, or they never change.
         warnings: what a user should know.
         evaluation: what the user's own command said of it; None where there was none.
         inputs: the checkpoints that took part, the anchor first.
@@ -112,7 +112,7 @@ class Averaged:
     scheme: str
     parameters: dict[str, float | int | str]
     source: Path | str
-    selection: dict[str, int | str | tuple[str, ...]]
+    selection: dict[str, int | str | tuple[int | str, ...]]
     steps: tuple[int, ...]
     anchor_step: int
     span: int

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +14,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ckavg.errors import WriteError
-from ckavg.result.layout import ShardPlan
+from ckavg.result.layout import ShardPlan, encode_header
+from ckavg.run.metadata import KNOWN_HASHES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Never for reading: a network file system then writes the bytes it is given, and not their whole pages.
 _WRITE = os.O_WRONLY | os.O_CLOEXEC
+
+_LEGACY_START, _LEGACY_BYTES = 1 << 20, 1 << 16
 
 
 class ShardFiles:
@@ -82,6 +87,32 @@ class ShardFiles:
                 yield handle
             finally:
                 os.close(handle)
+
+
+def write_own_hashes(path: Path, shard: ShardPlan) -> None:
+    """Put the hashes of its tensors into the header of a finished file that is to state them (sd-scripts defines them).
+
+    `sshs_model_hash` is the SHA-256 of all that follows the header. `sshs_legacy_hash` is 8 digits of that of 64 KiB,
+    taken 1 MiB into the file as it would be if its header kept only the entries of training.
+
+    Raises:
+        WriteError: the system would not let us read or write it.
+    """
+    if not KNOWN_HASHES.keys() & shard.metadata.keys():
+        return
+    declared = json.loads(shard.header[8:])
+    of_training = {key: value for key, value in shard.metadata.items() if key.startswith("ss_")}
+    head = encode_header(declared | {"__metadata__": of_training})
+    with write_errors(path), path.open("r+b") as file:
+        file.seek(len(shard.header))
+        whole = hashlib.file_digest(file, "sha256").hexdigest()
+        piece = head[_LEGACY_START : _LEGACY_START + _LEGACY_BYTES]
+        file.seek(len(shard.header) + max(0, _LEGACY_START - len(head)))
+        piece += file.read(_LEGACY_BYTES - len(piece))
+        hashes = {"sshs_model_hash": whole, "sshs_legacy_hash": hashlib.sha256(piece).hexdigest()[:8]}
+        stated = {key: hashes.get(key, value) for key, value in shard.metadata.items()}
+        file.seek(0)
+        file.write(encode_header(declared | {"__metadata__": stated}))
 
 
 def _create(path: Path, shard: ShardPlan) -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from ckavg.errors import ReadError, SettingError, listed
 from ckavg.result.layout import WeightPlan
-from ckavg.run.contents import ADAPTERS, holds_weights
-from ckavg.run.files import Bounds, problem_with
-from ckavg.run.foreign import foreign_weights
-from ckavg.run.layouts import is_averaged, may_hold_model
+from ckavg.run.checkpoint import own_folders
+from ckavg.run.contents import holds_weights
+from ckavg.run.files import Bounds, problem_with, read_object
+from ckavg.run.foreign import PICKLES, foreign_weights
+from ckavg.run.layouts import is_averaged, is_training_state, may_hold_model
 from ckavg.run.values import DTYPE_NAMES, Checkpoint, Run
 from ckavg.untrusted import read_small
 
@@ -24,14 +26,42 @@ PIPELINE_CONFIG = "model_index.json"
 DTYPE_KEYS = ("dtype", "torch_dtype")
 """Where configs state a dtype."""
 
-_SUFFIXES = frozenset(
-    {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".bpe", ".spm", ".yaml", ".yml"}
+CONFIGS = frozenset(
+    {
+        "config.json", "adapter_config.json", "model_index.json", "modules.json", "params.json", "config.yaml",
+        "config.yml", "open_clip_config.json", "model_config.json", "hparams.yaml", "hparams.yml",
+    }
+)  # fmt: skip
+"""The files that tell a loader what the weights are."""
+
+_LEFT_OUT = frozenset({"zero_to_fp32.py", "ckavg.json", "latest", "latest_checkpointed_iteration.txt"})
+_STEMS_LEFT_OUT = frozenset({"trainer_state", "training_args", "all_results"})
+_LOGS = (".log", ".out", ".err")
+_OTHER_WEIGHTS = (
+    ".safetensors",
+    ".index.json",
+    ".onnx",
+    ".tflite",
+    ".mlmodel",
+    ".pb",
+    ".ot",
+    ".pickle",
+    ".joblib",
+    ".engine",
 )
-_NAMES = frozenset({"LICENSE", "NOTICE", "LICENSE.md", "USE_POLICY.md"})
-_LEFT_OUT = frozenset({"trainer_state.json", "zero_to_fp32.py", "ckavg.json", "training_args.json", "all_results.json"})
+_NOT_BESIDE_A_RUN = (
+    ".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4", ".wav", ".csv", ".tsv", ".jsonl", ".parquet", ".html", ".ipynb",
+    ".zip", ".gz", ".tar", ".toml", ".sh",
+)  # fmt: skip
+"""What lies beside the checkpoints of a run without being of the model: samples, data, scripts."""
+
 _MADE_HERE = ("README.md", "ckavg.json", "ckavg.svg")
-_RESULTS = ("_results.json", ".index.json")
-_MOST_BYTES = 200_000_000
+MOST_BYTES = 200_000_000
+"""Of a side file: larger ones are not copied."""
+
+_TAKES_FROM_INIT = frozenset({("model", "model"), ("pipeline", "pipeline"), ("model", "file")})
+"""Kinds of base model and of checkpoint of which the one has what the other lacks."""
+
 _MOST_FILES = 10_000
 _DEEPEST = 8
 
@@ -62,17 +92,26 @@ def gather_side_files(run: Run, weights: WeightPlan) -> SideFiles:
     last, anchor = run.last, run.checkpoints[0]
     warnings: list[str] = []
     files = _gather(last, run.named(last), warnings)
-    if run.anchor_is_init and anchor.kind == last.kind and last.kind in ("model", "pipeline"):
+    if last.kind != "file" and not _tells_what_it_is(files):
+        files = _beside_checkpoints(run, warnings) | files
+    if run.anchor_is_init and (anchor.kind, last.kind) in _TAKES_FROM_INIT:
         of_init = _gather(anchor, run.named(anchor), warnings)
-        prefixes = tuple(f"{part}/" if part else "" for part in last.components)
+        prefixes = tuple(f"{folder}/" if folder else "" for folder in last.folders)
         files = {name: data for name, data in of_init.items() if name.startswith(prefixes)} | files
     files |= _asked_for(run, warnings)
-    for part in last.components:
-        name = f"{part}/{CONFIG}" if part else CONFIG
-        if name in files:
-            files[name] = _with_dtype(files[name], _dtypes(weights, part))
+    for folder in last.folders:
+        part = f"{folder}/" if folder else ""
+        if f"{part}{CONFIG}" in files:
+            files[f"{part}{CONFIG}"] = _with_dtype(files[f"{part}{CONFIG}"], _dtypes(weights, part))
     for index in last.indexes:
-        files[index.relative_to(last.directory).as_posix()] = _index(index, *weights.index_of(_part_of(last, index)))
+        place = index.relative_to(last.directory)
+        part = "" if place.parent == Path() else f"{place.parent.as_posix()}/"
+        files[place.as_posix()] = _index(index, *weights.index_of(part))
+    if not (_tells_what_it_is(files) or _needs_no_config(last)):
+        warnings.append(
+            "The result has no config, so that no loader will know what its weights are: there is none in the "
+            "checkpoints, nor beside them. Name the base model with --init, or put its config.json beside them."
+        )
     code = sorted(name for name in files if name.endswith(".py"))
     if code:
         warnings.append(
@@ -80,6 +119,32 @@ def gather_side_files(run: Run, weights: WeightPlan) -> SideFiles:
             "trust_remote_code; read it first."
         )
     return SideFiles(files, tuple(dict.fromkeys(warnings)))
+
+
+def name_of_weights(run: Run) -> str:
+    """The name of the weight file of a result whose checkpoints are single files: the one that its loader looks for,
+    which the config tells, else that of the run.
+    """
+    last = run.last
+    places = [last.directory, *([run.checkpoints[0].path] if run.anchor_is_init else [])]
+    for place in places if last.kind == "file" else ():
+        with contextlib.suppress(OSError, ValueError):
+            config = read_object(place / CONFIG, MOST_BYTES)
+            if "model_type" in config or "architectures" in config:
+                return "model.safetensors"
+            if "_class_name" in config:
+                return "diffusion_pytorch_model.safetensors"
+    return last.saved_as
+
+
+def _tells_what_it_is(files: Mapping[str, bytes]) -> bool:
+    return any(name.rpartition("/")[2] in CONFIGS for name in files)
+
+
+def _needs_no_config(last: Checkpoint) -> bool:
+    """Whether the weights are those of an adapter, or say in their header what they are."""
+    facts = {key for shard in last.shards for key in shard.metadata} - {"format"}
+    return last.kind == "adapter" or bool(facts) or any("lora_" in name for name in last.entries)
 
 
 def read_config(files: Mapping[str, bytes], name: str = CONFIG) -> dict[str, Any]:
@@ -99,17 +164,35 @@ def read_config(files: Mapping[str, bytes], name: str = CONFIG) -> dict[str, Any
 
 def _gather(checkpoint: Checkpoint, named: Path, warnings: list[str]) -> dict[str, bytes]:
     directory = checkpoint.directory
-    bounds = Bounds.of(directory, named)
-    beside_model = checkpoint.kind == "model" and set(checkpoint.ignored) & set(ADAPTERS)
+    skipped = {"adapter_config.json"} if any(why == "adapter" for why, _ in checkpoint.left_out) else set()
+    own = own_folders(directory) if checkpoint.kind != "file" else frozenset()
+    names = [
+        name
+        for name in _names(directory, checkpoint, own, wanted_only=True)
+        if is_side_file(PurePath(name), own, beside_a_run=checkpoint.kind == "file") and name not in skipped
+    ]
+    return _contents(directory, names, Bounds.of(directory, named), warnings)
+
+
+def _beside_checkpoints(run: Run, warnings: list[str]) -> dict[str, bytes]:
+    """The side files that lie in the directory of the run itself."""
+    with os.scandir(run.source) as entries:
+        names = sorted(
+            entry.name
+            for entry in entries
+            if not entry.is_dir(follow_symlinks=False) and is_side_file(PurePath(entry.name), beside_a_run=True)
+        )
+    return _contents(run.source, names, Bounds.of(run.source, run.source), warnings)
+
+
+def _contents(directory: Path, names: Iterable[str], bounds: Bounds, warnings: list[str]) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
-    for name in _names(directory, checkpoint, wanted_only=True):
+    for name in names:
         path = directory / name
-        if not is_side_file(path) or (beside_model and name == "adapter_config.json"):
-            continue
         found = problem_with(path, bounds)
         if found is not None:
             warnings.append(f"Not copied: {found.message}")
-        elif path.is_file() and path.stat().st_size <= _MOST_BYTES:
+        elif path.is_file() and path.stat().st_size <= MOST_BYTES:
             files[name] = _content(path)
     return files
 
@@ -121,7 +204,7 @@ def _asked_for(run: Run, warnings: list[str]) -> dict[str, bytes]:
         return {}
     if last.kind == "file":
         raise SettingError("copy: the checkpoints are single files, which have no files beside them.")
-    names = list(_names(last.directory, last, wanted_only=False))
+    names = list(_names(last.directory, last, frozenset(), wanted_only=False))
     bounds = Bounds.of(last.directory, run.named(last))
     files: dict[str, bytes] = {}
     for pattern in patterns:
@@ -146,9 +229,9 @@ def _permitted(path: Path, bounds: Bounds) -> bytes:
     found = problem_with(path, bounds)
     if found is not None:
         raise found
-    if path.stat().st_size > _MOST_BYTES:
+    if path.stat().st_size > MOST_BYTES:
         raise SettingError(
-            f"copy: {path} has {path.stat().st_size:,} bytes, more than {_MOST_BYTES:,}.",
+            f"copy: {path} has {path.stat().st_size:,} bytes, more than {MOST_BYTES:,}.",
             hint="Copy it by hand once the result is there.",
         )
     return _content(path)
@@ -156,13 +239,13 @@ def _permitted(path: Path, bounds: Bounds) -> bytes:
 
 def _content(path: Path) -> bytes:
     try:
-        return read_small(path, _MOST_BYTES)
+        return read_small(path, MOST_BYTES)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ReadError(f"{path} cannot be read: {why}.", hint="Check that you may read it.") from error
 
 
-def _names(directory: Path, checkpoint: Checkpoint, *, wanted_only: bool) -> Iterator[str]:
+def _names(directory: Path, checkpoint: Checkpoint, own: frozenset[str], *, wanted_only: bool) -> Iterator[str]:
     """Files of a checkpoint by relative path, sorted. Links to directories are not followed: they may form a circle."""
     count = 0
     for folder, folders, files in os.walk(directory, onerror=_raise):
@@ -170,9 +253,7 @@ def _names(directory: Path, checkpoint: Checkpoint, *, wanted_only: bool) -> Ite
         if checkpoint.kind == "file" or len(place.parts) >= _DEEPEST:
             folders.clear()
         folders[:] = sorted(
-            name
-            for name in folders
-            if not wanted_only or (may_hold_model(name) and _belongs(checkpoint, Path(folder) / name))
+            name for name in folders if not wanted_only or _belongs(checkpoint, place / name, directory, own)
         )
         for name in sorted(files):
             count += 1
@@ -184,11 +265,18 @@ def _names(directory: Path, checkpoint: Checkpoint, *, wanted_only: bool) -> Ite
             yield (place / name).as_posix()
 
 
-def _belongs(checkpoint: Checkpoint, folder: Path) -> bool:
-    """Whether a folder is of what is averaged, rather than another model that lies beside it."""
-    if is_averaged(folder.name):
-        return False
-    return checkpoint.kind == "pipeline" or not holds_weights(folder)
+def _belongs(checkpoint: Checkpoint, place: Path, directory: Path, own: frozenset[str]) -> bool:
+    """Whether a folder is of what is averaged, rather than of training, or another model that lies beside it."""
+    return _may_be_wanted(place, own) and (
+        place.as_posix() in checkpoint.folders or not holds_weights(directory / place)
+    )
+
+
+def _may_be_wanted(folder: PurePath, own: Collection[str]) -> bool:
+    """Whether a folder may hold side files, by its name."""
+    name = folder.name
+    is_state = is_training_state(name) and not (len(folder.parts) == 1 and name in own)
+    return may_hold_model(name) and not (is_state or is_averaged(name))
 
 
 def _raise(error: OSError) -> None:
@@ -197,19 +285,31 @@ def _raise(error: OSError) -> None:
     ) from error
 
 
-def is_side_file(path: PurePath) -> bool:
-    """Whether a file, by its name, goes beside the weights of a result."""
-    if path.name in _LEFT_OUT or path.name.endswith(_RESULTS) or path.name.startswith("."):
+def is_side_file(path: PurePath, own: Collection[str] = (), *, beside_a_run: bool = False) -> bool:
+    """Whether a file, by its name, goes beside the weights of a result: not weights, training state, logs, pickles.
+
+    Args:
+        path: relative to its checkpoint.
+        own: folders that belong to the model, whatever they are called.
+        beside_a_run: whether it lies in the directory of the checkpoints rather than in one of them.
+
+    >>> [is_side_file(PurePath(name)) for name in ("bpe.codes", "scheduler.pt", "trainer_state.json", "runs/events.1")]
+    [True, False, False, False]
+    """
+    name, stem = path.name, path.name.partition(".")[0]
+    if not all(_may_be_wanted(folder, own) for folder in path.parents if folder.name):
         return False
-    return path.suffix in _SUFFIXES or path.name in _NAMES
+    of_training = name in _LEFT_OUT or stem in _STEMS_LEFT_OUT or name.endswith("_results.json")
+    if len(path.parts) == 1:
+        of_training = of_training or (is_training_state(stem) and not stem.endswith("config"))
+    log = name.endswith(_LOGS) or name.startswith("events.out.")
+    elsewhere = beside_a_run and name.lower().endswith(_NOT_BESIDE_A_RUN)
+    weights = name.endswith((*PICKLES, *_OTHER_WEIGHTS))
+    return not (name.startswith(".") or name in _MADE_HERE or of_training or log or elsewhere or weights)
 
 
 def _is_weights(name: str) -> bool:
     return name.endswith((".safetensors", ".index.json")) or foreign_weights([name]) is not None
-
-
-def _part_of(checkpoint: Checkpoint, index: Path) -> str:
-    return index.parent.relative_to(checkpoint.directory).as_posix() if checkpoint.kind == "pipeline" else ""
 
 
 def _dtypes(weights: WeightPlan, part: str) -> set[str]:

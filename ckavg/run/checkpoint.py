@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ckavg.errors import (
@@ -15,13 +16,14 @@ from ckavg.errors import (
     ReadError,
     TruncatedShardError,
     UnsupportedFormatError,
+    listed,
     raise_all,
 )
-from ckavg.run.contents import Contents, choose, components, list_folder, weights_below
+from ckavg.run.contents import WEIGHTS, LeftOut, Weights, beside, by_family, find_weights
 from ckavg.run.files import Bounds, problem_with, read_object
 from ckavg.run.foreign import find_foreign
-from ckavg.run.header import read_header
-from ckavg.run.values import Checkpoint, Entry, Shard
+from ckavg.run.header import Header, read_header
+from ckavg.run.values import Checkpoint, Entry, Kind, Shard
 
 RESULT_RECORD = "ckavg.json"
 """A directory with this file in it is a result, never a checkpoint."""
@@ -32,7 +34,8 @@ MOST_TENSORS = 1_000_000
 
 _MOST_INDEX_BYTES = 1 << 28
 _SHARD_OF = re.compile(r".*-(\d+)-of-(\d+)\.safetensors", re.ASCII)
-_REWRITE = "Save the checkpoint again, or leave it out with --from-step, --to-step or --last."
+_MOMENT = re.compile(r"(?:max_)?exp_avg(?:_sq|_res)?|exp_inf|momentum_buffer|square_avg|acc_delta|grad_avg", re.ASCII)
+_REWRITE = "Save the checkpoint again, or leave it out with --skip-step."
 _WAIT = (
     "It is still being written, or was not copied: wait, or copy it again. --skip-incomplete leaves the checkpoint out."
 )
@@ -55,64 +58,79 @@ def read_checkpoint(path: Path, step: int, *, within: Path | None = None) -> Che
         CombinedError: more than one of these.
     """
     bounds = Bounds.of(path, within or path)
-    if path.suffix == ".safetensors" or not path.is_dir():
-        found = problem_with(path, Bounds((*bounds.roots, Path("/"))))  # named by itself, a link may lead anywhere
-        raise_all([] if found is None else [found])
-        if path.suffix != ".safetensors" and path.is_file() and find_foreign(path) is not None:
-            raise _no_weights(path)
-        return _assemble(path, step, [_Part("", "", (path,), None)])
+    if path.suffix == WEIGHTS or not path.is_dir():
+        return _read_file(path, step)
     try:
-        listing = list_folder(path)
-        contents = choose(path, listing.files)
-        if contents is not None:
-            aside = weights_below(path, listing.folders)
-            checkpoint = _assemble(path, step, [_part(contents, "", bounds)])
-            used = {shard.path.name for shard in checkpoint.shards}
-            ignored = (*sorted(contents.others - used), *aside)
-            return dataclasses.replace(checkpoint, kind=contents.kind, ignored=ignored)
-        parts, averaged = components(path, listing.folders)
+        found, left_out = find_weights(path, own_folders(path))
     except OSError as error:
         raise ReadError(
             f"{error.filename or path} cannot be listed: {error.strerror}.", hint="Check that you may read it."
         ) from error
-    if not parts:
-        raise _no_weights(path)
-    checkpoint = _assemble(path, step, _parts(path, parts, bounds))
-    return dataclasses.replace(checkpoint, kind="pipeline", ignored=tuple(f"{name}/" for name in averaged))
+    if not found:
+        raise _no_weights(path, left_out)
+    groups: list[_Group] = []
+    errors: list[CkavgError] = []
+    for weights in found:
+        try:
+            of_folder, of_others = _groups(weights, path, bounds)
+        except CkavgError as error:
+            errors += error.errors if isinstance(error, CombinedError) else (error,)
+            continue
+        groups += of_folder
+        left_out += of_others
+    raise_all(errors)
+    kind: Kind = next((weights.kind for weights in found if weights.folder == path), "pipeline")
+    return _assemble(path, step, kind, groups, left_out)
+
+
+def _read_file(path: Path, step: int) -> Checkpoint:
+    found = problem_with(path, Bounds((Path("/"),)))  # named by itself, a link may lead anywhere
+    raise_all([] if found is None else [found])
+    if path.suffix != WEIGHTS and path.is_file() and find_foreign(path) is not None:
+        raise _no_weights(path, [])
+    if path.is_symlink() and not path.exists():
+        raise MissingShardError(
+            f"{path} is a link to {path.readlink()}, which leads to nothing.",
+            hint="Restore what it led to, or remove the link. --skip-incomplete leaves the checkpoint out.",
+        )
+    return _assemble(path, step, "file", [_Group("", path.parent, (path,))], [])
+
+
+def own_folders(path: Path) -> frozenset[str]:
+    """The folders that a pipeline of diffusers names as its own, whatever they are called."""
+    with suppress(OSError, ValueError):
+        return frozenset({"scheduler", *read_object(path / "model_index.json", _MOST_INDEX_BYTES)})
+    return frozenset()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Part:
-    """The weight files of one folder: how its tensors' names begin, and in which file the index puts each."""
+class _Group:
+    """Weight files that are loaded as one: how its tensors' names begin, and in which file the index puts each."""
 
-    prefix: str
-    index: str
+    part: str
+    folder: Path
     files: tuple[Path, ...]
-    placed: Mapping[str, str] | None
+    index: str = ""
+    placed: Mapping[str, str] | None = None
 
 
-def _parts(path: Path, contents: Sequence[Contents], bounds: Bounds) -> list[_Part]:
-    parts: list[_Part] = []
-    errors: list[CkavgError] = []
-    for each in contents:
-        try:
-            parts.append(_part(each, f"{each.folder.relative_to(path).as_posix()}/", bounds))
-        except CkavgError as error:
-            errors += error.errors if isinstance(error, CombinedError) else (error,)
-    raise_all(errors)
-    return parts
-
-
-def _part(contents: Contents, prefix: str, bounds: Bounds) -> _Part:
-    folder = contents.folder
-    placed = _weight_map(folder / contents.index, bounds) if contents.index else None
-    names = contents.files if placed is None else sorted(set(placed.values()))
+def _groups(weights: Weights, path: Path, bounds: Bounds) -> tuple[list[_Group], list[LeftOut]]:
+    """The weights of a folder, and what lies beside them."""
+    folder = weights.folder
+    placed = _weight_map(folder / weights.index, bounds) if weights.index else None
+    names = weights.files if placed is None else tuple(sorted(set(placed.values())))
     if len(names) > MOST_SHARDS:
         raise CorruptFileError(f"{folder} consists of {len(names):,} files, more than {MOST_SHARDS:,}.", hint=_REWRITE)
-    files = tuple(folder / name for name in names)
-    raise_all(_missing_of_count(folder, names) if placed is None else _missing(folder, names, contents.others))
+    raise_all(_missing_of_count(folder, names) if placed is None else _missing(folder, names, weights.others))
+    part = "" if folder == path else f"{folder.relative_to(path).as_posix()}/"
+    groups = [_Group(part, folder, tuple(folder / name for name in names), weights.index, placed)]
+    others, left_out = beside(weights, names)
+    for name, of_part in others.items():
+        raise_all(_missing_of_count(folder, of_part))
+        groups.append(_Group(f"{part}{name}/", folder, tuple(folder / each for each in of_part)))
+    files = [file for group in groups for file in group.files]
     raise_all([found for file in files if (found := problem_with(file, bounds)) is not None])
-    return _Part(prefix, contents.index, files, placed)
+    return groups, [(why, part + name) for why, name in left_out]
 
 
 def _weight_map(index: Path, bounds: Bounds) -> Mapping[str, str]:
@@ -139,36 +157,87 @@ def _weight_map(index: Path, bounds: Bounds) -> Mapping[str, str]:
     return placed
 
 
-def _assemble(path: Path, step: int, parts: Sequence[_Part]) -> Checkpoint:
-    """Merge the headers of all shards into one table; every damaged shard is reported, not only the first."""
+def _assemble(path: Path, step: int, kind: Kind, groups: Sequence[_Group], left_out: Sequence[LeftOut]) -> Checkpoint:
+    """Merge the headers of all files into one table; every damaged file is reported, not only the first."""
     shards: list[Shard] = []
     entries: dict[str, Entry] = {}
     errors: list[CkavgError] = []
-    for part in parts:
-        placed: dict[str, str] = {}
-        sound = len(errors)
-        for file in part.files:
-            try:
-                header = read_header(file, shard=len(shards))
-            except CkavgError as error:
-                errors.append(error)
-                continue
-            shards.append(Shard(file, header.nbytes, header.state))
-            for name in header.entries.keys() & placed.keys():
-                errors.append(
-                    CorruptFileError(f"{file.parent}: tensor {name!r} is in more than one file.", hint=_REWRITE)
-                )
-            placed.update(dict.fromkeys(header.entries, file.name))
-            entries.update((part.prefix + name, entry) for name, entry in header.entries.items())
-            if len(entries) > MOST_TENSORS:
-                raise CorruptFileError(f"{path} holds more than {MOST_TENSORS:,} tensors.", hint=_REWRITE)
-        if len(errors) == sound and part.placed is not None:
-            errors += _disagreement(path / part.prefix / part.index, part.placed, placed)
+    left_out = list(left_out)
+    for group in groups:
+        try:
+            headers = _headers(group, first=len(shards))
+        except CkavgError as error:
+            errors += error.errors if isinstance(error, CombinedError) else (error,)
+            continue
+        if kind != "file" and _is_of_optimizer(headers.values()):
+            left_out += [("training state", file.relative_to(path).as_posix()) for file in group.files]
+            continue
+        parts = _parts(group, headers)
+        for file, header in headers.items():
+            part = parts[file]
+            entries.update((part + name, entry) for name, entry in header.entries.items())
+            shards.append(Shard(file, header.nbytes, header.state, part=part, metadata=header.metadata))
+        if len(entries) > MOST_TENSORS:
+            raise CorruptFileError(f"{path} holds more than {MOST_TENSORS:,} tensors.", hint=_REWRITE)
     raise_all(errors)
+    if not shards:
+        raise _no_weights(path, left_out)
     if not entries:
         raise CorruptFileError(f"{path} holds no tensors.", hint=_REWRITE)
-    indexes = tuple(path / part.prefix / part.index for part in parts if part.index)
-    return Checkpoint(step, path, "file", tuple(shards), indexes, entries)
+    indexes = tuple(group.folder / group.index for group in groups if group.index)
+    return Checkpoint(step, path, kind, tuple(shards), indexes, entries, tuple(sorted(left_out)))
+
+
+def _headers(group: _Group, *, first: int) -> dict[Path, Header]:
+    headers: dict[Path, Header] = {}
+    errors: list[CkavgError] = []
+    for number, file in enumerate(group.files, start=first):
+        try:
+            headers[file] = read_header(file, shard=number)
+        except CkavgError as error:
+            errors.append(error)
+    if not errors and group.placed is not None:
+        found = {name: file.name for file, header in headers.items() for name in header.entries}
+        errors += _disagreement(group.folder / group.index, group.placed, found)
+    raise_all(errors)
+    return headers
+
+
+def _parts(group: _Group, headers: Mapping[Path, Header]) -> dict[Path, str]:
+    """How the names of the tensors of each file begin. Files of one folder that are not loaded as one may each hold
+    tensors of the same names: `actor.safetensors` beside `critic.safetensors`.
+
+    Raises:
+        CorruptFileError: files that are loaded as one hold the same tensors.
+    """
+    seen: dict[str, Path] = {}
+    twice = {name: seen[name] for file, header in headers.items() for name in header.entries if _met(seen, name, file)}
+    if not twice:
+        return dict.fromkeys(headers, group.part)
+    families = {
+        group.folder / name: f"{group.part}{stem}{WEIGHTS}/"
+        for stem, names in by_family(file.name for file in headers).items()
+        for name in names
+    }
+    for name, first in twice.items():
+        if group.placed is not None or families[first] == families[seen[name]]:
+            raise CorruptFileError(
+                f"{group.folder}: {len(twice)} tensors are in more than one file, such as {name!r} in {first.name} and "
+                f"{seen[name].name}.",
+                hint=_REWRITE,
+            )
+    return families
+
+
+def _met(seen: dict[str, Path], name: str, file: Path) -> bool:
+    """Whether a tensor was met in another file before; it is noted by the first."""
+    return seen.setdefault(name, file) != file
+
+
+def _is_of_optimizer(headers: Iterable[Header]) -> bool:
+    """Whether most tensors are moments that an optimizer keeps."""
+    names = [name for header in headers for name in header.entries]
+    return 2 * sum(any(map(_MOMENT.fullmatch, re.split(r"[./]", name))) for name in names) >= len(names) > 0
 
 
 def _disagreement(index: Path, stated: Mapping[str, str], found: Mapping[str, str]) -> list[CkavgError]:
@@ -209,7 +278,13 @@ def _missing_of_count(path: Path, files: Sequence[str]) -> list[CkavgError]:
     return errors
 
 
-def _no_weights(path: Path) -> CkavgError:
+def _no_weights(path: Path, left_out: Sequence[LeftOut]) -> CkavgError:
+    others = [f"{name} ({why})" for why, name in left_out if why != "pickle"]
+    if others:
+        return MissingShardError(
+            f"{path} holds no weights of a model, only {listed(others)}.",
+            hint="Leave the checkpoint out with --skip-incomplete or --skip-step.",
+        )
     try:
         foreign = find_foreign(path)
     except OSError as error:
@@ -219,6 +294,5 @@ def _no_weights(path: Path) -> CkavgError:
         return UnsupportedFormatError(f"{path} {what} not safetensors.", hint=foreign.advice)
     return MissingShardError(
         f"{path} holds no weights.",
-        hint="It is still being written, perhaps; --skip-incomplete leaves it out. So do --from-step, --to-step and "
-        "--last.",
+        hint="It is still being written, perhaps; --skip-incomplete leaves it out, and so does --skip-step.",
     )

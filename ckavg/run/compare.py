@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ckavg.errors import CkavgError, MismatchError
+from ckavg.errors import CkavgError, MismatchError, UnsupportedFormatError, listed
 from ckavg.run.values import Checkpoint, Entry
 
 _SHOWN = 8
+_EMPTY = 10
+"""One tensor without elements in so many is more than chance."""
 
 
 _KINDS = {"model": "a whole model", "file": "a whole model", "adapter": "an adapter", "pipeline": "models in folders"}
@@ -47,6 +50,25 @@ def differences(
                 )
             )
     return errors
+
+
+def ungathered(checkpoints: Sequence[Checkpoint]) -> list[CkavgError]:
+    """An error where weights were saved in pieces of which these files hold none: tensors without any elements."""
+    for checkpoint in checkpoints:
+        floating = {name: entry for name, entry in checkpoint.entries.items() if entry.is_floating}
+        empty = [name for name, entry in floating.items() if entry.shape == (0,)]
+        if not empty or (_EMPTY * len(empty) < len(floating) and not any(name.endswith("weight") for name in empty)):
+            continue
+        where = shlex.quote(str(checkpoint.directory))
+        return [
+            UnsupportedFormatError(
+                f"{checkpoint.path} holds {len(empty)} tensors without elements, of {len(floating)}: {listed(empty)}.",
+                hint="They were saved without being gathered (DeepSpeed ZeRO-3). Where the checkpoint holds their "
+                f"pieces, in a folder such as global_step{checkpoint.step}, put them together: "
+                f"python {where}/zero_to_fp32.py {where} {where} --safe_serialization",
+            )
+        ]
+    return []
 
 
 @dataclass(frozen=True, slots=True)

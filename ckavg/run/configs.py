@@ -40,8 +40,14 @@ _ADAPTER_IDENTITY = (
     "alpha_pattern",
     "fan_in_fan_out",
 )
-_PACKED = re.compile(r"(?:.*[./])?(?:qweight|weight_packed|\w+_qweight)|.*\.quant_state\.bitsandbytes__.*")
-_SCALES = ("_scale", "_scale_inv", "_scale_2", ".absmax", ".SCB", ".quant_map")
+_PACKED = re.compile(
+    r"(?:.*[./:])?(?:\w+_)?(?:qweight|weight_packed|qdata|Qidxs\w*|W_q)|.*\.quant_state\.bitsandbytes__.*", re.ASCII
+)
+_CODEBOOKS = frozenset({"absmax", "centroid", "centroids", "codebook", "codebooks", "lut"})
+_BESIDE_CODES = _CODEBOOKS | {"scale", "scales", "scb", "wscales", "zero", "zeros", "zp", "qzeros"}
+"""Words in the names of what lies beside the codes of quantized weights."""
+
+_CODES = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 _QUANTIZED = "Quantized weights do not average. "
 _DEQUANTIZE = (
     'Average the checkpoints as they were before quantizing, or convert them: python -c "from transformers import '
@@ -54,21 +60,35 @@ class Facts:
     """What the configs of one checkpoint say; empty where there are none.
 
     Attributes:
-        configs: `config.json` by component; of anything but a pipeline, that of `""`.
-        adapter: `adapter_config.json`.
+        configs: `config.json` by the folder that it is in.
+        adapters: `adapter_config.json` likewise, where the folder holds an adapter.
     """
 
     configs: Mapping[str, Mapping[str, Any]]
-    adapter: Mapping[str, Any]
+    adapters: Mapping[str, Mapping[str, Any]]
 
 
 def read_facts(checkpoint: Checkpoint) -> Facts:
     """Read the configs of a checkpoint. Of a single file there are none: what lies beside need not be its own."""
     if checkpoint.kind == "file":
         return Facts({}, {})
-    if checkpoint.kind == "adapter":
-        return Facts({}, _read(checkpoint.path / ADAPTER_CONFIG))
-    return Facts({part: _read(checkpoint.path / part / CONFIG) for part in checkpoint.components}, {})
+    of_adapters = {name.rpartition("/")[0] for name in checkpoint.names if name.rpartition("/")[2] in ADAPTERS}
+    models = [folder for folder in checkpoint.folders if folder not in of_adapters]
+    return Facts(
+        {folder: _read(checkpoint.path / folder / CONFIG) for folder in models},
+        {folder: _read(checkpoint.path / folder / ADAPTER_CONFIG) for folder in sorted(of_adapters)},
+    )
+
+
+def ties_embeddings(facts: Facts) -> bool | None:
+    """Whether the configs say that the head is the embedding; None where they do not say."""
+    stated = [
+        each["tie_word_embeddings"]
+        for config in facts.configs.values()
+        for each in (config, *(value for value in config.values() if isinstance(value, dict)))
+        if isinstance(each.get("tie_word_embeddings"), bool)
+    ]
+    return any(stated) if stated else None
 
 
 def quantized(checkpoints: Sequence[Checkpoint], facts: Sequence[Facts]) -> list[CkavgError]:
@@ -109,22 +129,13 @@ def contradictions(
             where = f"{part}/{CONFIG}" if part else CONFIG
             errors += _different(steps, where, one, other, identity)
             warnings += [_behaves_differently(steps, where, key) for key in _changed(one, other, _BEHAVIOUR)]
-        errors += _different(steps, ADAPTER_CONFIG, before.adapter, after.adapter, _ADAPTER_IDENTITY)
-        of_base, of_targets = _about_adapters(steps, before.adapter, after.adapter)
-        errors += of_base
-        warnings += of_targets
+        for part in before.adapters.keys() & after.adapters.keys():
+            one, other = before.adapters[part], after.adapters[part]
+            errors += _different(steps, ADAPTER_CONFIG, one, other, _ADAPTER_IDENTITY)
+            of_base, of_targets = _about_adapters(steps, one, other)
+            errors += of_base
+            warnings += of_targets
     return errors, warnings
-
-
-def about_adapters_beside(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """A warning where adapters lie beside whole models."""
-    found = [each for each in checkpoints if each.kind == "model" and set(each.ignored) & set(ADAPTERS)]
-    if not found:
-        return []
-    return [
-        f"{found[-1].path.name} holds an adapter beside a whole model. The whole model is averaged; the adapter "
-        "and its config are neither averaged nor copied."
-    ]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -134,8 +145,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _sign_of_quantization(checkpoint: Checkpoint, facts: Facts) -> str | None:
+    beside = _beside_codes(checkpoint.entries)
     for name, entry in checkpoint.entries.items():
-        if entry.dtype not in FLOATING and _is_packed(name, checkpoint.entries):
+        if entry.dtype not in FLOATING and _is_packed(name, entry, checkpoint.entries, beside):
             return f"tensor {name!r} holds {entry.dtype} codes"
     for part, config in facts.configs.items():
         stated = config.get("quantization_config")
@@ -145,11 +157,37 @@ def _sign_of_quantization(checkpoint: Checkpoint, facts: Facts) -> str | None:
     return None
 
 
-def _is_packed(name: str, entries: Mapping[str, Entry]) -> bool:
+_Named = Mapping[str, Sequence[tuple[str, frozenset[str]]]]
+
+
+def _beside_codes(entries: Mapping[str, Entry]) -> _Named:
+    """What may belong to codes, by module: the last part of each name, and its words."""
+    found: dict[str, list[tuple[str, frozenset[str]]]] = {}
+    for name in entries:
+        module, last = _split(name)
+        words = frozenset(re.split(r"[_\d]+", last.lower()))
+        if words & _BESIDE_CODES:
+            found.setdefault(module, []).append((last, words))
+    return found
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The module of a tensor, and its name in there."""
+    place = max(name.rfind(mark) for mark in "./:")
+    return name[: max(place, 0)], name[place + 1 :]
+
+
+def _is_packed(name: str, entry: Entry, entries: Mapping[str, Entry], beside: _Named) -> bool:
+    """Whether a tensor that is not averaged holds codes, by its name or by scales or codebooks beside it."""
     if _PACKED.fullmatch(name) or (name.endswith("_blocks") and f"{name.removesuffix('blocks')}scales" in entries):
         return True
-    stem = name.removesuffix("weight").removesuffix(".")
-    return any(name + scale in entries or f"{stem}{scale}" in entries for scale in _SCALES)
+    module, own = _split(name)
+    prefix = "" if module else own.rpartition("_")[0]
+    words = {word for last, of_last in beside.get(module, []) if last.startswith(prefix) for word in of_last}
+    words |= {word for _, of_last in beside.get(name, []) for word in of_last}
+    of_codes = entry.dtype in _CODES or (entry.dtype == "I64" and bool(words & _CODEBOOKS))
+    is_beside = bool(frozenset(re.split(r"[_\d]+", own.lower())) & _BESIDE_CODES)
+    return of_codes and entry.numel > 1 and not is_beside and bool(words & _BESIDE_CODES)
 
 
 def _different(

@@ -1,37 +1,54 @@
-"""Stage *discover*: which files of a checkpoint's directory are its weights. Lists directories; opens no file."""
+"""Stage *discover*: which files in a checkpoint's directory are weights of the model. Lists folders; opens no file.
+
+A weight file is a part of the model unless it is state of the training, an average that training made, or a further
+copy of what lies beside it. What is left out is told, each with why.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckavg.errors import UnsupportedFormatError
-from ckavg.run.layouts import is_averaged, may_hold_model
-from ckavg.run.values import Kind
+from ckavg.run.foreign import foreign_weights
+from ckavg.run.layouts import is_averaged, is_training_state, may_hold_model
+from ckavg.run.values import Kind, WhyLeftOut
 
 ADAPTERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 """The names under which PEFT and diffusers save an adapter."""
+
+WEIGHTS = ".safetensors"
 
 _MODELS = ("model", "diffusion_pytorch_model")
 _INDEX = re.compile(r".+\.safetensors\.index(?:\.[\w-]+)?\.json", re.ASCII)
 _WHOLE = re.compile(r"(?:ft-)?model.*|consolidated.*|.*-\d+-of-\d+\.safetensors", re.ASCII)
 _PICKLED = re.compile(r"(?:diffusion_)?pytorch_model.*\.bin", re.ASCII)
-_DEEPEST = 3
+_OF_COUNT = re.compile(r"-\d+-of-\d+$", re.ASCII)
+_CONSOLIDATED = re.compile(r"consolidated(?:[-_.]\d+)?", re.ASCII)
+_SECOND = re.compile(r"model_\d+", re.ASCII)
+_VARIANT = re.compile(
+    r"(?:fp|bf|f|int|uint|nf|q)\d+|\d+bit|half|pruned|non|no|ema|quant\w*|gguf|awq|gptq|onnx", re.ASCII
+)
+_DEEPEST = 4
+
+LeftOut = tuple[WhyLeftOut, str]
+"""Why weights are not read, and where they are, relative to the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
-    """The weights that one folder holds.
+class Weights:
+    """The weights of one folder that its loader takes, and those beside them.
 
     Attributes:
         folder: the folder.
         kind: `model` or `adapter`.
-        files: names of its weight files where no index lists them.
+        files: names of the weight files where no index lists them.
         index: name of the shard index that does; empty where there is none.
-        others: names of all weight files that are there.
+        others: names of all weight files that may be of the model.
     """
 
     folder: Path
@@ -58,7 +75,7 @@ def list_folder(directory: Path) -> Listing:
     files, folders = set(), []
     with os.scandir(directory) as entries:
         for entry in entries:
-            if _is_folder(entry) and not entry.name.endswith(".safetensors"):
+            if _is_folder(entry) and not entry.name.endswith(WEIGHTS):
                 folders.append(entry.name)
             else:
                 files.add(entry.name)
@@ -73,21 +90,60 @@ def holds_weights(directory: Path) -> bool:
         return False
 
 
-def choose(folder: Path, names: frozenset[str]) -> Contents | None:
-    """The weights among the files of a folder; None where there are none.
+def find_weights(directory: Path, own: Iterable[str] = ()) -> tuple[list[Weights], list[LeftOut]]:
+    """The weights of a checkpoint, in its directory and in its folders, and what is left out of them.
+
+    Args:
+        directory: of the checkpoint.
+        own: folders that belong to the model, whatever they are called: those that its `model_index.json` names.
+
+    Raises:
+        UnsupportedFormatError: a folder holds several models, and none has the name that loaders look for; or a model
+            in a folder has its weights in another format than the others.
+        OSError: the system would not let us list a folder.
+    """
+    found: list[Weights] = []
+    left_out: list[LeftOut] = []
+    pickled: list[str] = []
+    for folder, files in _walk(directory, directory, frozenset(own), left_out, depth=0):
+        place = "" if folder == directory else f"{folder.relative_to(directory).as_posix()}/"
+        names = frozenset(name for name in files if name.endswith(WEIGHTS))
+        excluded = {name: why for name in names if (why := _not_of_model(name)) is not None}
+        weights = choose(folder, names - excluded.keys(), files)
+        pickles = sorted(name for name in files if foreign_weights([name]) is not None)
+        if weights is None and folder != directory:
+            pickled += [place + name for name in pickles if _PICKLED.fullmatch(name)][:1]
+        found += [] if weights is None else [weights]
+        left_out += [(why, place + name) for name, why in sorted(excluded.items())]
+        left_out += [("pickle", place + name) for name in pickles]
+    in_root = any(each.folder == directory for each in found)
+    if found and pickled and not in_root:
+        raise UnsupportedFormatError(
+            f"{directory} holds models as safetensors, but {pickled[0]} is a pickle.",
+            hint="ckavg never unpickles. Save that model as safetensors, too, or move its folder away.",
+        )
+    return found, left_out
+
+
+def choose(folder: Path, weights: frozenset[str], names: frozenset[str]) -> Weights | None:
+    """The weights that a loader would take from the files of a folder; None where there are none.
 
     `model.safetensors` comes before an index, as for those who load them, and both before files without an index. An
     adapter beside a whole model is not read.
 
+    Args:
+        folder: where they lie.
+        weights: names of the weight files that may be of the model.
+        names: names of all files.
+
     Raises:
         UnsupportedFormatError: it holds several models, and none has the name that loaders look for.
     """
-    weights = frozenset(name for name in names if name.endswith(".safetensors"))
     for stem in _MODELS:
-        if f"{stem}.safetensors" in weights:
-            return Contents(folder, "model", (f"{stem}.safetensors",), "", weights)
-        if f"{stem}.safetensors.index.json" in names:
-            return Contents(folder, "model", (), f"{stem}.safetensors.index.json", weights)
+        if f"{stem}{WEIGHTS}" in weights:
+            return Weights(folder, "model", (f"{stem}{WEIGHTS}",), "", weights)
+        if f"{stem}{WEIGHTS}.index.json" in names:
+            return Weights(folder, "model", (), f"{stem}{WEIGHTS}.index.json", weights)
     indexes = sorted(name for name in names if _INDEX.fullmatch(name))
     if len(indexes) > 1:
         raise UnsupportedFormatError(
@@ -95,65 +151,89 @@ def choose(folder: Path, names: frozenset[str]) -> Contents | None:
             hint="Leave the one that is to be averaged, or rename its index to model.safetensors.index.json.",
         )
     if indexes:
-        return Contents(folder, "model", (), indexes[0], weights)
+        return Weights(folder, "model", (), indexes[0], weights)
     own = weights.difference(ADAPTERS)
     adapters = tuple(name for name in ADAPTERS if name in weights)
     if adapters and not any(_WHOLE.fullmatch(name) for name in own):
-        return Contents(folder, "adapter", adapters[:1], "", weights)
-    return Contents(folder, "model", tuple(sorted(own)), "", weights) if own else None
+        return Weights(folder, "adapter", adapters[:1], "", weights)
+    families = by_family(own)
+    whole = [name for stem, of_stem in families.items() if not _CONSOLIDATED.fullmatch(stem) for name in of_stem]
+    return Weights(folder, "model", tuple(sorted(whole or own)), "", weights) if own else None
 
 
-def components(directory: Path, folders: Iterable[str]) -> tuple[list[Contents], list[str]]:
-    """The models in the folders of a checkpoint that holds none itself, and the folders that were passed over.
+def beside(weights: Weights, used: Collection[str]) -> tuple[dict[str, tuple[str, ...]], list[tuple[WhyLeftOut, str]]]:
+    """The further parts of the model in a folder, by name, each with its files; and what is left out, and why.
 
-    Folders that training made an average in (`unet_ema`) are passed over.
-
-    Raises:
-        UnsupportedFormatError: a component has its weights in another format than the others.
-        OSError: the system would not let us list a folder.
+    Args:
+        weights: of the folder.
+        used: the files that its loader takes.
     """
-    found: list[Contents] = []
-    averaged: list[str] = []
-    pickled: list[Path] = []
-    for folder, listing in _folders_below(directory, folders, averaged, depth=1):
-        contents = choose(folder, listing.files)
-        if contents is not None:
-            found.append(contents)
+    stems = set(by_family(used))
+    parts: dict[str, tuple[str, ...]] = {}
+    left_out: list[tuple[WhyLeftOut, str]] = []
+    for stem, names in by_family(weights.others.difference(used)).items():
+        why: WhyLeftOut | None = None
+        if weights.kind == "model" and set(names) & set(ADAPTERS):
+            why = "adapter"
+        elif _SECOND.fullmatch(stem) and "model" in stems:
+            why = "second model"
+        elif _is_copy(stem, stems):
+            why = "copy"
+        if why is None:
+            parts[stem + WEIGHTS] = names
         else:
-            pickled += [folder / name for name in sorted(listing.files) if _PICKLED.fullmatch(name)][:1]
-    if found and pickled:
-        raise UnsupportedFormatError(
-            f"{directory} holds models as safetensors, but {pickled[0].relative_to(directory)} is a pickle.",
-            hint="ckavg never unpickles. Save that model as safetensors, too, or move its folder away.",
-        )
-    return found, averaged
+            left_out += [(why, name) for name in names]
+    return parts, left_out
 
 
-def weights_below(directory: Path, folders: Iterable[str]) -> list[str]:
-    """Folders with weights in a checkpoint that holds weights itself."""
-    return [
-        f"{name}/"
-        for name in folders
-        if may_hold_model(name) and not (directory / name).is_symlink() and holds_weights(directory / name)
-    ]
+def by_family(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Weight files by the stem of their names, the shards of one model together; sorted.
+
+    >>> by_family(["m-00002-of-00002.safetensors", "m-00001-of-00002.safetensors", "head.safetensors"])
+    {'head': ('head.safetensors',), 'm': ('m-00001-of-00002.safetensors', 'm-00002-of-00002.safetensors')}
+    """
+    families: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(names):
+        families[_OF_COUNT.sub("", name.removesuffix(WEIGHTS))].append(name)
+    return {stem: tuple(of_stem) for stem, of_stem in families.items()}
 
 
-def _folders_below(
-    directory: Path, folders: Iterable[str], averaged: list[str], *, depth: int
-) -> Iterator[tuple[Path, Listing]]:
-    for name in folders:
+def _not_of_model(name: str) -> WhyLeftOut | None:
+    stem = _OF_COUNT.sub("", name.removesuffix(WEIGHTS))
+    if is_training_state(stem):
+        return "training state"
+    return "average" if is_averaged(stem) else None
+
+
+def _is_copy(stem: str, stems: Collection[str]) -> bool:
+    """Whether files hold what others beside them do: in another dtype, in one piece, or from an earlier save."""
+    words = [word for word in re.split(r"[-_.]", stem) if not _VARIANT.fullmatch(word)]
+    return bool(_CONSOLIDATED.fullmatch(stem)) or any(words == re.split(r"[-_.]", other) for other in stems)
+
+
+def _walk(
+    directory: Path, folder: Path, own: frozenset[str], left_out: list[LeftOut], *, depth: int
+) -> Iterator[tuple[Path, frozenset[str]]]:
+    """The folders that may hold weights of the model, with the names of their files."""
+    listing = list_folder(folder)
+    yield folder, listing.files
+    if depth == _DEEPEST:
+        return
+    for name in listing.folders:
+        inner = folder / name
+        why: WhyLeftOut | None = None
         if not may_hold_model(name):
             continue
-        folder = directory / name
-        if folder.is_symlink():
-            continue
-        listing = list_folder(folder)
-        if is_averaged(name):
-            averaged += [name] if _has_weights(listing.files) else []
-            continue
-        yield folder, listing
-        if depth < _DEEPEST:
-            yield from _folders_below(folder, listing.folders, averaged, depth=depth + 1)
+        if inner.is_symlink():
+            why = "link"
+        elif is_averaged(name):
+            why = "average"
+        elif is_training_state(name) and not (depth == 0 and name in own):
+            why = "training state"
+        if why is None:
+            yield from _walk(directory, inner, own, left_out, depth=depth + 1)
+        elif holds_weights(inner):
+            left_out.append((why, f"{inner.relative_to(directory).as_posix()}/"))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -164,4 +244,4 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _has_weights(names: Iterable[str]) -> bool:
-    return any(name.endswith(".safetensors") or _INDEX.fullmatch(name) for name in names)
+    return any(name.endswith(WEIGHTS) or _INDEX.fullmatch(name) for name in names)

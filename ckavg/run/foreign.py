@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ckavg.run.layouts import read_label
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".distcp", ".nemo", ".h5", ".msgpack", ".gguf", ".npz")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".distcp", ".nemo", ".h5", ".msgpack", ".gguf", ".npz")
 _NOT_WEIGHTS = re.compile(
     r"optimizer.*|scheduler.*|scaler.*|rng_state.*|training_args.*|random_states.*|sampler.*|dl_state.*|"
     r"custom_checkpoint.*|.*_optim_states\.pt|common\.pt"
@@ -63,7 +63,7 @@ def find_foreign(path: Path) -> Foreign | None:
 
 
 def _is_foreign(name: str) -> bool:
-    return name.endswith(_PICKLES) and _NOT_WEIGHTS.fullmatch(name.rpartition("/")[2]) is None
+    return name.endswith(PICKLES) and _NOT_WEIGHTS.fullmatch(name.rpartition("/")[2]) is None
 
 
 def _names_below(path: Path) -> Iterator[str]:

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckavg.errors import CorruptFileError, MissingShardError, ReadError, TruncatedShardError, UnsupportedFormatError
+from ckavg.errors import (
+    CkavgError,
+    CorruptFileError,
+    MissingShardError,
+    ReadError,
+    TruncatedShardError,
+    UnsupportedFormatError,
+)
 from ckavg.run.values import ITEM_BYTES, Entry
 from ckavg.untrusted import open_regular, parse_json
 
@@ -45,11 +52,13 @@ class Header:
         nbytes: size of the file.
         entries: its tensors.
         state: inode and time of modification in nanoseconds: another state means other bytes.
+        metadata: what it says besides, by name.
     """
 
     nbytes: int
     entries: Mapping[str, Entry]
     state: tuple[int, int]
+    metadata: Mapping[str, str]
 
 
 def read_header(path: Path, *, shard: int = 0) -> Header:
@@ -76,8 +85,20 @@ def read_header(path: Path, *, shard: int = 0) -> Header:
         raise MissingShardError(f"{path} does not exist: no file can have this name.", hint=_RESAVE) from error
     if len(text) < raw:
         raise TruncatedShardError(f"{path} ends within its header ({size:,} bytes).", hint=_STILL_WRITTEN)
-    entries = _checked(path, _parsed(path, text), _LENGTH.size + raw, size, shard)
-    return Header(size, entries, (status.st_ino, status.st_mtime_ns))
+    declared = _parsed(path, text)
+    metadata = _metadata(path, declared.pop("__metadata__", None))
+    entries = _checked(path, declared, _LENGTH.size + raw, size, shard)
+    return Header(size, entries, (status.st_ino, status.st_mtime_ns), metadata)
+
+
+def peek_metadata(path: Path, wanted: Collection[str]) -> Mapping[str, str]:
+    """What a header says besides the tensors; empty where it is not sound, or has none of the entries wanted."""
+    with suppress(CkavgError, OSError, ValueError), open_regular(path) as file:
+        raw = _header_bytes(path, file.read(_LENGTH.size), os.fstat(file.fileno()).st_size)
+        text = file.read(raw)
+        if any(name.encode() in text for name in wanted):
+            return _metadata(path, _parsed(path, text).get("__metadata__"))
+    return {}
 
 
 def _header_bytes(path: Path, prefix: bytes, size: int) -> int:
@@ -102,17 +123,16 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
         raise CorruptFileError(f"{path} has a corrupt header: {error}.", hint=_RESAVE) from error
     if not isinstance(parsed, dict):
         raise CorruptFileError(f"{path} has a corrupt header: not a JSON object.", hint=_RESAVE)
-    _check_metadata(path, parsed.pop("__metadata__", None))
     return parsed
 
 
-def _check_metadata(path: Path, metadata: Any) -> None:
+def _metadata(path: Path, metadata: Any) -> dict[str, str]:
     if metadata is None:
-        return
+        return {}
     if isinstance(metadata, dict) and all(isinstance(each, str) for each in metadata.values()):
         with suppress(UnicodeEncodeError):
             "".join((*metadata, *metadata.values())).encode()
-            return
+            return metadata
     raise CorruptFileError(f"{path} has a corrupt header: __metadata__ must hold texts by name.", hint=_RESAVE)
 
 

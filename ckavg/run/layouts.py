@@ -1,83 +1,252 @@
-"""Stage *discover*: which names are checkpoints, and which step each name states. Pure: looks at names alone."""
+"""Stage *discover*: which names are checkpoints of one run, and which step each states. Pure: looks at names alone.
+
+What lies in one directory with one stem and a number that varies is one run: `checkpoint-100`, `mylora-000002`,
+`0000100_adapters`, `stage1-step1000-tokens5B`. Where a word says what a number counts, that number is the step;
+elsewhere the number that varies is. What is left of the name is the stem, and two stems are two runs.
+"""
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
-Clock = Literal["step", "save", "epoch"]
+Clock = Literal["step", "save", "epoch", "number"]
+"""What the number in a name counts; `number` where nothing tells."""
 
-_WORDS: dict[str, Clock] = {
-    "checkpoint-": "step",
-    "checkpoint_": "save",  # accelerate counts its saves; HF Trainer writes a hyphen and counts steps
-    "step": "step",
-    "epoch": "epoch",
-}
-
-_NUMBERED = re.compile(
-    r"""(?P<prefix>(?:[\w.-]*[-_.])?)        # model-, global_, run.3-
-        (?P<word>checkpoint[-_]|ckpt|step|epoch|iter(?:ation)?)
-        [-_=]?(?P<number>\d+)
-        (?P<suffix>(?:[-_]tokens[\w.]+)?)    # stage1-step1000-tokens5B
-    """,
-    re.VERBOSE | re.IGNORECASE | re.ASCII,
+_STEP_WORDS = frozenset(
+    {"step", "steps", "globalstep", "iter", "iters", "iteration", "iterations", "it", "ba", "update", "updates"}
 )
-_BARE = re.compile(r"\d+", re.ASCII)
-_STAGE = re.compile(r"(stage\d+|phase\d+)", re.IGNORECASE)
+_SAVE_WORDS = frozenset({"checkpoint", "checkpoints", "ckpt", "chkpt", "save"})
+_EPOCH_WORDS = frozenset({"epoch", "epochs", "ep"})
+_COMPANIONS = _EPOCH_WORDS | {"tokens", "tok", "samples", "loss", "acc", "accuracy", "ppl"}
+"""Words whose numbers go along with the step, and tell no run from another."""
+
+_PARTS = frozenset(
+    {
+        "block", "component", "decoder", "dense", "encoder", "exp", "experiment", "expert", "experts", "fold", "gpu",
+        "ingredient", "layer", "layers", "module", "part", "phase", "rank", "run", "seed", "shard", "stage", "trial",
+        "v", "version", "worker",
+    }
+)  # fmt: skip
+"""Words whose numbers tell one run, or one part of a model, from another: never a step."""
+
+_TOKEN = re.compile(
+    r"(?P<time>(?:19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d(?:[T_ -]?[0-2]\d[-_:.h]?[0-5]\d(?:[-_:.m]?[0-5]\d)?)(?!\d)"
+    r"|(?:19|20)\d\d-[01]\d-[0-3]\d(?!\d))"
+    r"|(?P<decimal>\d+\.\d+(?![.\d]))"
+    r"|(?P<number>\d+)(?P<unit>[kKmMbB](?![A-Za-z]))?",
+    re.ASCII,
+)
+_WORD = re.compile(r"([A-Za-z]+)([-_=. ]{0,2})$", re.ASCII)
+_GLOBAL = re.compile(r"(?:^|[-_. ])global[-_. ]?$", re.IGNORECASE | re.ASCII)
+_BARE = re.compile(r"\d+[kKmM]?", re.ASCII)
+_UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
+_SHARD = re.compile(r".*-\d+-of-\d+|(?:consolidated|tp_rank|pp_rank)[-_.]\d+", re.IGNORECASE | re.ASCII)
+_SECOND = re.compile(r"model_\d+", re.ASCII)
+_LEAST = 10
+_END = re.compile(r"(?:^|[-_. ])(?:final|last|latest|end)$", re.IGNORECASE | re.ASCII)
 _MAX_DIGITS = 18
+_SEPARATORS = "-_=. "
 
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What a checkpoint's name says: its number, what that number counts, and the stage it belongs to (often none)."""
+    """What a checkpoint's name says.
 
-    number: int
+    Attributes:
+        number: its number; None for the file without one that a run ends with.
+        clock: what that number counts.
+        stem: the rest of the name, which all checkpoints of a run have in common; often empty.
+    """
+
+    number: int | None
     clock: Clock
-    stage: str
+    stem: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Number:
+    """A number in a name: its word begins at `start`, its digits at `digits`."""
+
+    start: int
+    digits: int
+    end: int
+    value: int
+    word: str
+    separator: str
+    unit: str
+
+    @property
+    def clock(self) -> Clock | None:
+        """What it counts, by its word."""
+        if self.word in _STEP_WORDS:
+            return "step"
+        if self.word in _SAVE_WORDS:  # accelerate counts its saves; HF Trainer writes a hyphen and counts steps
+            return "save" if self.word == "checkpoint" and self.separator == "_" else "step"
+        return "epoch" if self.word in _EPOCH_WORDS else None
+
+    @property
+    def may_count(self) -> bool:
+        """Whether it may be a step, as far as its word and its unit tell."""
+        return self.word not in _PARTS | _COMPANIONS and self.unit in _UNITS
 
 
 def read_label(stem: str) -> Label | None:
-    """Read the step from the name of a directory, or of a file without its ending; None where there is none.
+    """Read the step from one name by itself, of a directory or of a file without its ending; None where there is none.
 
     >>> read_label("checkpoint-1200")
-    Label(number=1200, clock='step', stage='')
+    Label(number=1200, clock='step', stem='')
     >>> read_label("stage1-step1000-tokens5B")
-    Label(number=1000, clock='step', stage='stage1')
-    >>> read_label("iter_0001000").number, read_label("model-step-100").number, read_label("100").number
-    (1000, 100, 100)
-    >>> read_label("model-00001-of-00003") is None
-    True
+    Label(number=1000, clock='step', stem='stage1')
+    >>> read_label("iter_0001000").number, read_label("epoch=1-step=100").number, read_label("100k").number
+    (1000, 100, 100000)
+    >>> read_label("model-00001-of-00003"), read_label("mylora-000002")
+    (None, None)
     """
-    if _BARE.fullmatch(stem):
-        return Label(int(stem), "step", "") if len(stem) <= _MAX_DIGITS else None
-    match = _NUMBERED.fullmatch(stem)
-    if match is None or len(match["number"]) > _MAX_DIGITS:
-        return None
-    word = match["word"].lower()
-    clock: Clock = next((clock for start, clock in _WORDS.items() if word.startswith(start)), "step")
-    stage = _STAGE.search(match["prefix"])
-    return Label(int(match["number"]), clock, stage.group().lower() if stage else "")
+    numbers = _numbers(stem)
+    counting = [number for number in numbers if number.clock is not None]
+    if counting and not _SHARD.fullmatch(stem):
+        return _label(stem, numbers, min(reversed(counting), key=_rank))
+    bare = len(numbers) == 1 and (numbers[0].digits, numbers[0].end) == (0, len(stem)) and numbers[0].may_count
+    return _label(stem, numbers, numbers[0]) if bare else None
 
 
-_UNSTATED = re.compile(
-    r"(?:.*[-_.])?(?:checkpoint|ckpt|step|epoch)s?(?:[-_.].*)?|(?:.*[-_.])?(?:best|final|last|latest)(?:[-_.].*)?",
-    re.IGNORECASE | re.ASCII,
-)
+def label_run(
+    folders: Collection[str], files: Collection[str], holds_weights: Callable[[str], bool], *, is_one_model: bool
+) -> dict[str, Label]:
+    """Which of the folders, and of the weight files without their ending, are checkpoints; the folders come first.
+
+    A word such as `step` makes a folder a checkpoint, weights or none: it may still be written. A number alone says too
+    little without weights, and one after any other word counts only where no folder is named better.
+
+    Args:
+        folders, files: their names; the ends of the files are cut off.
+        holds_weights: whether there are weights of any kind in a folder.
+        is_one_model: whether a file tells that the folders are parts of one model.
+    """
+    labels = {
+        name: label
+        for name in folders
+        if (label := read_label(name)) is not None and (not _BARE.fullmatch(name) or holds_weights(name))
+    }
+    if not labels and not is_one_model:
+        found = read_labels([name for name in folders if holds_weights(name)])
+        numbered = {name: label for name, label in found.items() if label.number is not None}
+        labels = numbered if max((label.number or 0 for label in numbered.values()), default=0) >= _LEAST else {}
+    flat = [name for name in files if not (is_training_state(name) or ("model" in files and _SECOND.fullmatch(name)))]
+    return labels | {f"{name}.safetensors": label for name, label in read_labels(flat).items()}
+
+
+def read_labels(stems: Collection[str]) -> dict[str, Label]:
+    """Read the steps from names that lie in one directory; those that are no checkpoints are left out.
+
+    >>> labels = read_labels(["mylora-000002", "mylora-000001", "mylora", "vae"])
+    >>> labels["mylora-000001"]
+    Label(number=1, clock='number', stem='mylora')
+    >>> labels["mylora"], "vae" in labels
+    (Label(number=None, clock='number', stem='mylora'), False)
+    >>> sorted({label.stem for label in read_labels(["a_v1_10", "a_v1_20", "a_v2_10"]).values()})
+    ['a_v1', 'a_v2']
+    """
+    labels = {stem: label for stem in stems if (label := read_label(stem)) is not None}
+    alike: dict[str, dict[str, list[_Number]]] = defaultdict(dict)
+    for stem in stems:
+        if stem not in labels and not _SHARD.fullmatch(stem) and (numbers := _numbers(stem)):
+            alike[re.sub(r"\d+", "#", stem, flags=re.ASCII)][stem] = numbers
+    single: dict[str, Label] = {}
+    for group in alike.values():
+        if len(group) == 1:
+            ((stem, numbers),) = group.items()
+            may_be = [number for number in numbers if number.may_count]
+            if may_be:
+                single[stem] = _label(stem, numbers, may_be[-1])
+            continue
+        place = _varying(list(group.values()))
+        if place is not None:
+            labels |= {stem: _label(stem, numbers, numbers[place]) for stem, numbers in group.items()}
+    ends = {stem: Label(None, "number", _END.sub("", stem).strip(_SEPARATORS)) for stem in stems if stem not in labels}
+    known = {label.stem for label in labels.values()} | {stem for stem in ends if stem not in single}
+    labels |= {stem: label for stem, label in single.items() if label.stem in known and label.stem}
+    counted = {label.stem for label in labels.values()} - {""}
+    return labels | {stem: end for stem, end in ends.items() if stem not in labels and end.stem in counted}
+
+
+def _rank(number: _Number) -> int:
+    """Steps before saves before epochs, where a name states several."""
+    return 0 if number.word in _STEP_WORDS else 1 if number.word in _SAVE_WORDS else 2
+
+
+def _varying(group: list[list[_Number]]) -> int | None:
+    """The last place at which the numbers of names alike differ, and may be steps."""
+    for place in reversed(range(len(group[0]))):
+        numbers = [each[place] for each in group]
+        if all(each.may_count for each in numbers) and len({each.value for each in numbers}) > 1:
+            return place
+    return None
+
+
+def _numbers(stem: str) -> list[_Number]:
+    found = []
+    for match in _TOKEN.finditer(stem):
+        digits = match["number"]
+        if digits is None or len(digits) > _MAX_DIGITS:
+            continue
+        word = _WORD.search(stem, 0, match.start())
+        unit = (match["unit"] or "").lower()
+        start = match.start() if word is None else word.start(1)
+        named, separator = ("", "") if word is None else (word[1].lower(), word[2])
+        value = int(digits) * _UNITS.get(unit, 1)
+        found.append(_Number(start, match.start(), match.end(), value, named, separator, unit))
+    return found
+
+
+def _label(stem: str, numbers: list[_Number], step: _Number) -> Label:
+    """The label with this number for its step; what goes along with it is taken from the stem."""
+    begin = step.start if step.clock else step.digits
+    spans = [(begin, step.end)]
+    if step.word in _STEP_WORDS and (found := _GLOBAL.search(stem, 0, begin)):
+        spans.append((found.start(), begin))
+    after = step.end
+    for number in numbers:  # epoch and place in it, as some trainers count them behind the step: save-500-2-0
+        if number.start >= after and not number.word and not stem[after : number.digits].strip(_SEPARATORS):
+            spans.append((after, number.end))
+            after = number.end
+    spans += [(each.start, each.end) for each in numbers if each.word in _COMPANIONS and each != step]
+    for match in _TOKEN.finditer(stem):
+        if match["time"]:
+            spans.append(match.span())
+        elif match["decimal"] and (word := _WORD.search(stem, 0, match.start())) and word[2].endswith("="):
+            spans.append((stem.rfind("-", 0, match.start()) + 1, match.end()))
+    kept = _cut(stem, spans)
+    return Label(step.value, step.clock or ("step" if not kept else "number"), kept)
+
+
+def _cut(stem: str, spans: list[tuple[int, int]]) -> str:
+    """What is left of a name without some of it, its pieces put together by hyphens."""
+    pieces, end = [], 0
+    for start, stop in sorted(spans):
+        if start >= end:
+            pieces.append(stem[end:start])
+        end = max(end, stop)
+    pieces.append(stem[end:])
+    return "-".join(filter(None, (piece.strip(_SEPARATORS) for piece in pieces)))
+
+
+# --- names that say something else ---
+
 _HALF_WRITTEN = re.compile(
     r"(?:tmp[-_.].+|.+[-_.](?:tmp|temp|partial|incomplete|ckavg-partial))", re.IGNORECASE | re.ASCII
 )
-_AVERAGED = re.compile(r".*[-_.]ema", re.IGNORECASE | re.ASCII)
-_NO_WEIGHTS_IN = (".", "runs", "logs", "wandb", "averaged", "__pycache__", "pytorch_model_fsdp_", "optimizer_")
-
-
-def looks_unstated(stem: str) -> bool:
-    """Whether a name is one for a checkpoint, but says no step.
-
-    >>> [looks_unstated(stem) for stem in ("checkpoint-best", "final", "best_model", "last", "unet", "runs")]
-    [True, True, True, True, False, False]
-    """
-    return read_label(stem) is None and _UNSTATED.fullmatch(stem) is not None
+_AVERAGED = re.compile(r"(?:.*[-_.])?(?<!non_)ema(?:[-_.].*)?", re.IGNORECASE | re.ASCII)
+_TRAINING_STATE = re.compile(
+    r"(?:.*[-_.])?(?:train(?:ing|er)?[-_]state|optim(?:izer)?s?|(?:lr[-_])?schedulers?|rng|random[-_]states?|grad[-_]scaler"
+    r"|scaler|data(?:loader|sampler)|sampler)(?:[-_.\d].*)?",
+    re.IGNORECASE | re.ASCII,
+)
+_NO_WEIGHTS_IN = (".", "runs", "logs", "wandb", "averaged", "__pycache__", "pytorch_model_fsdp_")
 
 
 def is_half_written(name: str) -> bool:
@@ -85,15 +254,24 @@ def is_half_written(name: str) -> bool:
     return _HALF_WRITTEN.fullmatch(name) is not None
 
 
-def is_averaged(folder: str) -> bool:
-    """Whether a folder holds an average that training made: `unet_ema`."""
-    return _AVERAGED.fullmatch(folder) is not None
+def is_averaged(name: str) -> bool:
+    """Whether a folder, or a weight file without its ending, holds an average that training made: `unet_ema`."""
+    return _AVERAGED.fullmatch(name) is not None
+
+
+def is_training_state(name: str) -> bool:
+    """Whether a folder, or a file without its ending, holds state of the training rather than of the model.
+
+    >>> [is_training_state(name) for name in ("training_state", "optimizer_0", "rng_state", "optimus", "unet")]
+    [True, True, True, False, False]
+    """
+    return _TRAINING_STATE.fullmatch(name) is not None
 
 
 def may_hold_model(folder: str) -> bool:
-    """Whether a folder of a checkpoint may belong to the model, rather than to its training.
+    """Whether a folder of a checkpoint may belong to the model, by its name.
 
-    >>> [may_hold_model(folder) for folder in ("unet", "tokenizer", "global_step500", "optimizer_0", ".cache")]
+    >>> [may_hold_model(folder) for folder in ("unet", "tokenizer", "global_step500", "runs", ".cache")]
     [True, True, False, False, False]
     """
     return not folder.startswith(_NO_WEIGHTS_IN) and read_label(folder) is None

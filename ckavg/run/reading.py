@@ -14,6 +14,7 @@ from ckavg.errors import (
     TruncatedShardError,
 )
 from ckavg.run.checkpoint import read_checkpoint
+from ckavg.run.contents import WEIGHTS
 from ckavg.run.discover import Candidate, Scan
 from ckavg.run.select import selected
 from ckavg.run.values import Checkpoint, Selection
@@ -30,6 +31,7 @@ class Reading:
         self._found = found
         self._selection = selection
         self._read: dict[tuple[Path, int], Checkpoint | CkavgError] = {}
+        self._texts: dict[str, str] = {}
         self._incomplete: dict[Path, CkavgError] = {}
         self._done = False
         self.candidates: list[Candidate] = []
@@ -55,6 +57,7 @@ class Reading:
                 hint="Choose fewer with --every, --last, --from-step or --to-step.",
             )
         places = [(candidate.path, candidate.step) for candidate in self.candidates]
+        stems = {candidate.path: candidate.label.stem for candidate in self.candidates if candidate.is_file}
         self.problems = []
         if init is not None:
             places.insert(0, (init, init_step))
@@ -65,6 +68,8 @@ class Reading:
             outcome = self._read.get((path, step)) or self._read_one(path, step, named)
             if isinstance(outcome, Checkpoint):
                 outcome = self._sharing_tables(outcome)
+                if path in stems:
+                    outcome = dataclasses.replace(outcome, saved_as=f"{stems[path] or 'model'}{WEIGHTS}")
                 self.checkpoints.append(outcome)
             else:
                 self._tell(path, outcome)
@@ -93,10 +98,19 @@ class Reading:
             return error
 
     def _sharing_tables(self, checkpoint: Checkpoint) -> Checkpoint:
-        """With the tensor table of the one before, where they are equal: a large model's takes tens of megabytes."""
-        if self.checkpoints and self.checkpoints[-1].entries == checkpoint.entries:
-            return dataclasses.replace(checkpoint, entries=self.checkpoints[-1].entries)
-        return checkpoint
+        """With the tensor table of the one before, where they are equal: a large model's takes tens of megabytes. So
+        may what headers say of a training set.
+        """
+        shards = tuple(
+            dataclasses.replace(
+                shard, metadata={key: self._texts.setdefault(value, value) for key, value in shard.metadata.items()}
+            )
+            for shard in checkpoint.shards
+        )
+        entries = checkpoint.entries
+        if self.checkpoints and self.checkpoints[-1].entries == entries:
+            entries = self.checkpoints[-1].entries
+        return dataclasses.replace(checkpoint, shards=shards, entries=entries)
 
 
 def _why(error: CkavgError) -> str:

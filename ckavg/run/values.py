@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
 Kind = Literal["model", "adapter", "pipeline", "file"]
+
+WhyLeftOut = Literal["average", "second model", "copy", "adapter", "training state", "pickle", "link", "not everywhere"]
 
 ITEM_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
@@ -23,7 +25,7 @@ FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 """The dtypes that are averaged; all others are copied from the last checkpoint."""
 
 CONSTANT = frozenset({"C64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
-"""The dtypes that are neither averaged nor taken from one checkpoint: copied where all checkpoints hold the same bytes."""
+"""The dtypes that are copied only where all checkpoints hold the same bytes."""
 
 DTYPE_NAMES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Floating dtypes: safetensors code to the name users type."""
@@ -82,12 +84,16 @@ class Shard:
         nbytes: its size in bytes.
         state: inode and time of modification when its header was read; None where that does not matter.
         identity: what tells its content from any other, by whoever keeps it; None for a file of this machine.
+        part: how the names of its tensors begin in the run, and not in the file: `unet/`, say; see `Checkpoint.parts`.
+        metadata: what its header says besides the tensors, by name.
     """
 
     path: Path
     nbytes: int
     state: tuple[int, int] | None = None
     identity: str | None = None
+    part: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +107,9 @@ class Checkpoint:
             safetensors file on its own).
         shards: its weight files, in the order of their names.
         indexes: the shard indexes beside them, where there are any; a pipeline may have one in each component.
-        entries: every tensor by name; in a pipeline, `component/name`.
-        ignored: names of other weight files, and of folders with such, in the directory, which are not read.
+        entries: every tensor by name, which begins with the part that it is in.
+        left_out: weights in the directory that are not read: why, and the path relative to it.
+        saved_as: the file name of a result of such checkpoints; empty for directories, whose names it takes.
     """
 
     step: int
@@ -111,7 +118,8 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     indexes: tuple[Path, ...]
     entries: Mapping[str, Entry]
-    ignored: tuple[str, ...] = ()
+    left_out: tuple[tuple[WhyLeftOut, str], ...] = ()
+    saved_as: str = ""
 
     @property
     def directory(self) -> Path:
@@ -139,11 +147,36 @@ class Checkpoint:
         return tuple(shard.path.relative_to(self.directory).as_posix() for shard in self.shards)
 
     @property
-    def components(self) -> tuple[str, ...]:
-        """The folders of a pipeline that hold its weights, sorted; `("",)` for anything else."""
-        if self.kind != "pipeline":
-            return ("",)
+    def parts(self) -> tuple[str, ...]:
+        """What is loaded by itself, in the order of the shards: `` for the weights in the directory itself, `unet/` for
+        those in a folder, `value_head.safetensors/` for a file beside them.
+        """
+        return tuple(dict.fromkeys(shard.part for shard in self.shards))
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders that hold weights, sorted; the directory itself is `""`."""
         return tuple(sorted({name.rpartition("/")[0] for name in self.names}))
+
+    def leaving_out(self, more: tuple[tuple[WhyLeftOut, str], ...]) -> Checkpoint:
+        """The same, with more that is told to be left out."""
+        return dataclasses.replace(self, left_out=(*self.left_out, *more))
+
+    def with_parts(self, parts: Collection[str]) -> Checkpoint:
+        """The same without the weights of all other parts."""
+        if set(parts) >= set(self.parts):
+            return self
+        kept = [place for place, shard in enumerate(self.shards) if shard.part in parts]
+        moved = {place: new for new, place in enumerate(kept)}
+        entries = {
+            name: dataclasses.replace(entry, shard=moved[entry.shard])
+            for name, entry in self.entries.items()
+            if entry.shard in moved
+        }
+        shards = tuple(self.shards[place] for place in kept)
+        folders = {shard.path.parent for shard in shards}
+        indexes = tuple(index for index in self.indexes if index.parent in folders)
+        return dataclasses.replace(self, shards=shards, indexes=indexes, entries=entries)
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -162,6 +195,9 @@ class Selection:
     Attributes:
         init: the anchor θ_0, a checkpoint directory or safetensors file; None: the first checkpoint selected.
         init_step: optimizer step of `init`.
+        match: shell pattern of the names of checkpoints, where several runs lie in one directory.
+        steps: exactly these optimizer steps; empty: all.
+        skip_step: leave out these optimizer steps.
         every: update frequency f in optimizer steps: visit only checkpoints with (t_k − t_0) mod f = 0.
         every_from: count `every` from this step instead of the anchor's.
         from_step: leave out checkpoints before this optimizer step.
@@ -175,6 +211,9 @@ class Selection:
 
     init: Path | None = None
     init_step: int = 0
+    match: str | None = None
+    steps: tuple[int, ...] = ()
+    skip_step: tuple[int, ...] = ()
     every: int | None = None
     every_from: int | None = None
     from_step: int | None = None
@@ -186,14 +225,12 @@ class Selection:
     copy: tuple[str, ...] = ()
 
     @property
-    def stated(self) -> dict[str, int | str | tuple[str, ...]]:
+    def stated(self) -> dict[str, int | str | tuple[int | str, ...]]:
         """The parts that differ from choosing everything, by name."""
-        values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
-        return {
-            name: str(value) if isinstance(value, Path) else value
-            for name, (value, default) in values.items()
-            if value != default
-        }
+        values = {each.name: (getattr(self, each.name), each.default) for each in dataclasses.fields(self)}
+        stated = {name: value for name, (value, default) in values.items() if value != default}
+        stated |= {} if self.init is None else {"init": str(self.init)}
+        return stated | ({"steps": ",".join(map(str, self.steps))} if self.steps else {})
 
 
 @dataclass(frozen=True, slots=True)

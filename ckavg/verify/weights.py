@@ -114,8 +114,12 @@ def _nonfinite(
 
 
 def _of_folder(checkpoint: Checkpoint, folder: Path) -> list[Entry]:
-    """The tensors in the weight files that lie in a folder."""
-    inside = {place for place, shard in enumerate(checkpoint.shards) if shard.path.parent == folder}
+    """The tensors that a loader takes from a folder: of its index and its config, not of the files beside them."""
+    inside = {
+        place
+        for place, shard in enumerate(checkpoint.shards)
+        if shard.path.parent == folder and not shard.part.endswith(".safetensors/")
+    }
     return [entry for entry in checkpoint.entries.values() if entry.shard in inside]
 
 
