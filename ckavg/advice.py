@@ -73,17 +73,29 @@ def before(run: Run, scheme: Scheme, rates: Sequence[tuple[int, float]] | None =
     logged = learning_rates(run.last) if rates is None else rates
     needs_no_anchor = scheme.every_from is not None or isinstance(scheme, Mean)
     return (
-        *(() if needs_no_anchor else about_anchor(run.steps[0], with_init=run.anchor_is_init)),
+        *(() if needs_no_anchor else about_anchor(run.steps[0], run.tensors, with_init=run.anchor_is_init)),
         *about_learning_rate(run.steps[int(run.anchor_is_init) :], logged),
         *about_interval(run.steps, scheme, with_init=run.anchor_is_init),
         *about_adapters(run.tensors),
     )
 
 
-def about_anchor(step: int, *, with_init: bool) -> tuple[str, ...]:
-    """What the anchor tells, whatever the scheme."""
+def about_anchor(step: int, names: Iterable[str], *, with_init: bool) -> tuple[str, ...]:
+    """What the anchor tells, whatever the scheme.
+
+    Args:
+        step: its optimizer step.
+        names: of its tensors.
+        with_init: whether it was named apart from the run.
+    """
     if step == 0 or with_init:
         return ()
+    if hold_factors(names):
+        return (
+            f"The run begins at step {step}: everything is measured from that checkpoint, not from the untrained "
+            "adapter. "
+            'Save that before the next training, beside the others: model.save_pretrained("checkpoint-0").',
+        )
     return (
         f"The run begins at step {step}: everything is measured from that checkpoint, not from the base model. "
         "Name the base model with --init to change that.",
@@ -170,9 +182,14 @@ def _wider(interval: float, steps: Sequence[int]) -> int | None:
     return every if kept > _FEWEST else None
 
 
+def hold_factors(names: Iterable[str]) -> bool:
+    """Whether tensors, by their names, are factors of a product, as in low-rank adapters."""
+    return any(part.startswith(_FACTORS) for name in names for part in name.split("."))
+
+
 def about_adapters(names: Iterable[str]) -> tuple[str, ...]:
     """What the names of the tensors tell: whether they are factors, whose product is what acts on the model."""
-    if not any(part.startswith(_FACTORS) for name in names for part in name.split(".")):
+    if not hold_factors(names):
         return ()
     return (
         "These are low-rank adapters, whose factors A and B are averaged each by itself: the product of the means is "

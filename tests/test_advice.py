@@ -72,7 +72,7 @@ def test_nothing_counts() -> None:
 
 @pytest.mark.parametrize(("step", "with_init", "said"), [(0, False, 0), (400, False, 1), (400, True, 0)])
 def test_anchor(step: int, with_init: bool, said: int) -> None:
-    assert len(advice.about_anchor(step, with_init=with_init)) == said
+    assert len(advice.about_anchor(step, ["w"], with_init=with_init)) == said
 
 
 def test_an_average_that_ends_where_it_begins() -> None:

@@ -47,7 +47,7 @@ def path(options: MeasuringPath) -> None:
         check_plot(options, run)
         if options.csv is not None:
             check_file(options.csv, run)
-        warnings = run.warnings + advice.about_anchor(run.steps[0], with_init=run.anchor_is_init)
+        warnings = run.warnings + advice.about_anchor(run.steps[0], run.tensors, with_init=run.anchor_is_init)
         warn_of(warnings)
         fetching = fetching_of_path(run, plan_path(run, exclude=options.path_exclude or (), sample=options.sample))
         tell_fetching(fetching, quiet=options.quiet or not ranks.is_first)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from rich.table import Table
@@ -13,9 +12,8 @@ from ckavg.plan import Plan
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.report.fetching import fetching_lines, fetching_to_dict
 from ckavg.report.text import MOST_ROWS, as_bytes, as_count, bar, shortened_rows
-from ckavg.result.command import shell_word
+from ckavg.result.loading import load_command
 from ckavg.result.record import Averaged
-from ckavg.result.side_files import read_config
 from ckavg.run.values import Fetching
 
 _BAR_WIDTH = 32
@@ -125,20 +123,5 @@ def _weights_table(result: Averaged) -> Table:
 
 
 def _next_command(result: Averaged, plan: Plan) -> str:
-    architectures = read_config(plan.side_files).get("architectures")
-    if "model_index.json" in plan.side_files:
-        loader = "from diffusers import DiffusionPipeline as M"
-    elif "adapter_config.json" in plan.side_files:
-        loader = "from peft import AutoPeftModelForCausalLM as M"
-    elif isinstance(architectures, list) and architectures:
-        auto = "AutoModelForCausalLM" if "ForCausalLM" in str(architectures[0]) else "AutoModel"
-        loader = f"from transformers import {auto} as M"
-    else:
-        return f"ls {shell_word(str(result.directory))}"
-    code = f"{loader}; M.from_pretrained({_string(str(result.directory))})"
-    return f"python -c {shell_word(code)}"
-
-
-def _string(text: str) -> str:
-    """As a string in Python's own notation, which is JSON's as long as no byte of it is no text."""
-    return json.dumps(text, ensure_ascii=not text.isprintable())
+    largest = sorted(plan.weights.shards, key=lambda shard: -sum(each.nbytes for each in plan.weights.of(shard.part)))
+    return load_command(result.directory, plan.side_files, [shard.name for shard in largest])

@@ -84,7 +84,7 @@ def _shortened(findings: Iterable[Finding]) -> list[str]:
 def _verdict(found: Inspection, health: Health) -> str:
     steps = {finding.step for finding in health.findings if finding.is_problem}
     if not steps:
-        return inspection.conclusion(found)
+        return inspection.conclusion(found, [(each.step, each.message) for each in _warnings(health)])
     return (
         f"NaN or infinity in {len(steps)} checkpoint{'s' * (len(steps) > 1)}: leave them out with --from-step or "
         "--to-step, or save them again."

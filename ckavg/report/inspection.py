@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from ckavg.advice import about_anchor
@@ -11,6 +13,8 @@ from ckavg.report.text import as_bytes, as_count, told
 from ckavg.result.command import as_options, shell_word
 from ckavg.run.opening import Inspection
 from ckavg.run.values import Checkpoint
+
+_STEP = re.compile(r"\bsteps? (\d{1,18})\b", re.ASCII)
 
 
 def to_dict(found: Inspection) -> dict[str, Any]:
@@ -66,7 +70,8 @@ def print_inspection(found: Inspection, *, as_json: bool, verdict: bool = True) 
 def _warnings(found: Inspection) -> tuple[str, ...]:
     if not found.checkpoints:
         return found.warnings
-    return found.warnings + about_anchor(found.checkpoints[0].step, with_init=found.selection.init is not None)
+    first = found.checkpoints[0]
+    return found.warnings + about_anchor(first.step, first.entries, with_init=found.selection.init is not None)
 
 
 def _table(found: Inspection) -> Any:
@@ -98,9 +103,26 @@ def _place(found: Inspection, checkpoint: Checkpoint) -> str:
     return str(checkpoint.path) if found.remote is None else found.remote.named(checkpoint.path)
 
 
-def conclusion(found: Inspection) -> str:
-    """What to do next."""
+def conclusion(found: Inspection, more: Sequence[tuple[int | None, str]] = ()) -> str:
+    """What to do next.
+
+    Args:
+        found: what the headers told.
+        more: further warnings, each with the step that it is about.
+    """
     if found.problems:
         return f"{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''} to solve before averaging."
+    count = len(_warnings(found)) + len(more)
+    steps = [step for step, _ in more if step is not None] + _steps_named(found)
+    verdict = "Nothing stands in the way."
+    if count:
+        look = f": look at step {steps[0]} first" if steps else ""
+        verdict = f"{count} warning{'s' if count > 1 else ''}{look}."
     options = as_options(found.selection.stated)
-    return f"Nothing stands in the way. Next: ckavg pema {shell_word(found.address)} {options}".rstrip()
+    return f"{verdict} Next: ckavg pema {shell_word(found.address)} {options}".rstrip()
+
+
+def _steps_named(found: Inspection) -> list[int]:
+    """The steps of checkpoints that warnings speak of, in the order of the warnings."""
+    steps = {checkpoint.step for checkpoint in found.checkpoints}
+    return [step for text in found.warnings for step in map(int, _STEP.findall(text)) if step in steps]

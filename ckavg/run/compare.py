@@ -112,9 +112,14 @@ def common_part(checkpoints: Sequence[Checkpoint]) -> Common:
 
 
 def _hint(checkpoints: Sequence[Checkpoint], place: int, *, anchor_is_init: bool) -> str:
-    if anchor_is_init and place == 0:
-        return "The base model given with --init must have the tensors of the run."
     before, after = checkpoints[place : place + 2]
+    if anchor_is_init and place == 0:
+        if after.kind == "adapter" != before.kind:
+            return (
+                "The anchor of an adapter is the untrained adapter, not the base model. Save it before training, with "
+                "model.save_pretrained(DIRECTORY), and name that with --init; or leave out --init."
+            )
+        return "The base model given with --init must have the tensors of the run."
     keeps_more = len(checkpoints) - 1 - place > 1
     choice = (
         f"Start later with --from-step {after.step}" if keeps_more else f"Stop earlier with --to-step {before.step}"
@@ -131,6 +136,13 @@ def _compare(before: Checkpoint, after: Checkpoint, *, any_float: bool, common_o
         )
     ):
         return []
+    prefix = _prefix_between(before, after)
+    if prefix is not None:
+        longer, shorter = (after, before) if prefix[1] else (before, after)
+        return [
+            f"step {longer.step}: the names of all tensors begin with {prefix[0]!r}, and are those of step "
+            f"{shorter.step} otherwise: a trainer has wrapped the model"
+        ]
     lines: list[str] = []
     if not common_only:
         lines += [
@@ -152,6 +164,19 @@ def _compare(before: Checkpoint, after: Checkpoint, *, any_float: bool, common_o
         elif not _compatible(old, new, any_float=any_float):
             lines.append(f"step {after.step}: tensor {name!r} is {new.dtype}, but {old.dtype} at step {before.step}")
     return lines
+
+
+def _prefix_between(before: Checkpoint, after: Checkpoint) -> tuple[str, bool] | None:
+    """What the names of one checkpoint begin with, and those of the other do not, where they are alike but for that;
+    and whether it is the later one whose names are longer.
+    """
+    for shorter, longer, is_after in ((before, after, True), (after, before, False)):
+        first = max(shorter.entries, key=len)
+        for name in longer.entries:
+            prefix = name.removesuffix(first)
+            if prefix and name.endswith(first) and {prefix + each for each in shorter.entries} == longer.entries.keys():
+                return prefix, is_after
+    return None
 
 
 def _compatible(old: Entry, new: Entry, *, any_float: bool) -> bool:

@@ -100,7 +100,7 @@ def inspect_run(source: Path, selection: Selection, *, read: ReadBytes = read_by
     problems = [*reading.problems, *duplicate_steps(candidates), *foreign_logs(candidates), *of_several]
     warnings = [*found.warnings, *reading.warnings, *_about_count(found, selection)]
     if len(candidates) + with_init < 2:
-        problems.append(_too_few(found, len(candidates)))
+        problems.append(_too_few(found, len(candidates), checkpoints))
     if checkpoints and not of_several:
         checkpoints = _compared(checkpoints, selection, read, problems, warnings)
     return Inspection(
@@ -280,7 +280,7 @@ def _about_count(found: Scan, selection: Selection) -> list[str]:
     return [f"--last {selection.last} asks for more checkpoints than there are: {count}."]
 
 
-def _too_few(found: Scan, kept: int) -> CkavgError:
+def _too_few(found: Scan, kept: int, checkpoints: Sequence[Checkpoint]) -> CkavgError:
     steps = ", ".join(str(candidate.step) for candidate in found.candidates[:12])
     more = ", …" if len(found.candidates) > 12 else ""
     if len(found.candidates) > kept:
@@ -289,7 +289,9 @@ def _too_few(found: Scan, kept: int) -> CkavgError:
             f"(steps {steps}{more}).",
             hint="Averaging needs at least two. Widen --steps, --from-step, --to-step, --last or --every.",
         )
+    of_adapter = any(each.kind == "adapter" for each in checkpoints)
+    base = "the adapter as it was before training" if of_adapter else "the base model"
     return TooFewCheckpointsError(
         f"{found.source} holds one checkpoint (step {steps}); averaging needs at least two.",
-        hint="Name the base model with --init, or save more often (save_steps, save_total_limit).",
+        hint=f"Name {base} with --init, or save more often (save_steps, save_total_limit).",
     )
