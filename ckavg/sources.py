@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from ckavg.errors import CkavgError, CombinedError, MissingShardError, SettingError
 from ckavg.remote.address import Address, address_of, parse_size
 from ckavg.remote.store import GO_ONLINE
-from ckavg.result.side_files import MOST_BYTES, is_side_file
+from ckavg.result.side_files import CONFIGS, MOST_BYTES, is_side_file
+from ckavg.run.checkpoint import own_folders
 from ckavg.run.discover import Candidate, scan
 from ckavg.run.opening import Inspection, as_run, inspect_run
 from ckavg.run.select import selected
@@ -189,14 +190,21 @@ def _chosen(mirror: Mirror, selection: Selection) -> Sequence[Candidate]:
 
 def _bring_side_files(mirror: Mirror, place: Place, patterns: Sequence[str]) -> None:
     """Fetch what goes into a result beside the weights, and what its card is made from."""
-    names = []
+    own, names = own_folders(place.directory), []
     for name in place.names:
         here = PurePosixPath(name.removeprefix(place.prefix))
         asked = any(fnmatch.fnmatchcase(str(here), pattern) for pattern in patterns)
-        wanted = is_side_file(here) and place.tree.files[name].size <= MOST_BYTES
+        wanted = is_side_file(here, own) and place.tree.files[name].size <= MOST_BYTES
         if (asked or here.name == _CARD or wanted) and not str(here).endswith(_WEIGHTS):
             names.append(name)
     mirror.bring(place.directory, place.tree, names, prefix=place.prefix)
+    if place.prefix and not any(PurePosixPath(name).name in CONFIGS for name in names):
+        beside = [
+            name
+            for name, file in place.tree.files.items()
+            if "/" not in name and is_side_file(PurePosixPath(name), beside_a_run=True) and file.size <= MOST_BYTES
+        ]
+        mirror.bring(mirror.root, place.tree, beside)
 
 
 def _alike(mirror: Mirror, checkpoints: Sequence[Checkpoint]) -> Iterator[str]:

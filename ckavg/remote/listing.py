@@ -23,6 +23,7 @@ from ckavg.run.trainer_log import TRAINER_STATE
 CARD = "README.md"
 _CONFIGS = ("config.json", "adapter_config.json", "model_index.json")
 _WEIGHTS, _INDEX = ".safetensors", ".safetensors.index"
+_UNLISTED = f"not-listed-yet{_WEIGHTS}"
 _NUMBER = re.compile(r"\d+(?:[-_]tokens[\w.]+)?$", re.ASCII)
 
 
@@ -52,6 +53,7 @@ class Place:
         if not self.names:
             self.names = list(self.tree.files)
             mirror.add(self.path, self.tree, self.names)
+            (self.path / _UNLISTED).unlink(missing_ok=True)
 
 
 def list_run(mirror: Mirror, address: Address, revisions: Sequence[str]) -> tuple[dict[Path, Place], list[str]]:
@@ -150,14 +152,14 @@ def _revisions(
         places[path] = Place(path, repository.tree(name, address.folder, commit=known[name]))
         mirror.stand_for(path, str(Address("hf", address.place, name, address.folder)))
         path.mkdir(exist_ok=True)
-        (path / f"model{_WEIGHTS}").touch()  # a number says too little without weights beside it
+        (path / _UNLISTED).touch()  # a number says too little without weights beside it
     if not places:
         raise NoCheckpointsError(
             f"{address}: no revision that matches states a step: {listed(unstated)}.",
             hint="Expected names such as step1000 or stage1-step1000-tokens5B.",
         )
     _check_stages(address, {labels[path.name].stem for path in places})
-    told = f"Left out, for the name of the revision states no step: {listed(unstated)}."
+    told = f"Passed over, for the name of the revision states no step: {listed(unstated)}."
     return places, [told] if unstated else []
 
 

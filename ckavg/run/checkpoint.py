@@ -211,7 +211,10 @@ def _parts(group: _Group, headers: Mapping[Path, Header]) -> dict[Path, str]:
         CorruptFileError: files that are loaded as one hold the same tensors.
     """
     seen: dict[str, Path] = {}
-    twice = {name: seen[name] for file, header in headers.items() for name in header.entries if _met(seen, name, file)}
+    twice: dict[str, tuple[Path, Path]] = {}
+    for file, header in headers.items():
+        twice |= {name: (seen[name], file) for name in header.entries.keys() & seen.keys()}
+        seen |= dict.fromkeys(header.entries, file)
     if not twice:
         return dict.fromkeys(headers, group.part)
     families = {
@@ -219,19 +222,14 @@ def _parts(group: _Group, headers: Mapping[Path, Header]) -> dict[Path, str]:
         for stem, names in by_family(file.name for file in headers).items()
         for name in names
     }
-    for name, first in twice.items():
-        if group.placed is not None or families[first] == families[seen[name]]:
+    for name, (first, second) in twice.items():
+        if group.placed is not None or families[first] == families[second]:
             raise CorruptFileError(
-                f"{group.folder}: {len(twice)} tensors are in more than one file, such as {name!r} in {first.name} and "
-                f"{seen[name].name}.",
+                f"{group.folder}: tensor {name!r} is in more than one file, {first.name} and {second.name}, and so are "
+                f"{len(twice) - 1} others.",
                 hint=_REWRITE,
             )
     return families
-
-
-def _met(seen: dict[str, Path], name: str, file: Path) -> bool:
-    """Whether a tensor was met in another file before; it is noted by the first."""
-    return seen.setdefault(name, file) != file
 
 
 def _is_of_optimizer(headers: Iterable[Header]) -> bool:

@@ -47,6 +47,8 @@ _CODEBOOKS = frozenset({"absmax", "centroid", "centroids", "codebook", "codebook
 _BESIDE_CODES = _CODEBOOKS | {"scale", "scales", "scb", "wscales", "zero", "zeros", "zp", "qzeros"}
 """Words in the names of what lies beside the codes of quantized weights."""
 
+_NEUTRAL = frozenset({"and", "data", "inv", "point", "points", "q", "qdata", "quant", "w", "weight"})
+
 _CODES = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 _QUANTIZED = "Quantized weights do not average. "
 _DEQUANTIZE = (
@@ -157,18 +159,22 @@ def _sign_of_quantization(checkpoint: Checkpoint, facts: Facts) -> str | None:
     return None
 
 
-_Named = Mapping[str, Sequence[tuple[str, frozenset[str]]]]
+_Named = Mapping[str, Sequence[frozenset[str]]]
 
 
 def _beside_codes(entries: Mapping[str, Entry]) -> _Named:
-    """What may belong to codes, by module: the last part of each name, and its words."""
-    found: dict[str, list[tuple[str, frozenset[str]]]] = {}
+    """What may belong to codes, by module: the words of the last part of each name."""
+    found: dict[str, list[frozenset[str]]] = {}
     for name in entries:
         module, last = _split(name)
-        words = frozenset(re.split(r"[_\d]+", last.lower()))
+        words = _words(last)
         if words & _BESIDE_CODES:
-            found.setdefault(module, []).append((last, words))
+            found.setdefault(module, []).append(words)
     return found
+
+
+def _words(name: str) -> frozenset[str]:
+    return frozenset(re.split(r"[_\d]+", name.lower())) - {""}
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -181,13 +187,13 @@ def _is_packed(name: str, entry: Entry, entries: Mapping[str, Entry], beside: _N
     """Whether a tensor that is not averaged holds codes, by its name or by scales or codebooks beside it."""
     if _PACKED.fullmatch(name) or (name.endswith("_blocks") and f"{name.removesuffix('blocks')}scales" in entries):
         return True
-    module, own = _split(name)
-    prefix = "" if module else own.rpartition("_")[0]
-    words = {word for last, of_last in beside.get(module, []) if last.startswith(prefix) for word in of_last}
-    words |= {word for _, of_last in beside.get(name, []) for word in of_last}
+    module, last = _split(name)
+    own = _words(last)
+    # in its module, of its name or of none: weight_scale and scale beside weight, but not logit_scale beside bias
+    words = {word for each in beside.get(module, []) if not each - _BESIDE_CODES - _NEUTRAL - own for word in each}
+    words |= {word for each in beside.get(name, []) for word in each}
     of_codes = entry.dtype in _CODES or (entry.dtype == "I64" and bool(words & _CODEBOOKS))
-    is_beside = bool(frozenset(re.split(r"[_\d]+", own.lower())) & _BESIDE_CODES)
-    return of_codes and entry.numel > 1 and not is_beside and bool(words & _BESIDE_CODES)
+    return of_codes and entry.numel > 1 and not own & _BESIDE_CODES and bool(words & _BESIDE_CODES)
 
 
 def _different(
