@@ -198,7 +198,9 @@ def _bring_side_files(mirror: Mirror, place: Place, patterns: Sequence[str]) -> 
         if (asked or here.name == _CARD or wanted) and not str(here).endswith(_WEIGHTS):
             names.append(name)
     mirror.bring(place.directory, place.tree, names, prefix=place.prefix)
-    if place.prefix and not any(PurePosixPath(name).name in CONFIGS for name in names):
+    if (place.prefix or place.path.suffix == _WEIGHTS) and not any(
+        PurePosixPath(name).name in CONFIGS for name in names
+    ):
         beside = [
             name
             for name, file in place.tree.files.items()
