@@ -82,10 +82,11 @@ def _shortened(findings: Iterable[Finding]) -> list[str]:
 
 
 def _verdict(found: Inspection, health: Health) -> str:
-    steps = {finding.step for finding in health.findings if finding.is_problem}
+    steps = sorted({finding.step for finding in health.findings if finding.is_problem and finding.step is not None})
     if not steps:
         return inspection.conclusion(found, [(each.step, each.message) for each in _warnings(health)])
+    options = " ".join(f"--skip-step {step}" for step in steps[:_NAMED]) + " …" * (len(steps) > _NAMED)
     return (
-        f"NaN or infinity in {len(steps)} checkpoint{'s' * (len(steps) > 1)}: leave them out with --from-step or "
-        "--to-step, or save them again."
+        f"NaN or infinity in {len(steps)} checkpoint{'s' * (len(steps) > 1)}: leave them out with {options}, or save them "
+        "again."
     )

@@ -7,6 +7,8 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import itertools
+import shlex
+import string
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -130,15 +132,30 @@ def several_runs(candidates: Iterable[Candidate]) -> list[CkavgError]:
     if len(of_stem) < 2:
         return []
     named = "; ".join(listed(names) for names in of_stem.values())
-    example = next(stem for stem in of_stem if stem)
-    begins = all(name.startswith(example) for name in of_stem[example])
-    pattern = f"{example}*" if begins else f"*{example}*"
     return [
         MixedOrderError(
             f"The names are those of {len(of_stem)} runs, stages or experiments: {named}.",
-            hint=f"Steps of different runs have no common order. Choose one by its names: --match '{pattern}'",
+            hint="Steps of different runs have no common order. Choose one by its names: "
+            f"--match {shlex.quote(_pattern(of_stem))}",
         )
     ]
+
+
+def _pattern(of_stem: Mapping[str, Sequence[str]]) -> str:
+    """A pattern of the names of the run with most checkpoints, and of no others."""
+    stem, names = max(of_stem.items(), key=lambda item: len(item[1]))
+    others = [name for other in of_stem if other != stem for name in of_stem[other]]
+    alike = "".join(
+        first[0] for first in itertools.takewhile(lambda each: len(set(each)) == 1, zip(*names, strict=False))
+    )
+    patterns = ([f"{stem}*", f"*{stem}*"] if stem else []) + [f"{alike.rstrip(string.digits)}*"]
+    fitting = (
+        pattern
+        for pattern in patterns
+        if all(fnmatch.fnmatchcase(name, pattern) for name in names)
+        and not any(fnmatch.fnmatchcase(name, pattern) for name in others)
+    )
+    return next(fitting, "GLOB")
 
 
 def foreign_logs(candidates: Iterable[Candidate]) -> list[CkavgError]:
@@ -385,7 +402,7 @@ def _without_derived(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _is_derived(one: Candidate, other: Candidate) -> bool:
     name, its_name = _stem(one.path), _stem(other.path)
-    is_longer = name.startswith(its_name) and name[len(its_name) :][:1] in ("-", "_", ".")
+    is_longer = name.startswith(its_name) and name[len(its_name) :][:1] in ("-", "_", ".", " ")
     return is_longer and one.label.stem != other.label.stem and one.label.number == other.label.number
 
 

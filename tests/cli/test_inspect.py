@@ -11,6 +11,7 @@ import torch
 
 from tests.cli.runner import run_cli
 from tests.runs import write_run
+from tests.trainers import put
 
 WEIGHTS = {"w": torch.zeros(100, 10, dtype=torch.bfloat16), "ids": torch.arange(3)}
 
@@ -64,3 +65,48 @@ def test_help_and_version() -> None:
         ran = subprocess.run([sys.executable, "-m", "ckavg", *arguments], capture_output=True, text=True, check=True)
         assert ran.stdout.strip()
         assert ran.stderr == ""
+
+
+def test_warnings_are_counted_and_the_step_to_look_at_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [WEIGHTS] * 3, (0, 50, 75))
+    put(run / "checkpoint-75" / "model_1.safetensors", WEIGHTS)
+    assert run_cli("inspect", run).stdout.splitlines()[-1].startswith("1 warning. Next: ckavg pema")
+    (run / "checkpoint-50" / "trainer_state.json").write_text('{"global_step": 60}')
+    last = run_cli("inspect", run).stdout.splitlines()[-1]
+    assert last.startswith("2 warnings: look at step 60 first. Next: ckavg pema")
+    deep = run_cli("inspect", run, "--deep", "-q", "--json")
+    assert deep.exit_code == 0
+    last = run_cli("inspect", run, "--deep").stdout.splitlines()[-1]
+    assert last.startswith("4 warnings: look at step 60 first. Next: ckavg pema")  # two stale saves more
+
+
+# --- what is said of runs whose tensors differ ---
+
+
+def adapters(root: Path, *steps: int) -> Path:
+    for step in steps:
+        put(root / f"checkpoint-{step}/adapter_model.safetensors", {"q.lora_A.weight": torch.ones(2, 4) * step})
+    return root
+
+
+def test_the_anchor_of_adapters_is_the_untrained_adapter(tmp_path: Path) -> None:
+    run = adapters(tmp_path / "run", 10, 20)
+    told = " ".join(run_cli("inspect", run).stdout.split())
+    assert 'Save that before the next training, beside the others: model.save_pretrained("checkpoint-0")' in told
+    assert "base model with --init" not in told
+    base = tmp_path / "base/model.safetensors"
+    put(base, {"q.weight": torch.ones(4, 4)})
+    refused = run_cli("ema", run, "--init", base.parent)
+    assert refused.exit_code == 1
+    assert "The anchor of an adapter is the untrained adapter, not the base model" in refused.stderr
+    alone = run_cli("ema", adapters(tmp_path / "alone", 10))
+    assert "Name the adapter as it was before training with --init" in alone.stderr
+
+
+def test_a_prefix_that_is_the_only_difference_is_said_once(tmp_path: Path) -> None:
+    weights = {f"layers.{place}.weight": torch.ones(2) for place in range(30)}
+    write_run(tmp_path, [weights, weights, {f"module.{name}": t for name, t in weights.items()}], (10, 20, 30))
+    refused = run_cli("ema", tmp_path)
+    told = "step 30: the names of all tensors begin with 'module.', and are those of step 20 otherwise"
+    assert told in refused.stderr
+    assert "layers.3" not in refused.stderr

@@ -66,6 +66,8 @@ TWO_RUNS: Mapping[str, tuple[Sequence[str], str]] = {
     "versions": (("a_v1_10", "a_v1_20", "a_v2_15", "a_v2_25"), "a_v1*"),
     "words behind": (("step_100_actor", "step_150_critic", "step_200_actor"), "*actor*"),
     "rates": (("lr1e-4-step100", "lr1e-5-step150"), "lr1e-4*"),
+    "an older one": (("checkpoint-100", "checkpoint-200", "old_checkpoint-150"), "checkpoint-*"),
+    "one stem in another": (("a-step100", "ab-step150", "a-step200"), "a-step*"),
 }
 
 
@@ -159,7 +161,7 @@ def test_the_final_model_beside_the_checkpoints(tmp_path: Path, same: bool) -> N
     assert any("for the name states no step: model.safetensors" in each for each in warnings) != same
 
 
-@pytest.mark.parametrize("suffix", ["-merged", "_hf", ".bak", "-gguf"])
+@pytest.mark.parametrize("suffix", ["-merged", "_hf", ".bak", " (copy)"])
 def test_what_is_made_from_a_checkpoint_is_no_other_run(tmp_path: Path, suffix: str) -> None:
     for step in (10, 20):
         write_checkpoint(tmp_path / f"checkpoint-{step}", weights(step))
