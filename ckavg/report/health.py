@@ -87,6 +87,6 @@ def _verdict(found: Inspection, health: Health) -> str:
         return inspection.conclusion(found, [(each.step, each.message) for each in _warnings(health)])
     options = " ".join(f"--skip-step {step}" for step in steps[:_NAMED]) + " …" * (len(steps) > _NAMED)
     return (
-        f"NaN or infinity in {len(steps)} checkpoint{'s' * (len(steps) > 1)}: leave them out with {options}, or save them "
-        "again."
+        f"NaN or infinity in {len(steps)} checkpoint{'s' * (len(steps) > 1)}: leave them out with {options}, or save "
+        "them again."
     )

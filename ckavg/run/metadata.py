@@ -55,7 +55,7 @@ _MEANING = frozenset(
 )  # fmt: skip
 """Words of what a loader needs to make the right model of the same tensors."""
 
-_HASH = frozenset({"checksum", "crc", "digest", "hash", "md5", "sha", "sha1", "sha256", "sha512"})
+_HASH = frozenset({"checksum", "crc", "digest", "hash", "md", "sha", "sha1", "sha256", "sha512"})
 
 
 def stated_step(metadata: Mapping[str, str]) -> int | None:

@@ -151,7 +151,7 @@ def test_summary(run: Path) -> None:
     longest = max(lines[4:8], key=lambda line: line.count("█"))
     assert longest.count("█") == 32
     assert any(line.startswith("result ") and "pema-gamma0.15" in line for line in lines)
-    assert any(line.startswith("next ") and "AutoModelForCausalLM" in line for line in lines)
+    assert any(line.startswith("next ") and "LlamaForCausalLM" in line for line in lines)
     assert "\x1b" not in result.stdout
     assert "pass 1 of 2, measuring the path: 0.00 GB to read" in result.stderr
     assert "pass 2 of 2, averaging: 0.00 of 0.00 GB" in result.stderr
