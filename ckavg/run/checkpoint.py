@@ -34,7 +34,9 @@ MOST_TENSORS = 1_000_000
 
 _MOST_INDEX_BYTES = 1 << 28
 _SHARD_OF = re.compile(r".*-(\d+)-of-(\d+)\.safetensors", re.ASCII)
-_MOMENT = re.compile(r"(?:max_)?exp_avg(?:_sq|_res)?|exp_inf|momentum_buffer|square_avg|acc_delta|grad_avg", re.ASCII)
+_MOMENT = re.compile(
+    r"(?:^|[./])(?:(?:max_)?exp_avg(?:_sq|_res)?|exp_inf|momentum_buffer|square_avg|acc_delta|grad_avg)(?:[./]|$)"
+)
 _REWRITE = "Save the checkpoint again, or leave it out with --skip-step."
 _WAIT = (
     "It is still being written, or was not copied: wait, or copy it again. --skip-incomplete leaves the checkpoint out."
@@ -235,7 +237,7 @@ def _parts(group: _Group, headers: Mapping[Path, Header]) -> dict[Path, str]:
 def _is_of_optimizer(headers: Iterable[Header]) -> bool:
     """Whether most tensors are moments that an optimizer keeps."""
     names = [name for header in headers for name in header.entries]
-    return 2 * sum(any(map(_MOMENT.fullmatch, re.split(r"[./]", name))) for name in names) >= len(names) > 0
+    return 2 * sum(_MOMENT.search(name) is not None for name in names) >= len(names) > 0
 
 
 def _disagreement(index: Path, stated: Mapping[str, str], found: Mapping[str, str]) -> list[CkavgError]:

@@ -54,7 +54,7 @@ def differences(
 
 def ungathered(checkpoints: Sequence[Checkpoint]) -> list[CkavgError]:
     """An error where weights were saved in pieces of which these files hold none: tensors without any elements."""
-    for checkpoint in checkpoints:
+    for checkpoint in {id(each.entries): each for each in reversed(checkpoints)}.values():  # equal tables are one
         floating = {name: entry for name, entry in checkpoint.entries.items() if entry.is_floating}
         empty = [name for name, entry in floating.items() if entry.shape == (0,)]
         if not empty or (_EMPTY * len(empty) < len(floating) and not any(name.endswith("weight") for name in empty)):

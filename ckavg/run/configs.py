@@ -74,11 +74,11 @@ def read_facts(checkpoint: Checkpoint) -> Facts:
     """Read the configs of a checkpoint. Of a single file there are none: what lies beside need not be its own."""
     if checkpoint.kind == "file":
         return Facts({}, {})
-    of_adapters = {name.rpartition("/")[0] for name in checkpoint.names if name.rpartition("/")[2] in ADAPTERS}
-    models = [folder for folder in checkpoint.folders if folder not in of_adapters]
+    of_adapters = {shard.path.parent for shard in checkpoint.shards if shard.path.name in ADAPTERS}
+    places = {folder: checkpoint.path / folder for folder in checkpoint.folders}
     return Facts(
-        {folder: _read(checkpoint.path / folder / CONFIG) for folder in models},
-        {folder: _read(checkpoint.path / folder / ADAPTER_CONFIG) for folder in sorted(of_adapters)},
+        {folder: _read(place / CONFIG) for folder, place in places.items() if place not in of_adapters},
+        {folder: _read(place / ADAPTER_CONFIG) for folder, place in places.items() if place in of_adapters},
     )
 
 
@@ -147,9 +147,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _sign_of_quantization(checkpoint: Checkpoint, facts: Facts) -> str | None:
-    beside = _beside_codes(checkpoint.entries)
-    for name, entry in checkpoint.entries.items():
-        if entry.dtype not in FLOATING and _is_packed(name, entry, checkpoint.entries, beside):
+    others = {name: entry for name, entry in checkpoint.entries.items() if entry.dtype not in FLOATING}
+    beside = _beside_codes(checkpoint.entries) if others else {}
+    for name, entry in others.items():
+        if _is_packed(name, entry, checkpoint.entries, beside):
             return f"tensor {name!r} holds {entry.dtype} codes"
     for part, config in facts.configs.items():
         stated = config.get("quantization_config")

@@ -397,6 +397,8 @@ def _without_derived(candidates: Sequence[Candidate]) -> list[Candidate]:
         }
         by_stem = defaultdict(list, readable or by_stem)
     left = [candidate for of_run in by_stem.values() for candidate in of_run]
+    if len(by_stem) == 1:
+        return left
     return [each for each in left if not any(_is_derived(each, other) for other in left)]
 
 

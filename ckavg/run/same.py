@@ -55,6 +55,8 @@ def tied_copies(checkpoints: Sequence[Checkpoint], tied: Sequence[bool | None], 
     Returns:
         The tensor of which each is a copy, by name.
     """
+    if len({id(each.entries) for each in checkpoints}) == 1:
+        return {}
     everywhere = {name for name in checkpoints[-1].entries if all(name in each.entries for each in checkpoints)}
     somewhere = sorted({name for each in checkpoints for name in each.entries} - everywhere)
     if any(each is False for each in tied):

@@ -144,7 +144,10 @@ class Checkpoint:
     @property
     def names(self) -> tuple[str, ...]:
         """Its weight files, by path relative to its directory."""
-        return tuple(shard.path.relative_to(self.directory).as_posix() for shard in self.shards)
+        return tuple(self._within(shard.path) for shard in self.shards)
+
+    def _within(self, path: Path) -> str:
+        return path.relative_to(self.directory).as_posix()
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -156,7 +159,8 @@ class Checkpoint:
     @property
     def folders(self) -> tuple[str, ...]:
         """The folders that hold weights, sorted; the directory itself is `""`."""
-        return tuple(sorted({name.rpartition("/")[0] for name in self.names}))
+        places = {shard.path.parent for shard in self.shards}
+        return tuple(sorted("" if each == self.directory else self._within(each) for each in places))
 
     def leaving_out(self, more: tuple[tuple[WhyLeftOut, str], ...]) -> Checkpoint:
         """The same, with more that is told to be left out."""
