@@ -14,12 +14,11 @@ from ckavg.errors import (
     MissingShardError,
     ReadError,
     TruncatedShardError,
-    UnsupportedFormatError,
     raise_all,
 )
 from ckavg.run.contents import Contents, choose, components, list_folder, weights_below
 from ckavg.run.files import Bounds, problem_with, read_object
-from ckavg.run.foreign import find_foreign
+from ckavg.run.foreign import holds_foreign, refused
 from ckavg.run.header import read_header
 from ckavg.run.values import Checkpoint, Entry, Shard
 
@@ -58,7 +57,7 @@ def read_checkpoint(path: Path, step: int, *, within: Path | None = None) -> Che
     if path.suffix == ".safetensors" or not path.is_dir():
         found = problem_with(path, Bounds((*bounds.roots, Path("/"))))  # named by itself, a link may lead anywhere
         raise_all([] if found is None else [found])
-        if path.suffix != ".safetensors" and path.is_file() and find_foreign(path) is not None:
+        if path.suffix != ".safetensors" and path.is_file() and holds_foreign(path):
             raise _no_weights(path)
         return _assemble(path, step, [_Part("", "", (path,), None)])
     try:
@@ -211,13 +210,10 @@ def _missing_of_count(path: Path, files: Sequence[str]) -> list[CkavgError]:
 
 def _no_weights(path: Path) -> CkavgError:
     try:
-        foreign = find_foreign(path)
+        foreign = refused([path])
     except OSError as error:
         return ReadError(f"{path} cannot be listed: {error.strerror}.", hint="Check that you may read it.")
-    if foreign is not None:
-        what = f"holds {foreign.name}," if path.is_dir() else "is"
-        return UnsupportedFormatError(f"{path} {what} not safetensors.", hint=foreign.advice)
-    return MissingShardError(
+    return foreign or MissingShardError(
         f"{path} holds no weights.",
         hint="It is still being written, perhaps; --skip-incomplete leaves it out. So do --from-step, --to-step and "
         "--last.",

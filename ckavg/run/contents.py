@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckavg.errors import UnsupportedFormatError
+from ckavg.run.foreign import conversion
 from ckavg.run.layouts import is_averaged, may_hold_model
 from ckavg.run.values import Kind
 
@@ -121,10 +122,12 @@ def components(directory: Path, folders: Iterable[str]) -> tuple[list[Contents],
             found.append(contents)
         else:
             pickled += [folder / name for name in sorted(listing.files) if _PICKLED.fullmatch(name)][:1]
-    if found and pickled:
+    if found and pickled and (foreign := conversion([directory])) is not None:
         raise UnsupportedFormatError(
             f"{directory} holds models as safetensors, but {pickled[0].relative_to(directory)} is a pickle.",
-            hint="ckavg never unpickles. Save that model as safetensors, too, or move its folder away.",
+            hint=foreign.advice,
+            command=foreign.command,
+            unread=(directory,),
         )
     return found, averaged
 

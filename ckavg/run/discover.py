@@ -20,7 +20,7 @@ from ckavg.errors import (
 )
 from ckavg.run.checkpoint import RESULT_RECORD
 from ckavg.run.contents import components, holds_weights, list_folder
-from ckavg.run.foreign import find_foreign, foreign_weights
+from ckavg.run.foreign import conversion, foreign_weights, holds_foreign, stem
 from ckavg.run.layouts import Label, is_half_written, looks_unstated, read_label
 from ckavg.run.trainer_log import TRAINER_STATE, contradiction, logged_losses, read_trainer_state
 
@@ -184,7 +184,7 @@ def _holds_any(path: Path) -> bool:
     """Whether a directory holds weights of any kind, in it or in its folders: a bare number says too little."""
     try:
         listing = list_folder(path)
-        return holds_weights(path) or bool(components(path, listing.folders)[0]) or find_foreign(path) is not None
+        return holds_weights(path) or bool(components(path, listing.folders)[0]) or holds_foreign(path)
     except (OSError, UnsupportedFormatError):
         return True  # whoever reads it says what is wrong
 
@@ -266,10 +266,16 @@ def _nothing_found(source: Path) -> CkavgError:
         return NoCheckpointsError(
             f"{source} is one checkpoint, not a directory of checkpoints.", hint=f"Try its parent: {source.parent}"
         )
-    foreign = next((name for name in names if foreign_weights([name])), None)
-    found = find_foreign(source / foreign) if foreign else None
+    foreign = [name for name in names if foreign_weights([name])]
+    numbered = [name for name in foreign if read_label(stem(name))]
+    found = conversion(source / name for name in numbered or foreign)
     if found is not None:
-        return NoCheckpointsError(f"{source} holds no safetensors checkpoints, only {foreign}.", hint=found.advice)
+        more = f" and {len(foreign) - 1} more like it" if len(foreign) > 1 else ""
+        return NoCheckpointsError(
+            f"{source} holds no safetensors checkpoints, only {foreign[0]}{more}.",
+            hint=found.advice,
+            command=found.command,
+        )
     inside = [path for path in _folders(source) if any(read_label(child.name) for child in _folders(path))]
     if inside:
         return NoCheckpointsError(

@@ -16,7 +16,7 @@ _WORDS: dict[str, Clock] = {
 }
 
 _NUMBERED = re.compile(
-    r"""(?P<prefix>(?:[\w.-]*[-_.])?)        # model-, global_, run.3-
+    r"""(?P<prefix>(?:[\w.=-]*[-_.])?)       # model-, global_, run.3-, epoch=1-
         (?P<word>checkpoint[-_]|ckpt|step|epoch|iter(?:ation)?)
         [-_=]?(?P<number>\d+)
         (?P<suffix>(?:[-_]tokens[\w.]+)?)    # stage1-step1000-tokens5B

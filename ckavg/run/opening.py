@@ -26,6 +26,7 @@ from ckavg.errors import (
 from ckavg.run.compare import common_part, differences
 from ckavg.run.configs import about_adapters_beside, contradictions, quantized, read_facts
 from ckavg.run.discover import Scan, duplicate_steps, foreign_logs, scan
+from ckavg.run.foreign import refused
 from ckavg.run.reading import Reading
 from ckavg.run.values import Checkpoint, Remote, Run, Selection
 
@@ -92,7 +93,7 @@ def inspect_run(source: Path, selection: Selection) -> Inspection:
     problems += quantized(checkpoints, facts)
     different, doubtful = contradictions(checkpoints, facts, anchor_is_init=with_init)
     problems += different
-    if with_init:
+    if with_init and checkpoints:
         checkpoints = _only_components_of_the_run(checkpoints)
     problems += differences(checkpoints, anchor_is_init=with_init, common_only=selection.common_only)
     warnings = [*found.warnings, *read.warnings, *doubtful, *_about_ignored(checkpoints)]
@@ -151,7 +152,12 @@ def _common(checkpoints: list[Checkpoint], problems: list[CkavgError], warnings:
 
 
 def _first_of_kind(problems: Sequence[CkavgError]) -> list[CkavgError]:
-    """The problems, those of format counted after the first few: whoever trained in one has all checkpoints in it."""
+    """The problems, those of format counted after the first few: whoever trained in one has all checkpoints in it.
+    Those that one command solves are one.
+    """
+    unread = [path for problem in problems for path in getattr(problem, "unread", ())]
+    if len(unread) > 1 and (one := refused(unread)) is not None:
+        problems = [one, *(problem for problem in problems if not getattr(problem, "unread", ()))]
     of_format = [problem for problem in problems if isinstance(problem, UnsupportedFormatError)]
     rest = of_format[_NAMED:]
     if not rest:
