@@ -440,6 +440,21 @@ def test_a_name_that_shells_would_take_apart(tmp_path: Path) -> None:
     check_mean(run, lambda step: {"w": torch.ones(2) * step})
 
 
+def test_the_interpreter_is_one_that_has_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python` where that is the one that runs ckavg, else its path; a trainer's tools have the user's `python`."""
+    ours = Path(sys.executable).parent
+    elsewhere = tmp_path / "bin"
+    elsewhere.mkdir()
+    found = []
+    for place in (ours, tmp_path, elsewhere):
+        monkeypatch.setenv("PATH", str(place))
+        if place == elsewhere:
+            (elsewhere / "python").write_text("#!/bin/sh\n")
+            (elsewhere / "python").chmod(0o755)
+        found.append((conversion.interpreter(ours=True), conversion.interpreter(ours=False)))
+    assert found == [("python", "python"), (sys.executable, sys.executable), (sys.executable, "python")]
+
+
 # --- what cannot be converted ---
 
 
