@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -37,16 +38,18 @@ class CkavgError(Exception):
 
     Args:
         message: what is wrong, where, and what was expected.
-        hint: what to do next; a sentence, possibly a command to type.
+        hint: what to do next; a sentence, possibly with a command to type.
+        command: a command that is too long for a sentence; one line for a shell.
     """
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str = "", command: str = "") -> None:
         super().__init__(message, hint)
         self.message = message
         self.hint = hint
+        self.command = command
 
     def __str__(self) -> str:
-        return f"{self.message}\n{self.hint}" if self.hint else self.message
+        return "\n".join(filter(None, (self.message, self.hint, self.command)))
 
     def __reduce__(self) -> tuple[Callable[..., CkavgError], tuple[Any, ...], dict[str, Any]]:
         return functools.partial(type(self), hint=self.hint), (self.message,), self.__dict__
@@ -65,7 +68,16 @@ class TooFewCheckpointsError(RunError):
 
 
 class UnsupportedFormatError(RunError):
-    """Weights are there, in a format that is not read."""
+    """Weights are there, in a format that is not read.
+
+    Args:
+        message, hint, command: as of any error.
+        unread: the checkpoints that hold no others.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", command: str = "", unread: tuple[Path, ...] = ()) -> None:
+        super().__init__(message, hint=hint, command=command)
+        self.unread = unread
 
 
 class DuplicateStepError(RunError):

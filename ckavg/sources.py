@@ -144,6 +144,11 @@ def _rename(error: CkavgError, told: Callable[[str], str]) -> None:
         for each in error.errors:
             _rename(each, told)
     error.message, error.hint = told(error.message), told(error.hint)
+    if told(error.command) != error.command:
+        error.hint = (
+            "ckavg never unpickles. Download the run; ckavg inspect of the copy has a command that converts it."
+        )
+        error.command = ""
 
 
 def _inspected(mirror: Mirror, source: Path | Address, base: Address | None, selection: Selection) -> Inspection:

@@ -28,9 +28,9 @@ def failures(*, verbose: bool) -> Iterator[None]:
         yield
     except CkavgError as error:
         _trace(error, verbose=verbose)
-        message, hint = told(error)
+        message, *rest = told(error)
         say_labelled("error", message)
-        _say_all(hint, *_notes(error))
+        _say_all(*rest, *_notes(error))
         raise typer.Exit(USAGE if isinstance(error, SettingError) else FAILED) from error
     except OSError as error:  # of the environment rather than a bug: a path that is too long, a right that is missing
         _trace(error, verbose=verbose)

@@ -60,8 +60,10 @@ def print_inspection(found: Inspection, *, as_json: bool, verdict: bool = True) 
     for problem in found.problems:
         console.print()
         console.print("problem: ", style="bold red", end="")
-        for line in filter(None, told(problem)):
-            console.print(quoted(line))
+        message, *rest = told(problem)
+        console.print(quoted(message))
+        for line in filter(None, rest):
+            console.print(quoted(line), soft_wrap=True)  # it may hold a command, which is copied in one line
     if verdict:
         console.print()
         console.print(quoted(conclusion(found)), soft_wrap=True)

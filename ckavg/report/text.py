@@ -85,19 +85,20 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def told(error: CkavgError) -> tuple[str, str]:
-    r"""The message and the hint of an error, fit for a terminal; several problems have a line or two each.
+def told(error: CkavgError) -> tuple[str, str, str]:
+    r"""The message, the hint and the command of an error, fit for a terminal; several problems have some lines each.
 
     >>> told(CkavgError("a\nb is no file.", hint="Name another."))
-    ('a\\nb is no file.', 'Name another.')
+    ('a\\nb is no file.', 'Name another.', '')
     """
+    own = printable(error.hint), printable(error.command)
     if not isinstance(error, CombinedError):
-        return _shortened(printable(error.message)), printable(error.hint)
+        return _shortened(printable(error.message)), *own
     lines = [f"{len(error.errors)} problems:"]
     for each in error.errors:
-        message, hint = told(each)
-        lines += [f"- {message}", *([f"  {hint}"] if hint else ())]
-    return "\n".join(lines), printable(error.hint)
+        message, *rest = told(each)
+        lines += [f"- {message}", *(f"  {line}" for line in rest if line)]
+    return "\n".join(lines), *own
 
 
 def _shortened(line: str) -> str:

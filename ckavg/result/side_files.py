@@ -16,7 +16,7 @@ from ckavg.result.layout import WeightPlan
 from ckavg.run.checkpoint import own_folders
 from ckavg.run.contents import holds_weights
 from ckavg.run.files import Bounds, problem_with, read_object
-from ckavg.run.foreign import PICKLES, foreign_weights
+from ckavg.run.foreign import OTHERS, PICKLES, foreign_weights
 from ckavg.run.layouts import is_averaged, is_training_state, may_hold_model
 from ckavg.run.values import DTYPE_NAMES, Checkpoint, Run
 from ckavg.untrusted import read_small
@@ -304,7 +304,7 @@ def is_side_file(path: PurePath, own: Collection[str] = (), *, beside_a_run: boo
         of_training = of_training or (is_training_state(stem) and not stem.endswith("config"))
     log = name.endswith(_LOGS) or name.startswith("events.out.")
     elsewhere = beside_a_run and name.lower().endswith(_NOT_BESIDE_A_RUN)
-    weights = name.endswith((*PICKLES, *_OTHER_WEIGHTS))
+    weights = name.endswith((*PICKLES, *OTHERS, *_OTHER_WEIGHTS))
     return not (name.startswith(".") or name in _MADE_HERE or of_training or log or elsewhere or weights)
 
 

@@ -15,14 +15,14 @@ from ckavg.errors import (
     MissingShardError,
     ReadError,
     TruncatedShardError,
-    UnsupportedFormatError,
     listed,
     raise_all,
 )
 from ckavg.run.contents import WEIGHTS, LeftOut, Weights, beside, by_family, find_weights
 from ckavg.run.files import Bounds, problem_with, read_object
-from ckavg.run.foreign import find_foreign
+from ckavg.run.foreign import holds_foreign, refused, refused_slices
 from ckavg.run.header import Header, read_header
+from ckavg.run.metadata import SHARDED
 from ckavg.run.values import Checkpoint, Entry, Kind, Shard
 
 RESULT_RECORD = "ckavg.json"
@@ -88,7 +88,7 @@ def read_checkpoint(path: Path, step: int, *, within: Path | None = None) -> Che
 def _read_file(path: Path, step: int) -> Checkpoint:
     found = problem_with(path, Bounds((Path("/"),)))  # named by itself, a link may lead anywhere
     raise_all([] if found is None else [found])
-    if path.suffix != WEIGHTS and path.is_file() and find_foreign(path) is not None:
+    if path.suffix != WEIGHTS and path.is_file() and holds_foreign(path):
         raise _no_weights(path, [])
     if path.is_symlink() and not path.exists():
         raise MissingShardError(
@@ -170,6 +170,12 @@ def _assemble(path: Path, step: int, kind: Kind, groups: Sequence[_Group], left_
             headers = _headers(group, first=len(shards))
         except CkavgError as error:
             errors += error.errors if isinstance(error, CombinedError) else (error,)
+            continue
+        if any(SHARDED in header.metadata for header in headers.values()):
+            if group.part.endswith(f"{WEIGHTS}/"):  # beside what they were put together to
+                left_out += [("copy", file.relative_to(path).as_posix()) for file in group.files]
+            else:
+                errors.append(refused_slices([group.folder]))
             continue
         if kind != "file" and _is_of_optimizer(headers.values()):
             left_out += [("training state", file.relative_to(path).as_posix()) for file in group.files]
@@ -286,13 +292,10 @@ def _no_weights(path: Path, left_out: Sequence[LeftOut]) -> CkavgError:
             hint="Leave the checkpoint out with --skip-incomplete or --skip-step.",
         )
     try:
-        foreign = find_foreign(path)
+        foreign = refused([path])
     except OSError as error:
         return ReadError(f"{path} cannot be listed: {error.strerror}.", hint="Check that you may read it.")
-    if foreign is not None:
-        what = f"holds {foreign.name}," if path.is_dir() else "is"
-        return UnsupportedFormatError(f"{path} {what} not safetensors.", hint=foreign.advice)
-    return MissingShardError(
+    return foreign or MissingShardError(
         f"{path} holds no weights.",
         hint="It is still being written, perhaps; --skip-incomplete leaves it out, and so does --skip-step.",
     )

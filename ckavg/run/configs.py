@@ -15,6 +15,7 @@ from typing import Any
 
 from ckavg.errors import CkavgError, MismatchError, UnsupportedFormatError
 from ckavg.run.contents import ADAPTERS
+from ckavg.run.conversion import dequantized
 from ckavg.run.files import read_object
 from ckavg.run.values import FLOATING, Checkpoint, Entry
 
@@ -50,11 +51,6 @@ _BESIDE_CODES = _CODEBOOKS | {"scale", "scales", "scb", "wscales", "zero", "zero
 _NEUTRAL = frozenset({"and", "data", "inv", "point", "points", "q", "qdata", "quant", "w", "weight"})
 
 _CODES = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
-_QUANTIZED = "Quantized weights do not average. "
-_DEQUANTIZE = (
-    'Average the checkpoints as they were before quantizing, or convert them: python -c "from transformers import '
-    "AutoModelForCausalLM as M; M.from_pretrained('{0}').dequantize().save_pretrained('{0}-dequantized')\""
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +100,13 @@ def quantized(checkpoints: Sequence[Checkpoint], facts: Sequence[Facts]) -> list
         return []
     first, sign = found[0]
     more = f", and so are {len(found) - 1} more checkpoints" if len(found) > 1 else ""
+    loadable = [checkpoint.path for checkpoint, _ in found if checkpoint.kind == "model"]
     return [
         UnsupportedFormatError(
-            f"{first.path} is quantized ({sign}){more}.", hint=_QUANTIZED + _DEQUANTIZE.format(first.path)
+            f"{first.path} is quantized ({sign}){more}.",
+            hint="Quantized weights do not average. Average the checkpoints as they were before quantizing"
+            + (", or convert them:" if loadable else "."),
+            command=dequantized(loadable) if loadable else "",
         )
     ]
 

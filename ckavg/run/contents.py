@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckavg.errors import UnsupportedFormatError
-from ckavg.run.foreign import foreign_weights
+from ckavg.run.foreign import conversion, foreign_weights
 from ckavg.run.layouts import is_averaged, is_training_state, may_hold_model
 from ckavg.run.values import Kind, WhyLeftOut
 
@@ -117,10 +117,12 @@ def find_weights(directory: Path, own: Iterable[str] = ()) -> tuple[list[Weights
         left_out += [(why, place + name) for name, why in sorted(excluded.items())]
         left_out += [("pickle", place + name) for name in pickles]
     in_root = any(each.folder == directory for each in found)
-    if found and pickled and not in_root:
+    if found and pickled and not in_root and (foreign := conversion([directory])) is not None:
         raise UnsupportedFormatError(
             f"{directory} holds models as safetensors, but {pickled[0]} is a pickle.",
-            hint="ckavg never unpickles. Save that model as safetensors, too, or move its folder away.",
+            hint=foreign.advice,
+            command=foreign.command,
+            unread=(directory,),
         )
     return found, left_out
 

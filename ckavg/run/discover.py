@@ -28,9 +28,18 @@ from ckavg.errors import (
 )
 from ckavg.run.checkpoint import RESULT_RECORD, read_checkpoint
 from ckavg.run.contents import WEIGHTS, find_weights, holds_weights, list_folder
-from ckavg.run.foreign import find_foreign, foreign_weights
+from ckavg.run.foreign import conversion, foreign_weights, holds_foreign, stem
 from ckavg.run.header import peek_metadata
-from ckavg.run.layouts import Clock, Label, is_averaged, is_half_written, is_training_state, label_run, read_label
+from ckavg.run.layouts import (
+    Clock,
+    Label,
+    is_averaged,
+    is_half_written,
+    is_training_state,
+    label_run,
+    read_label,
+    read_labels,
+)
 from ckavg.run.metadata import STATING, stated_step
 from ckavg.run.same import ReadBytes, read_bytes, same_weights
 from ckavg.run.trainer_log import TRAINER_STATE, contradiction, logged_losses, read_trainer_state
@@ -99,7 +108,10 @@ def scan(source: Path, *, match: str | None = None, read: ReadBytes = read_bytes
     found = [_candidate(path, label, logs, warnings) for path, label in _labels(source, children).items()]
     directories = [candidate for candidate in found if not candidate.is_file]
     twins: set[Path] = set()
-    candidates = _without_derived(directories or _files_of_runs(found, twins, warnings, read))
+    files = [candidate for candidate in found if candidate.is_file]
+    if files and not any(_holds_safetensors(candidate.path) for candidate in directories):
+        directories = []  # of another format, or nothing
+    candidates = _without_derived(directories or _files_of_runs(files, twins, warnings, read))
     if not candidates:
         raise _nothing_found(source, match)
     candidates.sort(key=lambda candidate: (candidate.step, candidate.path.name))
@@ -272,7 +284,7 @@ def _holds_safetensors(path: Path) -> bool:
 def _holds_any(path: Path) -> bool:
     """The same for weights of any kind."""
     try:
-        return _holds_safetensors(path) or find_foreign(path) is not None
+        return _holds_safetensors(path) or holds_foreign(path)
     except OSError:
         return True
 
@@ -481,10 +493,15 @@ def _nothing_found(source: Path, match: str | None) -> CkavgError:
         )
     if holds_weights(source) or any((source / name).is_file() for name in ("model_index.json", "modules.json")):
         return _one_checkpoint(source)
-    foreign = next((name for name in names if foreign_weights([name])), None)
-    found = find_foreign(source / foreign) if foreign else None
+    foreign = [name for name in names if foreign_weights([name])]
+    found = conversion(_numbered(source, foreign))
     if found is not None:
-        return NoCheckpointsError(f"{source} holds no safetensors checkpoints, only {foreign}.", hint=found.advice)
+        more = f" and {len(foreign) - 1} more like it" if len(foreign) > 1 else ""
+        return NoCheckpointsError(
+            f"{source} holds no safetensors checkpoints, only {foreign[0]}{more}.",
+            hint=found.advice,
+            command=found.command,
+        )
     folders = _folders(source)
     inside = [path for path in folders if any(read_label(child.name) for child in _folders(path))]
     if inside:
@@ -497,6 +514,12 @@ def _nothing_found(source: Path, match: str | None) -> CkavgError:
         f"{source} holds no checkpoints.{told}",
         hint="Expected directories such as checkpoint-500/ or step_500/, or files such as step_500.safetensors.",
     )
+
+
+def _numbered(source: Path, names: Sequence[str]) -> list[Path]:
+    """Those files whose names state a step; all of them where none does."""
+    labels = read_labels([stem(name) for name in names])
+    return [source / name for name in names if stem(name) in labels] or [source / name for name in names]
 
 
 def _one_checkpoint(source: Path) -> CkavgError:

@@ -78,10 +78,13 @@ class _Number:
     word: str
     separator: str
     unit: str
+    is_glued: bool
 
     @property
     def clock(self) -> Clock | None:
         """What it counts, by its word."""
+        if self.is_glued:
+            return None
         if self.word in _STEP_WORDS:
             return "step"
         if self.word in _SAVE_WORDS:  # accelerate counts its saves; HF Trainer writes a hyphen and counts steps
@@ -91,7 +94,7 @@ class _Number:
     @property
     def may_count(self) -> bool:
         """Whether it may be a step, as far as its word and its unit tell."""
-        return self.word not in _PARTS | _COMPANIONS and self.unit in _UNITS
+        return self.word not in _PARTS | _COMPANIONS and self.unit in _UNITS and not self.is_glued
 
 
 def read_label(stem: str) -> Label | None:
@@ -199,7 +202,8 @@ def _numbers(stem: str) -> list[_Number]:
         start = match.start() if word is None else word.start(1)
         named, separator = ("", "") if word is None else (word[1].lower(), word[2])
         value = int(digits) * _UNITS.get(unit, 1)
-        found.append(_Number(start, match.start(), match.end(), value, named, separator, unit))
+        is_glued = stem[match.end() : match.end() + 1].isalpha()  # 30x is no 30
+        found.append(_Number(start, match.start(), match.end(), value, named, separator, unit, is_glued))
     return found
 
 

@@ -28,6 +28,7 @@ from ckavg.run import metadata
 from ckavg.run.compare import common_part, differences, ungathered
 from ckavg.run.configs import contradictions, quantized, read_facts, ties_embeddings
 from ckavg.run.discover import Scan, duplicate_steps, foreign_logs, scan, several_runs
+from ckavg.run.foreign import refused, refused_slices
 from ckavg.run.reading import Reading
 from ckavg.run.same import ReadBytes, changing, constant_parts, read_bytes, tied_copies
 from ckavg.run.values import Checkpoint, Remote, Run, Selection, WhyLeftOut
@@ -234,7 +235,15 @@ def _common(checkpoints: list[Checkpoint], problems: list[CkavgError], warnings:
 
 
 def _first_of_kind(problems: Sequence[CkavgError]) -> list[CkavgError]:
-    """The problems, those of format counted after the first few: whoever trained in one has all checkpoints in it."""
+    """The problems, those of format counted after the first few: whoever trained in one has all checkpoints in it.
+    Those that one command solves are one.
+    """
+    unread = [path for problem in problems for path in getattr(problem, "unread", ())]
+    if len(unread) > 1:
+        in_others = refused(unread)
+        sliced = [path for path in unread if in_others is None or path not in in_others.unread]
+        of_all = [*filter(None, [in_others]), *([refused_slices(sliced)] if sliced else [])]
+        problems = [*of_all, *(problem for problem in problems if not getattr(problem, "unread", ()))]
     of_format = [problem for problem in problems if isinstance(problem, UnsupportedFormatError)]
     rest = of_format[_NAMED:]
     if not rest:

@@ -178,7 +178,7 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "NaN": (_nan, ("step 20: tensor 'w' holds NaN or infinity", "--to-step 19")),
     "infinity": (_infinity_in_the_middle, ("step 10: tensor 'b' holds NaN or infinity",)),
     "same step twice": (_same_step, ("step 20 is there 2 times: checkpoint-20, step_20",)),
-    "pickles": (_pickles, ("pytorch_model.bin, not safetensors", "never unpickles", "save_pretrained")),
+    "pickles": (_pickles, ("pytorch_model.bin, not safetensors", "never unpickles", "weights_only=True")),
     "no weights": (_no_weights, ("checkpoint-20 holds no weights",)),
     "bad index": (_bad_index, ("is not a shard index",)),
     "escaping index": (_escaping_index, ("shards must be safetensors files beside their index",)),

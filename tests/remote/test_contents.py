@@ -101,6 +101,8 @@ def test_pickles_are_refused_with_their_names(hub: Hub, repo: Repo) -> None:
         )
     told = refused("ema", FAR, "--revisions", "step*", named=f"{FAR}@step10")
     assert "pytorch_model.bin" in told
+    assert "Download the run; ckavg inspect of the copy has a command that converts it." in told
+    assert "python -c" not in told
     assert served_of(hub.served, ".bin") == 0
 
 

@@ -1,0 +1,689 @@
+"""The commands that convert what is not read, run as they are printed: on a terminal of 80 columns, by `sh`."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import shlex
+import struct
+import subprocess
+import sys
+import termios
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import ckavg
+from ckavg.run import conversion
+from ckavg.run.foreign import refused_slices
+from tests.cli.runner import run_cli, snapshot
+from tests.ranks.launch import torchrun
+from tests.runs import write_checkpoint
+
+ROOT = Path(__file__).parents[2]
+STEPS = (10, 20, 30)
+Weights = dict[str, Tensor]
+
+
+def weights(step: int) -> Weights:
+    """Tensors of every kind that is apt to go wrong: tied, transposed, of 16 bits, scalars, integers, empty."""
+    generator = torch.Generator().manual_seed(step)
+    embedding = torch.randn(4, 3, generator=generator)
+    return {
+        "embed.weight": embedding,
+        "head.weight": embedding,
+        "transposed.weight": torch.randn(3, 5, generator=generator).T,
+        "part.weight": embedding[1:],
+        "norm.weight": torch.randn(7, generator=generator).bfloat16(),
+        "logit_scale": torch.tensor(float(step)),
+        "empty": torch.empty(0, 3),
+        "position_ids": torch.arange(5),
+    }
+
+
+def environment() -> dict[str, str]:
+    """With the programs of this interpreter's environment first, as where that is activated."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, "TERM": "xterm", "OMP_NUM_THREADS": "1"}
+
+
+def printed(*words: str | Path, cwd: Path | None = None) -> list[str]:
+    """The lines that ckavg prints on a terminal of 80 columns."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "ckavg", *map(str, words)]
+    process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, cwd=cwd, env=environment())
+    os.close(follower)
+    text = b""
+    try:
+        while more := os.read(leader, 1 << 16):
+            text += more
+    except OSError:  # the end, on Linux
+        pass
+    os.close(leader)
+    process.wait()
+    return text.decode().replace("\r\n", "\n").splitlines()
+
+
+def command_of(lines: list[str]) -> str:
+    """The one command among some lines."""
+    (command,) = [line for line in lines if re.match(r"\s*(\(for d in |(\S*/)?python )", line)]
+    return command
+
+
+def in_shell(command: str, *, shell: str = "sh", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([shell, "-c", command], cwd=cwd, env=environment(), capture_output=True, text=True)
+
+
+def convert(run: Path) -> None:
+    """Do what ckavg says, and look that it changes nothing that is there."""
+    before = snapshot(run)
+    done = in_shell(command_of(run_cli("ema", run).stderr.splitlines()))
+    assert done.returncode == 0, done.stderr
+    after = snapshot(run)
+    assert {name: after[name] for name in before} == before
+    assert all(name.endswith((".safetensors", ".index.json")) for name in after.keys() - before.keys())
+
+
+def check_mean(run: Path, expected: Callable[[int], Mapping[str, Tensor]], steps: tuple[int, ...] = STEPS) -> None:
+    """`inspect` reads the run, and its mean is that of the tensors in float64."""
+    inspected = run_cli("inspect", run)
+    assert inspected.exit_code == 0, inspected.stdout
+    result = ckavg.average(ckavg.open_run(run), ckavg.Mean(), out=run.parent / "mean", force=True)
+    assert result.steps == steps
+    found = {
+        f"{file.parent.relative_to(run.parent / 'mean')}/{name}".removeprefix("./"): tensor
+        for file in (run.parent / "mean").rglob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+    states = [expected(step) for step in steps]
+    assert found.keys() == states[0].keys()
+    for name, tensor in found.items():
+        of_name = [state[name].double().numpy() for state in states]
+        assert tensor.dtype == states[0][name].dtype
+        if tensor.is_floating_point():
+            close = 2**-8 if tensor.dtype == torch.bfloat16 else 1e-6
+            np.testing.assert_allclose(tensor.double().numpy(), np.mean(of_name, axis=0), rtol=close, atol=1e-7)
+        else:
+            np.testing.assert_array_equal(tensor.numpy(), of_name[-1])
+
+
+# --- what trainers save, in one pickle a step ---
+
+STATE = {"state": {0: {"exp_avg": torch.ones(3), "step": torch.tensor(4)}}, "param_groups": [{"lr": 0.1}]}
+
+
+class Saved:
+    """How trainers save, each a function from weights to what it gives to torch.save."""
+
+    @staticmethod
+    def lightning(tensors: Weights) -> dict[str, Any]:
+        return {
+            "epoch": 1,
+            "global_step": 20,
+            "pytorch-lightning_version": "2.5.0",
+            "state_dict": OrderedDict(tensors),
+            "loops": {"fit_loop": {"state_dict": {}}},
+            "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5)}},
+            "optimizer_states": [STATE],
+            "lr_schedulers": [],
+            "hparams_name": "kwargs",
+            "hyper_parameters": {"lr": 0.1},
+        }
+
+    @staticmethod
+    def timm(tensors: Weights) -> dict[str, Any]:
+        shadow = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        return {
+            "epoch": 12,
+            "arch": "resnet50",
+            "state_dict": tensors,
+            "optimizer": STATE,
+            "version": 2,
+            "args": Namespace(lr=0.1),
+            "state_dict_ema": shadow,
+            "metric": 71.5,
+        }
+
+    @staticmethod
+    def fairseq(tensors: Weights) -> dict[str, Any]:
+        return {
+            "args": Namespace(arch="transformer"),
+            "cfg": None,
+            "model": tensors,
+            "criterion": OrderedDict({"weight": torch.ones(2)}),
+            "optimizer_history": [{"num_updates": 3}],
+            "extra_state": {"metrics": {}, "best": 3.5},
+            "last_optimizer_state": STATE,
+        }
+
+    @staticmethod
+    def basicsr(tensors: Weights) -> dict[str, Any]:
+        return {"params_ema": {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, "params": tensors}
+
+    @staticmethod
+    def ours(tensors: Weights) -> dict[str, Any]:
+        ema = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        return {
+            "net": tensors,
+            "optimizer": STATE,
+            "scaler": {"_scale": torch.ones(1)},
+            "ema": ema,
+            "rng": torch.ones(9),
+        }
+
+
+FLAT: dict[str, tuple[str, Callable[[Weights], dict[str, Any]], bool]] = {
+    "a state dict": ("step_{}.pt", OrderedDict, True),
+    "a state dict, in the format before torch 1.6": ("model-step-{}.pth", OrderedDict, False),
+    "Lightning": ("epoch=1-step={}.ckpt", Saved.lightning, True),
+    "timm": ("checkpoint-{}.pth.tar", Saved.timm, True),
+    "fairseq": ("checkpoint_{}.pt", Saved.fairseq, True),
+    "WeNet": ("{}.pt", OrderedDict, True),
+    "BasicSR": ("net_g_step_{}.pth", Saved.basicsr, True),
+    "a script": ("ckpt-{}.pkl", Saved.ours, True),
+}
+
+
+@pytest.mark.parametrize("case", FLAT)
+def test_single_pickles(tmp_path: Path, case: str) -> None:
+    name, saved, zipped = FLAT[case]
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in STEPS:
+        torch.save(saved(weights(step)), run / name.format(step), _use_new_zipfile_serialization=zipped)
+    convert(run)
+    converted = re.sub(r"(\.[a-z]+)+$", ".safetensors", name)
+    assert {path.name for path in run.glob("*.safetensors")} == {converted.format(step) for step in STEPS}
+    check_mean(run, weights)
+
+
+# --- what lies in directories ---
+
+
+def save_shards(directory: Path, tensors: Weights) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    directory.mkdir(parents=True)
+    pattern = "pytorch_model{suffix}.bin"
+    save_torch_state_dict(tensors, directory, filename_pattern=pattern, max_shard_size=80, safe_serialization=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_shards_of_transformers(tmp_path: Path) -> None:
+    """A classifier keeps its head and its names; no class is guessed."""
+    from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+
+    sizes = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = BertConfig(**sizes, intermediate_size=8, num_labels=3, architectures=["BertForSequenceClassification"])
+    run, states = tmp_path / "run", {}
+    for step in STEPS:
+        torch.manual_seed(step)
+        states[step] = dict(BertForSequenceClassification(config).state_dict())
+        save_shards(run / f"checkpoint-{step}", states[step])
+        config.save_pretrained(run / f"checkpoint-{step}")
+        torch.save(STATE, run / f"checkpoint-{step}" / "optimizer.pt")
+        torch.save(Namespace(lr=0.1), run / f"checkpoint-{step}" / "training_args.bin")
+    assert len([*(run / "checkpoint-10").glob("pytorch_model-*.bin")]) > 2
+    convert(run)
+    check_mean(run, lambda step: states[step])
+    _, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "mean", output_loading_info=True)
+    assert not any(report.values())
+
+
+def test_converted_twice(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in STEPS:
+        save_shards(run / f"checkpoint-{step}", weights(step))
+    command = command_of(run_cli("ema", run).stderr.splitlines())
+    assert in_shell(command).returncode == 0
+    once = {name: content for name, (_, _, content) in snapshot(run).items()}
+    assert in_shell(command, shell="bash").returncode == 0
+    assert {name: content for name, (_, _, content) in snapshot(run).items()} == once
+    check_mean(run, weights)
+
+
+DIRECTORIES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
+    "transformers, with a value head": (
+        {"pytorch_model.bin": "model.safetensors", "value_head.bin": "value_head.safetensors"},
+        ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "pytorch_model_ema.bin"),
+    ),
+    "an adapter, with what else was trained": (
+        {
+            "adapter_model.bin": "adapter_model.safetensors",
+            "non_lora_trainables.bin": "non_lora_trainables.safetensors",
+        },
+        ("rng_state.pth", "training_args.bin"),
+    ),
+    "an adapter of diffusers": ({"pytorch_lora_weights.bin": "pytorch_lora_weights.safetensors"}, ()),
+    "a pipeline": (
+        {
+            "unet/diffusion_pytorch_model.bin": "unet/diffusion_pytorch_model.safetensors",
+            "text_encoder/pytorch_model.bin": "text_encoder/model.safetensors",
+        },
+        ("unet_ema/diffusion_pytorch_model.bin", "optimizer.bin"),
+    ),
+    "OLMo": ({"model.pt": "model.safetensors"}, ("optim.pt", "train.pt")),
+    "DeepSpeed without ZeRO, in a Trainer's": (
+        {"global_step7/mp_rank_00_model_states.pt": "model.safetensors"},
+        ("latest", "global_step7/expert_optim_states.pt"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DIRECTORIES)
+def test_directories(tmp_path: Path, case: str) -> None:
+    """Every file of the model becomes one, and no file of the trainer's."""
+    files, state = DIRECTORIES[case]
+    run = tmp_path / "run"
+    for step in STEPS:
+        for place, name in enumerate((*files, *state)):
+            path = run / f"checkpoint-{step}" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            saved: object = {f"{place}.{tensor}": value for tensor, value in weights(step).items()}
+            saved = {"module": saved, "optimizer": STATE} if "mp_rank" in name else saved
+            torch.save(saved if name in files else STATE, path)
+    convert(run)
+    for step in STEPS:
+        directory = run / f"checkpoint-{step}"
+        found = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*.safetensors")}
+        assert found.keys() == set(files.values())
+        for place, name in enumerate(files.values()):
+            assert_equal(load_file(found[name]), {f"{place}.{each}": value for each, value in weights(step).items()})
+    assert run_cli("inspect", run).exit_code == 0
+
+
+def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+def test_deepspeed_by_itself_without_zero(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in STEPS:
+        (run / f"global_step{step}").mkdir(parents=True)
+        saved = {"module": weights(step), "optimizer": None, "ds_config": {"zero_optimization": {"stage": 0}}}
+        torch.save(saved, run / f"global_step{step}" / "mp_rank_00_model_states.pt")
+    convert(run)
+    check_mean(run, weights)
+
+
+def test_one_component_that_is_a_pickle(tmp_path: Path) -> None:
+    """What is safetensors already stays as it is, though a pickle lies beside it."""
+    run = tmp_path / "run"
+    for step in STEPS:
+        write_checkpoint(run / f"checkpoint-{step}" / "unet", {"w": torch.ones(2) * step})
+        torch.save({"w": torch.zeros(2)}, run / f"checkpoint-{step}" / "unet" / "pytorch_model.bin")
+        (run / f"checkpoint-{step}" / "vae").mkdir()
+        torch.save({"v": torch.ones(3) * step}, run / f"checkpoint-{step}" / "vae" / "diffusion_pytorch_model.bin")
+    convert(run)
+    check_mean(run, lambda step: {"unet/w": torch.ones(2) * step, "vae/v": torch.ones(3) * step})
+
+
+# --- one command for all ---
+
+
+def test_forty_checkpoints_have_one_command(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in range(40):
+        (run / f"checkpoint-{step}").mkdir(parents=True)
+        torch.save({"model": {"w": torch.full((3,), float(step))}}, run / f"checkpoint-{step}" / "pytorch_model.bin")
+    done = run_cli("ema", run)
+    assert done.stderr.startswith(f"error: 40 checkpoints hold pickles, such as {run}/checkpoint-0/pytorch_model.bin, ")
+    assert done.stderr.count("\n") == 3
+    for lines in (done.stderr.splitlines(), printed("ema", run), printed("inspect", run)):
+        assert command_of(lines).endswith(f" {run}/checkpoint-*/pytorch_model.bin")
+    piped = subprocess.run(
+        [sys.executable, "-m", "ckavg", "inspect", run], capture_output=True, text=True, env=environment(), check=False
+    )
+    assert command_of(piped.stdout.splitlines()) in done.stderr
+    (problem,) = json.loads(run_cli("inspect", "--json", run).stdout)["problems"]
+    assert problem == done.stderr.removeprefix("error: ").removesuffix("\n")
+    convert(run)
+    check_mean(run, lambda step: {"w": torch.full((3,), float(step))}, tuple(range(40)))
+
+
+def test_no_other_directories_are_named(tmp_path: Path) -> None:
+    """Patterns are printed where they match nothing but checkpoints; else digits alone, or every name."""
+    run = tmp_path / "run"
+    for name in ("checkpoint-10", "checkpoint-20", "checkpoint-best"):
+        (run / name).mkdir(parents=True)
+        torch.save({"w": torch.ones(2)}, run / name / "pytorch_model.bin")
+    assert command_of(printed("ema", run)).endswith(f" {run}/checkpoint-[0-9]*/pytorch_model.bin")
+    (run / "checkpoint-30x").mkdir()
+    torch.save({"w": torch.ones(2)}, run / "checkpoint-30x" / "pytorch_model.bin")
+    command = command_of(printed("ema", run))
+    assert command.endswith(f" {run}/checkpoint-10/pytorch_model.bin {run}/checkpoint-20/pytorch_model.bin")
+    convert(run)
+    assert {path.parent.name for path in run.glob("*/*.safetensors")} == {"checkpoint-10", "checkpoint-20"}
+
+
+def test_among_checkpoints_that_are_read(tmp_path: Path) -> None:
+    """Those in another format are one problem among others, and their command converts them alone."""
+    run = tmp_path / "run"
+    for step in (10, 20):
+        write_checkpoint(run / f"checkpoint-{step}", {"w": torch.ones(2) * step})
+    for step in (30, 40, 50):
+        (run / f"checkpoint-{step}").mkdir()
+        torch.save({"w": torch.ones(2) * step}, run / f"checkpoint-{step}" / "pytorch_model.bin")
+    (run / "checkpoint-60").mkdir()
+    lines = printed("ema", run)
+    assert lines[0] == "error: 2 problems:"
+    assert lines[1] == f"- 3 checkpoints hold pickles, such as {run}/checkpoint-30/pytorch_model.bin, not safetensors."
+    assert in_shell(command_of(lines)).returncode == 0
+    (run / "checkpoint-60").rmdir()
+    check_mean(run, lambda step: {"w": torch.ones(2) * step}, (10, 20, 30, 40, 50))
+
+
+def test_the_model_that_the_run_began_with(tmp_path: Path) -> None:
+    run, base = tmp_path / "run", tmp_path / "base"
+    for directory in (run / "checkpoint-10", run / "checkpoint-20", base):
+        directory.mkdir(parents=True)
+        torch.save({"w": torch.ones(2)}, directory / "pytorch_model.bin")
+    command = command_of(printed("ema", run, "--init", base))
+    assert in_shell(command).returncode == 0
+    assert run_cli("ema", run, "--init", base).exit_code == 0
+
+
+NAMES = (
+    "my run", "it's", 'a "quoted" $HOME `date` \\n', "[a]*?{b,c}", "-rf", "modèle 模型", "a\nb\x1b[31m\u202e", "~",
+    "#;&|", os.fsdecode(b"no text \xff"),
+)  # fmt: skip
+
+
+def said_to(tools: Path, command: str, cwd: Path | None = None) -> list[list[str]]:
+    """What a command says to `python` and `uv`, whenever it calls them."""
+    tools.mkdir(exist_ok=True)
+    (tools / "said").write_bytes(b"")
+    for tool in ("python", "uv"):
+        (tools / tool).write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" "" >> {tools}/said\n')
+        (tools / tool).chmod(0o755)
+    done = in_shell(f"PATH={tools}:$PATH; {command.replace(sys.executable, 'python')}", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    calls = os.fsdecode((tools / "said").read_bytes()).split("\0\0")
+    return [call.split("\0") for call in calls[:-1]]
+
+
+@pytest.mark.parametrize(("name", "more"), [*((name, "") for name in NAMES), ("it's", "7x"), (NAMES[6], "7x")])
+def test_names(tmp_path: Path, name: str, more: str) -> None:
+    """Of a directory in the current one and of its files; as a pattern, and one by one where that matches more."""
+    run = tmp_path / "here" / name
+    for step in (*STEPS, *filter(None, [more])):
+        (run / f"checkpoint-{step}").mkdir(parents=True)
+        (run / f"checkpoint-{step}" / f"{name}.pt").write_bytes(b"not to be unpickled")
+    lines = printed("ema", "--", name, cwd=run.parent)
+    assert all(line.isprintable() for line in lines)
+    (words,) = said_to(tmp_path / "tools", command_of(lines), cwd=run.parent)
+    assert [run.parent / word for word in words[2:]] == [run / f"checkpoint-{step}" / f"{name}.pt" for step in STEPS]
+    assert not any(word.startswith("-") for word in words[2:])
+
+
+def test_a_name_that_shells_would_take_apart(tmp_path: Path) -> None:
+    run = tmp_path / 'it\'s "my" $run [a]\n'
+    run.mkdir()
+    for step in STEPS:
+        torch.save({"w": torch.ones(2) * step}, run / f"step_{step}.pt")
+    convert(run)
+    check_mean(run, lambda step: {"w": torch.ones(2) * step})
+
+
+def test_the_interpreter_is_one_that_has_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python` where that is the one that runs ckavg, else its path; a trainer's tools have the user's `python`."""
+    ours = Path(sys.executable).parent
+    elsewhere = tmp_path / "bin"
+    elsewhere.mkdir()
+    found = []
+    for place in (ours, tmp_path, elsewhere):
+        monkeypatch.setenv("PATH", str(place))
+        if place == elsewhere:
+            (elsewhere / "python").write_text("#!/bin/sh\n")
+            (elsewhere / "python").chmod(0o755)
+        found.append((conversion.interpreter(ours=True), conversion.interpreter(ours=False)))
+    assert found == [("python", "python"), (sys.executable, sys.executable), (sys.executable, "python")]
+
+
+# --- what cannot be converted ---
+
+
+class Custom:
+    pass
+
+
+def test_custom_classes_are_refused_by_torch(tmp_path: Path) -> None:
+    for step in STEPS:
+        torch.save({"model": {"w": torch.ones(2)}, "config": Custom()}, tmp_path / f"step_{step}.pt")
+    done = in_shell(command_of(printed("ema", tmp_path)))
+    assert done.returncode != 0
+    assert "Weights only load failed" in done.stderr
+    assert "Unsupported global: GLOBAL tests.run.test_conversion.Custom" in done.stderr
+    assert not [*tmp_path.glob("*.safetensors")]
+
+
+def test_averages_and_states_alone_are_not_taken_for_weights(tmp_path: Path) -> None:
+    for step in STEPS:
+        torch.save({"params_ema": {"w": torch.ones(2)}, "optimizer": STATE}, tmp_path / f"step_{step}.pt")
+    done = in_shell(command_of(printed("ema", tmp_path)))
+    assert done.returncode != 0
+    assert f"no weights in {tmp_path}/step_10.pt" in done.stdout
+    assert not [*tmp_path.glob("*.safetensors")]
+
+
+# --- which part of what was saved is the model ---
+
+W = torch.ones(2)
+SHADOW = {"w": torch.zeros(2)}
+
+SHAPES: dict[str, tuple[dict[Any, Any], set[str]]] = {
+    "bare": (
+        {"a.w": W, "b": W, "optimizer_embedding.w": W, "ema.w": W, "scale": torch.tensor(1.0)},
+        {"a.w", "b", "optimizer_embedding.w", "ema.w", "scale"},
+    ),
+    "with what is no tensor": ({"a.w": W, "a._extra_state": None, "version": 3}, {"a.w"}),
+    "DataParallel": ({"module.w": W}, {"module.w"}),
+    "model": ({"model": {"w": W}, "optimizer": STATE, "epoch": 1}, {"w"}),
+    "state_dict": ({"epoch": 1, "state_dict": {"w": W}}, {"w"}),
+    "module": ({"module": {"w": W}}, {"w"}),
+    "net beside an optimizer": ({"net": {"w": W}, "optimizer": STATE, "acc": torch.tensor(0.5)}, {"w"}),
+    "a name of its own": ({"vocoder": {"w": W}, "loss": torch.tensor(0.5), "optim_g": STATE}, {"w"}),
+    "nested": ({"model": {"encoder": {"w": W}, "ema": {"w": W}}}, {"encoder.w", "ema.w"}),
+    "nested, one module": ({"model": {"encoder": {"layer": {"w": W}}}}, {"encoder.layer.w"}),
+    "nested, a module named model": ({"model": {"model": {"w": W}, "head": {"w": W}}}, {"model.w", "head.w"}),
+    "several models": ({"G": {"w": W}, "D": {"w": W}, "g_ema": SHADOW, "d_optim": STATE}, {"G.w", "D.w"}),
+    "several models and a tensor": ({"G": {"w": W}, "D": {"w": W}, "mean": W, "loss": W[0]}, {"G.w", "D.w", "mean"}),
+    "student and teacher": ({"student": {"w": W}, "teacher": SHADOW}, {"w"}),
+    "model and average": ({"model": {"w": W}, "model_avg": SHADOW, "sampler": {"seed": W}}, {"w"}),
+    "ema beside the model": ({"ema": SHADOW, "model": {"w": W}}, {"w"}),
+    "Composer": ({"state": {"model": {"w": W}, "optimizers": {"Adam": STATE}}, "rng": [{"torch": W}]}, {"w"}),
+    "a config beside": ({"model": {"state_dict": {"w": W}, "config": {"dim": 3}}}, {"w"}),
+    "numbers for names": ({"model": {0: {"w": W}}}, {"0.w"}),
+    "lists": ({"model": {"w": W}, "optimizer": [STATE]}, {"w"}),
+}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_what_the_model_is(case: str) -> None:
+    saved, expected = SHAPES[case]
+    program: dict[str, Any] = {}
+    exec(conversion._WRITE.replace("@OF_TRAINING", conversion.OF_TRAINING), program)
+    found = dict(program["flat"](program["weights"](saved)))
+    assert found.keys() == expected
+    assert all(tensor.any() for tensor in found.values())
+
+
+# --- torch.distributed ---
+
+
+DISTRIBUTED: dict[str, tuple[str, Callable[[Weights], dict[str, Any]]]] = {
+    "a script": ("step_{}/model", lambda tensors: {"model": tensors, "optimizer": STATE, "epoch": 3}),
+    "flat": ("step-{}", lambda tensors: {**tensors, "optimizer": STATE, "dataloader": {"state": torch.ones(2)}}),
+    "Lightning": ("epoch=0-step={}.ckpt", lambda tensors: {"state_dict": tensors, "optimizer_0": STATE}),
+    "accelerate": ("checkpoint-{}/pytorch_model_fsdp_0", lambda tensors: {"model": tensors}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", DISTRIBUTED)
+def test_torch_distributed(tmp_path: Path, case: str) -> None:
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    directory, saved = DISTRIBUTED[case]
+    run, steps = tmp_path / "run", STEPS[:2]
+    for step in steps:
+        save(saved(weights(step)), checkpoint_id=run / directory.format(step), no_dist=True)
+    convert(run)
+    check_mean(run, weights, steps)
+
+
+SHARDS = """
+import sys
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+for step in (10, 20, 30):
+    full = torch.load(f"{sys.argv[1]}/{step}.pt")
+    placed = {name: [Shard(min(1, tensor.ndim - 1)) if tensor.ndim else Replicate()] for name, tensor in full.items()}
+    state = {name: distribute_tensor(tensor, mesh, placed[name]) for name, tensor in full.items()}
+    files = {name: 1 + place % 2 for place, name in enumerate(full)}
+    target = f"{sys.argv[1]}/run/step-{step}"
+    dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(target, files, save_distributed=True))
+dist.destroy_process_group()
+"""
+
+
+def test_slices_that_torch_wrote_as_safetensors(tmp_path: Path) -> None:
+    for step in STEPS:
+        torch.save(weights(step), tmp_path / f"{step}.pt")
+    (tmp_path / "job.py").write_text(SHARDS)
+    job = subprocess.run(torchrun(2, tmp_path / "job.py", tmp_path), capture_output=True, text=True, check=False)
+    assert job.returncode == 0, job.stderr
+    run = tmp_path / "run"
+    directories = [run / f"step-{step}" for step in STEPS]
+    assert (directories[0] / "shard-00002-model-00001-of-00002.safetensors").exists()
+    told = run_cli("ema", run).stderr
+    assert "step-10 holds slices of tensors, as torch.distributed.checkpoint writes them, and so do 2 more" in told
+    assert "embed.weight" not in told
+    command = command_of(told.splitlines())
+    assert command.endswith(f" {run}/step-*")
+    convert(run)
+    check_mean(run, weights)
+    assert in_shell(command).returncode == 0  # again
+    assert "target = path.parent /" in refused_slices([each / "sharded" for each in directories]).command
+
+
+# --- the trainers' own tools ---
+
+ZERO_TO_FP32 = """
+import argparse, pathlib, shutil
+parser = argparse.ArgumentParser()
+parser.add_argument("checkpoint_dir", type=pathlib.Path)
+parser.add_argument("output_dir", type=pathlib.Path)
+parser.add_argument("--safe_serialization", action="store_true")
+parser.add_argument("-t", "--tag")
+asked = parser.parse_args()
+assert asked.safe_serialization
+asked.output_dir.mkdir(parents=True, exist_ok=True)
+(piece,) = (asked.checkpoint_dir / asked.tag).glob("*_model_states.pt")
+shutil.copy(piece, asked.output_dir / "model.safetensors")
+"""
+"""Takes what DeepSpeed's script takes; the pieces are whole in these tests."""
+
+
+@pytest.mark.parametrize(
+    ("inside", "directory", "converted"),
+    [
+        ("checkpoint-{0}/global_step{0}", "checkpoint-{0}", "my run"),
+        ("global_step{0}", "", "my run-safetensors"),
+        ("epoch=0-step={0}.ckpt/checkpoint", "epoch=0-step={0}.ckpt", "my run-safetensors"),
+    ],
+    ids=["a Trainer's", "by itself", "Lightning's"],
+)
+def test_deepspeed(tmp_path: Path, inside: str, directory: str, converted: str) -> None:
+    run = tmp_path / "my run"
+    for step in STEPS:
+        folder = run / inside.format(step)
+        folder.mkdir(parents=True)
+        save_file({"w": torch.ones(2) * step}, folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+        torch.save(STATE, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+        (run / directory.format(step) / "zero_to_fp32.py").write_text(ZERO_TO_FP32)
+    lines = printed("ema", run)
+    assert any(converted in line for line in lines)
+    done = in_shell(command_of(lines))
+    assert done.returncode == 0, done.stderr
+    check_mean(tmp_path / converted, lambda step: {"w": torch.ones(2) * step})
+
+
+TOOLS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "verl": (
+        "global_step_{}",
+        ("actor/model_world_size_8_rank_0.pt",),
+        "-m verl.model_merger merge --backend fsdp --local_dir RUN/global_step_{}/actor "
+        "--target_dir OUT/global_step_{}",
+    ),
+    "Megatron": (
+        "iter_{:07d}",
+        ("mp_rank_00/model_optim_rng.pt", "mp_rank_01/model_optim_rng.pt"),
+        '-c "import sys; from megatron.bridge import AutoBridge as B; '
+        "B.from_hf_pretrained('BASE_MODEL').export_ckpt(*sys.argv[1:])\" RUN/iter_{:07d} OUT/iter_{:07d}",
+    ),
+    "NeMo": (
+        "megatron_gpt--step={}.nemo",
+        (),
+        "scripts/checkpoint_converters/convert_llama_nemo_to_hf.py --input_name_or_path RUN/megatron_gpt--step={}.nemo "
+        "--output_path pytorch_model.bin --hf_input_path BASE_MODEL --hf_output_path OUT/megatron_gpt--step={}",
+    ),
+    "GPT-NeoX": (
+        "global_step{}",
+        ("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"),
+        "tools/ckpts/convert_neox_to_hf.py --input_dir RUN/global_step{} --config_file CONFIG.yml "
+        "--output_dir OUT/global_step{}",
+    ),
+    "NeMo-RL": (
+        "step_{}",
+        ("config.yaml", "policy/weights/.metadata", "policy/weights/__0_0.distcp"),
+        "run examples/converters/convert_dcp_to_hf.py --config=RUN/step_{0}/config.yaml "
+        "--dcp-ckpt-path=RUN/step_{0}/policy/weights --hf-ckpt-path=OUT/step_{0}",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOOLS)
+def test_tools_get_each_checkpoint(tmp_path: Path, case: str) -> None:
+    """Run for every checkpoint, with its own paths, until one fails."""
+    name, files, expected = TOOLS[case]
+    run = tmp_path / "it's my run"
+    for step in STEPS:
+        for path in [run / name.format(step) / file for file in files] or [run / name.format(step)]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"not to be unpickled")
+    command = command_of(printed("ema", run))
+    filled = [shlex.split(expected.format(step, step)) for step in STEPS]
+    places = (("RUN", str(run)), ("OUT", f"{run}-safetensors"))
+    for old, new in places:
+        filled = [[word.replace(old, new) for word in line] for line in filled]
+    assert said_to(tmp_path / "tools", command) == filled
+
+
+def test_the_first_that_fails_ends_it(tmp_path: Path) -> None:
+    for step in STEPS:
+        (tmp_path / f"global_step{step}").mkdir()
+        (tmp_path / f"global_step{step}" / "zero_pp_rank_0_mp_rank_00_model_states.pt").write_bytes(b"")
+    (tmp_path / "zero_to_fp32.py").write_text("import sys\nprint('called')\nsys.exit(3)\n")
+    done = in_shell(command_of(printed("ema", tmp_path)))
+    assert (done.returncode, done.stdout) == (3, "called\n")
