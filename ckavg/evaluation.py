@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -24,6 +25,15 @@ _NUMBER = re.compile(
     re.IGNORECASE,
 )
 
+_OF_A_JOB = re.compile(
+    r"(?:(?:LOCAL_|GROUP_|ROLE_|NODE_)?(?:RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(?:ADDR|PORT)|TORCHELASTIC_.*"
+    r"|(?:OMPI_COMM_WORLD|PMI|PMIX|MV2_COMM_WORLD)_(?:LOCAL_)?(?:RANK|SIZE))"
+)
+"""What torchrun and MPI tell a process of its job: a command that starts processes of its own would wait for those."""
+
+_PATH = "CKAVG_EVAL_DIR"
+_QUOTED = re.compile(r"""\\.|'[^']*'|"(?:\\.|[^"\\])*"|\{dir\}""", re.DOTALL)
+
 
 def check_command(command: str) -> None:
     """Refuse a command that does not say where the directory of the result goes.
@@ -43,11 +53,18 @@ def evaluate(directory: Path, command: str) -> Evaluation:
 
     Args:
         directory: of the result.
-        command: for the shell; `{dir}` is replaced by the directory, quoted.
+        command: for the shell; `{dir}` is replaced by the absolute path of the directory, quoted.
     """
-    line = command.replace(DIRECTORY, shlex.quote(str(directory)))
     try:
-        done = subprocess.run(line, shell=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, check=False)  # noqa: S602
+        path = str(directory.absolute())
+        done = subprocess.run(  # noqa: S602
+            _with_directory(command, path),
+            shell=True,
+            stdout=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            check=False,
+            env={name: value for name, value in os.environ.items() if not _OF_A_JOB.fullmatch(name)} | {_PATH: path},
+        )
     except (OSError, ValueError) as error:
         return Evaluation(command, None, f"it could not be run: {error}")
     if done.returncode:
@@ -58,6 +75,21 @@ def evaluate(directory: Path, command: str) -> Evaluation:
     if not math.isfinite(value):
         return Evaluation(command, None, f"it printed {value}")
     return Evaluation(command, value)
+
+
+def _with_directory(command: str, path: str) -> str:
+    r"""The command with a path in the place of `{dir}`, within quotes and without.
+
+    A path with characters that mean something to a shell is put in by the shell itself, which takes none of them for
+    part of the command: in quotes of its own, or in the double ones that are there. Single ones are interrupted for it.
+
+    >>> _with_directory("f {dir} '{dir}'", "/a"), _with_directory("f {dir} \"{dir}\" 'g {dir}'", "/$a b")
+    ("f /a '/a'", 'f "${CKAVG_EVAL_DIR}" "${CKAVG_EVAL_DIR}" \'g \'"${CKAVG_EVAL_DIR}"\'\'')
+    """
+    if shlex.quote(path) == path:
+        return command.replace(DIRECTORY, path)
+    inside = {"'": f"""'"${{{_PATH}}}"'""", '"': f"${{{_PATH}}}"}
+    return _QUOTED.sub(lambda part: part[0].replace(DIRECTORY, inside.get(part[0][0], f'"${{{_PATH}}}"')), command)
 
 
 def record_evaluation(result: Averaged, evaluation: Evaluation, plan: Plan) -> Averaged:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 import typer
 
 from ckavg.cli.terminal import Stdout, say, say_labelled, warn
+from ckavg.engine.messages import ELSEWHERE
 from ckavg.errors import CkavgError, SettingError
 from ckavg.report.text import printable, told
 
@@ -49,7 +50,7 @@ def failures(*, verbose: bool) -> Iterator[None]:
 
 def _notes(error: BaseException) -> list[str]:
     """What was added to an exception on its way here: what is kept of the work it ended."""
-    return [printable(note) for note in getattr(error, "__notes__", ())]
+    return [printable(note) for note in getattr(error, "__notes__", ()) if not note.startswith(ELSEWHERE)]
 
 
 def _say_all(*lines: str) -> None:

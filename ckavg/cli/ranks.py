@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
+import typer
+
 from ckavg.cli.failures import failures
+from ckavg.cli.terminal import say
 from ckavg.engine.ranks import Ranks, all_ranks
 from ckavg.errors import RanksError
+from ckavg.report.text import printable
 
 _STDOUT, _STDERR = 1, 2
 
@@ -42,14 +46,26 @@ def together(*, verbose: bool) -> Iterator[Ranks]:
     with failures(verbose=verbose):
         ranks = None
         try:
-            with all_ranks() as ranks:
+            with all_ranks(_say_aloud) as ranks:
                 if ranks.world > 1:
                     _interrupt_once(ranks)
-                yield ranks
+                try:
+                    yield ranks
+                except typer.Exit as done:  # nothing that engine/messages.py knows
+                    raise SystemExit(done.exit_code) from done
         except BaseException:
             if _voice and (ranks is None or ranks.speaks):
                 os.dup2(_voice.pop(), _STDERR)
             raise
+
+
+def _say_aloud(line: str) -> None:
+    """Print a line to stderr, of a process that is muted, too."""
+    if not _voice:
+        say(printable(line))
+        return
+    with suppress(OSError):
+        os.write(_voice[0], f"{printable(line)}\n".encode(errors="replace"))
 
 
 def _interrupt_once(ranks: Ranks) -> None:

@@ -98,6 +98,12 @@ class Ranks:
             return list(self._links.receive()[0])
         of_others = self._links.receive()
         values = [value, *(of_others[rank] for rank in range(1, self.world))]
+        for rank, theirs in of_others.items():
+            if not _alike(value, theirs):
+                raise RanksError(
+                    f"Rank {rank} tells something else than rank 0 asks for.",
+                    hint="Give all processes of a job the same command, and the same version of ckavg.",
+                )
         self._links.send(values)
         return values
 
@@ -167,15 +173,26 @@ class Ranks:
             raise reason from error
 
 
+def _alike(value: object, other: object) -> bool:
+    """Whether two values are of one kind; those in a tuple, too."""
+    if not (isinstance(value, tuple) and isinstance(other, tuple)):
+        return type(value) is type(other)
+    return len(value) == len(other) and all(map(_alike, value, other))
+
+
 ALONE = Ranks()
 """One process, for which nothing of this does anything."""
 
 
 @contextmanager
-def all_ranks() -> Iterator[Ranks]:
+def all_ranks(on_wait: Callable[[str], None] | None = None) -> Iterator[Ranks]:
     """The job that torchrun has started, with this process in it; this process alone where there is no such job.
 
     Every process of the job enters this, and leaves it when all have come to its end.
+
+    Args:
+        on_wait: called in this thread with a sentence on who is waited for, after a while and then seldom. Once all
+            have come, the first process tells of the others, and the second of the first.
 
     Raises:
         RanksError: the others do not come.
@@ -186,7 +203,7 @@ def all_ranks() -> Iterator[Ranks]:
         return
     from ckavg.engine.joining import join
 
-    links = join(ranks.rank, ranks.world, on_one_machine=ranks.local_world == ranks.world)
+    links = join(ranks.rank, ranks.world, on_wait)
     try:
         joined = dataclasses.replace(ranks, _links=links)
         with joined.as_one():

@@ -30,6 +30,9 @@ Unit = TypeVar("Unit", bound=Block)
 SECONDS_BETWEEN_NOTES = 2.0
 """How much work may be lost to a crash. A note waits for the disk, in a thread that has nothing else to do."""
 
+_BLOCKS_AT_ONCE = 1024
+"""What comes of so many blocks goes from process to process in one message, whose size has a bound."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -107,7 +110,11 @@ def stream(
         own = [left[each] for each in own_share(checkpoints, to_do, ranks)]
         listener = OfAll(stage, checkpoints, to_do, settings.on_progress, kept=work.kept_bytes)
         of_own = dataclasses.replace(settings, on_progress=listener.of_own)
-        parts = ranks.gather(_stream_own(work, own, make_worker, of_own))
+        results, nbytes = _stream_own(work, own, make_worker, of_own)
+        parts = [({}, each) for each in ranks.gather(nbytes)]
+        for first in range(0, len(left), _BLOCKS_AT_ONCE):
+            some = {place: results[place] for place in left[first : first + _BLOCKS_AT_ONCE] if place in results}
+            parts += [(part, 0) for part in ranks.gather(some)]
         listener.end()
     results = dict(ledger.done)
     for part, _ in parts:

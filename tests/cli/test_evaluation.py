@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,104 @@ def test_the_directory_is_quoted(tmp_path: Path, name: str) -> None:
     (directory / "score").write_text("0.625")
     assert evaluate(directory, "cat {dir}/score").value == 0.625
     assert evaluate(directory, "test -d {dir} && test {dir} = {dir} && echo 2").value == 2
+
+
+NAMES_OF_DIRECTORIES = [
+    "plain",
+    "with  two spaces",
+    "it's",
+    'a "run"',
+    "'both' \"kinds\"",
+    "$(touch canary)",
+    "`touch canary`; touch canary & #",
+    "back\\slash\\",
+    "*",
+    "two\nlines",
+    "{dir}",
+    "-o1",
+    "~",
+    "\udcff",  # bytes that are no text
+]
+
+
+@pytest.mark.parametrize("name", NAMES_OF_DIRECTORIES)
+def test_the_directory_may_stand_in_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    directory = Path(name)
+    directory.mkdir()
+    (directory / "score").write_text("0.625")
+    for command in (
+        "cat {dir}/score",
+        'cat "{dir}/score"',
+        "cat '{dir}/score'",
+        "cat '{dir}'/\"score\"",
+        "test \"{dir}\" = {dir} && test '{dir}' = {dir} && cat {dir}/score",
+        "sh -c 'cat \"$1\"/score' - '{dir}'",
+        "true \\' \\\" && cat {dir}/score",
+        'true "\\"" && cat "{dir}/score"',
+        "cat {dir}/score # it's {dir}",
+        "cat <<end >/dev/null && cat '{dir}/score'\n{dir} $(echo 7)\nend",
+    ):
+        assert evaluate(directory, command) == Evaluation(command, 0.625), command
+    assert not list(tmp_path.rglob("canary"))
+
+
+def test_the_directory_is_absolute(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no name is an option, and that a command may change to another place."""
+    monkeypatch.chdir(tmp_path)
+    command = 'test {dir} = "$PWD/-o1/mean" && ls {dir} >/dev/null && cd / && test -f {dir}/ckavg.json && echo 0.5'
+    told = run_cli("sweep", run, "mean", "--out=-o1", "--eval", command, "--json")
+    assert json.loads(told.stdout)["averages"][0]["evaluation"] == {"command": command, "value": 0.5, "problem": ""}
+
+
+OF_A_JOB = {
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "2",
+    "GROUP_RANK": "0",
+    "GROUP_WORLD_SIZE": "1",
+    "ROLE_RANK": "0",
+    "ROLE_NAME": "default",
+    "ROLE_WORLD_SIZE": "2",
+    "NODE_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "1",
+    "TORCHELASTIC_RUN_ID": "none",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "TORCHELASTIC_ERROR_FILE": "error.json",
+    "OMPI_COMM_WORLD_RANK": "0",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "PMI_SIZE": "2",
+}
+
+
+def test_it_is_told_nothing_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_the_user = {"LOCAL_MODELS": "a", "MASTER_KEY": "b", "RANKING": "c", "MY_RANK": "d", "CUDA_VISIBLE_DEVICES": "0"}
+    for name, value in (OF_A_JOB | of_the_user).items():
+        monkeypatch.setenv(name, value)
+    script = tmp_path / "told.py"
+    script.write_text("import os, json; print(json.dumps(dict(os.environ)), file=open('told', 'w')); print(1)")
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(tmp_path, f"{sys.executable} told.py {{dir}}").value == 1
+    told = json.loads((tmp_path / "told").read_text())
+    assert not OF_A_JOB.keys() & told.keys()
+    assert told.items() >= of_the_user.items()
+    assert told["PATH"] == os.environ["PATH"]
+    assert os.environ["RANK"] == "0"
+
+
+def test_it_may_start_torch_distributed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in OF_A_JOB.items():
+        monkeypatch.setenv(name, value)
+    script = tmp_path / "evaluate.py"
+    script.write_text(
+        "import datetime, os, torch.distributed as distributed\n"
+        "if 'RANK' in os.environ:\n"
+        "    distributed.init_process_group('gloo', timeout=datetime.timedelta(seconds=3))\n"
+        "print(0.25)\n"
+    )
+    assert evaluate(tmp_path, f"{sys.executable} {script} {{dir}}").value == 0.25
 
 
 @pytest.mark.parametrize(("goal", "winner"), [((), 2), (("--eval-goal", "min"), 2), (("--eval-goal", "max"), 1)])

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 JOBS = Path(__file__).with_name("jobs.py")
-SECONDS = 60
+SECONDS = 120
+MAIN = "\nfrom ckavg.cli import main\nmain()\n"
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Ran:
 
 def torchrun(processes: int, *arguments: object) -> list[str]:
     """A command that starts so many processes on this machine."""
-    port = _free_port()
+    port = free_port()
     return [*_torchrun(), "--nproc-per-node", str(processes), "--master-port", str(port), *map(str, arguments)]
 
 
@@ -74,6 +75,18 @@ def run_jobs(directory: Path, processes: int, *jobs: Job) -> list[Ran]:
     ]
 
 
+def start(rank: int, world: int, port: int, *words: object, before: str = "") -> subprocess.Popen[str]:
+    """One process of a job that something else than torchrun starts, after some Python code."""
+    told = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return subprocess.Popen(
+        [sys.executable, "-c", before + MAIN, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment() | {name: str(value) for name, value in told.items()},
+    )
+
+
 def environment() -> dict[str, str]:
     """Of this process, without what torchrun itself would tell."""
     return os.environ | {"OMP_NUM_THREADS": "1"}
@@ -83,7 +96,7 @@ def _torchrun() -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run"]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
         return port

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import pickle
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -17,13 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckavg
-from ckavg import errors
 from ckavg.engine.blocks import Block
 from ckavg.engine.links import Links
 from ckavg.engine.progress import Progress
 from ckavg.engine.ranks import Ranks
 from ckavg.engine.shares import OfAll, own_share
-from ckavg.errors import CkavgError, CombinedError, NonFiniteError, RanksError, SettingError
+from ckavg.errors import NonFiniteError, RanksError, SettingError
 from ckavg.run.values import Checkpoint, Entry, Shard
 from tests.cli.runner import run_cli
 
@@ -175,20 +172,6 @@ def test_others_must_see_the_same() -> None:
         assert isinstance(error, RanksError)
         assert error.message.startswith("Rank 2 on ")
         assert "has other options than rank 0 on" in error.message
-
-
-def every_error() -> list[CkavgError]:
-    kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, CkavgError)]
-    plain: list[CkavgError] = [kind("what", hint="do") for kind in kinds if kind is not CombinedError]
-    return [*plain, CombinedError([plain[0], SettingError("two\nlines")])]
-
-
-@pytest.mark.parametrize("error", every_error(), ids=lambda error: type(error).__name__)
-def test_errors_survive_the_way(error: CkavgError) -> None:
-    copy = pickle.loads(pickle.dumps(error))
-    assert (type(copy), str(copy), copy.hint) == (type(error), str(error), error.hint)
-    if isinstance(error, CombinedError):
-        assert [str(each) for each in copy.errors] == [str(each) for each in error.errors]
 
 
 # --- shares ---

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ckavg.engine.blocks import BLOCK
 from tests.cli.runner import run_cli
-from tests.ranks.launch import SECONDS, Job, Ran, environment, run_jobs, torchrun, torchrun_on
+from tests.ranks.launch import MAIN, SECONDS, Job, Ran, environment, run_jobs, torchrun, torchrun_on
 from tests.runs import write_run
 
 STEPS = (0, 10, 20, 30)
@@ -46,7 +46,6 @@ def full(handle, data, offset):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 shard_files._write_at = full
 """
-MAIN = "from ckavg.cli import main\nmain()\n"
 LIBRARY = """
 import ckavg
 run = ckavg.open_run({source!r})
@@ -174,6 +173,7 @@ CASES = {
     "nan": Case([1, 1], r"error: step 20: tensor 'large' holds NaN or infinity"),
     "nan in pass 1": Case([1, 1], r"error: step 20: tensor 'large' holds NaN or infinity", ["pema"]),
     "full disk": Case([1, 1], r"error: .* cannot be written: No space left on device", before={1: FULL_DISK}),
+    "verbose": Case([1, 1], r"In another process:\nTraceback", ["bema", "--verbose"], before={1: FULL_DISK}),
     "killed": Case([1, -9], r"error: Rank 1 on .* is gone without a word", before={1: KILLED}),
     "first killed": Case([-9, 1], r"error: Rank 0 on .* is gone without a word", before={0: KILLED}, speaker=1),
     "interrupted": Case([130, 130], r"interrupted: No result was left in part", before={1: STOPPED}),
@@ -231,6 +231,7 @@ def test_one_message_one_status_and_nothing_left(ended: dict[str, tuple[Path, Ra
     assert ran.err[1] == "" or case.speaker == 1
     messages = [line for err in ran.err for line in err.splitlines() if line.startswith(("error:", "interrupted:"))]
     assert len(messages) == (name not in ("bug", "usage"))
+    assert ("Traceback" in "".join(ran.err)) == (name in ("bug", "verbose"))
     if name != "first killed":
         assert sorted(path.name for path in source.iterdir()) == [f"checkpoint-{step}" for step in STEPS]
 
