@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ckavg.engine.progress import OnProgress
 from ckavg.errors import CkavgError, CorruptFileError
 from ckavg.remote.address import Address, address_of
 from ckavg.remote.fetching import fetch_all
-from ckavg.remote.listing import tree_at
+from ckavg.remote.listing import INDEX, tree_at
 from ckavg.remote.mirror import Mirror
+from ckavg.remote.store import Tree
 from ckavg.result.record import Input
+from ckavg.result.side_files import MOST_BYTES
 from ckavg.run.checkpoint import read_checkpoint
 from ckavg.run.values import Checkpoint
 from ckavg.verify.findings import Finding
@@ -84,5 +86,14 @@ def _opened(mirror: Mirror, address: Address, recorded: Input, place: Path) -> C
                 f"{address}/{name} is {there.size:,} bytes long; it was {size:,} when it was averaged."
             )
     mirror.add(place, tree, recorded.files)
+    folders = {str(PurePosixPath(name).parent) for name in recorded.files}
+    mirror.bring(place, tree, [name for name in tree.files if _tells_parts(tree, name, folders)])
     mirror.open_headers(place / name for name in recorded.files)
     return read_checkpoint(place, recorded.step)
+
+
+def _tells_parts(tree: Tree, name: str, folders: Collection[str]) -> bool:
+    """Whether a file tells which weight files are loaded as one, and so how the names of their tensors begin."""
+    path = PurePosixPath(name)
+    tells = name == "model_index.json" or (INDEX in path.name and str(path.parent) in folders)
+    return tells and tree.files[name].size <= MOST_BYTES

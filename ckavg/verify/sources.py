@@ -209,12 +209,13 @@ def _wrong_size(place: Place, recorded: Input) -> CkavgError | None:
 
 
 def _opened(place: Place, step: int) -> Checkpoint:
-    """The checkpoint that these files are: one of its own directory, or a single file among others."""
+    """The checkpoint that these files are: all or some parts of their directory, or a single file among others."""
     (name, path), *more = place.items()
-    directory = Path(str(path).removesuffix(name))
+    directory, files = Path(str(path).removesuffix(name)), set(place.values())
     try:
-        checkpoint = read_checkpoint(directory, step)
-        if {shard.path for shard in checkpoint.shards} == set(place.values()):
+        whole = read_checkpoint(directory, step)
+        checkpoint = whole.with_parts({shard.part for shard in whole.shards if shard.path in files})
+        if {shard.path for shard in checkpoint.shards} == files:
             return checkpoint
     except CkavgError:
         if more:

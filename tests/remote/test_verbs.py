@@ -21,6 +21,7 @@ from tests.hub.state import Hub, Repo
 from tests.remote.outcome import keeps_to_itself, no_view_is_left, served_of, weights_of
 from tests.remote.questions import REPO
 from tests.remote.stores import Store
+from tests.run.test_parts import write_sharded
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -122,6 +123,12 @@ def test_snapshots_and_verify(far: tuple[str, ...], run: Path, tmp_path: Path) -
     ran("verify", out, "--sources", "--replay")
     assert kept() == []
     ran("verify", out / "checkpoint-20", "--sources")
+
+
+def test_parts_are_verified_where_they_are(s3: Store, tmp_path: Path) -> None:
+    address = s3.upload(write_sharded(tmp_path / "parts", "critic.safetensors", "a/b.safetensors"))
+    ran("ema", address, "--out", tmp_path / "out")
+    ran("verify", tmp_path / "out", "--sources", "--replay")
 
 
 def test_verify_tells_what_is_gone(hub: Hub, repo: Repo, tmp_path: Path) -> None:
