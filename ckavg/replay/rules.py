@@ -119,7 +119,9 @@ class OuemaState(EmaState):
     def _update(self, index: int, theta: Tensor) -> None:
         size = theta.numel()
         anchor = self._anchor[:size]
-        corrected = torch.sub(theta, anchor, out=self._corrected[:size]).div_(1.0 - self._alpha(index)).add_(anchor)
+        corrected = (
+            torch.sub(theta, anchor, out=self._corrected[:size]).div_(self.coefficients.complement(index)).add_(anchor)
+        )
         super()._update(index, corrected)
 
 

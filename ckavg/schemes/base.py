@@ -52,6 +52,7 @@ class Coefficients:
         betas: β_k in (0, 1] for k > start, None up to there.
         alphas: α_k ≥ 0 likewise, for rules with a correction; None for those without.
         tensor_betas: what takes the place of `betas` for single tensors, by name.
+        complements: 1 − α_k likewise, for rules that divide by it: where α_k is almost 1, α_k does not tell it.
     """
 
     rule: Rule
@@ -59,6 +60,13 @@ class Coefficients:
     betas: tuple[float | None, ...]
     alphas: tuple[float | None, ...] | None = None
     tensor_betas: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    complements: tuple[float | None, ...] | None = None
+
+    def complement(self, index: int) -> float:
+        """1 − α of checkpoint `index`; 1 where there is no correction."""
+        if self.complements is not None and (given := self.complements[index]) is not None:
+            return given
+        return 1.0 - ((self.alphas[index] or 0.0) if self.alphas is not None else 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

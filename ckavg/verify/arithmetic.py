@@ -93,7 +93,7 @@ def weights_of(
         second *= 1 - beta
         share = beta * first
         if rule == "ouema":  # θ̃ = θ_0 + (θ − θ_0) · stretch
-            stretch = 1 / (1 - _alpha(coefficients, place))
+            stretch = 1 / coefficients.complement(place)
             weights[start] += share * (1 + minus * stretch)
             share *= stretch
         weights[place] = share
