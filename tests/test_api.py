@@ -28,7 +28,8 @@ STAGES = {
 
 ALWAYS = {"atomic", "cache", "errors", "journal", "untrusted", "version"}
 VALUES_OF_RUN = {
-    f"ckavg.run.{name}" for name in ("values", "checkpoint", "layouts", "files", "contents", "foreign", "stamps")
+    f"ckavg.run.{name}"
+    for name in ("values", "checkpoint", "layouts", "files", "contents", "foreign", "stamps", "statistics")
 }
 
 
