@@ -29,6 +29,7 @@ from ckavg.remote.fetching import fetch
 from ckavg.result.leftovers import tidy
 from ckavg.result.record import Averaged, Seconds
 from ckavg.run.stamps import Stamps, check_unchanged, stamps_of
+from ckavg.run.statistics import averaged_statistics
 from ckavg.run.values import Run
 from ckavg.schemes import Coefficients, Scheme, Timeline
 from ckavg.sources import as_users_know
@@ -216,7 +217,8 @@ def carry_out(
         path = _measure(run, planned, zero_sigma, settings, allow_nonfinite=allow_nonfinite) if planned else None
         replaying = time.perf_counter()
         timeline = _timeline(run, path)
-        coefficients = [plan.scheme.coefficients(timeline) for plan in plans]
+        statistics = averaged_statistics(run.tensors)
+        coefficients = [plan.scheme.coefficients(timeline).sparing(statistics) for plan in plans]
         replayed, digests = _replay(
             plans, coefficients, stagings, accumulate, stamps, settings, allow_nonfinite=allow_nonfinite
         )

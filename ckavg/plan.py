@@ -16,6 +16,7 @@ from ckavg.result.place import place_problems, space_problems
 from ckavg.result.side_files import gather_side_files, name_of_weights
 from ckavg.run.checkpoint import RESULT_RECORD
 from ckavg.run.opening import Inspection, as_run, worst_first
+from ckavg.run.statistics import averaged_statistics
 from ckavg.run.trainer_log import learning_rates
 from ckavg.run.values import Run
 from ckavg.schemes import Scheme, Timeline
@@ -83,7 +84,8 @@ class Plan:
         if self.scheme.needs_path:
             return ()
         timeline = Timeline(self.run.steps, anchor_is_init=self.run.anchor_is_init)
-        return advice.about_coefficients(self.scheme, self.scheme.coefficients(timeline), self.run.steps)
+        coefficients = self.scheme.coefficients(timeline).sparing(averaged_statistics(self.run.tensors))
+        return advice.about_coefficients(self.scheme, coefficients, self.run.steps)
 
     @property
     def path_bytes(self) -> int:

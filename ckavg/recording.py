@@ -72,6 +72,7 @@ def record_of(
         dtype=plan.dtype,
         accumulate=work.accumulate,
         allow_nonfinite=work.allow_nonfinite,
+        uncorrected=coefficients.uncorrected,
         copied=tuple(sorted(name for name, entry in run.tensors.items() if entry.kept and entry.dtype in FLOATING)),
         warnings=warnings + (advice.about_path(path, left_out) if path else ()) + advice.about_nonfinite(nonfinite),
         evaluation=None,

@@ -29,7 +29,7 @@ STAGES = {
 ALWAYS = {"atomic", "cache", "errors", "journal", "untrusted", "version"}
 VALUES_OF_RUN = {
     f"ckavg.run.{name}"
-    for name in ("values", "checkpoint", "layouts", "files", "contents", "foreign", "metadata", "stamps")
+    for name in ("values", "checkpoint", "layouts", "files", "contents", "foreign", "metadata", "stamps", "statistics")
 }
 
 

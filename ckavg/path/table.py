@@ -9,14 +9,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from ckavg.run.statistics import running_statistics
 from ckavg.run.values import Entry
 
 ZeroSigma = Literal["exclude", "eps"]
 
 EPSILON = 1e-8
 """ε of σ_p = std(θ_0,p) + ε, used with `zero_sigma="eps"` alone."""
-
-_RUNNING_STATISTICS = (".running_mean", ".running_var")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,24 +124,18 @@ class PathLength:
 
 
 def to_measure(entries: Mapping[str, Entry], exclude: Iterable[str]) -> dict[str, Entry]:
-    """The tensors whose path is measured, by name: floating ones with elements that count.
+    """The tensors whose path is measured, by name: floating ones with elements, but for running statistics.
 
     Args:
         entries: all tensors of a checkpoint.
         exclude: shell patterns of names that do not count.
     """
-    globs = tuple(exclude)
-    return {name: entry for name, entry in entries.items() if entry.is_floating and entry.numel and counts(name, globs)}
-
-
-def counts(name: str, exclude: Iterable[str]) -> bool:
-    """Whether a floating tensor counts in the path length at all: not the running statistics of a normalization layer.
-
-    Args:
-        name: the tensor's name.
-        exclude: shell patterns of names that do not count.
-
-    >>> counts("bn.running_mean", ()), counts("lm_head.weight", ("lm_*",)), counts("q.weight", ())
-    (False, False, True)
-    """
-    return not name.endswith(_RUNNING_STATISTICS) and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)
+    globs, left_out = tuple(exclude), running_statistics(entries)
+    return {
+        name: entry
+        for name, entry in entries.items()
+        if entry.is_floating
+        and entry.numel
+        and name not in left_out
+        and not any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+    }

@@ -144,6 +144,8 @@ def _recipe(record: Averaged, scheme: Scheme) -> str:
         f"Anchor: step {record.anchor_step}; span: {record.span} optimizer steps{_path(record)}",
         f"Accumulated in {record.accumulate}, rounded once",
     ]
+    if record.uncorrected:
+        lines.append(f"Running statistics, averaged without the correction: {len(record.uncorrected)} tensors")
     if record.copied:
         lines.append(f"Copied from the last checkpoint, since not all have them: {len(record.copied)} tensors")
     return "\n".join(f"- {line}" for line in lines)

@@ -100,6 +100,7 @@ class Averaged:
         dtype: output dtype that was asked for.
         accumulate: dtype in which tensors were accumulated.
         allow_nonfinite: whether checkpoints that hold NaN or infinity were let through.
+        uncorrected: running statistics that were averaged without the correction of the scheme.
         copied: floating tensors that were copied from the last checkpoint: not all have them, or they never change.
         warnings: what a user should know.
         evaluation: what the user's own command said of it; None where there was none.
@@ -130,6 +131,7 @@ class Averaged:
     dtype: str
     accumulate: str
     allow_nonfinite: bool
+    uncorrected: tuple[str, ...]
     copied: tuple[str, ...]
     warnings: tuple[str, ...]
     evaluation: Evaluation | None

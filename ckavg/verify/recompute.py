@@ -178,9 +178,9 @@ def _compare(
     taken = [checkpoint for checkpoint in work.checkpoints[start : index + 1] if checkpoint is not None]
     dtypes = [checkpoint.entries[one.name].dtype for checkpoint in taken]
     wide = work.wide or any(each is not None and each.entries[one.name].dtype == "F64" for each in work.checkpoints)
-    betas = work.coefficients.tensor_betas.get(one.name)
-    weights = weights_of(work.coefficients, index, betas=betas)[start : index + 1]
-    sizes = weights_of(work.coefficients, index, betas=betas, magnitudes=True)[start : index + 1]
+    coefficients = work.coefficients.of_tensor(one.name)
+    weights = weights_of(coefficients, index)[start : index + 1]
+    sizes = weights_of(coefficients, index, magnitudes=True)[start : index + 1]
     thetas = [
         widened(stored, dtype) if size else np.zeros(len(one.places))  # what has no part in it may be NaN
         for stored, dtype, size in zip(sources, dtypes, sizes, strict=False)
@@ -188,9 +188,7 @@ def _compare(
     got, accumulated = widened(result, entry.dtype), "F64" if wide else "F32"
     with np.errstate(all="ignore"):
         want = np.asarray(sum((weight * theta for weight, theta in zip(weights, thetas, strict=True)), start=0.0))
-        most = allowed(
-            got, want, thetas, sizes, dtype=entry.dtype, accumulated=accumulated, rule=work.coefficients.rule
-        )
+        most = allowed(got, want, thetas, sizes, dtype=entry.dtype, accumulated=accumulated, rule=coefficients.rule)
         apart = np.abs(got - want)
         agree = apart <= most
         if work.allow_nonfinite:

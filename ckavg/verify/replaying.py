@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ckavg.errors import CkavgError
+from ckavg.errors import CkavgError, listed
 from ckavg.path.table import PathLength
+from ckavg.run.statistics import averaged_statistics
 from ckavg.run.values import Checkpoint, Run, Selection
 from ckavg.schemes import PEMA, Coefficients, Timeline
 from ckavg.verify.arithmetic import coefficients_of
@@ -55,6 +56,11 @@ def check_elements(
     except (CkavgError, ArithmeticError) as error:
         told = error.message if isinstance(error, CkavgError) else str(error)
         return _nothing(told)
+    *_, (_, result) = outputs.values()
+    coefficients = coefficients.sparing(averaged_statistics(result.entries))
+    if coefficients.uncorrected != record.uncorrected:
+        told = f"uncorrected names {listed(record.uncorrected) or 'nothing'}; the running statistics of the result are "
+        found.append(Finding("replay", f"{told}{listed(coefficients.uncorrected) or 'none'}."))
     done = recompute(
         _work(record, coefficients, checkpoints, outputs), elements=elements, seed=seed, on_progress=on_progress
     )
