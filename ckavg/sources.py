@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from ckavg.errors import CkavgError, CombinedError, MissingShardError, SettingError
 from ckavg.remote.address import Address, address_of, parse_size
 from ckavg.remote.store import GO_ONLINE
+from ckavg.result.leftovers import bring_back, bring_back_all
 from ckavg.result.side_files import CONFIGS, MOST_BYTES, is_side_file
 from ckavg.run.checkpoint import own_folders
 from ckavg.run.discover import Candidate, scan
@@ -113,9 +114,12 @@ def inspect_source(source: Path | str, selection: Selection, *, max_disk: int | 
             hint="For example: ckavg inspect hf://owner/name --revisions 'step*'",
         )
     limit = None if max_disk is None else parse_size(max_disk)
+    bring_back_all((Path(source) if address is None else Path()) / "averaged")
     if address is None and base is None:
         if limit is not None:
             raise SettingError("--max-disk bounds what is fetched; all of this is here.", hint="Leave it out.")
+        for place in (Path(source), *([selection.init] if selection.init else [])):
+            bring_back(place)
         return inspect_run(Path(source), selection)
     from ckavg.remote.mirror import Mirror
 

@@ -60,7 +60,7 @@ class ObjectTree:
     def fetch(self, name: str, on_bytes: OnBytes) -> Path:
         """See `Tree`."""
         place = self._place(name)
-        self._kept.hold()
+        self._kept.hold(place)
         complete(Partial(self, name, self.files[name].size, place), on_bytes)
         return place
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 from ckavg.errors import CkavgError, ReadError, RecordError, SettingError, raise_all
 from ckavg.path.table import ZeroSigma
+from ckavg.result.leftovers import bring_back
 from ckavg.result.record import Input, Output
 from ckavg.run.checkpoint import RESULT_RECORD
 from ckavg.schemes import SCHEMES, Scheme
@@ -71,12 +72,14 @@ class Record:
 
 
 def read_record(directory: Path) -> Record:
-    """Read the record of a result.
+    """Read the record of a result; one that a killed process had moved aside gets its name back first.
 
     Raises:
         RecordError: there is none, or it is not what a record must be; all that is wrong is listed.
         ReadError: the system would not let us read it.
     """
+    for place in (directory.parent, directory):  # the result, perhaps, of which this is a snapshot
+        bring_back(place)
     path = directory / RESULT_RECORD
     data = _read(directory, path)
     try:
