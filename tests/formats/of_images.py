@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tests import trainers
+from tests.formats.laid_out import of_files
 from tests.formats.trained import Build, Trained, drift, mean
-from tests.trainers import STEPS, drifting, note, put
+from tests.trainers import STEPS, note
 
 BLOCKS: dict[str, Any] = {
     "block_out_channels": (8, 8),
@@ -93,7 +92,10 @@ def pipeline(root: Path) -> Trained:
         max_position_embeddings=8,
     )
     root.mkdir(exist_ok=True)
-    note(root.parent / "vocab.json", {word: place for place, word in enumerate(("<|startoftext|>", "<|endoftext|>", "a"))})
+    note(
+        root.parent / "vocab.json",
+        {word: place for place, word in enumerate(("<|startoftext|>", "<|endoftext|>", "a"))},
+    )
     note(root.parent / "merges.txt", "#version: 0.2\n")
     trained = Trained(outputs=denoised, model=unet())
     made = diffusers.StableDiffusionPipeline(
@@ -167,16 +169,6 @@ def diffusers_lora(root: Path) -> Trained:
     return trained
 
 
-def of_files(build: trainers.Build, *stems: str) -> Build:
-    """A run of single files, in this order."""
-
-    def built(root: Path) -> Trained:
-        build(root)
-        return Trained([root / f"{stem}.safetensors" for stem in stems])
-
-    return built
-
-
 BUILDERS: dict[str, Build] = {
     "diffusers, text-to-image": example_script(unet, "unet", denoised),
     "diffusers, ControlNet": example_script(controlnet, "controlnet", controlled),
@@ -185,5 +177,4 @@ BUILDERS: dict[str, Build] = {
     "sd-scripts, musubi-tuner, by epoch": of_files(
         trainers.kohya_epochs, "mylora-000001", "mylora-000002", "mylora-000003", "mylora"
     ),
-    "ai-toolkit": of_files(trainers.ai_toolkit, "portrait_000000250", "portrait_000000500", "portrait"),
 }

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tests import trainers
 from tests.formats.of_language import ARGUMENTS, run_trainer
-from tests.formats.trained import TINY, Build, Trained, drift, llama, tokenizer
-from tests.trainers import STEPS, drifting, note, put
+from tests.formats.trained import TINY, Build, Trained, drift, tokenizer
+from tests.trainers import STEPS
 
 SAVES = (0, 1, 2)
 
@@ -89,7 +89,9 @@ def sentence_transformer(root: Path) -> Trained:
 
     words = models.Transformer(bert(root, "Model"))
     modules = [words, models.Pooling(16), models.Dense(16, 8), models.Normalize()]
-    return train(root, st.SentenceTransformer(modules=modules), MultipleNegativesRankingLoss, ("anchor", "positive"), embedded)
+    return train(
+        root, st.SentenceTransformer(modules=modules), MultipleNegativesRankingLoss, ("anchor", "positive"), embedded
+    )
 
 
 def sparse_encoder(root: Path) -> Trained:
