@@ -276,7 +276,7 @@ def test_a_base_that_stores_a_head_or_does_not(tmp_path: Path) -> None:
 
 # --- quantized weights without a word in the config ---
 
-CODES = {
+CODES: dict[str, dict[str, torch.dtype | None]] = {
     "int8 and scale": {"q.weight": torch.int8, "q.scale": None},
     "HQQ": {"q.W_q": torch.uint8, "q.scale": None, "q.zero": None},
     "AQLM": {"q.codes": torch.int8, "q.codebooks": None, "q.scales": None},
@@ -288,6 +288,8 @@ CODES = {
     "VPTQ": {"q.indices": torch.int16, "q.centroids.weight": None, "q.weight_scale": None},
     "fp8 and scale": {"q.weight": torch.float8_e4m3fn, "q.weight_scale": None},
     "scaled fp8": {"q.weight": torch.float8_e4m3fn, "q.scale_weight": None},
+    "EXL3": {"q.trellis": torch.int16, "q.suh": None, "q.svh": None},
+    "SpQR": {"q.dense_weights": torch.int64, "q.row_offsets": torch.int32},
     "no modules": {"layer0_weight": torch.int8, "layer0_scale": None},
 }
 
