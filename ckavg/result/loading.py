@@ -36,7 +36,9 @@ def _code(directory: Path, files: Mapping[str, bytes], weights: Sequence[str]) -
     if PIPELINE_CONFIG in files:
         return _from_pretrained("diffusers", "DiffusionPipeline", directory)
     if "modules.json" in files:
-        return f"from sentence_transformers import SentenceTransformer as M; M({_string(directory)})"
+        stated = _object(files, "config_sentence_transformers.json").get("model_type")
+        name = stated if _is_class(stated) else "SentenceTransformer"  # as its loader has it
+        return f"from sentence_transformers import {name} as M; M({_string(directory)})"
     for folder in dict.fromkeys(name.rpartition("/")[0] for name in weights):
         place, prefix = directory / folder, f"{folder}/" if folder else ""
         adapter = _object(files, f"{prefix}adapter_config.json")

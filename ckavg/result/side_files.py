@@ -23,6 +23,9 @@ from ckavg.untrusted import read_small
 
 CONFIG = "config.json"
 PIPELINE_CONFIG = "model_index.json"
+OF_FOLDERS = {PIPELINE_CONFIG, "modules.json"}
+"""The files that list the folders of a model: of use beside these alone."""
+
 DTYPE_KEYS = ("dtype", "torch_dtype")
 """Where configs state a dtype."""
 
@@ -165,6 +168,7 @@ def read_config(files: Mapping[str, bytes], name: str = CONFIG) -> dict[str, Any
 def _gather(checkpoint: Checkpoint, named: Path, warnings: list[str]) -> dict[str, bytes]:
     directory = checkpoint.directory
     skipped = {"adapter_config.json"} if any(why == "adapter" for why, _ in checkpoint.left_out) else set()
+    skipped |= OF_FOLDERS if checkpoint.kind == "file" else set()
     own = own_folders(directory) if checkpoint.kind != "file" else frozenset()
     names = [
         name
@@ -180,7 +184,9 @@ def _beside_checkpoints(run: Run, warnings: list[str]) -> dict[str, bytes]:
         names = sorted(
             entry.name
             for entry in entries
-            if not entry.is_dir(follow_symlinks=False) and is_side_file(PurePath(entry.name), beside_a_run=True)
+            if entry.name not in OF_FOLDERS
+            and not entry.is_dir(follow_symlinks=False)
+            and is_side_file(PurePath(entry.name), beside_a_run=True)
         )
     return _contents(run.source, names, Bounds.of(run.source, run.source), warnings)
 
@@ -267,16 +273,15 @@ def _names(directory: Path, checkpoint: Checkpoint, own: frozenset[str], *, want
 
 def _belongs(checkpoint: Checkpoint, place: Path, directory: Path, own: frozenset[str]) -> bool:
     """Whether a folder is of what is averaged, rather than of training, or another model that lies beside it."""
-    return _may_be_wanted(place, own) and (
-        place.as_posix() in checkpoint.folders or not holds_weights(directory / place)
-    )
+    leads_to_own = any(f"{folder}/".startswith(f"{place.as_posix()}/") for folder in checkpoint.folders)
+    return _may_be_wanted(place, own) and (leads_to_own or not holds_weights(directory / place))
 
 
 def _may_be_wanted(folder: PurePath, own: Collection[str]) -> bool:
     """Whether a folder may hold side files, by its name."""
     name = folder.name
     is_state = is_training_state(name) and not (len(folder.parts) == 1 and name in own)
-    return may_hold_model(name) and not (is_state or is_averaged(name))
+    return may_hold_model(name, len(folder.parts) - 1) and not (is_state or is_averaged(name))
 
 
 def _raise(error: OSError) -> None:

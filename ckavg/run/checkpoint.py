@@ -172,7 +172,10 @@ def _assemble(path: Path, step: int, kind: Kind, groups: Sequence[_Group], left_
             errors += error.errors if isinstance(error, CombinedError) else (error,)
             continue
         if any(SHARDED in header.metadata for header in headers.values()):
-            if group.part.endswith(f"{WEIGHTS}/"):  # beside what they were put together to
+            whole = group.folder / "consolidated"
+            if group.part.endswith(f"{WEIGHTS}/") or any(
+                each.folder == whole for each in groups
+            ):  # put together already
                 left_out += [("copy", file.relative_to(path).as_posix()) for file in group.files]
             else:
                 errors.append(refused_slices([group.folder]))
@@ -285,7 +288,7 @@ def _missing_of_count(path: Path, files: Sequence[str]) -> list[CkavgError]:
 
 
 def _no_weights(path: Path, left_out: Sequence[LeftOut]) -> CkavgError:
-    others = [f"{name} ({why})" for why, name in left_out if why != "pickle"]
+    others = [f"{name} ({why})" for why, name in left_out if why not in ("pickle", "other format")]
     if others:
         return MissingShardError(
             f"{path} holds no weights of a model, only {listed(others)}.",

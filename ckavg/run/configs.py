@@ -42,7 +42,8 @@ _ADAPTER_IDENTITY = (
     "fan_in_fan_out",
 )
 _PACKED = re.compile(
-    r"(?:.*[./:])?(?:\w+_)?(?:qweight|weight_packed|qdata|Qidxs\w*|W_q)|.*\.quant_state\.bitsandbytes__.*", re.ASCII
+    r"(?:.*[./:])?(?:\w+_)?(?:qweight|weight_packed|qdata|Qidxs\w*|W_q|trellis|dense_weights)|.*\.quant_state\.bitsandbytes__.*",
+    re.ASCII,
 )
 _CODEBOOKS = frozenset({"absmax", "centroid", "centroids", "codebook", "codebooks", "lut"})
 _BESIDE_CODES = _CODEBOOKS | {"scale", "scales", "scb", "wscales", "zero", "zeros", "zp", "qzeros"}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckavg.errors import UnsupportedFormatError
-from ckavg.run.foreign import conversion, foreign_weights
+from ckavg.run.foreign import PICKLES, conversion, foreign_weights
 from ckavg.run.layouts import is_averaged, is_training_state, may_hold_model
 from ckavg.run.values import Kind, WhyLeftOut
 
@@ -33,7 +33,7 @@ _SECOND = re.compile(r"model_\d+", re.ASCII)
 _VARIANT = re.compile(
     r"(?:fp|bf|f|int|uint|nf|q)\d+|\d+bit|half|pruned|non|no|ema|quant\w*|gguf|awq|gptq|onnx", re.ASCII
 )
-_DEEPEST = 4
+_DEEPEST = 8
 
 LeftOut = tuple[WhyLeftOut, str]
 """Why weights are not read, and where they are, relative to the checkpoint."""
@@ -115,7 +115,7 @@ def find_weights(directory: Path, own: Iterable[str] = ()) -> tuple[list[Weights
             pickled += [place + name for name in pickles if _PICKLED.fullmatch(name)][:1]
         found += [] if weights is None else [weights]
         left_out += [(why, place + name) for name, why in sorted(excluded.items())]
-        left_out += [("pickle", place + name) for name in pickles]
+        left_out += [("pickle" if name.endswith(PICKLES) else "other format", place + name) for name in pickles]
     in_root = any(each.folder == directory for each in found)
     if found and pickled and not in_root and (foreign := conversion([directory])) is not None:
         raise UnsupportedFormatError(
@@ -224,9 +224,11 @@ def _walk(
     for name in listing.folders:
         inner = folder / name
         why: WhyLeftOut | None = None
-        if not may_hold_model(name):
-            continue
-        if inner.is_symlink():
+        if not may_hold_model(name, depth):
+            if name.startswith((".", "averaged")):
+                continue
+            why = "copy"
+        elif inner.is_symlink():
             why = "link"
         elif is_averaged(name):
             why = "average"

@@ -393,24 +393,16 @@ def _hold_the_same(one: Path, other: Path, read: ReadBytes) -> bool:
 def _without_derived(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The candidates without those of a second name that are made from others: `step_100_hf` beside `step_100`.
 
-    Of two runs one of which is in another format, the other is meant; an average that training made is none.
+    Of two runs or clocks, one of them in another format, the other is meant; an average that training made is none.
     """
-    by_stem: dict[str, list[Candidate]] = defaultdict(list)
+    runs: dict[tuple[str, Clock], list[Candidate]] = defaultdict(list)
     for candidate in candidates:
-        by_stem[candidate.label.stem].append(candidate)
-    if len(by_stem) > 1:
-        own = {stem: of_run for stem, of_run in by_stem.items() if not is_averaged(stem)}
-        by_stem = defaultdict(list, own or by_stem)
-    if len(by_stem) > 1:
-        readable = {
-            stem: of_run
-            for stem, of_run in by_stem.items()
-            if any(each.is_file or _holds_safetensors(each.path) for each in of_run)
-        }
-        by_stem = defaultdict(list, readable or by_stem)
-    left = [candidate for of_run in by_stem.values() for candidate in of_run]
-    if len(by_stem) == 1:
-        return left
+        runs[candidate.label.stem, candidate.clock].append(candidate)
+    kept = [of_run for (stem, _), of_run in runs.items() if not is_averaged(stem)] or [*runs.values()]
+    if len(kept) > 1:
+        readable = [of_run for of_run in kept if any(each.is_file or _holds_safetensors(each.path) for each in of_run)]
+        kept = readable or kept
+    left = [candidate for of_run in kept for candidate in of_run]
     return [each for each in left if not any(_is_derived(each, other) for other in left)]
 
 

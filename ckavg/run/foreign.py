@@ -16,7 +16,7 @@ from ckavg.errors import UnsupportedFormatError
 from ckavg.run.conversion import OF_TRAINING, for_each, from_distributed, from_pickles, interpreter, word
 
 PICKLES = (".bin", ".pt", ".pth", ".th", ".ckpt", ".pkl", ".pt.tar", ".pth.tar")
-OTHERS = (".distcp", ".nemo", ".h5", ".msgpack", ".gguf", ".npz")
+OTHERS = (".distcp", ".nemo", ".h5", ".keras", ".msgpack", ".gguf", ".npz", ".pdparams", ".ocdbt")
 _NOT_WEIGHTS = re.compile(
     r"optimizer.*|scheduler.*|scaler.*|rng_state.*|training_args.*|random_states.*|sampler.*|dl_state.*|"
     r"custom_checkpoint.*|.*_optim_states\.pt|common\.pt"

@@ -244,13 +244,14 @@ def _cut(stem: str, spans: list[tuple[int, int]]) -> str:
 _HALF_WRITTEN = re.compile(
     r"(?:tmp[-_.].+|.+[-_.](?:tmp|temp|partial|incomplete|ckavg-partial))", re.IGNORECASE | re.ASCII
 )
-_AVERAGED = re.compile(r"(?:.*[-_.])?(?<!non_)ema(?:[-_.].*)?", re.IGNORECASE | re.ASCII)
+_AVERAGED = re.compile(r"(?:.*[-_.])?(?<!non_)(?:ema|swa|avg|averaged|shadow)(?:[-_.].*)?", re.IGNORECASE | re.ASCII)
 _TRAINING_STATE = re.compile(
     r"(?:.*[-_.])?(?:train(?:ing|er)?[-_]state|optim(?:izer)?s?|(?:lr[-_])?schedulers?|rng|random[-_]states?|grad[-_]scaler"
-    r"|scaler|data(?:loader|sampler)|sampler)(?:[-_.\d].*)?",
+    r"|scaler|data(?:loader|sampler)|sampler|master[-_](?:weights|params))(?:[-_.\d].*)?",
     re.IGNORECASE | re.ASCII,
 )
 _NO_WEIGHTS_IN = (".", "runs", "logs", "wandb", "averaged", "__pycache__", "pytorch_model_fsdp_")
+_PLACE = re.compile(r"\d{1,4}", re.ASCII)
 
 
 def is_half_written(name: str) -> bool:
@@ -272,10 +273,18 @@ def is_training_state(name: str) -> bool:
     return _TRAINING_STATE.fullmatch(name) is not None
 
 
-def may_hold_model(folder: str) -> bool:
+def may_hold_model(folder: str, depth: int = 0) -> bool:
     """Whether a folder of a checkpoint may belong to the model, by its name.
 
-    >>> [may_hold_model(folder) for folder in ("unet", "tokenizer", "global_step500", "runs", ".cache")]
-    [True, True, False, False, False]
+    Args:
+        folder: its name.
+        depth: how many folders lie between it and the checkpoint; below the first, a number is that of a layer.
+
+    >>> [may_hold_model(folder) for folder in ("unet", "tokenizer", "global_step500", "runs", ".cache", "0")]
+    [True, True, False, False, False, False]
+    >>> may_hold_model("0", depth=2)
+    True
     """
-    return not folder.startswith(_NO_WEIGHTS_IN) and read_label(folder) is None
+    if folder.startswith(_NO_WEIGHTS_IN):
+        return False
+    return read_label(folder) is None or (depth > 0 and _PLACE.fullmatch(folder) is not None)

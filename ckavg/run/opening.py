@@ -277,6 +277,7 @@ def _about_left_out(checkpoints: Sequence[Checkpoint]) -> list[str]:
         "average": "Averages that training made are neither averaged nor copied",
         "training state": "Training state is neither averaged nor copied",
         "pickle": "Pickles are never read, so neither averaged nor copied",
+        "other format": "Not safetensors, so neither averaged nor copied",
         "not everywhere": "Not in every checkpoint, so neither averaged nor copied",
     }
     return told + [f"{text}: {listed(by_why[why], _LISTED)}." for why, text in texts.items() if by_why[why]]

@@ -11,7 +11,9 @@ from typing import Literal, Protocol
 
 Kind = Literal["model", "adapter", "pipeline", "file"]
 
-WhyLeftOut = Literal["average", "second model", "copy", "adapter", "training state", "pickle", "link", "not everywhere"]
+WhyLeftOut = Literal[
+    "average", "second model", "copy", "adapter", "training state", "pickle", "other format", "link", "not everywhere"
+]  # fmt: skip
 
 ITEM_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,

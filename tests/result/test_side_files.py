@@ -87,6 +87,16 @@ def test_single_files_get_the_name_that_their_loader_looks_for(tmp_path: Path, c
     assert [each.name for each in ckavg.plan_average(ckavg.open_run(tmp_path), ckavg.Mean()).weights.shards] == [name]
 
 
+@pytest.mark.parametrize("name", ["checkpoint-{}/pytorch_lora_weights", "learned_embeds-steps-{}"])
+def test_the_config_of_a_pipeline_beside_goes_with_no_other_weights(tmp_path: Path, name: str) -> None:
+    for step in (10, 20):
+        path = tmp_path / f"{name.format(step)}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_file(WEIGHTS, path)
+    (tmp_path / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
+    assert "model_index.json" not in ckavg.plan_average(ckavg.open_run(tmp_path), ckavg.Mean()).side_files
+
+
 def test_names_that_say_what_files_are() -> None:
     assert is_side_file(Path("scheduler/scheduler_config.json"), ["scheduler"])
     assert not is_side_file(Path("scheduler/scheduler_config.json"))

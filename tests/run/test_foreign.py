@@ -140,6 +140,7 @@ def test_refused_with_the_command_that_converts(tmp_path: Path, case: str) -> No
         (("ema_0.99_010.pt", "model010.pt", "opt010.pt"), "RUN/model010.pt"),
         (("megatron_gpt--step=10.nemo",), "convert_llama_nemo_to_hf.py --input_name_or_path "),
         (("model.gguf",), "Save the checkpoints as safetensors; ckavg reads nothing else."),
+        (("ckpt-1.keras", "ckpt-2.keras"), "Save the checkpoints as safetensors; ckavg reads nothing else."),
     ],
 )
 def test_single_files(tmp_path: Path, names: tuple[str, ...], command: str) -> None:

@@ -49,6 +49,7 @@ def mean_files(root: Path) -> dict[str, dict[str, Tensor]]:
         "2_Dense/model.safetensors",
         "reference/adapter_model.safetensors",
         "a/b/c/head.safetensors",
+        "a/b/0/c/12/d/e/head.safetensors",
         "vision_tower/model.safetensors",
         "critic.safetensors",
     ],
@@ -95,11 +96,15 @@ def test_sharded_parts_and_their_indexes(tmp_path: Path) -> None:
 LEFT_OUT = {
     "training_state/optimizer.safetensors": ("Training state", "training_state/"),
     "optimizer.safetensors": ("Training state", "optimizer.safetensors"),
+    "master_weights.safetensors": ("Training state", "master_weights.safetensors"),
     "optim_states/model.safetensors": ("Training state", "optim_states/"),
     "scheduler-0.safetensors": ("Training state", "scheduler-0.safetensors"),
     "random_states_0.safetensors": ("Training state", "random_states_0.safetensors"),
     "rng/state.safetensors": ("Training state", "rng/"),
     "model_ema.safetensors": ("Averages", "model_ema.safetensors"),
+    "swa_model.safetensors": ("Averages", "swa_model.safetensors"),
+    "model_averaged.safetensors": ("Averages", "model_averaged.safetensors"),
+    "shadow.safetensors": ("Averages", "shadow.safetensors"),
     "unet_ema/model.safetensors": ("Averages", "unet_ema/"),
     "ema/model.safetensors": ("Averages", "ema/"),
     "model_1.safetensors": ("Other weight files", "model_1.safetensors"),
@@ -164,6 +169,14 @@ def test_folders_that_a_pipeline_names_are_its_own(tmp_path: Path) -> None:
     assert set(run.tensors) == {"unet/w", "optimizer/w"}
     assert any("unet/diffusion_pytorch_model.fp16.safetensors" in each for each in run.warnings)
     assert "scheduler/scheduler_config.json" in ckavg.plan_average(run, ckavg.Mean()).side_files
+
+
+@pytest.mark.parametrize("folder", ["0", "checkpoint-5", "runs"])
+def test_a_folder_that_is_not_looked_into_is_named(tmp_path: Path, folder: str) -> None:
+    write_run(tmp_path / "run", f"{folder}/{MODEL}")
+    assert any(
+        "Other weight files" in each and f"{folder}/" in each for each in ckavg.open_run(tmp_path / "run").warnings
+    )
 
 
 def test_a_linked_folder_is_named(tmp_path: Path) -> None:
@@ -295,7 +308,7 @@ def test_a_base_that_stores_a_head_or_does_not(tmp_path: Path) -> None:
 
 # --- quantized weights without a word in the config ---
 
-CODES = {
+CODES: dict[str, dict[str, torch.dtype | None]] = {
     "int8 and scale": {"q.weight": torch.int8, "q.scale": None},
     "HQQ": {"q.W_q": torch.uint8, "q.scale": None, "q.zero": None},
     "AQLM": {"q.codes": torch.int8, "q.codebooks": None, "q.scales": None},
@@ -307,6 +320,8 @@ CODES = {
     "VPTQ": {"q.indices": torch.int16, "q.centroids.weight": None, "q.weight_scale": None},
     "fp8 and scale": {"q.weight": torch.float8_e4m3fn, "q.weight_scale": None},
     "scaled fp8": {"q.weight": torch.float8_e4m3fn, "q.scale_weight": None},
+    "EXL3": {"q.trellis": torch.int16, "q.suh": None, "q.svh": None},
+    "SpQR": {"q.dense_weights": torch.int64, "q.row_offsets": torch.int32},
     "no modules": {"layer0_weight": torch.int8, "layer0_scale": None},
 }
 
