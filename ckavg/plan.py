@@ -11,6 +11,7 @@ from ckavg.atomic import resolved
 from ckavg.errors import SettingError, raise_all
 from ckavg.path.plan import PathPlan, check_sample, plan_path
 from ckavg.result.layout import WeightPlan, plan_weights
+from ckavg.result.leftovers import bring_back
 from ckavg.result.origin import Origin, find_origin
 from ckavg.result.place import place_in, place_problems, space_problems
 from ckavg.result.side_files import gather_side_files, name_of_weights
@@ -228,6 +229,8 @@ def place_of(home: Path, scheme: Scheme, out: Path | str | None) -> Path:
 def checked(found: Inspection, places: Sequence[Path], *, force: bool = False) -> Run:
     """The inspected checkpoints as a run, if nothing speaks against it, nor against the places of results.
 
+    A result that a killed process had moved aside from such a place gets its name back.
+
     Args:
         found: what was found in the source.
         places: where results would go.
@@ -236,6 +239,8 @@ def checked(found: Inspection, places: Sequence[Path], *, force: bool = False) -
     Raises:
         CkavgError: something does; `CombinedError` lists all of it at once, the worst first.
     """
+    for place in places:
+        bring_back(place)
     if not found.problems:
         return as_run(found)  # the plan says what is wrong with the places, and knows how much is written
     problems = list(found.problems)

@@ -70,8 +70,9 @@ def bring_back(out: Path) -> None:
 
 def bring_back_all(directory: Path) -> None:
     """The same of all results in a directory, unless that is a link."""
-    for out in () if directory.is_symlink() else _moved_aside(directory):
-        bring_back(out)
+    if not os.path.islink(directory):  # noqa: PTH114 - never raises
+        for out in _moved_aside(directory):
+            bring_back(out)
 
 
 def _while_held(do: Callable[[Path], object], out: Path) -> None:
@@ -92,7 +93,7 @@ def _named(directory: Path, ending: str) -> list[Path]:
             for path in directory.iterdir()
             if path.name.startswith(".") and path.name.endswith(ending) and path.is_dir() and not path.is_symlink()
         )
-    except OSError:
+    except (OSError, ValueError):
         return []
 
 

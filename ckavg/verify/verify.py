@@ -42,7 +42,8 @@ def verify_result(
 ) -> Verified:
     """Read a result again and check it against its record and, where that is asked for, against its sources.
 
-    Nothing is written, neither to the result nor to the sources.
+    Nothing is written, neither to the result nor to the sources. A result that a killed process had moved aside, to put
+    another in its place, gets its name back first.
 
     Args:
         result: directory of a result, or of one of its snapshots; it may have been moved, renamed or copied.

@@ -115,6 +115,12 @@ def test_in_the_place_of_a_result(run: Path, name: str, words: tuple[str, ...], 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_in_a_directory_that_a_user_named(run: Path, kind: str) -> None:
+    plant(run / "out" / "mean", kind, run)
+    assert check(run, run / "out" / "mean", "sweep", run, "mean", "--force", "--out", run / "out") == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_where_an_earlier_result_would_be_kept(run: Path, kind: str) -> None:
     assert run_cli("mean", run, "--quiet", "--last", "2").exit_code == 0
     earlier = {path.name: path.read_bytes() for path in (run / "averaged" / "mean").iterdir()}
@@ -208,6 +214,30 @@ def test_beside_a_file_that_a_user_named(run: Path, kind: str) -> None:
     plant(place, kind, run)
     check(run, place, "path", run, "--csv", run.parent / "table.csv", allowed=(0,))
     assert (run.parent / "table.csv").read_text().startswith("step,")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("averaged/.mean.ckavg-partial/", ("mean",)), ("averaged/.mean.ckavg-partial/" + MODEL, ("mean",))],
+)
+def test_what_is_of_another_user(run: Path, name: str, words: tuple[str, ...]) -> None:
+    """They could change it while it is written."""
+    place = run / name
+    place.mkdir(parents=True) if name.endswith("/") else place.parent.mkdir(parents=True)
+    if not name.endswith("/"):
+        place.write_bytes(b"half")
+        (place.parent / ".ckavg-journal-0").touch()
+    os.chown(place, 12345, 12345)
+    assert check(run, place, *words, run) == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_a_file_system_that_gives_files_another_owner(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NFS does with root: what we make there is not ours by its owner, and is continued all the same."""
+    (run / "averaged" / ".mean.ckavg-partial").mkdir(parents=True)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert run_cli("mean", run, "--quiet").exit_code == 0
 
 
 def test_a_link_that_a_user_named_is_followed(run: Path, tmp_path: Path) -> None:
