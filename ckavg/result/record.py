@@ -11,6 +11,12 @@ from typing import Any
 
 from ckavg.version import __version__
 
+LOCAL = ".ckavg-local.json"
+"""What of a record is for this machine alone, beside it: where the run was. It is never uploaded."""
+
+RUN, BASE_MODEL = "RUN", "BASE_MODEL"
+"""What stands in a record for a run, and for the model it began with, that lie elsewhere on the machine."""
+
 _BEYOND_ASCII = re.compile("[^\n -~]")
 
 

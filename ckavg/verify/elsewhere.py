@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ckavg.engine.progress import OnProgress
-from ckavg.errors import CkavgError, CorruptFileError
+from ckavg.errors import CkavgError, CorruptFileError, SettingError
 from ckavg.remote.address import Address, address_of
 from ckavg.remote.fetching import fetch_all
 from ckavg.remote.listing import INDEX, tree_at
@@ -36,8 +38,23 @@ class Elsewhere:
 
 
 def is_elsewhere(recorded: Input) -> bool:
-    """Whether a checkpoint is known by an address."""
-    return address_of(recorded.directory) is not None
+    """Whether a checkpoint is known by an address, be it of a kind that is read or not."""
+    try:
+        return address_of(recorded.directory) is not None
+    except SettingError:
+        return True
+
+
+def places_of(inputs: Iterable[Input]) -> tuple[str, ...]:
+    """The repositories and buckets that checkpoints lie in, each with their number. Asks none of them."""
+    found: Counter[str] = Counter()
+    for recorded in inputs:
+        with suppress(SettingError):  # of a kind that is not read: said in its turn
+            address = address_of(recorded.directory)
+            if address is not None:
+                parts = address.place.split("/")[: 3 if address.scheme == "hf" else 1]  # a repository, or a bucket
+                found[str(Address(address.scheme, "/".join(parts)))] += 1
+    return tuple(f"{place} ({count} checkpoints)" for place, count in found.items())
 
 
 def open_elsewhere(inputs: Sequence[Input], *, first: int) -> Elsewhere:
@@ -51,11 +68,12 @@ def open_elsewhere(inputs: Sequence[Input], *, first: int) -> Elsewhere:
     checkpoints: list[Checkpoint | None] = []
     found: list[Finding] = []
     for index, recorded in enumerate(inputs):
-        address = address_of(recorded.directory)
         checkpoint = None
-        if address is not None and index >= first:
+        if index >= first:
             try:
-                checkpoint = _opened(mirror, address, recorded, mirror.root / str(index))
+                address = address_of(recorded.directory)
+                if address is not None:
+                    checkpoint = _opened(mirror, address, recorded, mirror.root / str(index))
             except CkavgError as error:
                 found.append(Finding("sources", f"step {recorded.step}: {mirror.told(error.message)}"))
         checkpoints.append(checkpoint)
