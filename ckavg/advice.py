@@ -230,6 +230,11 @@ def about_path(path: PathLength, excluded: Sequence[str]) -> tuple[str, ...]:
     return tuple(told)
 
 
+def about_infinite(names: Sequence[str]) -> tuple[str, ...]:
+    """What becomes of infinities that no checkpoint lacks, as in masks: they stay what they are."""
+    return (f"The same infinities in all checkpoints, and so in the result: {_named(names)}.",) if names else ()
+
+
 def about_nonfinite(count: int) -> tuple[str, ...]:
     """What NaN and infinity have done to the result, where they were allowed.
 

@@ -191,6 +191,7 @@ def carry_out(
     """
     from ckavg.engine.devices import fitted, resolve_device
     from ckavg.engine.stream import Settings
+    from ckavg.replay.replay import check_constant
     from ckavg.report.drawn import make_ready
 
     begun = time.perf_counter()
@@ -211,6 +212,7 @@ def carry_out(
                 tidy(directory)
         fetch(run.remote, fetching_of(plans), on_progress)
         stagings = staged(plans, ranks, stack)
+        compared = check_constant(run, settings)
         measuring = time.perf_counter()
         planned = next((plan.path for plan in plans if plan.path), None)
         stamps = planned.recalled.stamps if planned else stamps_of(run)
@@ -228,8 +230,9 @@ def carry_out(
         work = Work(
             accumulate=_accumulated(run, accumulate),
             zero_sigma=zero_sigma,
-            bytes_read=replayed.bytes_read + (path.bytes_read if path else 0),
+            bytes_read=compared + replayed.bytes_read + (path.bytes_read if path else 0),
             checksums=replayed.checksums,
+            infinite=replayed.infinite,
             allow_nonfinite=allow_nonfinite,
             seconds=Seconds(replaying - measuring if path and path.bytes_read else 0.0, done - replaying, done - begun),
         )

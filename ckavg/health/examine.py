@@ -12,6 +12,7 @@ from ckavg.engine.progress import OnProgress
 from ckavg.health.findings import find
 from ckavg.health.reading import read_all
 from ckavg.health.values import Health, TensorStatistics
+from ckavg.path.table import fsum
 from ckavg.run.stamps import check_unchanged
 from ckavg.run.statistics import running_statistics
 from ckavg.run.values import Checkpoint
@@ -66,7 +67,7 @@ def _path_between(tensors: Sequence[TensorStatistics], pair: tuple[int, int]) ->
         if math.isfinite(tensor.sigma) and tensor.sigma > 0:
             parts.append(tensor.distance[place] / tensor.sigma)
             counted += tensor.numel
-    length = math.fsum(parts) / counted if counted else math.inf
+    length = fsum(parts) / counted if counted else math.inf
     return length if math.isfinite(length) else None
 
 

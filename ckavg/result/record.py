@@ -107,6 +107,7 @@ class Averaged:
         accumulate: dtype in which tensors were accumulated.
         allow_nonfinite: whether checkpoints that hold NaN or infinity were let through.
         uncorrected: running statistics that were averaged without the correction of the scheme.
+        infinite: tensors that hold infinities, the same ones in all checkpoints and in the result.
         copied: floating tensors that were copied from the last checkpoint: not all have them, or they never change.
         warnings: what a user should know.
         evaluation: what the user's own command said of it; None where there was none.
@@ -138,6 +139,7 @@ class Averaged:
     accumulate: str
     allow_nonfinite: bool
     uncorrected: tuple[str, ...]
+    infinite: tuple[str, ...]
     copied: tuple[str, ...]
     warnings: tuple[str, ...]
     evaluation: Evaluation | None

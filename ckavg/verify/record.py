@@ -38,7 +38,7 @@ class Record:
         output_index: the index of the checkpoint after which it was written; the last but for a snapshot.
         allow_nonfinite: whether NaN and infinity were let through.
         ckavg_version, source, anchor_is_init, steps, anchor_step, span, path_length, betas, alphas, weights, sample,
-            path_exclude, zero_sigma, accumulate, uncorrected, copied, inputs, outputs: as of `Averaged`.
+            path_exclude, zero_sigma, accumulate, uncorrected, infinite, copied, inputs, outputs: as of `Averaged`.
     """
 
     scheme: Scheme
@@ -58,6 +58,7 @@ class Record:
     accumulate: str
     allow_nonfinite: bool
     uncorrected: tuple[str, ...]
+    infinite: tuple[str, ...]
     copied: tuple[str, ...]
     inputs: tuple[Input, ...]
     outputs: tuple[Output, ...]
@@ -153,6 +154,7 @@ def _record(value: dict[str, Any]) -> Record:
         "accumulate": take("accumulate", fields.one_of("float32", "float64")),
         "allow_nonfinite": take("allow_nonfinite", fields.flag, default=False),
         "uncorrected": take("uncorrected", fields.sequence(fields.text), default=[]),
+        "infinite": take("infinite", fields.sequence(fields.text), default=[]),
         "copied": take("copied", fields.sequence(fields.text)),
         "inputs": take("inputs", fields.sequence(_input)),
         "outputs": take("outputs", fields.sequence(_output)),

@@ -19,6 +19,9 @@ from ckavg.verify.record import Record
 _PATH_TOLERANCE = 1e-5
 """Relative difference of ℓ between kernels and devices, which add in different orders; in practice 1e-7."""
 
+_KERNELS = 1e-6
+"""The same of a tensor's own path, on which its β hangs."""
+
 
 def check_elements(
     record: Record,
@@ -61,9 +64,8 @@ def check_elements(
     if coefficients.uncorrected != record.uncorrected:
         told = f"uncorrected names {listed(record.uncorrected) or 'nothing'}; the running statistics of the result are "
         found.append(Finding("replay", f"{told}{listed(coefficients.uncorrected) or 'none'}."))
-    done = recompute(
-        _work(record, coefficients, checkpoints, outputs), elements=elements, seed=seed, on_progress=on_progress
-    )
+    work = _work(record, coefficients, checkpoints, outputs)
+    done = recompute(work, elements=elements, seed=seed, on_progress=on_progress)
     return Recomputed((*found, *done.findings), done.elements, done.largest_deviation, nbytes + done.bytes_read)
 
 
@@ -81,6 +83,9 @@ def _work(
         outputs=outputs,
         wide=record.accumulate == "float64" and not mixed,
         allow_nonfinite=record.allow_nonfinite,
+        beta_error=record.scheme.gamma * _KERNELS
+        if isinstance(record.scheme, PEMA) and coefficients.tensor_betas
+        else 0,
     )
 
 

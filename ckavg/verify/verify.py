@@ -84,12 +84,12 @@ def verify_result(
         work.check_places(on_places or (lambda places: None), fetch=fetch)
     work.check_record()
     outputs = work.check_result()
-    with work.told("weights"):
-        work.check_weights(outputs)
-    checks: list[Check] = ["record", "files", "weights"]
     work.check_copied(outputs)
     copied = frozenset(work.record.copied)
     outputs = {index: (name, each.with_copied(copied)) for index, (name, each) in outputs.items()}
+    with work.told("weights"):
+        work.check_weights(outputs)
+    checks: list[Check] = ["record", "files", "weights"]
     with work.reading_elsewhere():
         if sources or replay:
             work.find_sources(outputs, on_places or (lambda places: None))
@@ -249,7 +249,9 @@ class _Work:
     def check_weights(self, outputs: Outputs) -> None:
         """Is every element a number?"""
         if not self.record.allow_nonfinite:
-            found, nbytes = check_finite(list(outputs.values()), self.listener("weights"))
+            found, nbytes = check_finite(
+                list(outputs.values()), self.listener("weights"), infinite=self.record.infinite
+            )
             self.findings += found
             self.bytes_read += nbytes
 
