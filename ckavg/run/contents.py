@@ -31,7 +31,7 @@ _OF_COUNT = re.compile(r"-\d+-of-\d+$", re.ASCII)
 _CONSOLIDATED = re.compile(r"consolidated(?:[-_.]\d+)?", re.ASCII)
 _SECOND = re.compile(r"model_\d+", re.ASCII)
 _VARIANT = re.compile(
-    r"(?:fp|bf|f|int|uint|nf|q)\d+|\d+bit|half|pruned|non|no|ema|quant\w*|gguf|awq|gptq|onnx", re.ASCII
+    r"(?:fp|bf|f|int|uint|nf|q)\d+|\d+bit|half|pruned|non|no|ema|quant\w*|gguf|awq|gptq|onnx|original", re.ASCII
 )
 _DEEPEST = 8
 
@@ -209,8 +209,13 @@ def _not_of_model(name: str) -> WhyLeftOut | None:
 
 def _is_copy(stem: str, stems: Collection[str]) -> bool:
     """Whether files hold what others beside them do: in another dtype, in one piece, or from an earlier save."""
-    words = [word for word in re.split(r"[-_.]", stem) if not _VARIANT.fullmatch(word)]
+    words = _without_variant(stem)
     return bool(_CONSOLIDATED.fullmatch(stem)) or any(words == re.split(r"[-_.]", other) for other in stems)
+
+
+def _without_variant(name: str) -> list[str]:
+    """The words of a name but those that tell copies of one model from each other."""
+    return [word for word in re.split(r"[-_.]", name) if not _VARIANT.fullmatch(word)]
 
 
 def _walk(
@@ -234,6 +239,8 @@ def _walk(
             why = "average"
         elif is_training_state(name) and not (depth == 0 and name in own):
             why = "training state"
+        elif _has_weights(listing.files) and not _without_variant(name):
+            why = "copy"
         if why is None:
             yield from _walk(directory, inner, own, left_out, depth=depth + 1)
         elif holds_weights(inner):

@@ -222,8 +222,11 @@ def _label(stem: str, numbers: list[_Number], step: _Number) -> Label:
     for match in _TOKEN.finditer(stem):
         if match["time"]:
             spans.append(match.span())
-        elif match["decimal"] and (word := _WORD.search(stem, 0, match.start())) and word[2].endswith("="):
-            spans.append((stem.rfind("-", 0, match.start()) + 1, match.end()))
+        elif match["decimal"] and (word := _WORD.search(stem, 0, match.start())):
+            if word[2].endswith("="):
+                spans.append((stem.rfind("-", 0, match.start()) + 1, match.end()))
+            elif word[1].lower() in _COMPANIONS:
+                spans.append((word.start(), match.end()))
     kept = _cut(stem, spans)
     return Label(step.value, step.clock or ("step" if not kept else "number"), kept)
 

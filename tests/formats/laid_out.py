@@ -122,6 +122,11 @@ NANOTRON: dict[str, Shapes] = {
 }
 TORCHTUNE, TORCHTUNE_INDEX = split("ft-model", MODEL)
 ACCELERATE = dict.fromkeys(("optimizer.bin", "scheduler.bin", "random_states_0.pkl"), "")
+STABLE_DIFFUSION: Shapes = {
+    "model.diffusion_model.out.2.weight": (4, 4, 3, 3),
+    "first_stage_model.post_quant_conv.weight": (4, 4, 1, 1),
+    "cond_stage_model.transformer.text_model.final_layer_norm.weight": (8,),
+}
 EMBEDDING: Shapes = {"<cat>": (1, 16)}
 
 BUILDERS: dict[str, Build] = {
@@ -175,6 +180,60 @@ BUILDERS: dict[str, Build] = {
     "sd-scripts, by step and by epoch": of_files(
         trainers.kohya_steps_and_epochs,
         *("mylora-step00000100", "mylora-000001", "mylora-step00000200", "mylora-000002"),
+    ),
+    "Stable Diffusion, single files": flat(
+        "sd15-step{:08d}", STABLE_DIFFUSION, header={"modelspec.architecture": "sd1"}
+    ),
+    "timm, on the Hub": of_folders(
+        "checkpoint-{}", {"model.safetensors": MODEL}, {"config.json": {"architecture": "vit"}}
+    ),
+    "Trainer with FSDP, gathered": of_folders(
+        "checkpoint-{}",
+        {"model.safetensors": MODEL},
+        {
+            "config.json": {},
+            "pytorch_model_fsdp_0/.metadata": "",
+            "pytorch_model_fsdp_0/__0_0.distcp": "",
+            "optimizer_0/__0_0.distcp": "",
+            "rng_state_0.pth": "",
+        },
+    ),
+    "Trainer with DeepSpeed, gathered": of_folders(
+        "checkpoint-{}",
+        {"model.safetensors": MODEL},
+        {
+            "config.json": {},
+            "global_step{}/mp_rank_00_model_states.pt": "",
+            "global_step{}/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt": "",
+            "latest": "",
+            "zero_to_fp32.py": "",
+        },
+    ),
+    "TRL, value head": of_folders(
+        "checkpoint-{}",
+        {"model.safetensors": MODEL | {"v_head.summary.weight": (1, 16), "v_head.summary.bias": (1,)}},
+        {"config.json": {}},
+    ),
+    "levanter": of_folders("hf-{}", {"model.safetensors": MODEL}, {"config.json": {}}, header={"format": "np"}),
+    "LLM Foundry": of_folders("huggingface/ba{}", {"model.safetensors": MODEL}, {"config.json": {}}),
+    "OLMo": of_folders(
+        "stage1-step{}-tokens5B", dict(split("model", MODEL)[0]), split("model", MODEL)[1] | {"config.json": {}}
+    ),
+    "copies in other dtypes": of_folders(
+        "checkpoint-{}",
+        {
+            "model.safetensors": MODEL,
+            "model.fp16.safetensors": MODEL,
+            "consolidated.safetensors": MODEL,
+            "onnx/model.safetensors": MODEL,
+        },
+        {
+            "config.json": {},
+            "tokenizer.model.v3": "",
+            "bpe.codes": "",
+            "pytorch_model.bin": "",
+            "model.Q4_K_M.gguf": "",
+        },
     ),
     "torchtune, LoRA": of_folders(
         "epoch_{}",

@@ -63,15 +63,15 @@ def transformers_trainer(root: Path, model: Any = None, **more: object) -> Train
 
 
 def saved(
-    make: Callable[[Path], Any], save: Callable[[Any, Path], object], outputs: Any = logits, name: str = "checkpoint-{}"
+    make: Callable[[Path], Any], save: Callable[[Any, Path], object], outputs: Any = logits, *, by: float = 0.1
 ) -> Any:
     """A run of what has a saver, and no trainer here."""
 
     def build(root: Path) -> Trained:
         trained = Trained(outputs=outputs, model=make(root))
         for step in STEPS:
-            drift(trained.model, step)
-            here = root / name.format(step)
+            drift(trained.model, step, by=by)
+            here = root / f"checkpoint-{step}"
             save(trained.model, here)
             trained.keep(here)
         return trained
@@ -133,7 +133,15 @@ def tokens_trained() -> Any:
     return lora(trainable_token_indices=[3, 4], modules_to_save=["lm_head"])
 
 
-def trl(kind: str, rows: list[dict[str, Any]], head: str = "CausalLM", *, adapt: bool = False, **more: Any) -> Any:
+def trl(
+    kind: str,
+    rows: list[dict[str, Any]],
+    head: str = "CausalLM",
+    *,
+    adapt: bool = False,
+    given: Any = None,
+    **more: Any,
+) -> Any:
     """A run of one of TRL's trainers."""
 
     def build(root: Path) -> Trained:
@@ -143,20 +151,26 @@ def trl(kind: str, rows: list[dict[str, Any]], head: str = "CausalLM", *, adapt:
 
         model = base(root, head, num_labels=1)
         arguments = getattr(trl, f"{kind}Config")(output_dir=str(root), bf16=False, **ARGUMENTS | more)
-        given = {"peft_config": lora()} if adapt else {}
+        further = (given or {}) | ({"peft_config": lora()} if adapt else {})
         trainer = getattr(trl, f"{kind}Trainer")
         made = trainer(
             model=copy.deepcopy(model),
             args=arguments,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer(),
-            **given,
+            **further,
         )
         return run_trainer(peft.get_peft_model(model, lora()) if adapt else model, made)
 
     return build
 
 
+def rewards(completions: list[str], **_: object) -> list[float]:
+    return [float(len(each) % 3) for each in completions]
+
+
+PROMPTS = [{"prompt": text} for text in TEXTS]
+KTO = [{"prompt": text, "completion": " a b", "label": place % 2 == 0} for place, text in enumerate(TEXTS)]
 PREFERENCES = [{"prompt": "a b c", "chosen": f" {text}", "rejected": " u t s r"} for text in TEXTS]
 
 BUILDERS = {
@@ -169,6 +183,10 @@ BUILDERS = {
     "PEFT, prompt tuning": saved(lambda root: adapted(prompt_tuning)(root), save_adapter),
     "TRL, SFT": trl("SFT", [{"text": text} for text in TEXTS], max_length=8),
     "TRL, SFT with LoRA": trl("SFT", [{"text": text} for text in TEXTS], max_length=8, adapt=True),
+    "TRL, DPO with LoRA": trl("DPO", PREFERENCES, max_length=12, adapt=True),
+    "TRL, GRPO": trl("GRPO", PROMPTS, num_generations=2, max_completion_length=4, given={"reward_funcs": rewards}),
+    "TRL, RLOO": trl("RLOO", PROMPTS, num_generations=2, max_completion_length=4, given={"reward_funcs": rewards}),
+    "TRL, KTO": trl("KTO", KTO, max_length=12),
     "TRL, DPO": trl("DPO", PREFERENCES, max_length=12),
     "TRL, reward model": trl("Reward", PREFERENCES, "SequenceClassification", max_length=12),
 }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests import trainers
 from tests.formats.of_language import ARGUMENTS, run_trainer
 from tests.formats.trained import TINY, Build, Trained, drift, tokenizer
-from tests.trainers import STEPS
+from tests.trainers import STEPS, note
 
 SAVES = (0, 1, 2)
 
@@ -94,6 +94,21 @@ def sentence_transformer(root: Path) -> Trained:
     )
 
 
+def setfit(root: Path) -> Trained:
+    """The body, as SetFit has sentence-transformers save it, and a head that scikit-learn fits."""
+    import sentence_transformers as st
+
+    trained = Trained(outputs=embedded, model=st.SentenceTransformer(bert(root, "Model")))
+    for step in STEPS:
+        drift(trained.model, step)
+        here = root / f"step_{step}"
+        trained.model.save_pretrained(str(here))
+        note(here / "config_setfit.json", {"labels": None, "normalize_embeddings": False})
+        note(here / "model_head.pkl", "a pickle")
+        trained.keep(here)
+    return trained
+
+
 def sparse_encoder(root: Path) -> Trained:
     import sentence_transformers as st
     from sentence_transformers.sparse_encoder import losses, models
@@ -131,5 +146,6 @@ BUILDERS: dict[str, Build] = {
     "sentence-transformers, with a Dense module": sentence_transformer,
     "sentence-transformers, SparseEncoder": sparse_encoder,
     "sentence-transformers, CrossEncoder": cross_encoder,
+    "SetFit": setfit,
     "lerobot": lerobot,
 }

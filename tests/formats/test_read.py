@@ -20,13 +20,15 @@ from torch import Tensor
 
 import ckavg
 from tests.cli.runner import run_cli
-from tests.formats import laid_out, of_images, of_language, of_others
+from tests.formats import laid_out, of_images, of_language, of_models, of_others
 from tests.formats.document import Cell, Row, table
 from tests.formats.trained import Build, Trained, mean
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("without_pictures")]
 
-BUILDERS: Mapping[str, Build] = of_language.BUILDERS | of_images.BUILDERS | of_others.BUILDERS | laid_out.BUILDERS
+BUILDERS: Mapping[str, Build] = (
+    of_language.BUILDERS | of_images.BUILDERS | of_others.BUILDERS | of_models.BUILDERS | laid_out.BUILDERS
+)
 ROWS = table("What is read")
 MADE_HERE = {"README.md", "ckavg.json"}
 
@@ -137,4 +139,4 @@ def assert_loads(trained: Trained, model: Any, averaged: Mapping[str, Mapping[st
     with torch.no_grad():
         got = trained.outputs(model).double()
     torch.testing.assert_close(got, expected.double(), rtol=1e-4, atol=1e-5)
-    assert (expected - of_last).abs().max() > 1e-2  # a result that is the last checkpoint would be noticed
+    assert (expected - of_last).abs().max() > 1e-3  # a result that is the last checkpoint would be noticed

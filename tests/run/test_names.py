@@ -30,6 +30,8 @@ ONE_RUN: Mapping[str, tuple[Sequence[str], Sequence[int]]] = {
     "OneTrainer, times": (("a2026-01-02_03-04-05-save-500-2-0", "a2026-01-02_04-04-05-save-900-3-0"), (500, 900)),
     "Lightning": (("epoch=1-step=100", "epoch=3-step=300"), (100, 300)),
     "Lightning, metrics": (("epoch=02-val_loss=0.32", "epoch=10-val_loss=0.30"), (2, 10)),
+    "losses": (("step100_loss2.9310", "step200_loss2.85"), (100, 200)),
+    "losses of validation": (("a-000100-val_loss_0.31", "a-000200-val_loss_0.3"), (100, 200)),
     "converted": (("step_100_hf", "step_200_hf"), (100, 200)),
     "OLMo": (("step1000-unsharded", "step20000-unsharded"), (1000, 20000)),
     "OLMo, stages": (("stage1-step1000-tokens5B", "stage1-step20000-tokens84B"), (1000, 20000)),

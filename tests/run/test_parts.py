@@ -112,6 +112,9 @@ LEFT_OUT = {
     "model_bf16.safetensors": ("Other weight files", "model_bf16.safetensors"),
     "consolidated.safetensors": ("Other weight files", "consolidated.safetensors"),
     "consolidated.00.safetensors": ("Other weight files", "consolidated.00.safetensors"),
+    "fp16/model.safetensors": ("Other weight files", "fp16/"),
+    "onnx/model_quantized.safetensors": ("Other weight files", "onnx/"),
+    "original/consolidated.safetensors": ("Other weight files", "original/"),
     "model-00001-of-00001.safetensors": ("Other weight files", "model-00001-of-00001.safetensors"),
     "adapter_model.safetensors": ("Other weight files", "adapter_model.safetensors"),
 }
