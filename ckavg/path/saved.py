@@ -145,7 +145,8 @@ def _row(table: Mapping[str, Any], kind: str, key: str | None) -> dict[str, floa
 
 def _merged(table: Mapping[str, Any], run: Run, path: PathLength, stamps: list[str | None]) -> dict[str, Any]:
     """The table with a run's path in it, and without what the same places held before."""
-    places_of_run = [run.place(checkpoint.path.absolute()) for checkpoint in run.checkpoints]
+    home = f"{run.place(run.source.absolute())}/"
+    places_of_run = [run.place(checkpoint.path.absolute()).removeprefix(home) for checkpoint in run.checkpoints]
     at = dict(zip(places_of_run, stamps, strict=True))
     stated = table.get("checkpoints")
     kept = {

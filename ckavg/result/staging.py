@@ -177,8 +177,8 @@ class Staging:
                 self._out.rename(self._replaced)
             try:
                 self.path.rename(self._out)
-            except OSError:
-                if replaces:
+            except BaseException:  # an interrupt, too
+                if replaces and not self._out.exists():
                     self._replaced.rename(self._out)
                 raise
             self._committed = True

@@ -286,6 +286,26 @@ def test_an_interrupted_replacement_keeps_the_earlier_result(source: Path) -> No
     assert result.directory.is_dir()
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_earlier_result_is_back_after_an_interrupt_between_the_renames(
+    source: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    run = ckavg.open_run(source)
+    result = ckavg.average(run, ckavg.EMA()).directory
+    before = snapshot(result)
+    rename = os.rename
+
+    def interrupted(place: Path, target: Path) -> None:
+        if place.name.endswith(".ckavg-partial"):
+            raise error
+        rename(place, target)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises((error, WriteError)):
+        ckavg.average(run, ckavg.EMA(), force=True)
+    assert snapshot(result) == before
+
+
 def test_record_in_the_result_is_the_record_returned(source: Path) -> None:
     result = ckavg.average(ckavg.open_run(source, from_step=0, last=3), ckavg.PEMA(gamma=0.2))
     written = json.loads((result.directory / "ckavg.json").read_text())
