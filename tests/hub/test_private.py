@@ -170,8 +170,8 @@ def test_the_result_moves_with_its_run(places: dict[str, Path], tmp_path: Path) 
         assert ckavg.verify_result(place, sources=True, replay=True).problems == ()
 
 
-def test_a_record_with_paths_of_its_machine_is_verified(places: dict[str, Path], tmp_path: Path) -> None:
-    """As it was written before."""
+def test_a_record_with_paths_of_its_machine_is_verified(hub: Hub, places: dict[str, Path], tmp_path: Path) -> None:
+    """As it was written before; who uploads it is told."""
     source = places["run"] / "ckpts"
     run = ckavg.open_run(source, init=places["base"] / "model", init_step=-10)
     for out in (None, tmp_path / "out"):
@@ -179,3 +179,5 @@ def test_a_record_with_paths_of_its_machine_is_verified(places: dict[str, Path],
         (done.directory / LOCAL).unlink()
         (done.directory / "ckavg.json").write_bytes(done.to_bytes())
         assert ckavg.verify_result(done.directory, sources=True, replay=True).problems == ()
+        pushed = ckavg.push_result(done.directory, REPO)
+        assert "ckavg.json is as earlier versions wrote it: it names directories of this machine." in pushed.warnings
