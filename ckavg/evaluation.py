@@ -15,6 +15,7 @@ from ckavg.errors import SettingError, WriteError
 from ckavg.plan import CARD, Plan
 from ckavg.result.card import PICTURE, write_card
 from ckavg.result.digests import sha256
+from ckavg.result.published import published
 from ckavg.result.record import Averaged, Evaluation
 from ckavg.run.checkpoint import RESULT_RECORD
 
@@ -109,7 +110,7 @@ def record_evaluation(result: Averaged, evaluation: Evaluation, plan: Plan) -> A
     path = result.directory / RESULT_RECORD
     try:
         evaluated = _with_card(evaluated, plan)
-        write_bytes(path, evaluated.to_bytes(), follow=False)
+        write_bytes(path, published(evaluated).to_bytes(), follow=False)
     except OSError as error:
         raise WriteError(
             f"{path} cannot be written: {error.strerror or error}.", hint="The average itself is complete."
@@ -123,7 +124,7 @@ def _with_card(evaluated: Averaged, plan: Plan) -> Averaged:
     if sha256(path.read_bytes()) != output.sha256[CARD]:
         return evaluated
     picture = PICTURE if PICTURE in output.files else None
-    card = write_card(evaluated, plan.scheme, plan.origin, picture=picture).encode()
+    card = write_card(published(evaluated), plan.scheme, plan.origin, picture=picture).encode()
     write_bytes(path, card, follow=False)
     output = dataclasses.replace(output, sha256=output.sha256 | {CARD: sha256(card)})
     return dataclasses.replace(evaluated, outputs=(*snapshots, output))

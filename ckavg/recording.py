@@ -12,7 +12,8 @@ from ckavg.path.table import PathLength, ZeroSigma
 from ckavg.plan import CARD, Plan
 from ckavg.result.card import PICTURE, write_card
 from ckavg.result.digests import sha256
-from ckavg.result.record import Averaged, Input, Output, Seconds
+from ckavg.result.published import kept_here, published
+from ckavg.result.record import LOCAL, Averaged, Input, Output, Seconds
 from ckavg.run.checkpoint import RESULT_RECORD
 from ckavg.run.values import FLOATING, Run
 from ckavg.schemes import Coefficients
@@ -141,7 +142,7 @@ def completed(
             own = dataclasses.replace(record, weights=effective_weights(coefficients, index), outputs=(output,))
             drawn = {}  # there may be very many of them
         output = dataclasses.replace(output, files=tuple(sorted({*output.files, *drawn})))
-        card = write_card(own, plan.scheme, plan.origin, picture=PICTURE if drawn else None)
+        card = write_card(published(own), plan.scheme, plan.origin, picture=PICTURE if drawn else None)
         place = out.relative_to(plan.out)
         beside = plan.side_files | drawn | {CARD: card.encode()}
         files |= {str(place / name): data for name, data in beside.items()}
@@ -151,5 +152,7 @@ def completed(
     record = dataclasses.replace(record, outputs=tuple(own.outputs[0] for own in of_outputs))
     for own, (index, out) in zip(of_outputs, plan.outputs.items(), strict=True):
         of_output = own if index in plan.snapshots else record
-        files[str(out.relative_to(plan.out) / RESULT_RECORD)] = of_output.to_bytes()
+        files[str(out.relative_to(plan.out) / RESULT_RECORD)] = published(of_output).to_bytes()
+    if (kept := kept_here(record)) is not None:
+        files[LOCAL] = kept
     return record, files

@@ -28,7 +28,7 @@ _STATED = re.compile(
     re.IGNORECASE,
 )
 _OPTION = re.compile(rf"(?P<kept>(?<!\S)--?{_NAME}\s+)(?!-){_VALUE}", re.IGNORECASE)
-_USER_OPTION = re.compile(r"(?P<kept>(?<!\S)(?:-u|--user)[\s=]*['\"]?)[^\s:'\"]{1,300}:[^\s'\"]+")
+_USER_OPTION = re.compile(r"(?P<kept>(?<!\S)(?:-u|--user)[\s=]*['\"]?)[^\s:'\"]{1,300}:[^\s'\";&|]+")
 _TOKEN = re.compile(
     r"(?<![A-Za-z0-9])(?P<kept>)(?:hf_(?:[A-Za-z0-9]{12,}|(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{6,})"
     r"|(?:api_org|sk|pk|rk|gsk|r8|gh[pousr]|github_pat|glpat|xox[a-z]|dapi|nvapi|wandb_v\d)[_-][\w-]{12,}"
@@ -36,7 +36,7 @@ _TOKEN = re.compile(
 )
 _SECRETS = (_IN_ADDRESS, _USER_OF_WEB, _SCHEME, _STATED, _OPTION, _USER_OPTION, _TOKEN)
 _SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
-_LEAST = 12
+_LEAST = 8
 """Characters of a value in the environment that could not be an ordinary word."""
 
 _QUERY = re.compile(r"(?P<address>\bhttps?:/{1,2}[^\s?#'\"]*)[?#][^\s'\"]*", re.IGNORECASE)

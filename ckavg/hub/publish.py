@@ -147,7 +147,10 @@ def _checked(
         for name in output.files
         if not any(part.startswith(".") for part in PurePosixPath(name).parts)
     )
-    return files, tuple(each.message for each in found)
+    told = [each.message for each in found]
+    if output.directory.is_absolute():
+        told.append(f"{RESULT_RECORD} is as earlier versions wrote it: it names directories of this machine.")
+    return files, tuple(told)
 
 
 def _is_edited(name: str) -> bool:

@@ -12,7 +12,7 @@ from ckavg.result.command import as_options, shell_word
 from ckavg.result.front_matter import as_front_matter
 from ckavg.result.metadata import is_hub_id, related
 from ckavg.result.origin import Origin
-from ckavg.result.record import BASE_MODEL, Averaged
+from ckavg.result.record import BASE_MODEL, Averaged, is_address
 from ckavg.schemes import Scheme
 from ckavg.version import __version__
 
@@ -20,7 +20,6 @@ PICTURE = "ckavg.svg"
 """Name of the picture that a card shows, beside it."""
 
 _MARKUP = re.compile(r"[\\`*\[\]<>&|~$]")
-_PATH = re.compile(r"(?:^|[\s'\"(=])(?:[A-Za-z]:)?[~/\\][^\s/\\]+[/\\]")
 _MOST_ROWS, _FIRST_ROWS = 24, 8
 _OF_LICENSE = ("license", "license_name", "license_link")
 
@@ -29,7 +28,7 @@ def write_card(record: Averaged, scheme: Scheme, origin: Origin, *, picture: str
     """The text of `README.md`: metadata, what this is, how it was made and checked, and what to cite.
 
     Args:
-        record: what was done.
+        record: what was done, as it may be published.
         scheme: how.
         origin: what is known of the run besides; a card of the user's comes first, and its fields win.
         picture: name of the file beside the card that shows the weights; None: there is none.
@@ -43,14 +42,14 @@ def write_card(record: Averaged, scheme: Scheme, origin: Origin, *, picture: str
         own,
         f"{level} {heading}",
         _description(record, scheme, metadata, origin.repository),
-        _evaluation(record, origin.private, level),
+        _evaluation(record, level),
         f"{level}# Recipe\n\n{_recipe(record, scheme)}",
         f"{level}# Checkpoints",
         f"![The weight of each checkpoint in the average, by optimizer step]({picture})" if picture else "",
         _table(record),
         f"{level}# To make it again\n\n{_again(record, scheme, metadata)}",
         f"{level}# What was checked\n\n{_checks(record)}",
-        _warnings(record, origin.private, level),
+        _warnings(record, level),
         _citation(scheme, level),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -60,7 +59,7 @@ def reproduce(record: Averaged, scheme: Scheme) -> str:
     """The command line that forms the same average; in the directory of the checkpoints, if they have no address."""
     settings: dict[str, object] = {**scheme.stated, **record.selection}
     settings.pop("every_from", None)  # follows from --burn-in
-    if "init" in settings and not _is_address(settings["init"]):
+    if "init" in settings and not is_address(settings["init"]):
         settings["init"] = BASE_MODEL  # a local path, and nobody else's
     if record.dtype != "source":
         settings["dtype"] = record.dtype
@@ -76,13 +75,8 @@ def reproduce(record: Averaged, scheme: Scheme) -> str:
         settings["path_exclude"] = record.path_exclude
         if record.zero_sigma != "exclude":
             settings["zero_sigma"] = record.zero_sigma
-    source = f" {shell_word(str(record.source))}" if _is_address(record.source) else ""
+    source = f" {shell_word(str(record.source))}" if is_address(record.source) else ""
     return f"ckavg {record.scheme}{source} {as_options(settings)}".rstrip()
-
-
-def _is_address(place: object) -> bool:
-    """Whether a place is one for everybody, rather than a directory here."""
-    return "://" in str(place)
 
 
 def _metadata(record: Averaged, origin: Origin) -> dict[str, Any]:
@@ -125,16 +119,16 @@ def _what(record: Averaged) -> str:
     return what if step == last else f"{what}, as it stood on the way to step {last}"
 
 
-def _evaluation(record: Averaged, private: tuple[str, ...], level: str) -> str:
+def _evaluation(record: Averaged, level: str) -> str:
     """What the user's own command said; in words alone, since nothing tells which metric it is, and on which data."""
     told = record.evaluation
     if told is None or told.value is None:
         return ""
-    printed, heading = f"printed **{told.value:.10g}**", f"{level}# Evaluation\n\n"
-    if _names_a_place(told.command, private):
-        return f"{heading}A command that was run on these weights {printed}; `ckavg.json` states it."
     of_weights = "with the directory of these weights in the place of `{dir}`"
-    return f"{heading}This command, {of_weights}, {printed}:\n\n    {_in_one_line(told.command)}"
+    return (
+        f"{level}# Evaluation\n\nThis command, {of_weights}, printed **{told.value:.10g}**:\n\n"
+        f"    {_in_one_line(told.command)}"
+    )
 
 
 def _recipe(record: Averaged, scheme: Scheme) -> str:
@@ -183,10 +177,10 @@ def _table(record: Averaged) -> str:
 
 
 def _again(record: Averaged, scheme: Scheme, metadata: Mapping[str, Any]) -> str:
-    where = "" if _is_address(record.source) else ", in their directory"
+    where = "" if is_address(record.source) else ", in their directory"
     text = f"From the same checkpoints{where}:\n\n    {reproduce(record, scheme)}"
     base = metadata.get("base_model")
-    if "init" in record.selection and not _is_address(record.selection["init"]):
+    if "init" in record.selection and not is_address(record.selection["init"]):
         known = f", `{base}`" if isinstance(base, str) and is_hub_id(base) else ""
         text += f"\n\n`BASE_MODEL` is the directory of the model that the run began with{known}."
     return f"{text}\n\n`ckavg.json` holds the full record."
@@ -206,16 +200,8 @@ def _checks(record: Averaged) -> str:
   average again."""
 
 
-def _warnings(record: Averaged, private: tuple[str, ...], level: str) -> str:
-    """What a user was told, but for what names places on the machine where it was made."""
-    told, kept_back = [], 0
-    for warning in record.warnings:
-        if _names_a_place(warning, private):
-            kept_back += 1
-        else:
-            told.append(f"- {_escaped(warning)}")
-    if kept_back:
-        told.append(f"- `ckavg.json` has {kept_back} more, about files of the run.")
+def _warnings(record: Averaged, level: str) -> str:
+    told = [f"- {_escaped(warning)}" for warning in record.warnings]
     return "\n".join([f"{level}# Worth knowing", "", *told]) if told else ""
 
 
@@ -231,8 +217,3 @@ def _escaped(text: str) -> str:
 
 def _in_one_line(text: str) -> str:
     return text if text.isprintable() else json.dumps(text)[1:-1]
-
-
-def _names_a_place(text: str, private: tuple[str, ...]) -> bool:
-    """Whether it names something on the machine where the average was made."""
-    return any(name in text for name in private) or _PATH.search(text) is not None

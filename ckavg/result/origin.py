@@ -47,7 +47,6 @@ class Origin:
         own: the card that the user wrote for the result; None where there is none.
         is_adapter: whether the weights are those of an adapter.
         repository: the repository on the Hub that the checkpoints come from; empty where they do not.
-        private: names of places on this machine, the longest first, none of which belongs into a card.
         warnings: what of it a user should know.
     """
 
@@ -55,7 +54,6 @@ class Origin:
     own: Card | None = None
     is_adapter: bool = False
     repository: str = ""
-    private: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -95,7 +93,7 @@ def find_origin(run: Run, side_files: Mapping[str, bytes], card: Path | str | No
     metadata |= {"library_name": library} if library else {}
     metadata |= {"pipeline_tag": pipeline} if pipeline else {}
     metadata |= of_license
-    return Origin(metadata | inherited, own, bool(adapter), repository, _private(run), tuple(dict.fromkeys(warnings)))
+    return Origin(metadata | inherited, own, bool(adapter), repository, tuple(dict.fromkeys(warnings)))
 
 
 def _read_own(path: Path) -> Card:
@@ -231,13 +229,6 @@ def _is_local(name: str, run: Run) -> bool:
     """Whether a name that could be one of the Hub leads to something here: `outputs/base` looks like owner and name."""
     above = (Path(), run.source, run.source.parent, run.last.directory)
     return "/" in name and any((directory / name).exists() for directory in above)
-
-
-def _private(run: Run) -> tuple[str, ...]:
-    paths = [run.source, *(checkpoint.path for checkpoint in run.checkpoints), Path.cwd(), Path.home()]
-    paths += [run.selection.init] if run.selection.init is not None else []
-    names = {name for path in paths for name in (str(path), str(resolved(path)))}
-    return tuple(sorted((name for name in names if len(name) > 1 and "/" in name), key=lambda name: (-len(name), name)))
 
 
 def _texts(value: object) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 from ckavg.atomic import check_own
 from ckavg.errors import OutputExistsError, listed
 from ckavg.result.card import PICTURE
+from ckavg.result.record import LOCAL
 from ckavg.run.checkpoint import RESULT_RECORD
 from ckavg.untrusted import parse_json, read_small
 
@@ -23,11 +24,8 @@ PARTIAL, REPLACED = ".ckavg-partial", ".ckavg-replaced"
 """How the names end under which a result is filled, and kept until another one has its place."""
 
 JOURNAL = ".ckavg-journal-"
-LOCAL = ".ckavg-local.json"
-"""How the name of a file ends that is of this machine alone, and never uploaded."""
-
 MARK = "." + "[0-9a-f]" * 32
-_KEPT_BESIDE = (f"{JOURNAL}*", f"{PARTIAL}.*", f"*{LOCAL}", MARK, ".DS_Store")
+_KEPT_BESIDE = (f"{JOURNAL}*", f"{PARTIAL}.*", LOCAL, MARK, ".DS_Store")
 """Names in a result that no record lists: our own, and what a desktop leaves wherever it looks."""
 
 _LEAVE = "It is left alone. Remove it if you know what it is, or choose another place with --out."

@@ -179,6 +179,11 @@ class Averaged:
         return self.to_json().encode() + b"\n"
 
 
+def is_address(place: object) -> bool:
+    """Whether a place is one for everybody, rather than a directory here."""
+    return "://" in str(place)
+
+
 def as_json(value: object) -> str:
     """One JSON object as text: readable, and without a character that a terminal would obey, or could not show."""
     text = json.dumps(value, indent=2, default=str, ensure_ascii=False, allow_nan=False)

@@ -185,7 +185,8 @@ def _places(record: Record, index: int, directory: Path, *, source: Path | None,
         if was == Path(BASE_MODEL):
             places = [kept[1]] if kept[1] else []
         else:
-            places = [root / was for root in (kept[0], directory / record.source, directory) if root]
+            upwards = directory if os.pardir in was.parts else None  # as it was written before, in the result itself
+            places = [root / was for root in (kept[0], directory / record.source, upwards) if root]
     else:  # a record that states paths of the machine where it was made
         places = [was]
         if was.is_absolute() == output.is_absolute():

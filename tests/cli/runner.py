@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from typer.testing import CliRunner, Result
 
@@ -18,6 +19,17 @@ def run_cli(*arguments: str | Path) -> Result:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+def placeless(record: dict[str, Any]) -> dict[str, Any]:
+    """A record but for places, which `ckavg.json` and `--json` state each in its own way."""
+    moved = {name: [each | {"directory": ""} for each in record[name]] for name in ("inputs", "outputs")}
+    return record | moved | {"source": ""}
+
+
+def visible(directory: Path) -> set[str]:
+    """The names in a directory, but for hidden ones."""
+    return {path.name for path in directory.iterdir() if not path.name.startswith(".")}
 
 
 def snapshot(directory: Path) -> Snapshot:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.cli.runner import run_cli
+from tests.cli.runner import run_cli, visible
 
 SLOW = """
 import sys
@@ -82,7 +82,8 @@ def test_stopped_before_anything_is_worth_keeping(run: Path, signal_sent: signal
 
 
 def result_of(run: Path, name: str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (run / "averaged" / name).iterdir() if path.name != "ckavg.json"}
+    place = run / "averaged" / name
+    return {name: (place / name).read_bytes() for name in visible(place) - {"ckavg.json"}}
 
 
 def undisturbed(run: Path, tmp_path: Path, verb: str) -> tuple[dict[str, bytes], int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ckavg.report import drawn
+from ckavg.result.record import LOCAL
 from tests.cli.runner import run_cli
 from tests.environment.faults import ERRORS, faults
 from tests.environment.process import check_message, ckavg
@@ -28,7 +29,7 @@ def contents(place: Path) -> Contents:
 
 def weights_of(found: Contents) -> Contents:
     """All but what tells how long it took."""
-    return {name: data for name, data in found.items() if name != "ckavg.json"}
+    return {name: data for name, data in found.items() if Path(name).name not in ("ckavg.json", LOCAL)}
 
 
 def clear(run: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 from huggingface_hub import snapshot_download
 
 import ckavg
-from tests.cli.runner import run_cli
+from ckavg.result.record import LOCAL
+from tests.cli.runner import placeless, run_cli
 from tests.hub.state import TOKEN, Hub
 
 REPO = "ada/averaged"
@@ -26,7 +27,7 @@ def test_pull_gives_what_was_pushed(hub: Hub, result: Path, tmp_path: Path) -> N
     pushed = ckavg.push_result(result, REPO)
     pulled = Path(snapshot_download(REPO, endpoint=hub.url, token=TOKEN, local_dir=tmp_path / "pulled"))
     expected = contents(result)
-    del expected[".notes"], expected["eval.json"]
+    del expected[".notes"], expected["eval.json"], expected[LOCAL]
     got = {name: data for name, data in contents(pulled).items() if not name.startswith((".cache", ".git"))}
     assert got == expected
     assert set(pushed.files) == set(expected)
@@ -102,7 +103,7 @@ def test_after_averaging(hub: Hub, run: Path) -> None:
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     assert told.pop("url") == f"{hub.url}/{REPO}"
-    assert json.loads(hub.files(REPO)["ckavg.json"]) == told
+    assert placeless(json.loads(hub.files(REPO)["ckavg.json"])) == placeless(told)
     assert not hub.repos[REPO].private
     assert hub.requests.index("GET /api/whoami-v2") == 0
 

@@ -14,7 +14,7 @@ import torch
 
 import ckavg
 from ckavg.cache import cache_directory
-from tests.cli.runner import run_cli
+from tests.cli.runner import run_cli, visible
 from tests.hub.state import TOKEN, Hub
 from tests.remote.published import publish_folders, publish_revisions
 from tests.remote.stores import Store
@@ -48,7 +48,8 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights_of(result: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in result.iterdir() if path.name not in ("README.md", "ckavg.json")}
+    own = {"README.md", "ckavg.json"}
+    return {name: (result / name).read_bytes() for name in visible(result) - own}
 
 
 def size_of(run: Path) -> int:
@@ -207,7 +208,7 @@ def test_both_ends_on_the_command_line(
     assert f"fetch  {told['fetch']['to_disk_bytes'] / 1e6:.1f} MB to {tmp_path / 'hf-home'}" in done.stderr
     result = tmp_path / "averaged" / "pema-gamma0.15"
     pushed = hub.files("ada/averaged")
-    assert pushed.keys() == {path.name for path in result.iterdir()}
+    assert pushed.keys() == visible(result)
     assert all((result / name).read_bytes() == data for name, data in pushed.items())
     record = json.loads((result / "ckavg.json").read_text())
     assert record["source"] == f"hf://{REPO}"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import ckavg
 from ckavg.result.digests import sha256
+from ckavg.result.record import LOCAL
 from ckavg.schemes import SCHEMES, Last, Scheme
 from tests.cli.runner import run_cli, snapshot
 from tests.runs import random_run, write_checkpoint, write_run
@@ -230,7 +231,9 @@ def test_bytes_read(tmp_path: Path) -> None:
     source = source_of(tmp_path, torch.float32)
     run = ckavg.open_run(source)
     result = ckavg.average(run, ckavg.EMA())
-    hashed = sum(place.stat().st_size for place in result.directory.iterdir() if place.name != "ckavg.json")
+    hashed = sum(
+        place.stat().st_size for place in result.directory.iterdir() if place.name not in ("ckavg.json", LOCAL)
+    )
     weights = sum(place.stat().st_size for place in result.directory.glob("*.safetensors"))
     plain = ckavg.verify_result(result.directory)
     assert plain.bytes_read == hashed + weights
