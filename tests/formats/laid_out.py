@@ -131,6 +131,11 @@ EMBEDDING: Shapes = {"<cat>": (1, 16)}
 
 BUILDERS: dict[str, Build] = {
     "ai-toolkit": of_files(trainers.ai_toolkit, "portrait_000000250", "portrait_000000500", "portrait"),
+    "Axolotl": of_folders(
+        "checkpoint-{}",
+        {"model.safetensors": MODEL},
+        {"config.json": {}, "tokens_state.json": {}, "debug.log": "", "optimizer.pt": "", "trainer_state.json": {}},
+    ),
     "Bagel": of_folders(
         "{:07d}",
         {"model.safetensors": MODEL, "ema.safetensors": MODEL},
@@ -158,6 +163,11 @@ BUILDERS: dict[str, Build] = {
         {"consolidated/params.json": {"dim": 16}, "consolidated/tokenizer.model.v3": "bytes"},
     ),
     "MLX": of_files(trainers.mlx_lm, "0000100_adapters", "0000200_adapters"),
+    "ms-swift, LoRA": of_folders(
+        "checkpoint-{}",
+        {"adapter_model.safetensors": LORA, "vit.safetensors": {"visual.merger.weight": (16, 16)}},
+        {"adapter_config.json": ADAPTER, "additional_config.json": {}, "args.json": {}, "optimizer.pt": ""},
+    ),
     "nanotron": of_folders(
         "{}",
         NANOTRON | {"optimizer/optimizer_pp-0-of-1_tp-0-of-1.safetensors": MODEL},
