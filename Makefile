@@ -6,14 +6,22 @@ BIN := .venv/bin
 # build with several GB of GPU libraries.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check format bench reproduce reproduce-gpu gpu-check clean
+.PHONY: demo test test-exhaustive coverage check format bench reproduce reproduce-gpu gpu-check clean
 
 demo: .venv/.package
 	$(BIN)/ckavg demo ckavg-demo --force
 
-# Ends with the coverage by lines and branches, of what runs in the same process, and pytest's summary.
+# All but what is marked as exhaustive, in two processes.
+PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 test: .venv/.dev
-	$(BIN)/python -m pytest --cov=ckavg
+	$(PYTEST) -m "not exhaustive"
+
+test-exhaustive: .venv/.dev
+	$(PYTEST)
+
+# Of the package by lines and branches, of what runs in the processes of the tests.
+coverage: .venv/.dev
+	$(PYTEST) -m "not exhaustive" --cov=ckavg
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .

@@ -230,6 +230,11 @@ def about_path(path: PathLength, excluded: Sequence[str]) -> tuple[str, ...]:
     return tuple(told)
 
 
+def about_infinite(names: Sequence[str]) -> tuple[str, ...]:
+    """What becomes of infinities that no checkpoint lacks, as in masks: they stay what they are."""
+    return (f"The same infinities in all checkpoints, and so in the result: {_named(names)}.",) if names else ()
+
+
 def about_nonfinite(count: int) -> tuple[str, ...]:
     """What NaN and infinity have done to the result, where they were allowed.
 
@@ -259,9 +264,15 @@ def _about_length(length: float, span: int) -> list[str]:
 
 def about_coefficients(scheme: Scheme, coefficients: Coefficients, steps: Sequence[int]) -> tuple[str, ...]:
     """What the coefficients tell."""
+    told = []
     if coefficients.start == len(steps) - 1 and scheme.name != Last.name:
-        return (f"No update falls after step {steps[-1]}, where the average begins: the result is that checkpoint.",)
-    return ()
+        told.append(f"No update falls after step {steps[-1]}, where the average begins: the result is that checkpoint.")
+    if coefficients.uncorrected:
+        told.append(
+            f"Running statistics, so averaged without the correction of {scheme.name}, which could make a variance "
+            f"negative: {_named(coefficients.uncorrected)}."
+        )
+    return tuple(told)
 
 
 def about_weights(steps: Sequence[int], weights: Sequence[float]) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from ckavg.remote.fetching import fetch
 from ckavg.result.leftovers import tidy
 from ckavg.result.record import Averaged, Seconds
 from ckavg.run.stamps import Stamps, check_unchanged, stamps_of
+from ckavg.run.statistics import averaged_statistics
 from ckavg.run.values import Run
 from ckavg.schemes import Coefficients, Scheme, Timeline
 from ckavg.sources import as_users_know
@@ -190,6 +191,7 @@ def carry_out(
     """
     from ckavg.engine.devices import fitted, resolve_device
     from ckavg.engine.stream import Settings
+    from ckavg.replay.replay import check_constant
     from ckavg.report.drawn import make_ready
 
     begun = time.perf_counter()
@@ -210,13 +212,15 @@ def carry_out(
                 tidy(directory)
         fetch(run.remote, fetching_of(plans), on_progress)
         stagings = staged(plans, ranks, stack)
+        compared = check_constant(run, settings)
         measuring = time.perf_counter()
         planned = next((plan.path for plan in plans if plan.path), None)
         stamps = planned.recalled.stamps if planned else stamps_of(run)
         path = _measure(run, planned, zero_sigma, settings, allow_nonfinite=allow_nonfinite) if planned else None
         replaying = time.perf_counter()
         timeline = _timeline(run, path)
-        coefficients = [plan.scheme.coefficients(timeline) for plan in plans]
+        statistics = averaged_statistics(run.tensors)
+        coefficients = [plan.scheme.coefficients(timeline).sparing(statistics) for plan in plans]
         replayed, digests = _replay(
             plans, coefficients, stagings, accumulate, stamps, settings, allow_nonfinite=allow_nonfinite
         )
@@ -226,8 +230,9 @@ def carry_out(
         work = Work(
             accumulate=_accumulated(run, accumulate),
             zero_sigma=zero_sigma,
-            bytes_read=replayed.bytes_read + (path.bytes_read if path else 0),
+            bytes_read=compared + replayed.bytes_read + (path.bytes_read if path else 0),
             checksums=replayed.checksums,
+            infinite=replayed.infinite,
             allow_nonfinite=allow_nonfinite,
             seconds=Seconds(replaying - measuring if path and path.bytes_read else 0.0, done - replaying, done - begun),
         )

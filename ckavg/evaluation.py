@@ -109,7 +109,7 @@ def record_evaluation(result: Averaged, evaluation: Evaluation, plan: Plan) -> A
     path = result.directory / RESULT_RECORD
     try:
         evaluated = _with_card(evaluated, plan)
-        write_bytes(path, evaluated.to_bytes())
+        write_bytes(path, evaluated.to_bytes(), follow=False)
     except OSError as error:
         raise WriteError(
             f"{path} cannot be written: {error.strerror or error}.", hint="The average itself is complete."
@@ -124,7 +124,7 @@ def _with_card(evaluated: Averaged, plan: Plan) -> Averaged:
         return evaluated
     picture = PICTURE if PICTURE in output.files else None
     card = write_card(evaluated, plan.scheme, plan.origin, picture=picture).encode()
-    write_bytes(path, card)
+    write_bytes(path, card, follow=False)
     output = dataclasses.replace(output, sha256=output.sha256 | {CARD: sha256(card)})
     return dataclasses.replace(evaluated, outputs=(*snapshots, output))
 

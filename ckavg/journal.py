@@ -14,6 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ckavg.atomic import open_own
+from ckavg.untrusted import open_regular, read_small
+
 _MOST_BYTES = 1 << 30
 
 
@@ -26,9 +29,7 @@ def read_journal(path: Path, key: str) -> dict[int, Any]:
     """
     found: dict[int, Any] = {}
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            return {}
-        lines = path.read_bytes().split(b"\n")
+        lines = read_small(path, _MOST_BYTES, follow=False).split(b"\n")
     except OSError:
         return {}
     values = [value for line in lines if (value := _parsed(line)) is not None]
@@ -42,7 +43,7 @@ def read_journal(path: Path, key: str) -> dict[int, Any]:
 
 def is_of(path: Path, key: str) -> bool:
     """Whether a journal is of this work, finished parts or none."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
+    with contextlib.suppress(OSError), open_regular(path, follow=False) as file:
         return bool(_parsed(file.readline(1 << 16).rstrip(b"\n")) == {"key": key})
     return False
 
@@ -55,12 +56,13 @@ class Journal:
         key: of the work; whatever could change what comes of a part is in it.
 
     Raises:
+        FileExistsError: what is there is no file of ours.
         OSError: the system would not let us write.
     """
 
     def __init__(self, path: Path, key: str) -> None:
         continues = is_of(path, key)
-        self.handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self.handle = open_own(path, os.O_WRONLY | os.O_APPEND)
         if not continues:
             os.truncate(self.handle, 0)
         self._append(b"\n" if continues else _line({"key": key}))  # what was cut off ends here

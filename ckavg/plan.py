@@ -8,14 +8,16 @@ from pathlib import Path
 
 from ckavg import advice
 from ckavg.atomic import resolved
-from ckavg.errors import CkavgError, SettingError, raise_all
+from ckavg.errors import SettingError, raise_all
 from ckavg.path.plan import PathPlan, check_sample, plan_path
 from ckavg.result.layout import WeightPlan, plan_weights
+from ckavg.result.leftovers import bring_back
 from ckavg.result.origin import Origin, find_origin
-from ckavg.result.place import place_problems, space_problems
+from ckavg.result.place import place_in, place_problems, space_problems
 from ckavg.result.side_files import gather_side_files, name_of_weights
 from ckavg.run.checkpoint import RESULT_RECORD
 from ckavg.run.opening import Inspection, as_run, worst_first
+from ckavg.run.statistics import averaged_statistics
 from ckavg.run.trainer_log import learning_rates
 from ckavg.run.values import Run
 from ckavg.schemes import Scheme, Timeline
@@ -83,7 +85,8 @@ class Plan:
         if self.scheme.needs_path:
             return ()
         timeline = Timeline(self.run.steps, anchor_is_init=self.run.anchor_is_init)
-        return advice.about_coefficients(self.scheme, self.scheme.coefficients(timeline), self.run.steps)
+        coefficients = self.scheme.coefficients(timeline).sparing(averaged_statistics(self.run.tensors))
+        return advice.about_coefficients(self.scheme, coefficients, self.run.steps)
 
     @property
     def path_bytes(self) -> int:
@@ -172,9 +175,6 @@ def _plan_averages(
         raise SettingError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
     check_sample(sample)
     placed = [(scheme, place_of(run.home, scheme, out)) for scheme, out in wanted]
-    problems: list[CkavgError] = []
-    for _, place in placed:
-        problems += place_problems(place, run.source, run.checkpoints, force=force)
     weights = plan_weights(run.last, dtype, file_name=name_of_weights(run))
     beside = gather_side_files(run, weights)
     origin = find_origin(run, beside.files, card)
@@ -187,6 +187,7 @@ def _plan_averages(
     for scheme, place in placed:
         start = start_of(run, scheme)
         snapshots = _snapshots(run, start, snapshot_every)
+        of_path = path if scheme.needs_path else None
         plan = Plan(
             run=run,
             scheme=scheme,
@@ -197,11 +198,19 @@ def _plan_averages(
             side_files=beside.files,
             origin=origin,
             snapshots=snapshots,
-            path=path if scheme.needs_path else None,
+            path=of_path,
             replay_bytes=_replay_bytes(run, start, outputs=len(snapshots) + 1),
-            warnings=run.warnings + of_files + advice.before(run, scheme, rates),
+            warnings=run.warnings
+            + of_files
+            + advice.before(run, scheme, rates)
+            + (of_path.recalled.warnings if of_path else ()),
         )
         plans.append(plan)
+    problems = [
+        problem
+        for plan in plans
+        for problem in place_problems(plan.out, run.source, run.checkpoints, force=force, files=plan.files)
+    ]
     # Each by itself: those that do not fit together are refused where they are carried out together.
     problems += [problem for plan in plans for problem in space_problems([(plan.out, plan.write_bytes)])]
     raise_all(worst_first(problems))
@@ -209,12 +218,18 @@ def _plan_averages(
 
 
 def place_of(home: Path, scheme: Scheme, out: Path | str | None) -> Path:
-    """Where a result goes: where it was asked for, else under the scheme's name in `averaged` of the run's home."""
-    return Path(out) if out is not None else home / "averaged" / scheme.label
+    """Where a result goes: where it was asked for, else under the scheme's name in `averaged` of the run's home.
+
+    Raises:
+        OutputError: nobody asked, and there is a link.
+    """
+    return Path(out) if out is not None else place_in(home, "averaged", scheme.label)
 
 
 def checked(found: Inspection, places: Sequence[Path], *, force: bool = False) -> Run:
     """The inspected checkpoints as a run, if nothing speaks against it, nor against the places of results.
+
+    A result that a killed process had moved aside from such a place gets its name back.
 
     Args:
         found: what was found in the source.
@@ -224,6 +239,8 @@ def checked(found: Inspection, places: Sequence[Path], *, force: bool = False) -
     Raises:
         CkavgError: something does; `CombinedError` lists all of it at once, the worst first.
     """
+    for place in places:
+        bring_back(place)
     if not found.problems:
         return as_run(found)  # the plan says what is wrong with the places, and knows how much is written
     problems = list(found.problems)

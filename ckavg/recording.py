@@ -26,6 +26,7 @@ class Work:
     zero_sigma: ZeroSigma
     bytes_read: int
     checksums: tuple[str | None, ...]
+    infinite: tuple[str, ...]
     allow_nonfinite: bool
     seconds: Seconds
 
@@ -72,8 +73,13 @@ def record_of(
         dtype=plan.dtype,
         accumulate=work.accumulate,
         allow_nonfinite=work.allow_nonfinite,
+        uncorrected=coefficients.uncorrected,
+        infinite=work.infinite,
         copied=tuple(sorted(name for name, entry in run.tensors.items() if entry.kept and entry.dtype in FLOATING)),
-        warnings=warnings + (advice.about_path(path, left_out) if path else ()) + advice.about_nonfinite(nonfinite),
+        warnings=warnings
+        + (advice.about_path(path, left_out) if path else ())
+        + advice.about_infinite(work.infinite)
+        + advice.about_nonfinite(nonfinite),
         evaluation=None,
         inputs=tuple(
             Input(

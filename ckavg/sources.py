@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from ckavg.errors import CkavgError, CombinedError, MissingShardError, SettingError
-from ckavg.remote.address import Address, address_of, parse_size
+from ckavg.errors import CkavgError, CombinedError, MissingShardError, NoCheckpointsError, SettingError
+from ckavg.remote.address import Address, address_of, did_you_mean, parse_size
 from ckavg.remote.store import GO_ONLINE
+from ckavg.result.leftovers import bring_back, bring_back_all
 from ckavg.result.side_files import CONFIGS, MOST_BYTES, is_side_file
 from ckavg.run.checkpoint import own_folders
 from ckavg.run.discover import Candidate, scan
@@ -53,8 +54,8 @@ def open_run(
     """Open saved checkpoints as one run. Reads headers only, never a weight.
 
     Args:
-        source: directory with the checkpoints of one training run, `hf://owner/name[@revision][/folder]`, or another
-            address that fsspec has a driver for, such as `s3://bucket/run`.
+        source: directory with the checkpoints of one training run, `hf://owner/name[@revision][/folder]`, or an address
+            of an object store, such as `s3://bucket/run`.
         init: the anchor θ_0, a checkpoint directory, safetensors file or address; None: the first checkpoint selected.
         init_step: optimizer step of `init`.
         match: shell pattern of the names of checkpoints, where several runs lie in one directory.
@@ -112,10 +113,17 @@ def inspect_source(source: Path | str, selection: Selection, *, max_disk: int | 
             f"--revisions are those of a repository on the Hub; {source} is none.",
             hint="For example: ckavg inspect hf://owner/name --revisions 'step*'",
         )
+    for named, elsewhere in ((source, address), (selection.init, base)):
+        meant = did_you_mean(str(named or ""))
+        if meant and elsewhere is None and not Path(str(named)).exists():
+            raise NoCheckpointsError(f"{named} does not exist.", hint=meant)
     limit = None if max_disk is None else parse_size(max_disk)
+    bring_back_all((Path(source) if address is None else Path()) / "averaged")
     if address is None and base is None:
         if limit is not None:
             raise SettingError("--max-disk bounds what is fetched; all of this is here.", hint="Leave it out.")
+        for place in (Path(source), *([selection.init] if selection.init else [])):
+            bring_back(place)
         return inspect_run(Path(source), selection)
     from ckavg.remote.mirror import Mirror
 

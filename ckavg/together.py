@@ -13,8 +13,9 @@ from ckavg.engine.ranks import Ranks
 from ckavg.journal import Journal
 from ckavg.plan import Plan
 from ckavg.result.digests import sha256_of
+from ckavg.result.ours import JOURNAL
 from ckavg.result.shard_files import ShardFiles, write_own_hashes
-from ckavg.result.staging import JOURNAL, Staging
+from ckavg.result.staging import Staging
 from ckavg.run.values import Run
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def staged(plans: Sequence[Plan], ranks: Ranks, stack: ExitStack) -> list[Stagin
         OutputError: another job is writing the same result, or one process does not see what the first has made.
         WriteError: the system would not let us write.
     """
-    stagings = [Staging(plan.out, force=plan.force) for plan in plans]
+    stagings = [Staging(plan.out, force=plan.force, files=plan.files) for plan in plans]
     if ranks.is_first:
         for staging in stagings:
             stack.enter_context(staging)

@@ -13,28 +13,33 @@ MOST_SMALL_BYTES = 100_000_000
 """What is read whole into memory is no larger than this."""
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
     """Open a plain file for reading. A pipe, a device or a directory is an error instead of a wait without end.
+
+    Args:
+        path: its name.
+        follow: whether that may be a link.
 
     Raises:
         OSError: it is none, or the system would not let us.
         ValueError: no file can have this name.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # nobody need write to a pipe for it to open
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # nobody need write to a pipe for it to open
+    handle = os.open(path, flags if follow else flags | os.O_NOFOLLOW)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(errno.EINVAL, "not a plain file", str(path))
     return os.fdopen(handle, "rb")
 
 
-def read_small(path: Path, most: int = MOST_SMALL_BYTES) -> bytes:
-    """The bytes of a plain file of at most `most` bytes.
+def read_small(path: Path, most: int = MOST_SMALL_BYTES, *, follow: bool = True) -> bytes:
+    """The bytes of a plain file of at most `most` bytes; `follow` as of `open_regular`.
 
     Raises:
         OSError: it is none, is larger, or the system would not let us read it.
         ValueError: no file can have this name.
     """
-    with open_regular(path) as file:
+    with open_regular(path, follow=follow) as file:
         if os.fstat(file.fileno()).st_size > most:
             raise OSError(errno.EFBIG, f"larger than {most:,} bytes", str(path))
         return file.read()

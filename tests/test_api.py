@@ -26,9 +26,10 @@ STAGES = {
 }
 """Which stages each stage may import: the values passed to it, and the engine that the passes run on."""
 
-ALWAYS = {"atomic", "cache", "errors", "journal", "untrusted", "version"}
+ALWAYS = {"atomic", "cache", "errors", "journal", "redaction", "untrusted", "version"}
 VALUES_OF_RUN = {
-    f"ckavg.run.{name}" for name in ("values", "checkpoint", "layouts", "files", "contents", "foreign", "stamps")
+    f"ckavg.run.{name}"
+    for name in ("values", "checkpoint", "layouts", "files", "contents", "foreign", "metadata", "stamps", "statistics")
 }
 
 

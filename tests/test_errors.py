@@ -168,7 +168,8 @@ def test_raised(kind: type[errors.CkavgError], tmp_path: Path, monkeypatch: pyte
 
 def test_there_are_no_others() -> None:
     def below(kind: type[errors.CkavgError]) -> set[type[errors.CkavgError]]:
-        return {kind}.union(*(below(each) for each in kind.__subclasses__()))
+        ours = [each for each in kind.__subclasses__() if each.__module__ == errors.__name__]  # tests have some, too
+        return {kind}.union(*(below(each) for each in ours))
 
     roots = {errors.CkavgError, errors.RunError, errors.CheckpointError}
     assert below(errors.CkavgError) == roots | CASES.keys()

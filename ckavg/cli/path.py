@@ -47,9 +47,11 @@ def path(options: MeasuringPath) -> None:
         check_plot(options, run)
         if options.csv is not None:
             check_file(options.csv, run)
+        plan = plan_path(run, exclude=options.path_exclude or (), sample=options.sample)
         warnings = run.warnings + advice.about_anchor(run.steps[0], run.tensors, with_init=run.anchor_is_init)
+        warnings += plan.recalled.warnings
         warn_of(warnings)
-        fetching = fetching_of_path(run, plan_path(run, exclude=options.path_exclude or (), sample=options.sample))
+        fetching = fetching_of_path(run, plan)
         tell_fetching(fetching, quiet=options.quiet or not ranks.is_first)
         begun = time.perf_counter()
         with show_progress(

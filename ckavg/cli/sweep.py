@@ -24,6 +24,7 @@ from ckavg.hub.destination import Destination
 from ckavg.hub.publish import continued
 from ckavg.plan import Plan, checked
 from ckavg.report.text import printable
+from ckavg.result.place import place_in
 from ckavg.result.record import Averaged
 from ckavg.schemes import SCHEMES, Scheme
 from ckavg.schemes.parse import is_scheme, parse_schemes
@@ -79,8 +80,8 @@ def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -
             hint="Sweep each burn-in by itself.",
         )
     found = inspect_source(options.source, options.selection(origins.pop()), max_disk=options.max_disk)
-    base = options.out if options.out is not None else found.home / "averaged"
-    places = [base / scheme.label for scheme in schemes]
+    base = options.out if options.out is not None else place_in(found.home, "averaged")
+    places = [place_in(base, scheme.label) for scheme in schemes]
     run = checked(found, places, force=options.force)
     check_plot(options, run)
     plans = plans_of(run, list(zip(schemes, places, strict=True)), options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,9 @@ import typer
 from ckavg.cli.failures import FAILED, failures
 from ckavg.cli.options import Json, Quiet, Verbose
 from ckavg.cli.progress import show_progress
+from ckavg.cli.terminal import say
 from ckavg.errors import SettingError
+from ckavg.report.text import printable
 from ckavg.verify.verify import ELEMENTS, verify_result
 
 
@@ -31,6 +34,9 @@ def verify(
         Path | None,
         typer.Option(metavar="PATH", help="The anchor θ_0, if it was moved.", show_default="where it was"),
     ] = None,
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Ask the Hub or the store that the record names for the checkpoints.")
+    ] = False,
     elements: Annotated[int, typer.Option(metavar="N", min=1, help="How many elements --replay draws.")] = ELEMENTS,
     seed: Annotated[
         int | None,
@@ -47,11 +53,17 @@ def verify(
     from ckavg.report import verify as report
 
     with failures(verbose=verbose):
-        if not (replay or sources) and (source is not None or init is not None):
+        if not (replay or sources) and (source is not None or init is not None or fetch):
             raise SettingError(
-                "verify: --source and --init say where the checkpoints are, but none are read.",
+                "verify: --source, --init and --fetch say where the checkpoints are, but none are read.",
                 hint="Add --replay or --sources.",
             )
+
+        def tell(places: Sequence[str]) -> None:
+            if fetch or not quiet:
+                for place in places:
+                    say(printable(f"reading {place}"))
+
         with show_progress(1, quiet=quiet) as on_progress:
             verified = verify_result(
                 result,
@@ -59,9 +71,11 @@ def verify(
                 sources=sources,
                 source=source,
                 init=init,
+                fetch=fetch,
                 elements=elements,
                 seed=seed,
                 on_progress=on_progress,
+                on_places=tell,
             )
         report.print_verified(verified, as_json=as_json, quiet=quiet)
         if verified.problems:

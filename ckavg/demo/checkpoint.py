@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from ckavg.demo.model import Llama, LlamaShape, empty_llama
 
-__all__ = ["RUN_NAME", "is_of_demo", "load_model", "write_checkpoint"]
+__all__ = ["RUN_NAME", "holds_only_of_demo", "is_of_demo", "load_model", "write_checkpoint"]
 
 RUN_NAME = "ckavg demo"
+
+_FILES = {"model.safetensors", "config.json", "generation_config.json", "trainer_state.json"}
 
 
 def write_checkpoint(run: Path, step: int, model: Llama, trainer_state: dict[str, object]) -> Path:
@@ -68,6 +70,13 @@ def load_model(directory: Path) -> Llama:
     except RuntimeError as error:
         raise ValueError(f"{weights_file} does not hold the tensors that {config_file} describes: {error}") from error
     return model
+
+
+def holds_only_of_demo(checkpoint: Path) -> bool:
+    """Whether a real directory holds no other files than those that the demo writes."""
+    return (
+        not checkpoint.is_symlink() and checkpoint.is_dir() and {path.name for path in checkpoint.iterdir()} <= _FILES
+    )
 
 
 def is_of_demo(checkpoint: Path) -> bool:

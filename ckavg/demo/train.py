@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ckavg.demo.checkpoint import is_of_demo, write_checkpoint
+from ckavg.demo.checkpoint import holds_only_of_demo, is_of_demo, write_checkpoint
 from ckavg.demo.corpus import load_corpus
 from ckavg.demo.model import LlamaShape, initialised_llama
 from ckavg.demo.optimise import optimised, random_windows
@@ -122,13 +122,13 @@ def remove_earlier(directory: Path) -> None:
     Anybody's real run is not the demo's to remove: its checkpoints do not say that the demo made them.
 
     Raises:
-        FileExistsError: a checkpoint there was not made by `train`.
+        FileExistsError: a checkpoint there was not made by `train`, or not all that is in it.
     """
-    earlier = sorted(directory.glob("checkpoint-*"))
-    for path in earlier:
-        if not is_of_demo(path):
+    complete, unfinished = sorted(directory.glob("checkpoint-*")), sorted(directory.glob(".tmp-checkpoint-*"))
+    for path in (*complete, *unfinished):
+        if not holds_only_of_demo(path) or (path in complete and not is_of_demo(path)):
             raise FileExistsError(f"{path} was not made by the demo, and is not removed. Name another directory.")
-    for path in [*earlier, *directory.glob(".tmp-checkpoint-*")]:
+    for path in (*complete, *unfinished):
         shutil.rmtree(path)
 
 

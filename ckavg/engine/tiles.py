@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ckavg.engine.blocks import Block
+from ckavg.engine.blocks import CHUNK, Block
 from ckavg.engine.checksums import BlockSums
 from ckavg.engine.cuda import CudaStreams, Uploader
 from ckavg.engine.files import Files
@@ -137,8 +137,8 @@ class TileReader:
         on_miss, self._on_miss = self._on_miss, lambda: None
         on_miss()
 
-    def first_element(self, name: str) -> float:
-        """The first element of a tensor in the first checkpoint; read once for as long as the tensor is the same.
+    def first_finite(self, name: str) -> float:
+        """The first finite element of a tensor in the first checkpoint, or 0; read once while the tensor is the same.
 
         It is not counted in `bytes_read`: how many threads need it for the same tensor is chance.
 
@@ -146,27 +146,51 @@ class TileReader:
             TruncatedShardError, ReadError: the bytes are not there.
         """
         if self._first is None or self._first[0] != name:
-            first = torch.empty(1, dtype=torch.float64)
-            before = self._files.bytes_read
-            self.load(0, name, 0, first)
+            before, numel = self._files.bytes_read, self._checkpoints[0].entries[name].numel
+            found, start, stop = torch.empty(0), 0, 1
+            while not len(found) and start < numel:
+                values = torch.empty(stop - start, dtype=torch.float64)
+                self.load(0, name, start, values)
+                found = values[torch.isfinite(values)]
+                start, stop = stop, min(stop - stop % CHUNK + CHUNK, numel)
             self._peeked += self._files.bytes_read - before
-            self._first = name, float(first)
+            self._first = name, float(found[0]) if len(found) else 0.0
         return self._first[1]
+
+    def same_infinities(self, name: str, start: int, stop: int, *, since: int = 0) -> Tensor:
+        """Elements `start` to `stop` of a tensor that are the same infinity in all checkpoints: (n,) float64, else 0.
+
+        Args:
+            name, start, stop: which elements.
+            since: index of the first checkpoint that counts.
+        """
+        values, same = (torch.empty(stop - start, dtype=torch.float64) for _ in range(2))
+        self.load(since, name, start, same)
+        same.masked_fill_(~torch.isinf(same), 0.0)
+        for index in range(since + 1, len(self._checkpoints)):
+            if not bool(same.any()):
+                break
+            self.load(index, name, start, values)
+            same.masked_fill_(values != same, 0.0)
+        return same
 
     def refuse_nonfinite(self, name: str, start: int, stop: int) -> None:
         """Raise if elements `start` to `stop` of a floating tensor are NaN or infinite in any checkpoint.
 
+        The same infinity in all checkpoints is no reason: masks hold such.
+
         Raises:
             NonFiniteError: it names the tensor and the first such step.
         """
+        same = self.same_infinities(name, start, stop)
         values = torch.empty(stop - start, dtype=torch.float64)
         for index, checkpoint in enumerate(self._checkpoints):
             self.load(index, name, start, values)
-            finite = torch.isfinite(values)
-            if not bool(finite.all()):
+            wrong = ~torch.isfinite(values) & (same == 0)
+            if bool(wrong.any()):
                 raise NonFiniteError(
                     f"step {checkpoint.step}: tensor {name!r} holds NaN or infinity "
-                    f"({int((~finite).sum())} of elements {start} to {stop}) in {checkpoint.path}.",
+                    f"({int(wrong.sum())} of elements {start} to {stop}) in {checkpoint.path}.",
                     hint="The run diverged or the file is damaged. "
                     f"Stop before it with --to-step {checkpoint.step - 1}.",
                 )

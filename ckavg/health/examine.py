@@ -12,8 +12,9 @@ from ckavg.engine.progress import OnProgress
 from ckavg.health.findings import find
 from ckavg.health.reading import read_all
 from ckavg.health.values import Health, TensorStatistics
-from ckavg.path.table import counts
+from ckavg.path.table import fsum
 from ckavg.run.stamps import check_unchanged
+from ckavg.run.statistics import running_statistics
 from ckavg.run.values import Checkpoint
 
 
@@ -55,8 +56,9 @@ def examine(
 def _path_between(tensors: Sequence[TensorStatistics], pair: tuple[int, int]) -> float | None:
     """What the path length grows by: (1/N) Σ_p ‖θ_k,p − θ_{k−1},p‖₁ / σ_p, over the tensors that both hold."""
     parts, counted = [], 0
+    left_out = running_statistics(tensor.name for tensor in tensors)
     for tensor in tensors:
-        if not (counts(tensor.name, ()) and tensor.held[0] == 0 and {*pair} <= {*tensor.held}):
+        if tensor.name in left_out or tensor.held[0] != 0 or not {*pair} <= {*tensor.held}:
             continue
         place = tensor.held.index(pair[1])
         around = slice(place - 1, place + 1)
@@ -65,7 +67,7 @@ def _path_between(tensors: Sequence[TensorStatistics], pair: tuple[int, int]) ->
         if math.isfinite(tensor.sigma) and tensor.sigma > 0:
             parts.append(tensor.distance[place] / tensor.sigma)
             counted += tensor.numel
-    length = math.fsum(parts) / counted if counted else math.inf
+    length = fsum(parts) / counted if counted else math.inf
     return length if math.isfinite(length) else None
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ckavg.engine.tiles import TORCH_DTYPES
 from ckavg.health.plan import PIECE, Tensor
 from ckavg.health.values import TensorStatistics
+from ckavg.path.measure import is_extreme, scaled
 
 NAN, INFINITE, LARGEST, DISTANCE, REST, CHANGE, SPIKE, DIP, ACROSS = range(9)
 _LARGEST_OF_ALL = [LARGEST, CHANGE, SPIKE, DIP]
@@ -38,18 +39,48 @@ _DOMINATES = 0.5
 
 
 @dataclass(frozen=True, slots=True)
+class Moments:
+    """Of the numbers that are no infinities: how many, their mean, and the sum of their squared deviations from that.
+
+    The latter two are in units of 2^exponent, which is 1 but for extreme numbers.
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+    exponent: int = 0
+
+    def __add__(self, other: Moments) -> Moments:
+        """Those of both together, in the larger unit."""
+        if not self.count or not other.count:
+            return self if self.count else other
+        unit = max(self.exponent, other.exponent)
+        (mean, squares), (its_mean, its_squares) = self._in_unit(unit), other._in_unit(unit)
+        apart, total = its_mean - mean, self.count + other.count
+        squares += its_squares + apart * apart * (self.count * other.count / total)
+        return Moments(total, mean + apart * (other.count / total), squares, unit)
+
+    def _in_unit(self, exponent: int) -> tuple[float, float]:
+        down = self.exponent - exponent
+        return math.ldexp(self.mean, down), math.ldexp(self.squares, 2 * down)
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation, ddof = 1; 0 for a single number."""
+        return scaled(math.sqrt(self.squares / (self.count - 1)), self.exponent) if self.count > 1 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """What was measured of a piece.
 
     Attributes:
         rows: (9, checkpoints) float64, the rows as numbered above.
-        mean: of the piece in the first checkpoint.
-        squares: the sum of its squared deviations from that.
+        moments: of the piece in the first checkpoint.
     """
 
     rows: NDArray[np.float64]
-    mean: float
-    squares: float
+    moments: Moments
 
 
 Load = Callable[[int], torch.Tensor]
@@ -74,8 +105,9 @@ class PieceStatistics:
         x, d, spare = self._workspace(tensor, size)
         last = len(tensor.held) - 1
         rows = np.zeros((9, last + 1))
-        moments = 0.0, 0.0
+        moments = Moments()
         finite: list[bool] = []
+        masked: torch.Tensor | None = None
         tiny: list[int | None] = []
         for place in range(last + 1):
             now, before, earlier = x[place % 3], x[(place - 1) % 3], x[(place - 2) % 3]
@@ -84,8 +116,11 @@ class PieceStatistics:
             tiny.append(self._look_at(stored, now, rows[:, place]))
             finite.append(not rows[NAN, place] and not rows[INFINITE, place])
             if place == 0:
-                moments = _moments(now)
+                masked = torch.isinf(now) if rows[INFINITE, 0] else None
+                moments = _moments(now, masked)
                 continue
+            if masked is not None:
+                masked &= now == before
             careful = not (finite[place] and finite[place - 1])
             total, rest, change = _compare(now, before, d[place % 2], careful=careful)
             rows[[DISTANCE, REST, CHANGE, SPIKE], place] = total, rest, change, change
@@ -96,9 +131,11 @@ class PieceStatistics:
             careful = not all(finite[place - 2 :])
             rows[ACROSS, place - 1] = _distance(now, earlier, spare, careful=careful)
             rows[SPIKE, place - 1] = _spike(d[0], d[1], spare, careful=careful)
+        if masked is not None:
+            rows[INFINITE] -= int(masked.sum())
         if last:
             rows[DIP, last] = _dip(tiny[last], x[last % 3], (x[(last - 1) % 3],))
-        return Measured(rows, *moments)
+        return Measured(rows, moments)
 
     def _look_at(self, stored: torch.Tensor, values: torch.Tensor, column: NDArray[np.float64]) -> int | None:
         """Note the largest absolute value and count what is not finite; the place of a tiny value, if there is one."""
@@ -137,18 +174,15 @@ class Gathered:
         self._tensor = tensor
         self._rows = np.zeros((9, len(tensor.held)))
         self._count = 0
-        self._mean = 0.0
-        self._squares = 0.0
+        self._moments = Moments()
 
     def add(self, size: int, piece: Measured) -> None:
         """Take the next piece."""
         rows = piece.rows
         self._rows[_SUMS] += rows[_SUMS]
         self._rows[_LARGEST_OF_ALL] = np.maximum(self._rows[_LARGEST_OF_ALL], rows[_LARGEST_OF_ALL])
-        apart, total = piece.mean - self._mean, self._count + size
-        self._squares += piece.squares + apart * apart * (self._count * size / total)
-        self._mean += apart * (size / total)
-        self._count = total
+        self._moments += piece.moments
+        self._count += size
 
     def result(self) -> TensorStatistics:
         """The statistics of the whole tensor."""
@@ -158,8 +192,8 @@ class Gathered:
             numel=self._count,
             precision=max(torch.finfo(TORCH_DTYPES[entry.dtype]).eps for entry in self._tensor.entries),
             held=self._tensor.held,
-            mean=self._mean,
-            sigma=math.sqrt(self._squares / (self._count - 1)) if self._count > 1 else 0.0,
+            mean=scaled(self._moments.mean, self._moments.exponent),
+            sigma=self._moments.sigma,
             nan=tuple(map(int, rows[NAN])),
             infinite=tuple(map(int, rows[INFINITE])),
             largest=rows[LARGEST],
@@ -228,9 +262,17 @@ def _distance(after: torch.Tensor, before: torch.Tensor, out: torch.Tensor, *, c
     return total
 
 
-def _moments(values: torch.Tensor) -> tuple[float, float]:
-    """Mean and sum of squared deviations, about the first element: exactly 0 where all are equal."""
-    first = float(values[0])
-    shifted = values.to(torch.float64, copy=True).sub_(first)
+def _moments(values: torch.Tensor, masked: torch.Tensor | None) -> Moments:
+    """Those about the first element: exactly no deviation where all are equal. Without what is masked."""
+    values = values if masked is None else values[~masked]
+    if not len(values):
+        return Moments()
+    wide = values.to(torch.float64, copy=True)
+    exponent = 0
+    if values.dtype == torch.float64 and is_extreme(largest := wide.abs().amax()):
+        exponent = math.frexp(float(largest))[1]
+        wide = wide * 2.0 ** (-exponent // 2) * 2.0 ** (-exponent - -exponent // 2)
+    first = float(wide[0])
+    shifted = wide.sub_(first)
     mean = float(shifted.mean())
-    return first + mean, float(shifted.sub_(mean).square_().sum())
+    return Moments(len(values), first + mean, float(shifted.sub_(mean).square_().sum()), exponent)

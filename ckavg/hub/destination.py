@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 
 from ckavg.errors import SettingError
+from ckavg.hub.links import as_repository
+from ckavg.redaction import shown_address
 
 MAIN = "main"
 _MOST_OF_A_NAME = 96
@@ -39,10 +41,12 @@ class Destination:
 
     def __post_init__(self) -> None:
         if not _REPO.fullmatch(self.repo) or _NO_REPO.search(self.repo) or len(self.repo) > _MOST_OF_A_NAME:
+            name, revision = as_repository(self.repo)
+            meant = f"{name} --revision {revision}" if revision else name
             raise SettingError(
-                f"{self.repo[: 2 * _MOST_OF_A_NAME]!r} is no name of a model repository: owner/name, of at most "
-                f"{_MOST_OF_A_NAME} letters, digits, '-', '_' and '.'.",
-                hint="Such as my-org/my-model-averaged.",
+                f"{shown_address(self.repo[: 2 * _MOST_OF_A_NAME])!r} is no name of a model repository: owner/name, of "
+                f"at most {_MOST_OF_A_NAME} letters, digits, '-', '_' and '.'.",
+                hint=f"Did you mean {meant}?" if meant else "Such as my-org/my-model-averaged.",
             )
         if self.revision is not None and _NO_BRANCH.search(self.revision):
             raise SettingError(f"{self.revision!r} is no name of a branch.", hint="Such as --revision pema-gamma0.15.")

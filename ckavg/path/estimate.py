@@ -11,6 +11,7 @@ The arithmetic is the CPU's whatever the device: it is little, and the pieces ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,8 +21,9 @@ from torch import Tensor
 from ckavg.engine.blocks import Strips
 from ckavg.engine.stream import Settings, by_tensor, stream
 from ckavg.engine.tiles import TileReader
+from ckavg.path.measure import is_extreme
 from ckavg.path.strips import Sampling, cut_strips, strips_of
-from ckavg.path.table import PathLength, TensorPath, ZeroSigma, to_measure
+from ckavg.path.table import PathLength, TensorPath, ZeroSigma, refuse_infinite, to_measure
 from ckavg.run.values import Run
 
 
@@ -32,12 +34,16 @@ class _Sums:
     Attributes:
         length: elements of each strip.
         distances: (strips, K).
-        shifted: (strips, 2).
+        shifted: (strips, 2), in units of 2^exponent.
+        exponent: 0 but for extreme spreads.
+        infinite: (strips,) how many infinities of θ_0 are not in them; None where there are none.
     """
 
     length: int
     distances: Tensor
     shifted: Tensor
+    exponent: int = 0
+    infinite: Tensor | None = None
 
 
 def estimate(
@@ -74,6 +80,8 @@ def estimate(
     streamed = stream("path", run.checkpoints, units, make_worker, settings)
     of_tensor = by_tensor(units, streamed.results)
     tensors = {name: _estimated(samples[name], of_tensor[name]) for name in entries}
+    if not allow_nonfinite:
+        refuse_infinite(tensors)
     return PathLength(run.steps, tensors, zero_sigma, streamed.bytes_read, fraction)
 
 
@@ -83,14 +91,20 @@ def _estimated(sampling: Sampling, parts: Sequence[_Sums]) -> TensorPath:
     lengths = torch.tensor([part.length for part in parts for _ in range(len(part.shifted))], dtype=torch.float64)
     is_whole = sampling.fraction == 1
     weights = lengths if is_whole else torch.tensor(sampling.weights, dtype=torch.float64)
-    sums = torch.cat([torch.cat([part.distances, part.shifted], dim=1) for part in parts])
+    unit = max((part.exponent for part in parts if part.shifted[:, 1].any()), default=0)
+    sums = torch.cat([torch.cat([part.distances, _in_unit(part, unit)], dim=1) for part in parts])
     sums[:, :-2] = sums[:, :-2].cumsum(dim=1)
     weighted = sums * (weights / lengths)[:, None]
-    path, sigma = _path_and_sigma(weighted.sum(dim=0), weights.sum(), numel)
+    finite = weights
+    if any(part.infinite is not None for part in parts):
+        none = torch.zeros(len(weights), dtype=torch.float64)
+        absent = torch.cat([none[: len(part.shifted)] if part.infinite is None else part.infinite for part in parts])
+        finite = weights - weights * (absent / lengths)
+    path, sigma = _path_and_sigma(weighted.sum(dim=0), weights.sum(), finite.sum(), numel, unit)
     if is_whole or sigma == 0:
         return _as_path(numel, path, sigma, torch.zeros_like(path))
-    left_out = weighted.sum(dim=0) - weighted, weights.sum() - weights
-    paths, sigmas = _path_and_sigma(*left_out, numel)
+    left_out = weighted.sum(dim=0) - weighted, weights.sum() - weights, finite.sum() - finite
+    paths, sigmas = _path_and_sigma(*left_out, numel, unit)
     lengths_without = paths / sigmas.clamp(min=sigma / 1000)[:, None]
     strips, mean = len(weights), lengths_without.mean(dim=0)
     spread = (lengths_without - mean).square().sum(dim=0)
@@ -105,17 +119,28 @@ def _as_path(numel: int, path: Tensor, sigma: Tensor, variances: Tensor) -> Tens
     return TensorPath(numel, float(sigma), tuple(distances.tolist()), tuple(variances.tolist()))
 
 
-def _path_and_sigma(weighted: Tensor, weight: Tensor, numel: int) -> tuple[Tensor, Tensor]:
+def _in_unit(part: _Sums, unit: int) -> Tensor:
+    """(strips, 2) `shifted` in units of 2^unit."""
+    if part.exponent == unit or not part.shifted[:, 1].any():
+        return part.shifted
+    down = 2.0 ** max(part.exponent - unit, -500)
+    return part.shifted * torch.tensor([down, down * down], dtype=torch.float64)
+
+
+def _path_and_sigma(weighted: Tensor, weight: Tensor, finite: Tensor, numel: int, unit: int) -> tuple[Tensor, Tensor]:
     """Means of the absolute differences up to each step, and σ with ddof = 1 over all elements.
 
     Args:
-        weighted: (…, K + 2) sums: the differences up to each step, then θ_0 and its square.
+        weighted: (…, K + 2) sums: the differences up to each step, then θ_0 and its square in units of 2^unit.
         weight: (…) how many elements the sums stand for.
+        finite: (…) the same of those of θ_0 and its square.
         numel: elements of the tensor.
+        unit: see there.
     """
-    means = weighted / weight[..., None]
-    variance = (means[..., -1] - means[..., -2].square()).clamp(min=0)
-    return means[..., :-2], (variance * numel / max(numel - 1, 1)).sqrt()
+    first, second = (weighted[..., place] / finite.clamp(min=1e-300) for place in (-2, -1))
+    variance = (second - first.square()).clamp(min=0)
+    sigma = (variance * numel / max(numel - 1, 1)).sqrt()
+    return weighted[..., :-2] / weight[..., None], sigma * 2.0 ** (unit // 2) * 2.0 ** (unit - unit // 2)
 
 
 class _Worker:
@@ -131,23 +156,34 @@ class _Worker:
         if not bool(torch.isfinite(sums.distances).all() and torch.isfinite(sums.shifted).all()):
             for start, stop in () if self._allow_nonfinite else unit.ranges:
                 self._reader.refuse_nonfinite(unit.name, start, stop)
-            return self._sum(unit, torch.float64)
+            return self._sum(unit, torch.float64, careful=True)
         return sums
 
-    def _sum(self, unit: Strips, dtype: torch.dtype) -> _Sums:
+    def _sum(self, unit: Strips, dtype: torch.dtype, *, careful: bool = False) -> _Sums:
         if self._run.is_wide(unit.name):
             dtype = torch.float64
         shape = len(unit.starts), unit.length
         before, after = (torch.empty(shape, dtype=dtype) for _ in range(2))
         self._load(0, unit, before)
-        shifted = before.double() - self._reader.first_element(unit.name)
+        shifted = before.double() - self._reader.first_finite(unit.name)
+        infinite, exponent = None, 0
+        if careful:
+            shifted.masked_fill_(torch.isinf(before), 0.0)
+            infinite = torch.isinf(before).sum(dim=1).double()
+        if dtype == torch.float64 and is_extreme(largest := shifted.abs().amax()):
+            exponent = math.frexp(float(largest))[1]
+            shifted = shifted * 2.0 ** (-exponent // 2) * 2.0 ** (-exponent - -exponent // 2)
         moments = torch.stack([shifted.sum(dim=1), shifted.square().sum(dim=1)], dim=1)
         distances = []
         for index in range(1, len(self._run.checkpoints)):
             self._load(index, unit, after)
-            distances.append(before.sub_(after).abs_().sum(dim=1, dtype=torch.float64))
+            same = torch.isinf(after) & (after == before) if careful else None
+            before.sub_(after).abs_()
+            if same is not None:
+                before.masked_fill_(same, 0.0)
+            distances.append(before.sum(dim=1, dtype=torch.float64))
             before, after = after, before
-        return _Sums(unit.length, torch.stack(distances, dim=1), moments)
+        return _Sums(unit.length, torch.stack(distances, dim=1), moments, exponent, infinite)
 
     def _load(self, index: int, unit: Strips, out: Tensor) -> None:
         self._reader.gather(index, unit.name, unit.starts, out)

@@ -7,6 +7,7 @@ tile size and the number of threads: 16 absolute differences in float32, then ev
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,33 +21,42 @@ from ckavg.engine.tiles import TORCH_DTYPES, TileReader
 from ckavg.path.fused import DTYPES as KERNEL_DTYPES
 from ckavg.path.fused import Distances, load_kernel
 from ckavg.path.known import Known, Measured, ToMeasure
-from ckavg.path.table import PathLength, ZeroSigma, to_measure
+from ckavg.path.table import PathLength, ZeroSigma, fsum, refuse_infinite, to_measure
 from ckavg.path.unfinished import Unfinished
 from ckavg.run.values import Entry, Run
 
 _LANES = 1024
 _SUMMED_IN_WORK_DTYPE = CHUNK // _LANES
+EXTREME = 400
+"""Exponents beyond which, either way, squares of float64 numbers are formed in another unit."""
+
+_LARGE = 2.0**1000
 _ROWS = 16
 """Steps whose lanes are kept until they are summed: 1 MiB each in a tile of a whole block."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Partial:
-    """Of one block: the L1 distances that were measured, and the moments of θ_0 about the tensor's first element."""
+    """Of one block: the L1 distances that were measured, and the moments of θ_0 about the tensor's first element.
+
+    The moments are in units of 2^exponent, which is 1 but for extreme spreads. Infinities of θ_0 are not in them.
+    """
 
     distances: tuple[float, ...]
     shifted_sum: float
     shifted_squares: float
+    exponent: int = 0
+    infinite: int = 0
 
     def to_json(self) -> list[float]:
         """The numbers in a row."""
-        return [*self.distances, self.shifted_sum, self.shifted_squares]
+        return [*self.distances, self.shifted_sum, self.shifted_squares, self.exponent, self.infinite]
 
     @classmethod
     def from_json(cls, numbers: list[float]) -> _Partial:
         """The same from such a row."""
-        *distances, shifted_sum, shifted_squares = numbers
-        return cls(tuple(distances), shifted_sum, shifted_squares)
+        *distances, shifted_sum, shifted_squares, exponent, infinite = numbers
+        return cls(tuple(distances), shifted_sum, shifted_squares, int(exponent), int(infinite))
 
 
 def measure(
@@ -93,13 +103,17 @@ def measure(
         kernel is not None,
         allow_nonfinite,
         torch.device(settings.device).type,
+        _Partial.__slots__,
     )
     ledger = unfinished.ledger(asked, _Partial.to_json, _Partial.from_json) if unfinished else None
     read = [run.checkpoints[index] for index in work.to_read]
     streamed = stream("path", read, blocks, make_worker, settings, ledger)
     measured = _merged(entries, blocks, streamed.results, work)
     how: Literal["torch", "numba"] = "torch" if kernel is None else "numba"
-    return PathLength(run.steps, work.completed(entries, measured), zero_sigma, streamed.bytes_read, kernel=how)
+    tensors = work.completed(entries, measured)
+    if not allow_nonfinite:
+        refuse_infinite(tensors)
+    return PathLength(run.steps, tensors, zero_sigma, streamed.bytes_read, kernel=how)
 
 
 def _kernel(run: Run, work: ToMeasure, settings: Settings) -> Distances | None:
@@ -117,7 +131,7 @@ def _merged(
     return {
         name: Measured(
             _sigma(entries[name].numel, parts),
-            {step: math.fsum(part.distances[place] for part in parts) for place, step in enumerate(work.steps)},
+            {step: fsum(part.distances[place] for part in parts) for place, step in enumerate(work.steps)},
         )
         for name, parts in by_tensor(blocks, partials).items()
     }
@@ -129,13 +143,20 @@ def _sigma(numel: int, partials: Sequence[_Partial]) -> float:
     About an element rather than 0, so that a tensor of equal values gives exactly 0; and since no element is further
     than √n standard deviations from the mean, little is lost to cancellation whichever element it is.
     """
+    numel -= sum(part.infinite for part in partials)
     if numel < 2:
         return 0.0
     if not all(math.isfinite(part.shifted_squares) for part in partials):
         return math.nan
-    total = math.fsum(part.shifted_sum for part in partials)
-    squares = math.fsum(part.shifted_squares for part in partials)
-    return math.sqrt(max(0.0, squares - total * total / numel) / (numel - 1))
+    unit = max((part.exponent for part in partials if part.shifted_squares), default=0)
+    total = math.fsum(math.ldexp(part.shifted_sum, part.exponent - unit) for part in partials)
+    squares = math.fsum(math.ldexp(part.shifted_squares, 2 * (part.exponent - unit)) for part in partials)
+    return scaled(math.sqrt(max(0.0, squares - total * total / numel) / (numel - 1)), unit)
+
+
+def scaled(value: float, exponent: int) -> float:
+    """The value times 2^exponent, infinite where that is too large."""
+    return math.ldexp(value, exponent) if math.frexp(value)[1] + exponent <= sys.float_info.max_exp else math.inf
 
 
 class _Worker:
@@ -166,13 +187,20 @@ class _Worker:
     def __call__(self, block: Block) -> _Partial:
         dtype, kernel = self._way(block.name)
         chunks = -(-(block.stop - block.start) // CHUNK)
-        sums = torch.zeros(len(self._work.steps) + 2, chunks, dtype=torch.float64)
+        sums = torch.zeros(len(self._work.steps) + 4, chunks, dtype=torch.float64)
         for start, stop in block.tiles(self._tile):
             first = (start - block.start) // CHUNK
             of_tile = self._measure_tile(block.name, start, stop, dtype, kernel)
             sums[:, first : first + of_tile.shape[1]] = of_tile
-        *distances, total, squares = sums.sum(dim=1).tolist()
-        return _Partial(tuple(distances), total, squares)
+        *distances, total, squares = sums[:-2].sum(dim=1).tolist()
+        exponents, infinite = sums[-2:]
+        exponent = 0.0
+        if bool(exponents.any()):
+            used = sums[-3] != 0
+            exponent = float(exponents[used].max()) if bool(used.any()) else 0.0
+            lower = torch.where(used, exponents - exponent, 0.0)
+            total, squares = float((sums[-4] * lower.exp2()).sum()), float((sums[-3] * (2 * lower).exp2()).sum())
+        return _Partial(tuple(distances), total, squares, int(exponent), int(infinite.sum()))
 
     def _way(self, name: str) -> tuple[torch.dtype, Distances | None]:
         """The dtype in which a tensor's tiles are loaded, and the compiled kernel where it takes them as stored."""
@@ -184,15 +212,27 @@ class _Worker:
         return torch.float32, None
 
     def _measure_tile(self, name: str, start: int, stop: int, dtype: torch.dtype, kernel: Distances | None) -> Tensor:
-        """(steps + 2, chunks) float64: each distance, then Σ and Σ² of θ_0 less its first element; by chunk."""
+        """(steps + 4, chunks) float64: each distance, then Σ and Σ² of θ_0 less its first element, in a unit of which
+        the exponent comes next, and how many infinities are not in them; by chunk.
+        """
         sums = self._sum_tile(name, start, stop, dtype, kernel)
         if bool(torch.isfinite(sums).all()):
             return sums
         if not self._allow_nonfinite:
             self._reader.refuse_nonfinite(name, start, stop)
-        return self._sum_tile(name, start, stop, torch.float64, None)  # finite weights whose float32 sum overflowed
+        # Finite weights whose float32 sum overflowed, or the same infinities in all checkpoints.
+        return self._sum_tile(name, start, stop, torch.float64, None, careful=True)
 
-    def _sum_tile(self, name: str, start: int, stop: int, dtype: torch.dtype, kernel: Distances | None) -> Tensor:
+    def _sum_tile(
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        dtype: torch.dtype,
+        kernel: Distances | None,
+        *,
+        careful: bool = False,
+    ) -> Tensor:
         before, after = self._workspace(dtype)
         size = stop - start
         chunks = -(-size // CHUNK)
@@ -200,9 +240,11 @@ class _Worker:
         if size < padded:
             before[size:padded].zero_()
             after[size:padded].zero_()
-        moments = torch.zeros(2, chunks, dtype=torch.float64, device=self._device)
+        moments = torch.zeros(4, chunks, dtype=torch.float64, device=self._device)
         sums = (
-            self._plain_sums(dtype, chunks) if kernel is None else _CompiledSums(kernel, len(self._work.steps), chunks)
+            self._plain_sums(dtype, chunks, careful=careful)
+            if kernel is None
+            else _CompiledSums(kernel, len(self._work.steps), chunks)
         )
         loaded = None
         if self._work.anchor:
@@ -222,10 +264,29 @@ class _Worker:
 
     def _moments(self, name: str, anchor: Tensor, size: int, padded: int) -> Tensor:
         shifted = anchor[:padded].to(torch.float64, copy=True)
-        shifted[:size] -= self._reader.first_element(name)
+        shifted[:size] -= self._reader.first_finite(name)
+        exponents, infinite = shifted.new_zeros(2, padded // CHUNK)
+        if anchor.dtype == torch.float64 and is_extreme(_largest(_in_lanes(shifted))):
+            shifted, exponents, infinite = self._scaled_shift(name, anchor[:padded], size)
         total = _sum(_sum(_in_lanes(shifted), dim=1), dim=1)
         squares = _sum(_sum(_in_lanes(shifted.square_()), dim=1), dim=1)
-        return torch.stack([total, squares])
+        return torch.stack([total, squares, exponents, infinite])
+
+    def _scaled_shift(self, name: str, anchor: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """θ_0 less its first element in a unit for each chunk, its exponent, and how many infinities are left out."""
+        first = self._reader.first_finite(name)
+        infinite = torch.isinf(anchor)
+        values = anchor.masked_fill(infinite, first)
+        values[size:] = first
+        lanes = _in_lanes(values)
+        large = 2.0 * (_largest(lanes).clamp(min=abs(first)) > _LARGE).double()  # no difference may overflow
+        unit = torch.exp2(-large)[:, None, None]
+        shifted = lanes * unit - first * unit
+        exponents = torch.frexp(_largest(shifted)).exponent.double()
+        exponents = torch.where(exponents.abs() > EXTREME, exponents, 0.0)
+        for part in (exponents / 2).floor(), (exponents / 2).ceil():
+            shifted = shifted * torch.exp2(-part)[:, None, None]
+        return shifted.view(-1), exponents + large, _in_lanes(infinite).sum(dim=(1, 2)).double()
 
     def _workspace(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if dtype not in self._buffers:
@@ -233,12 +294,12 @@ class _Worker:
             self._buffers[dtype] = before, after
         return self._buffers[dtype]
 
-    def _plain_sums(self, dtype: torch.dtype, chunks: int) -> _PlainSums:
+    def _plain_sums(self, dtype: torch.dtype, chunks: int, *, careful: bool) -> _PlainSums:
         if dtype not in self._lanes:
             rows = min(len(self._work.steps), _ROWS)
             shape = rows, self._tile // CHUNK, _LANES
             self._lanes[dtype] = torch.empty(shape, dtype=dtype, device=self._device)
-        return _PlainSums(self._lanes[dtype][:, :chunks])
+        return _PlainSums(self._lanes[dtype][:, :chunks], careful=careful)
 
 
 class _PlainSums:
@@ -246,16 +307,21 @@ class _PlainSums:
 
     Args:
         lanes: (steps kept at once, chunks, lanes) memory to compute in.
+        careful: whether there may be infinities; what is the same one on both sides has not moved.
     """
 
-    def __init__(self, lanes: Tensor) -> None:
+    def __init__(self, lanes: Tensor, *, careful: bool) -> None:
         self._lanes = lanes
+        self._careful = careful
         self._filled = 0
         self._rows: list[Tensor] = []
 
     def add(self, before: Tensor, after: Tensor) -> None:
         """Take the next step; `before` is used up."""
+        same = torch.isinf(after) & (after == before) if self._careful else None
         torch.sub(after, before, out=before).abs_()
+        if same is not None:
+            before.masked_fill_(same, 0.0)
         _sum(_in_lanes(before), dim=1, out=self._lanes[self._filled])
         self._filled += 1
         if self._filled == len(self._lanes):
@@ -288,6 +354,17 @@ class _CompiledSums:
     def rows(self) -> list[Tensor]:
         """(steps, chunks) float64, in one piece."""
         return [self._sums]
+
+
+def is_extreme(largest: Tensor) -> bool:
+    """Whether squares of values may be too large or too small for float64, by the largest absolute values of each."""
+    regular = (largest == 0) | ((largest > 2.0**-EXTREME) & (largest < 2.0**EXTREME))
+    return not bool(regular.all())
+
+
+def _largest(lanes: Tensor) -> Tensor:
+    """(chunks,) the largest absolute value of each chunk; NaN where it holds any."""
+    return lanes.abs().amax(dim=(1, 2))
 
 
 def _in_lanes(values: Tensor) -> Tensor:

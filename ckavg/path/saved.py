@@ -21,11 +21,12 @@ from ckavg.path.known import Known
 from ckavg.path.table import PathLength
 from ckavg.run.stamps import Stamps, stamps_of
 from ckavg.run.values import Run
-from ckavg.untrusted import read_small
+from ckavg.untrusted import parse_json, read_small
 
 NAME = "path.json"
 
-_FORMAT = 1
+_FORMAT = 2
+_CHECKSUM = "sha256"
 _MOST_BYTES = 1 << 28
 
 
@@ -36,22 +37,25 @@ class Recalled:
     Attributes:
         known: what need not be measured.
         stamps: of the checkpoints as they are now.
+        warnings: of tables that are not as they were written.
     """
 
     known: Known
     stamps: Stamps
+    warnings: tuple[str, ...]
 
 
 def recall(run: Run) -> Recalled:
-    """What was measured of these very files before. A table that cannot be read or understood knows nothing."""
+    """What was measured of these very files before. A table that is not as it was written knows nothing."""
     stamps = stamps_of(run)
-    tables = [_load(place) for place in places(run)]
+    loaded = {place: _load(place) for place in places(run)}
+    tables = [table for table in loaded.values() if table]
     sigmas = next((found for table in tables if (found := _row(table, "sigma", stamps[0]))), {})
     distances = tuple(
         next((found for table in tables if (found := _row(table, "distances", _pair(before, after)))), {})
         for before, after in itertools.pairwise(stamps)
     )
-    return Recalled(Known(sigmas, distances), stamps)
+    return Recalled(Known(sigmas, distances), stamps, tuple(_doubt(place) for place in loaded if loaded[place] is None))
 
 
 def remember(run: Run, path: PathLength, stamps: Stamps) -> Path | None:
@@ -71,38 +75,58 @@ def remember(run: Run, path: PathLength, stamps: Stamps) -> Path | None:
         return None
     checkpoints = {resolved(checkpoint.path) for checkpoint in run.checkpoints}
     for place in places(run):
-        if place.is_symlink() or checkpoints & set(resolved(place).parents):
-            continue  # it leads to somebody else's file, perhaps to a checkpoint's
-        if place.exists() and not place.is_file():
-            continue  # a pipe, which would wait until somebody reads
-        table = _merged(_load(place), run, path, unchanged)
-        with contextlib.suppress(OSError):
-            return _write(place, table)
+        if checkpoints & set(resolved(place).parents):
+            continue
+        table = _merged(_load(place) or {}, run, path, unchanged)
+        with contextlib.suppress(OSError):  # what is there may be somebody else's, too
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(place, _as_bytes(table | {_CHECKSUM: _checksum(table)}), follow=False)
+            return place
     return None
 
 
 def places(run: Run) -> tuple[Path, ...]:
     """Where the table of a run is kept: beside its results or, where that cannot be written, in the user's cache.
 
-    That of a run which is not on this machine is kept in the cache alone.
+    That of a run which is not on this machine, or whose results lie where a link leads, is kept in the cache alone.
     """
     is_here = run.address == str(run.source)
     name = os.fsencode(resolved(run.source)) if is_here else run.address.encode()
     in_cache = cache_directory() / f"path-{hashlib.sha256(name).hexdigest()[:24]}.json"
-    return (run.source / "averaged" / NAME, in_cache) if is_here else (in_cache,)
+    averaged = run.source / "averaged"
+    return (averaged / NAME, in_cache) if is_here and not averaged.is_symlink() else (in_cache,)
 
 
 def _pair(before: str | None, after: str | None) -> str | None:
     return None if before is None or after is None else f"{before} {after}"
 
 
-def _load(place: Path) -> dict[str, Any]:
+def _load(place: Path) -> dict[str, Any] | None:
+    """A table as it was written; empty where none can be read, None where it is not as it was written."""
     try:
-        table = json.loads(read_small(place, _MOST_BYTES))
-    except (OSError, ValueError, RecursionError):
+        table = parse_json(read_small(place, _MOST_BYTES))
+        checksum = table.pop(_CHECKSUM)
+        is_sound = table["format"] == _FORMAT and isinstance(table["tensors"], list) and checksum == _checksum(table)
+    except OSError:
         return {}
-    sound = isinstance(table, dict) and table.get("format") == _FORMAT and isinstance(table.get("tensors"), list)
-    return table if sound else {}
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError):
+        return None
+    return table if is_sound else None
+
+
+def _doubt(place: Path) -> str:
+    return (
+        f"{place} is not as this version of ckavg writes it: damaged, edited, or of an earlier version. It is not "
+        "believed; what it held is measured again."
+    )
+
+
+def _checksum(table: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_as_bytes(table)).hexdigest()
+
+
+def _as_bytes(table: Mapping[str, Any]) -> bytes:
+    return json.dumps(table, separators=(",", ":")).encode()
 
 
 def _row(table: Mapping[str, Any], kind: str, key: str | None) -> dict[str, float]:
@@ -124,7 +148,11 @@ def _merged(table: Mapping[str, Any], run: Run, path: PathLength, stamps: list[s
     places_of_run = [run.place(checkpoint.path.absolute()) for checkpoint in run.checkpoints]
     at = dict(zip(places_of_run, stamps, strict=True))
     stated = table.get("checkpoints")
-    kept = {stamp: where for stamp, where in (stated if isinstance(stated, dict) else {}).items() if where not in at}
+    kept = {
+        stamp: where
+        for stamp, where in (stated if isinstance(stated, dict) else {}).items()
+        if isinstance(where, str) and where not in at
+    }
     kept |= {stamp: where for where, stamp in at.items() if stamp}
     rows: dict[str, dict[str, dict[str, float]]] = {"sigma": {}, "distances": {}}
     for kind, of_key in rows.items():
@@ -144,9 +172,3 @@ def _merged(table: Mapping[str, Any], run: Run, path: PathLength, stamps: list[s
         kind: {key: [row.get(name) for name in names] for key, row in of_key.items()} for kind, of_key in rows.items()
     }
     return {"format": _FORMAT, "checkpoints": kept, "tensors": names, **listed}
-
-
-def _write(place: Path, table: dict[str, Any]) -> Path:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(place, json.dumps(table, separators=(",", ":")).encode())
-    return place

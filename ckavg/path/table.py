@@ -5,18 +5,19 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import math
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from ckavg.errors import NonFiniteError
+from ckavg.run.statistics import running_statistics
 from ckavg.run.values import Entry
 
 ZeroSigma = Literal["exclude", "eps"]
 
 EPSILON = 1e-8
 """ε of σ_p = std(θ_0,p) + ε, used with `zero_sigma="eps"` alone."""
-
-_RUNNING_STATISTICS = (".running_mean", ".running_var")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +99,17 @@ class PathLength:
         """ℓ_0 = 0, ℓ_1, …, ℓ_K; all zero where no tensor counts."""
         counted, total = self.counted, self.parameters_counted
         moves = [
-            math.fsum(self.tensors[name].distances[place] / self.sigma(name) for name in counted)
+            fsum(self.tensors[name].distances[place] / self.sigma(name) for name in counted)
             for place in range(len(self.steps) - 1)
         ]
-        return (0.0, *(moved / max(total, 1) for moved in itertools.accumulate(moves)))
+        lengths = (0.0, *(moved / max(total, 1) for moved in itertools.accumulate(moves)))
+        if not math.isfinite(lengths[-1]):
+            furthest = max(counted, key=lambda name: max(self.tensors[name].distances) / self.sigma(name))
+            raise _beyond_float64(
+                furthest,
+                f"it moved {max(self.tensors[furthest].distances):g}, in units of its spread, {self.sigma(furthest):g}",
+            )
+        return lengths
 
     @property
     def standard_errors(self) -> tuple[float, ...] | None:
@@ -120,29 +128,55 @@ class PathLength:
 
     def tensor_lengths(self, name: str) -> tuple[float, ...]:
         """Path of one counted tensor, ℓ_{p,k} = (1/numel) Σ_j ‖θ_j,p − θ_{j−1},p‖₁ / σ_p, from 0."""
-        tensor, sigma = self.tensors[name], self.sigma(name)
-        return (0.0, *(moved / (tensor.numel * sigma) for moved in itertools.accumulate(tensor.distances)))
+        tensor, unit = self.tensors[name], self.tensors[name].numel * self.sigma(name)
+        if not math.isfinite(unit):
+            return (0.0, *itertools.accumulate(each / self.sigma(name) / tensor.numel for each in tensor.distances))
+        return (0.0, *(moved / unit for moved in itertools.accumulate(tensor.distances)))
 
 
 def to_measure(entries: Mapping[str, Entry], exclude: Iterable[str]) -> dict[str, Entry]:
-    """The tensors whose path is measured, by name: floating ones with elements that count.
+    """The tensors whose path is measured, by name: floating ones with elements, but for running statistics.
 
     Args:
         entries: all tensors of a checkpoint.
         exclude: shell patterns of names that do not count.
     """
-    globs = tuple(exclude)
-    return {name: entry for name, entry in entries.items() if entry.is_floating and entry.numel and counts(name, globs)}
+    globs, left_out = tuple(exclude), running_statistics(entries)
+    return {
+        name: entry
+        for name, entry in entries.items()
+        if entry.is_floating
+        and entry.numel
+        and name not in left_out
+        and not any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+    }
 
 
-def counts(name: str, exclude: Iterable[str]) -> bool:
-    """Whether a floating tensor counts in the path length at all: not the running statistics of a normalization layer.
+def refuse_infinite(tensors: Mapping[str, TensorPath]) -> None:
+    """Raise where a spread or a distance of finite weights is beyond float64.
 
-    Args:
-        name: the tensor's name.
-        exclude: shell patterns of names that do not count.
-
-    >>> counts("bn.running_mean", ()), counts("lm_head.weight", ("lm_*",)), counts("q.weight", ())
-    (False, False, True)
+    Raises:
+        NonFiniteError: it names the tensor.
     """
-    return not name.endswith(_RUNNING_STATISTICS) and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)
+    name = next((name for name, tensor in tensors.items() if not tensor.is_finite), None)
+    if name is not None:
+        raise _beyond_float64(name, "its spread, or how far it moved, is larger than any number there is")
+
+
+def fsum(numbers: Iterable[float]) -> float:
+    """Their sum, rounded once; infinite where it is beyond float64.
+
+    >>> fsum([1e308, 1e308, -1.0]), fsum([0.1] * 10)
+    (inf, 1.0)
+    """
+    try:
+        return math.fsum(numbers)
+    except OverflowError:
+        return math.inf
+
+
+def _beyond_float64(name: str, why: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"tensor {name!r}: the path length is beyond float64; {why}.",
+        hint=f"Leave it out of the path length, not of the average: --path-exclude {shlex.quote(name)}",
+    )

@@ -10,12 +10,14 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from ckavg.atomic import check_own
 from ckavg.engine.ranks import Ranks
 from ckavg.engine.stream import Ledger
 from ckavg.errors import is_passing
@@ -28,6 +30,7 @@ from ckavg.version import __version__
 Value = TypeVar("Value")
 
 _PREFIX, _SUFFIX = ".path-", ".ckavg-partial"
+_NAME = re.compile(rf"{re.escape(_PREFIX)}[0-9a-f]{{16}}-[0-9a-f]{{16}}-\d+{re.escape(_SUFFIX)}")
 _SECONDS_KEPT = 7 * 24 * 3600
 
 
@@ -95,6 +98,7 @@ class Unfinished:
         for directory in self._places:
             for path in _journals(directory, ""):
                 with contextlib.suppress(OSError):
+                    check_own(path)
                     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
                     try:
                         if self._is_done_with(path) and _is_free(handle):
@@ -130,8 +134,6 @@ class Unfinished:
             with contextlib.suppress(OSError):
                 existed = directory.exists()
                 directory.mkdir(parents=True, exist_ok=True)
-                if (directory / name).is_symlink():
-                    continue
                 journal = Journal(directory / name, self._key)
                 if not _is_free(journal.handle):  # another ckavg measures the same
                     journal.close()
@@ -145,9 +147,7 @@ class Unfinished:
 def _journals(directory: Path, key: str) -> list[Path]:
     try:
         return sorted(
-            path
-            for path in directory.iterdir()
-            if path.name.startswith(_PREFIX + key) and path.name.endswith(_SUFFIX) and path.is_file()
+            path for path in directory.iterdir() if path.name.startswith(_PREFIX + key) and _NAME.fullmatch(path.name)
         )
     except OSError:
         return []

@@ -8,8 +8,15 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from ckavg.errors import SettingError
+from ckavg.hub.links import as_address
+from ckavg.redaction import shown_address
+
+SCHEMES = ("hf", "s3", "gs", "gcs", "abfs", "abfss", "az")
+"""What addresses may begin with. fsspec has drivers for more: some run what they read, others ask any host."""
 
 _ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?P<rest>[^/].*)", re.DOTALL)
+_ONE_SLASH = re.compile(r"\A(?!file:|local:)([A-Za-z][A-Za-z0-9+.-]+):/(?=[^/])")
+_OF_OTHERS = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*::.*:/.*|[A-Za-z][A-Za-z0-9+.-]+:/{3}.*)", re.DOTALL)
 _HUB = re.compile(r"(?P<repo>[^/@]+(?:/[^/@]+)?)(?:@(?P<revision>[^/]+))?(?:/(?P<folder>.+))?")
 _OTHER_KINDS = ("datasets", "spaces", "buckets", "kernels")
 _PATTERN = re.compile(r"[*?\[]")
@@ -54,16 +61,24 @@ def address_of(source: Path | str) -> Address | None:
     A `Path` has one slash where the address had two; that is understood, too.
 
     Raises:
-        SettingError: it is of the Hub, and names no repository.
+        SettingError: it is of the Hub, and names no repository; it is of a kind that is not read; it holds a password.
 
     >>> address_of("hf://allenai/OLMo-2-0425-1B@stage1-*")
     Address(scheme='hf', place='allenai/OLMo-2-0425-1B', revision='stage1-*', folder='')
     >>> str(address_of(Path("s3://bucket/run/"))), address_of("./checkpoints")
     ('s3://bucket/run', None)
     """
-    match = _ADDRESS.fullmatch(str(source))
-    if match is None:
+    text = _ONE_SLASH.sub(r"\1://", str(source))
+    match = _ADDRESS.fullmatch(text)
+    if match is None and not _OF_OTHERS.fullmatch(text):
         return None
+    if match is None or match["scheme"].lower() not in SCHEMES or "::" in text:
+        raise _not_read(text)
+    if (shown := shown_address(text)) != text:
+        raise SettingError(
+            f"{shown} holds a password or a key, which no address may.",
+            hint="Give credentials as the driver of the place wants them: in its configuration, or the environment.",
+        )
     scheme, rest = match["scheme"].lower(), match["rest"].rstrip("/")
     address = Address(scheme, rest)
     if not address.is_hub:
@@ -73,6 +88,21 @@ def address_of(source: Path | str) -> Address | None:
         raise SettingError(f"{source} names no repository.", hint="For example: hf://owner/name@revision")
     revision = found["revision"]
     return Address(scheme, found["repo"], unquote(revision) if revision else None, found["folder"] or "")
+
+
+def _not_read(text: str) -> SettingError:
+    kinds = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+    return SettingError(
+        f"{shown_address(text)} is no address that is read: expected a directory, or one of {kinds}, without '::'.",
+        hint=did_you_mean(text) or "Fetch the run, and name the directory.",
+    )
+
+
+def did_you_mean(text: str) -> str:
+    """A question with what may have been meant by a place that is none, if anything."""
+    here = re.fullmatch(r"(?:file|local):(?://(?=/)|/?(?=/))(.+)", text, re.DOTALL)
+    meant = here[1] if here else as_address(text)
+    return f"Did you mean {meant}?" if meant else ""
 
 
 def is_pattern(revision: str) -> bool:

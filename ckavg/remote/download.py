@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from ckavg.atomic import open_own
 from ckavg.errors import ReadError
 from ckavg.remote.store import OnBytes
 
@@ -66,8 +67,7 @@ def complete(partial: Partial, on_bytes: OnBytes) -> None:
     unfinished = place.with_name(f"{place.name}.incomplete")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        with os.fdopen(handle, "r+b") as file:
+        with os.fdopen(open_own(unfinished, os.O_RDWR), "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if place.exists():
                 on_bytes(partial.size)

@@ -6,12 +6,14 @@ changes nothing. Files that are fetched whole go into the client's own cache, wh
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from ckavg.atomic import open_own
 from ckavg.errors import CkavgError, HubError, ReadError
 from ckavg.hub.answers import explained, holds_key
 from ckavg.hub.client import address, holds_secret, quiet_api
@@ -210,7 +212,8 @@ class HubTree:
         ref = self._repository.cache / "refs" / self._revision
         with suppress(OSError):
             ref.parent.mkdir(parents=True, exist_ok=True)
-            ref.write_text(self.commit)
+            with os.fdopen(open_own(ref, os.O_WRONLY | os.O_TRUNC), "w") as file:
+                file.write(self.commit)
 
     @property
     def directory(self) -> Path:

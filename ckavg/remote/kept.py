@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import threading
 import time
@@ -16,10 +17,12 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
+from ckavg.atomic import check_own, make_own_directory, open_own
 from ckavg.cache import cache_directory
 from ckavg.errors import ReadError
 
 _LOCK = ".lock"
+_NAME = re.compile("[0-9a-f]{32}")
 _SECONDS_KEPT = 7 * 24 * 3600
 """For how long an interrupted attempt may be continued."""
 
@@ -40,26 +43,30 @@ class Kept:
         """Where a file goes: another place for another state of it."""
         return self._directory / _short(repr((name, state))) / Path(name).name
 
-    def hold(self) -> None:
+    def hold(self, place: Path | None = None) -> None:
         """Have nobody remove the files, until they are dropped here or this object is gone.
+
+        Args:
+            place: where one of them is about to be written.
 
         Raises:
             ReadError: the system would not let us write.
         """
-        with self._holding:
-            if self._held is None or not self._held.alive:
-                try:
-                    lock = _locked(self._directory)
-                except OSError as error:
-                    raise ReadError(
-                        f"{self._directory} cannot be written: {error.strerror or error}.",
-                        hint="Name a directory of yours with XDG_CACHE_HOME, or write none of it with --max-disk 0.",
-                    ) from error
-                self._held = weakref.finalize(self, os.close, lock)
+        try:
+            with self._holding:
+                if self._held is None or not self._held.alive:
+                    self._held = weakref.finalize(self, os.close, _locked(self._directory))
+            if place is not None:
+                make_own_directory(place.parent)
+        except OSError as error:
+            raise ReadError(
+                f"{error.filename or self._directory} cannot be written: {error.strerror or error}.",
+                hint="Name a directory of yours with XDG_CACHE_HOME, or write none of it with --max-disk 0.",
+            ) from error
 
     def drop(self) -> None:
         """Remove the files, unless another process uses them; and what nobody came back to for a week."""
-        if not kept_directory().is_dir():
+        if kept_directory().is_symlink() or not kept_directory().is_dir():
             return
         if self._directory.is_dir():
             self.hold()
@@ -68,8 +75,9 @@ class Kept:
                 _remove(self._directory, held[2][0])
         for other in kept_directory().iterdir():
             with suppress(OSError):
-                if time.time() - (other / _LOCK).stat().st_mtime > _SECONDS_KEPT:
-                    _remove(other, os.open(other / _LOCK, os.O_RDWR | os.O_CLOEXEC))
+                if _NAME.fullmatch(other.name) and time.time() - (other / _LOCK).lstat().st_mtime > _SECONDS_KEPT:
+                    check_own(other, directory=True)
+                    _remove(other, open_own(other / _LOCK, os.O_RDWR))
 
 
 def kept_directory() -> Path:
@@ -80,9 +88,10 @@ def kept_directory() -> Path:
 def _locked(directory: Path) -> int:
     """A handle of the lock, shared with whoever else reads from there."""
     while True:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_own_directory(directory.parent)
+        make_own_directory(directory)
         with suppress(FileNotFoundError):  # removed this very moment, and made again
-            lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock = open_own(directory / _LOCK, os.O_RDWR, 0o600)
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH)
                 if os.fstat(lock).st_ino == (directory / _LOCK).stat().st_ino:

@@ -22,7 +22,8 @@ from ckavg.run.trainer_log import TRAINER_STATE
 
 CARD = "README.md"
 _CONFIGS = ("config.json", "adapter_config.json", "model_index.json")
-_WEIGHTS, _INDEX = ".safetensors", ".safetensors.index"
+INDEX = ".safetensors.index"
+_WEIGHTS = ".safetensors"
 _UNLISTED = f"not-listed-yet{_WEIGHTS}"
 _NUMBER = re.compile(r"\d+(?:[-_]tokens[\w.]+)?$", re.ASCII)
 
@@ -98,11 +99,9 @@ def open_places(mirror: Mirror, places: Sequence[Place]) -> None:
     at_once(lambda place: place.show(mirror), places)
     for place in places:
         in_place = {name: name.removeprefix(place.prefix) for name in place.names}
-        small = [name for name, here in in_place.items() if PurePosixPath(here).name in _CONFIGS or _INDEX in here]
+        small = [name for name, here in in_place.items() if PurePosixPath(here).name in _CONFIGS or INDEX in here]
         mirror.bring(place.directory, place.tree, small, prefix=place.prefix)
-        weights = [here for here in in_place.values() if here.endswith(_WEIGHTS)]
-        top = [here for here in weights if "/" not in here]
-        mirror.open_headers(place.directory / here for here in top or weights)
+        mirror.open_headers(place.directory / here for here in in_place.values() if here.endswith(_WEIGHTS))
 
 
 def tree_at(address: Address) -> Tree:

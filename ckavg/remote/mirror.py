@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import threading
@@ -20,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
+from ckavg.atomic import check_own, make_own_directory, open_own
 from ckavg.cache import cache_directory
 from ckavg.errors import ReadError
 from ckavg.remote.budget import Origin, plan_fetching
@@ -33,6 +35,7 @@ from ckavg.run.values import Checkpoint, Fetching
 _OPEN: weakref.WeakSet[Mirror] = weakref.WeakSet()
 
 _VIEWS = "views"
+_NAME = re.compile("[0-9]+-[0-9a-f]{8}")
 _LOCK = ".lock"
 _WEIGHTS = ".safetensors"
 _NOT_HERE = "not-on-this-machine"
@@ -52,7 +55,7 @@ class Mirror:
         self._own = home / f"{os.getpid()}-{secrets.token_hex(4)}"
         self.root = self._own / (name or "run")
         try:
-            home.mkdir(parents=True, exist_ok=True)
+            make_own_directory(home)
             _tidy(home)
             self._own.mkdir(mode=0o700)
             lock = os.open(self._own / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -60,7 +63,7 @@ class Mirror:
             self.root.mkdir()
         except OSError as error:
             raise ReadError(
-                f"{self._own} cannot be made: {error.strerror}.",
+                f"{error.filename or self._own} cannot be made: {error.strerror}.",
                 hint="It stands in for the run while that is read. Name a directory of yours with XDG_CACHE_HOME.",
             ) from error
         self._finalizer = weakref.finalize(self, _end, self._own, lock)
@@ -291,9 +294,14 @@ def _checked(name: str) -> str:
 def _tidy(home: Path) -> None:
     """Remove what processes have left that are no more."""
     for left in home.iterdir():
-        with suppress(OSError), (left / _LOCK).open("r+b") as lock:  # one that has none yet is just being made
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(left)
+        if not _NAME.fullmatch(left.name):
+            continue
+        with suppress(OSError):
+            check_own(left, directory=True)
+            (left / _LOCK).lstat()  # one that has none yet is just being made
+            with os.fdopen(open_own(left / _LOCK, os.O_RDWR), "r+b") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(left)
 
 
 def _end(directory: Path, lock: int) -> None:

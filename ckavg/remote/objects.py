@@ -1,4 +1,4 @@
-"""Stage *remote*: directories of any other file system that fsspec has a driver for, such as `s3://bucket/run`."""
+"""Stage *remote*: directories of object stores that fsspec has a driver for, such as `s3://bucket/run`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ckavg.errors import ChangedError, CkavgError, NoCheckpointsError, ReadError, SettingError
+from ckavg.hub.answers import chain_of
+from ckavg.redaction import without_secrets
 from ckavg.remote.address import Address
 from ckavg.remote.download import Partial, complete
 from ckavg.remote.kept import Kept, kept_directory
@@ -17,6 +19,7 @@ from ckavg.remote.store import OnBytes, RemoteFile
 from ckavg.remote.tries import exactly, with_retries
 
 _HASHES = ("ETag", "etag", "md5Hash", "content_md5")
+_MOST_OF_A_REASON = 4_000
 _FINAL = (FileNotFoundError, PermissionError, NotImplementedError, IsADirectoryError)
 _TIMES = ("LastModified", "last_modified", "mtime", "created")
 """Where drivers tell what changes when a file does."""
@@ -60,7 +63,7 @@ class ObjectTree:
     def fetch(self, name: str, on_bytes: OnBytes) -> Path:
         """See `Tree`."""
         place = self._place(name)
-        self._kept.hold()
+        self._kept.hold(place)
         complete(Partial(self, name, self.files[name].size, place), on_bytes)
         return place
 
@@ -114,28 +117,42 @@ class ObjectTree:
             raise ReadError(f"{what} does not exist.", hint="Check the name, and the rights to list it.") from error
         except PermissionError as error:
             raise ReadError(
-                f"{what} may not be read: {error}.", hint=f"Check the credentials of {self._fs.protocol}."
-            ) from error
+                f"{what} may not be read: {_told(error)}.", hint=f"Check the credentials of {self._fs.protocol}."
+            ) from _shown(error)
         except Exception as error:
-            why = str(error).strip().rstrip(".") or type(error).__name__
-            raise ReadError(f"{what} cannot be read: {why}.", hint="Check the network and the credentials.") from error
+            raise ReadError(
+                f"{what} cannot be read: {_told(error)}.", hint="Check the network and the credentials."
+            ) from _shown(error)
 
 
 def _file_system(address: Address) -> tuple[Any, str]:
+    """The driver of an address, and the path in it. Nothing of the address can name another driver."""
     try:
-        from fsspec.core import url_to_fs
+        from fsspec import get_filesystem_class
     except ImportError as error:
         raise SettingError(f"{address} is read with fsspec, which is missing.", hint="pip install fsspec") from error
     try:
+        driver = get_filesystem_class(address.scheme)
         # an instance of its own: a kept one remembers old lists, and the credentials of before
-        fs, root = url_to_fs(str(address), skip_instance_cache=True)
+        fs = driver(skip_instance_cache=True, **driver._get_kwargs_from_urls(str(address)))
+        return fs, str(driver._strip_protocol(str(address))).rstrip("/")
     except ImportError as error:
         raise SettingError(f"{address}: {error}", hint="Install the driver, then run the command again.") from error
-    except ValueError as error:
+    except Exception as error:  # whatever a driver does not like about it, or about its configuration
         raise SettingError(
-            f"{address}: {error}.", hint="Name a directory, hf://owner/name, or an address such as s3://bucket/run."
-        ) from error
-    return fs, str(root).rstrip("/")
+            f"{address}: {_told(error)}.", hint="Check the address, and what its driver is configured with."
+        ) from _shown(error)
+
+
+def _told(error: Exception) -> str:
+    """The words of a driver, without what they may hold of credentials."""
+    return without_secrets(str(error)[:_MOST_OF_A_REASON]).strip().rstrip(".") or type(error).__name__
+
+
+def _shown(error: Exception) -> Exception | None:
+    """The error, for a traceback; None where that would show credentials."""
+    chain = "".join(str(each) for each in chain_of(error))[:_MOST_OF_A_REASON]
+    return error if without_secrets(chain) == chain else None
 
 
 def _may_pass(error: Exception) -> bool:

@@ -29,11 +29,14 @@ class State(abc.ABC):
     def __init__(self, coefficients: Coefficients, scratch: Tensor) -> None:
         self.coefficients = coefficients
         self._betas = coefficients.betas
+        self._uncorrected = frozenset(coefficients.uncorrected)
+        self._corrects = True
         self._scratch = scratch
 
     def turn_to(self, name: str) -> None:
-        """Say of which tensor the next tiles are: some schemes have a β for each."""
+        """Say of which tensor the next tiles are: some schemes have a β for each, and some tensors no correction."""
         self._betas = self.coefficients.tensor_betas.get(name, self.coefficients.betas)
+        self._corrects = name not in self._uncorrected
 
     def take(self, index: int, theta: Tensor) -> None:
         """Take in checkpoint `index`; they come in order. `theta` is (n,) and stays as it is."""
@@ -92,6 +95,8 @@ class BemaState(EmaState):
 
     def output(self, index: int, theta: Tensor) -> Tensor:
         """(n,) E + α_k (θ_k − θ_0)."""
+        if not self._corrects:
+            return super().output(index, theta)
         size = theta.numel()
         correction = torch.sub(theta, self._anchor[:size], out=self._scratch[:size]).mul_(self._alpha(index))
         return correction.add_(self._average[:size])
@@ -117,10 +122,14 @@ class OuemaState(EmaState):
         self._anchor[: theta.numel()].copy_(theta)
 
     def _update(self, index: int, theta: Tensor) -> None:
+        if not self._corrects:
+            return super()._update(index, theta)
         size = theta.numel()
         anchor = self._anchor[:size]
-        corrected = torch.sub(theta, anchor, out=self._corrected[:size]).div_(1.0 - self._alpha(index)).add_(anchor)
-        super()._update(index, corrected)
+        corrected = (
+            torch.sub(theta, anchor, out=self._corrected[:size]).div_(self.coefficients.complement(index)).add_(anchor)
+        )
+        return super()._update(index, corrected)
 
 
 class DemaState(EmaState):
@@ -135,6 +144,8 @@ class DemaState(EmaState):
 
     def output(self, index: int, theta: Tensor) -> Tensor:
         """(n,) 2 e_1 − e_2."""
+        if not self._corrects:
+            return super().output(index, theta)
         size = theta.numel()
         first = self._average[:size]
         return torch.sub(first, self._second[:size], out=self._scratch[:size]).add_(first)

@@ -12,7 +12,7 @@ from ckavg.result.command import as_options, shell_word
 from ckavg.result.front_matter import as_front_matter
 from ckavg.result.metadata import is_hub_id, related
 from ckavg.result.origin import Origin
-from ckavg.result.record import Averaged
+from ckavg.result.record import BASE_MODEL, Averaged
 from ckavg.schemes import Scheme
 from ckavg.version import __version__
 
@@ -61,7 +61,7 @@ def reproduce(record: Averaged, scheme: Scheme) -> str:
     settings: dict[str, object] = {**scheme.stated, **record.selection}
     settings.pop("every_from", None)  # follows from --burn-in
     if "init" in settings and not _is_address(settings["init"]):
-        settings["init"] = "BASE_MODEL"  # a local path, and nobody else's
+        settings["init"] = BASE_MODEL  # a local path, and nobody else's
     if record.dtype != "source":
         settings["dtype"] = record.dtype
     if record.accumulate != "float32":
@@ -144,6 +144,8 @@ def _recipe(record: Averaged, scheme: Scheme) -> str:
         f"Anchor: step {record.anchor_step}; span: {record.span} optimizer steps{_path(record)}",
         f"Accumulated in {record.accumulate}, rounded once",
     ]
+    if record.uncorrected:
+        lines.append(f"Running statistics, averaged without the correction: {len(record.uncorrected)} tensors")
     if record.copied:
         lines.append(f"Copied from the last checkpoint, since not all have them: {len(record.copied)} tensors")
     return "\n".join(f"- {line}" for line in lines)

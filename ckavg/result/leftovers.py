@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckavg.atomic import resolved
-from ckavg.result.staging import JOURNAL, PARTIAL, REPLACED
+from ckavg.errors import OutputExistsError
+from ckavg.result.ours import JOURNAL, PARTIAL, REPLACED, beside, check_unfinished, remove, restore, settle
+from ckavg.untrusted import open_regular
 
 _SECONDS_LEFT_ALONE = 3600
 """Some network file systems keep locks to one machine: what another one has begun just now is not taken for left."""
@@ -39,9 +40,9 @@ def find_leftovers(directory: Path, *, but: Iterable[Path] = ()) -> tuple[Leftov
         directory: where results are.
         but: results whose own leftovers are not meant.
     """
-    spared = {_name(out, PARTIAL) for out in but}
+    spared = {beside(resolved(out), PARTIAL).name for out in but}
     found = []
-    for path in _ours(directory, PARTIAL):
+    for path in _named(directory, PARTIAL):
         with _held(path) as free:
             if free and path.name not in spared and _is_worth_continuing(path):
                 found.append(Leftover(path, _bytes_in(path)))
@@ -49,39 +50,57 @@ def find_leftovers(directory: Path, *, but: Iterable[Path] = ()) -> tuple[Leftov
 
 
 def tidy(directory: Path) -> None:
-    """Remove what cannot be continued, and bring back a result that was moved aside and never replaced."""
-    for path in _ours(directory, PARTIAL):
-        with _held(path) as free:
+    """Remove what cannot be continued, and bring back results that were moved aside and never replaced."""
+    for path in _named(directory, PARTIAL):
+        with _held(path) as free, contextlib.suppress(OSError, OutputExistsError):
             if free and not _is_worth_continuing(path) and _age(path) > _SECONDS_LEFT_ALONE:
-                shutil.rmtree(path, ignore_errors=True)
-    for path in _ours(directory, REPLACED):
-        out = directory / path.name.removeprefix(".").removesuffix(REPLACED)
-        with _held(directory / _name(out, PARTIAL)) as free, contextlib.suppress(OSError):
-            if free and out.exists():
-                shutil.rmtree(path)
-            elif free:
-                path.rename(out)
+                check_unfinished(path)
+                remove(path)
+    for out in _moved_aside(directory):
+        _while_held(settle, out)
 
 
-def _name(out: Path, ending: str) -> str:
-    return f".{resolved(out).name}{ending}"
+def bring_back(out: Path) -> None:
+    """Give an earlier result its name back, if a process was killed between moving it aside and replacing it."""
+    with contextlib.suppress(ValueError):  # no file can have this name
+        out = resolved(out)
+        if os.path.lexists(beside(out, REPLACED)):
+            _while_held(restore, out)
 
 
-def _ours(directory: Path, ending: str) -> list[Path]:
+def bring_back_all(directory: Path) -> None:
+    """The same of all results in a directory, unless that is a link."""
+    if not os.path.islink(directory):  # noqa: PTH114 - never raises
+        for out in _moved_aside(directory):
+            bring_back(out)
+
+
+def _while_held(do: Callable[[Path], object], out: Path) -> None:
+    with _held(beside(out, PARTIAL)) as free, contextlib.suppress(OSError):
+        if free:
+            do(out)
+
+
+def _moved_aside(directory: Path) -> list[Path]:
+    return [directory / path.name.removeprefix(".").removesuffix(REPLACED) for path in _named(directory, REPLACED)]
+
+
+def _named(directory: Path, ending: str) -> list[Path]:
+    """The real directories with a name of ours."""
     try:
         return sorted(
             path
             for path in directory.iterdir()
             if path.name.startswith(".") and path.name.endswith(ending) and path.is_dir() and not path.is_symlink()
         )
-    except OSError:
+    except (OSError, ValueError):
         return []
 
 
 def _is_worth_continuing(path: Path) -> bool:
     """Whether any block is noted as finished: a journal holds more than the line of its key."""
     for journal in path.glob(f"{JOURNAL}*"):
-        with contextlib.suppress(OSError), journal.open("rb") as file:
+        with contextlib.suppress(OSError), open_regular(journal, follow=False) as file:
             if sum(line != b"\n" for line, _ in zip(file, range(9), strict=False)) > 1:
                 return True
     return False
@@ -108,7 +127,7 @@ def _bytes_in(path: Path) -> int:
 def _held(path: Path) -> Iterator[bool]:
     """Whether nobody works on a directory; nobody can while this is entered. True where there is no such directory."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         yield True
         return

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from ckavg.atomic import resolved
-from ckavg.errors import CkavgError, OutputError, OutputExistsError, WriteError
+from ckavg.errors import CkavgError, OutputError, OutputExistsError, WriteError, listed
+from ckavg.result.ours import check_names, foreign_files, is_record
 from ckavg.run.checkpoint import RESULT_RECORD
 from ckavg.run.values import Checkpoint, Run
 
@@ -19,7 +20,26 @@ _MARGIN_BYTES = 16 << 20
 _CHOOSE = "Choose another place with --out."
 
 
-def place_problems(out: Path, source: Path, checkpoints: Iterable[Checkpoint], *, force: bool) -> list[CkavgError]:
+def place_in(directory: Path, *names: str) -> Path:
+    """A place in a directory that was named, by names of ours; none may be a link, for nobody named where that leads.
+
+    Raises:
+        OutputError: one is.
+    """
+    place = directory
+    for name in names:
+        place /= name
+        if os.path.islink(place):  # noqa: PTH114 - never raises
+            raise OutputError(
+                f"{place} is a link to {resolved(place)}; links are followed only where they are named.",
+                hint="Name the place with --out, if you trust where the link came from.",
+            )
+    return place
+
+
+def place_problems(
+    out: Path, source: Path, checkpoints: Iterable[Checkpoint], *, force: bool, files: Collection[str] = ()
+) -> list[CkavgError]:
     """Everything that speaks against putting a result at a place.
 
     Args:
@@ -27,9 +47,11 @@ def place_problems(out: Path, source: Path, checkpoints: Iterable[Checkpoint], *
         source: the directory of the checkpoints.
         checkpoints: those that were found.
         force: whether a result that is there may be replaced.
+        files: the names of its files.
 
     Returns:
-        OutputExistsError: something is there, and it is not a result that `force` may replace.
+        OutputExistsError: something is there, and it is not a result that `force` may replace; or something that is
+            not ours has a name beside it that is needed.
         OutputError: it would lie inside a checkpoint, or over the run.
         WriteError: it could not be made there.
     """
@@ -42,7 +64,9 @@ def place_problems(out: Path, source: Path, checkpoints: Iterable[Checkpoint], *
         return [OutputError(f"{out} holds the run itself.", hint=_CHOOSE)]
     try:
         if place.exists() and not (place.is_dir() and not any(place.iterdir())):
-            check_replaceable(out, force=force)
+            check_replaceable(out, force=force, files=files)
+        with contextlib.suppress(OSError):  # what the system says against the place is told below
+            check_names(place)
     except OSError as error:
         return [WriteError(f"{out} cannot be written: {error.strerror}.", hint=_CHOOSE)]
     except OutputExistsError as error:
@@ -114,17 +138,28 @@ def space_problems(places: Sequence[tuple[Path, int]]) -> list[CkavgError]:
     ]
 
 
-def check_replaceable(out: Path, *, force: bool) -> None:
-    """Refuse to replace what is at `out`, unless it is a result and `force` says so.
+def check_replaceable(out: Path, *, force: bool, files: Collection[str] = ()) -> None:
+    """Refuse to replace what is at `out`, unless it is a result and nothing else, and `force` says so.
+
+    Args:
+        out: where something is.
+        force: whether a result may be replaced.
+        files: the names of a result's files, for one whose record was damaged.
 
     Raises:
         OutputExistsError: it is not, or `force` does not.
+        OSError: the system would not let us look.
     """
-    if not (out / RESULT_RECORD).is_file():
+    if not is_record(out / RESULT_RECORD):
         raise OutputExistsError(
             f"{out} exists and is not a result of ckavg.", hint="It is left alone. Choose another place with --out."
         )
     if not force:
         raise OutputExistsError(
             f"{out} already holds a result.", hint="Replace it with --force, or choose another place with --out."
+        )
+    if foreign := foreign_files(out, files):
+        raise OutputExistsError(
+            f"{out} holds what is not of the result, and would be lost: {listed(foreign)}.",
+            hint="It is left alone. Move what is yours away, or choose another place with --out.",
         )

@@ -11,6 +11,12 @@ from typing import Any
 
 from ckavg.version import __version__
 
+LOCAL = ".ckavg-local.json"
+"""What of a record is for this machine alone, beside it: where the run was. It is never uploaded."""
+
+RUN, BASE_MODEL = "RUN", "BASE_MODEL"
+"""What stands in a record for a run, and for the model it began with, that lie elsewhere on the machine."""
+
 _BEYOND_ASCII = re.compile("[^\n -~]")
 
 
@@ -100,6 +106,8 @@ class Averaged:
         dtype: output dtype that was asked for.
         accumulate: dtype in which tensors were accumulated.
         allow_nonfinite: whether checkpoints that hold NaN or infinity were let through.
+        uncorrected: running statistics that were averaged without the correction of the scheme.
+        infinite: tensors that hold infinities, the same ones in all checkpoints and in the result.
         copied: floating tensors that were copied from the last checkpoint: not all have them, or they never change.
         warnings: what a user should know.
         evaluation: what the user's own command said of it; None where there was none.
@@ -130,6 +138,8 @@ class Averaged:
     dtype: str
     accumulate: str
     allow_nonfinite: bool
+    uncorrected: tuple[str, ...]
+    infinite: tuple[str, ...]
     copied: tuple[str, ...]
     warnings: tuple[str, ...]
     evaluation: Evaluation | None

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Never for reading: a network file system then writes the bytes it is given, and not their whole pages.
-_WRITE = os.O_WRONLY | os.O_CLOEXEC
+_WRITE = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 _LEGACY_START, _LEGACY_BYTES = 1 << 20, 1 << 16
 
@@ -103,7 +103,7 @@ def write_own_hashes(path: Path, shard: ShardPlan) -> None:
     declared = json.loads(shard.header[8:])
     of_training = {key: value for key, value in shard.metadata.items() if key.startswith("ss_")}
     head = encode_header(declared | {"__metadata__": of_training})
-    with write_errors(path), path.open("r+b") as file:
+    with write_errors(path), os.fdopen(os.open(path, _WRITE & ~os.O_WRONLY | os.O_RDWR), "r+b") as file:
         file.seek(len(shard.header))
         whole = hashlib.file_digest(file, "sha256").hexdigest()
         piece = head[_LEGACY_START : _LEGACY_START + _LEGACY_BYTES]

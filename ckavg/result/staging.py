@@ -5,26 +5,32 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-import shutil
 import socket
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ckavg.atomic import resolved
-from ckavg.errors import OutputError, is_passing
+from ckavg.atomic import open_own, resolved
+from ckavg.errors import OutputError, OutputExistsError, is_passing
 from ckavg.journal import Journal, is_of, read_journal
+from ckavg.result.ours import (
+    JOURNAL,
+    MARK,
+    PARTIAL,
+    REPLACED,
+    beside,
+    check_names,
+    check_unfinished,
+    empty,
+    remove,
+    settle,
+)
 from ckavg.result.place import check_replaceable
 from ckavg.result.shard_files import write_errors
-
-PARTIAL, REPLACED = ".ckavg-partial", ".ckavg-replaced"
-"""How the names end under which a result is filled, and kept until another one has its place."""
-
-JOURNAL = ".ckavg-journal-"
 
 _SECONDS_TO_SEE = 90.0
 
@@ -39,17 +45,20 @@ class Staging:
     Args:
         out: the final directory.
         force: replace a result that is there. Anything else that is there is left alone in any case.
+        files: the names of the files of one output, by which a result is known whose record was damaged.
 
     Raises:
         OutputError: another process is writing the same result.
+        OutputExistsError: something that is not ours has one of the names that are needed.
         WriteError: the system would not let us write.
     """
 
-    def __init__(self, out: Path, *, force: bool = False) -> None:
+    def __init__(self, out: Path, *, force: bool = False, files: Collection[str] = ()) -> None:
         self._out = resolved(out)
         self._force = force
-        self.path = self._out.parent / f".{self._out.name}{PARTIAL}"
-        self._replaced = self._out.parent / f".{self._out.name}{REPLACED}"
+        self._files = files
+        self.path = beside(self._out, PARTIAL)
+        self._replaced = beside(self._out, REPLACED)
         self._made: list[Path] = []
         self._lock: int | None = None
         self._committed = False
@@ -59,12 +68,12 @@ class Staging:
     def __enter__(self) -> Staging:
         with write_errors(self._out.parent):
             try:
+                check_names(self._out)
                 self._make_parents()
                 self.path.mkdir(exist_ok=True)
-                self._lock = _locked(self.path)
-                self._settle_replaced()
-                if self._out.exists() and any(self._out.iterdir()):
-                    check_replaceable(self._out, force=self._force)
+                self._lock = _locked(self.path, self._files)
+                settle(self._out)
+                self._check_out()
             except BaseException:
                 self._clean_up()
                 raise
@@ -101,20 +110,18 @@ class Staging:
         """What the journals of an interrupted attempt say is done; where it is anything, it is worth keeping."""
         done: dict[int, Any] = {}
         with write_errors(self.path):
-            for path in sorted(self.path.glob(".*")):
-                if path.name.startswith(JOURNAL):
-                    done |= read_journal(path, key)
-                elif path != self._mark:
-                    _remove(path)  # the mark of a job that is gone
+            for path in sorted(self.path.glob(f"{JOURNAL}*")):
+                done |= read_journal(path, key)
+            for path in self.path.glob(MARK):
+                if path != self._mark:  # but that of a job which is gone
+                    path.unlink()
         self._keeps = bool(done)
         return done
 
     def begin(self, key: str) -> None:
         """Remove whatever is here, and begin the journal of new work."""
         with write_errors(self.path):
-            for leftover in self.path.iterdir():
-                if leftover != self._mark:
-                    _remove(leftover)
+            empty(self.path, but=self._mark)
             Journal(self.path / f"{JOURNAL}0", key).close()
 
     def keep(self) -> None:
@@ -126,8 +133,10 @@ class Staging:
         with write_errors(self.path / name):
             target = self.path / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
-            _sync(target)
+            with os.fdopen(open_own(target, os.O_WRONLY | os.O_TRUNC), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
 
     def mark(self) -> str:
         """Leave an empty file with a name that nobody could have left before, and return the name."""
@@ -163,28 +172,32 @@ class Staging:
                 ours.unlink()
             for directory, _, _ in os.walk(self.path):
                 _sync(Path(directory))
-            if self._out.exists() and any(self._out.iterdir()):
-                check_replaceable(self._out, force=self._force)
+            replaces = self._check_out()
+            if replaces:
                 self._out.rename(self._replaced)
             try:
                 self.path.rename(self._out)
             except OSError:
-                if self._replaced.exists():
+                if replaces:
                     self._replaced.rename(self._out)
                 raise
             self._committed = True
             with suppress(OSError):  # it is there, and whole; only a power cut within seconds could undo the renaming
                 _sync(self._out.parent)
-            shutil.rmtree(self._replaced, ignore_errors=True)
+            if replaces:
+                remove(self._replaced)
 
-    def _settle_replaced(self) -> None:
-        """Bring back what a process moved aside and did not live to replace, or remove it if it did."""
-        if self._replaced.is_symlink() or not self._replaced.exists():
-            return
-        if self._out.exists():
-            _remove(self._replaced)
-            return
-        self._replaced.rename(self._out)
+    def _check_out(self) -> bool:
+        """Whether there is a result to be replaced; what may not be is refused, and what is in the way of it."""
+        if not (self._out.exists() and any(self._out.iterdir())):
+            return False
+        check_replaceable(self._out, force=self._force, files=self._files)
+        if os.path.lexists(self._replaced):
+            raise OutputExistsError(
+                f"{self._replaced} is there, and is no earlier result of ckavg as it was written.",
+                hint="It is left alone. Move it away, or choose another place with --out.",
+            )
+        return True
 
     def _make_parents(self) -> None:
         missing = [parent for parent in self._out.parents if not parent.exists()]
@@ -195,7 +208,7 @@ class Staging:
     def _clean_up(self) -> None:
         if not self._committed:
             if self._lock is not None:
-                shutil.rmtree(self.path, ignore_errors=True)
+                remove(self.path)
             for parent in reversed(self._made):
                 try:
                     parent.rmdir()
@@ -209,14 +222,19 @@ class Staging:
             self._lock = None
 
 
-def _locked(directory: Path) -> int:
-    handle = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+def _locked(directory: Path, files: Collection[str]) -> int:
+    """A handle that keeps others from a directory, once all of it is known to be ours."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(handle).st_ino == directory.stat().st_ino:
+        if os.fstat(handle).st_ino == directory.lstat().st_ino:
+            check_unfinished(directory, files)
             return handle
     except (BlockingIOError, FileNotFoundError):
         pass
+    except BaseException:
+        os.close(handle)
+        raise
     os.close(handle)
     raise OutputError(
         f"Another ckavg is writing {directory.name.removeprefix('.').removesuffix(PARTIAL)} right now.",
@@ -230,10 +248,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -56,6 +56,7 @@ def write(saved, source, target):
     found = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in found}
     if found:
         part = target.with_name(f".{target.name}.part")
+        part.unlink(missing_ok=True)
         save_file(found, part, dict(format="pt"))
         os.replace(part, target)
     print(f"wrote {target}" if found else f"no weights in {source}")
@@ -85,7 +86,9 @@ _INDEXES = """
 for index in {index for path in paths for index in path.parent.glob("*.bin.index.json")}:
     stated = json.loads(index.read_text())
     stated["weight_map"] = {name: renamed(file) for name, file in stated["weight_map"].items()}
-    index.with_name(renamed(index.name[:-11]) + ".index.json").write_text(json.dumps(stated, indent=2))
+    other = index.with_name(renamed(index.name[:-11]) + ".index.json")
+    other.unlink(missing_ok=True)
+    other.write_text(json.dumps(stated, indent=2))
 """
 
 _FROM_DISTRIBUTED = """

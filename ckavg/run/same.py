@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from ckavg.errors import CkavgError, ReadError, UnsupportedFormatError
-from ckavg.run.values import FLOATING, Checkpoint
+from ckavg.errors import CkavgError, ReadError
+from ckavg.run.values import FLOATING, Checkpoint, not_constant
 from ckavg.untrusted import open_regular
 
 ReadBytes = Callable[[Path, int, int], bytes]
@@ -94,15 +94,7 @@ def changing(checkpoints: Sequence[Checkpoint], read: ReadBytes) -> list[CkavgEr
         last = holders[-1]
         for other in holders[:-1]:
             if not _same(other, name, last, name, read, most=_PEEK):
-                dtype = last.entries[name].dtype
-                return [
-                    UnsupportedFormatError(
-                        f"tensor {name!r} has dtype {dtype!r}, which cannot be averaged, and differs between step "
-                        f"{other.step} and step {last.step}.",
-                        hint="Such tensors are copied where all checkpoints hold the same. Quantized weights do not "
-                        "average: average the checkpoints before quantizing them.",
-                    )
-                ]
+                return [not_constant(name, other, last)]
     return []
 
 

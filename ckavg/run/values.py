@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+from ckavg.errors import CkavgError, UnsupportedFormatError
+
 Kind = Literal["model", "adapter", "pipeline", "file"]
 
 WhyLeftOut = Literal[
@@ -381,3 +383,13 @@ class Run:
     def is_wide(self, name: str) -> bool:
         """Whether a tensor is float64 in any checkpoint: then nothing narrower is computed with."""
         return any(checkpoint.entries[name].dtype == "F64" for checkpoint in self.checkpoints)
+
+
+def not_constant(name: str, other: Checkpoint, last: Checkpoint) -> CkavgError:
+    """The error where a tensor that can only be copied is not the same in two checkpoints."""
+    return UnsupportedFormatError(
+        f"tensor {name!r} has dtype {last.entries[name].dtype!r}, which cannot be averaged, and differs between step "
+        f"{other.step} and step {last.step}.",
+        hint="Such tensors are copied where all checkpoints hold the same. Quantized weights do not average: average "
+        "the checkpoints before quantizing them.",
+    )

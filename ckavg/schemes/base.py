@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -52,6 +52,8 @@ class Coefficients:
         betas: β_k in (0, 1] for k > start, None up to there.
         alphas: α_k ≥ 0 likewise, for rules with a correction; None for those without.
         tensor_betas: what takes the place of `betas` for single tensors, by name.
+        complements: 1 − α_k likewise, for rules that divide by it: where α_k is almost 1, α_k does not tell it.
+        uncorrected: tensors that take the average with these β alone, whatever else the rule does, by name.
     """
 
     rule: Rule
@@ -59,6 +61,23 @@ class Coefficients:
     betas: tuple[float | None, ...]
     alphas: tuple[float | None, ...] | None = None
     tensor_betas: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    complements: tuple[float | None, ...] | None = None
+    uncorrected: tuple[str, ...] = ()
+
+    def sparing(self, names: Iterable[str]) -> Coefficients:
+        """The same, with these tensors uncorrected; all of them are where the rule has no correction."""
+        return self if self.rule == "ema" else dataclasses.replace(self, uncorrected=tuple(sorted(names)))
+
+    def of_tensor(self, name: str) -> Coefficients:
+        """Those of a single tensor."""
+        own = dataclasses.replace(self, betas=self.tensor_betas.get(name, self.betas))
+        return Coefficients("ema", self.start, own.betas) if name in self.uncorrected else own
+
+    def complement(self, index: int) -> float:
+        """1 − α of checkpoint `index`; 1 where there is no correction."""
+        if self.complements is not None and (given := self.complements[index]) is not None:
+            return given
+        return 1.0 - ((self.alphas[index] or 0.0) if self.alphas is not None else 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ckavg.schemes.base import Coefficients, Scheme, Timeline, require, require_finite
+from ckavg.schemes.schedule import less_than_1
 
 
 def scaled_momentum(momentum: float, batch_scale: float) -> float:
@@ -29,7 +30,7 @@ class MomentumEMA(Scheme):
 
         ρ̂ = ρ^κ        β_k = 1 − ρ̂^Δ_k        E ← (1 − β_k) E + β_k θ_k
 
-    with Δ_k the optimizer steps since the checkpoint before.
+    with Δ_k the optimizer steps since the checkpoint before. β is formed as −expm1(κ Δ_k ln ρ).
 
     Attributes:
         momentum: ρ in [0, 1).
@@ -61,7 +62,6 @@ class MomentumEMA(Scheme):
 
     def coefficients(self, timeline: Timeline) -> Coefficients:
         """β by the steps between checkpoints."""
-        momentum = scaled_momentum(self.momentum, self.batch_scale)
         gaps = [after - before for before, after in itertools.pairwise(timeline.steps)]
-        betas = [1 - momentum ** (gap if self.momentum_per == "step" else 1) for gap in gaps]
-        return Coefficients("ema", 0, (None, *betas))
+        powers = [self.batch_scale * (gap if self.momentum_per == "step" else 1) for gap in gaps]
+        return Coefficients("ema", 0, (None, *(less_than_1(self.momentum, power) for power in powers)))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ckavg.schemes.base import Coefficients, Scheme, Timeline, require, require_finite
-from ckavg.schemes.schedule import falling, step_ages
+from ckavg.schemes.schedule import falling, less_than_1, step_ages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +50,10 @@ class OUEMA(Scheme):
     def coefficients(self, timeline: Timeline) -> Coefficients:
         """β and α by absolute step."""
         ages = step_ages(timeline, 0, lag=self.lag, multiplier=self.multiplier)
-        alphas = falling(ages, self.eta)
         require(
-            all(alpha < 1 for alpha in alphas),
+            all(age > 1 for age in ages),
             "ouema: lag + multiplier × step is 1; it must be more, for α = 1 leaves nothing of θ_k.",
             hint="Raise --lag.",
         )
-        return Coefficients("ouema", 0, (None, *falling(ages, self.kappa)), (None, *alphas))
+        alphas, left = falling(ages, self.eta), [less_than_1(age, -self.eta) for age in ages]
+        return Coefficients("ouema", 0, (None, *falling(ages, self.kappa)), (None, *alphas), complements=(None, *left))

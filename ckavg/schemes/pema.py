@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -56,6 +57,11 @@ class PEMA(Scheme):
         if path is None:
             raise SettingError("pema: the path length was not measured.")
         span = timeline.span if self.clock == "steps" else len(timeline.steps) - 1
+        require(
+            math.isfinite(span * path[-1] * path[-1]),
+            f"pema: the path length is {path[-1]:g}; T · ℓ² is beyond float64.",
+            hint="A tensor with almost no spread at the anchor makes most of it: leave it out with --path-exclude.",
+        )
         own = timeline.tensor_path_length if self.scope == "tensor" else {}
         return Coefficients(
             "ema",

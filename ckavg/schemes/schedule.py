@@ -1,4 +1,4 @@
-"""The schedules that BEMA, OUEMA and DEMA share: α and β as powers of the absolute optimizer step."""
+"""The schedules that schemes share: α and β as powers of the absolute optimizer step, and what powers leave of 1."""
 
 from __future__ import annotations
 
@@ -30,3 +30,17 @@ def falling(ages: Sequence[float], power: float) -> list[float]:
     ([1.0, 0.5], [0.0, 0.0])
     """
     return [0.0 if power == math.inf else age**-power for age in ages]
+
+
+def less_than_1(base: float, power: float) -> float:
+    """1 − base^power, to the last bits also where base^power is almost 1.
+
+    Args:
+        base: in [0, 1], or at least 1 with a negative power.
+        power: positive for a base below 1.
+
+    >>> less_than_1(0.5, 2.0), less_than_1(0.5, 2e-20), less_than_1(0.0, 1.0)
+    (0.75, 1.3862943611198905e-20, 1.0)
+    """
+    result = base**power
+    return 1 - result if result <= 0.5 else -math.expm1(power * math.log(base))

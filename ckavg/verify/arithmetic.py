@@ -67,7 +67,6 @@ def weights_of(
     coefficients: Coefficients,
     last: int,
     *,
-    betas: Sequence[float | None] | None = None,
     magnitudes: bool = False,
 ) -> tuple[float, ...]:
     """The weight of each checkpoint in the average as it stands after checkpoint `last`.
@@ -75,7 +74,6 @@ def weights_of(
     Args:
         coefficients: of the scheme.
         last: index of that checkpoint.
-        betas: what takes the place of `coefficients.betas`, for a tensor that has its own.
         magnitudes: let nothing cancel: add up the sizes of all terms that a checkpoint comes into.
 
     >>> from ckavg.schemes import EMA
@@ -83,7 +81,7 @@ def weights_of(
     (0.25, 0.25, 0.25, 0.25)
     """
     start, rule = coefficients.start, coefficients.rule
-    betas = coefficients.betas if betas is None else betas
+    betas = coefficients.betas
     minus = 1.0 if magnitudes else -1.0
     weights = [0.0] * len(betas)
     first, second = (2.0, minus) if rule == "dema" else (1.0, 0.0)  # how the output hangs on e_1, or on E, and on e_2
@@ -93,7 +91,7 @@ def weights_of(
         second *= 1 - beta
         share = beta * first
         if rule == "ouema":  # θ̃ = θ_0 + (θ − θ_0) · stretch
-            stretch = 1 / (1 - _alpha(coefficients, place))
+            stretch = 1 / coefficients.complement(place)
             weights[start] += share * (1 + minus * stretch)
             share *= stretch
         weights[place] = share

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ckavg.engine.progress import OnProgress
-from ckavg.errors import CkavgError, CorruptFileError
+from ckavg.errors import CkavgError, CorruptFileError, SettingError
 from ckavg.remote.address import Address, address_of
 from ckavg.remote.fetching import fetch_all
-from ckavg.remote.listing import tree_at
+from ckavg.remote.listing import INDEX, tree_at
 from ckavg.remote.mirror import Mirror
+from ckavg.remote.store import Tree
 from ckavg.result.record import Input
+from ckavg.result.side_files import MOST_BYTES
 from ckavg.run.checkpoint import read_checkpoint
 from ckavg.run.values import Checkpoint
 from ckavg.verify.findings import Finding
@@ -34,8 +38,23 @@ class Elsewhere:
 
 
 def is_elsewhere(recorded: Input) -> bool:
-    """Whether a checkpoint is known by an address."""
-    return address_of(recorded.directory) is not None
+    """Whether a checkpoint is known by an address, be it of a kind that is read or not."""
+    try:
+        return address_of(recorded.directory) is not None
+    except SettingError:
+        return True
+
+
+def places_of(inputs: Iterable[Input]) -> tuple[str, ...]:
+    """The repositories and buckets that checkpoints lie in, each with their number. Asks none of them."""
+    found: Counter[str] = Counter()
+    for recorded in inputs:
+        with suppress(SettingError):  # of a kind that is not read: said in its turn
+            address = address_of(recorded.directory)
+            if address is not None:
+                parts = address.place.split("/")[: 3 if address.scheme == "hf" else 1]  # a repository, or a bucket
+                found[str(Address(address.scheme, "/".join(parts)))] += 1
+    return tuple(f"{place} ({count} checkpoints)" for place, count in found.items())
 
 
 def open_elsewhere(inputs: Sequence[Input], *, first: int) -> Elsewhere:
@@ -49,11 +68,12 @@ def open_elsewhere(inputs: Sequence[Input], *, first: int) -> Elsewhere:
     checkpoints: list[Checkpoint | None] = []
     found: list[Finding] = []
     for index, recorded in enumerate(inputs):
-        address = address_of(recorded.directory)
         checkpoint = None
-        if address is not None and index >= first:
+        if index >= first:
             try:
-                checkpoint = _opened(mirror, address, recorded, mirror.root / str(index))
+                address = address_of(recorded.directory)
+                if address is not None:
+                    checkpoint = _opened(mirror, address, recorded, mirror.root / str(index))
             except CkavgError as error:
                 found.append(Finding("sources", f"step {recorded.step}: {mirror.told(error.message)}"))
         checkpoints.append(checkpoint)
@@ -84,5 +104,14 @@ def _opened(mirror: Mirror, address: Address, recorded: Input, place: Path) -> C
                 f"{address}/{name} is {there.size:,} bytes long; it was {size:,} when it was averaged."
             )
     mirror.add(place, tree, recorded.files)
+    folders = {str(PurePosixPath(name).parent) for name in recorded.files}
+    mirror.bring(place, tree, [name for name in tree.files if _tells_parts(tree, name, folders)])
     mirror.open_headers(place / name for name in recorded.files)
     return read_checkpoint(place, recorded.step)
+
+
+def _tells_parts(tree: Tree, name: str, folders: Collection[str]) -> bool:
+    """Whether a file tells which weight files are loaded as one, and so how the names of their tensors begin."""
+    path = PurePosixPath(name)
+    tells = name == "model_index.json" or (INDEX in path.name and str(path.parent) in folders)
+    return tells and tree.files[name].size <= MOST_BYTES

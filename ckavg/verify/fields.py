@@ -15,17 +15,22 @@ Value = TypeVar("Value")
 Reader = Callable[[Any, str], Value]
 """Takes a value and where it stands; gives it back as what it must be, or raises `RecordError`."""
 
+MOST_VALUES = 1_000_000
+"""Some 250 bytes each, once they are parsed."""
+
 _LARGEST = 2**63
 _SHOWN = 60
 _DIGITS = frozenset("0123456789abcdef")
 
 
 def parsed(data: bytes) -> dict[str, Any]:
-    """One JSON object, in which no name appears twice and every number is finite.
+    """One JSON object of a bounded size, in which no name appears twice and every number is finite.
 
     Raises:
         RecordError: it is not.
     """
+    if sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise RecordError(f"holds more than {MOST_VALUES:,} values.")
     try:
         value = parse_json(data)
     except (ValueError, RecursionError) as error:

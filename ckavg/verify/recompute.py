@@ -19,11 +19,12 @@ from ckavg.schemes import Coefficients
 from ckavg.verify.arithmetic import weights_of
 from ckavg.verify.findings import Finding
 from ckavg.verify.sample import Drawn, bytes_to_gather, draw, gather, where, widened
-from ckavg.verify.tolerance import allowed, size_of_unit
+from ckavg.verify.tolerance import allowed, rounding, size_of_unit
 
 _AT_ONCE = 100_000
 _THREADS = 8
 _SHOWN = 8
+_LARGE = 2.0**900
 
 Stored = Mapping[str, NDArray[np.generic]]
 """Elements as they are stored, by tensor."""
@@ -57,6 +58,7 @@ class Recomputation:
             before the names of its tensors in messages.
         wide: whether everything was accumulated in float64; tensors that are float64 in a checkpoint were in any case.
         allow_nonfinite: whether NaN and infinity were let through.
+        beta_error: relative error of β, where it hangs on what was measured again.
     """
 
     coefficients: Coefficients
@@ -64,6 +66,7 @@ class Recomputation:
     outputs: Mapping[int, tuple[str, Checkpoint]]
     wide: bool
     allow_nonfinite: bool
+    beta_error: float = 0.0
 
 
 _NOTHING: NDArray[np.generic] = np.empty(0)
@@ -173,29 +176,47 @@ def _compare(
     """Compare the elements of one tensor of one output. `sources` begins with the checkpoint where the average does."""
     entry, start = work.outputs[index][1].entries[one.name], work.coefficients.start
     if not entry.is_floating:
-        counts.add(index, one, result, sources[index - start], result == sources[index - start])
+        source = sources[index - start]
+        counts.add(index, one, result, source, _bits(result) == _bits(source))
         return
     taken = [checkpoint for checkpoint in work.checkpoints[start : index + 1] if checkpoint is not None]
-    dtypes = [checkpoint.entries[one.name].dtype for checkpoint in taken]
     wide = work.wide or any(each is not None and each.entries[one.name].dtype == "F64" for each in work.checkpoints)
-    betas = work.coefficients.tensor_betas.get(one.name)
-    weights = weights_of(work.coefficients, index, betas=betas)[start : index + 1]
-    sizes = weights_of(work.coefficients, index, betas=betas, magnitudes=True)[start : index + 1]
+    coefficients = work.coefficients.of_tensor(one.name)
+    weights = weights_of(coefficients, index)[start : index + 1]
+    sizes = weights_of(coefficients, index, magnitudes=True)[start : index + 1]
     thetas = [
-        widened(stored, dtype) if size else np.zeros(len(one.places))  # what has no part in it may be NaN
-        for stored, dtype, size in zip(sources, dtypes, sizes, strict=False)
+        widened(stored, checkpoint.entries[one.name].dtype) for stored, checkpoint in zip(sources, taken, strict=False)
     ]
+    same = np.logical_and.reduce([theta == thetas[0] for theta in thetas])  # those stay what they are
+    thetas = [theta if size else np.zeros_like(theta) for theta, size in zip(thetas, sizes, strict=True)]
+    kept = widened(sources[index - start], taken[-1].entries[one.name].dtype)
     got, accumulated = widened(result, entry.dtype), "F64" if wide else "F32"
+    part = 2.0**-64 if wide and max(np.abs(theta).max(initial=0.0) for theta in thetas) > _LARGE else 1.0
+    thetas, got, kept = [theta * part for theta in thetas], got * part, kept * part  # so that no sum overflows
     with np.errstate(all="ignore"):
         want = np.asarray(sum((weight * theta for weight, theta in zip(weights, thetas, strict=True)), start=0.0))
+        want = np.where(same, kept, want)
         most = allowed(
-            got, want, thetas, sizes, dtype=entry.dtype, accumulated=accumulated, rule=work.coefficients.rule
+            got,
+            want,
+            thetas,
+            coefficients,
+            sizes,
+            index=index,
+            dtype=entry.dtype,
+            accumulated=accumulated,
+            beta_error=work.beta_error,
         )
-        apart = np.abs(got - want)
+        most = np.where(same, rounding(got, want, entry.dtype, accumulated), most)
+        apart = np.where(got == want, 0.0, np.abs(got - want))
         agree = apart <= most
         if work.allow_nonfinite:
             agree |= ~np.isfinite(got) & ~np.isfinite(want)
         units = apart / size_of_unit(want, thetas, weights, dtype=entry.dtype, accumulated=accumulated)
     if np.isfinite(units).any():
         counts.largest = max(counts.largest, float(units[np.isfinite(units)].max()))
-    counts.add(index, one, got, want, agree)
+    counts.add(index, one, got / part, want / part, agree)
+
+
+def _bits(values: NDArray[np.generic]) -> NDArray[np.generic]:
+    return values.view(f"<u{values.dtype.itemsize}")

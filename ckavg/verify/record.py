@@ -15,13 +15,16 @@ from typing import Any, TypeVar, cast
 
 from ckavg.errors import CkavgError, ReadError, RecordError, SettingError, raise_all
 from ckavg.path.table import ZeroSigma
+from ckavg.result.leftovers import bring_back
 from ckavg.result.record import Input, Output
 from ckavg.run.checkpoint import RESULT_RECORD
 from ckavg.schemes import SCHEMES, Scheme
+from ckavg.untrusted import read_small
 from ckavg.verify import fields
 from ckavg.version import __version__
 
-MOST_BYTES = 64 << 20
+MOST_BYTES = 32 << 20
+"""Of a run of 200 checkpoints in 30 shards each, with as many snapshots, it takes 2 MB."""
 
 Value = TypeVar("Value")
 
@@ -35,7 +38,7 @@ class Record:
         output_index: the index of the checkpoint after which it was written; the last but for a snapshot.
         allow_nonfinite: whether NaN and infinity were let through.
         ckavg_version, source, anchor_is_init, steps, anchor_step, span, path_length, betas, alphas, weights, sample,
-            path_exclude, zero_sigma, accumulate, copied, inputs, outputs: as of `Averaged`.
+            path_exclude, zero_sigma, accumulate, uncorrected, infinite, copied, inputs, outputs: as of `Averaged`.
     """
 
     scheme: Scheme
@@ -54,6 +57,8 @@ class Record:
     zero_sigma: ZeroSigma
     accumulate: str
     allow_nonfinite: bool
+    uncorrected: tuple[str, ...]
+    infinite: tuple[str, ...]
     copied: tuple[str, ...]
     inputs: tuple[Input, ...]
     outputs: tuple[Output, ...]
@@ -70,12 +75,14 @@ class Record:
 
 
 def read_record(directory: Path) -> Record:
-    """Read the record of a result.
+    """Read the record of a result; one that a killed process had moved aside gets its name back first.
 
     Raises:
         RecordError: there is none, or it is not what a record must be; all that is wrong is listed.
         ReadError: the system would not let us read it.
     """
+    for place in (directory.parent, directory):  # the result, perhaps, of which this is a snapshot
+        bring_back(place)
     path = directory / RESULT_RECORD
     data = _read(directory, path)
     try:
@@ -96,8 +103,7 @@ def _read(directory: Path, path: Path) -> bytes:
                 f"{path} is {status.st_size:,} bytes long; a record is at most {MOST_BYTES:,}.",
                 hint="It is not the record of a result.",
             )
-        with path.open("rb") as file:
-            return file.read(MOST_BYTES + 1)
+        return read_small(path, MOST_BYTES)
     except FileNotFoundError as error:
         raise RecordError(
             f"{directory} is not a result of ckavg: it holds no {RESULT_RECORD}.",
@@ -147,6 +153,8 @@ def _record(value: dict[str, Any]) -> Record:
         "zero_sigma": take("zero_sigma", fields.one_of("exclude", "eps")),
         "accumulate": take("accumulate", fields.one_of("float32", "float64")),
         "allow_nonfinite": take("allow_nonfinite", fields.flag, default=False),
+        "uncorrected": take("uncorrected", fields.sequence(fields.text), default=[]),
+        "infinite": take("infinite", fields.sequence(fields.text), default=[]),
         "copied": take("copied", fields.sequence(fields.text)),
         "inputs": take("inputs", fields.sequence(_input)),
         "outputs": take("outputs", fields.sequence(_output)),

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ckavg.errors import CkavgError
+from ckavg.errors import CkavgError, listed
 from ckavg.path.table import PathLength
+from ckavg.run.statistics import averaged_statistics
 from ckavg.run.values import Checkpoint, Run, Selection
 from ckavg.schemes import PEMA, Coefficients, Timeline
 from ckavg.verify.arithmetic import coefficients_of
@@ -17,6 +18,9 @@ from ckavg.verify.record import Record
 
 _PATH_TOLERANCE = 1e-5
 """Relative difference of ℓ between kernels and devices, which add in different orders; in practice 1e-7."""
+
+_KERNELS = 1e-6
+"""The same of a tensor's own path, on which its β hangs."""
 
 
 def check_elements(
@@ -55,9 +59,13 @@ def check_elements(
     except (CkavgError, ArithmeticError) as error:
         told = error.message if isinstance(error, CkavgError) else str(error)
         return _nothing(told)
-    done = recompute(
-        _work(record, coefficients, checkpoints, outputs), elements=elements, seed=seed, on_progress=on_progress
-    )
+    *_, (_, result) = outputs.values()
+    coefficients = coefficients.sparing(averaged_statistics(result.entries))
+    if coefficients.uncorrected != record.uncorrected:
+        told = f"uncorrected names {listed(record.uncorrected) or 'nothing'}; the running statistics of the result are "
+        found.append(Finding("replay", f"{told}{listed(coefficients.uncorrected) or 'none'}."))
+    work = _work(record, coefficients, checkpoints, outputs)
+    done = recompute(work, elements=elements, seed=seed, on_progress=on_progress)
     return Recomputed((*found, *done.findings), done.elements, done.largest_deviation, nbytes + done.bytes_read)
 
 
@@ -75,6 +83,9 @@ def _work(
         outputs=outputs,
         wide=record.accumulate == "float64" and not mixed,
         allow_nonfinite=record.allow_nonfinite,
+        beta_error=record.scheme.gamma * _KERNELS
+        if isinstance(record.scheme, PEMA) and coefficients.tensor_betas
+        else 0,
     )
 
 

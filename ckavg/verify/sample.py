@@ -23,6 +23,7 @@ _MOST_BYTES = 16 << 20
 _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "<u1", "BOOL": "<u1",
+    "C64": "<u8", "F8_E4M3": "<u1", "F8_E5M2": "<u1", "F8_E8M0": "<u1", "F8_E4M3FNUZ": "<u1", "F8_E5M2FNUZ": "<u1",
 }  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def bytes_to_gather(entry: Entry, drawn: Drawn) -> int:
 
 
 def gather(files: Files, checkpoint: Checkpoint, drawn: Drawn) -> NDArray[np.generic]:
-    """Read elements of a tensor of a checkpoint: (n,) as they are stored, bfloat16 as the 16 bits of each.
+    """Read elements of a tensor of a checkpoint: (n,) as they are stored, as bits where numpy has no such numbers.
 
     Raises:
         TruncatedShardError, ReadError: the bytes are not there.

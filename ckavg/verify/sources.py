@@ -8,17 +8,29 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckavg.errors import CkavgError, CorruptFileError
-from ckavg.result.record import Input
+from ckavg.errors import CkavgError, CorruptFileError, ReadError, RecordError
+from ckavg.result.record import BASE_MODEL, LOCAL, Input
 from ckavg.run.checkpoint import read_checkpoint
 from ckavg.run.values import Checkpoint, Entry, Remote
+from ckavg.untrusted import open_regular, read_small
+from ckavg.verify import fields
 from ckavg.verify.elsewhere import Elsewhere, is_elsewhere, open_elsewhere
 from ckavg.verify.findings import Finding
 from ckavg.verify.record import Record
+
+_ACTING = ("/net/", "/sys/", "/proc/")
+"""To look below `/net` is to mount what another machine offers; files of the kernel act when they are read."""
+
+_LENGTH = 8
+"""Bytes that state the length of a header."""
+
+_MOST_OF_LOCAL = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +56,7 @@ def find_sources(
     first: int,
     source: Path | None,
     init: Path | None,
+    on_places: Callable[[Sequence[str]], None] = lambda places: None,
 ) -> Sources:
     """Find the checkpoints of a result and read their headers; sizes are compared before a file is opened.
 
@@ -54,6 +67,7 @@ def find_sources(
         first: index of the first checkpoint that takes part.
         source: where the run is now; None: where it was.
         init: where the anchor given with `--init` is now.
+        on_places: called with the directories in which they are read, before a file there is opened.
     """
     copied = frozenset(record.copied)
     checkpoints: list[Checkpoint | None] = []
@@ -61,19 +75,27 @@ def find_sources(
     if source is None and any(is_elsewhere(each) for each in record.inputs[first:]):
         remote = open_elsewhere(record.inputs, first=first)
     found: list[Finding] = [] if remote is None else list(remote.findings)
+    places: dict[int, Place] = {}
     for index, recorded in enumerate(record.inputs):
-        checkpoint = None
-        if index >= first and not (remote is not None and is_elsewhere(recorded) and not remote.checkpoints[index]):
+        if index >= first and (remote is None or not is_elsewhere(recorded)):
             try:
-                checkpoint = (remote and remote.checkpoints[index]) or _found(
-                    record, index, _places(record, index, directory, source=source, init=init)
-                )
+                places[index] = _found(recorded, _places(record, index, directory, source=source, init=init), source)
+            except CkavgError as error:
+                found.append(Finding("sources", f"step {recorded.step}: {error.message}"))
+    above = Counter(str(_directory(place).parent) for place in places.values())
+    on_places([f"{place} ({count} checkpoints)" for place, count in above.items()])
+    for index, recorded in enumerate(record.inputs):
+        checkpoint = remote.checkpoints[index] if remote else None
+        try:
+            if index in places:
+                checkpoint = _opened(places[index], record, recorded)
+            if checkpoint is not None:
                 checkpoint = checkpoint.with_copied(copied)
                 is_last = index == len(record.inputs) - 1
                 _check_tensors(checkpoint, {name: tensors[name] for name in tensors if is_last or name not in copied})
-            except CkavgError as error:
-                found.append(Finding("sources", f"step {recorded.step}: {error.message}"))
-                checkpoint = None
+        except CkavgError as error:
+            found.append(Finding("sources", f"step {recorded.step}: {error.message}"))
+            checkpoint = None
         checkpoints.append(checkpoint)
     return Sources(tuple(checkpoints), tuple(found), remote)
 
@@ -150,22 +172,45 @@ Place = Mapping[str, Path]
 def _places(record: Record, index: int, directory: Path, *, source: Path | None, init: Path | None) -> list[Place]:
     """Where a checkpoint may be, the likeliest first; one place alone where the user has named it."""
     recorded, output = record.inputs[index], record.output.directory
-    was = Path(recorded.directory)
-    if index == 0 and record.anchor_is_init and init is not None:
+    was, is_init = Path(recorded.directory), index == 0 and record.anchor_is_init
+    if is_init and init is not None:
         if init.is_file() and len(recorded.files) == 1:
             return [dict.fromkeys(recorded.files, init)]
         return [_inside(init, recorded)]
-    if not (index == 0 and record.anchor_is_init) and source is not None:
-        return [_inside(source / _below(was, Path(record.source)), recorded)]
-    places = [was]
-    if was.is_absolute() == output.is_absolute():
-        beside = directory / os.path.relpath(was, output)
-        places = [was, beside] if was.is_absolute() else [beside, was]
+    as_published = output == Path()
+    if not is_init and source is not None:
+        return [_inside(source / (was if as_published else _below(was, Path(record.source))), recorded)]
+    if as_published:
+        kept = _kept(directory)
+        if was == Path(BASE_MODEL):
+            places = [kept[1]] if kept[1] else []
+        else:
+            places = [root / was for root in (kept[0], directory / record.source, directory) if root]
+    else:  # a record that states paths of the machine where it was made
+        places = [was]
+        if was.is_absolute() == output.is_absolute():
+            beside = directory / os.path.relpath(was, output)
+            places = [was, beside] if was.is_absolute() else [beside, was]
     return [_inside(place, recorded) for place in places]
+
+
+def _kept(directory: Path) -> tuple[Path | None, Path | None]:
+    """Where the run was and its base model, by what is kept beside the record; None where that does not tell."""
+    for place in (directory, directory.parent):  # a snapshot lies in its result
+        with suppress(OSError, ValueError, RecordError):
+            kept = fields.parsed(read_small(place / LOCAL, _MOST_OF_LOCAL))
+            source, init = (fields.member(kept, name, fields.optional(fields.text)) for name in ("source", "init"))
+            return Path(source) if source else None, Path(init) if init else None
+    return None, None
 
 
 def _inside(directory: Path, recorded: Input) -> Place:
     return {name: directory / name for name in recorded.files}
+
+
+def _directory(place: Place) -> Path:
+    name, path = next(iter(place.items()))
+    return Path(str(path).removesuffix(name))
 
 
 def _below(directory: Path, source: Path) -> Path:
@@ -175,22 +220,30 @@ def _below(directory: Path, source: Path) -> Path:
         return Path(directory.name)
 
 
-def _found(record: Record, index: int, places: Sequence[Place]) -> Checkpoint:
-    """The checkpoint at the first place where its files have the sizes they had.
+def _found(recorded: Input, places: Sequence[Place], source: Path | None) -> Place:
+    """The first place where the files of a checkpoint have the sizes they had. Opens nothing.
 
     Raises:
         CkavgError: there is none; of the likeliest place, what is wrong there.
     """
-    recorded = record.inputs[index]
-    beside = sum(each.directory == recorded.directory for each in record.inputs)
     errors: list[CkavgError] = []
     for place in places:
-        wrong = _wrong_size(place, recorded)
+        wrong = _not_followed(place) if source is None else None
+        wrong = wrong or _wrong_size(place, recorded)
         if wrong is None:
-            path, *more = place.values()
-            return read_checkpoint(path, recorded.step) if beside > 1 and not more else _opened(place, recorded.step)
+            return place
         errors.append(wrong)
+    if not errors:
+        raise CorruptFileError("the record does not tell where it is; name it with --init or --source.")
     raise errors[0]
+
+
+def _not_followed(place: Place) -> CkavgError | None:
+    """Refuse what a record must not have us look at, since looking is an act: of other machines, or of the kernel."""
+    directory = os.path.normpath(_directory(place).absolute())
+    if directory.startswith(_ACTING):
+        return CorruptFileError(f"{directory} is not looked at for a record. Name it with --source, if it is right.")
+    return None
 
 
 def _wrong_size(place: Place, recorded: Input) -> CkavgError | None:
@@ -201,6 +254,8 @@ def _wrong_size(place: Place, recorded: Input) -> CkavgError | None:
             return CorruptFileError(f"{path} is not there; it was averaged.")
         if not stat.S_ISREG(status.st_mode):
             return CorruptFileError(f"{path} is not a plain file.")
+        if status.st_size <= _LENGTH:
+            return CorruptFileError(f"{path} is {status.st_size} bytes long: too short to hold weights.")
         if status.st_size != recorded.files[name]:
             return CorruptFileError(
                 f"{path} is {status.st_size:,} bytes long; it was {recorded.files[name]:,} when it was averaged."
@@ -208,20 +263,38 @@ def _wrong_size(place: Place, recorded: Input) -> CkavgError | None:
     return None
 
 
-def _opened(place: Place, step: int) -> Checkpoint:
-    """The checkpoint that these files are: one of its own directory, or a single file among others."""
-    (name, path), *more = place.items()
-    directory = Path(str(path).removesuffix(name))
+def _opened(place: Place, record: Record, recorded: Input) -> Checkpoint:
+    """The checkpoint that these files are: all or some parts of their directory, or a single file among others."""
+    path, *more = place.values()
+    directory, files = _directory(place), set(place.values())
+    for each in files:  # before anything beside it is looked at
+        _check_length(each)
+    if sum(each.directory == recorded.directory for each in record.inputs) > 1 and not more:
+        return read_checkpoint(path, recorded.step)
     try:
-        checkpoint = read_checkpoint(directory, step)
-        if {shard.path for shard in checkpoint.shards} == set(place.values()):
+        whole = read_checkpoint(directory, recorded.step)
+        checkpoint = whole.with_parts({shard.part for shard in whole.shards if shard.path in files})
+        if {shard.path for shard in checkpoint.shards} == files:
             return checkpoint
     except CkavgError:
         if more:
             raise
     if more:
         raise CorruptFileError(f"{directory} holds other weights than those that were averaged.")
-    return read_checkpoint(path, step)
+    return read_checkpoint(path, recorded.step)
+
+
+def _check_length(path: Path) -> None:
+    """Refuse a file that does not begin as weights do."""
+    try:
+        with open_regular(path) as file:
+            length = int.from_bytes(file.read(_LENGTH), "little")
+            size = os.fstat(file.fileno()).st_size
+    except (OSError, ValueError) as error:
+        told = error.strerror if isinstance(error, OSError) else error
+        raise ReadError(f"{path} cannot be read: {told}.", hint="Check that you may read it.") from error
+    if not 2 <= length <= size - _LENGTH:
+        raise CorruptFileError(f"{path} is not safetensors: it claims a header of {length:,} bytes.")
 
 
 def _check_tensors(checkpoint: Checkpoint, tensors: Mapping[str, Entry]) -> None:

@@ -1,11 +1,15 @@
 """Stage *verify*: how far a right element may be from what float64 gives for it. Pure arithmetic, on numpy arrays.
 
-    |got − expected| ≤ u/2 + ε_a Σ_k r_k g_k |θ_k| + ε_64 (4 K + 16) Σ_k g_k |θ_k|
+    |got − expected| ≤ u/2 + e + ε_64 (4 K + 16) Σ_k g_k |θ_k|
 
-u is the unit of the last place of the output dtype, ε the half of that of 1 in the accumulation dtype, and in float64.
-g_k is the size of all terms into which checkpoint k comes, |w_k| where nothing cancels. A term that came in at
-checkpoint k went through K − k updates more, each with three roundings at most, and is rounded a few times as it comes
-in and goes out: r_k = 3 (K − k) + 8, twice as many for DEMA. The last sum is what this computation itself rounds.
+u is the unit of the last place of the output dtype, where that is narrower than what was accumulated in. e bounds the
+roundings of the updates. It follows them: with ε the half of the unit of 1 in the accumulation dtype,
+
+    E ← E + β (θ − E)        e ← (1 − β) e + β e_θ + 3 ε β |θ − E| + ε |E|
+
+for the roundings of β itself, of the difference, of the product and of the sum; e_θ is that of OUEMA's corrected θ, or
+of DEMA's e_1. β = 1 copies. The last sum is what this computation itself rounds; g_k is the size of all terms into
+which checkpoint k comes.
 """
 
 from __future__ import annotations
@@ -14,29 +18,50 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ckavg.schemes.base import Rule
+from ckavg.schemes import Coefficients
 from ckavg.verify.sample import Array
 
 _SIGNIFICAND = {"F64": (53, -1022), "F32": (24, -126), "F16": (11, -14), "BF16": (8, -126)}
 """Bits of the significand and least exponent of normal numbers, by safetensors code."""
 
 
+_SPARE = 1.01
+"""For products of roundings, which the bound leaves out."""
+
+_POWERS = 2.0**-50
+"""Relative error of β that another processor's powers make."""
+
+
 def unit(values: Array, dtype: str) -> Array:
-    """The unit of the last place of a dtype at the size of each value."""
+    """The unit of the last place of a dtype at the size of each value; that of the smallest numbers at 0.
+
+    >>> float(unit(np.zeros(1), "F32")[0]) == 2.0**-149
+    True
+    """
     bits, least = _SIGNIFICAND[dtype]
     _, exponent = np.frexp(np.abs(values))
-    return np.asarray(np.ldexp(1.0, np.maximum(exponent - 1, least) - bits + 1))
+    return np.asarray(np.ldexp(1.0, np.maximum(np.where(values == 0, least, exponent - 1), least) - bits + 1))
+
+
+def rounding(got: Array, expected: Array, dtype: str, accumulated: str) -> Array:
+    """Half a unit of the output dtype, where that is narrower than what was accumulated in; 0 otherwise."""
+    if _SIGNIFICAND[dtype][0] >= _SIGNIFICAND[accumulated][0]:
+        return np.zeros_like(expected)
+    largest = np.maximum(np.abs(got), np.abs(expected))  # a value just below a power of 2 may be rounded up to it
+    return np.asarray(unit(largest, dtype) / 2)
 
 
 def allowed(
     got: Array,
     expected: Array,
     thetas: Sequence[Array],
+    coefficients: Coefficients,
     magnitudes: Sequence[float],
     *,
+    index: int,
     dtype: str,
     accumulated: str,
-    rule: Rule,
+    beta_error: float = 0.0,
 ) -> Array:
     """The largest difference that roundings explain, for each element.
 
@@ -44,21 +69,49 @@ def allowed(
         got: (n,) what the result holds.
         expected: (n,) what float64 gives.
         thetas: the (n,) values of each checkpoint that takes part, in order.
+        coefficients: of this tensor.
         magnitudes: g_k of each.
+        index: of the last of them.
         dtype: of the output, as a safetensors code.
         accumulated: `F32` or `F64`.
-        rule: the update rule.
+        beta_error: relative error of β.
     """
-    largest = np.maximum(np.abs(got), np.abs(expected))  # a value just below a power of 2 may be rounded up to it
-    last, passes = len(thetas) - 1, 2 if rule == "dema" else 1
-    rounded, computed = np.zeros_like(expected), np.zeros_like(expected)
-    for place, (theta, magnitude) in enumerate(zip(thetas, magnitudes, strict=True)):
-        term = magnitude * np.abs(theta)
-        rounded += passes * (3 * (last - place) + 8) * term
-        computed += (4 * last + 16) * term
     own = 2.0 ** -_SIGNIFICAND[accumulated][0]
+    terms = sum((size * np.abs(theta) for size, theta in zip(magnitudes, thetas, strict=True)), start=0.0)
+    computed = 2.0**-53 * (4 * (len(thetas) - 1) + 16) * terms
     tiny = 8 * len(thetas) * unit(np.zeros(1), accumulated)  # where numbers are too small to have all their bits
-    return np.asarray(unit(largest, dtype) / 2 + own * rounded + 2.0**-53 * computed + tiny)
+    updates = _of_updates(thetas, coefficients, index, own, max(beta_error, _POWERS))
+    return np.asarray(rounding(got, expected, dtype, accumulated) + _SPARE * updates + computed + tiny)
+
+
+def _of_updates(
+    thetas: Sequence[Array], coefficients: Coefficients, index: int, own: float, beta_error: float
+) -> Array:
+    """(n,) e, as above."""
+
+    def step(at: Array, error: Array, to: Array, its_error: Array, beta: float) -> tuple[Array, Array]:
+        if beta == 1:
+            return to, its_error
+        after = at + beta * (to - at)
+        rounded = (3 * own + beta_error) * beta * np.abs(to - at) + own * np.abs(after)
+        return after, (1 - beta) * error + beta * its_error + rounded
+
+    rule, anchor, none = coefficients.rule, thetas[0], np.zeros_like(thetas[0])
+    first, error, second, its_error = anchor, none, anchor, none
+    for place, theta in enumerate(thetas[1:], start=coefficients.start + 1):
+        beta, taken, of_taken = coefficients.betas[place] or 0.0, theta, none
+        if rule == "ouema":
+            away = (theta - anchor) / coefficients.complement(place)
+            taken, of_taken = anchor + away, own * (4 * np.abs(away) + np.abs(anchor + away))
+        first, error = step(first, error, taken, of_taken, beta)
+        if rule == "dema":
+            second, its_error = step(second, its_error, first, error, beta)
+    if rule == "dema":
+        return 2 * error + its_error + own * (np.abs(first - second) + np.abs(2 * first - second))
+    if rule == "bema" and len(thetas) > 1:
+        away = (1 - coefficients.complement(index)) * (thetas[-1] - anchor)
+        return error + own * (3 * np.abs(away) + np.abs(first + away))
+    return error
 
 
 def size_of_unit(

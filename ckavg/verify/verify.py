@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from ckavg.atomic import resolved
 from ckavg.engine.progress import OnProgress, Pass, Progress
-from ckavg.errors import CkavgError, SettingError
+from ckavg.errors import CkavgError, SettingError, listed
+from ckavg.remote.address import address_of
 from ckavg.result.record import Output
 from ckavg.run.checkpoint import RESULT_RECORD
 from ckavg.run.values import Checkpoint
@@ -36,13 +37,16 @@ def verify_result(
     sources: bool = False,
     source: Path | str | None = None,
     init: Path | str | None = None,
+    fetch: bool = False,
     elements: int = ELEMENTS,
     seed: int | None = None,
     on_progress: OnProgress | None = None,
+    on_places: OnPlaces | None = None,
 ) -> Verified:
     """Read a result again and check it against its record and, where that is asked for, against its sources.
 
-    Nothing is written, neither to the result nor to the sources.
+    Nothing is written, neither to the result nor to the sources. A result that a killed process had moved aside, to put
+    another in its place, gets its name back first.
 
     Args:
         result: directory of a result, or of one of its snapshots; it may have been moved, renamed or copied.
@@ -50,9 +54,11 @@ def verify_result(
         sources: read all checkpoints again, and compare their checksums with the record.
         source: directory of the checkpoints; None: where they were, as seen from the result or by its record.
         init: the anchor that was given apart from the run; None likewise.
+        fetch: ask the repositories and buckets that the record names for the checkpoints; a record may name any.
         elements: how many elements `replay` computes, in the result and in each of its snapshots.
         seed: which elements; None: others each time.
         on_progress: called now and then in this thread.
+        on_places: called with the places where checkpoints will be read, before anything there is opened.
 
     Returns:
         What is not as it was recorded. There is a result that can be relied on where `problems` is empty.
@@ -60,27 +66,33 @@ def verify_result(
     Raises:
         RecordError: there is no record, or not one that can be understood.
         ReadError: the system would not let us read it.
-        SettingError: `elements` is less than 1, or `seed` is negative.
+        SettingError: `elements` is less than 1, or `seed` is negative; the checkpoints are not on this machine, and are
+            not to be fetched; or `source` or `init` is an address.
     """
     begun = time.perf_counter()
     if elements < 1:
         raise SettingError(f"elements is {elements}; it must be 1 or more.")
     if seed is not None and seed < 0:
         raise SettingError(f"seed is {seed}; it must be 0 or more.")
+    for name, place in (("source", source), ("init", init)):
+        if place is not None and (address := address_of(place)) is not None:
+            raise SettingError(f"{name} is {address}; it must be on this machine.", hint="Fetch it, and name the copy.")
     directory = Path(result)
     work = _Work(directory, read_record(directory), on_progress, Path(source) if source else None)
     work.init = Path(init) if init else None
+    if sources or replay:
+        work.check_places(on_places or (lambda places: None), fetch=fetch)
     work.check_record()
     outputs = work.check_result()
-    with work.told("weights"):
-        work.check_weights(outputs)
-    checks: list[Check] = ["record", "files", "weights"]
     work.check_copied(outputs)
     copied = frozenset(work.record.copied)
     outputs = {index: (name, each.with_copied(copied)) for index, (name, each) in outputs.items()}
+    with work.told("weights"):
+        work.check_weights(outputs)
+    checks: list[Check] = ["record", "files", "weights"]
     with work.reading_elsewhere():
         if sources or replay:
-            work.find_sources(outputs)
+            work.find_sources(outputs, on_places or (lambda places: None))
         if sources:
             checks.append("sources")
             with work.told("sources"):
@@ -104,6 +116,8 @@ def verify_result(
         seconds=time.perf_counter() - begun,
     )
 
+
+OnPlaces = Callable[[Sequence[str]], None]
 
 Outputs = Mapping[int, tuple[str, Checkpoint]]
 """The result and its snapshots as checkpoints, by the index after which each was written; see `Recomputation`."""
@@ -235,7 +249,9 @@ class _Work:
     def check_weights(self, outputs: Outputs) -> None:
         """Is every element a number?"""
         if not self.record.allow_nonfinite:
-            found, nbytes = check_finite(list(outputs.values()), self.listener("weights"))
+            found, nbytes = check_finite(
+                list(outputs.values()), self.listener("weights"), infinite=self.record.infinite
+            )
             self.findings += found
             self.bytes_read += nbytes
 
@@ -248,20 +264,41 @@ class _Work:
                 told = f"copied names {unknown[0]!r}, which is no floating tensor of the result."
                 self.findings.append(Finding("record", told))
 
-    def find_sources(self, outputs: Outputs) -> None:
+    @property
+    def first(self) -> int:
+        """Index of the first checkpoint that took part."""
+        took_part = (index for index, each in enumerate(self.record.inputs) if each.checksum)
+        return min(next(took_part, 0), self.record.steps.index(self.record.anchor_step))
+
+    def check_places(self, on_places: OnPlaces, *, fetch: bool) -> None:
+        """Tell whom the record has us ask for checkpoints, and refuse it unless that was asked for."""
+        if self.source is not None:
+            return
+        from ckavg.verify.elsewhere import places_of
+
+        places = places_of(self.record.inputs[self.first :])
+        if places and not fetch:
+            raise SettingError(
+                f"The checkpoints are not on this machine; the record names {listed(places)}.",
+                hint="If you trust these places, have them read with --fetch; or name the directory of a copy with "
+                "--source.",
+            )
+        if places:
+            on_places(places)
+
+    def find_sources(self, outputs: Outputs, on_places: OnPlaces) -> None:
         """Where are the checkpoints, and do they look like those that were averaged?"""
         from ckavg.verify.sources import find_sources
 
-        took_part = (index for index, each in enumerate(self.record.inputs) if each.checksum)
-        first = min(next(took_part, 0), self.record.steps.index(self.record.anchor_step))
         entries = [checkpoint.entries for _, checkpoint in outputs.values()]
         found = find_sources(
             self.record,
             self.directory,
             entries[-1] if entries else {},
-            first=first,
+            first=self.first,
             source=self.source,
             init=self.init,
+            on_places=on_places,
         )
         self.findings += found.findings
         self.checkpoints = found.checkpoints

@@ -57,13 +57,17 @@ def open_weights(
 
 
 def check_finite(
-    checkpoints: Sequence[tuple[str, Checkpoint]], on_progress: Callable[[int, int], None]
+    checkpoints: Sequence[tuple[str, Checkpoint]],
+    on_progress: Callable[[int, int], None],
+    *,
+    infinite: Collection[str],
 ) -> tuple[list[Finding], int]:
-    """Look for NaN and infinity in all floating tensors.
+    """Look for NaN and infinity in all averaged tensors.
 
     Args:
         checkpoints: the results, each with what stands before the names of its tensors in messages.
         on_progress: called with the bytes done and the bytes to do.
+        infinite: tensors that may hold infinities.
 
     Returns:
         What was found, and how many bytes were read.
@@ -76,7 +80,7 @@ def check_finite(
     for shown, checkpoint in checkpoints:
         found += [
             Finding("weights", f"{shown}tensor {name!r} holds NaN or infinity: {count:,} of its elements.")
-            for name, count in _nonfinite(checkpoint, before, total, on_progress).items()
+            for name, count in _nonfinite(checkpoint, before, total, on_progress, infinite).items()
         ]
         before += checkpoint.nbytes
         on_progress(before, total)
@@ -84,11 +88,13 @@ def check_finite(
 
 
 def _nonfinite(
-    checkpoint: Checkpoint, before: int, total: int, on_progress: Callable[[int, int], None]
+    checkpoint: Checkpoint,
+    before: int,
+    total: int,
+    on_progress: Callable[[int, int], None],
+    infinite: Collection[str],
 ) -> dict[str, int]:
     """How many elements are NaN or infinite, of the tensors that hold any."""
-    import torch
-
     from ckavg.engine.blocks import TILE, Block, cut_blocks
     from ckavg.engine.stream import Settings, by_tensor, stream
     from ckavg.engine.tiles import TORCH_DTYPES, TileReader, all_finite
@@ -102,7 +108,8 @@ def _nonfinite(
             for start, stop in block.tiles(TILE):
                 raw = reader.raw(0, block.name, start * entry.item_bytes, stop * entry.item_bytes)
                 values = raw.view(TORCH_DTYPES[entry.dtype])
-                wrong += 0 if all_finite(values) else int((~torch.isfinite(values)).sum())
+                if not all_finite(values):
+                    wrong += int((values.isnan() if block.name in infinite else ~values.isfinite()).sum())
             return wrong
 
         return count

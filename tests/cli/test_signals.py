@@ -45,16 +45,24 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+def journals(run: Path) -> list[Path]:
+    """Notes of what is finished: their first line says of what."""
+    return [path for path in run.glob("averaged/**/.*") if path.is_file() and re.search("journal|path-", path.name)]
+
+
 def stopped(run: Path, verb: str, signal_sent: signal.Signals, *, after: str, seconds: float) -> tuple[str, float]:
-    """Start a verb on slow storage, send a signal once it has said something, and give what it said and how long it
-    took to end."""
+    """Start a verb on slow storage, send a signal once it has said something and, where it takes notes every so many
+    seconds, has taken some, and give what it said and how long it took to end."""
     words = [sys.executable, "-c", SLOW.format(seconds=seconds), verb, str(run)]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     said = ""
     while after not in said:
         said += process.stderr.readline()
-    time.sleep(3 * seconds if seconds < 1 else 0)
+    sizes: set[int] = set()
+    while seconds < 1 and len(sizes) < 3 and process.poll() is None:  # until two notes: the first is on the disk
+        sizes |= {path.stat().st_size for path in journals(run)} - {0}
+        time.sleep(0.05)
     process.send_signal(signal_sent)
     begun = time.monotonic()
     said += process.communicate(timeout=60)[1]

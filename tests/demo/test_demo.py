@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -14,7 +15,7 @@ from ckavg.demo.checkpoint import load_model
 from ckavg.demo.corpus import load_corpus
 from ckavg.demo.evaluate import held_out_loss
 from ckavg.demo.model import LlamaShape
-from ckavg.demo.train import TrainedRun, train
+from ckavg.demo.train import TrainedRun, remove_earlier, train
 
 SHAPE = LlamaShape(
     hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32
@@ -111,6 +112,34 @@ def test_an_existing_run_is_refused_and_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"holds checkpoints already \(checkpoint-5 and 0 more\)"):
         tiny_run(tmp_path)
     assert [path.name for path in tmp_path.rglob("*")] == ["checkpoint-5"]
+
+
+@pytest.mark.parametrize("name", ["checkpoint-5", ".tmp-checkpoint-5"])
+@pytest.mark.parametrize("kind", ["link", "notes", "folder", "file"])
+def test_what_the_demo_did_not_make_is_never_removed(tmp_path: Path, name: str, kind: str) -> None:
+    elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
+    for place in (elsewhere, run / name):
+        place.mkdir(parents=True)
+        (place / "trainer_state.json").write_text('{"trial_name": "ckavg demo"}')
+    if kind == "notes":
+        (run / name / "notes.txt").write_text("mine")
+    elif kind == "folder":
+        (run / name / "mine").mkdir()
+    else:
+        shutil.rmtree(run / name)
+        (run / name).symlink_to(elsewhere) if kind == "link" else (run / name).write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FileExistsError, match=f"{name} was not made by the demo"):
+        remove_earlier(run)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_the_demo_made_is_removed(tmp_path: Path) -> None:
+    for name in ("checkpoint-5", ".tmp-checkpoint-7"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text('{"trial_name": "ckavg demo"}')
+    remove_earlier(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 def test_every_leaf_error_is_explained() -> None:
     def leaves(kind: type[Exception]) -> set[str]:
-        below = kind.__subclasses__()
+        below = [each for each in kind.__subclasses__() if each.__module__ == kind.__module__]  # tests have some, too
         return set().union(*(leaves(each) for each in below)) if below else {kind.__name__}
 
     documented = {name.strip("`") for name, _ in _rows(_sections(CLI)["Errors"])}

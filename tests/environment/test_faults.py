@@ -53,11 +53,16 @@ def count_calls(run: Path, *command: str) -> int:
 
 AT_EVERY_CALL = (errno.ENOSPC, errno.EIO)
 """The others fail in the same way, and are tried at each third call."""
+EXHAUSTIVE = pytest.mark.exhaustive
 
 
 @pytest.mark.parametrize(
     ("error", "lasting"),
-    [*((error, False) for error in ERRORS), (errno.ENOSPC, True), (errno.EROFS, True)],
+    [
+        *(pytest.param(error, False, marks=() if error == errno.EIO else EXHAUSTIVE) for error in ERRORS),
+        pytest.param(errno.ENOSPC, True, marks=EXHAUSTIVE),
+        (errno.EROFS, True),
+    ],
     ids=lambda value: ("once", "from then on")[value] if isinstance(value, bool) else errno.errorcode[value],
 )
 def test_a_first_result(run: Path, monkeypatch: pytest.MonkeyPatch, error: int, lasting: bool) -> None:
@@ -95,7 +100,7 @@ def test_a_first_result(run: Path, monkeypatch: pytest.MonkeyPatch, error: int, 
     assert failed >= len(tried) // 4
 
 
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO], ids=errno.errorcode.get)
+@pytest.mark.parametrize("error", [pytest.param(errno.ENOSPC, marks=EXHAUSTIVE), errno.EIO], ids=errno.errorcode.get)
 def test_an_earlier_result(run: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
     if error != errno.ENOSPC:
         monkeypatch.setattr(drawn, "card_picture", lambda result: None)

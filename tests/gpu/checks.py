@@ -130,20 +130,32 @@ def check_nonfinite(directory: Path, device: str) -> None:
         assert said[0] == said[1]
 
 
+def check_constants(directory: Path, device: str) -> None:
+    """The same infinities, and −0, stay what they are."""
+    row = torch.tensor([-torch.inf, torch.inf, -0.0, 0.0, 1.0] * 5000)
+    for dtype in (torch.bfloat16, torch.float64):
+        weights = [{"w": row.to(dtype), "v": torch.arange(9.0) * step} for step in range(4)]
+        run = ckavg.open_run(write_run(directory / str(dtype), weights, range(4)))
+        path = measure(run, settings=Settings(device=device))
+        assert_same_path(path, measure(run), 1e-6)
+        for each in formed(run, (EMA(), BEMA(), Mean(), EMA(gamma=0.0)), Settings(device=device), path=path):
+            assert torch.equal(each["w"].view(torch.uint8), row.to(dtype).view(torch.uint8))
+
+
 def check_overflow(directory: Path, device: str) -> None:
-    """Averages that overflow or do not fit are refused; sums that overflow on the way are not."""
+    """Averages that do not fit are refused; what overflows on the way is not."""
     weights = [{"w": torch.tensor([0.0, 1.0] * 600) * 3e38 * sign} for sign in (1.0, -1.0)]
     run = ckavg.open_run(write_run(directory / "far", weights, (0, 1)))
     settings = Settings(device=device)
     path = measure(run, settings=settings)
     np.testing.assert_allclose(path.tensors["w"].distances, [600 * 2 * 3e38], rtol=1e-6)
-    assert "overflows while it is formed" in refusal(partial(formed, run, (EMA(),), settings, path=path))
-    assert_close(
-        formed(run, (EMA(),), settings, wide=True, path=path)[0],
-        formed(run, (EMA(),), Settings(), wide=True, path=path)[0],
-        terms_of(run),
-        torch.float64,
-    )
+    for wide, accumulated in ((False, torch.float32), (True, torch.float64)):
+        assert_close(
+            formed(run, (EMA(),), settings, wide=wide, path=path)[0],
+            formed(run, (EMA(),), Settings(), wide=wide, path=path)[0],
+            terms_of(run),
+            accumulated,
+        )
     # Finite weights whose sum is not, in a scheme that forgets, so that every checkpoint is looked at.
     large = [{"w": torch.full((2000,), 3e38)} for _ in range(2)]
     run = ckavg.open_run(write_run(directory / "large", large, (0, 1)))

@@ -31,7 +31,7 @@ HEADERS: dict[str, tuple[Callable[[], bytes], str]] = {
     "lists": (lambda: b'{"w":[' + b"[]," * (MAX_HEADER_BYTES // 3 - 4) + b"[]]}", "more than"),
     "lists within the limit": (lambda: b'{"w":[' + b"[]," * (MOST_VALUES // 2 - 4) + b"[]]}", "lacks dtype"),
     "a million tensors": (lambda: _entries(1_000_000), "more than"),
-    "half a million tensors": (lambda: _entries(MOST_VALUES // 8 - 1), "is missing"),
+    "half a million tensors": (lambda: _entries(MOST_VALUES // 8 - 1), "without elements"),
     "repeated": (lambda: b"{" + b'"w":0,' * (MOST_VALUES - 4) + b'"w":0}', "appears twice"),
     "a long name": (lambda: b'{"' + b"x" * (MAX_HEADER_BYTES - 10) + b'":0}', "lacks dtype"),
     "a long number": (lambda: b'{"w":' + b"9" * (MAX_HEADER_BYTES - 10) + b"}", "integer string"),

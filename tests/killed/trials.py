@@ -1,6 +1,7 @@
 """Kills ckavg again and again, at random moments and at every call that matters, and has each killed command run again.
 
-Run as a program with a run's directory, a number of random moments and a seed; prints what came of every trial as JSON.
+Run as a program with a run's directory, a number of random moments, a seed, and whether `some` calls of each kind are
+enough or `all` of them are to be tried; prints what came of every trial as JSON.
 It imports everything once, and every command is a fork of it: a second or so is saved each time.
 """
 
@@ -123,7 +124,7 @@ def timed(source: Path) -> float:
     return time.perf_counter() - begun
 
 
-def trials(source: Path, moments: int, seed: int) -> Iterator[dict[str, Any]]:
+def trials(source: Path, moments: int, seed: int, which: str) -> Iterator[dict[str, Any]]:
     chosen = random.Random(seed)
     earlier = source.parent / "earlier"
     assert status_of(forked(["ema", str(source), "--gamma", "0.5", "-q", "--out", str(earlier)])) == 0
@@ -141,7 +142,7 @@ def trials(source: Path, moments: int, seed: int) -> Iterator[dict[str, Any]]:
     for call in CALLS:
         for place in (None, earlier):
             killed, number = True, 1
-            while killed:
+            while killed and (which == "all" or call == "rename" or number == 1):
                 pid = forked(prepared(source, earlier=place), kill_at(call, number))
                 came = trial(source, expected, place, pid)
                 killed = came["killed"]
@@ -151,4 +152,4 @@ def trials(source: Path, moments: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(list(trials(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))))  # noqa: T201
+    print(json.dumps(list(trials(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]))))  # noqa: T201

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -248,16 +251,106 @@ def test_a_table_that_makes_no_sense_is_measured_anew(source: Path, text: str) -
     assert measured(source).bytes_read == 0
 
 
-@pytest.mark.parametrize("value", ["-1.0", "NaN", "Infinity", '"1"', "null", "[]"])
-def test_numbers_that_make_no_sense_are_measured_anew(source: Path, value: str) -> None:
+def sealed(table: dict[str, Any]) -> str:
+    """A table with the checksum that belongs to it."""
+    table = {key: value for key, value in table.items() if key != "sha256"}
+    text = json.dumps(table, separators=(",", ":"))
+    return json.dumps(table | {"sha256": hashlib.sha256(text.encode()).hexdigest()})
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, "1", None, []])
+def test_numbers_that_make_no_sense_are_measured_anew(source: Path, value: object) -> None:
     want = measured(source)
     kept = source / "averaged" / "path.json"
     table = json.loads(kept.read_text())
     for rows in (table["sigma"], table["distances"]):
         for row in rows.values():
-            row[:] = ["here"] * len(row)
-    kept.write_text(json.dumps(table).replace('"here"', value))
+            row[:] = [value] * len(row)
+    kept.write_text(sealed(table))
     assert measured(source).lengths == want.lengths
+
+
+def edit_a_distance(table: dict[str, Any]) -> None:
+    row = next(iter(table["distances"].values()))
+    row[0] = math.nextafter(row[0], math.inf)
+
+
+def edit_a_spread(table: dict[str, Any]) -> None:
+    next(iter(table["sigma"].values()))[-1] *= 2
+
+
+def exchange_two_tensors(table: dict[str, Any]) -> None:
+    table["tensors"][:2] = table["tensors"][1::-1]
+
+
+def exchange_two_pairs(table: dict[str, Any]) -> None:
+    table["distances"] = dict(zip(table["distances"], reversed(table["distances"].values()), strict=True))
+
+
+def rename_a_place(table: dict[str, Any]) -> None:
+    stamp = next(iter(table["checkpoints"]))
+    table["checkpoints"][stamp] += "0"
+
+
+def drop_the_checksum(table: dict[str, Any]) -> None:
+    del table["sha256"]
+
+
+def make_it_of_an_earlier_version(table: dict[str, Any]) -> None:
+    drop_the_checksum(table)
+    table["format"] = 1
+
+
+EDITS = (
+    edit_a_distance, edit_a_spread, exchange_two_tensors, exchange_two_pairs, rename_a_place, drop_the_checksum,
+    make_it_of_an_earlier_version,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+def test_an_edited_table_is_noticed_and_measured_anew(source: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    run_cli("pema", source, "--out", source / "first")
+    kept = source / "averaged" / "path.json"
+    table = json.loads(kept.read_text())
+    kept.write_text(json.dumps(table))  # in other words: nothing is edited yet
+    assert measured(source).bytes_read == 0
+    edit(table)
+    kept.write_text(json.dumps(table))
+    told = f"{kept} is not as this version of ckavg writes it"
+    assert any(told in warning for warning in ckavg.plan_average(ckavg.open_run(source), ckavg.PEMA()).warnings)
+    assert not ckavg.plan_average(ckavg.open_run(source), ckavg.EMA()).warnings
+    for words in (("path", source), ("pema", source, "--out", source / "second")):
+        kept.write_text(json.dumps(table))
+        done = run_cli(*words)
+        assert (done.exit_code, done.stderr.count(told)) == (0, 1), done.stderr
+    for file in (source / "first").glob("*.safetensors"):
+        assert file.read_bytes() == (source / "second" / file.name).read_bytes()
+    assert measured(source).bytes_read == 0
+    assert told not in run_cli("path", source).stderr
+
+
+def test_a_table_that_was_cut_off_or_damaged_anywhere_is_measured_anew(source: Path) -> None:
+    want = measured(source)
+    kept = source / "averaged" / "path.json"
+    text = kept.read_bytes()
+    for place in range(0, len(text), len(text) // 12):
+        damaged = bytearray(text)
+        damaged[place] ^= 1
+        for spoilt in (text[:place], bytes(damaged)):
+            kept.write_bytes(spoilt)
+            again = measured(source)
+            assert (again.bytes_read, again.lengths) == (want.bytes_read, want.lengths), place
+            assert kept.read_bytes() == text
+
+
+@pytest.mark.parametrize("part", ["tensors", "checkpoints", "sigma", "distances", "format"])
+@pytest.mark.parametrize("value", [7, None, [], {}, [[1]], {"a": [1]}, {"a": {}}])
+def test_nonsense_with_a_checksum(source: Path, part: str, value: object) -> None:
+    want = measured(source)
+    kept = source / "averaged" / "path.json"
+    kept.write_text(sealed(json.loads(kept.read_text()) | {part: value}))
+    assert measured(source).lengths == want.lengths
+    assert measured(source).bytes_read == 0
 
 
 def test_a_file_that_changes_while_it_is_measured_is_refused_and_not_kept(source: Path) -> None:

@@ -48,6 +48,12 @@ def occurs(stage: str, fault: Any) -> bool:
 LASTING = [
     (stage, name) for stage in STAGES for name, fault in FAULTS.items() if fault != WHOLE and occurs(stage, fault)
 ]
+TYPICAL = ("503", "401", "closed")
+"""Of answers, refusals and connections, one each; the others are tried where all is."""
+
+
+def marks(fault: str) -> tuple[pytest.MarkDecorator, ...]:
+    return () if fault in TYPICAL else (pytest.mark.exhaustive,)
 
 
 @pytest.fixture
@@ -57,7 +63,13 @@ def expected(run: Path, tmp_path: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("max_disk", "when"), [(None, "first"), (0, "later")])
 @pytest.mark.parametrize(
-    ("stage", "fault"), [(stage, name) for stage in STAGES for name, each in PASSING.items() if occurs(stage, each)]
+    ("stage", "fault"),
+    [
+        pytest.param(stage, name, marks=marks(name))
+        for stage in STAGES
+        for name, each in PASSING.items()
+        if occurs(stage, each)
+    ],
 )
 def test_what_passes_costs_nothing(
     hub: Hub,
@@ -80,7 +92,7 @@ def test_what_passes_costs_nothing(
 @pytest.mark.parametrize(
     ("stage", "fault", "when"),
     [
-        (*each, when)
+        pytest.param(*each, when, marks=marks(each[1]))
         for each in LASTING
         for when in ("first", "later")
         if when == "first" or each[0] in LATER_OF_WEIGHTS

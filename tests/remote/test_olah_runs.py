@@ -21,7 +21,7 @@ def assert_the_bytes_of_the_disk(olah: Olah, run: Path, tmp_path: Path, max_disk
     assert weights_of(result.directory) == expected
     commits = [olah.branches[f"step{step}"] for step in (10, 20, 30)]
     assert [str(each.directory) for each in result.inputs] == [f"hf://{olah.name}@{commit}" for commit in commits]
-    assert run_cli("verify", result.directory, "--sources").exit_code == 0
+    assert run_cli("verify", result.directory, "--fetch", "--sources").exit_code == 0
     del opened
     no_view_is_left()
 

@@ -231,7 +231,7 @@ def test_a_result_is_verified_against_checkpoints_elsewhere(hub: Hub, long_run: 
     run = ckavg.open_run(REVISIONS, last=3, max_disk=0)
     result = ckavg.average(run, ckavg.EMA(), out=tmp_path / "out").directory
     repo.branches["step100"] = repo.branches["step10"]  # the record knows the commit
-    assert ckavg.verify_result(result, sources=True).problems == ()
+    assert ckavg.verify_result(result, sources=True, fetch=True).problems == ()
     commit = json.loads((result / "ckavg.json").read_text())["inputs"][-1]["directory"].partition("@")[2]
     tree = repo.commits[commit]
     name = next(name for name in tree if name.endswith(".safetensors"))
@@ -239,10 +239,10 @@ def test_a_result_is_verified_against_checkpoints_elsewhere(hub: Hub, long_run: 
     changed[-1] ^= 0x40
     repo.commits[commit] = tree | {name: (bytes(changed), True)}
     hub.put(repo, repo.commits[commit], "the bytes alone")
-    (problem,) = ckavg.verify_result(result, sources=True).problems
+    (problem,) = ckavg.verify_result(result, sources=True, fetch=True).problems
     assert "step 100: the weights in hf://ada/run@" in problem
     assert "are not those that were averaged" in problem
     repo.commits[commit] = tree
-    verified = ckavg.verify_result(result, replay=True, sources=True)
+    verified = ckavg.verify_result(result, replay=True, sources=True, fetch=True)
     assert verified.problems == ()
     assert verified.elements == 10_000

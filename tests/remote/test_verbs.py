@@ -21,6 +21,7 @@ from tests.hub.state import Hub, Repo
 from tests.remote.outcome import keeps_to_itself, no_view_is_left, served_of, weights_of
 from tests.remote.questions import REPO
 from tests.remote.stores import Store
+from tests.run.test_parts import write_sharded
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -118,23 +119,29 @@ def test_snapshots_and_verify(far: tuple[str, ...], run: Path, tmp_path: Path) -
     folders = (".", "checkpoint-20")
     assert all(weights_of(out / each) == weights_of(tmp_path / "expected" / each) for each in folders)
     ran("verify", out)
-    ran("verify", out, "--sources")
-    ran("verify", out, "--sources", "--replay")
+    ran("verify", out, "--fetch", "--sources")
+    ran("verify", out, "--fetch", "--sources", "--replay")
     assert kept() == []
-    ran("verify", out / "checkpoint-20", "--sources")
+    ran("verify", out / "checkpoint-20", "--fetch", "--sources")
+
+
+def test_parts_are_verified_where_they_are(s3: Store, tmp_path: Path) -> None:
+    address = s3.upload(write_sharded(tmp_path / "parts", "critic.safetensors", "a/b.safetensors"))
+    ran("ema", address, "--out", tmp_path / "out")
+    ran("verify", tmp_path / "out", "--fetch", "--sources", "--replay")
 
 
 def test_verify_tells_what_is_gone(hub: Hub, repo: Repo, tmp_path: Path) -> None:
     ran("ema", *FAR, "--out", tmp_path / "out")
     del repo.commits[repo.branches.pop("step20")]
-    done = run_cli("verify", tmp_path / "out", "--sources")
+    done = run_cli("verify", tmp_path / "out", "--fetch", "--sources")
     assert done.exit_code == 1
     assert "step 20" in done.output
     keeps_to_itself(done.output)
     del done
     no_view_is_left()
     del hub.repos[REPO]
-    done = run_cli("verify", tmp_path / "out", "--sources")
+    done = run_cli("verify", tmp_path / "out", "--fetch", "--sources")
     assert done.exit_code == 1
     keeps_to_itself(done.output)
     del done

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from ckavg.errors import ChangedError
 from ckavg.journal import Journal
 from ckavg.result.leftovers import find_leftovers, tidy
 from tests.cli.runner import run_cli, snapshot
+from tests.environment.process import ckavg as ckavg_process
 from tests.runs import random_run, write_run
 
 
@@ -85,10 +88,77 @@ def test_what_was_moved_aside_comes_back(source: Path) -> None:
     assert not aside.exists()
 
 
+KILLED_BETWEEN_THE_RENAMES = """
+import os, signal
+def rename(source, target, real=os.rename):
+    if source.name.endswith(".ckavg-partial"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target)
+os.rename = rename
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose result was being replaced by another one, of snapshots too, and the result as it was beside it."""
+    source = write_run(tmp_path_factory.mktemp("killed") / "run", random_run(0, 3, torch.float32), (0, 10, 20))
+    result = ckavg.average(ckavg.open_run(source), ckavg.Mean(), snapshot_every=10).directory
+    shutil.copytree(result, source.parent / "earlier")
+    done = ckavg_process("mean", source, "--force", "--last", "2", "-q", before=KILLED_BETWEEN_THE_RENAMES)
+    assert done.returncode == -signal.SIGKILL
+    assert sorted(path.name for path in result.parent.iterdir()) == [".mean.ckavg-partial", ".mean.ckavg-replaced"]
+    return source
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("verify", "averaged/mean"),
+        ("verify", "averaged/mean/checkpoint-10"),
+        ("verify", "link"),
+        ("push", "averaged/mean", "owner/name"),
+        ("inspect", "."),
+        ("inspect", "averaged/mean"),
+        ("path", "."),
+        ("ema", ".", "--dry-run"),
+        ("sweep", ".", "ema", "--dry-run"),
+        ("ema", ".", "--init", "averaged/mean", "--init-step", "-1", "--dry-run"),
+    ],
+    ids=" ".join,
+)
+def test_any_verb_brings_an_earlier_result_back(
+    killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    source = tmp_path / "run"
+    shutil.copytree(killed, source)
+    (source / "link").symlink_to(source / "averaged" / "mean")
+    monkeypatch.chdir(source)
+    done = run_cli(*words)
+    assert "Traceback" not in done.stderr
+    assert "holds no ckavg.json" not in done.stderr
+    if words[0] == "verify":
+        assert done.exit_code == 0, done.stdout
+    found, earlier = snapshot(source / "averaged" / "mean"), snapshot(killed.parent / "earlier")
+    assert {name: data for name, (*_, data) in found.items()} == {name: data for name, (*_, data) in earlier.items()}
+    assert not (source / "averaged" / ".mean.ckavg-replaced").exists()
+
+
+def test_what_another_process_is_replacing_is_not_brought_back(killed: Path, tmp_path: Path) -> None:
+    shutil.copytree(killed, tmp_path / "run")
+    averaged = tmp_path / "run" / "averaged"
+    handle = os.open(averaged / ".mean.ckavg-partial", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert run_cli("verify", averaged / "mean").exit_code == 1
+    os.close(handle)
+    assert (averaged / ".mean.ckavg-replaced").is_dir()
+
+
 def test_what_was_replaced_goes(source: Path) -> None:
     result = ckavg.average(ckavg.open_run(source), ckavg.EMA()).directory
     before = snapshot(result)
-    interrupted(result.parent / f".{result.name}.ckavg-replaced", blocks=0)
+    aside = result.parent / f".{result.name}.ckavg-replaced"
+    shutil.copytree(result, aside)
+    (aside / "model.safetensors").unlink()  # what removed it was killed, too
     tidy(result.parent)
     assert [path.name for path in result.parent.iterdir()] == [result.name]
     assert snapshot(result) == before

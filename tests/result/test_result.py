@@ -156,10 +156,41 @@ def test_existing_result_is_kept_without_force(source: Path) -> None:
     with pytest.raises(OutputExistsError, match="already holds a result"):
         ckavg.average(run, ckavg.EMA())
     assert snapshot(result.directory) == before
-    (result.directory / "notes.txt").write_text("old")
     ckavg.average(run, ckavg.EMA(), force=True)
-    assert not (result.directory / "notes.txt").exists()
     assert sorted(path.name for path in result.directory.parent.iterdir()) == ["ema-gamma0.15"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "eval/results.json", ".notes", "checkpoint-10/model.gguf", "link"])
+def test_what_is_not_of_the_result_is_never_removed(source: Path, tmp_path: Path, name: str) -> None:
+    """Its own files go, those that we keep beside them, and what a desktop leaves."""
+    run = ckavg.open_run(source)
+    result = ckavg.average(run, ckavg.EMA(), snapshot_every=10).directory
+    (tmp_path / "folder").mkdir()
+    path = result / name
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(tmp_path / "folder") if name == "link" else path.write_text("mine")
+    before = snapshot(result)
+    with pytest.raises(OutputExistsError, match=f"would be lost: {name}"):
+        ckavg.plan_average(run, ckavg.EMA(), force=True)
+    assert snapshot(result) == before
+    path.unlink()
+    for ours in (".DS_Store", "evaluations.ckavg-local.json", ".ckavg-partial.README.md", "README.md"):
+        (result / ours).write_text("ours, or listed")
+    ckavg.average(run, ckavg.EMA(), force=True)
+    assert not (result / ".DS_Store").exists()
+
+
+def test_what_comes_into_an_earlier_result_meanwhile_is_not_removed(source: Path) -> None:
+    run = ckavg.open_run(source)
+    result = ckavg.average(run, ckavg.EMA()).directory
+
+    def add(news: ckavg.Progress) -> None:
+        (result / "notes.txt").write_text("mine")
+
+    with pytest.raises(OutputExistsError, match=r"would be lost: notes\.txt"):
+        ckavg.average(run, ckavg.EMA(), force=True, on_progress=add)
+    assert (result / "notes.txt").read_text() == "mine"
+    assert [path.name for path in result.parent.iterdir()] == [result.name]
 
 
 def test_anything_else_is_never_replaced(source: Path, tmp_path: Path) -> None:

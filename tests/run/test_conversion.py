@@ -119,6 +119,30 @@ def check_mean(run: Path, expected: Callable[[int], Mapping[str, Tensor]], steps
             np.testing.assert_array_equal(tensor.numpy(), of_name[-1])
 
 
+@pytest.mark.parametrize("kind", ["symbolic", "second name"])
+def test_nothing_is_written_through_a_link_that_was_planted(tmp_path: Path, kind: str) -> None:
+    victim = tmp_path / "thesis.tex"
+    victim.write_text("three years")
+    for step in STEPS:
+        checkpoint = tmp_path / "run" / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        names = [f"pytorch_model-0000{place}-of-00002.bin" for place in (1, 2)]
+        for place, name in enumerate(names):
+            torch.save({f"w{place}": torch.full((4,), float(step))}, checkpoint / name)
+        index = {"weight_map": {f"w{place}": name for place, name in enumerate(names)}}
+        (checkpoint / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    command = command_of(run_cli("ema", tmp_path / "run").stderr.splitlines())
+    for checkpoint in (tmp_path / "run").iterdir():
+        for name in (".model-00001-of-00002.safetensors.part", "model.safetensors.index.json"):
+            if kind == "symbolic":
+                (checkpoint / name).symlink_to(victim)
+            else:
+                (checkpoint / name).hardlink_to(victim)
+    assert in_shell(command).returncode == 0
+    assert victim.read_text() == "three years"
+    check_mean(tmp_path / "run", lambda step: {f"w{place}": torch.full((4,), float(step)) for place in (0, 1)})
+
+
 # --- what trainers save, in one pickle a step ---
 
 STATE = {"state": {0: {"exp_avg": torch.ones(3), "step": torch.tensor(4)}}, "param_groups": [{"lr": 0.1}]}

@@ -204,6 +204,38 @@ def test_a_part_that_not_all_have_is_left_out_and_said(tmp_path: Path) -> None:
     assert ckavg.verify_result(result.directory, replay=True, sources=True).problems == ()
 
 
+def write_sharded(root: Path, *dropped: str, main: int = 2) -> Path:
+    """Checkpoints of `main` shards and a part beside them; the last one has parts that the others lack."""
+    for step in STEPS:
+        tensors = weights(step) | {"v": torch.full((2,), float(step))}
+        here = write_checkpoint(root / f"checkpoint-{step}", tensors, shards=main)
+        put(here / "value_head.safetensors", weights(3 * step))
+        put(here / "optimizer.safetensors", weights(step, "state"))
+        put(here / "adam.safetensors", {"0.exp_avg": torch.ones(4) * step})
+    for name in dropped:
+        put(root / f"checkpoint-{STEPS[-1]}/{name}", weights(1, "x"))
+    return root
+
+
+@pytest.mark.parametrize("main", [1, 2])
+@pytest.mark.parametrize(
+    "dropped", [(), ("critic.safetensors",), ("merged/model.safetensors", "critic.safetensors"), ("a/b.safetensors",)]
+)
+def test_what_is_averaged_without_some_parts_is_verified_without_them(
+    tmp_path: Path, main: int, dropped: tuple[str, ...]
+) -> None:
+    run = ckavg.open_run(write_sharded(tmp_path / "run", *dropped, main=main))
+    assert set(run.tensors) == {"w", "v", "value_head.safetensors/w"}
+    for scheme in (ckavg.EMA(), ckavg.PEMA(scope="tensor")):
+        result = ckavg.average(run, scheme)
+        verified = ckavg.verify_result(result.directory, replay=True, sources=True)
+        assert (verified.problems, verified.elements) == ((), 14)
+    put(tmp_path / "run/checkpoint-30/value_head.safetensors", weights(91))
+    problems = ckavg.verify_result(result.directory, sources=True).problems
+    assert len(problems) == 1
+    assert problems[0].startswith("step 30: the weights in ")
+
+
 def test_a_part_of_other_tensors_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "run", "value_head.safetensors")
     put(tmp_path / "run/checkpoint-30/value_head.safetensors", weights(1, "other"))

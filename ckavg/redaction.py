@@ -1,0 +1,89 @@
+"""What must not be shown or uploaded: passwords, tokens and keys, and where things lie on this machine. Pure text work.
+
+A secret is told by the word before it, or by its own form; a false alarm costs three dots, and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+HIDDEN = "…"
+"""What stands in the place of something that is hidden."""
+
+_WORD = (
+    r"(?:pass(?:word|wd|phrase|code)|(?<![a-z])pass(?==)|pwd|secret|credentials?|token(?!s|iz)|cookie|signature|sig"
+    r"|(?:api|access|secret|private|auth|account|storage|service|encryption|ssh)[_-]?key|auth(?:orization)?(?!or))"
+)
+_ENDED = rf"[\w.-]{{0,60}}?{_WORD}"  # bounded, for the time that a long text takes
+_NAME = rf"{_ENDED}(?:[_-][\w.-]{{0,60}})?"
+_VALUE = r"(?:\\?\"(?:\\.|[^\"\\])*\"|'[^']*'|(?!\$)[^\s\"'&;|,)}]+)"
+_IN_ADDRESS = re.compile(r"(?P<kept>\b[a-z][\w+.-]*:/{1,2})[^\s'\"]{0,300}:[^\s'\"]{0,300}(?=@)", re.IGNORECASE)
+_USER_OF_WEB = re.compile(r"(?P<kept>\b(?:https?|ftps?):/{1,2})[^\s'\"]{1,600}(?=@)", re.IGNORECASE)
+_SCHEME = re.compile(r"(?P<kept>\bbearer\s+|\bbasic\s+(?=\S*\d))[\w.~+/=-]{6,}", re.IGNORECASE)
+_STATED = re.compile(
+    rf"(?P<kept>(?<![\w$.-])(?:{_NAME}[\"']?\s*=|{_ENDED}[\"']?\s*:)\s*(?:(?:bearer|basic|token)\s+)?){_VALUE}",
+    re.IGNORECASE,
+)
+_OPTION = re.compile(rf"(?P<kept>(?<!\S)--?{_NAME}\s+)(?!-){_VALUE}", re.IGNORECASE)
+_USER_OPTION = re.compile(r"(?P<kept>(?<!\S)(?:-u|--user)[\s=]*['\"]?)[^\s:'\"]{1,300}:[^\s'\"]+")
+_TOKEN = re.compile(
+    r"(?<![A-Za-z0-9])(?P<kept>)(?:hf_(?:[A-Za-z0-9]{12,}|(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{6,})"
+    r"|(?:api_org|sk|pk|rk|gsk|r8|gh[pousr]|github_pat|glpat|xox[a-z]|dapi|nvapi|wandb_v\d)[_-][\w-]{12,}"
+    r"|(?:AKIA|ASIA)[A-Z0-9]{12,}|AIza[\w-]{20,}|eyJ[\w-]{8,}\.[\w.-]+)"
+)
+_SECRETS = (_IN_ADDRESS, _USER_OF_WEB, _SCHEME, _STATED, _OPTION, _USER_OPTION, _TOKEN)
+_SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
+_LEAST = 12
+"""Characters of a value in the environment that could not be an ordinary word."""
+
+_QUERY = re.compile(r"(?P<address>\bhttps?:/{1,2}[^\s?#'\"]*)[?#][^\s'\"]*", re.IGNORECASE)
+_QUOTED_PATH = re.compile(r"(?P<quote>['\"])(?:~[\w.-]*)?/(?:[^'\"\n/]*/)*(?P<last>[^'\"\n/]+)(?P=quote)")
+_PATH = re.compile(
+    r"(?:(?<![\w.:/…~\\}-])|(?<=\s-[A-Za-z]))(?:~[\w.-]*|file:/{1,3}[^\s/'\"]*)?(?:/(?:\\.|[^\s/'\"`,;:()<>|\\])+)*/"
+    r"(?=[^\s/'\"`,;:()<>|])"
+)
+_AT_HOST = re.compile(r"(?<![\w./:@-])[\w.+-]{1,64}@[\w-][\w.-]*(?::(?=\S))?")
+
+
+def without_secrets(text: str) -> str:
+    """A text without passwords, tokens and keys, and without the values of such variables of the environment.
+
+    >>> without_secrets("https://ada:pw@hub.example.org/run --token hf_aBcDeF123456 max_tokens=5")
+    'https://…@hub.example.org/run --token … max_tokens=5'
+    >>> without_secrets("AWS_SECRET_ACCESS_KEY=abc curl -H 'Authorization: Bearer x1y2z3' $HF_TOKEN --token $HF_TOKEN")
+    "AWS_SECRET_ACCESS_KEY=… curl -H 'Authorization: Bearer …' $HF_TOKEN --token $HF_TOKEN"
+    """
+    for name, value in os.environ.items():
+        if len(value) >= _LEAST and _SECRET_NAME.fullmatch(name) and not (value[0] == "/" and Path(value).exists()):
+            text = text.replace(value, HIDDEN)
+    for pattern in _SECRETS:
+        text = pattern.sub(rf"\g<kept>{HIDDEN}", text)
+    return text
+
+
+def shown_address(text: str) -> str:
+    """An address as a message may show it: without user and password and, of the web, without what follows `?` or `#`.
+
+    >>> shown_address("https://ada:secret@example.org/run?X-Amz-Signature=0f"), shown_address("s3://a:b@bucket/run")
+    ('https://…@example.org/run', 's3://…@bucket/run')
+    """
+    return _QUERY.sub(r"\g<address>", without_secrets(text))
+
+
+def without_places(text: str, places: Iterable[tuple[str, str]]) -> str:
+    """A text without paths of this machine, its users and its hosts; of any other path its last part is left.
+
+    Args:
+        text: the text.
+        places: paths that are known, and what stands for each.
+
+    >>> without_places("cd /data/my run/a; python /home/me/eval.py me@box:x {dir}", [("/data/my run", "RUN")])
+    'cd RUN/a; python …/eval.py …x {dir}'
+    """
+    for path, name in sorted(places, key=lambda place: -len(place[0])):
+        text = re.sub(rf"(?<![\w.-]){re.escape(path)}(?![\w.-])", name.replace("\\", r"\\"), text)
+    text = _QUOTED_PATH.sub(rf"\g<quote>{HIDDEN}/\g<last>\g<quote>", text)
+    return _AT_HOST.sub(HIDDEN, _PATH.sub(f"{HIDDEN}/", text))

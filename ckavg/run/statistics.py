@@ -1,0 +1,41 @@
+"""Stage *discover*: which tensors are running statistics rather than weights. Told by their names alone. Pure.
+
+A variance that a correction takes below zero makes every output NaN. So running statistics take the average without it,
+and count in no path length. What is taken for one by mistake is averaged all the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from ckavg.run.values import Entry
+
+_ALONE = re.compile(
+    r"_*(running|moving|ema)_\w+|_*(cluster_size|num_batches_tracked)|(?!.*log)(\w*_)?(var|variance|std|stddev|sq)"
+)
+"""Components of names that say it by themselves: a kind of average, or what cannot be negative but by its logarithm."""
+
+_BESIDE = re.compile(r"(\w*_)?(mean|avg|sum|count|min|max|embed|embedding|codebook)")
+"""Those that do where the same module holds one of the others: a mean beside its variance, a codebook and its sizes."""
+
+
+def running_statistics(names: Iterable[str]) -> frozenset[str]:
+    """The running statistics among the tensors of a model: of normalization layers, normalizers, codebooks.
+
+    >>> sorted(running_statistics(["bn.weight", "bn.running_mean", "obs.mean", "obs.var", "vae.mean", "pi.log_std"]))
+    ['bn.running_mean', 'obs.mean', 'obs.var']
+    """
+    places = {name: re.split(r"[./](?=[^./]*$)", f".{name}") for name in names}
+    alone = {name for name, (_, own) in places.items() if _ALONE.fullmatch(own)}
+    modules = {places[name][0] for name in alone}
+    return frozenset(
+        name
+        for name, (module, own) in places.items()
+        if name in alone or (module in modules and _BESIDE.fullmatch(own))
+    )
+
+
+def averaged_statistics(entries: Mapping[str, Entry]) -> frozenset[str]:
+    """Those among the tensors of a checkpoint that are averaged rather than copied."""
+    return frozenset(name for name in running_statistics(entries) if entries[name].is_floating)
