@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import trainers
-from tests.formats.trained import Build, Trained
+from tests.formats.trained import Build, Trained, drift, llama, logits
 from tests.trainers import PT, Shapes, drifting, note, put
 
 MODEL: Shapes = {"model.embed_tokens.weight": (24, 16), "model.norm.weight": (16,)}
@@ -45,6 +45,23 @@ def of_folders(
         for file, content in (beside or {}).items():
             note(root / file, content)
         return Trained([root / name.format(step) for step in steps])
+
+    return build
+
+
+def of_llama(
+    name: str, files: Mapping[str, object], beside: Mapping[str, object] | None = None, *, folder: str = "", **how: Any
+) -> Build:
+    """The same, of a model that transformers saves, into a folder of the checkpoint."""
+
+    def build(root: Path) -> Trained:
+        of_folders(name, {}, files, beside)(root)
+        trained = Trained(outputs=logits, model=llama())
+        for step in STEPS:
+            drift(trained.model, step)
+            trained.model.save_pretrained(root / name.format(step) / folder, **how)
+            trained.keep(root / name.format(step))
+        return trained
 
     return build
 
@@ -131,10 +148,8 @@ EMBEDDING: Shapes = {"<cat>": (1, 16)}
 
 BUILDERS: dict[str, Build] = {
     "ai-toolkit": of_files(trainers.ai_toolkit, "portrait_000000250", "portrait_000000500", "portrait"),
-    "Axolotl": of_folders(
-        "checkpoint-{}",
-        {"model.safetensors": MODEL},
-        {"config.json": {}, "tokens_state.json": {}, "debug.log": "", "optimizer.pt": "", "trainer_state.json": {}},
+    "Axolotl": of_llama(
+        "checkpoint-{}", {"tokens_state.json": {}, "debug.log": "", "optimizer.pt": "", "trainer_state.json": {}}
     ),
     "Bagel": of_folders(
         "{:07d}",
@@ -180,7 +195,7 @@ BUILDERS: dict[str, Build] = {
         trainers.onetrainer,
         *(f"mystyle2026-11-2{place}_12-3{place}-00-save-{500 * place + 500}-{place + 2}-{place}" for place in range(3)),
     ),
-    "OpenRLHF": of_folders("global_step{}_hf", {"model.safetensors": MODEL}, {"config.json": {}, "tokenizer.json": {}}),
+    "OpenRLHF": of_llama("global_step{}_hf", {"tokenizer.json": {}}),
     "PaddleNLP, unified": paddle,
     "SimpleTuner": of_folders(
         "checkpoint-{}",
@@ -197,22 +212,18 @@ BUILDERS: dict[str, Build] = {
     "timm, on the Hub": of_folders(
         "checkpoint-{}", {"model.safetensors": MODEL}, {"config.json": {"architecture": "vit"}}
     ),
-    "Trainer with FSDP, gathered": of_folders(
+    "Trainer with FSDP, gathered": of_llama(
         "checkpoint-{}",
-        {"model.safetensors": MODEL},
         {
-            "config.json": {},
             "pytorch_model_fsdp_0/.metadata": "",
             "pytorch_model_fsdp_0/__0_0.distcp": "",
             "optimizer_0/__0_0.distcp": "",
             "rng_state_0.pth": "",
         },
     ),
-    "Trainer with DeepSpeed, gathered": of_folders(
+    "Trainer with DeepSpeed, gathered": of_llama(
         "checkpoint-{}",
-        {"model.safetensors": MODEL},
         {
-            "config.json": {},
             "global_step{}/mp_rank_00_model_states.pt": "",
             "global_step{}/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt": "",
             "latest": "",
@@ -224,11 +235,9 @@ BUILDERS: dict[str, Build] = {
         {"model.safetensors": MODEL | {"v_head.summary.weight": (1, 16), "v_head.summary.bias": (1,)}},
         {"config.json": {}},
     ),
-    "levanter": of_folders("hf-{}", {"model.safetensors": MODEL}, {"config.json": {}}, header={"format": "np"}),
-    "LLM Foundry": of_folders("huggingface/ba{}", {"model.safetensors": MODEL}, {"config.json": {}}),
-    "OLMo": of_folders(
-        "stage1-step{}-tokens5B", dict(split("model", MODEL)[0]), split("model", MODEL)[1] | {"config.json": {}}
-    ),
+    "levanter": of_llama("hf-{}", {}),
+    "LLM Foundry": of_llama("huggingface/ba{}", {}),
+    "OLMo": of_llama("stage1-step{}-tokens5B", {}, max_shard_size="8KB"),
     "copies in other dtypes": of_folders(
         "checkpoint-{}",
         {
@@ -252,15 +261,10 @@ BUILDERS: dict[str, Build] = {
         {"recipe_state/recipe_state.pt": "", "torchtune_config.yaml": ""},
         steps=(0, 1, 2),
     ),
-    "verl": of_folders(
+    "verl": of_llama(
         "global_step_{}",
-        {"actor/huggingface/model.safetensors": MODEL},
-        {
-            "actor/huggingface/config.json": {},
-            "actor/model_world_size_2_rank_0.pt": "",
-            "actor/optim_world_size_2_rank_0.pt": "",
-            "data.pt": "",
-        },
+        {"actor/model_world_size_2_rank_0.pt": "", "actor/optim_world_size_2_rank_0.pt": "", "data.pt": ""},
         {"latest_checkpointed_iteration.txt": "300"},
+        folder="actor/huggingface",
     ),
 }
