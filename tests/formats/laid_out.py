@@ -50,16 +50,30 @@ def of_folders(
 
 
 def of_llama(
-    name: str, files: Mapping[str, object], beside: Mapping[str, object] | None = None, *, folder: str = "", **how: Any
+    name: str,
+    files: Mapping[str, object],
+    beside: Mapping[str, object] | None = None,
+    *,
+    weights: Mapping[str, Shapes] | None = None,
+    folder: str = "",
+    head: Shapes | None = None,
+    **how: Any,
 ) -> Build:
-    """The same, of a model that transformers saves, into a folder of the checkpoint."""
+    """The same, of a model that transformers saves, into a folder of the checkpoint.
+
+    Args:
+        weights: what lies beside it.
+        head: tensors that are saved with the model.
+        how: for its `save_pretrained`.
+    """
 
     def build(root: Path) -> Trained:
-        of_folders(name, {}, files, beside)(root)
+        of_folders(name, weights or {}, files, beside)(root)
         trained = Trained(outputs=logits, model=llama())
         for step in STEPS:
             drift(trained.model, step)
-            trained.model.save_pretrained(root / name.format(step) / folder, **how)
+            state = trained.model.state_dict() | drifting(9, step, head or {})
+            trained.model.save_pretrained(root / name.format(step) / folder, state_dict=state, **how)
             trained.keep(root / name.format(step))
         return trained
 
@@ -137,7 +151,6 @@ NANOTRON: dict[str, Shapes] = {
         "lm_head/pp_block",
     )
 }
-TORCHTUNE, TORCHTUNE_INDEX = split("ft-model", MODEL)
 ACCELERATE = dict.fromkeys(("optimizer.bin", "scheduler.bin", "random_states_0.pkl"), "")
 STABLE_DIFFUSION: Shapes = {
     "model.diffusion_model.out.2.weight": (4, 4, 3, 3),
@@ -230,36 +243,25 @@ BUILDERS: dict[str, Build] = {
             "zero_to_fp32.py": "",
         },
     ),
-    "TRL, value head": of_folders(
-        "checkpoint-{}",
-        {"model.safetensors": MODEL | {"v_head.summary.weight": (1, 16), "v_head.summary.bias": (1,)}},
-        {"config.json": {}},
-    ),
+    "TRL, value head": of_llama("checkpoint-{}", {}, head={"v_head.summary.weight": (1, 16)}),
     "levanter": of_llama("hf-{}", {}),
     "LLM Foundry": of_llama("huggingface/ba{}", {}),
     "OLMo": of_llama("stage1-step{}-tokens5B", {}, max_shard_size="8KB"),
-    "copies in other dtypes": of_folders(
+    "copies in other dtypes": of_llama(
         "checkpoint-{}",
-        {
-            "model.safetensors": MODEL,
+        {"tokenizer.model.v3": "", "bpe.codes": "", "pytorch_model.bin": "", "model.Q4_K_M.gguf": ""},
+        weights={
             "model.fp16.safetensors": MODEL,
             "consolidated.safetensors": MODEL,
             "onnx/model.safetensors": MODEL,
         },
-        {
-            "config.json": {},
-            "tokenizer.model.v3": "",
-            "bpe.codes": "",
-            "pytorch_model.bin": "",
-            "model.Q4_K_M.gguf": "",
-        },
     ),
-    "torchtune, LoRA": of_folders(
+    "torchtune, LoRA": of_llama(
         "epoch_{}",
-        TORCHTUNE | {"adapter_model.safetensors": LORA},
-        TORCHTUNE_INDEX | {"config.json": {}, "adapter_config.json": {}, "adapter_model.pt": ""},
+        {"adapter_config.json": {}, "adapter_model.pt": ""},
         {"recipe_state/recipe_state.pt": "", "torchtune_config.yaml": ""},
-        steps=(0, 1, 2),
+        weights={"adapter_model.safetensors": LORA},
+        max_shard_size="8KB",
     ),
     "verl": of_llama(
         "global_step_{}",
