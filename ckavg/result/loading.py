@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ _ADAPTERS = {
 }
 """The class that loads an adapter with its base model, by the task in its config."""
 
+_VARIANT = re.compile(r"(?:.*/)?(?:diffusion_pytorch_)?model\.(\w+)(?:-\d+-of-\d+)?\.safetensors", re.ASCII)
+"""The names of weights that loaders take where their variant is named, such as `model.fp16.safetensors`."""
+
 
 def load_command(directory: Path, files: Mapping[str, bytes], weights: Sequence[str]) -> str:
     """A command line that loads a result.
@@ -34,21 +38,22 @@ def load_command(directory: Path, files: Mapping[str, bytes], weights: Sequence[
 
 def _code(directory: Path, files: Mapping[str, bytes], weights: Sequence[str]) -> str:
     if PIPELINE_CONFIG in files:
-        return _from_pretrained("diffusers", "DiffusionPipeline", directory)
+        return _from_pretrained("diffusers", "DiffusionPipeline", directory, _variant(weights[0]))
     if "modules.json" in files:
         stated = _object(files, "config_sentence_transformers.json").get("model_type")
         name = stated if _is_class(stated) else "SentenceTransformer"  # as its loader has it
         return f"from sentence_transformers import {name} as M; M({_string(directory)})"
-    for folder in dict.fromkeys(name.rpartition("/")[0] for name in weights):
+    for weight in weights:
+        folder, variant = weight.rpartition("/")[0], _variant(weight)
         place, prefix = directory / folder, f"{folder}/" if folder else ""
         adapter = _object(files, f"{prefix}adapter_config.json")
         if "peft_type" in adapter:
             return _of_adapter(place, adapter)
         config = _object(files, f"{prefix}config.json")
         if _is_class(config.get("_class_name")):
-            return _from_pretrained("diffusers", config["_class_name"], place)
+            return _from_pretrained("diffusers", config["_class_name"], place, variant)
         if "model_type" in config:
-            return _of_transformers(place, config)
+            return _of_transformers(place, config, variant)
     first = directory / weights[0]
     if len(weights) == 1 or f"{weights[0]}.index.json" in files:
         return f"from safetensors.torch import load_file as f; f({_string(first)})"
@@ -69,14 +74,20 @@ def _of_adapter(place: Path, config: Mapping[str, Any]) -> str:
     return _from_pretrained("peft", name, place)
 
 
-def _of_transformers(place: Path, config: Mapping[str, Any]) -> str:
+def _variant(weight: str) -> str:
+    found = _VARIANT.fullmatch(weight)
+    return "" if found is None else f', variant="{found[1]}"'
+
+
+def _of_transformers(place: Path, config: Mapping[str, Any], variant: str) -> str:
     own = config.get("auto_map")
     if isinstance(own, dict):
         name = next((key for key in own if key.startswith("AutoModelFor") and _is_class(key)), "AutoModel")
-        return _from_pretrained("transformers", name, place, ", trust_remote_code=True")
+        return _from_pretrained("transformers", name, place, f"{variant}, trust_remote_code=True")
     architectures = config.get("architectures")
     named = isinstance(architectures, list) and architectures and _is_class(architectures[0])
-    return _from_pretrained("transformers", architectures[0] if named else "AutoModel", place)  # type: ignore[index]
+    name = architectures[0] if named else "AutoModel"  # type: ignore[index]
+    return _from_pretrained("transformers", name, place, variant)
 
 
 def _from_pretrained(library: str, name: str, place: Path, more: str = "") -> str:

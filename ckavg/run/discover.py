@@ -157,10 +157,8 @@ def _pattern(of_stem: Mapping[str, Sequence[str]]) -> str:
     """A pattern of the names of the run with most checkpoints, and of no others."""
     stem, names = max(of_stem.items(), key=lambda item: len(item[1]))
     others = [name for other in of_stem if other != stem for name in of_stem[other]]
-    alike = "".join(
-        first[0] for first in itertools.takewhile(lambda each: len(set(each)) == 1, zip(*names, strict=False))
-    )
-    patterns = ([f"{stem}*", f"*{stem}*"] if stem else []) + [f"{alike.rstrip(string.digits)}*"]
+    begin, end = _beginning(names), _beginning([name[::-1] for name in names])[::-1]
+    patterns = ([f"{stem}*", f"*{stem}*"] if stem else []) + [f"{begin.rstrip(string.digits)}*", f"*{end}"]
     fitting = (
         pattern
         for pattern in patterns
@@ -168,6 +166,12 @@ def _pattern(of_stem: Mapping[str, Sequence[str]]) -> str:
         and not any(fnmatch.fnmatchcase(name, pattern) for name in others)
     )
     return next(fitting, "GLOB")
+
+
+def _beginning(names: Sequence[str]) -> str:
+    """What all of them begin with."""
+    columns = zip(*names, strict=False)
+    return "".join(first[0] for first in itertools.takewhile(lambda each: len(set(each)) == 1, columns))
 
 
 def foreign_logs(candidates: Iterable[Candidate]) -> list[CkavgError]:

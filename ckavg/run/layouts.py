@@ -41,6 +41,7 @@ _TOKEN = re.compile(
     re.ASCII,
 )
 _WORD = re.compile(r"([A-Za-z]+)([-_=. ]{0,2})$", re.ASCII)
+_LETTERS = re.compile(r"[^\W\d_]+")
 _GLOBAL = re.compile(r"(?:^|[-_. ])global[-_. ]?$", re.IGNORECASE | re.ASCII)
 _BARE = re.compile(r"\d+[kKmM]?", re.ASCII)
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
@@ -202,7 +203,12 @@ def _numbers(stem: str) -> list[_Number]:
         start = match.start() if word is None else word.start(1)
         named, separator = ("", "") if word is None else (word[1].lower(), word[2])
         value = int(digits) * _UNITS.get(unit, 1)
-        is_glued = stem[match.end() : match.end() + 1].isalpha()  # 30x is no 30
+        behind = _LETTERS.match(stem, match.end())
+        if behind is not None and behind[0].lower() in _STEP_WORDS | _EPOCH_WORDS:  # 500steps
+            words = match.start(), match.start(), behind.end(), value, behind[0].lower(), "", unit, False
+            found.append(_Number(*words))
+            continue
+        is_glued = behind is not None  # 30x is no 30
         found.append(_Number(start, match.start(), match.end(), value, named, separator, unit, is_glued))
     return found
 
@@ -232,14 +238,20 @@ def _label(stem: str, numbers: list[_Number], step: _Number) -> Label:
 
 
 def _cut(stem: str, spans: list[tuple[int, int]]) -> str:
-    """What is left of a name without some of it, its pieces put together by hyphens."""
+    """What is left of a name without some of it, its pieces put together by what stood between them."""
     pieces, end = [], 0
     for start, stop in sorted(spans):
         if start >= end:
             pieces.append(stem[end:start])
         end = max(end, stop)
     pieces.append(stem[end:])
-    return "-".join(filter(None, (piece.strip(_SEPARATORS) for piece in pieces)))
+    kept = ""
+    for piece in pieces:
+        bare = piece.strip(_SEPARATORS)
+        if bare:
+            mark = piece[:1] if piece[:1] in _SEPARATORS else "-"
+            kept += (mark if kept else "") + bare
+    return kept
 
 
 # --- names that say something else ---

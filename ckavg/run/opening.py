@@ -98,7 +98,8 @@ def inspect_run(source: Path, selection: Selection, *, read: ReadBytes = read_by
     candidates, checkpoints = reading.candidates, reading.checkpoints
     with_init = selection.init is not None
     of_several = several_runs(candidates) or metadata.several_runs(checkpoints[with_init:])
-    problems = [*reading.problems, *duplicate_steps(candidates), *foreign_logs(candidates), *of_several]
+    twice = [] if of_several else duplicate_steps(candidates)
+    problems = [*reading.problems, *twice, *foreign_logs(candidates), *of_several]
     warnings = [*found.warnings, *reading.warnings, *_about_count(found, selection)]
     if len(candidates) + with_init < 2:
         problems.append(_too_few(found, len(candidates), checkpoints))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import trainers
-from tests.formats.trained import Build, Trained
+from tests.formats.trained import Build, Trained, drift, llama, logits
 from tests.trainers import PT, Shapes, drifting, note, put
 
 MODEL: Shapes = {"model.embed_tokens.weight": (24, 16), "model.norm.weight": (16,)}
@@ -45,6 +45,37 @@ def of_folders(
         for file, content in (beside or {}).items():
             note(root / file, content)
         return Trained([root / name.format(step) for step in steps])
+
+    return build
+
+
+def of_llama(
+    name: str,
+    files: Mapping[str, object],
+    beside: Mapping[str, object] | None = None,
+    *,
+    weights: Mapping[str, Shapes] | None = None,
+    folder: str = "",
+    head: Shapes | None = None,
+    **how: Any,
+) -> Build:
+    """The same, of a model that transformers saves, into a folder of the checkpoint.
+
+    Args:
+        weights: what lies beside it.
+        head: tensors that are saved with the model.
+        how: for its `save_pretrained`.
+    """
+
+    def build(root: Path) -> Trained:
+        of_folders(name, weights or {}, files, beside)(root)
+        trained = Trained(outputs=logits, model=llama())
+        for step in STEPS:
+            drift(trained.model, step)
+            state = trained.model.state_dict() | drifting(9, step, head or {})
+            trained.model.save_pretrained(root / name.format(step) / folder, state_dict=state, **how)
+            trained.keep(root / name.format(step))
+        return trained
 
     return build
 
@@ -120,7 +151,6 @@ NANOTRON: dict[str, Shapes] = {
         "lm_head/pp_block",
     )
 }
-TORCHTUNE, TORCHTUNE_INDEX = split("ft-model", MODEL)
 ACCELERATE = dict.fromkeys(("optimizer.bin", "scheduler.bin", "random_states_0.pkl"), "")
 STABLE_DIFFUSION: Shapes = {
     "model.diffusion_model.out.2.weight": (4, 4, 3, 3),
@@ -131,6 +161,9 @@ EMBEDDING: Shapes = {"<cat>": (1, 16)}
 
 BUILDERS: dict[str, Build] = {
     "ai-toolkit": of_files(trainers.ai_toolkit, "portrait_000000250", "portrait_000000500", "portrait"),
+    "Axolotl": of_llama(
+        "checkpoint-{}", {"tokens_state.json": {}, "debug.log": "", "optimizer.pt": "", "trainer_state.json": {}}
+    ),
     "Bagel": of_folders(
         "{:07d}",
         {"model.safetensors": MODEL, "ema.safetensors": MODEL},
@@ -158,6 +191,11 @@ BUILDERS: dict[str, Build] = {
         {"consolidated/params.json": {"dim": 16}, "consolidated/tokenizer.model.v3": "bytes"},
     ),
     "MLX": of_files(trainers.mlx_lm, "0000100_adapters", "0000200_adapters"),
+    "ms-swift, LoRA": of_folders(
+        "checkpoint-{}",
+        {"adapter_model.safetensors": LORA, "vit.safetensors": {"visual.merger.weight": (16, 16)}},
+        {"adapter_config.json": ADAPTER, "additional_config.json": {}, "args.json": {}, "optimizer.pt": ""},
+    ),
     "nanotron": of_folders(
         "{}",
         NANOTRON | {"optimizer/optimizer_pp-0-of-1_tp-0-of-1.safetensors": MODEL},
@@ -170,7 +208,7 @@ BUILDERS: dict[str, Build] = {
         trainers.onetrainer,
         *(f"mystyle2026-11-2{place}_12-3{place}-00-save-{500 * place + 500}-{place + 2}-{place}" for place in range(3)),
     ),
-    "OpenRLHF": of_folders("global_step{}_hf", {"model.safetensors": MODEL}, {"config.json": {}, "tokenizer.json": {}}),
+    "OpenRLHF": of_llama("global_step{}_hf", {"tokenizer.json": {}}),
     "PaddleNLP, unified": paddle,
     "SimpleTuner": of_folders(
         "checkpoint-{}",
@@ -187,70 +225,48 @@ BUILDERS: dict[str, Build] = {
     "timm, on the Hub": of_folders(
         "checkpoint-{}", {"model.safetensors": MODEL}, {"config.json": {"architecture": "vit"}}
     ),
-    "Trainer with FSDP, gathered": of_folders(
+    "Trainer with FSDP, gathered": of_llama(
         "checkpoint-{}",
-        {"model.safetensors": MODEL},
         {
-            "config.json": {},
             "pytorch_model_fsdp_0/.metadata": "",
             "pytorch_model_fsdp_0/__0_0.distcp": "",
             "optimizer_0/__0_0.distcp": "",
             "rng_state_0.pth": "",
         },
     ),
-    "Trainer with DeepSpeed, gathered": of_folders(
+    "Trainer with DeepSpeed, gathered": of_llama(
         "checkpoint-{}",
-        {"model.safetensors": MODEL},
         {
-            "config.json": {},
             "global_step{}/mp_rank_00_model_states.pt": "",
             "global_step{}/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt": "",
             "latest": "",
             "zero_to_fp32.py": "",
         },
     ),
-    "TRL, value head": of_folders(
+    "TRL, value head": of_llama("checkpoint-{}", {}, head={"v_head.summary.weight": (1, 16)}),
+    "levanter": of_llama("hf-{}", {}),
+    "LLM Foundry": of_llama("huggingface/ba{}", {}),
+    "OLMo": of_llama("stage1-step{}-tokens5B", {}, max_shard_size="8KB"),
+    "copies in other dtypes": of_llama(
         "checkpoint-{}",
-        {"model.safetensors": MODEL | {"v_head.summary.weight": (1, 16), "v_head.summary.bias": (1,)}},
-        {"config.json": {}},
-    ),
-    "levanter": of_folders("hf-{}", {"model.safetensors": MODEL}, {"config.json": {}}, header={"format": "np"}),
-    "LLM Foundry": of_folders("huggingface/ba{}", {"model.safetensors": MODEL}, {"config.json": {}}),
-    "OLMo": of_folders(
-        "stage1-step{}-tokens5B", dict(split("model", MODEL)[0]), split("model", MODEL)[1] | {"config.json": {}}
-    ),
-    "copies in other dtypes": of_folders(
-        "checkpoint-{}",
-        {
-            "model.safetensors": MODEL,
+        {"tokenizer.model.v3": "", "bpe.codes": "", "pytorch_model.bin": "", "model.Q4_K_M.gguf": ""},
+        weights={
             "model.fp16.safetensors": MODEL,
             "consolidated.safetensors": MODEL,
             "onnx/model.safetensors": MODEL,
         },
-        {
-            "config.json": {},
-            "tokenizer.model.v3": "",
-            "bpe.codes": "",
-            "pytorch_model.bin": "",
-            "model.Q4_K_M.gguf": "",
-        },
     ),
-    "torchtune, LoRA": of_folders(
+    "torchtune, LoRA": of_llama(
         "epoch_{}",
-        TORCHTUNE | {"adapter_model.safetensors": LORA},
-        TORCHTUNE_INDEX | {"config.json": {}, "adapter_config.json": {}, "adapter_model.pt": ""},
+        {"adapter_config.json": {}, "adapter_model.pt": ""},
         {"recipe_state/recipe_state.pt": "", "torchtune_config.yaml": ""},
-        steps=(0, 1, 2),
+        weights={"adapter_model.safetensors": LORA},
+        max_shard_size="8KB",
     ),
-    "verl": of_folders(
+    "verl": of_llama(
         "global_step_{}",
-        {"actor/huggingface/model.safetensors": MODEL},
-        {
-            "actor/huggingface/config.json": {},
-            "actor/model_world_size_2_rank_0.pt": "",
-            "actor/optim_world_size_2_rank_0.pt": "",
-            "data.pt": "",
-        },
+        {"actor/model_world_size_2_rank_0.pt": "", "actor/optim_world_size_2_rank_0.pt": "", "data.pt": ""},
         {"latest_checkpointed_iteration.txt": "300"},
+        folder="actor/huggingface",
     ),
 }

@@ -78,6 +78,17 @@ def example_script(make: Callable[[], Any], folder: str, outputs: Callable[[Any]
     return build
 
 
+def variant(root: Path) -> Trained:
+    """Weights under the name of their dtype, in shards."""
+    trained = Trained(outputs=denoised, model=unet())
+    for step in STEPS:
+        drift(trained.model, step)
+        here = root / f"checkpoint-{step}"
+        trained.model.save_pretrained(here / "unet", variant="fp16", max_shard_size="20KB")
+        trained.keep(here)
+    return trained
+
+
 def pipeline(root: Path) -> Trained:
     import diffusers
     import transformers
@@ -91,7 +102,7 @@ def pipeline(root: Path) -> Trained:
         vocab_size=8,
         max_position_embeddings=8,
     )
-    root.mkdir(exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
     note(
         root.parent / "vocab.json",
         {word: place for place, word in enumerate(("<|startoftext|>", "<|endoftext|>", "a"))},
@@ -172,6 +183,7 @@ def diffusers_lora(root: Path) -> Trained:
 BUILDERS: dict[str, Build] = {
     "diffusers, text-to-image": example_script(unet, "unet", denoised),
     "diffusers, ControlNet": example_script(controlnet, "controlnet", controlled),
+    "diffusers, a variant in shards": variant,
     "diffusers, whole pipelines": pipeline,
     "diffusers, LoRA": diffusers_lora,
     "sd-scripts, musubi-tuner, by epoch": of_files(

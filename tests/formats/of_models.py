@@ -163,6 +163,9 @@ WHISPER = {
 }  # fmt: skip
 
 BUILDERS: dict[str, Build] = {
+    "a variant by its dtype": saved(
+        of("LlamaForCausalLM", "LlamaConfig", **TINY), lambda model, here: model.save_pretrained(here, variant="bf16")
+    ),
     "T5, tied embeddings": saved(of("T5ForConditionalGeneration", "T5Config", **T5), with_tokenizer, translated),
     "BERT, tied decoder": saved(of("BertForMaskedLM", "BertConfig", **BERT), with_tokenizer),
     "GPT-2": saved(of("GPT2LMHeadModel", "GPT2Config", n_embd=16, n_layer=1, n_head=2, vocab_size=24), with_tokenizer),

@@ -157,7 +157,6 @@ def zero3_empty(root: Path) -> None:
 
 
 def batch_norm(root: Path) -> None:
-    pytest.importorskip("ckavg.run.statistics")
     run = ckavg.open_run(root)
     stored = [load_file(each.path / "model.safetensors") for each in run.checkpoints]
     for scheme in (ckavg.BEMA(), ckavg.OUEMA(), ckavg.DEMA()):

@@ -30,6 +30,8 @@ ONE_RUN: Mapping[str, tuple[Sequence[str], Sequence[int]]] = {
     "OneTrainer, times": (("a2026-01-02_03-04-05-save-500-2-0", "a2026-01-02_04-04-05-save-900-3-0"), (500, 900)),
     "Lightning": (("epoch=1-step=100", "epoch=3-step=300"), (100, 300)),
     "Lightning, metrics": (("epoch=02-val_loss=0.32", "epoch=10-val_loss=0.30"), (2, 10)),
+    "words behind": (("a_500steps", "a_1000steps"), (500, 1000)),
+    "epochs, words behind": (("a-5epochs", "a-10epochs"), (5, 10)),
     "losses": (("step100_loss2.9310", "step200_loss2.85"), (100, 200)),
     "losses of validation": (("a-000100-val_loss_0.31", "a-000200-val_loss_0.3"), (100, 200)),
     "converted": (("step_100_hf", "step_200_hf"), (100, 200)),
@@ -133,6 +135,16 @@ def test_the_file_without_a_number_is_the_end_of_the_run(tmp_path: Path) -> None
     run = ckavg.open_run(tmp_path)
     assert run.steps == (10, 20, 30)
     assert any("a.safetensors states no step: it is taken for the end of the run" in each for each in run.warnings)
+
+
+def test_the_end_of_each_of_two_runs_has_the_name_of_its_own(tmp_path: Path) -> None:
+    for noise, step in itertools.product(("high_noise", "low_noise"), ("_000250", "_000500", "")):
+        save_file(weights(len(step + noise)), tmp_path / f"wan{step}_{noise}.safetensors")
+    run = ckavg.open_run(tmp_path, match="*high_noise*")
+    assert [each.path.stem for each in run.checkpoints][-1] == "wan_high_noise"
+    with pytest.raises(MixedOrderError, match="of 2 runs") as met:
+        ckavg.open_run(tmp_path)
+    assert met.value.hint.endswith("--match '*_high_noise.safetensors'")
 
 
 @pytest.mark.parametrize("end", ["a-final", "a_last", "a"])
