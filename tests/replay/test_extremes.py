@@ -103,6 +103,14 @@ def test_a_path_beyond_float64_is_one_error(tmp_path: Path) -> None:
     assert run_cli("pema", source, "--zero-sigma", "eps", "--path-exclude", "s", "--json").exit_code == 0
 
 
+def test_an_error_of_an_estimate_beyond_float64_is_one_error(tmp_path: Path) -> None:
+    anchor = torch.randn(4000, dtype=torch.float64) * 1e-200
+    run = [{"w": anchor}, *({"w": anchor + k * torch.randn(4000, dtype=torch.float64)} for k in (1, 2, 3))]
+    refused = run_cli("path", write_run(tmp_path / "run", run, STEPS), "--sample", "0.1")
+    assert refused.exit_code == 1
+    assert "tensor 'w': the path length is beyond float64" in refused.stderr
+
+
 def test_a_clock_beyond_float64_is_one_error() -> None:
     timeline = Timeline((0, 10, 20), (0.0, 1e150, 1e160), {"w": (0.0, 1.0, 2.0)})
     with pytest.raises(ckavg.CkavgError, match="beyond float64"):
