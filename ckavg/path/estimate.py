@@ -54,6 +54,7 @@ def estimate(
     zero_sigma: ZeroSigma = "exclude",
     allow_nonfinite: bool = False,
     settings: Settings | None = None,
+    few: bool | None = None,
 ) -> PathLength:
     """Estimate the path length of a run from a fraction of each tensor.
 
@@ -64,6 +65,7 @@ def estimate(
         zero_sigma: what becomes of tensors without spread; see `PathLength`.
         allow_nonfinite: tensors that hold NaN or infinity do not count, instead of ending the pass.
         settings: how the pass runs.
+        few: whether few long strips are read rather than many short ones; None: by where the run is.
 
     Raises:
         NonFiniteError: the sample holds NaN or infinity, and may not.
@@ -71,7 +73,7 @@ def estimate(
     """
     settings = settings or Settings()
     entries = to_measure(run.tensors, exclude)
-    samples = strips_of(run, entries, fraction)
+    samples = strips_of(run, entries, fraction, few=few)
     units = cut_strips(entries, samples)
 
     def make_worker(reader: TileReader) -> _Worker:

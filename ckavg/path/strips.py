@@ -51,9 +51,11 @@ class Sampling:
         return self.elements / self.numel
 
 
-def strips_of(run: Run, entries: Mapping[str, Entry], fraction: float) -> dict[str, Sampling]:
-    """The strips of the tensors of a run; fewer and longer ones where the run is not on this machine."""
-    many, unit = (MANY, UNIT) if run.home == run.source else (MANY_FAR, UNIT_FAR)
+def strips_of(
+    run: Run, entries: Mapping[str, Entry], fraction: float, *, few: bool | None = None
+) -> dict[str, Sampling]:
+    """The strips of the tensors of a run; fewer and longer ones where that is asked for, or the run is not here."""
+    many, unit = (MANY_FAR, UNIT_FAR) if (run.home != run.source if few is None else few) else (MANY, UNIT)
     return choose_strips({name: entry.numel for name, entry in entries.items()}, fraction, many=many, unit=unit)
 
 

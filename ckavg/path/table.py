@@ -39,7 +39,7 @@ class TensorPath:
     @property
     def is_finite(self) -> bool:
         """Whether neither NaN nor infinity was met in it."""
-        return math.isfinite(self.sigma) and all(map(math.isfinite, self.distances))
+        return all(map(math.isfinite, (self.sigma, *self.distances, *self.variances)))
 
 
 @dataclass(frozen=True, slots=True)

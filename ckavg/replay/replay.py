@@ -89,8 +89,8 @@ class Formed:
     @classmethod
     def from_json(cls, values: list[Any]) -> Formed:
         """The same from such values."""
-        digests, nonfinite, infinite = values
-        return cls(tuple(digests), tuple(nonfinite), infinite)
+        digests, nonfinite, *infinite = values
+        return cls(tuple(digests), tuple(nonfinite), *infinite)
 
 
 def replay(

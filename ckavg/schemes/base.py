@@ -65,8 +65,9 @@ class Coefficients:
     uncorrected: tuple[str, ...] = ()
 
     def sparing(self, names: Iterable[str]) -> Coefficients:
-        """The same, with these tensors uncorrected; all of them are where the rule has no correction."""
-        return self if self.rule == "ema" else dataclasses.replace(self, uncorrected=tuple(sorted(names)))
+        """The same, with these tensors uncorrected; all of them are where there is no correction."""
+        corrects = self.rule == "dema" or any(self.alphas or ())
+        return dataclasses.replace(self, uncorrected=tuple(sorted(names))) if corrects else self
 
     def of_tensor(self, name: str) -> Coefficients:
         """Those of a single tensor."""

@@ -7,17 +7,27 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ckavg.errors import CkavgError, listed
-from ckavg.path.table import PathLength
+from ckavg.path.table import PathLength, to_measure
 from ckavg.run.statistics import averaged_statistics
 from ckavg.run.values import Checkpoint, Run, Selection
 from ckavg.schemes import PEMA, Coefficients, Timeline
 from ckavg.verify.arithmetic import coefficients_of
+from ckavg.verify.elsewhere import is_elsewhere
 from ckavg.verify.findings import Finding
 from ckavg.verify.recompute import Recomputation, Recomputed, recompute
 from ckavg.verify.record import Record
 
 _PATH_TOLERANCE = 1e-5
 """Relative difference of ℓ between kernels and devices, which add in different orders; in practice 1e-7."""
+
+_READ_WHOLE = 1 << 30
+"""Bytes of all checkpoints up to which the whole path is measured again."""
+
+_SAMPLED = 1 << 22
+"""Elements of each checkpoint that it is told from otherwise."""
+
+_DEVIATIONS, _OF_A_SAMPLE = 8.0, 0.02
+"""Standard errors, and part of ℓ, by which a path may differ from what a sample tells."""
 
 _KERNELS = 1e-6
 """The same of a tensor's own path, on which its β hangs."""
@@ -49,13 +59,16 @@ def check_elements(
         if any(each is None for each in checkpoints[coefficients.start :]) or not outputs:
             told = "some of the checkpoints cannot be read. If they were moved, name their directory with --source."
             return _nothing(told if outputs else "the result cannot be read.")
-        if isinstance(record.scheme, PEMA) and record.scheme.scope == "tensor":
-            path = _path(record, [each for each in checkpoints if each is not None], source)
+        if record.scheme.needs_path:
+            run = _run(record, [each for each in checkpoints if each is not None], source)
+            path, known = _measured(record, run)
             nbytes, found = path.bytes_read, _about(record, path)
-            own = {name: path.tensor_lengths(name) for name in path.counted}
-            coefficients = record.scheme.coefficients(
-                Timeline(record.steps, record.path_length, own, record.anchor_is_init)
-            )
+            if isinstance(record.scheme, PEMA) and record.scheme.scope == "tensor":
+                path = known or path
+                own = {name: path.tensor_lengths(name) for name in path.counted}
+                coefficients = record.scheme.coefficients(
+                    Timeline(record.steps, record.path_length, own, record.anchor_is_init)
+                )
     except (CkavgError, ArithmeticError) as error:
         told = error.message if isinstance(error, CkavgError) else str(error)
         return _nothing(told)
@@ -93,28 +106,46 @@ def _nothing(why: str) -> Recomputed:
     return Recomputed((Finding("replay", f"No element was computed again: {why}"),), 0, 0.0, 0)
 
 
-def _path(record: Record, checkpoints: Sequence[Checkpoint], source: Path | None) -> PathLength:
-    """The path of every tensor, from what was kept of it as far as it goes. Keeps nothing."""
+def _run(record: Record, checkpoints: Sequence[Checkpoint], source: Path | None) -> Run:
+    selection = Selection(init=checkpoints[0].path if record.anchor_is_init else None)
+    return Run(source or checkpoints[-1].directory.parent, selection, tuple(checkpoints), ())
+
+
+def _measured(record: Record, run: Run) -> tuple[PathLength, PathLength | None]:
+    """The path of the sources as they are now, by nothing that was kept of it. Keeps nothing.
+
+    As it was had, where that takes little reading; otherwise from a sample. Then comes what the average was formed with
+    in any case: where each tensor has its own β, its path from what was kept.
+    """
     from ckavg.path.estimate import estimate
     from ckavg.path.measure import measure
     from ckavg.path.plan import plan_path
 
-    where = source or checkpoints[-1].directory.parent
-    selection = Selection(init=checkpoints[0].path if record.anchor_is_init else None)
-    run = Run(where, selection, tuple(checkpoints), ())
-    exclude, zero_sigma = record.path_exclude, record.zero_sigma
+    exclude, zero_sigma, nonfinite = record.path_exclude, record.zero_sigma, record.allow_nonfinite
+    entries = to_measure(run.tensors, exclude)
+    nbytes = sum(each.entries[name].nbytes for each in run.checkpoints for name in entries)
     if record.sample < 1:
-        return estimate(
-            run, record.sample, exclude=exclude, zero_sigma=zero_sigma, allow_nonfinite=record.allow_nonfinite
-        )
-    known = plan_path(run, exclude=exclude).recalled.known
-    return measure(run, exclude=exclude, zero_sigma=zero_sigma, known=known, allow_nonfinite=record.allow_nonfinite)
+        few = is_elsewhere(record.inputs[-1])
+        fraction = record.sample
+    elif nbytes <= _READ_WHOLE:
+        return measure(run, exclude=exclude, zero_sigma=zero_sigma, allow_nonfinite=nonfinite), None
+    else:
+        few, fraction = True, min(0.5, _SAMPLED / sum(entry.numel for entry in entries.values()))
+    path = estimate(run, fraction, exclude=exclude, zero_sigma=zero_sigma, allow_nonfinite=nonfinite, few=few)
+    if record.sample < 1 or not (isinstance(record.scheme, PEMA) and record.scheme.scope == "tensor"):
+        return path, None
+    kept = plan_path(run, exclude=exclude).recalled.known
+    return path, measure(run, exclude=exclude, zero_sigma=zero_sigma, known=kept, allow_nonfinite=nonfinite)
 
 
 def _about(record: Record, path: PathLength) -> list[Finding]:
     """Whether the sources have travelled as far as the record says."""
-    for step, got, want in zip(record.steps, record.path_length or (), path.lengths, strict=True):
-        if not math.isclose(got, want, rel_tol=_PATH_TOLERANCE, abs_tol=1e-300):
-            told = f"path_length is {got} at step {step}; the path of the sources is {want}."
+    errors = path.standard_errors if path.sample != record.sample else None
+    for place, (got, want) in enumerate(zip(record.path_length or (), path.lengths, strict=True)):
+        error = _DEVIATIONS * errors[place] if errors else 0.0
+        relative = _OF_A_SAMPLE if errors else _PATH_TOLERANCE
+        if not math.isclose(got, want, rel_tol=relative, abs_tol=error + 1e-300):
+            about = f"about {want:.4g}, give or take {errors[place]:.1g}" if errors else f"{want}"
+            told = f"path_length is {got} at step {record.steps[place]}; the path of the sources is {about}."
             return [Finding("replay", told)]
     return []

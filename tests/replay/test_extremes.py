@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import ckavg
+from ckavg.engine.stream import Settings
 from ckavg.errors import NonFiniteError
+from ckavg.path.measure import measure
 from ckavg.replay.weights import effective_weights
 from ckavg.schemes import Scheme, Timeline
 from tests.cli.runner import run_cli
@@ -79,9 +81,6 @@ def test_blocks_of_all_sizes(tmp_path: Path) -> None:
     """Each chunk has a unit of its own; the result hangs on no tile."""
     scales = torch.tensor([1e-300, 1e-200, 1.0, 1e200, 1e290], dtype=torch.float64).repeat_interleave(16_384)
     checkpoints = [{"w": each["w"] * scales} for each in walk(1.0, torch.float64, len(scales))]
-    from ckavg.engine.stream import Settings
-    from ckavg.path.measure import measure
-
     run = ckavg.open_run(write_run(tmp_path / "run", checkpoints, STEPS))
     one, *others = (measure(run, settings=Settings(tile=tile, threads=2)) for tile in (1 << 14, 1 << 16, 1 << 18))
     assert all(each.tensors == one.tensors for each in others)
@@ -102,6 +101,14 @@ def test_a_path_beyond_float64_is_one_error(tmp_path: Path) -> None:
             assert "tensor 's': the path length is beyond float64" in refused.stderr
             assert "--path-exclude s" in refused.stderr
     assert run_cli("pema", source, "--zero-sigma", "eps", "--path-exclude", "s", "--json").exit_code == 0
+
+
+def test_an_error_of_an_estimate_beyond_float64_is_one_error(tmp_path: Path) -> None:
+    anchor = torch.randn(4000, dtype=torch.float64) * 1e-200
+    run = [{"w": anchor}, *({"w": anchor + k * torch.randn(4000, dtype=torch.float64)} for k in (1, 2, 3))]
+    refused = run_cli("path", write_run(tmp_path / "run", run, STEPS), "--sample", "0.1")
+    assert refused.exit_code == 1
+    assert "tensor 'w': the path length is beyond float64" in refused.stderr
 
 
 def test_a_clock_beyond_float64_is_one_error() -> None:

@@ -93,7 +93,7 @@ def test_within_what_was_read(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_schemes_that_are_convex_say_nothing(tmp_path: Path) -> None:
     run = ckavg.open_run(write_run(tmp_path / "run", run_of(torch.float32), STEPS))
-    for scheme in (ckavg.EMA(), ckavg.PEMA(), ckavg.Mean()):
+    for scheme in (ckavg.EMA(), ckavg.PEMA(), ckavg.Mean(), ckavg.BEMA(eta=float("inf"))):
         done = ckavg.average(run, scheme)
         assert done.uncorrected == ()
         assert not any("statistics" in each for each in done.warnings)
