@@ -113,17 +113,18 @@ def inspect_source(source: Path | str, selection: Selection, *, max_disk: int | 
             f"--revisions are those of a repository on the Hub; {source} is none.",
             hint="For example: ckavg inspect hf://owner/name --revisions 'step*'",
         )
-    for named, elsewhere in ((source, address), (selection.init, base)):
-        meant = did_you_mean(str(named or ""))
-        if meant and elsewhere is None and not Path(str(named)).exists():
-            raise NoCheckpointsError(f"{named} does not exist.", hint=meant)
     limit = None if max_disk is None else parse_size(max_disk)
     bring_back_all((Path(source) if address is None else Path()) / "averaged")
+    for named, elsewhere in ((source, address), (selection.init, base)):
+        if named is None or elsewhere is not None:
+            continue
+        bring_back(Path(named))
+        meant = did_you_mean(str(named))
+        if meant and not Path(named).exists():
+            raise NoCheckpointsError(f"{named} does not exist.", hint=meant)
     if address is None and base is None:
         if limit is not None:
             raise SettingError("--max-disk bounds what is fetched; all of this is here.", hint="Leave it out.")
-        for place in (Path(source), *([selection.init] if selection.init else [])):
-            bring_back(place)
         return inspect_run(Path(source), selection)
     from ckavg.remote.mirror import Mirror
 

@@ -174,7 +174,7 @@ def test_what_is_not_of_the_result_is_never_removed(source: Path, tmp_path: Path
         ckavg.plan_average(run, ckavg.EMA(), force=True)
     assert snapshot(result) == before
     path.unlink()
-    for ours in (".DS_Store", "evaluations.ckavg-local.json", ".ckavg-partial.README.md", "README.md"):
+    for ours in (".DS_Store", ".ckavg-local.json", ".ckavg-partial.README.md", "README.md"):
         (result / ours).write_text("ours, or listed")
     ckavg.average(run, ckavg.EMA(), force=True)
     assert not (result / ".DS_Store").exists()
