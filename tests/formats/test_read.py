@@ -30,7 +30,7 @@ BUILDERS: Mapping[str, Build] = (
     of_language.BUILDERS | of_images.BUILDERS | of_others.BUILDERS | of_models.BUILDERS | laid_out.BUILDERS
 )
 ROWS = table("What is read")
-MADE_HERE = {"README.md", "ckavg.json"}
+MADE_HERE = {"README.md", "ckavg.json", ".ckavg-local.json"}
 
 
 def test_every_row_is_tried_and_every_try_is_a_row() -> None:
