@@ -57,7 +57,7 @@ def _code(directory: Path, files: Mapping[str, bytes], weights: Sequence[str]) -
     first = directory / weights[0]
     if len(weights) == 1 or f"{weights[0]}.index.json" in files:
         return f"from safetensors.torch import load_file as f; f({_string(first)})"
-    glob = f"Path({_string(first.parent)}).glob('*.safetensors')"
+    glob = f'Path({_string(first.parent)}).glob("*.safetensors")'
     return f"from pathlib import Path; from safetensors.torch import load_file as f; [f(p) for p in {glob}]"
 
 
