@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from tests.cli.runner import run_cli
 from tests.formats import laid_out, of_images, of_language, of_models, of_others
 from tests.formats.document import Cell, Row, table
 from tests.formats.trained import Build, Trained, mean
+from tests.result.test_loading import loaded_by
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("without_pictures")]
 
@@ -117,16 +117,6 @@ def assert_averaged(cell: Cell, checkpoints: list[Path], out: Path) -> dict[str,
         assert any(not torch.equal(got, sources[-1][tensor]) for tensor, got in found[name].items())
     assert found
     return found
-
-
-def loaded_by(command: str) -> Any:
-    """What the command's Python code makes, as an object."""
-    python, flag, code = shlex.split(command)
-    assert (python, flag) == ("python", "-c")
-    *before, last = code.split("; ")
-    scope: dict[str, Any] = {}
-    exec("; ".join(before), scope)
-    return eval(last, scope)
 
 
 def assert_loads(trained: Trained, model: Any, averaged: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -14,7 +14,6 @@ import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +29,6 @@ from ckavg.engine.messages import FAILED, HEAD, LEFT, VALUE, packed
 from ckavg.engine.ranks import Ranks
 from ckavg.errors import RanksError
 from tests.ranks.launch import SECONDS, free_port, start
-from tests.runs import random_run, write_run
 
 distributed: Any = torch.distributed
 SOON = "from ckavg.engine import links; links._SECONDS_OF_A_TICK, links._SECONDS_QUIET = 0.1, 0.5\n"
@@ -44,20 +42,6 @@ class Canary:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, (f"touch {shlex.quote(str(self.path))}",)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return write_run(tmp_path / "run", random_run(seed=1, count=4, dtype=torch.bfloat16), (0, 10, 20, 30))
-
-
-@pytest.fixture
-def jobs() -> Iterator[list[subprocess.Popen[str]]]:
-    started: list[subprocess.Popen[str]] = []
-    yield started
-    for each in started:
-        each.kill()
-        each.communicate()
 
 
 def store_of(port: int, *, is_master: bool = False) -> Any:

@@ -10,14 +10,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.ranks.launch import SECONDS, environment, free_port, start
-from tests.runs import random_run, write_run
 
 SOON = """
 from ckavg.engine import joining, links
@@ -40,21 +37,6 @@ HOST = re.escape(socket.gethostname())
 
 def soon(silent: float = 1000.0) -> str:
     return SOON.format(silent=silent)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return write_run(tmp_path / "run", random_run(seed=1, count=4, dtype=torch.bfloat16), (0, 10, 20, 30))
-
-
-@pytest.fixture
-def jobs() -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes that are killed in the end, whatever has become of them."""
-    started: list[subprocess.Popen[str]] = []
-    yield started
-    for each in started:
-        each.kill()
-        each.communicate()
 
 
 def said(process: subprocess.Popen[str], pattern: str) -> str:
