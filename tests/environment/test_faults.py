@@ -18,6 +18,7 @@ from ckavg.result.record import LOCAL
 from tests.cli.runner import run_cli
 from tests.environment.faults import ERRORS, faults
 from tests.environment.process import check_message, ckavg
+from tests.exhaustive import all_but
 from tests.hostile.contract import check_text, sources, visible, write_small_run
 
 Contents = dict[str, bytes]
@@ -54,15 +55,14 @@ def count_calls(run: Path, *command: str) -> int:
 
 AT_EVERY_CALL = (errno.ENOSPC, errno.EIO)
 """The others fail in the same way, and are tried at each third call."""
-EXHAUSTIVE = pytest.mark.exhaustive
+TYPICAL = ((errno.EIO, False), (errno.EROFS, True))
 
 
 @pytest.mark.parametrize(
     ("error", "lasting"),
     [
-        *(pytest.param(error, False, marks=() if error == errno.EIO else EXHAUSTIVE) for error in ERRORS),
-        pytest.param(errno.ENOSPC, True, marks=EXHAUSTIVE),
-        (errno.EROFS, True),
+        pytest.param(*each, marks=() if each in TYPICAL else pytest.mark.exhaustive)
+        for each in (*((error, False) for error in ERRORS), (errno.ENOSPC, True), (errno.EROFS, True))
     ],
     ids=lambda value: ("once", "from then on")[value] if isinstance(value, bool) else errno.errorcode[value],
 )
@@ -101,7 +101,7 @@ def test_a_first_result(run: Path, monkeypatch: pytest.MonkeyPatch, error: int, 
     assert failed >= len(tried) // 4
 
 
-@pytest.mark.parametrize("error", [pytest.param(errno.ENOSPC, marks=EXHAUSTIVE), errno.EIO], ids=errno.errorcode.get)
+@pytest.mark.parametrize("error", all_but((errno.EIO,), AT_EVERY_CALL), ids=errno.errorcode.get)
 def test_an_earlier_result(run: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
     if error != errno.ENOSPC:
         monkeypatch.setattr(drawn, "card_picture", lambda result: None)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from tests.cli.runner import placeless, run_cli
 from tests.environment.process import PEAK, check_message, ckavg
+from tests.exhaustive import all_but
 from tests.hostile.contract import MODEL, check_mean, sources, visible, weights, write_small_run
 from tests.runs import write_checkpoint
 
@@ -172,7 +173,7 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", all_but(("no text", "quotes", "hidden"), NAMES))
 def test_names_of_places(tmp_path: Path, name: str) -> None:
     if sys.platform == "darwin" and name in ("no text", "half"):
         pytest.skip("names are text here")
