@@ -14,7 +14,7 @@ HIDDEN = "…"
 """What stands in the place of something that is hidden."""
 
 _WORD = (
-    r"(?:pass(?:word|wd|phrase|code)|(?<![a-z])pass(?==)|pwd|secret|credentials?|token(?!s|iz)|cookie|signature|sig"
+    r"(?:pass(?:word|wd|phrase|code)|pass(?==)|pwd|secret|credentials?|token(?!s|iz)|cookie|signature|sig"
     r"|(?:api|access|secret|private|auth|account|storage|service|encryption|ssh)[_-]?key|auth(?:orization)?(?!or))"
 )
 _ENDED = rf"[\w.-]{{0,60}}?{_WORD}"  # bounded, for the time that a long text takes
