@@ -192,7 +192,6 @@ def carry_out(
     from ckavg.engine.devices import fitted, resolve_device
     from ckavg.engine.stream import Settings
     from ckavg.replay.replay import check_constant
-    from ckavg.report.drawn import make_ready
 
     begun = time.perf_counter()
     run = plans[0].run
@@ -207,7 +206,6 @@ def carry_out(
         )
         agree_on(plans, ranks, accumulate, zero_sigma, allow_nonfinite)
         if ranks.is_first:
-            make_ready()
             for directory in {resolved(plan.out).parent for plan in plans}:
                 tidy(directory)
         fetch(run.remote, fetching_of(plans), on_progress)

@@ -116,10 +116,10 @@ def left_out_of_path(run: Run, path: PathLength) -> tuple[str, ...]:
 
 def _pictured(record: Averaged) -> tuple[Averaged, bytes | None]:
     """The picture for the card, where it can be drawn. Hours of averaging are not lost for one that cannot."""
-    from ckavg.report.drawn import card_picture
+    from ckavg.report.plots import card_svg
 
     try:
-        return record, card_picture(record)
+        return record, card_svg(record)
     except Exception as error:  # whatever a library that was installed badly may raise
         warning = f"The card has no picture of the weights: matplotlib failed with {type(error).__name__}: {error}."
         return dataclasses.replace(record, warnings=(*record.warnings, warning)), None

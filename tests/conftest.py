@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from ckavg.report import drawn
+from ckavg.report import plots
 
 # The machine that runs the tests may be busy: how long an example takes says nothing about it.
 # The same examples every time, so that what fails can be seen again.
@@ -27,6 +27,5 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def without_pictures() -> Iterator[None]:
     """No weights are drawn: that takes four times as long as a small average, and here it shows nothing."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(drawn, "card_picture", lambda result: None)
-        monkeypatch.setattr(drawn, "make_ready", lambda: None)
+        monkeypatch.setattr(plots, "card_svg", lambda result: None)
         yield

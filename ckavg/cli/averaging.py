@@ -63,7 +63,7 @@ def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
             print_json(result.to_dict())
         elif not (options.as_json or options.quiet):
             report.print_summary(result, plan)
-        draw(done, options)
+        write_plot(done, options)
         if destination is not None:
             pushed = push_shown(result.directory, destination, quiet=options.quiet)
             if options.as_json:
@@ -127,17 +127,17 @@ def warn_of_leftovers(plans: Sequence[Plan]) -> None:
 
 
 def check_plot(options: Measuring, run: Run) -> None:
-    """Refuse a picture that could not be drawn, or has no place where it is to go, before anything is read."""
+    """Refuse a plot that could not be made, or has no place where it is to go, before anything is read."""
     if options.plot is not None:
-        from ckavg.report.picture import check_picture
+        from ckavg.report.plots import check_plot_file
 
         check_file(options.plot, run)
-        check_picture(options.plot)
+        check_plot_file(options.plot)
 
 
-def draw(done: Done, options: Averaging) -> None:
-    """Draw the picture that was asked for, if one was."""
+def write_plot(done: Done, options: Averaging) -> None:
+    """Write the plot that was asked for, if one was."""
     if options.plot is not None:
-        from ckavg.report.picture import draw_averages
+        from ckavg.report.plots import averages_figure, save_figure
 
-        draw_averages(done.records, options.plot, done.path)
+        save_figure(averages_figure(done.records, done.path), options.plot)

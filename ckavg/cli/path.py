@@ -76,9 +76,9 @@ def path(options: MeasuringPath) -> None:
         if options.csv is not None:
             report.write_csv(measured, options.csv)
         if options.plot is not None:
-            from ckavg.report.picture import draw_path
+            from ckavg.report.plots import path_figure, save_figure
 
-            draw_path(measured, options.plot)
+            save_figure(path_figure(measured), options.plot)
         if options.as_json or not options.quiet:
             report.print_path(
                 measured, excluded=excluded, warnings=warnings + told, seconds=seconds, as_json=options.as_json

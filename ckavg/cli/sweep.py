@@ -10,7 +10,7 @@ from typing import Annotated, cast
 
 import typer
 
-from ckavg.cli.averaging import carry_out_shown, check_plot, draw, plans_of, warn_of, warn_of_leftovers
+from ckavg.cli.averaging import carry_out_shown, check_plot, plans_of, warn_of, warn_of_leftovers, write_plot
 from ckavg.cli.commands import joined
 from ckavg.cli.failures import INTERRUPTED
 from ckavg.cli.options import Sweeping
@@ -104,7 +104,7 @@ def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -
         if options.eval_command is not None:
             interrupted = not _evaluate_all(results, plans, options.eval_command, quiet=options.quiet)
         report.print_results(results, goal=options.eval_goal, as_json=options.as_json, quiet=options.quiet)
-        draw(done, options)
+        write_plot(done, options)
         if interrupted:
             raise typer.Exit(INTERRUPTED)
         if destination is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ckavg.report import drawn
+from ckavg.report import plots
 from ckavg.result.record import LOCAL
 from tests.cli.runner import run_cli
 from tests.environment.faults import ERRORS, faults
@@ -68,7 +68,7 @@ TYPICAL = ((errno.EIO, False), (errno.EROFS, True))
 )
 def test_a_first_result(run: Path, monkeypatch: pytest.MonkeyPatch, error: int, lasting: bool) -> None:
     if error != errno.ENOSPC or lasting:  # drawing takes four times as long as the average
-        monkeypatch.setattr(drawn, "card_picture", lambda result: None)
+        monkeypatch.setattr(plots, "card_svg", lambda result: None)
     command = ("pema", str(run), "--quiet")
     place = run / "averaged" / "pema-gamma0.15"
     calls = count_calls(run, *command)
@@ -104,7 +104,7 @@ def test_a_first_result(run: Path, monkeypatch: pytest.MonkeyPatch, error: int, 
 @pytest.mark.parametrize("error", all_but((errno.EIO,), AT_EVERY_CALL), ids=errno.errorcode.get)
 def test_an_earlier_result(run: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
     if error != errno.ENOSPC:
-        monkeypatch.setattr(drawn, "card_picture", lambda result: None)
+        monkeypatch.setattr(plots, "card_svg", lambda result: None)
     command = ("mean", str(run), "--quiet", "--force")
     place = run / "averaged" / "mean"
     assert run_cli("mean", str(run), "--quiet", "--last", "2").exit_code == 0

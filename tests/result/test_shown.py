@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import ckavg
-from ckavg.report.drawn import card_picture
+from ckavg.report.plots import card_svg
 from ckavg.schemes import Scheme
 from tests.cli.runner import run_cli
 from tests.result.cards import STEPS, averaged, blocks, fields_of
@@ -94,7 +94,7 @@ def test_many_checkpoints_make_one_line(source: Path) -> None:
         weights=(1 / count,) * count,
         betas=(None,) + (0.5,) * (count - 1),
     )
-    picture = card_picture(many)
+    picture = card_svg(many)
     assert picture is not None
     assert len(picture) < 250_000
 
@@ -159,18 +159,3 @@ def test_a_card_that_the_command_edits_stays(source: Path) -> None:
     assert card.endswith("mine\n")
     assert "Evaluation" not in card
     assert '"value": 5.0' in (out / "ckavg.json").read_text()
-
-
-def test_what_is_drawn_with_is_imported_beside_the_reading() -> None:
-    code = (
-        "import sys; from ckavg.report import drawn\n"
-        "drawn.make_ready(); (thread,) = drawn._UNDER_WAY; thread.join()\n"
-        "print('matplotlib.figure' in sys.modules, 'matplotlib.backends.backend_svg' in sys.modules)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("True True\n", "")
-    nothing = (
-        "import sys; sys.modules['matplotlib'] = None\n"
-        "from ckavg.report import drawn; drawn.make_ready(); print(drawn._UNDER_WAY)"
-    )
-    assert subprocess.run([sys.executable, "-c", nothing], capture_output=True, text=True, check=True).stdout == "[]\n"

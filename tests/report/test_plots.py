@@ -1,4 +1,4 @@
-"""Pictures: what is drawn are the numbers, whatever the names; and they are written whole or not at all."""
+"""Plots: what they show are the numbers, whatever the names; and they are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ from matplotlib.text import Text
 import ckavg
 from ckavg.errors import SettingError, WriteError
 from ckavg.path.table import PathLength, TensorPath
-from ckavg.report.canvas import shown
-from ckavg.report.layers import find_layers
-from ckavg.report.picture import averages_figure, check_picture, draw_averages, draw_path, path_figure
+from ckavg.report.plots import averages_figure, check_plot_file, find_layers, label, path_figure, save_figure
 from tests.runs import random_run, write_run
 
 STEPS = (0, 10, 20, 40, 80)
@@ -85,7 +83,7 @@ def titles(figure: Figure) -> list[str]:
     return [title.split(",")[0] for axes in figure.axes if (title := axes.get_title(loc="left"))]
 
 
-def drawn(axes: Axes) -> list[tuple[list[float], list[float]]]:
+def lines(axes: Axes) -> list[tuple[list[float], list[float]]]:
     return [
         (list(line.get_xdata()), list(line.get_ydata()))  # type: ignore[arg-type]
         for line in axes.lines
@@ -114,8 +112,8 @@ def labels(texts: Sequence[Text]) -> list[str]:
 def test_one_average_shows_its_numbers(pema: ckavg.Averaged) -> None:
     figure = averages_figure([pema])
     assert pema.path_length is not None
-    assert drawn(panel(figure, "Path length")) == [([*STEPS], [*pema.path_length])]
-    assert drawn(panel(figure, "β")) == [([*STEPS[1:]], [*pema.betas[1:]])]
+    assert lines(panel(figure, "Path length")) == [([*STEPS], [*pema.path_length])]
+    assert lines(panel(figure, "β")) == [([*STEPS[1:]], [*pema.betas[1:]])]
     bars = boxes(panel(figure, "Weight"))
     assert [bar.get_height() for bar in bars] == [*pema.weights]
     assert [bar.get_x() + bar.get_width() / 2 for bar in bars] == pytest.approx(STEPS)
@@ -127,7 +125,9 @@ def test_one_average_shows_its_numbers(pema: ckavg.Averaged) -> None:
 def test_axes_begin_at_zero_and_hold_every_value(pema: ckavg.Averaged, bema: ckavg.Averaged) -> None:
     for results in ([pema], [bema], [pema, bema]):
         figure = averages_figure(results)
-        assert panel(figure, "β").get_ylim() == (0, 1)
+        low, high = panel(figure, "β").get_ylim()
+        assert low == 0
+        assert high >= max(value or 0 for result in results for value in result.betas)
         weights = [weight for result in results for weight in result.weights]
         low, high = panel(figure, "Weight").get_ylim()
         assert low <= min(0, *weights)
@@ -152,7 +152,7 @@ def test_negative_weights_hang_below_zero_in_another_colour(bema: ckavg.Averaged
 def test_a_correction_is_drawn_beside_beta(bema: ckavg.Averaged) -> None:
     figure = averages_figure([bema])
     assert bema.alphas is not None
-    assert drawn(panel(figure, "β")) == [([*STEPS[2:]], [*bema.betas[2:]]), ([*STEPS[2:]], [*bema.alphas[2:]])]
+    assert lines(panel(figure, "β")) == [([*STEPS[2:]], [*bema.betas[2:]]), ([*STEPS[2:]], [*bema.alphas[2:]])]
     assert panel(figure, "β").lines[1].get_linestyle() == "--"
     assert titles(figure) == ["β", "Weight of each checkpoint in the average"], "there is no path to draw"
     assert heading(figure) == [
@@ -163,10 +163,10 @@ def test_a_correction_is_drawn_beside_beta(bema: ckavg.Averaged) -> None:
 
 def test_several_averages_are_lines_of_their_own(pema: ckavg.Averaged, bema: ckavg.Averaged) -> None:
     figure = averages_figure([bema, pema])
-    assert drawn(panel(figure, "Path length")) == [([*STEPS], [*(pema.path_length or ())])]
-    assert drawn(panel(figure, "β")) == [([*STEPS[2:]], [*bema.betas[2:]]), ([*STEPS[1:]], [*pema.betas[1:]])]
+    assert lines(panel(figure, "Path length")) == [([*STEPS], [*(pema.path_length or ())])]
+    assert lines(panel(figure, "β")) == [([*STEPS[2:]], [*bema.betas[2:]]), ([*STEPS[1:]], [*pema.betas[1:]])]
     weights = panel(figure, "Weight")
-    assert drawn(weights) == [([*STEPS], [*bema.weights]), ([*STEPS], [*pema.weights])]
+    assert lines(weights) == [([*STEPS], [*bema.weights]), ([*STEPS], [*pema.weights])]
     assert not weights.patches
     assert heading(figure)[2:] == [bema.directory.name, pema.directory.name]
 
@@ -208,7 +208,7 @@ def test_a_result_brings_the_error_of_its_path(pema: ckavg.Averaged) -> None:
 def test_a_path_shows_length_and_tensors(path: PathLength) -> None:
     figure = path_figure(path)
     assert titles(figure) == ["Path length ℓ", "ℓ of each tensor at step 80"]
-    assert drawn(panel(figure, "Path length")) == [([*STEPS], [*path.lengths])]
+    assert lines(panel(figure, "Path length")) == [([*STEPS], [*path.lengths])]
     bars = panel(figure, "ℓ of each")
     longest = sorted(path.counted, key=lambda name: (-path.tensor_lengths(name)[-1], name))
     assert labels(bars.get_yticklabels()) == longest
@@ -291,18 +291,17 @@ def test_a_few_large_lengths_do_not_hide_the_others() -> None:
     ],
 )
 def test_names_tell_layers_and_kinds(names: list[str], kinds: list[str], numbers: list[int], others: list[str]) -> None:
-    layers = find_layers(travelled(dict.fromkeys(names, 1.0)))
-    assert ([*layers.kinds], [*layers.numbers], [name for name, _ in layers.others]) == (kinds, numbers, others)
+    found, by_kind, outside = find_layers(travelled(dict.fromkeys(names, 1.0)))
+    assert ([*by_kind], found, [*outside]) == (kinds, numbers, others)
 
 
 def test_experts_of_a_layer_are_one_kind_with_the_length_of_all_their_parameters() -> None:
     path = travelled({f"layers.{layer}.experts.{expert}.up": 0.1 + expert for layer in (0, 1) for expert in (0, 1)})
     larger = {name: TensorPath(12, 0.5, (6.0,) * 4) for name in path.tensors if name.endswith(".1.up")}
     path = dataclasses.replace(path, tensors={**path.tensors, **larger})
-    layers = find_layers(path)
-    assert layers.kinds == ("experts.*.up",)
-    assert layers.lengths[0] == pytest.approx([(4 * 0.1 + 12 * 4.0) / 16] * 2)
-    assert layers.lengths[0][0] == pytest.approx(path.lengths[-1])
+    _, kinds, _ = find_layers(path)
+    assert kinds == {"experts.*.up": pytest.approx([(4 * 0.1 + 12 * 4.0) / 16] * 2)}
+    assert kinds["experts.*.up"][0] == pytest.approx(path.lengths[-1])
 
 
 def test_what_does_not_fit_is_left_out_and_counted() -> None:
@@ -332,9 +331,9 @@ ODD = {
 @pytest.mark.parametrize("odd", ODD)
 def test_odd_paths_can_be_drawn(odd: str, tmp_path: Path) -> None:
     path = ODD[odd]
-    draw_path(path, tmp_path / "path.png")
+    save_figure(path_figure(path), tmp_path / "path.png")
     assert (tmp_path / "path.png").read_bytes().startswith(SIGNATURES[".png"])
-    assert drawn(panel(path_figure(path), "Path length")) == [([*path.steps], [*path.lengths])]
+    assert lines(panel(path_figure(path), "Path length")) == [([*path.steps], [*path.lengths])]
 
 
 def test_odd_averages_can_be_drawn(pema: ckavg.Averaged, tmp_path: Path) -> None:
@@ -344,7 +343,7 @@ def test_odd_averages_can_be_drawn(pema: ckavg.Averaged, tmp_path: Path) -> None
     assert titles(averages_figure([last])) == ["Weight of each checkpoint in the average"]
     assert heading(averages_figure([last]))[0] == "Last checkpoint"
     once = dataclasses.replace(last, scheme="unknown", parameters={"a_b": 1}, betas=(None, None, None, None, 0.5))
-    assert drawn(panel(averages_figure([once]), "β")) == [([80], [0.5])]
+    assert lines(panel(averages_figure([once]), "β")) == [([80], [0.5])]
     assert heading(averages_figure([once]))[0] == "unknown: a-b 1"
     still = dataclasses.replace(pema, path_length=(0.0,) * 5)
     (bottom, top) = panel(averages_figure([still]), "Path length").get_ylim()
@@ -357,31 +356,34 @@ def test_odd_averages_can_be_drawn(pema: ckavg.Averaged, tmp_path: Path) -> None
         weights=(0.005,) * 200,
     )
     assert len(panel(averages_figure([long]), "Weight").patches) == 200
+    late = dataclasses.replace(long, betas=(*(None,) * 199, 0.5))
+    (point,) = panel(averages_figure([late]), "β").lines
+    assert point.get_marker() == "o", "where there are many, the line shows them; one alone would not be seen"
     for place, results in enumerate(([last], [once], [still], [long], [last, still, once], [pema] * 40)):
-        draw_averages(results, tmp_path / f"{place}.png")
+        save_figure(averages_figure(results), tmp_path / f"{place}.png")
 
 
 def test_an_average_without_any_update_leaves_the_layout_whole(pema: ckavg.Averaged, tmp_path: Path) -> None:
     """An empty line among the others took all room from them, once there were panels by layer, too."""
     last = dataclasses.replace(pema, scheme="last", betas=(None,) * 5, weights=(0.0, 0.0, 0.0, 0.0, 1.0))
     path = travelled({"h.0.a": 0.1, "h.1.a": 0.2, "b": 0.3})
-    draw_averages([pema, last], tmp_path / "sweep.png", path)
+    save_figure(averages_figure([pema, last], path), tmp_path / "sweep.png")
     assert len(panel(averages_figure([pema, last], path), "β").lines) == 1
 
 
 def test_names_are_shown_as_they_are(pema: ckavg.Averaged, tmp_path: Path) -> None:
-    escaped = shown(HOSTILE, 500)
+    escaped = label(HOSTILE, 500)
     assert escaped.startswith("\\x1b[31m$\\frac{a}{b}$\\n_x\\u6f22\\u5b57\\u202ey")
-    assert len(shown(HOSTILE, 36)) == 36
+    assert len(label(HOSTILE, 36)) == 36
     (output,) = pema.outputs
     names = "_hidden", "$x^2$", HOSTILE
     results = [dataclasses.replace(pema, outputs=(dataclasses.replace(output, name=name),)) for name in names]
     figure = averages_figure(results)
-    assert heading(figure)[2:] == ["_hidden", "$x^2$", shown(HOSTILE, 40)]
-    draw_averages(results, tmp_path / "names.svg")
+    assert heading(figure)[2:] == ["_hidden", "$x^2$", label(HOSTILE, 40)]
+    save_figure(averages_figure(results), tmp_path / "names.svg")
     path = travelled(dict.fromkeys(names, 1.0))
     bars = panel(path_figure(path), "ℓ of each")
-    assert {*labels(bars.get_yticklabels())} == {"_hidden", "$x^2$", shown(HOSTILE, 36)}
+    assert {*labels(bars.get_yticklabels())} == {"_hidden", "$x^2$", label(HOSTILE, 36)}
     assert not any(text.get_parse_math() for text in bars.get_yticklabels())
     assert not any(text.get_parse_math() for text in figure.subfigs[0].legends[0].get_texts())
 
@@ -390,66 +392,66 @@ def test_names_are_shown_as_they_are(pema: ckavg.Averaged, tmp_path: Path) -> No
 def test_files_are_what_their_names_say_and_always_the_same(name: str, pema: ckavg.Averaged, tmp_path: Path) -> None:
     file = tmp_path / name
     file.write_text("an earlier picture")
-    draw_averages([pema], file)
+    save_figure(averages_figure([pema]), file)
     first = file.read_bytes()
     assert first.startswith(SIGNATURES[file.suffix.lower()])
-    draw_averages([pema], file)
+    save_figure(averages_figure([pema]), file)
     assert file.read_bytes() == first
     assert names_in(tmp_path) == [name], "nothing else is left"
 
 
 def test_settings_of_the_user_do_not_matter_and_stay(pema: ckavg.Averaged, tmp_path: Path) -> None:
-    draw_averages([pema], tmp_path / "plain.svg")
+    save_figure(averages_figure([pema]), tmp_path / "plain.svg")
     own = {"text.usetex": True, "axes.facecolor": "red", "svg.fonttype": "none", "font.family": ["serif"]}
     with matplotlib.rc_context(own):  # type: ignore[arg-type]
-        draw_averages([pema], tmp_path / "own.svg")
+        save_figure(averages_figure([pema]), tmp_path / "own.svg")
         assert {name: matplotlib.rcParams[name] for name in own} == own  # type: ignore[index]
     assert (tmp_path / "own.svg").read_bytes() == (tmp_path / "plain.svg").read_bytes()
 
 
 def test_a_write_that_fails_leaves_nothing(path: PathLength, tmp_path: Path) -> None:
     with pytest.raises(WriteError, match="cannot be written"):
-        draw_path(path, tmp_path / "missing" / "path.png")
+        save_figure(path_figure(path), tmp_path / "missing" / "path.png")
     (tmp_path / "taken.png").mkdir()
     with pytest.raises(WriteError, match="cannot be written"):
-        draw_path(path, tmp_path / "taken.png")
+        save_figure(path_figure(path), tmp_path / "taken.png")
     assert names_in(tmp_path) == ["taken.png"]
 
 
 def test_good_names_are_not_refused(tmp_path: Path) -> None:
     for name in ("a.png", "a.svg", "a.pdf", "A.PDF"):
-        check_picture(tmp_path / name)
+        check_plot_file(tmp_path / name)
     assert not names_in(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["plot", "plot.jpg", ".png", "plot.png.gz"])
 def test_other_endings_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"must end in \.png, \.svg or \.pdf"):
-        check_picture(tmp_path / name)
+        check_plot_file(tmp_path / name)
 
 
 def test_places_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WriteError, match="missing is not a directory"):
-        check_picture(tmp_path / "missing" / "a.png")
+        check_plot_file(tmp_path / "missing" / "a.png")
     (tmp_path / "file").write_text("")
     with pytest.raises(WriteError, match="file is not a directory"):
-        check_picture(tmp_path / "file" / "a.png")
+        check_plot_file(tmp_path / "file" / "a.png")
     (tmp_path / "a.png").mkdir()
     with pytest.raises(WriteError, match=r"a\.png is a directory"):
-        check_picture(tmp_path / "a.png")
+        check_plot_file(tmp_path / "a.png")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_directory_without_permission_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(WriteError, match="may not be written to"):
-        check_picture(tmp_path / "a.png")
+        check_plot_file(tmp_path / "a.png")
 
 
 def test_without_matplotlib_the_refusal_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SettingError) as refused:
-        check_picture(tmp_path / "a.png")
+        check_plot_file(tmp_path / "a.png")
     assert "pip install 'ckavg[plot]'" in refused.value.hint
 
 
@@ -457,11 +459,11 @@ def test_matplotlib_is_imported_only_to_draw_and_never_with_pyplot(tmp_path: Pat
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from ckavg.report.picture import draw_path\n"
+        "from ckavg.report.plots import path_figure, save_figure\n"
         "from ckavg.path.table import PathLength, TensorPath\n"
         "before = 'matplotlib' in sys.modules\n"
         "path = PathLength((0, 1), {'w': TensorPath(2, 1.0, (1.0,))}, 'exclude', 0)\n"
-        f"draw_path(path, Path({str(tmp_path / 'a.png')!r}))\n"
+        f"save_figure(path_figure(path), Path({str(tmp_path / 'a.png')!r}))\n"
         "print(before, 'matplotlib.pyplot' in sys.modules, 'torch' in sys.modules)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
