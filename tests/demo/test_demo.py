@@ -178,14 +178,14 @@ def test_pretraining_and_run_lower_the_held_out_loss(run: Path, tmp_path: Path) 
     assert ended + 0.3 < begun < untrained - 0.1
 
 
-def test_a_seed_gives_one_run_on_any_number_of_threads(run: Path, tmp_path: Path) -> None:
+def test_a_seed_gives_one_run_by_one_thread(run: Path, tmp_path: Path) -> None:
     # Whatever the process drew before must not matter, and what it draws next must not change.
     torch.rand(5)
-    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    before, threads, used = torch.get_rng_state(), torch.get_num_threads(), set()
     torch.set_num_threads(3)
     try:
-        again = tiny_run(tmp_path / "again")
-        assert torch.get_num_threads() == 3
+        again = tiny_run(tmp_path / "again", on_progress=lambda *_: used.add(torch.get_num_threads()))
+        assert (used, torch.get_num_threads()) == ({1}, 3)
     finally:
         torch.set_num_threads(threads)
     other = tiny_run(tmp_path / "other", seed=1)
@@ -198,12 +198,6 @@ def test_a_seed_gives_one_run_on_any_number_of_threads(run: Path, tmp_path: Path
     assert not torch.equal(weights(run, 25)[name], weights(other, 25)[name])
 
 
-def test_one_thread_trains(tmp_path: Path) -> None:
-    threads = set()
-    tiny_run(tmp_path, on_progress=lambda *_: threads.add(torch.get_num_threads()))
-    assert threads == {1}
-
-
 def test_progress_counts_every_step(tmp_path: Path) -> None:
     calls: list[tuple[int, int, float]] = []
     tiny_run(tmp_path, on_progress=lambda *call: calls.append(call))
@@ -211,6 +205,9 @@ def test_progress_counts_every_step(tmp_path: Path) -> None:
     # about what guessing gives; the text, which is that of the Python here, makes a little of the difference
     assert calls[0][2] == pytest.approx(math.log(256), abs=0.15)
     assert calls[-1][2] < calls[0][2] - 0.5
+    state = json.loads((tmp_path / "checkpoint-20" / "trainer_state.json").read_text())
+    logged = [entry["loss"] for entry in state["log_history"]]
+    assert logged == pytest.approx([sum(loss for _, _, loss in calls[12 + k : 22 + k]) / 10 for k in (0, 10)])
 
 
 def test_an_existing_run_is_refused_and_left_alone(tmp_path: Path) -> None:
