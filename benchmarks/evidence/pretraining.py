@@ -20,7 +20,7 @@ from benchmarks.evidence.figures import Curve, Panel, draw
 from benchmarks.evidence.pretraining_run import DECAYS, Setting, train
 from benchmarks.evidence.processes import single_threaded
 from benchmarks.evidence.tables import Cell, Table, publish, with_error, write_record
-from ckavg.demo.evaluate import held_out_loss
+from ckavg.demo import held_out_loss
 from ckavg.schemes import Scheme
 from ckavg.schemes.mean import Decay
 

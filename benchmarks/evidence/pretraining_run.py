@@ -15,10 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ckavg.demo.checkpoint import write_checkpoint
-from ckavg.demo.corpus import load_corpus
-from ckavg.demo.model import Llama, LlamaShape, initialised_llama
-from ckavg.demo.optimise import random_windows
+from ckavg.demo import Llama, LlamaShape, initialised_llama, load_corpus, random_windows, write_checkpoint
 
 DECAYS: Mapping[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,

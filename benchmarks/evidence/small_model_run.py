@@ -17,8 +17,7 @@ from torch import Tensor
 from benchmarks.evidence import pretraining_run
 from benchmarks.evidence.language_model_run import Cell, Outcome, Setting, judge_all
 from benchmarks.finetune import plays
-from ckavg.demo.checkpoint import load_model, write_checkpoint
-from ckavg.demo.optimise import random_windows
+from ckavg.demo import load_model, random_windows, write_checkpoint
 
 PRETRAINING = pretraining_run.Setting(windows=(30,), seeds=(0,))
 """Of the base model, which is the end of the linear decay."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,13 +12,11 @@ from ckavg.cli.failures import failures
 from ckavg.cli.options import Json, Verbose
 from ckavg.cli.progress import show_steps
 from ckavg.engine.ranks import Ranks
-from ckavg.errors import OutputExistsError, SettingError, WriteError
+from ckavg.errors import SettingError
+from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.result.record import Averaged
 from ckavg.schemes import BEMA, EMA, PEMA
 from ckavg.sources import open_run
-
-if TYPE_CHECKING:
-    from ckavg.demo.train import TrainedRun
 
 DEFAULT_DIRECTORY = Path("ckavg-demo")
 
@@ -34,36 +32,44 @@ def demo(
 ) -> None:
     """Train a small model, save its checkpoints, average them, and compare.
 
-    Takes about a minute on two cores and 60 MB of disk; needs no network and no GPU. The model learns Python's own
+    Takes about a minute on one core and 60 MB of disk; needs no network and no GPU. The model learns Python's own
     manual, byte by byte; its checkpoints are saved as the Hugging Face Trainer saves them.
     """
     with failures(verbose=verbose):
         if Ranks.of_environment().world > 1:
             raise SettingError("demo: this is work for one process.", hint="Start it without torchrun.")
-        trained = _train(directory, force=force)
-        run = open_run(directory)
-        results = [average(run, scheme, force=True) for scheme in (EMA(), PEMA(), BEMA())]
-        _compare(trained, run.last.path, results, as_json=as_json)
+        from ckavg.demo import held_out_loss, remove_earlier, train
 
-
-def _train(directory: Path, *, force: bool) -> TrainedRun:
-    from ckavg.demo.train import remove_earlier, train
-
-    try:
         if force:
             remove_earlier(directory)
         with show_steps("training a small language model") as on_progress:
-            return train(directory, on_progress=on_progress)
-    except FileExistsError as error:
-        raise OutputExistsError(str(error), hint="--force replaces the checkpoints of an earlier demo.") from error
-    except OSError as error:
-        raise WriteError(f"{directory} cannot be written: {error.strerror}.") from error
+            train(directory, on_progress=on_progress)
+        run = open_run(directory)
+        results = [average(run, scheme, force=True) for scheme in (EMA(), PEMA(), BEMA())]
+        losses = {"last checkpoint": held_out_loss(run.last.path)}
+        losses |= {result.outputs[-1].name: held_out_loss(result.directory) for result in results}
+        if as_json:
+            print_json({"held_out_loss": losses, "averages": [result.to_dict() for result in results]})
+        else:
+            _print_comparison(directory, losses, results)
 
 
-def _compare(trained: TrainedRun, last: Path, results: list[Averaged], *, as_json: bool) -> None:
-    from ckavg.demo.evaluate import held_out_loss
-    from ckavg.report import demo as report
-
-    losses = {"last checkpoint": held_out_loss(last)}
-    losses |= {result.outputs[-1].name: held_out_loss(result.directory) for result in results}
-    report.print_comparison(trained.directory, losses, results, as_json=as_json)
+def _print_comparison(run: Path, losses: dict[str, float], results: list[Averaged]) -> None:
+    """Print held-out losses, nats per byte, side by side; the last checkpoint's is the first."""
+    console = stdout_console()
+    last, best = next(iter(losses.values())), min(losses.values())
+    table = plain_table("", "held-out loss", "against the last checkpoint", left=("",))
+    for name, loss in losses.items():
+        change = "" if loss is last else f"{100 * (loss / last - 1):+.2f} %"
+        table.add_row(quoted(name), f"{loss:.4f}", change, style="bold" if loss == best else "")
+    steps = results[0].steps
+    console.print(
+        quoted(f"{len(steps)} checkpoints of one training run in {run}, steps {steps[0]} to {steps[-1]}"), style="bold"
+    )
+    console.print("Loss on text that no training saw, in nats per byte: lower is better.\n")
+    console.print(table)
+    console.print()
+    console.print(quoted(f"The averages are in {results[0].directory.parent}."), soft_wrap=True)
+    console.print(
+        quoted(f"Next: ckavg inspect {run}, or try another power: ckavg pema {run} --gamma 0.2"), soft_wrap=True
+    )

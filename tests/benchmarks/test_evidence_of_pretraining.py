@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.evidence import pretraining, pretraining_run
-from ckavg.demo.model import LlamaShape
+from ckavg.demo import LlamaShape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

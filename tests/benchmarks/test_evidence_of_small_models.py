@@ -15,8 +15,7 @@ from benchmarks.evidence.language_model_run import BASE, LAST, PER_TENSOR, SCHEM
 from benchmarks.evidence.language_model_tables import BEST_EMA, by_setting
 from benchmarks.evidence.small_model_run import SmallCell, SmallJudge, carry_out_cell, fine_tune, pieces
 from benchmarks.evidence.small_model_tables import best_of, difference, draw_all, tables_of
-from ckavg.demo.checkpoint import load_model, write_checkpoint
-from ckavg.demo.model import LlamaShape, initialised_llama
+from ckavg.demo import LlamaShape, initialised_llama, load_model, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

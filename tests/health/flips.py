@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import ckavg
-from ckavg.demo.train import train
+from ckavg.demo import train
 from ckavg.health.examine import examine
 from ckavg.health.values import Finding
 from ckavg.run.values import Run
