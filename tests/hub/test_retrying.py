@@ -195,7 +195,7 @@ def test_an_interrupt_before_the_upload(hub: Hub, run: Path, monkeypatch: pytest
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ckavg.cli.averaging.draw", interrupted)
+    monkeypatch.setattr("ckavg.cli.averaging.write_plot", interrupted)
     out = run / "averaged" / "ema-gamma0.15"
     done = run_cli("ema", run, "--push-to-hub", REPO, "--public")
     assert done.exit_code == 130
@@ -211,7 +211,7 @@ def test_an_interrupt_after_a_sweep(hub: Hub, run: Path, monkeypatch: pytest.Mon
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ckavg.cli.sweep.draw", interrupted)
+    monkeypatch.setattr("ckavg.cli.sweep.write_plot", interrupted)
     done = run_cli("sweep", run, "mean", "last", "--eval", "echo 1 {dir}", "--push-to-hub", REPO)
     assert done.exit_code == 130
     said = f"interrupted: All averages are complete in {run / 'averaged'}. Continue with: ckavg push DIR {REPO}"
