@@ -75,7 +75,10 @@ def test_headers(tmp_path: Path) -> None:
         result = mean_of(run)
         if result.exit_code:
             check_refusal(result, run, f"checkpoint-{STEPS[-1]}/{MODEL}", f"step {STEPS[-1]}")
-            seen[damaged] = "refused" if library_reads(file) != expected else "refused here alone"
+            if "in the header of the weights, " in result.stderr:
+                seen[damaged] = "an entry that the others lack"  # and that may change what the tensors mean
+            else:
+                seen[damaged] = "refused" if library_reads(file) != expected else "refused here alone"
             return
         assert library_reads(file) == expected
         check_mean(run, {str(step): [run / f"checkpoint-{step}" / MODEL] for step in STEPS}, run / "averaged" / "mean")
