@@ -8,6 +8,11 @@ from typing import Any
 import pytest
 
 
+def unless(is_typical: bool) -> tuple[pytest.MarkDecorator, ...]:
+    """The marks of a case."""
+    return () if is_typical else (pytest.mark.exhaustive,)
+
+
 def all_but(kept: Collection[Any], values: Iterable[Any]) -> list[Any]:
     """The values for a test, all but those kept marked as exhaustive."""
-    return [value if value in kept else pytest.param(value, marks=pytest.mark.exhaustive) for value in values]
+    return [pytest.param(value, marks=unless(value in kept)) for value in values]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ckavg.engine.tiles import TORCH_DTYPES
 from ckavg.health.plan import PIECE, Tensor
 from ckavg.health.values import TensorStatistics
-from ckavg.path.measure import is_extreme, scaled
+from ckavg.path.measure import is_extreme, scaled, times_power
 
 NAN, INFINITE, LARGEST, DISTANCE, REST, CHANGE, SPIKE, DIP, ACROSS = range(9)
 _LARGEST_OF_ALL = [LARGEST, CHANGE, SPIKE, DIP]
@@ -271,7 +271,7 @@ def _moments(values: torch.Tensor, masked: torch.Tensor | None) -> Moments:
     exponent = 0
     if values.dtype == torch.float64 and is_extreme(largest := wide.abs().amax()):
         exponent = math.frexp(float(largest))[1]
-        wide = wide * 2.0 ** (-exponent // 2) * 2.0 ** (-exponent - -exponent // 2)
+        wide = times_power(wide, -exponent)
     first = float(wide[0])
     shifted = wide.sub_(first)
     mean = float(shifted.mean())

@@ -21,7 +21,7 @@ from torch import Tensor
 from ckavg.engine.blocks import Strips
 from ckavg.engine.stream import Settings, by_tensor, stream
 from ckavg.engine.tiles import TileReader
-from ckavg.path.measure import is_extreme
+from ckavg.path.measure import is_extreme, moved, times_power
 from ckavg.path.strips import Sampling, cut_strips, strips_of
 from ckavg.path.table import PathLength, TensorPath, ZeroSigma, refuse_infinite, to_measure
 from ckavg.run.values import Run
@@ -142,7 +142,7 @@ def _path_and_sigma(weighted: Tensor, weight: Tensor, finite: Tensor, numel: int
     first, second = (weighted[..., place] / finite.clamp(min=1e-300) for place in (-2, -1))
     variance = (second - first.square()).clamp(min=0)
     sigma = (variance * numel / max(numel - 1, 1)).sqrt()
-    return weighted[..., :-2] / weight[..., None], sigma * 2.0 ** (unit // 2) * 2.0 ** (unit - unit // 2)
+    return weighted[..., :-2] / weight[..., None], times_power(sigma, unit)
 
 
 class _Worker:
@@ -174,16 +174,12 @@ class _Worker:
             infinite = torch.isinf(before).sum(dim=1).double()
         if dtype == torch.float64 and is_extreme(largest := shifted.abs().amax()):
             exponent = math.frexp(float(largest))[1]
-            shifted = shifted * 2.0 ** (-exponent // 2) * 2.0 ** (-exponent - -exponent // 2)
+            shifted = times_power(shifted, -exponent)
         moments = torch.stack([shifted.sum(dim=1), shifted.square().sum(dim=1)], dim=1)
         distances = []
         for index in range(1, len(self._run.checkpoints)):
             self._load(index, unit, after)
-            same = torch.isinf(after) & (after == before) if careful else None
-            before.sub_(after).abs_()
-            if same is not None:
-                before.masked_fill_(same, 0.0)
-            distances.append(before.sum(dim=1, dtype=torch.float64))
+            distances.append(moved(before, after, careful=careful).sum(dim=1, dtype=torch.float64))
             before, after = after, before
         return _Sums(unit.length, torch.stack(distances, dim=1), moments, exponent, infinite)
 

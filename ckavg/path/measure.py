@@ -307,7 +307,7 @@ class _PlainSums:
 
     Args:
         lanes: (steps kept at once, chunks, lanes) memory to compute in.
-        careful: whether there may be infinities; what is the same one on both sides has not moved.
+        careful: as of `moved`.
     """
 
     def __init__(self, lanes: Tensor, *, careful: bool) -> None:
@@ -318,11 +318,7 @@ class _PlainSums:
 
     def add(self, before: Tensor, after: Tensor) -> None:
         """Take the next step; `before` is used up."""
-        same = torch.isinf(after) & (after == before) if self._careful else None
-        torch.sub(after, before, out=before).abs_()
-        if same is not None:
-            before.masked_fill_(same, 0.0)
-        _sum(_in_lanes(before), dim=1, out=self._lanes[self._filled])
+        _sum(_in_lanes(moved(before, after, careful=self._careful)), dim=1, out=self._lanes[self._filled])
         self._filled += 1
         if self._filled == len(self._lanes):
             self._add_up()
@@ -354,6 +350,23 @@ class _CompiledSums:
     def rows(self) -> list[Tensor]:
         """(steps, chunks) float64, in one piece."""
         return [self._sums]
+
+
+def moved(before: Tensor, after: Tensor, *, careful: bool) -> Tensor:
+    """|after − before|, in the place of `before`.
+
+    Args:
+        before, after: weights of two checkpoints, of one shape and dtype.
+        careful: whether there may be infinities; what is the same one on both sides has not moved.
+    """
+    same = torch.isinf(after) & (after == before) if careful else None
+    torch.sub(after, before, out=before).abs_()
+    return before if same is None else before.masked_fill_(same, 0.0)
+
+
+def times_power(values: Tensor, exponent: int) -> Tensor:
+    """The values times 2^exponent, in two steps: the power itself may be beyond float64."""
+    return values * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)
 
 
 def is_extreme(largest: Tensor) -> bool:

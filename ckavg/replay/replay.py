@@ -113,7 +113,6 @@ def replay(
         ledger: which of `replay_blocks` are in their place already.
 
     Raises:
-        UnsupportedFormatError: a tensor that can only be copied is not the same in all checkpoints.
         NonFiniteError: a checkpoint holds NaN or infinity and may not, or a value does not fit the output dtype.
         TruncatedShardError, ReadError: a file changed or cannot be read.
         OutputError: a sink could not take its bytes.

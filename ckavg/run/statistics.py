@@ -26,13 +26,12 @@ def running_statistics(names: Iterable[str]) -> frozenset[str]:
     >>> sorted(running_statistics(["bn.weight", "bn.running_mean", "obs.mean", "obs.var", "vae.mean", "pi.log_std"]))
     ['bn.running_mean', 'obs.mean', 'obs.var']
     """
-    places = {name: re.split(r"[./](?=[^./]*$)", f".{name}") for name in names}
-    alone = {name for name, (_, own) in places.items() if _ALONE.fullmatch(own)}
-    modules = {places[name][0] for name in alone}
+    cuts = {name: max(name.rfind("."), name.rfind("/")) + 1 for name in names}
+    words = {name[cut:] for name, cut in cuts.items()}  # few, however many tensors there are
+    alone, beside = ({word for word in words if kind.fullmatch(word)} for kind in (_ALONE, _BESIDE))
+    modules = {name[:cut] for name, cut in cuts.items() if name[cut:] in alone}
     return frozenset(
-        name
-        for name, (module, own) in places.items()
-        if name in alone or (module in modules and _BESIDE.fullmatch(own))
+        name for name, cut in cuts.items() if name[cut:] in alone or (name[cut:] in beside and name[:cut] in modules)
     )
 
 

@@ -18,7 +18,7 @@ from ckavg.result.record import LOCAL
 from tests.cli.runner import run_cli
 from tests.environment.faults import ERRORS, faults
 from tests.environment.process import check_message, ckavg
-from tests.exhaustive import all_but
+from tests.exhaustive import all_but, unless
 from tests.hostile.contract import check_text, sources, visible, write_small_run
 
 Contents = dict[str, bytes]
@@ -61,7 +61,7 @@ TYPICAL = ((errno.EIO, False), (errno.EROFS, True))
 @pytest.mark.parametrize(
     ("error", "lasting"),
     [
-        pytest.param(*each, marks=() if each in TYPICAL else pytest.mark.exhaustive)
+        pytest.param(*each, marks=unless(each in TYPICAL))
         for each in (*((error, False) for error in ERRORS), (errno.ENOSPC, True), (errno.EROFS, True))
     ],
     ids=lambda value: ("once", "from then on")[value] if isinstance(value, bool) else errno.errorcode[value],

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 from safetensors.torch import load
 from typer.testing import Result
 
+from tests.cli import runner
 from tests.cli.runner import run_cli
 from tests.runs import write_checkpoint
 
@@ -88,7 +89,7 @@ def check_refusal(result: Result, run: Path, *named: str) -> None:
 
 def visible(place: Path) -> list[str]:
     """What a user would see there; hidden names of unfinished work are not results."""
-    return sorted(path.name for path in place.iterdir() if not path.name.startswith(".")) if place.exists() else []
+    return sorted(runner.visible(place)) if place.exists() else []
 
 
 def check_mean(run: Path, files: Mapping[str, list[Path]], result: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import ckavg
 from tests.cli.runner import run_cli
+from tests.exhaustive import unless
 from tests.hub.faults import DROPPED, PORTAL, WHOLE, Broken
 from tests.hub.state import Hub, Repo
 from tests.remote.outcome import keeps_to_itself, refused, weights_of
@@ -52,10 +53,6 @@ TYPICAL = ("503", "401", "closed")
 """Of answers, refusals and connections, one each; the others are tried where all is."""
 
 
-def marks(fault: str) -> tuple[pytest.MarkDecorator, ...]:
-    return () if fault in TYPICAL else (pytest.mark.exhaustive,)
-
-
 @pytest.fixture
 def expected(run: Path, tmp_path: Path) -> dict[str, bytes]:
     return weights_of(ckavg.average(ckavg.open_run(run), ckavg.PEMA(), out=tmp_path / "local").directory)
@@ -65,7 +62,7 @@ def expected(run: Path, tmp_path: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("stage", "fault"),
     [
-        pytest.param(stage, name, marks=marks(name))
+        pytest.param(stage, name, marks=unless(name in TYPICAL))
         for stage in STAGES
         for name, each in PASSING.items()
         if occurs(stage, each)
@@ -92,7 +89,7 @@ def test_what_passes_costs_nothing(
 @pytest.mark.parametrize(
     ("stage", "fault", "when"),
     [
-        pytest.param(*each, when, marks=marks(each[1]))
+        pytest.param(*each, when, marks=unless(each[1] in TYPICAL))
         for each in LASTING
         for when in ("first", "later")
         if when == "first" or each[0] in LATER_OF_WEIGHTS
