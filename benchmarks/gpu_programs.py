@@ -80,8 +80,8 @@ def _by_command(words: Sequence[str]) -> int:
 
 
 def _by_library(words: Sequence[str]) -> int:
-    from ckavg.average import carry_out
-    from ckavg.plan import plan_average
+    from ckavg.averaging.pipeline import carry_out
+    from ckavg.averaging.plan import plan_average
     from ckavg.schemes import SCHEMES, Mean, Scheme
     from ckavg.schemes.parse import parse_schemes
     from ckavg.sources import open_run
@@ -141,9 +141,9 @@ def passes(run: Path, names: Sequence[str]) -> int:
 
 
 def _rate(source: Path, device: str, tile: int, threads: int, number: int) -> float:
+    from ckavg.averaging.replay import Average, replay
     from ckavg.engine.stream import Settings
     from ckavg.path.measure import measure
-    from ckavg.replay.replay import Average, replay
     from ckavg.schemes import EMA, Timeline
     from ckavg.sources import open_run
 
@@ -207,7 +207,7 @@ def _ordered(values: Tensor) -> Tensor:
 
 
 def _cores() -> int:
-    from ckavg.engine.cores import available_cores
+    from ckavg.engine.distributed import available_cores
 
     return available_cores()
 

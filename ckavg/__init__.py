@@ -9,15 +9,15 @@
 Nothing here prints; progress is a callback. torch is imported when weights are read, not before.
 """
 
-from ckavg.average import average, measure_path
-from ckavg.engine.progress import Progress
-from ckavg.engine.ranks import all_ranks
+from ckavg.averaging.pipeline import average, measure_path
+from ckavg.averaging.plan import plan_average
+from ckavg.checkpoints.run import Run
+from ckavg.engine.context import Progress
+from ckavg.engine.distributed import all_ranks
 from ckavg.errors import CkavgError
 from ckavg.hub.publish import Pushed, push_result
+from ckavg.output.record import Averaged
 from ckavg.path.table import PathLength
-from ckavg.plan import plan_average
-from ckavg.result.record import Averaged
-from ckavg.run.values import Run
 from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, MomentumEMA
 from ckavg.sources import open_run
 from ckavg.verify.findings import Verified

@@ -14,16 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from ckavg.checkpoints.checkpoint import own_folders
+from ckavg.checkpoints.discover import Candidate, scan
+from ckavg.checkpoints.inspect import Inspection, as_run, inspect_run
+from ckavg.checkpoints.run import Checkpoint, Remote, Run, Selection
+from ckavg.checkpoints.select import selected
 from ckavg.errors import CkavgError, CombinedError, MissingShardError, NoCheckpointsError, SettingError
+from ckavg.output.leftovers import bring_back, bring_back_all
+from ckavg.output.side_files import CONFIGS, MOST_BYTES, is_side_file
 from ckavg.remote.address import Address, address_of, did_you_mean, parse_size
 from ckavg.remote.store import GO_ONLINE
-from ckavg.result.leftovers import bring_back, bring_back_all
-from ckavg.result.side_files import CONFIGS, MOST_BYTES, is_side_file
-from ckavg.run.checkpoint import own_folders
-from ckavg.run.discover import Candidate, scan
-from ckavg.run.opening import Inspection, as_run, inspect_run
-from ckavg.run.select import selected
-from ckavg.run.values import Checkpoint, Remote, Run, Selection
 
 if TYPE_CHECKING:
     from ckavg.remote.listing import Place

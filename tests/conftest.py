@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from ckavg.report import plots
+from ckavg.output import plots
 
 # The machine that runs the tests may be busy: how long an example takes says nothing about it.
 # The same examples every time, so that what fails can be seen again.

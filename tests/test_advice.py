@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 import ckavg
-from ckavg import advice
+from ckavg.averaging import advice
+from ckavg.averaging.rules import effective_weights
 from ckavg.path.table import PathLength, TensorPath
-from ckavg.replay.weights import effective_weights
 from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, MomentumEMA, Scheme, Timeline
 from tests.runs import write_run
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ckavg.atomic import replacing, write_bytes
+from ckavg.storage.atomic import replacing, write_bytes
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import ckavg
 from ckavg import errors
-from ckavg.engine.ranks import Ranks
+from ckavg.engine.distributed import Ranks
 from tests.runs import write_checkpoint, write_run
 
 STEPS = (0, 10, 20)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.evidence.tables import RESULTS
-from ckavg.report.plots import COLOURS, plain_style
+from ckavg.output.plots import COLOURS, plain_style
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,9 +18,9 @@ import ckavg
 from benchmarks.evidence.language_model_judge import Judge
 from benchmarks.evidence.saved import open_saved
 from benchmarks.finetune import FineTuning, fine_tune, quiet_transformers, windows_to_judge
-from ckavg.average import carry_out
+from ckavg.averaging.pipeline import carry_out
+from ckavg.averaging.plan import plan_averages
 from ckavg.path.table import PathLength
-from ckavg.plan import plan_averages
 from ckavg.schemes import Scheme, Timeline
 
 SCHEMES: Mapping[str, Scheme] = {

@@ -25,7 +25,7 @@ from benchmarks.evidence.ornstein_uhlenbeck import (
 )
 from benchmarks.evidence.saved import Array, average_all, curve_of, open_saved, save_run
 from ckavg import BEMA, DEMA, EMA, OUEMA, Mean
-from ckavg.replay.weights import effective_weights
+from ckavg.averaging.rules import effective_weights
 from ckavg.schemes import Scheme, Timeline
 
 SCHEMES: Mapping[str, Scheme] = {

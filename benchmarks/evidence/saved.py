@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 import ckavg
-from ckavg.average import carry_out
-from ckavg.plan import plan_averages
-from ckavg.result.record import Averaged
+from ckavg.averaging.pipeline import carry_out
+from ckavg.averaging.plan import plan_averages
+from ckavg.output.record import Averaged
 from ckavg.schemes import Scheme
 
 Array = NDArray[np.float64]

@@ -6,20 +6,19 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ckavg.average import Done, carry_out
+from ckavg.averaging.pipeline import Done, carry_out
+from ckavg.averaging.plan import Plan, checked, fetching_of, place_of, plan_averages
+from ckavg.checkpoints.run import Fetching, Run
 from ckavg.cli.commands import Command, joined
 from ckavg.cli.options import Averaging, Measuring
 from ckavg.cli.progress import show_progress
 from ckavg.cli.push import check_push, complete_in, destination_of, push_shown
 from ckavg.cli.ranks import together
 from ckavg.cli.terminal import say, warn
-from ckavg.engine.ranks import Ranks
-from ckavg.fetching import fetching_of
-from ckavg.plan import Plan, checked, place_of, plan_averages
+from ckavg.engine.distributed import Ranks
+from ckavg.output.leftovers import find_leftovers
+from ckavg.output.place import check_file
 from ckavg.report.text import printable
-from ckavg.result.leftovers import find_leftovers
-from ckavg.result.place import check_file
-from ckavg.run.values import Fetching, Run
 from ckavg.schemes import Scheme
 from ckavg.sources import inspect_source
 
@@ -129,7 +128,7 @@ def warn_of_leftovers(plans: Sequence[Plan]) -> None:
 def check_plot(options: Measuring, run: Run) -> None:
     """Refuse a plot that could not be made, or has no place where it is to go, before anything is read."""
     if options.plot is not None:
-        from ckavg.report.plots import check_plot_file
+        from ckavg.output.plots import check_plot_file
 
         check_file(options.plot, run)
         check_plot_file(options.plot)
@@ -138,6 +137,6 @@ def check_plot(options: Measuring, run: Run) -> None:
 def write_plot(done: Done, options: Averaging) -> None:
     """Write the plot that was asked for, if one was."""
     if options.plot is not None:
-        from ckavg.report.plots import averages_figure, save_figure
+        from ckavg.output.plots import averages_figure, save_figure
 
         save_figure(averages_figure(done.records, done.path), options.plot)

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from ckavg.average import average
+from ckavg.averaging.pipeline import average
 from ckavg.cli.failures import failures
 from ckavg.cli.options import Json, Verbose
 from ckavg.cli.progress import show_steps
-from ckavg.engine.ranks import Ranks
+from ckavg.engine.distributed import Ranks
 from ckavg.errors import SettingError
+from ckavg.output.record import Averaged
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
-from ckavg.result.record import Averaged
 from ckavg.schemes import BEMA, EMA, PEMA
 from ckavg.sources import open_run
 

@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
+from ckavg.checkpoints.inspect import Inspection
 from ckavg.cli.commands import with_options
 from ckavg.cli.failures import FAILED, failures
 from ckavg.cli.options import Choice, Json, Quiet, Verbose
 from ckavg.cli.progress import show_progress
-from ckavg.engine.ranks import Ranks
-from ckavg.result.leftovers import find_leftovers
-from ckavg.run.opening import Inspection
+from ckavg.engine.distributed import Ranks
+from ckavg.output.leftovers import find_leftovers
 from ckavg.sources import inspect_source
 
 

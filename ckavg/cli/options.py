@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from ckavg.checkpoints.run import Selection
 from ckavg.errors import SettingError
-from ckavg.run.values import Selection
 
 _CHOICE = "Which checkpoints"
 _RESULT = "The result"

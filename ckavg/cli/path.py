@@ -9,18 +9,18 @@ from typing import Annotated
 
 import typer
 
-from ckavg import advice
-from ckavg.average import measure_path
+from ckavg.averaging import advice
+from ckavg.averaging.pipeline import measure_path
+from ckavg.averaging.plan import fetching_of_path
+from ckavg.averaging.record import left_out_of_path
+from ckavg.checkpoints.inspect import as_run
 from ckavg.cli.averaging import check_plot, tell_fetching, warn_of
 from ckavg.cli.commands import with_options
 from ckavg.cli.options import Measuring
 from ckavg.cli.progress import show_progress
 from ckavg.cli.ranks import together
-from ckavg.fetching import fetching_of_path
+from ckavg.output.place import check_file
 from ckavg.path.plan import plan_path
-from ckavg.recording import left_out_of_path
-from ckavg.result.place import check_file
-from ckavg.run.opening import as_run
 from ckavg.sources import inspect_source
 
 
@@ -76,7 +76,7 @@ def path(options: MeasuringPath) -> None:
         if options.csv is not None:
             report.write_csv(measured, options.csv)
         if options.plot is not None:
-            from ckavg.report.plots import path_figure, save_figure
+            from ckavg.output.plots import path_figure, save_figure
 
             save_figure(path_figure(measured), options.plot)
         if options.as_json or not options.quiet:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ckavg.cli.terminal import say, stderr_is_terminal
-from ckavg.engine.progress import OnProgress, Progress
+from ckavg.engine.context import OnProgress, Progress
 
 _TITLES = {
     "path": "measuring the path",

@@ -12,7 +12,7 @@ import typer
 
 from ckavg.cli.failures import failures
 from ckavg.cli.terminal import say
-from ckavg.engine.ranks import Ranks, all_ranks
+from ckavg.engine.distributed import Ranks, all_ranks
 from ckavg.errors import RanksError
 from ckavg.report.text import printable
 

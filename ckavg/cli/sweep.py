@@ -10,6 +10,8 @@ from typing import Annotated, cast
 
 import typer
 
+from ckavg.averaging.evaluation import best, check_command, evaluate, record_evaluation
+from ckavg.averaging.plan import Plan, checked
 from ckavg.cli.averaging import carry_out_shown, check_plot, plans_of, warn_of, warn_of_leftovers, write_plot
 from ckavg.cli.commands import joined
 from ckavg.cli.failures import INTERRUPTED
@@ -17,15 +19,13 @@ from ckavg.cli.options import Sweeping
 from ckavg.cli.push import check_push, destination_of, interrupted_with, push_shown
 from ckavg.cli.ranks import together
 from ckavg.cli.terminal import say, warn
-from ckavg.engine.ranks import Ranks
+from ckavg.engine.distributed import Ranks
 from ckavg.errors import HubError, SettingError, WriteError
-from ckavg.evaluation import best, check_command, evaluate, record_evaluation
 from ckavg.hub.destination import Destination
 from ckavg.hub.publish import continued
-from ckavg.plan import Plan, checked
+from ckavg.output.place import place_in
+from ckavg.output.record import Averaged
 from ckavg.report.text import printable
-from ckavg.result.place import place_in
-from ckavg.result.record import Averaged
 from ckavg.schemes import SCHEMES, Scheme
 from ckavg.schemes.parse import is_scheme, parse_schemes
 from ckavg.sources import inspect_source

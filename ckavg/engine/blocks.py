@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ckavg.checkpoints.run import Checkpoint, Entry
 from ckavg.errors import SettingError
-from ckavg.run.values import Checkpoint, Entry
 
 CHUNK = 1 << 14
 BLOCK = 1 << 22

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ckavg.checkpoints.run import Checkpoint
 from ckavg.engine.blocks import BLOCK, CHUNK, Block
-from ckavg.run.values import Checkpoint
 
 _WORD = 8
 

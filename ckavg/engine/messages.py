@@ -31,15 +31,15 @@ ELSEWHERE = "In another process:\n"
 """How the note begins that holds the traceback of an error from another process."""
 
 _CLASSES = {
-    "Averaged": "ckavg.result.record",
-    "Evaluation": "ckavg.result.record",
-    "Formed": "ckavg.replay.replay",
-    "Input": "ckavg.result.record",
-    "Known": "ckavg.path.known",
-    "Output": "ckavg.result.record",
+    "Averaged": "ckavg.output.record",
+    "Evaluation": "ckavg.output.record",
+    "Formed": "ckavg.averaging.replay",
+    "Input": "ckavg.output.record",
+    "Known": "ckavg.path.table",
+    "Output": "ckavg.output.record",
     "PathPlan": "ckavg.path.plan",
-    "Recalled": "ckavg.path.saved",
-    "Seconds": "ckavg.result.record",
+    "Recalled": "ckavg.path.cache",
+    "Seconds": "ckavg.output.record",
     "_Partial": "ckavg.path.measure",
     "_Sums": "ckavg.path.estimate",
 }

@@ -13,16 +13,15 @@ from typing import Generic, TypeVar
 
 import torch
 
-from ckavg.engine.ahead import Ahead, announcer
+from ckavg.checkpoints.run import Checkpoint, Remote
 from ckavg.engine.blocks import TILE, Block, check_tile, sizes_of
-from ckavg.engine.cores import worker_threads
-from ckavg.engine.files import Files
-from ckavg.engine.progress import OnProgress, Pass, Progress
-from ckavg.engine.ranks import ALONE, Ranks
-from ckavg.engine.shares import OfAll, own_share
+from ckavg.engine.context import OnProgress, Pass, Progress
+from ckavg.engine.distributed import ALONE, Ranks, worker_threads
+from ckavg.engine.partition import OfAll, own_share
+from ckavg.engine.prefetch import Ahead, announcer
+from ckavg.engine.reader import Files
 from ckavg.engine.tiles import TileReader
 from ckavg.engine.window import Window, far_files
-from ckavg.run.values import Checkpoint, Remote
 
 Result = TypeVar("Result")
 Unit = TypeVar("Unit", bound=Block)

@@ -9,13 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ckavg.checkpoints.run import Checkpoint
 from ckavg.engine.blocks import CHUNK, Block
 from ckavg.engine.checksums import BlockSums
-from ckavg.engine.cuda import CudaStreams, Uploader
-from ckavg.engine.files import Files
+from ckavg.engine.devices import CudaStreams, Uploader
+from ckavg.engine.reader import Files
 from ckavg.engine.window import Stopped
 from ckavg.errors import NonFiniteError
-from ckavg.run.values import Checkpoint
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Floating dtypes: safetensors code to torch dtype."""

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from ckavg.checkpoints.run import Checkpoint, Remote
 from ckavg.engine.blocks import Block
-from ckavg.run.values import Checkpoint, Remote
 
 WINDOW_BYTES = 384 << 20
 """How much is held at once, as a rule; twice as much where workers need more than that at the same time."""

@@ -7,15 +7,15 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ckavg.engine.cores import worker_threads
-from ckavg.engine.progress import OnProgress
+from ckavg.checkpoints.fingerprints import check_unchanged
+from ckavg.checkpoints.run import Checkpoint
+from ckavg.checkpoints.statistics import running_statistics
+from ckavg.engine.context import OnProgress
+from ckavg.engine.distributed import worker_threads
 from ckavg.health.findings import find
 from ckavg.health.reading import read_all
 from ckavg.health.values import Health, TensorStatistics
 from ckavg.path.table import fsum
-from ckavg.run.stamps import check_unchanged
-from ckavg.run.statistics import running_statistics
-from ckavg.run.values import Checkpoint
 
 
 def examine(

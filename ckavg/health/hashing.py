@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from ckavg.engine.files import Files
+from ckavg.engine.reader import Files
 from ckavg.health.plan import WeightFile
 
 

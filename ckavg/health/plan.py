@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ckavg.run.values import Checkpoint, Entry
+from ckavg.checkpoints.run import Checkpoint, Entry
 
 PIECE = 1 << 17
 """Elements of a tensor that are read at once: what a thread compares, six times 512 KiB, is near a core's cache."""

@@ -15,14 +15,14 @@ from queue import SimpleQueue
 
 import torch
 
-from ckavg.engine.files import Files
-from ckavg.engine.progress import OnProgress, Progress
+from ckavg.checkpoints.run import Checkpoint, Entry
+from ckavg.engine.context import OnProgress, Progress
+from ckavg.engine.reader import Files
 from ckavg.engine.stream import one_core_per_kernel
 from ckavg.health.hashing import Digests, hash_file
 from ckavg.health.plan import PIECE, Piece, Walk, WeightFile, data_start, plan_walk
 from ckavg.health.statistics import Gathered, Measured, PieceStatistics
 from ckavg.health.values import TensorStatistics
-from ckavg.run.values import Checkpoint, Entry
 
 _BUFFER_BYTES = PIECE * 8
 _AHEAD_BYTES = 64 << 20

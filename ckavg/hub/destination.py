@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ckavg.errors import SettingError
 from ckavg.hub.links import as_repository
-from ckavg.redaction import shown_address
+from ckavg.storage.redaction import shown_address
 
 MAIN = "main"
 _MOST_OF_A_NAME = 96

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ckavg.checkpoints.run import Run
 from ckavg.engine.blocks import Strips
 from ckavg.engine.stream import Settings, by_tensor, stream
 from ckavg.engine.tiles import TileReader
 from ckavg.path.measure import is_extreme, moved, times_power
-from ckavg.path.strips import Sampling, cut_strips, strips_of
+from ckavg.path.sampling import Sampling, cut_strips, strips_of
 from ckavg.path.table import PathLength, TensorPath, ZeroSigma, refuse_infinite, to_measure
-from ckavg.run.values import Run
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,15 +15,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ckavg.checkpoints.run import Entry, Run
 from ckavg.engine.blocks import CHUNK, Block, cut_blocks
 from ckavg.engine.stream import Settings, by_tensor, stream
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader
-from ckavg.path.fused import DTYPES as KERNEL_DTYPES
-from ckavg.path.fused import Distances, load_kernel
-from ckavg.path.known import Known, Measured, ToMeasure
-from ckavg.path.table import PathLength, ZeroSigma, fsum, refuse_infinite, to_measure
-from ckavg.path.unfinished import Unfinished
-from ckavg.run.values import Entry, Run
+from ckavg.path.journal import Unfinished
+from ckavg.path.kernels import DTYPES as KERNEL_DTYPES
+from ckavg.path.kernels import Distances, load_kernel
+from ckavg.path.table import Known, Measured, PathLength, ToMeasure, ZeroSigma, fsum, refuse_infinite, to_measure
 
 _LANES = 1024
 _SUMMED_IN_WORK_DTYPE = CHUNK // _LANES

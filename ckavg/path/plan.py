@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ckavg.checkpoints.run import Run
 from ckavg.errors import SettingError
-from ckavg.path.saved import Recalled, recall
-from ckavg.path.strips import strips_of
+from ckavg.path.cache import Recalled, recall
+from ckavg.path.sampling import strips_of
 from ckavg.path.table import to_measure
-from ckavg.run.values import Run
 
 
 @dataclass(frozen=True, slots=True)

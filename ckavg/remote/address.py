@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 from ckavg.errors import SettingError
 from ckavg.hub.links import as_address
-from ckavg.redaction import shown_address
+from ckavg.storage.redaction import shown_address
 
 SCHEMES = ("hf", "s3", "gs", "gcs", "abfs", "abfss", "az")
 """What addresses may begin with. fsspec has drivers for more: some run what they read, others ask any host."""

@@ -8,9 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckavg.cache import cache_directory
+from ckavg.checkpoints.run import Fetching
 from ckavg.remote.store import RemoteFile, Tree
-from ckavg.run.values import Fetching
+from ckavg.storage.atomic import cache_directory
 
 _LEFT_FREE = 1 << 30
 """What is left of a disk whatever happens."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from ckavg.atomic import open_own
 from ckavg.errors import ReadError
 from ckavg.remote.store import OnBytes
+from ckavg.storage.atomic import open_own
 
 PIECE_BYTES = 16 << 20
 """How much is asked for at once: what an interrupt costs of each file at most."""

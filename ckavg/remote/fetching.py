@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from ckavg.engine.progress import OnProgress, Progress
+from ckavg.checkpoints.run import Fetching, Remote
+from ckavg.engine.context import OnProgress, Progress
 from ckavg.errors import SettingError
-from ckavg.run.values import Fetching, Remote
 
 
 def fetch(remote: Remote | None, fetching: Fetching | None, on_progress: OnProgress | None) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import struct
 
+from ckavg.checkpoints.headers import MAX_HEADER_BYTES
 from ckavg.remote.store import Tree
-from ckavg.run.header import MAX_HEADER_BYTES
 
 HEAD_BYTES = 64 << 10
 """How much of a file is read for its header at first; most headers are shorter."""

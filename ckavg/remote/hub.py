@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from ckavg.atomic import open_own
 from ckavg.errors import CkavgError, HubError, ReadError
 from ckavg.hub.answers import explained, holds_key
 from ckavg.hub.client import address, holds_secret, quiet_api
@@ -22,6 +21,7 @@ from ckavg.remote.download import Partial, complete
 from ckavg.remote.failing import is_of_disk, may_pass
 from ckavg.remote.store import GO_ONLINE, OnBytes, RemoteFile
 from ckavg.remote.tries import exactly, with_retries
+from ckavg.storage.atomic import open_own
 
 if TYPE_CHECKING:
     pass

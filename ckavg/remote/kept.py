@@ -17,9 +17,8 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
-from ckavg.atomic import check_own, make_own_directory, open_own
-from ckavg.cache import cache_directory
 from ckavg.errors import ReadError
+from ckavg.storage.atomic import cache_directory, check_own, make_own_directory, open_own
 
 _LOCK = ".lock"
 _NAME = re.compile("[0-9a-f]{32}")

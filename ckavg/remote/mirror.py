@@ -21,16 +21,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from ckavg.atomic import check_own, make_own_directory, open_own
-from ckavg.cache import cache_directory
+from ckavg.checkpoints.checkpoint import RESULT_RECORD
+from ckavg.checkpoints.run import Checkpoint, Fetching
+from ckavg.checkpoints.same import read_bytes
 from ckavg.errors import ReadError
 from ckavg.remote.budget import Origin, plan_fetching
 from ckavg.remote.heads import head_of
 from ckavg.remote.parallel import Stopped, at_once
 from ckavg.remote.store import OnBytes, Tree
-from ckavg.run.checkpoint import RESULT_RECORD
-from ckavg.run.same import read_bytes
-from ckavg.run.values import Checkpoint, Fetching
+from ckavg.storage.atomic import cache_directory, check_own, make_own_directory, open_own
 
 _OPEN: weakref.WeakSet[Mirror] = weakref.WeakSet()
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from ckavg.errors import ChangedError, CkavgError, NoCheckpointsError, ReadError, SettingError
 from ckavg.hub.answers import chain_of
-from ckavg.redaction import without_secrets
 from ckavg.remote.address import Address
 from ckavg.remote.download import Partial, complete
 from ckavg.remote.kept import Kept, kept_directory
 from ckavg.remote.store import OnBytes, RemoteFile
 from ckavg.remote.tries import exactly, with_retries
+from ckavg.storage.redaction import without_secrets
 
 _HASHES = ("ETag", "etag", "md5Hash", "content_md5")
 _MOST_OF_A_REASON = 4_000

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from ckavg.checkpoints.inspect import Inspection
 from ckavg.errors import listed
 from ckavg.health.values import Finding, Health
 from ckavg.report import inspection
 from ckavg.report.console import print_json, quoted, stdout_console
 from ckavg.report.text import MOST_ROWS, as_bytes
-from ckavg.run.opening import Inspection
 
 _MOST_FINDINGS = 20
 _NAMED = 3

@@ -7,11 +7,11 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ckavg.atomic import write_bytes
 from ckavg.errors import WriteError
 from ckavg.path.table import PathLength
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.report.text import MOST_ROWS, as_bytes, as_count, bar, shortened_rows
+from ckavg.storage.atomic import write_bytes
 
 _BAR_WIDTH = 32
 _TRAVELLERS = 8

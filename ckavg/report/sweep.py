@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckavg.evaluation import best
-from ckavg.fetching import fetching_of
-from ckavg.memory import memory_bytes
-from ckavg.plan import Plan
+from ckavg.averaging.evaluation import best
+from ckavg.averaging.plan import Plan, fetching_of, memory_bytes
+from ckavg.output.record import Averaged, Evaluation
 from ckavg.report.average import path_told, plan_to_dict
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.report.fetching import fetching_lines
 from ckavg.report.text import as_bytes, sparkline
-from ckavg.result.record import Averaged, Evaluation
 
 _MOST_CHECKPOINTS = 60
 

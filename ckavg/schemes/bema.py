@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ckavg.errors import SettingError
-from ckavg.schemes.base import Coefficients, Scheme, Timeline, require, require_finite
-from ckavg.schemes.schedule import falling, step_ages
+from ckavg.schemes.base import Coefficients, Scheme, Timeline, falling, require, require_finite, step_ages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

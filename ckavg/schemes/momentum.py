@@ -6,8 +6,7 @@ import itertools
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ckavg.schemes.base import Coefficients, Scheme, Timeline, require, require_finite
-from ckavg.schemes.schedule import less_than_1
+from ckavg.schemes.base import Coefficients, Scheme, Timeline, less_than_1, require, require_finite
 
 
 def scaled_momentum(momentum: float, batch_scale: float) -> float:

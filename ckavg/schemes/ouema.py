@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ckavg.schemes.base import Coefficients, Scheme, Timeline, require, require_finite
-from ckavg.schemes.schedule import falling, less_than_1, step_ages
+from ckavg.schemes.base import Coefficients, Scheme, Timeline, falling, less_than_1, require, require_finite, step_ages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

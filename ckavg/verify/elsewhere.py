@@ -8,17 +8,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ckavg.engine.progress import OnProgress
+from ckavg.checkpoints.checkpoint import read_checkpoint
+from ckavg.checkpoints.run import Checkpoint
+from ckavg.engine.context import OnProgress
 from ckavg.errors import CkavgError, CorruptFileError, SettingError
+from ckavg.output.record import Input
+from ckavg.output.side_files import MOST_BYTES
 from ckavg.remote.address import Address, address_of
 from ckavg.remote.fetching import fetch_all
 from ckavg.remote.listing import INDEX, tree_at
 from ckavg.remote.mirror import Mirror
 from ckavg.remote.store import Tree
-from ckavg.result.record import Input
-from ckavg.result.side_files import MOST_BYTES
-from ckavg.run.checkpoint import read_checkpoint
-from ckavg.run.values import Checkpoint
 from ckavg.verify.findings import Finding
 
 

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 from ckavg.errors import RecordError
-from ckavg.untrusted import parse_json
+from ckavg.storage.untrusted import parse_json
 
 Value = TypeVar("Value")
 Reader = Callable[[Any, str], Value]

@@ -8,12 +8,12 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckavg.atomic import resolved
+from ckavg.averaging.plan import CARD
+from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.errors import ReadError
-from ckavg.plan import CARD
-from ckavg.result.digests import sha256_of
-from ckavg.result.record import Output
-from ckavg.run.checkpoint import RESULT_RECORD
+from ckavg.output.digests import sha256_of
+from ckavg.output.record import Output
+from ckavg.storage.atomic import resolved
 from ckavg.verify.findings import Finding
 
 _AT_ONCE = 8

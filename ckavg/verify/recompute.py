@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ckavg.engine.files import Files
-from ckavg.run.values import Checkpoint
+from ckavg.checkpoints.run import Checkpoint
+from ckavg.engine.reader import Files
 from ckavg.schemes import Coefficients
 from ckavg.verify.arithmetic import weights_of
 from ckavg.verify.findings import Finding

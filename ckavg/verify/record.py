@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.errors import CkavgError, ReadError, RecordError, SettingError, raise_all
+from ckavg.output.leftovers import bring_back
+from ckavg.output.record import Input, Output
 from ckavg.path.table import ZeroSigma
-from ckavg.result.leftovers import bring_back
-from ckavg.result.record import Input, Output
-from ckavg.run.checkpoint import RESULT_RECORD
 from ckavg.schemes import SCHEMES, Scheme
-from ckavg.untrusted import read_small
+from ckavg.storage.untrusted import read_small
 from ckavg.verify import fields
 from ckavg.version import __version__
 

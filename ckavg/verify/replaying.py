@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from ckavg.checkpoints.run import Checkpoint, Run, Selection
+from ckavg.checkpoints.statistics import averaged_statistics
 from ckavg.errors import CkavgError, listed
 from ckavg.path.table import PathLength, to_measure
-from ckavg.run.statistics import averaged_statistics
-from ckavg.run.values import Checkpoint, Run, Selection
 from ckavg.schemes import PEMA, Coefficients, Timeline
 from ckavg.verify.arithmetic import coefficients_of
 from ckavg.verify.elsewhere import is_elsewhere

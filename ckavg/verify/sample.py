@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ckavg.engine.files import Files
-from ckavg.run.values import Checkpoint, Entry
+from ckavg.checkpoints.run import Checkpoint, Entry
+from ckavg.engine.reader import Files
 
 Array = NDArray[np.float64]
 

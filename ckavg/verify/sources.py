@@ -14,11 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckavg.checkpoints.checkpoint import read_checkpoint
+from ckavg.checkpoints.run import Checkpoint, Entry, Remote
 from ckavg.errors import CkavgError, CorruptFileError, ReadError, RecordError
-from ckavg.result.record import BASE_MODEL, LOCAL, Input
-from ckavg.run.checkpoint import read_checkpoint
-from ckavg.run.values import Checkpoint, Entry, Remote
-from ckavg.untrusted import open_regular, read_small
+from ckavg.output.record import BASE_MODEL, LOCAL, Input
+from ckavg.storage.untrusted import open_regular, read_small
 from ckavg.verify import fields
 from ckavg.verify.elsewhere import Elsewhere, is_elsewhere, open_elsewhere
 from ckavg.verify.findings import Finding

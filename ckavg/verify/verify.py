@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckavg.atomic import resolved
-from ckavg.engine.progress import OnProgress, Pass, Progress
+from ckavg.checkpoints.checkpoint import RESULT_RECORD
+from ckavg.checkpoints.run import Checkpoint
+from ckavg.engine.context import OnProgress, Pass, Progress
 from ckavg.errors import CkavgError, SettingError, listed
+from ckavg.output.record import Output
 from ckavg.remote.address import address_of
-from ckavg.result.record import Output
-from ckavg.run.checkpoint import RESULT_RECORD
-from ckavg.run.values import Checkpoint
+from ckavg.storage.atomic import resolved
 from ckavg.verify.arithmetic import check_arithmetic
 from ckavg.verify.files import check_digests, check_others, find_files
 from ckavg.verify.findings import Check, Finding, Verified

@@ -7,12 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ckavg.checkpoints.checkpoint import read_checkpoint
+from ckavg.checkpoints.run import DTYPE_NAMES, Checkpoint, Entry
 from ckavg.errors import CkavgError
-from ckavg.result.record import Output
-from ckavg.result.side_files import CONFIG, DTYPE_KEYS
-from ckavg.run.checkpoint import read_checkpoint
-from ckavg.run.files import read_object
-from ckavg.run.values import DTYPE_NAMES, Checkpoint, Entry
+from ckavg.output.record import Output
+from ckavg.output.side_files import CONFIG, DTYPE_KEYS
+from ckavg.storage.untrusted import read_object
 from ckavg.verify.findings import Finding
 
 _INDEX = ".safetensors.index.json"

@@ -23,7 +23,7 @@ from benchmarks.obvious_loop import path_length
 from benchmarks.programs import MEAN, PEMA, Program
 from benchmarks.programs import ckavg as command
 from benchmarks.synthetic import LEAST_MEGABYTES, build, shorten, step_of, weight_files
-from ckavg.replay.weights import effective_weights
+from ckavg.averaging.rules import effective_weights
 from ckavg.schemes import SCHEMES, Timeline
 from ckavg.schemes.parse import parse_schemes
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from ckavg.evaluation import evaluate, last_number
-from ckavg.result.record import Evaluation
+from ckavg.averaging.evaluation import evaluate, last_number
+from ckavg.output.record import Evaluation
 from tests.cli.runner import placeless, run_cli, snapshot, visible
 from tests.runs import random_run, write_run
 

@@ -19,7 +19,8 @@ from tests.cli.runner import run_cli, visible
 
 SLOW = """
 import sys
-from ckavg.engine import files, stream
+from ckavg.engine import reader as files
+from ckavg.engine import stream
 
 read = files.Files.read_into
 def slowly(self, path, offset, buffer, *, on_miss):

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import ckavg
-from ckavg.engine import files
-from ckavg.engine.ahead import Ahead
+from ckavg.checkpoints.run import Checkpoint, Entry
+from ckavg.engine import reader as files
 from ckavg.engine.blocks import Block
-from ckavg.run.values import Checkpoint, Entry
+from ckavg.engine.prefetch import Ahead
 from tests.runs import random_run, write_run
 
 NBYTES = 100

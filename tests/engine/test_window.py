@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckavg.checkpoints.run import Checkpoint, Entry, Fetching, Shard
 from ckavg.engine.blocks import Block, Strips
 from ckavg.engine.window import Stopped, Window
 from ckavg.errors import ReadError
-from ckavg.run.values import Checkpoint, Entry, Fetching, Shard
 
 HEAD = 64
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ckavg.report import plots
-from ckavg.result.record import LOCAL
+from ckavg.output import plots
+from ckavg.output.record import LOCAL
 from tests.cli.runner import run_cli
 from tests.environment.faults import ERRORS, faults
 from tests.environment.process import check_message, ckavg
@@ -185,7 +185,7 @@ def fill():
     if at == "plan":
         return f"{fill}fill()\n"
     return f"""{fill}
-average = importlib.import_module("ckavg.average")
+average = importlib.import_module("ckavg.averaging.pipeline")
 check = average.check_together
 def check_and_fill(plans):
     check(plans)

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import ckavg
-import ckavg.engine.files as files
+import ckavg.engine.reader as files
+from ckavg.checkpoints.fingerprints import check_unchanged
 from ckavg.errors import ChangedError, CombinedError, ReadError
-from ckavg.run.stamps import check_unchanged
 from tests.cli.runner import run_cli
 from tests.hostile.contract import MODEL, check_mean, check_refusal, sources, visible, write_small_run
 from tests.runs import write_run

@@ -153,7 +153,7 @@ def test_in_what_an_interrupted_average_has_left(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["ckavg.average"], "completed", interrupt)
+        patch.setattr(sys.modules["ckavg.averaging.pipeline"], "completed", interrupt)
         with pytest.raises(KeyboardInterrupt):
             ckavg.average(ckavg.open_run(run), ckavg.Mean())
     partial = run / "averaged" / ".mean.ckavg-partial"

@@ -61,7 +61,7 @@ def test_nothing_is_printed_into_a_result(run: Path) -> None:
     """A library that writes to a number instead of a stream must not meet a weight file there."""
     shout = """
 import os
-import ckavg.replay.replay as replay
+import ckavg.averaging.replay as replay
 quiet = replay.stream
 def shout(*arguments):
     os.write(1, b"x" * 99)

@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import ckavg
+from ckavg.averaging.replay import Average, replay
+from ckavg.checkpoints.run import Run
 from ckavg.engine.blocks import BLOCK, CHUNK
 from ckavg.engine.stream import Settings
 from ckavg.engine.tiles import TORCH_DTYPES
 from ckavg.errors import CkavgError
 from ckavg.path.measure import measure
 from ckavg.path.table import PathLength
-from ckavg.replay.replay import Average, replay
-from ckavg.run.values import Run
 from ckavg.schemes import Scheme, Timeline
 from tests import reference
 from tests.runs import random_run, write_run

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 
 import ckavg
+from ckavg.averaging.replay import Average, replay
+from ckavg.checkpoints.run import DTYPE_NAMES
 from ckavg.engine.blocks import BLOCK, CHUNK, TILE
 from ckavg.engine.devices import fitted
-from ckavg.engine.files import Files
+from ckavg.engine.reader import Files
 from ckavg.engine.stream import Settings
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader
 from ckavg.path.estimate import estimate
 from ckavg.path.measure import measure
-from ckavg.replay.replay import Average, replay
-from ckavg.run.values import DTYPE_NAMES
 from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, MomentumEMA, Scheme, Timeline
 from tests import reference
 from tests.gpu.agreement import (

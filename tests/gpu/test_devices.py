@@ -11,8 +11,8 @@ from torch import Tensor
 import ckavg
 from ckavg.engine import devices
 from ckavg.engine.blocks import BLOCK, CHUNK, TILE, check_tile
-from ckavg.engine.cores import available_cores
 from ckavg.engine.devices import fitted, gpu_is_faster, gpu_tile, resolve_device
+from ckavg.engine.distributed import available_cores
 from ckavg.engine.stream import Settings
 from ckavg.errors import SettingError
 from ckavg.path import measure as path_measure

@@ -13,8 +13,8 @@ from torch import Tensor
 import ckavg
 from ckavg.engine import tiles
 from ckavg.engine.blocks import CHUNK
-from ckavg.engine.cuda import Uploader
-from ckavg.engine.files import Files
+from ckavg.engine.devices import Uploader
+from ckavg.engine.reader import Files
 from ckavg.engine.tiles import TileReader
 from ckavg.errors import TruncatedShardError
 from tests.gpu.fake import LazyStreams, Mark

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file
 
 import ckavg
+from ckavg.checkpoints.run import Run
 from ckavg.demo import train
 from ckavg.health.examine import examine
 from ckavg.health.values import Finding
-from ckavg.run.values import Run
 from tests.runs import write_run
 
 TRIALS = 50

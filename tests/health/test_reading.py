@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ckavg
+from ckavg.checkpoints.inspect import inspect_run
+from ckavg.checkpoints.run import Checkpoint, Run, Selection
 from ckavg.errors import ReadError, TruncatedShardError
 from ckavg.health.examine import examine
 from ckavg.health.plan import PIECE
 from ckavg.health.reading import Reading, read_all
 from ckavg.health.values import TensorStatistics
-from ckavg.run.opening import inspect_run
-from ckavg.run.values import Checkpoint, Run, Selection
 from tests.runs import Weights, random_run, write_run
 
 STEPS = (0, 7, 50, 51)

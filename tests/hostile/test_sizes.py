@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ckavg.run.header import MAX_HEADER_BYTES, MOST_VALUES
+from ckavg.checkpoints.headers import MAX_HEADER_BYTES, MOST_VALUES
 from tests.environment.process import PEAK, check_message, ckavg
 from tests.hostile.contract import MODEL, visible, write_small_run
 

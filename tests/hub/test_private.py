@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import ckavg
-from ckavg.redaction import without_places, without_secrets
-from ckavg.result.record import LOCAL
+from ckavg.output.record import LOCAL
+from ckavg.storage.redaction import without_places, without_secrets
 from tests.cli.runner import run_cli
 from tests.hub.state import Hub
 from tests.runs import random_run, write_checkpoint, write_run

@@ -21,10 +21,10 @@ from typing import Any
 import matplotlib.backends.backend_svg
 import matplotlib.figure  # noqa: F401 - here, and not in each of the forks
 
-import ckavg.average
+import ckavg.averaging.pipeline
+import ckavg.averaging.replay
 import ckavg.engine.stream
 import ckavg.path.measure
-import ckavg.replay.replay
 import ckavg.report.average
 from ckavg.cli import main
 

@@ -18,7 +18,7 @@ BUFFERS = (32 << 20) + (8 << 20) * min(os.cpu_count() or 1, 16)
 
 _PEAK = """
 import json, resource, sys
-import torch, ckavg, ckavg.replay.replay, ckavg.path.measure
+import torch, ckavg, ckavg.averaging.replay, ckavg.path.measure
 import matplotlib.backends.backend_svg, matplotlib.figure
 
 def peak():

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckavg
+from ckavg.checkpoints.run import Entry
 from ckavg.engine.blocks import CHUNK, TILE
 from ckavg.errors import NonFiniteError, SettingError
-from ckavg.path.strips import choose_strips, cut_strips
-from ckavg.run.values import Entry
+from ckavg.path.sampling import choose_strips, cut_strips
 from tests import reference
 from tests.cli.runner import run_cli
 from tests.runs import random_run, write_run

@@ -14,7 +14,7 @@ import ckavg
 from ckavg.engine.blocks import CHUNK
 from ckavg.engine.stream import Settings
 from ckavg.errors import NonFiniteError
-from ckavg.path.fused import load_kernel
+from ckavg.path.kernels import load_kernel
 from ckavg.path.measure import measure
 from tests import reference
 from tests.runs import random_run, write_run

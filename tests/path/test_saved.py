@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import ckavg
+from ckavg.checkpoints import fingerprints as stamps
 from ckavg.errors import ChangedError
-from ckavg.run import stamps
 from tests.cli.runner import run_cli
 from tests.runs import random_run, write_checkpoint, write_run
 
@@ -371,7 +371,7 @@ def test_a_change_too_young_to_be_told_from_the_next_is_not_kept(
 ) -> None:
     """Files of a coarse clock, changed just now, and of a clock that is ahead of ours."""
     changed = max(file.stat().st_ctime_ns for file in source.rglob("*.safetensors"))
-    monkeypatch.setattr("ckavg.run.stamps.time.time_ns", lambda: changed - ahead)
+    monkeypatch.setattr("ckavg.checkpoints.fingerprints.time.time_ns", lambda: changed - ahead)
     monkeypatch.setattr(stamps, "_tick", lambda changed: 2_000_000_000)
     measured(source)
     assert not (source / "averaged").exists()

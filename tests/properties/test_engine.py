@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import ckavg
-from ckavg.engine import files
+from ckavg.averaging.replay import Average, replay
+from ckavg.engine import reader as files
 from ckavg.engine.blocks import BLOCK, CHUNK
 from ckavg.engine.stream import Settings
 from ckavg.errors import ReadError, SettingError, TruncatedShardError, UnsupportedFormatError
 from ckavg.path.measure import measure
-from ckavg.replay.replay import Average, replay
 from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, Scheme, Timeline
 from tests.runs import random_run, write_run
 from tests.sinks import Kept

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ckavg.replay.rules import RULES
-from ckavg.replay.weights import effective_weights
+from ckavg.averaging.rules import RULES, effective_weights
 from ckavg.schemes import (
     BEMA,
     DEMA,

@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckavg
+from ckavg.checkpoints.run import Checkpoint, Entry, Shard
 from ckavg.engine.blocks import Block
+from ckavg.engine.context import Progress
+from ckavg.engine.distributed import Ranks
 from ckavg.engine.links import Links
-from ckavg.engine.progress import Progress
-from ckavg.engine.ranks import Ranks
-from ckavg.engine.shares import OfAll, own_share
+from ckavg.engine.partition import OfAll, own_share
 from ckavg.errors import NonFiniteError, RanksError, SettingError
-from ckavg.run.values import Checkpoint, Entry, Shard
 from tests.cli.runner import run_cli
 
 SECONDS = 20

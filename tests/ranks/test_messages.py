@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 
 import ckavg
 from ckavg import errors
+from ckavg.averaging.replay import Formed
 from ckavg.engine import messages
 from ckavg.engine.messages import ELSEWHERE, FAILED, HEAD, VALUE, packed, unpacked
 from ckavg.errors import CkavgError, CombinedError, RanksError, SettingError
+from ckavg.output.record import Evaluation
 from ckavg.path.estimate import _Sums
-from ckavg.path.known import Known
 from ckavg.path.measure import _Partial
 from ckavg.path.plan import plan_path
-from ckavg.replay.replay import Formed
-from ckavg.result.record import Evaluation
+from ckavg.path.table import Known
 from tests.runs import random_run, write_run
 
 
@@ -213,7 +213,7 @@ HOSTILE = {
     "function": b'{"system": "true"}',
     "builtin": b'{"eval": "1"}',
     "module": b'{"os.system": [["command", "true"]]}',
-    "class by its module": b'{"ckavg.result.record.Seconds": [["path", 0]]}',
+    "class by its module": b'{"ckavg.output.record.Seconds": [["path", 0]]}',
     "other class": b'{"Checkpoint": []}',
     "dunder": b'{"__import__": "os"}',
     "two names": b'{"tuple": [], "dict": []}',

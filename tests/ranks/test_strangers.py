@@ -24,9 +24,9 @@ import torch
 import torch.distributed
 
 from ckavg.engine import joining, links
+from ckavg.engine.distributed import Ranks
 from ckavg.engine.links import Links
 from ckavg.engine.messages import FAILED, HEAD, LEFT, VALUE, packed
-from ckavg.engine.ranks import Ranks
 from ckavg.errors import RanksError
 from tests.ranks.launch import SECONDS, free_port, start
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from typer.testing import Result
 
-from ckavg.cache import cache_directory
+from ckavg.storage.atomic import cache_directory
 from tests.cli.runner import run_cli
 from tests.hub.state import TOKEN
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save, save_file
 
 import ckavg
+from ckavg.checkpoints.run import Selection
 from ckavg.errors import CkavgError, CorruptFileError, NoCheckpointsError, ReadError, TruncatedShardError
-from ckavg.run.values import Selection
 from ckavg.sources import inspect_source
 from tests.cli.runner import run_cli
 from tests.hub.state import Hub, Repo, Tree, entry_of

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import ckavg
-from ckavg.cache import cache_directory
 from ckavg.errors import ChangedError
+from ckavg.storage.atomic import cache_directory
 from tests.hub.faults import DROPPED, PORTAL, WHOLE, Broken
 from tests.remote.outcome import keeps_to_itself, no_view_is_left, refused, weights_of
 from tests.remote.stores import Store

@@ -12,9 +12,9 @@ from typing import Literal
 import pytest
 
 import ckavg
-from ckavg.cache import cache_directory
 from ckavg.errors import HubError, ReadError
 from ckavg.remote import download
+from ckavg.storage.atomic import cache_directory
 from tests.hub.faults import Broken
 from tests.hub.state import Hub, Repo
 from tests.remote.outcome import no_view_is_left, served_of, weights_of

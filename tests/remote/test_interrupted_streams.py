@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import ckavg
-from ckavg.cache import cache_directory
 from ckavg.engine import window
 from ckavg.errors import HubError
+from ckavg.storage.atomic import cache_directory
 from tests.cli.runner import run_cli
 from tests.hub.state import Hub
 from tests.remote.outcome import no_view_is_left, served_of, told_once, weights_of

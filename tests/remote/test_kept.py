@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import ckavg
-from ckavg.cache import cache_directory
 from ckavg.remote import download
+from ckavg.storage.atomic import cache_directory
 from tests.remote.outcome import no_view_is_left, served_of, weights_of
 from tests.remote.stores import Store
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ckavg
-from ckavg.cache import cache_directory
+from ckavg.storage.atomic import cache_directory
 from tests.cli.runner import run_cli, visible
 from tests.hub.state import TOKEN, Hub
 from tests.remote.published import publish_folders, publish_revisions

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import ckavg
-from ckavg.cache import cache_directory
+from ckavg.storage.atomic import cache_directory
 from tests.cli.runner import run_cli
 from tests.hub.faults import HELD
 from tests.hub.state import Hub, Repo

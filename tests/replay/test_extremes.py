@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import ckavg
+from ckavg.averaging.rules import effective_weights
 from ckavg.engine.stream import Settings
 from ckavg.errors import NonFiniteError
 from ckavg.path.measure import measure
-from ckavg.replay.weights import effective_weights
 from ckavg.schemes import Scheme, Timeline
 from tests.cli.runner import run_cli
 from tests.runs import write_run

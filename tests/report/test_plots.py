@@ -22,8 +22,8 @@ from matplotlib.text import Text
 
 import ckavg
 from ckavg.errors import SettingError, WriteError
+from ckavg.output.plots import averages_figure, check_plot_file, find_layers, label, path_figure, save_figure
 from ckavg.path.table import PathLength, TensorPath
-from ckavg.report.plots import averages_figure, check_plot_file, find_layers, label, path_figure, save_figure
 from tests.runs import random_run, write_run
 
 STEPS = (0, 10, 20, 40, 80)
@@ -459,7 +459,7 @@ def test_matplotlib_is_imported_only_to_draw_and_never_with_pyplot(tmp_path: Pat
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from ckavg.report.plots import path_figure, save_figure\n"
+        "from ckavg.output.plots import path_figure, save_figure\n"
         "from ckavg.path.table import PathLength, TensorPath\n"
         "before = 'matplotlib' in sys.modules\n"
         "path = PathLength((0, 1), {'w': TensorPath(2, 1.0, (1.0,))}, 'exclude', 0)\n"

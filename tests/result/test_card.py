@@ -11,8 +11,8 @@ from huggingface_hub import metadata_load
 from markdown_it import MarkdownIt
 
 import ckavg
-from ckavg.result.front_matter import as_front_matter
-from ckavg.result.metadata import license_of_text, pipeline_of
+from ckavg.output.front_matter import as_front_matter
+from ckavg.output.metadata import license_of_text, pipeline_of
 from ckavg.schemes import Scheme
 from tests.result.cards import STEPS, averaged, blocks, card_of, configure, fields_of
 from tests.runs import CONFIG, random_run, write_checkpoint, write_run

@@ -7,7 +7,7 @@ import math
 import pytest
 import yaml
 
-from ckavg.result.front_matter import as_front_matter, parse_card
+from ckavg.output.front_matter import as_front_matter, parse_card
 
 ODD = [
     "a: b",

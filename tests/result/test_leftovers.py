@@ -14,8 +14,8 @@ import torch
 
 import ckavg
 from ckavg.errors import ChangedError
-from ckavg.journal import Journal
-from ckavg.result.leftovers import find_leftovers, tidy
+from ckavg.output.leftovers import find_leftovers, tidy
+from ckavg.storage.journal import Journal
 from tests.cli.runner import run_cli, snapshot
 from tests.environment.process import ckavg as ckavg_process
 from tests.runs import random_run, write_run

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import ckavg
 from ckavg.errors import OutputError, OutputExistsError, WriteError
-from ckavg.result import place
+from ckavg.output import place
 from tests.cli.runner import placeless, snapshot, visible
 from tests.runs import random_run, write_checkpoint, write_run
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import ckavg
-from ckavg.report.plots import card_svg
+from ckavg.output.plots import card_svg
 from ckavg.schemes import Scheme
 from tests.cli.runner import run_cli
 from tests.result.cards import STEPS, averaged, blocks, fields_of

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import ckavg
-from ckavg.result.side_files import is_side_file
+from ckavg.output.side_files import is_side_file
 from tests.runs import write_run
 
 WEIGHTS = {"w": torch.ones(3)}

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ckavg
-from ckavg.run import conversion
-from ckavg.run.foreign import refused_slices
+from ckavg.checkpoints import conversion
+from ckavg.checkpoints.unsupported import refused_slices
 from tests.cli.runner import run_cli, snapshot
 from tests.ranks.launch import torchrun
 from tests.runs import write_checkpoint

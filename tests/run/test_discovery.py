@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 import ckavg
+from ckavg.checkpoints.inspect import inspect_run
+from ckavg.checkpoints.run import Selection
 from ckavg.errors import CombinedError, DuplicateStepError, MismatchError, MissingShardError, NoCheckpointsError
-from ckavg.run.opening import inspect_run
-from ckavg.run.values import Selection
 from tests.runs import write_checkpoint, write_run
 
 WEIGHTS = {"w": torch.arange(6.0)}

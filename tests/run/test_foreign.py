@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import ckavg
+from ckavg.checkpoints.conversion import interpreter
 from ckavg.errors import CkavgError, UnsupportedFormatError
-from ckavg.run.conversion import interpreter
 from tests.cli.runner import run_cli
 from tests.runs import write_checkpoint, write_run
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import ckavg
+from ckavg.checkpoints import checkpoint as reading
 from ckavg.errors import CkavgError
-from ckavg.run import checkpoint as reading
 from tests.cli.runner import run_cli
 from tests.runs import write_checkpoint, write_run
 

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 import ckavg
+from ckavg.checkpoints.headers import read_header
 from ckavg.errors import MismatchError
-from ckavg.run.header import read_header
 from tests.runs import write_checkpoint
 from tests.trainers import put
 

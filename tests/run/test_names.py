@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import ckavg
+from ckavg.checkpoints.layouts import read_labels
 from ckavg.errors import CkavgError, MissingShardError, MixedOrderError, NoCheckpointsError, SettingError
-from ckavg.run.layouts import read_labels
 from tests.runs import write_checkpoint
 from tests.trainers import put
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import ckavg
+from ckavg.checkpoints.inspect import Inspection, inspect_run
+from ckavg.checkpoints.run import Selection
 from ckavg.errors import MismatchError, MissingShardError, UnsupportedFormatError
-from ckavg.run.opening import Inspection, inspect_run
-from ckavg.run.values import Selection
 from tests.runs import write_checkpoint
 from tests.trainers import note, put
 

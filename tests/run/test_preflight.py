@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import ckavg
-from ckavg import memory
-from ckavg.engine.cores import MOST_THREADS, worker_threads
+from ckavg.averaging import plan as memory
+from ckavg.averaging.plan import checked
+from ckavg.checkpoints.inspect import inspect_run
+from ckavg.checkpoints.run import Selection
+from ckavg.engine.distributed import MOST_THREADS, worker_threads
 from ckavg.errors import CombinedError, OutputExistsError, WriteError
-from ckavg.plan import checked
-from ckavg.result import place
-from ckavg.run.opening import inspect_run
-from ckavg.run.values import Selection
+from ckavg.output import place
 from tests.cli.runner import run_cli, snapshot
 from tests.runs import write_checkpoint, write_run
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ckavg
-from ckavg.result.digests import sha256
-from ckavg.run.statistics import running_statistics
+from ckavg.checkpoints.statistics import running_statistics
+from ckavg.output.digests import sha256
 from ckavg.schemes import Scheme
 from tests.cli.runner import run_cli
 from tests.runs import write_run

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 import ckavg
-from ckavg.run.checkpoint import read_checkpoint
-from ckavg.run.trainer_log import LARGEST, TRAINER_STATE, learning_rates, read_trainer_state
-from ckavg.run.values import Checkpoint
+from ckavg.checkpoints.checkpoint import read_checkpoint
+from ckavg.checkpoints.run import Checkpoint
+from ckavg.checkpoints.trainer_log import LARGEST, TRAINER_STATE, learning_rates, read_trainer_state
 from tests.runs import write_checkpoint
 
 REAL = """{

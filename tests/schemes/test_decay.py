@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckavg
+from ckavg.averaging.rules import effective_weights
 from ckavg.errors import SettingError
-from ckavg.replay.weights import effective_weights
 from ckavg.schemes import Mean, Timeline
 from ckavg.schemes.mean import Decay
 from tests import reference

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ckavg
-from ckavg.replay.weights import effective_weights
+from ckavg.averaging.rules import effective_weights
 from ckavg.schemes import Scheme, Timeline
 from tests.reference import load_floats
 from tests.runs import write_run

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import ckavg
-from ckavg.report import plots
+from ckavg.output import plots
 from ckavg.schemes import Last, MomentumEMA, Scheme
 from tests.runs import write_run
 

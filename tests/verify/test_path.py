@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import ckavg
-from ckavg.path.saved import remember
-from ckavg.replay.weights import effective_weights
-from ckavg.run.stamps import stamps_of
+from ckavg.averaging.rules import effective_weights
+from ckavg.checkpoints.fingerprints import stamps_of
+from ckavg.path.cache import remember
 from ckavg.verify import replaying
 from tests.runs import random_run, write_run
 

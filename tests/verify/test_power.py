@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ckavg
-from ckavg.run.values import Entry
+from ckavg.checkpoints.run import Entry
 from ckavg.schemes import Scheme
 from ckavg.verify.sample import draw, where
 from tests.runs import random_run, write_run

@@ -1,0 +1,1 @@
+"""The plan, the update rules, and the two passes in order."""

@@ -1,0 +1,298 @@
+"""What an expert would tell the user about a run, in a sentence or two each. Warns and never refuses.
+
+Pure, but for `before`, which reads the trainer's log. Where the thresholds come from is in `docs/choosing.md`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+
+from ckavg.checkpoints.run import Run
+from ckavg.checkpoints.trainer_log import learning_rates
+from ckavg.errors import listed
+from ckavg.path.table import PathLength
+from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Coefficients, Last, Mean, Scheme
+
+_NAMED = 3
+_FAR = 4.0
+_REFERENCE = (0.5, 1.0)
+"""ℓ(T) of the runs that PEMA was tuned on (Pathwise EMA, Section 2)."""
+
+_CLOCK = tuple(1800 * length**2 for length in _REFERENCE)
+"""T · ℓ(T)² of those runs, of 1800 steps. The last β depends on this alone; ℓ(T) · √T is `_FAR` off at a 16th of it."""
+
+_DECAYED = 0.25
+"""Learning rate at the last checkpoint, as a part of the peak, below which averaging is said to gain less."""
+
+_STABLE = 0.5
+"""Part of the peak down to which the learning rate counts as not decayed yet."""
+
+_MOST_OF_A_RUN = 0.75
+"""How much of the training must lie before the decay for that part to be worth an average of its own. A decay from the
+beginning, by a line or a cosine to a quarter of the peak or less, has halved the rate before."""
+
+_INTERVALS = (50, 400)
+"""Optimizer steps between two updates in the papers: 50 to 300 (Pathwise EMA), 400 (EMA Without the Lag)."""
+
+_FEWEST = 6
+"""Updates of a run in the coarsest setting of Pathwise EMA: 1800 steps, every 300."""
+
+_FEWEST_CORRECTED = 18
+"""Updates of a run in the usual setting of EMA Without the Lag: 7265 steps, every 400."""
+
+_MANY = 50
+"""Checkpoints; up to here, close ones are those of a short run."""
+
+_SHORT_RUN = 1000
+"""Optimizer steps; in a run this short, fewer updates than now would be too few."""
+
+_NARROW_POWER = 0.2
+"""Largest power of β that Pathwise EMA compares: up to here, an average forgets all but the last ten checkpoints."""
+
+_EXTRAPOLATED = -0.3
+"""Sum of negative weights; BEMA's defaults stay above it in any run of 402 steps or more."""
+
+_FACTORS = ("lora_", "hada_", "lokr_", "vera_lambda_")
+"""How parts of tensor names begin that hold a factor of a product: LoRA, LoHa, LoKr, VeRA."""
+
+
+def before(run: Run, scheme: Scheme, rates: Sequence[tuple[int, float]] | None = None) -> tuple[str, ...]:
+    """What can be told before any weight is read.
+
+    Args:
+        run: the checkpoints.
+        scheme: how they are averaged.
+        rates: learning rates that the trainer had logged; None: read from the last checkpoint's `trainer_state.json`.
+    """
+    if isinstance(scheme, Last):
+        return ()
+    logged = learning_rates(run.last) if rates is None else rates
+    needs_no_anchor = scheme.every_from is not None or isinstance(scheme, Mean)
+    return (
+        *(() if needs_no_anchor else about_anchor(run.steps[0], run.tensors, with_init=run.anchor_is_init)),
+        *about_learning_rate(run.steps[int(run.anchor_is_init) :], logged),
+        *about_interval(run.steps, scheme, with_init=run.anchor_is_init),
+        *about_adapters(run.tensors),
+    )
+
+
+def about_anchor(step: int, names: Iterable[str], *, with_init: bool) -> tuple[str, ...]:
+    """What the anchor tells, whatever the scheme.
+
+    Args:
+        step: its optimizer step.
+        names: of its tensors.
+        with_init: whether it was named apart from the run.
+    """
+    if step == 0 or with_init:
+        return ()
+    if hold_factors(names):
+        return (
+            f"The run begins at step {step}: everything is measured from that checkpoint, not from the untrained "
+            "adapter. "
+            'Save that before the next training, beside the others: model.save_pretrained("checkpoint-0").',
+        )
+    return (
+        f"The run begins at step {step}: everything is measured from that checkpoint, not from the base model. "
+        "Name the base model with --init to change that.",
+    )
+
+
+def about_learning_rate(steps: Sequence[int], rates: Sequence[tuple[int, float]]) -> tuple[str, ...]:
+    """What the learning rate tells: averaging removes noise, and little is left of it after a decay.
+
+    Args:
+        steps: optimizer steps of the checkpoints that are averaged, without a model given as the anchor.
+        rates: (optimizer step, learning rate) as the trainer logged them, by step.
+    """
+    logged = [(step, rate) for step, rate in rates if step <= steps[-1]]
+    peak = max((rate for _, rate in logged), default=0.0)
+    if peak == 0 or logged[-1][1] >= _DECAYED * peak:
+        return ()
+    low = logged[-1][1]
+    told = (
+        f"The learning rate had fallen to {low:.2g} by step {steps[-1]}, {low / peak:.0%} of its peak of {peak:.2g}: "
+        "expect less of averaging than at a high rate. "
+    )
+    stable = [step for step in steps if _rate_at(step, logged) >= _STABLE * peak]
+    if len(stable) > 1 and stable[-1] >= _MOST_OF_A_RUN * steps[-1]:
+        return (
+            told + f"Worth comparing: an average that ends while the rate was still high, with --to-step {stable[-1]}.",
+        )
+    return (told + "Compare the result with the last checkpoint.",)
+
+
+def _rate_at(step: int, rates: Sequence[tuple[int, float]]) -> float:
+    """The rate last logged at or before a step; 0 before the first entry."""
+    place = bisect.bisect_right(rates, step, key=lambda entry: entry[0])
+    return rates[place - 1][1] if place else 0.0
+
+
+def about_interval(steps: Sequence[int], scheme: Scheme, *, with_init: bool) -> tuple[str, ...]:
+    """What the distance between the checkpoints tells, for schemes whose β takes no account of it.
+
+    Args:
+        steps: optimizer step of every checkpoint, the anchor's first.
+        scheme: how they are averaged.
+        with_init: whether the anchor was named apart from the run: it counts as the first, and in no distance.
+    """
+    begin = next((index for index, step in enumerate(steps) if step >= (scheme.every_from or 0)), len(steps))
+    visited, updates = steps[begin:], len(steps) - begin - 1
+    own = visited[1:] if with_init and begin == 0 else visited
+    if len(own) < 2:
+        return ()
+    interval = statistics.median(after - before for before, after in itertools.pairwise(own))
+    far = interval > _INTERVALS[1]
+    corrected = isinstance(scheme, BEMA | OUEMA | DEMA) and scheme.kappa > _NARROW_POWER
+    if far and corrected and updates < _FEWEST_CORRECTED:
+        return (
+            f"Only {updates} updates, {interval:g} steps apart: the paper of {scheme.name} made {_FEWEST_CORRECTED} or "
+            f"more, at most {_INTERVALS[1]} apart. Much of step {visited[0]} may be left in the result. Compare with a "
+            "smaller --kappa, and save more often next time.",
+        )
+    if far and isinstance(scheme, PEMA | EMA) and updates < _FEWEST:
+        return (
+            f"Only {updates} updates, {interval:g} steps apart: the paper of {scheme.name} made {_FEWEST} or more, at "
+            "most 300 apart. Save more often next time.",
+        )
+    every = _wider(interval, visited)
+    if every and isinstance(scheme, PEMA | EMA) and scheme.gamma <= _NARROW_POWER:
+        return (
+            f"{len(visited)} checkpoints, {interval:g} steps apart: most of the weight is on the last few of them, and "
+            f"so on a small part of the run. Worth comparing: --every {every}, which spreads it wider and reads "
+            "less.",
+        )
+    return ()
+
+
+def _wider(interval: float, steps: Sequence[int]) -> int | None:
+    """A multiple of the interval for `--every` that is within the range of the papers; None if nothing calls for it.
+
+    An interval of 1 is rather one of epochs or of numbered saves, and is left alone.
+    """
+    close = 1 < interval < _INTERVALS[0] and interval == int(interval)
+    if not close or len(steps) <= _MANY or steps[-1] - steps[0] < _SHORT_RUN:
+        return None
+    every = math.ceil(_INTERVALS[0] / interval) * int(interval)
+    kept = sum((step - steps[0]) % every == 0 for step in steps)
+    return every if kept > _FEWEST else None
+
+
+def hold_factors(names: Iterable[str]) -> bool:
+    """Whether tensors, by their names, are factors of a product, as in low-rank adapters."""
+    return any(part.startswith(_FACTORS) for name in names for part in name.split("."))
+
+
+def about_adapters(names: Iterable[str]) -> tuple[str, ...]:
+    """What the names of the tensors tell: whether they are factors, whose product is what acts on the model."""
+    if not hold_factors(names):
+        return ()
+    return (
+        "These are low-rank adapters, whose factors A and B are averaged each by itself: the product of the means is "
+        "near the mean of the products BA, but not the same. Merge each adapter into the base model and average those "
+        "to have it exact.",
+    )
+
+
+def about_path(path: PathLength, excluded: Sequence[str]) -> tuple[str, ...]:
+    """What the measured path tells.
+
+    Args:
+        path: the table of pass 1.
+        excluded: tensors that did not count because the user, or their nature, left them out.
+    """
+    told: list[str] = []
+    if path.without_spread:
+        told.append(
+            f"No spread at the anchor (σ = 0), so not counted in the path length: {_named(path.without_spread)}. "
+            "They are averaged like all others."
+        )
+    if path.not_finite:
+        told.append(f"NaN or infinity, so not counted in the path length: {_named(path.not_finite)}.")
+    if excluded:
+        told.append(f"Left out of the path length: {_named(excluded)}.")
+    lengths = path.lengths
+    if path.parameters_counted == 0:
+        told.append("No tensor counts in the path length, so β = 1 and the result is the last checkpoint.")
+    elif lengths[-1] == 0:
+        told.append("Nothing moved: the path length is 0, so β = 1 and the result is the last checkpoint.")
+    else:
+        told += [
+            f"Steps {path.steps[place]} and {path.steps[place + 1]} hold identical weights: a stale save?"
+            for place in range(len(lengths) - 1)
+            if all(tensor.distances[place] == 0 for tensor in path.tensors.values())
+        ]
+        told += _about_length(lengths[-1], path.steps[-1] - path.steps[0])
+    return tuple(told)
+
+
+def about_infinite(names: Sequence[str]) -> tuple[str, ...]:
+    """What becomes of infinities that no checkpoint lacks, as in masks: they stay what they are."""
+    return (f"The same infinities in all checkpoints, and so in the result: {_named(names)}.",) if names else ()
+
+
+def about_nonfinite(count: int) -> tuple[str, ...]:
+    """What NaN and infinity have done to the result, where they were allowed.
+
+    Args:
+        count: how many elements of it are not finite.
+    """
+    return (f"{count:,} numbers of the result are NaN or infinite, as some of the checkpoints are.",) if count else ()
+
+
+def _about_length(length: float, span: int) -> list[str]:
+    """PEMA's γ = 0.15 was found for runs of 1800 steps whose path length is about 1, and served well from 0.5 on."""
+    clock = span * length**2
+    if clock < _CLOCK[0] / _FAR**2:
+        low, high = _CLOCK
+        return [
+            f"PEMA averages little here: T·ℓ(T)² = {clock:.2g} with T = {span} steps and ℓ(T) = {length:.2g}, where it "
+            f"was tuned for {low:g} to {high:g}. At γ = 0.15 no β is below {(1 + clock) ** -0.15:.2g}, so most of the "
+            "weight is on the last checkpoint. Worth comparing: mean and ema, which do not depend on the path."
+        ]
+    if length > _REFERENCE[1] * _FAR:
+        return [
+            f"The path is long: ℓ(T) = {length:.2g}, where PEMA was tuned for 0.5 to 1. Noisier runs want a larger "
+            "power: try --gamma 0.2 or 0.3 beside this one."
+        ]
+    return []
+
+
+def about_coefficients(scheme: Scheme, coefficients: Coefficients, steps: Sequence[int]) -> tuple[str, ...]:
+    """What the coefficients tell."""
+    told = []
+    if coefficients.start == len(steps) - 1 and scheme.name != Last.name:
+        told.append(f"No update falls after step {steps[-1]}, where the average begins: the result is that checkpoint.")
+    if coefficients.uncorrected:
+        told.append(
+            f"Running statistics, so averaged without the correction of {scheme.name}, which could make a variance "
+            f"negative: {_named(coefficients.uncorrected)}."
+        )
+    return tuple(told)
+
+
+def about_weights(steps: Sequence[int], weights: Sequence[float]) -> tuple[str, ...]:
+    """What the effective weights tell: how far the result lies beyond the checkpoints.
+
+    Args:
+        steps: optimizer step of every checkpoint.
+        weights: effective weight of each; they sum to 1.
+    """
+    negative = sum(weight for weight in weights if weight < 0)
+    if negative >= _EXTRAPOLATED:
+        return ()
+    least, step = min(zip(weights, steps, strict=True))
+    return (
+        f"The negative weights sum to {negative:.2f}, the most of one checkpoint being {least:.2f} at step {step}: the "
+        "result is extrapolated away from there, beyond the checkpoints. Compare it with a weaker correction, a larger "
+        "--eta.",
+    )
+
+
+def _named(names: Sequence[str]) -> str:
+    shown = listed(names, _NAMED)
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"

@@ -1,0 +1,385 @@
+"""What averaging would read and write: everything that can be told, or refused, before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from ckavg.averaging import advice
+from ckavg.checkpoints.checkpoint import RESULT_RECORD
+from ckavg.checkpoints.inspect import Inspection, as_run, worst_first
+from ckavg.checkpoints.run import Fetching, Run
+from ckavg.checkpoints.statistics import averaged_statistics
+from ckavg.checkpoints.trainer_log import learning_rates
+from ckavg.engine.blocks import TILE
+from ckavg.engine.distributed import worker_threads
+from ckavg.engine.window import WINDOW_BYTES
+from ckavg.errors import SettingError, raise_all
+from ckavg.output.layout import WeightPlan, plan_weights
+from ckavg.output.leftovers import bring_back
+from ckavg.output.origin import Origin, find_origin
+from ckavg.output.place import place_in, place_problems, space_problems
+from ckavg.output.side_files import gather_side_files, name_of_weights
+from ckavg.path.plan import PathPlan, check_sample, plan_path
+from ckavg.path.table import to_measure
+from ckavg.schemes import Scheme, Timeline
+from ckavg.sources import as_users_know
+from ckavg.storage.atomic import resolved
+
+DTYPES = ("source", "float32", "bfloat16", "float16", "float64")
+CARD = "README.md"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What averaging a run would read and write.
+
+    Attributes:
+        run: the checkpoints that take part.
+        scheme: how they are averaged.
+        out: where the result goes.
+        dtype: output dtype as it was asked for.
+        force: whether an existing result is replaced.
+        weights: the weight files of the result.
+        side_files: what is copied beside them, by relative path.
+        origin: what the card of the result says of the run.
+        snapshots: indices of the checkpoints after which the average is written, too; the last is not among them.
+        path: how the path length is had; None for schemes that do not need it.
+        replay_bytes: bytes that pass 2 reads.
+        warnings: what a user should know before it starts.
+    """
+
+    run: Run
+    scheme: Scheme
+    out: Path
+    dtype: str
+    force: bool
+    weights: WeightPlan
+    side_files: dict[str, bytes]
+    origin: Origin
+    snapshots: tuple[int, ...]
+    path: PathPlan | None
+    replay_bytes: int
+    warnings: tuple[str, ...]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file of one output, by relative path, sorted."""
+        return tuple(sorted({shard.name for shard in self.weights.shards} | {*self.side_files, CARD, RESULT_RECORD}))
+
+    @property
+    def weight_files(self) -> dict[Path, int]:
+        """Bytes of every weight file, those of snapshots among them, by path in the result."""
+        return {
+            out.relative_to(self.out) / shard.name: shard.nbytes
+            for out in self.outputs.values()
+            for shard in self.weights.shards
+        }
+
+    @property
+    def outputs(self) -> dict[int, Path]:
+        """Where the average goes after each checkpoint that has one written, by its index; the result itself last."""
+        steps = self.run.steps
+        return {index: self.out / f"checkpoint-{steps[index]}" for index in self.snapshots} | {len(steps) - 1: self.out}
+
+    @property
+    def foreseen(self) -> tuple[str, ...]:
+        """What can be said of the coefficients before anything is read; a result's record says it, too."""
+        if self.scheme.needs_path:
+            return ()
+        timeline = Timeline(self.run.steps, anchor_is_init=self.run.anchor_is_init)
+        coefficients = self.scheme.coefficients(timeline).sparing(averaged_statistics(self.run.tensors))
+        return advice.about_coefficients(self.scheme, coefficients, self.run.steps)
+
+    @property
+    def path_bytes(self) -> int:
+        """Bytes that pass 1 reads; 0 for schemes that do not need it, and where the path is known."""
+        return self.path.nbytes if self.path else 0
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes that will be written."""
+        one = self.weights.nbytes + sum(len(data) for data in self.side_files.values())
+        return one * len(self.outputs)
+
+
+def plan_average(
+    run: Run,
+    scheme: Scheme,
+    *,
+    out: Path | str | None = None,
+    dtype: str = "source",
+    path_exclude: Sequence[str] = (),
+    sample: float = 1.0,
+    snapshot_every: int | None = None,
+    card: Path | str | None = None,
+    force: bool = False,
+) -> Plan:
+    """Say what `average` would read and write, and refuse what cannot be done. Reads no weight and writes nothing.
+
+    Args, errors: as of `average`.
+    """
+    (plan,) = plan_averages(
+        run,
+        [(scheme, out)],
+        dtype=dtype,
+        path_exclude=path_exclude,
+        sample=sample,
+        snapshot_every=snapshot_every,
+        card=card,
+        force=force,
+    )
+    return plan
+
+
+def plan_averages(
+    run: Run,
+    wanted: Sequence[tuple[Scheme, Path | str | None]],
+    *,
+    dtype: str = "source",
+    path_exclude: Sequence[str] = (),
+    sample: float = 1.0,
+    snapshot_every: int | None = None,
+    card: Path | str | None = None,
+    force: bool = False,
+) -> list[Plan]:
+    """Plans of several averages of one run, which are carried out together; what they share is read once.
+
+    Args:
+        wanted: schemes, each with the place of its result; at least one.
+
+    Other args, errors: as of `average`.
+    """
+    with as_users_know(run.remote):
+        return _plan_averages(
+            run,
+            wanted,
+            dtype=dtype,
+            path_exclude=path_exclude,
+            sample=sample,
+            snapshot_every=snapshot_every,
+            card=card,
+            force=force,
+        )
+
+
+def _plan_averages(
+    run: Run,
+    wanted: Sequence[tuple[Scheme, Path | str | None]],
+    *,
+    dtype: str,
+    path_exclude: Sequence[str],
+    sample: float,
+    snapshot_every: int | None,
+    card: Path | str | None,
+    force: bool,
+) -> list[Plan]:
+    if dtype not in DTYPES:
+        raise SettingError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
+    check_sample(sample)
+    placed = [(scheme, place_of(run.home, scheme, out)) for scheme, out in wanted]
+    weights = plan_weights(run.last, dtype, file_name=name_of_weights(run))
+    beside = gather_side_files(run, weights)
+    origin = find_origin(run, beside.files, card)
+    needs_path = any(scheme.needs_path for scheme, _ in wanted)
+    path = plan_path(run, exclude=path_exclude, sample=sample) if needs_path else None
+    rates = learning_rates(run.last)
+    told = run.remote.told if run.remote is not None else str
+    of_files = tuple(map(told, beside.warnings + origin.warnings))
+    plans = []
+    for scheme, place in placed:
+        start = start_of(run, scheme)
+        snapshots = _snapshots(run, start, snapshot_every)
+        of_path = path if scheme.needs_path else None
+        plan = Plan(
+            run=run,
+            scheme=scheme,
+            out=place,
+            dtype=dtype,
+            force=force,
+            weights=weights,
+            side_files=beside.files,
+            origin=origin,
+            snapshots=snapshots,
+            path=of_path,
+            replay_bytes=_replay_bytes(run, start, outputs=len(snapshots) + 1),
+            warnings=run.warnings
+            + of_files
+            + advice.before(run, scheme, rates)
+            + (of_path.recalled.warnings if of_path else ()),
+        )
+        plans.append(plan)
+    problems = [
+        problem
+        for plan in plans
+        for problem in place_problems(plan.out, run.source, run.checkpoints, force=force, files=plan.files)
+    ]
+    # Each by itself: those that do not fit together are refused where they are carried out together.
+    problems += [problem for plan in plans for problem in space_problems([(plan.out, plan.write_bytes)])]
+    raise_all(worst_first(problems))
+    return plans
+
+
+def place_of(home: Path, scheme: Scheme, out: Path | str | None) -> Path:
+    """Where a result goes: where it was asked for, else under the scheme's name in `averaged` of the run's home.
+
+    Raises:
+        OutputError: nobody asked, and there is a link.
+    """
+    return Path(out) if out is not None else place_in(home, "averaged", scheme.label)
+
+
+def checked(found: Inspection, places: Sequence[Path], *, force: bool = False) -> Run:
+    """The inspected checkpoints as a run, if nothing speaks against it, nor against the places of results.
+
+    A result that a killed process had moved aside from such a place gets its name back.
+
+    Args:
+        found: what was found in the source.
+        places: where results would go.
+        force: whether results that are there may be replaced.
+
+    Raises:
+        CkavgError: something does; `CombinedError` lists all of it at once, the worst first.
+    """
+    for place in places:
+        bring_back(place)
+    if not found.problems:
+        return as_run(found)  # the plan says what is wrong with the places, and knows how much is written
+    problems = list(found.problems)
+    for place in places:
+        problems += place_problems(place, found.source, found.checkpoints, force=force)
+    if found.checkpoints:  # a result has about the size of the newest one
+        problems += space_problems([(place, found.checkpoints[-1].nbytes) for place in places])
+    raise_all(worst_first(problems))
+    return as_run(found)
+
+
+def start_of(run: Run, scheme: Scheme) -> int:
+    """Index of the checkpoint with which an average begins: the anchor, where β hangs on the path."""
+    if scheme.needs_path:
+        return 0
+    return scheme.coefficients(Timeline(run.steps, anchor_is_init=run.anchor_is_init)).start
+
+
+def _replay_bytes(run: Run, start: int, *, outputs: int) -> int:
+    """Bytes that pass 2 reads: of what is averaged, and of what is copied to each output."""
+    floating = [name for name, entry in run.tensors.items() if entry.is_floating]
+    averaged = sum(point.entries[name].nbytes for point in run.checkpoints[start:] for name in floating)
+    return averaged + outputs * sum(entry.nbytes for entry in run.tensors.values() if not entry.is_floating)
+
+
+def _snapshots(run: Run, start: int, every: int | None) -> tuple[int, ...]:
+    """Indices of the checkpoints between the beginning of the average and the last one that fall on a multiple."""
+    steps = run.steps
+    if every is not None and every < 1:
+        raise SettingError(f"snapshot-every is {every}; it must be 1 or more optimizer steps.")
+    if every is None or start == len(steps) - 1:
+        return ()
+    between = range(start + 1, len(steps) - 1)
+    chosen = tuple(index for index in between if steps[index] % every == 0)
+    if not chosen:
+        raise SettingError(
+            f"snapshot-every is {every}, but no checkpoint between step {steps[start]}, where the average begins, and "
+            f"step {steps[-1]}, where it ends, is at a multiple of {every}.",
+            hint="Choose a multiple of the interval at which checkpoints were saved.",
+        )
+    for index in chosen:
+        absent = len(run.tensors.keys() - run.checkpoints[index].entries.keys())
+        if absent:
+            raise SettingError(
+                f"snapshot-every: step {steps[index]} lacks tensors of the last checkpoint ({absent} of them), which a "
+                "snapshot would have to copy.",
+                hint="Leave out --snapshot-every with --common-only, or stop before the checkpoints that have more.",
+            )
+    return chosen
+
+
+def check_together(plans: Sequence[Plan]) -> None:
+    """Refuse plans that cannot be carried out together, each sound by itself.
+
+    Raises:
+        SettingError: two have one place.
+        WriteError: the disk has no room for all of them.
+    """
+    places = [resolved(plan.out) for plan in plans]
+    twice = next((place for place in places if places.count(place) > 1), None)
+    if twice is not None:
+        raise SettingError(f"Two averages would go to {twice}.", hint="Give each a place of its own.")
+    raise_all(space_problems([(plan.out, plan.write_bytes) for plan in plans]))
+
+
+def fetching_of(plans: Sequence[Plan]) -> Fetching | None:
+    """What carrying out these plans fetches, and how; None for a run on this machine."""
+    run = plans[0].run
+    if run.remote is None:
+        return None
+    path = next((plan.path for plan in plans if plan.path), None)
+    readings = _readings(run, path, min(start_of(run, plan.scheme) for plan in plans))
+    return run.remote.plan(readings, other_bytes=sum(plan.write_bytes for plan in plans))
+
+
+def fetching_of_path(run: Run, path: PathPlan) -> Fetching | None:
+    """What measuring a path fetches, and how; None for a run on this machine."""
+    return (
+        run.remote.plan(_readings(run, path, len(run.checkpoints)), other_bytes=0) if run.remote is not None else None
+    )
+
+
+def _readings(run: Run, path: PathPlan | None, start: int) -> dict[Path, float]:
+    """How often each weight file is read: in pass 1, and from checkpoint number `start` on in pass 2."""
+    readings: dict[Path, float] = {}
+    to_read: Collection[int] = ()
+    if path is not None and path.nbytes:
+        entries = to_measure(run.tensors, path.exclude)
+        to_read = (
+            path.recalled.known.left_to_measure(entries).to_read if path.sample == 1 else range(len(run.checkpoints))
+        )
+    for index, checkpoint in enumerate(run.checkpoints):
+        count = (path.sample if path is not None and index in to_read else 0.0) + (index >= start)
+        for shard in checkpoint.shards:
+            readings[shard.path] = readings.get(shard.path, 0.0) + count
+    return readings
+
+
+_LIBRARIES = 235_000_000
+"""Python, torch and the other libraries, before anything is read: measured on Linux with torch for the CPU."""
+
+_PICTURE = 45_000_000
+"""matplotlib, and what it takes for the picture in a card."""
+
+_PER_ENTRY = 450
+"""A tensor in the table of a checkpoint: its name, its shape, and their places in a dictionary."""
+
+_PER_DISTANCE = 100
+"""A number of the path, by tensor and checkpoint, and its line in `path.json`."""
+
+_STATE_TILES = 3
+_RAW_BYTES_OF_ELEMENT = 8
+
+
+def memory_bytes(plans: Sequence[Plan]) -> int:
+    """Peak memory of carrying out plans of one run together on the CPU, in bytes; an estimate.
+
+    Every thread has two buffers for bytes as they are stored, the widened tile, and the tiles of each average's state.
+    The tables of the checkpoints and the side files come on top, and what the libraries take by themselves.
+
+    Args:
+        plans: what is carried out together; at least one.
+    """
+    run = plans[0].run
+    wide = any("float64" in checkpoint.dtypes for checkpoint in run.checkpoints)
+    tiles = (1 + _STATE_TILES * len(plans)) * TILE * (8 if wide else 4)
+    buffers = worker_threads() * (2 * TILE * _RAW_BYTES_OF_ELEMENT + tiles)
+    tables = {id(checkpoint.entries): len(checkpoint.entries) for checkpoint in run.checkpoints}
+    known = _PER_ENTRY * sum(tables.values())
+    if any(plan.path for plan in plans):
+        known += _PER_DISTANCE * len(run.tensors) * len(run.checkpoints)
+    beside = sum(len(data) for data in plans[0].side_files.values())
+    headers = sum(len(shard.header) for shard in plans[0].weights.shards)
+    fetching = fetching_of(plans)
+    window = min(WINDOW_BYTES, fetching.streamed_bytes) if fetching is not None else 0
+    libraries = _LIBRARIES + (_PICTURE if find_spec("matplotlib") else 0)
+    return libraries + buffers + known + 2 * (beside + headers) + window

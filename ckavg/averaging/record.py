@@ -1,0 +1,158 @@
+"""From what was done to what is written down of it: the record, the card, and the other small files of a result."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckavg.averaging import advice
+from ckavg.averaging.plan import CARD, Plan
+from ckavg.checkpoints.checkpoint import RESULT_RECORD
+from ckavg.checkpoints.run import FLOATING, Run
+from ckavg.output.card import PICTURE, write_card
+from ckavg.output.digests import sha256
+from ckavg.output.published import kept_here, published
+from ckavg.output.record import LOCAL, Averaged, Input, Output, Seconds
+from ckavg.path.table import PathLength, ZeroSigma
+from ckavg.schemes import Coefficients
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What all averages of one reading have in common, besides the run."""
+
+    accumulate: str
+    zero_sigma: ZeroSigma
+    bytes_read: int
+    checksums: tuple[str | None, ...]
+    infinite: tuple[str, ...]
+    allow_nonfinite: bool
+    seconds: Seconds
+
+
+def record_of(
+    plan: Plan, coefficients: Coefficients, measured: PathLength | None, work: Work, *, nonfinite: int
+) -> Averaged:
+    """The record of one average.
+
+    Args:
+        plan, coefficients: of the average.
+        measured: the path; None where no average of the reading needed it.
+        work: what it has in common with the others.
+        nonfinite: how many of its elements are not finite.
+    """
+    from ckavg.averaging.rules import effective_weights
+
+    run, scheme = plan.run, plan.scheme
+    path = measured if scheme.needs_path else None
+    left_out = left_out_of_path(run, path) if path else ()
+    weights = effective_weights(coefficients)
+    anchor = run.steps[coefficients.start]
+    warnings = plan.warnings + advice.about_coefficients(scheme, coefficients, run.steps)
+    warnings += advice.about_weights(run.steps, weights)
+    return Averaged(
+        scheme=scheme.name,
+        parameters=scheme.parameters(),
+        source=run.address,
+        selection=_selection(run),
+        steps=run.steps,
+        anchor_step=anchor,
+        span=run.steps[-1] - anchor,
+        path_length=path.lengths if path else None,
+        betas=coefficients.betas,
+        alphas=coefficients.alphas,
+        weights=weights,
+        path_length_error=path.standard_errors if path else None,
+        path_kernel=path.kernel if path else None,
+        sample=path.sample if path else 1.0,
+        path_exclude=plan.path.exclude if plan.path else (),
+        zero_sigma=work.zero_sigma,
+        excluded_from_path=tuple(sorted({*left_out, *path.uncounted})) if path else (),
+        parameters_counted=path.parameters_counted if path else None,
+        dtype=plan.dtype,
+        accumulate=work.accumulate,
+        allow_nonfinite=work.allow_nonfinite,
+        uncorrected=coefficients.uncorrected,
+        infinite=work.infinite,
+        copied=tuple(sorted(name for name, entry in run.tensors.items() if entry.kept and entry.dtype in FLOATING)),
+        warnings=warnings
+        + (advice.about_path(path, left_out) if path else ())
+        + advice.about_infinite(work.infinite)
+        + advice.about_nonfinite(nonfinite),
+        evaluation=None,
+        inputs=tuple(
+            Input(
+                checkpoint.step,
+                run.pinned(checkpoint.directory),
+                dict(zip(checkpoint.names, (shard.nbytes for shard in checkpoint.shards), strict=True)),
+                checksum,
+            )
+            for checkpoint, checksum in zip(run.checkpoints, work.checksums, strict=True)
+        ),
+        outputs=tuple(Output(out.name, run.steps[index], out, plan.files, {}) for index, out in plan.outputs.items()),
+        bytes_read=work.bytes_read,
+        seconds=work.seconds,
+    )
+
+
+def _selection(run: Run) -> dict[str, int | str | tuple[int | str, ...]]:
+    """What was chosen, with an anchor from elsewhere as it was named."""
+    init = run.selection.init
+    return run.selection.stated | ({} if init is None else {"init": run.place(init)})
+
+
+def left_out_of_path(run: Run, path: PathLength) -> tuple[str, ...]:
+    """Floating tensors with elements that pass 1 was told not to measure."""
+    return tuple(
+        sorted(
+            name
+            for name, entry in run.tensors.items()
+            if entry.is_floating and entry.numel and name not in path.tensors
+        )
+    )
+
+
+def _pictured(record: Averaged) -> tuple[Averaged, bytes | None]:
+    """The picture for the card, where it can be drawn. Hours of averaging are not lost for one that cannot."""
+    from ckavg.output.plots import card_svg
+
+    try:
+        return record, card_svg(record)
+    except Exception as error:  # whatever a library that was installed badly may raise
+        warning = f"The card has no picture of the weights: matplotlib failed with {type(error).__name__}: {error}."
+        return dataclasses.replace(record, warnings=(*record.warnings, warning)), None
+
+
+def completed(
+    plan: Plan, coefficients: Coefficients, record: Averaged, of_weights: Mapping[Path, str]
+) -> tuple[Averaged, dict[str, bytes]]:
+    """The record with the SHA-256 of every file, and what goes beside the weights of every output, by path in the
+    result: side files, the card, and the record of that output.
+    """
+    from ckavg.averaging.rules import effective_weights
+
+    record, picture = _pictured(record)
+    files: dict[str, bytes] = {}
+    of_outputs: list[Averaged] = []
+    for output, (index, out) in zip(record.outputs, plan.outputs.items(), strict=True):
+        own, drawn = record, {PICTURE: picture} if picture is not None else {}
+        if index in plan.snapshots:
+            own = dataclasses.replace(record, weights=effective_weights(coefficients, index), outputs=(output,))
+            drawn = {}  # there may be very many of them
+        output = dataclasses.replace(output, files=tuple(sorted({*output.files, *drawn})))
+        card = write_card(published(own), plan.scheme, plan.origin, picture=PICTURE if drawn else None)
+        place = out.relative_to(plan.out)
+        beside = plan.side_files | drawn | {CARD: card.encode()}
+        files |= {str(place / name): data for name, data in beside.items()}
+        digests = {shard.name: of_weights[place / shard.name] for shard in plan.weights.shards}
+        digests |= {name: sha256(data) for name, data in beside.items()}
+        of_outputs.append(dataclasses.replace(own, outputs=(dataclasses.replace(output, sha256=digests),)))
+    record = dataclasses.replace(record, outputs=tuple(own.outputs[0] for own in of_outputs))
+    for own, (index, out) in zip(of_outputs, plan.outputs.items(), strict=True):
+        of_output = own if index in plan.snapshots else record
+        files[str(out.relative_to(plan.out) / RESULT_RECORD)] = published(of_output).to_bytes()
+    if (kept := kept_here(record)) is not None:
+        files[LOCAL] = kept
+    return record, files

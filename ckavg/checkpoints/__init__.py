@@ -1,0 +1,1 @@
+"""What a trainer saved: layouts, order, selection, headers, checks. Reads no weight."""

@@ -1,0 +1,303 @@
+"""Stage *discover*: one checkpoint, from its directory or file to its tensor table. Reads headers and indexes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from ckavg.checkpoints.headers import SHARDED, Header, read_header
+from ckavg.checkpoints.run import Checkpoint, Entry, Kind, Shard
+from ckavg.checkpoints.unsupported import holds_foreign, refused, refused_slices
+from ckavg.checkpoints.weight_files import WEIGHTS, LeftOut, Weights, beside, by_family, find_weights
+from ckavg.errors import (
+    CkavgError,
+    CombinedError,
+    CorruptFileError,
+    MissingShardError,
+    ReadError,
+    TruncatedShardError,
+    listed,
+    raise_all,
+)
+from ckavg.storage.untrusted import Bounds, problem_with, read_object
+
+RESULT_RECORD = "ckavg.json"
+"""A directory with this file in it is a result, never a checkpoint."""
+
+MOST_SHARDS = 10_000
+MOST_TENSORS = 1_000_000
+"""Of one checkpoint. The largest models that are published have a few hundred files and some 100,000 tensors."""
+
+_MOST_INDEX_BYTES = 1 << 28
+_SHARD_OF = re.compile(r".*-(\d+)-of-(\d+)\.safetensors", re.ASCII)
+_MOMENT = re.compile(
+    r"(?:^|[./])(?:(?:max_)?exp_avg(?:_sq|_res)?|exp_inf|momentum_buffer|square_avg|acc_delta|grad_avg)(?:[./]|$)"
+)
+_REWRITE = "Save the checkpoint again, or leave it out with --skip-step."
+_WAIT = (
+    "It is still being written, or was not copied: wait, or copy it again. --skip-incomplete leaves the checkpoint out."
+)
+
+
+def read_checkpoint(path: Path, step: int, *, within: Path | None = None) -> Checkpoint:
+    """Read the headers of one checkpoint.
+
+    Args:
+        path: a checkpoint directory, or a single safetensors file.
+        step: the optimizer step at which it was saved.
+        within: the directory that the user named, in which links may lead; None: the checkpoint itself.
+
+    Raises:
+        MissingShardError: a shard is not there, or the directory holds no weights.
+        TruncatedShardError: a shard is shorter than its header says.
+        CorruptFileError: a file is damaged or no plain file, or the index and the shards disagree.
+        UnsupportedFormatError: the weights are in another format.
+        ReadError: the system would not let us read it, or a link leads out of what was named.
+        CombinedError: more than one of these.
+    """
+    bounds = Bounds.of(path, within or path)
+    if path.suffix == WEIGHTS or not path.is_dir():
+        return _read_file(path, step)
+    try:
+        found, left_out = find_weights(path, own_folders(path))
+    except OSError as error:
+        raise ReadError(
+            f"{error.filename or path} cannot be listed: {error.strerror}.", hint="Check that you may read it."
+        ) from error
+    if not found:
+        raise _no_weights(path, left_out)
+    groups: list[_Group] = []
+    errors: list[CkavgError] = []
+    for weights in found:
+        try:
+            of_folder, of_others = _groups(weights, path, bounds)
+        except CkavgError as error:
+            errors += error.errors if isinstance(error, CombinedError) else (error,)
+            continue
+        groups += of_folder
+        left_out += of_others
+    raise_all(errors)
+    kind: Kind = next((weights.kind for weights in found if weights.folder == path), "pipeline")
+    return _assemble(path, step, kind, groups, left_out)
+
+
+def _read_file(path: Path, step: int) -> Checkpoint:
+    found = problem_with(path, Bounds((Path("/"),)))  # named by itself, a link may lead anywhere
+    raise_all([] if found is None else [found])
+    if path.suffix != WEIGHTS and path.is_file() and holds_foreign(path):
+        raise _no_weights(path, [])
+    if path.is_symlink() and not path.exists():
+        raise MissingShardError(
+            f"{path} is a link to {path.readlink()}, which leads to nothing.",
+            hint="Restore what it led to, or remove the link. --skip-incomplete leaves the checkpoint out.",
+        )
+    return _assemble(path, step, "file", [_Group("", path.parent, (path,))], [])
+
+
+def own_folders(path: Path) -> frozenset[str]:
+    """The folders that a pipeline of diffusers names as its own, whatever they are called."""
+    with suppress(OSError, ValueError):
+        return frozenset({"scheduler", *read_object(path / "model_index.json", _MOST_INDEX_BYTES)})
+    return frozenset()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Group:
+    """Weight files that are loaded as one: how its tensors' names begin, and in which file the index puts each."""
+
+    part: str
+    folder: Path
+    files: tuple[Path, ...]
+    index: str = ""
+    placed: Mapping[str, str] | None = None
+
+
+def _groups(weights: Weights, path: Path, bounds: Bounds) -> tuple[list[_Group], list[LeftOut]]:
+    """The weights of a folder, and what lies beside them."""
+    folder = weights.folder
+    placed = _weight_map(folder / weights.index, bounds) if weights.index else None
+    names = weights.files if placed is None else tuple(sorted(set(placed.values())))
+    if len(names) > MOST_SHARDS:
+        raise CorruptFileError(f"{folder} consists of {len(names):,} files, more than {MOST_SHARDS:,}.", hint=_REWRITE)
+    raise_all(_missing_of_count(folder, names) if placed is None else _missing(folder, names, weights.others))
+    part = "" if folder == path else f"{folder.relative_to(path).as_posix()}/"
+    groups = [_Group(part, folder, tuple(folder / name for name in names), weights.index, placed)]
+    others, left_out = beside(weights, names)
+    for name, of_part in others.items():
+        raise_all(_missing_of_count(folder, of_part))
+        groups.append(_Group(f"{part}{name}/", folder, tuple(folder / each for each in of_part)))
+    files = [file for group in groups for file in group.files]
+    raise_all([found for file in files if (found := problem_with(file, bounds)) is not None])
+    return groups, [(why, part + name) for why, name in left_out]
+
+
+def _weight_map(index: Path, bounds: Bounds) -> Mapping[str, str]:
+    found = problem_with(index, bounds)
+    raise_all([] if found is None else [found])
+    try:
+        if index.stat().st_size == 0:
+            raise TruncatedShardError(f"{index} is empty.", hint=_WAIT)
+        weight_map = read_object(index, _MOST_INDEX_BYTES)["weight_map"]
+        placed = {str(name): str(file) for name, file in weight_map.items()}
+    except OSError as error:
+        raise ReadError(f"{index} cannot be read: {error.strerror}.", hint="Check that you may read it.") from error
+    except ValueError as error:
+        raise CorruptFileError(f"{index} is not a shard index: {error}.", hint=_REWRITE) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptFileError(f"{index} is not a shard index: it has no weight_map.", hint=_REWRITE) from error
+    for file in set(placed.values()):
+        if Path(file).name != file or not file.endswith(".safetensors") or "\0" in file:
+            raise CorruptFileError(
+                f"{index} names {file!r}: shards must be safetensors files beside their index.", hint=_REWRITE
+            )
+    if not placed:
+        raise CorruptFileError(f"{index} lists no tensors.", hint=_REWRITE)
+    return placed
+
+
+def _assemble(path: Path, step: int, kind: Kind, groups: Sequence[_Group], left_out: Sequence[LeftOut]) -> Checkpoint:
+    """Merge the headers of all files into one table; every damaged file is reported, not only the first."""
+    shards: list[Shard] = []
+    entries: dict[str, Entry] = {}
+    errors: list[CkavgError] = []
+    left_out = list(left_out)
+    for group in groups:
+        try:
+            headers = _headers(group, first=len(shards))
+        except CkavgError as error:
+            errors += error.errors if isinstance(error, CombinedError) else (error,)
+            continue
+        if any(SHARDED in header.metadata for header in headers.values()):
+            whole = group.folder / "consolidated"
+            if group.part.endswith(f"{WEIGHTS}/") or any(
+                each.folder == whole for each in groups
+            ):  # put together already
+                left_out += [("copy", file.relative_to(path).as_posix()) for file in group.files]
+            else:
+                errors.append(refused_slices([group.folder]))
+            continue
+        if kind != "file" and _is_of_optimizer(headers.values()):
+            left_out += [("training state", file.relative_to(path).as_posix()) for file in group.files]
+            continue
+        parts = _parts(group, headers)
+        for file, header in headers.items():
+            part = parts[file]
+            entries.update((part + name, entry) for name, entry in header.entries.items())
+            shards.append(Shard(file, header.nbytes, header.state, part=part, metadata=header.metadata))
+        if len(entries) > MOST_TENSORS:
+            raise CorruptFileError(f"{path} holds more than {MOST_TENSORS:,} tensors.", hint=_REWRITE)
+    raise_all(errors)
+    if not shards:
+        raise _no_weights(path, left_out)
+    if not entries:
+        raise CorruptFileError(f"{path} holds no tensors.", hint=_REWRITE)
+    indexes = tuple(group.folder / group.index for group in groups if group.index)
+    return Checkpoint(step, path, kind, tuple(shards), indexes, entries, tuple(sorted(left_out)))
+
+
+def _headers(group: _Group, *, first: int) -> dict[Path, Header]:
+    headers: dict[Path, Header] = {}
+    errors: list[CkavgError] = []
+    for number, file in enumerate(group.files, start=first):
+        try:
+            headers[file] = read_header(file, shard=number)
+        except CkavgError as error:
+            errors.append(error)
+    if not errors and group.placed is not None:
+        found = {name: file.name for file, header in headers.items() for name in header.entries}
+        errors += _disagreement(group.folder / group.index, group.placed, found)
+    raise_all(errors)
+    return headers
+
+
+def _parts(group: _Group, headers: Mapping[Path, Header]) -> dict[Path, str]:
+    """How the names of the tensors of each file begin. Files of one folder that are not loaded as one may each hold
+    tensors of the same names: `actor.safetensors` beside `critic.safetensors`.
+
+    Raises:
+        CorruptFileError: files that are loaded as one hold the same tensors.
+    """
+    seen: dict[str, Path] = {}
+    twice: dict[str, tuple[Path, Path]] = {}
+    for file, header in headers.items():
+        twice |= {name: (seen[name], file) for name in header.entries.keys() & seen.keys()}
+        seen |= dict.fromkeys(header.entries, file)
+    if not twice:
+        return dict.fromkeys(headers, group.part)
+    families = {
+        group.folder / name: f"{group.part}{stem}{WEIGHTS}/"
+        for stem, names in by_family(file.name for file in headers).items()
+        for name in names
+    }
+    for name, (first, second) in twice.items():
+        if group.placed is not None or families[first] == families[second]:
+            raise CorruptFileError(
+                f"{group.folder}: tensor {name!r} is in more than one file, {first.name} and {second.name}, and so are "
+                f"{len(twice) - 1} others.",
+                hint=_REWRITE,
+            )
+    return families
+
+
+def _is_of_optimizer(headers: Iterable[Header]) -> bool:
+    """Whether most tensors are moments that an optimizer keeps."""
+    names = [name for header in headers for name in header.entries]
+    return 2 * sum(_MOMENT.search(name) is not None for name in names) >= len(names) > 0
+
+
+def _disagreement(index: Path, stated: Mapping[str, str], found: Mapping[str, str]) -> list[CkavgError]:
+    wrong = [name for name in {**stated, **found} if stated.get(name) != found.get(name)]
+    if not wrong:
+        return []
+    return [
+        CorruptFileError(
+            f"{index} and its shards disagree about {len(wrong)} tensors, such as {wrong[0]!r}.", hint=_REWRITE
+        )
+    ]
+
+
+def _missing(path: Path, names: Sequence[str], present: frozenset[str]) -> list[CkavgError]:
+    absent = [name for name in names if name not in present]
+    if not absent:
+        return []
+    more = f", and neither do {len(absent) - 1} more of its {len(names)} shards" if len(absent) > 1 else ""
+    return [MissingShardError(f"{path / absent[0]} does not exist{more}.", hint=_WAIT)]
+
+
+def _missing_of_count(path: Path, files: Sequence[str]) -> list[CkavgError]:
+    """Shards named `…-00002-of-00003` state how many there should be."""
+    present = frozenset(files)
+    errors: list[CkavgError] = []
+    seen: set[tuple[str, str]] = set()
+    for file in files:
+        match = _SHARD_OF.fullmatch(file)
+        if match is None:
+            continue
+        start, rest, width = file[: match.start(1)], file[match.end(1) :], len(match[1])
+        if (start, rest) in seen or len(match[2]) > len(str(MOST_SHARDS)) or int(match[2]) > MOST_SHARDS:
+            continue
+        seen.add((start, rest))
+        first = 0 if f"{start}{0:0{width}d}{rest}" in present else 1
+        expected = [f"{start}{number:0{width}d}{rest}" for number in range(first, first + int(match[2]))]
+        errors += _missing(path, expected, present)
+    return errors
+
+
+def _no_weights(path: Path, left_out: Sequence[LeftOut]) -> CkavgError:
+    others = [f"{name} ({why})" for why, name in left_out if why not in ("pickle", "other format")]
+    if others:
+        return MissingShardError(
+            f"{path} holds no weights of a model, only {listed(others)}.",
+            hint="Leave the checkpoint out with --skip-incomplete or --skip-step.",
+        )
+    try:
+        foreign = refused([path])
+    except OSError as error:
+        return ReadError(f"{path} cannot be listed: {error.strerror}.", hint="Check that you may read it.")
+    return foreign or MissingShardError(
+        f"{path} holds no weights.",
+        hint="It is still being written, perhaps; --skip-incomplete leaves it out, and so does --skip-step.",
+    )

@@ -1,0 +1,540 @@
+"""Stage *discover*: which checkpoints a directory holds, and at which steps. Lists directories, reads the logs that
+trainers keep and, of single files, the headers; opens no weights but to tell two files of one step apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import itertools
+import shlex
+import string
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ckavg.checkpoints.checkpoint import RESULT_RECORD, read_checkpoint
+from ckavg.checkpoints.headers import STATING, peek_metadata, stated_step
+from ckavg.checkpoints.layouts import (
+    Clock,
+    Label,
+    is_averaged,
+    is_half_written,
+    is_training_state,
+    label_run,
+    read_label,
+    read_labels,
+)
+from ckavg.checkpoints.same import ReadBytes, read_bytes, same_weights
+from ckavg.checkpoints.trainer_log import TRAINER_STATE, contradiction, logged_losses, read_trainer_state
+from ckavg.checkpoints.unsupported import conversion, foreign_weights, holds_foreign, stem
+from ckavg.checkpoints.weight_files import WEIGHTS, find_weights, holds_weights, list_folder
+from ckavg.errors import (
+    CkavgError,
+    DuplicateStepError,
+    MismatchError,
+    MixedOrderError,
+    NoCheckpointsError,
+    ReadError,
+    UnsupportedFormatError,
+    listed,
+)
+from ckavg.storage.atomic import resolved
+
+_LARGEST_STEP = 10**18
+_LOOKED_INTO = 50
+_NAMED = 4
+_PROBES, _PROBE = 32, 4096
+_NOT_RUNS = frozenset({"averaged", "runs", "logs", "wandb"})
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A directory or file that looks like a checkpoint; its weights have not been looked at.
+
+    Attributes:
+        path: the directory or file.
+        step: its optimizer step, from its trainer's log or its header where they tell, else from its name.
+        label: what its name says.
+        stated: whether log or header gave the step.
+        log: number of the log that its trainer kept, which checkpoints of one run have in common; None without one.
+    """
+
+    path: Path
+    step: int
+    label: Label
+    stated: bool
+    log: int | None = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a single file, by its name."""
+        return self.path.suffix == WEIGHTS
+
+    @property
+    def clock(self) -> Clock:
+        """What its step counts."""
+        return "step" if self.stated else self.label.clock
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What lies in a source: candidates by step, and what a user should know about the rest."""
+
+    source: Path
+    candidates: tuple[Candidate, ...]
+    warnings: tuple[str, ...]
+
+
+def scan(source: Path, *, match: str | None = None, read: ReadBytes = read_bytes) -> Scan:
+    """Find the checkpoints in a directory, in numeric order of their steps.
+
+    Args:
+        source: the directory.
+        match: shell pattern of the names that count; None: all.
+        read: reads bytes of a weight file.
+
+    Raises:
+        NoCheckpointsError: it is no directory, or holds no checkpoint.
+        MixedOrderError: its checkpoints count different things.
+        ReadError: the system would not let us list it.
+    """
+    warnings: list[str] = []
+    children = [path for path in _children(source) if match is None or _matches(path, match)]
+    logs = _Logs()
+    found = [_candidate(path, label, logs, warnings) for path, label in _labels(source, children).items()]
+    directories = [candidate for candidate in found if not candidate.is_file]
+    twins: set[Path] = set()
+    files = [candidate for candidate in found if candidate.is_file]
+    if files and not any(_holds_safetensors(candidate.path) for candidate in directories):
+        directories = []  # of another format, or nothing
+    candidates = _without_derived(directories or _files_of_runs(files, twins, warnings, read))
+    if not candidates:
+        raise _nothing_found(source, match)
+    candidates.sort(key=lambda candidate: (candidate.step, candidate.path.name))
+    warnings += _passed_over([path for path in children if path not in twins], candidates, read)
+    if not several_runs(candidates):
+        warnings += _check_clocks(source, candidates)
+    return Scan(source, tuple(candidates), tuple(warnings))
+
+
+def duplicate_steps(candidates: Iterable[Candidate]) -> list[CkavgError]:
+    """One error for every step that more than one candidate claims."""
+    by_step = defaultdict(list)
+    for candidate in candidates:
+        by_step[candidate.step].append(candidate.path.name)
+    return [
+        DuplicateStepError(
+            f"step {step} is there {len(names)} times: {', '.join(names)}.",
+            hint="Each step may appear once. Move the stale ones out of the directory, or choose by name with --match.",
+        )
+        for step, names in sorted(by_step.items())
+        if len(names) > 1
+    ]
+
+
+def several_runs(candidates: Iterable[Candidate]) -> list[CkavgError]:
+    """An error where the names of the candidates are those of more than one run."""
+    of_stem: dict[str, list[str]] = defaultdict(list)
+    for candidate in candidates:
+        of_stem[candidate.label.stem].append(candidate.path.name)
+    if len(of_stem) < 2:
+        return []
+    named = "; ".join(listed(names) for names in of_stem.values())
+    return [
+        MixedOrderError(
+            f"The names are those of {len(of_stem)} runs, stages or experiments: {named}.",
+            hint="Steps of different runs have no common order. Choose one by its names: "
+            f"--match {shlex.quote(_pattern(of_stem))}",
+        )
+    ]
+
+
+def _pattern(of_stem: Mapping[str, Sequence[str]]) -> str:
+    """A pattern of the names of the run with most checkpoints, and of no others."""
+    stem, names = max(of_stem.items(), key=lambda item: len(item[1]))
+    others = [name for other in of_stem if other != stem for name in of_stem[other]]
+    begin, end = _beginning(names), _beginning([name[::-1] for name in names])[::-1]
+    patterns = ([f"{stem}*", f"*{stem}*"] if stem else []) + [f"{begin.rstrip(string.digits)}*", f"*{end}"]
+    fitting = (
+        pattern
+        for pattern in patterns
+        if all(fnmatch.fnmatchcase(name, pattern) for name in names)
+        and not any(fnmatch.fnmatchcase(name, pattern) for name in others)
+    )
+    return next(fitting, "GLOB")
+
+
+def _beginning(names: Sequence[str]) -> str:
+    """What all of them begin with."""
+    columns = zip(*names, strict=False)
+    return "".join(first[0] for first in itertools.takewhile(lambda each: len(set(each)) == 1, columns))
+
+
+def foreign_logs(candidates: Iterable[Candidate]) -> list[CkavgError]:
+    """An error where the trainers' logs tell that the candidates are of more than one run."""
+    of_log: dict[int, list[str]] = defaultdict(list)
+    for candidate in candidates:
+        if candidate.log is not None:
+            of_log[candidate.log].append(candidate.path.name)
+    if len(of_log) < 2:
+        return []
+    named = " and ".join(_shown(names) for names in of_log.values())
+    return [
+        MismatchError(
+            f"The checkpoints are of {len(of_log)} runs: by their {TRAINER_STATE}, {named} logged different losses for "
+            "the same steps.",
+            hint="Some are left from an earlier run in the same directory. Leave them out with --from-step, --to-step, "
+            "--steps or --skip-step.",
+        )
+    ]
+
+
+@dataclass(slots=True)
+class _Logs:
+    """The logs seen so far, each by the latest checkpoint that has it; checkpoints of one run share one."""
+
+    known: list[dict[int, set[float]]] = field(default_factory=list)
+
+    def number(self, losses: dict[int, set[float]]) -> int | None:
+        """Which log this is, or goes on with; None where it shares no step with any."""
+        if not losses:
+            return None
+        for number, log in enumerate(self.known):
+            if log.keys() & losses.keys() and contradiction(log, losses) is None:
+                self.known[number] = losses if len(losses) > len(log) else log
+                return number
+        if any(log.keys() & losses.keys() for log in self.known) or not self.known:
+            self.known.append(losses)
+            return len(self.known) - 1
+        return None
+
+
+# --- what lies in the source ---
+
+
+def _children(source: Path) -> list[Path]:
+    """What lies in the source, in the order of the numbers in the names."""
+    if not source.exists():
+        raise NoCheckpointsError(f"{source} does not exist.", hint="Name the directory that holds the checkpoints.")
+    if not source.is_dir():
+        raise NoCheckpointsError(
+            f"{source} is a file, not a directory of checkpoints.",
+            hint="Name the directory that holds the checkpoints.",
+        )
+    try:
+        children = [path for path in source.iterdir() if not path.name.startswith(".")]
+    except OSError as error:
+        raise ReadError(f"{source} cannot be listed: {error.strerror}.", hint="Check that you may read it.") from error
+    labels = {path: read_label(_stem(path)) for path in children}
+    return sorted(children, key=lambda path: ((label.number or 0) if (label := labels[path]) else -1, path.name))
+
+
+def _stem(path: Path) -> str:
+    return path.stem if path.suffix == WEIGHTS else path.name
+
+
+def _matches(path: Path, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(path.name, pattern) or fnmatch.fnmatchcase(_stem(path), pattern)
+
+
+def _labels(source: Path, children: Sequence[Path]) -> dict[Path, Label]:
+    """What is a checkpoint by its name, directories before files."""
+    folders = {path.name: path for path in children if path.suffix != WEIGHTS and _may_be_checkpoint(path)}
+    files = {path.name: path for path in children if path.suffix == WEIGHTS}
+    is_one_model = any((source / name).is_file() for name in ("model_index.json", "modules.json"))
+    stems = [path.stem for path in files.values()]
+    labels = label_run(folders, stems, lambda name: _holds_any(folders[name]), is_one_model=is_one_model)
+    return {(folders | files)[name]: label for name, label in labels.items()}
+
+
+def _may_be_checkpoint(path: Path) -> bool:
+    """Whether it is a directory that may be one, or a link that leads to none: a checkpoint that was there."""
+    if path.name in _NOT_RUNS or is_half_written(path.name):
+        return False
+    return (path.is_dir() and not _is_result(path)) or (path.is_symlink() and not path.exists())
+
+
+def _candidate(path: Path, label: Label, logs: _Logs, warnings: list[str]) -> Candidate:
+    if path.suffix == WEIGHTS:
+        return Candidate(path, label.number or 0, label, stated=False)
+    state = _trainer_state(path, warnings)
+    stated = _stated_step(path, state, warnings)
+    number = label.number or 0
+    if stated is not None and label.clock == "step" and stated != number:
+        warnings.append(f"{path.name}: {TRAINER_STATE} says step {stated}; that is used, not the number in the name.")
+    log = logs.number(logged_losses(state or {}))
+    return Candidate(path, number if stated is None else stated, label, stated=stated is not None, log=log)
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        return (path / RESULT_RECORD).exists()
+    except OSError:  # whoever reads it says what is wrong
+        return False
+
+
+def _holds_safetensors(path: Path) -> bool:
+    """Whether a directory holds weights that are read, in it or in its folders."""
+    try:
+        return holds_weights(path) or bool(find_weights(path)[0])
+    except (OSError, UnsupportedFormatError):
+        return True  # whoever reads it says what is wrong
+
+
+def _holds_any(path: Path) -> bool:
+    """The same for weights of any kind."""
+    try:
+        return _holds_safetensors(path) or holds_foreign(path)
+    except OSError:
+        return True
+
+
+def _trainer_state(path: Path, warnings: list[str]) -> Mapping[str, object] | None:
+    try:
+        return read_trainer_state(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        if path.exists():
+            warnings.append(f"{path.name}: {TRAINER_STATE} cannot be read; the step is taken from the name.")
+        return None
+
+
+def _stated_step(path: Path, state: Mapping[str, object] | None, warnings: list[str]) -> int | None:
+    if state is None:
+        return None
+    step = state.get("global_step")
+    if type(step) is int and 0 <= step < _LARGEST_STEP:
+        return step
+    warnings.append(f"{path.name}: {TRAINER_STATE} states no global_step; the step is taken from the name.")
+    return None
+
+
+# --- single files: their clocks, and the one without a number ---
+
+
+def _files_of_runs(
+    found: Sequence[Candidate], twins: set[Path], warnings: list[str], read: ReadBytes
+) -> list[Candidate]:
+    """Single files with the steps of one clock, by run; each set of weights once, its twins being noted."""
+    by_stem: dict[str, list[Candidate]] = defaultdict(list)
+    for candidate in found:
+        by_stem[candidate.label.stem].append(candidate)
+    return [each for of_run in by_stem.values() for each in _once(_on_one_clock(of_run), twins, warnings, read)]
+
+
+def _on_one_clock(files: Sequence[Candidate]) -> list[Candidate]:
+    """The files of a run whose steps have a common order: by their headers if all tell, else those that count steps."""
+    stated = {each: stated_step(peek_metadata(each.path, STATING)) for each in files}
+    numbered = [each for each in files if each.label.number is not None]
+    if all(step is not None for step in stated.values()):
+        _check_headers_agree([(each, stated[each] or 0) for each in numbered])
+        return [_stating(each, step) for each, step in stated.items()]
+    clocks = {each.label.clock for each in numbered}
+    kept = [each for each in numbered if len(clocks) == 1 or each.label.clock == "step"]
+    if not kept:
+        return list(files)  # refused, for they have no common order
+    if "step" in clocks:
+        kept = [_stating(each, stated[each]) for each in kept]
+    kept.sort(key=lambda each: each.step)
+    ends = [each for each in files if each.label.number is None]
+    if len(ends) == 1:
+        interval = kept[-1].step - kept[-2].step if len(kept) > 1 else kept[-1].step
+        label = dataclasses.replace(ends[0].label, clock=kept[-1].label.clock)
+        end = dataclasses.replace(ends[0], step=kept[-1].step + max(interval, 1), label=label)
+        kept.append(_stating(end, stated[ends[0]]) if "step" in clocks else end)
+    return kept
+
+
+def _stating(file: Candidate, step: int | None) -> Candidate:
+    return file if step is None else dataclasses.replace(file, step=step, stated=True)
+
+
+def _check_headers_agree(numbered: Sequence[tuple[Candidate, int]]) -> None:
+    """Refuse headers that order the files of one clock in another way than their names."""
+    by_number = sorted(numbered, key=lambda each: (each[0].label.clock, each[0].label.number or 0))
+    for (before, first), (after, second) in itertools.pairwise(by_number):
+        if before.label.clock == after.label.clock and first > second:
+            raise MixedOrderError(
+                f"{after.path.name} states step {second} in its header, and {before.path.name} step {first}, though "
+                "its number comes first.",
+                hint="One of them is left from another run, or training counted anew. Choose files with --match.",
+            )
+
+
+def _once(files: Sequence[Candidate], twins: set[Path], warnings: list[str], read: ReadBytes) -> list[Candidate]:
+    """The files without those that hold the weights of another one: the last of a run is often saved twice."""
+    kept: list[Candidate] = []
+    for each in sorted(files, key=lambda each: (each.step, each.label.number is None)):
+        is_end = each.label.number is None and not each.stated
+        twin = kept[-1] if kept and (kept[-1].step == each.step or is_end) else None
+        if twin is not None and _hold_the_same(twin.path, each.path, read):
+            warnings.append(f"{each.path.name} holds the same weights as {twin.path.name}: they are one checkpoint.")
+            twins.add(each.path)
+            continue
+        if is_end:
+            warnings.append(
+                f"{each.path.name} states no step: it is taken for the end of the run, at step {each.step}, one "
+                "interval after the last."
+            )
+        kept.append(each)
+    return kept
+
+
+def _hold_the_same(one: Path, other: Path, read: ReadBytes) -> bool:
+    with suppress(CkavgError):
+        return same_weights(read_checkpoint(one, 0), read_checkpoint(other, 0), read)
+    return False
+
+
+# --- what is passed over ---
+
+
+def _without_derived(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates without those of a second name that are made from others: `step_100_hf` beside `step_100`.
+
+    Of two runs or clocks, one of them in another format, the other is meant; an average that training made is none.
+    """
+    runs: dict[tuple[str, Clock], list[Candidate]] = defaultdict(list)
+    for candidate in candidates:
+        runs[candidate.label.stem, candidate.clock].append(candidate)
+    kept = [of_run for (stem, _), of_run in runs.items() if not is_averaged(stem)] or [*runs.values()]
+    if len(kept) > 1:
+        readable = [of_run for of_run in kept if any(each.is_file or _holds_safetensors(each.path) for each in of_run)]
+        kept = readable or kept
+    left = [candidate for of_run in kept for candidate in of_run]
+    return [each for each in left if not any(_is_derived(each, other) for other in left)]
+
+
+def _is_derived(one: Candidate, other: Candidate) -> bool:
+    name, its_name = _stem(one.path), _stem(other.path)
+    is_longer = name.startswith(its_name) and name[len(its_name) :][:1] in ("-", "_", ".", " ")
+    return is_longer and one.label.stem != other.label.stem and one.label.number == other.label.number
+
+
+def _passed_over(children: Iterable[Path], candidates: Sequence[Candidate], read: ReadBytes) -> list[str]:
+    """Warnings about all that holds weights and takes no part."""
+    taken = {resolved(candidate.path) for candidate in candidates}
+    flat = candidates[0].is_file
+    unstated, half = [], []
+    for path in children:
+        if resolved(path) in taken or path.name in _NOT_RUNS:
+            continue
+        if path.suffix == WEIGHTS:
+            if flat or not _is_in(path, candidates[-1].path, read):
+                unstated.append(path.name)
+        elif path.is_dir() and is_half_written(path.name):
+            half.append(path.name)
+        elif path.is_dir() and not _is_result(path) and _holds_safetensors(path):
+            unstated.append(path.name)
+    told = []
+    if unstated:
+        like = "step_500.safetensors" if flat else "step_500"
+        told.append(
+            f"Left out, for the name states no step: {_shown(unstated)}. To have one take part, give it a name such as "
+            f"{like}."
+        )
+    if half:
+        told.append(f"Skipped, for a trainer names checkpoints so while it writes them: {_shown(half)}.")
+    return told
+
+
+def _is_in(file: Path, checkpoint: Path, read: ReadBytes) -> bool:
+    """Whether a weight file lies in a checkpoint, too, as far as some of its bytes tell: the Trainer saves its last
+    weights once more, beside the checkpoints.
+    """
+    twin = checkpoint / file.name
+    with suppress(CkavgError, OSError):
+        size = file.stat().st_size
+        places = [size * part // _PROBES for part in range(_PROBES)]
+        return twin.stat().st_size == size and all(
+            read(file, place, min(place + _PROBE, size)) == read(twin, place, min(place + _PROBE, size))
+            for place in places
+        )
+    return False
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+
+
+def _check_clocks(source: Path, candidates: Sequence[Candidate]) -> list[str]:
+    """Refuse what counts different things; return warnings about clocks that do not count optimizer steps."""
+    examples = {candidate.clock: candidate.path.name for candidate in candidates}
+    if len(examples) > 1:
+        raise MixedOrderError(
+            f"{source} mixes names that count different things: {', '.join(sorted(examples.values()))}.",
+            hint="Steps, epochs and numbered saves have no common order. Choose one kind by its names: --match GLOB",
+        )
+    told = {
+        "save": "The names count saves, not optimizer steps, and so do the steps shown and used here.",
+        "epoch": "The names count epochs, not optimizer steps, and so do the steps shown and used here.",
+        "number": "The names do not say what their numbers count. They are taken for optimizer steps.",
+    }
+    return [told[clock] for clock in examples if clock in told]
+
+
+# --- where there is nothing ---
+
+
+def _nothing_found(source: Path, match: str | None) -> CkavgError:
+    names = sorted(path.name for path in source.iterdir() if not path.name.startswith("."))
+    if match is not None and names:
+        return NoCheckpointsError(
+            f"{source} holds no checkpoints whose names match {match!r}.", hint=f"It holds {listed(names)}."
+        )
+    if holds_weights(source) or any((source / name).is_file() for name in ("model_index.json", "modules.json")):
+        return _one_checkpoint(source)
+    foreign = [name for name in names if foreign_weights([name])]
+    found = conversion(_numbered(source, foreign))
+    if found is not None:
+        more = f" and {len(foreign) - 1} more like it" if len(foreign) > 1 else ""
+        return NoCheckpointsError(
+            f"{source} holds no safetensors checkpoints, only {foreign[0]}{more}.",
+            hint=found.advice,
+            command=found.command,
+        )
+    folders = _folders(source)
+    inside = [path for path in folders if any(read_label(child.name) for child in _folders(path))]
+    if inside:
+        return NoCheckpointsError(
+            f"{source} holds no checkpoints, but {inside[0].name} in it seems to.", hint=f"Try {inside[0]}"
+        )
+    seen = [f"{path.name}/" for path in folders if _holds_safetensors(path)]
+    told = f" It holds weights in {listed(seen)}, whose names state no step." if seen else ""
+    return NoCheckpointsError(
+        f"{source} holds no checkpoints.{told}",
+        hint="Expected directories such as checkpoint-500/ or step_500/, or files such as step_500.safetensors.",
+    )
+
+
+def _numbered(source: Path, names: Sequence[str]) -> list[Path]:
+    """Those files whose names state a step; all of them where none does."""
+    labels = read_labels([stem(name) for name in names])
+    return [source / name for name in names if stem(name) in labels] or [source / name for name in names]
+
+
+def _one_checkpoint(source: Path) -> CkavgError:
+    """What to say of a directory that is a checkpoint itself, or holds files that are no run."""
+    above = resolved(source).parent
+    labels = _labels(above, _folders(above))
+    if len(labels) > 1 and any(path.name == resolved(source).name for path in labels):
+        hint = f"Try its parent: {source.parent}"
+    else:
+        hint = (
+            "An average needs several checkpoints of one run, such as checkpoint-500/ and checkpoint-1000/, or "
+            "step_500.safetensors and step_1000.safetensors. Name the directory in which they lie."
+        )
+    return NoCheckpointsError(f"{source} is one checkpoint, not a directory of checkpoints.", hint=hint)
+
+
+def _folders(directory: Path) -> list[Path]:
+    try:
+        names = list_folder(directory).folders
+    except OSError:
+        return []
+    wanted = (name for name in names if not (name.startswith(".") or is_training_state(name)))
+    return [directory / name for name in wanted][:_LOOKED_INTO]

@@ -1,0 +1,92 @@
+"""Stage *discover*: which very files a run is made of, so that another state of them is not taken for the same.
+
+Looks at sizes and times; opens no file. What another machine keeps is known by what that tells of it instead.
+
+A stamp is made of size, inode, and the times of last modification and last change of every weight file, and of the
+tensors that its header declares. The system sets the time of last change whenever content, name or attributes change,
+and offers no way to set it back, so that a file which was changed and given its old size and modification time has
+another stamp all the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+
+from ckavg.checkpoints.run import Checkpoint, Run, Shard
+from ckavg.errors import ChangedError, CkavgError, ReadError, raise_all
+
+_FINE_CLOCK_NS = 20_000_000
+_COARSE_CLOCK_NS = 2_000_000_000
+
+Stamps = tuple[str | None, ...]
+"""Of each checkpoint of a run; None where a later change could not be told from the last one."""
+
+
+def stamps_of(run: Run) -> Stamps:
+    """The stamp of each checkpoint as it is now."""
+    return tuple(map(stamp, run.checkpoints))
+
+
+def stamp(checkpoint: Checkpoint) -> str | None:
+    """What tells this state of a checkpoint from any other; None where it changed too recently to tell."""
+    parts: list[object] = []
+    for shard in checkpoint.shards:
+        if shard.identity is not None:
+            parts.append([shard.nbytes, shard.identity])
+            continue
+        try:
+            status = shard.path.stat()
+        except OSError:
+            return None
+        if not _settled(status.st_ctime_ns):
+            return None
+        parts.append([status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns])
+    parts += [
+        [name, entry.dtype, entry.shape, entry.shard, entry.offset]
+        for name, entry in sorted(checkpoint.entries.items())
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def check_unchanged(checkpoints: Iterable[Checkpoint]) -> None:
+    """Refuse to go on with what was read of files that have changed since their headers were.
+
+    Raises:
+        ChangedError: some have.
+        ReadError: some cannot be looked at any more.
+        CombinedError: more than one of these.
+    """
+    shards = [shard for checkpoint in checkpoints for shard in checkpoint.shards if shard.identity is None]
+    raise_all([found for shard in shards if (found := _change_of(shard)) is not None])
+
+
+def _change_of(shard: Shard) -> CkavgError | None:
+    try:
+        status = shard.path.stat()
+    except OSError as error:
+        return ReadError(
+            f"{shard.path} cannot be read: {error.strerror}.", hint="It was there when the run was opened."
+        )
+    if shard.state is None or (shard.nbytes, *shard.state) == (status.st_size, status.st_ino, status.st_mtime_ns):
+        return None
+    return ChangedError(
+        f"{shard.path} was changed or replaced while it was read.",
+        hint="Run again once nothing writes to the checkpoints any more, or leave this one out with --to-step.",
+    )
+
+
+def _settled(changed: int) -> bool:
+    """Whether another change from now on would get another time; it is worth a short wait, not a long one."""
+    age, tick = time.time_ns() - changed, _tick(changed)
+    if 0 <= age < tick <= _FINE_CLOCK_NS:
+        time.sleep((tick - age) / 1e9)
+        return True
+    return age >= tick
+
+
+def _tick(changed: int) -> int:
+    """How coarsely the clock ticks that gave a file this time, in nanoseconds."""
+    return _FINE_CLOCK_NS if changed % 1_000_000 else _COARSE_CLOCK_NS

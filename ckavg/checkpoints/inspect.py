@@ -1,0 +1,308 @@
+"""Stage *discover*, all of it in order: a directory becomes a run, or every reason why it cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckavg.checkpoints import headers as metadata
+from ckavg.checkpoints.check_consistent import common_part, differences, ungathered
+from ckavg.checkpoints.configs import contradictions, quantized, read_facts, ties_embeddings
+from ckavg.checkpoints.discover import Scan, duplicate_steps, foreign_logs, scan, several_runs
+from ckavg.checkpoints.loader import Reading
+from ckavg.checkpoints.run import Checkpoint, Remote, Run, Selection, WhyLeftOut
+from ckavg.checkpoints.same import ReadBytes, changing, constant_parts, read_bytes, tied_copies
+from ckavg.checkpoints.unsupported import refused, refused_slices
+from ckavg.errors import (
+    CkavgError,
+    CorruptFileError,
+    DuplicateStepError,
+    MismatchError,
+    MissingShardError,
+    MixedOrderError,
+    OutputError,
+    ReadError,
+    RunError,
+    TooFewCheckpointsError,
+    TruncatedShardError,
+    UnsupportedFormatError,
+    listed,
+    raise_all,
+)
+
+_WORST_FIRST = (
+    ReadError, UnsupportedFormatError, MixedOrderError, DuplicateStepError, CorruptFileError, TruncatedShardError,
+    MissingShardError, MismatchError, TooFewCheckpointsError, RunError, OutputError,
+)  # fmt: skip
+"""First what neither waiting nor leaving a checkpoint out cures; last what another place for the result does."""
+
+_NAMED = 4
+_LISTED = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What was found in a source, good or bad.
+
+    Attributes:
+        source: the directory that was named.
+        selection: what was chosen of it.
+        checkpoints: the selected ones whose headers are sound, ordered by step, the anchor first.
+        problems: what stands in the way of averaging them.
+        warnings: what does not, but should be known.
+        remote: where its files are; None for a run on this machine.
+    """
+
+    source: Path
+    selection: Selection
+    checkpoints: tuple[Checkpoint, ...]
+    problems: tuple[CkavgError, ...]
+    warnings: tuple[str, ...]
+    remote: Remote | None = None
+
+    @property
+    def address(self) -> str:
+        """What was named, as it was named."""
+        return str(self.source) if self.remote is None else self.remote.named(self.source)
+
+    @property
+    def home(self) -> Path:
+        """Where results go by default: the directory that was named; the current one for a run that is not here."""
+        return Path() if self.remote is not None and self.remote.holds(self.source) else self.source
+
+
+def as_run(found: Inspection) -> Run:
+    """The inspected checkpoints as a run; raises what stands in the way."""
+    raise_all(found.problems)
+    return Run(found.source, found.selection, found.checkpoints, found.warnings, found.remote)
+
+
+def inspect_run(source: Path, selection: Selection, *, read: ReadBytes = read_bytes) -> Inspection:
+    """Look at a source and return its problems beside what is sound, instead of raising them.
+
+    Args:
+        source: a directory.
+        selection: what is chosen of it.
+        read: reads bytes of a weight file, which a few questions need.
+
+    Raises:
+        NoCheckpointsError, MixedOrderError, ReadError, SettingError: there is nothing to inspect.
+    """
+    found = scan(source, match=selection.match, read=read)
+    reading = Reading(found, selection)
+    while not reading.is_done():
+        reading.go_on()
+    candidates, checkpoints = reading.candidates, reading.checkpoints
+    with_init = selection.init is not None
+    of_several = several_runs(candidates) or metadata.several_runs(checkpoints[with_init:])
+    twice = [] if of_several else duplicate_steps(candidates)
+    problems = [*reading.problems, *twice, *foreign_logs(candidates), *of_several]
+    warnings = [*found.warnings, *reading.warnings, *_about_count(found, selection)]
+    if len(candidates) + with_init < 2:
+        problems.append(_too_few(found, len(candidates), checkpoints))
+    if checkpoints and not of_several:
+        checkpoints = _compared(checkpoints, selection, read, problems, warnings)
+    return Inspection(
+        found.source, selection, tuple(checkpoints), worst_first(_first_of_kind(problems)), tuple(warnings)
+    )
+
+
+def _compared(
+    checkpoints: list[Checkpoint],
+    selection: Selection,
+    read: ReadBytes,
+    problems: list[CkavgError],
+    warnings: list[str],
+) -> list[Checkpoint]:
+    """The checkpoints as parts of one run, with what is averaged of them; what speaks against it is added."""
+    with_init = selection.init is not None
+    checkpoints = _with_common_parts(checkpoints, with_init=with_init)
+    facts = [read_facts(checkpoint) for checkpoint in checkpoints]
+    problems += ungathered(checkpoints)
+    problems += quantized(checkpoints, facts)
+    different, doubtful = contradictions(checkpoints, facts, anchor_is_init=with_init)
+    in_headers, also_doubtful, hashes = metadata.contradictions(checkpoints, anchor_is_init=with_init)
+    problems += different + in_headers
+    warnings += [*doubtful, *also_doubtful, *_about_left_out(checkpoints)]
+    checkpoints[-1] = metadata.without(checkpoints[-1], hashes)
+    checkpoints = _without_copies(checkpoints, [ties_embeddings(each) for each in facts], read, warnings)
+    mismatches = differences(checkpoints, anchor_is_init=with_init, common_only=selection.common_only)
+    problems += mismatches
+    if selection.common_only:
+        checkpoints = _common(checkpoints, problems, warnings)
+    elif not mismatches:
+        problems += changing(checkpoints, read)
+        checkpoints = _with_copied(checkpoints, constant_parts(checkpoints, read))
+    problems += [] if problems else _nothing_to_average(checkpoints[-1])
+    return checkpoints
+
+
+def worst_first(problems: Sequence[CkavgError]) -> tuple[CkavgError, ...]:
+    """The problems in the order in which they are told; those of one kind as they come."""
+    return tuple(
+        sorted(
+            problems,
+            key=lambda problem: next(
+                (rank for rank, kind in enumerate(_WORST_FIRST) if isinstance(problem, kind)), len(_WORST_FIRST)
+            ),
+        )
+    )
+
+
+def _with_common_parts(checkpoints: list[Checkpoint], *, with_init: bool) -> list[Checkpoint]:
+    """The checkpoints with those parts of the model that all of them have. Trainers save no others; of a base model,
+    what the run does not train is left out in silence.
+    """
+    init, own = checkpoints[:with_init], checkpoints[with_init:]
+    if not own:
+        return checkpoints
+    common = set(own[-1].parts).intersection(*(each.parts for each in own))
+    if {each.kind == "pipeline" for each in own} == {False}:
+        own = [_with_parts(each, common) for each in own]
+    wanted = set(own[-1].parts)
+    return [each.with_parts(wanted) if wanted & set(each.parts) else each for each in init] + own
+
+
+def _with_parts(checkpoint: Checkpoint, parts: set[str]) -> Checkpoint:
+    told: tuple[tuple[WhyLeftOut, str], ...] = tuple(
+        ("not everywhere", shard.path.relative_to(checkpoint.directory).as_posix())
+        for shard in checkpoint.shards
+        if shard.part not in parts
+    )
+    return checkpoint.with_parts(parts).leaving_out(told) if told and parts else checkpoint
+
+
+def _without_copies(
+    checkpoints: list[Checkpoint], tied: Sequence[bool | None], read: ReadBytes, warnings: list[str]
+) -> list[Checkpoint]:
+    """The checkpoints without heads that only some of them store, as copies of the embedding."""
+    copies = tied_copies(checkpoints, tied, read)
+    for name, original in copies.items():
+        steps = [str(each.step) for each in checkpoints if name in each.entries]
+        warnings.append(
+            f"{name!r} is stored at step {listed(steps)} alone, and equal to {original!r} there. It is tied to it, as "
+            "in the other checkpoints, and left out."
+        )
+    return [
+        dataclasses.replace(each, entries={name: entry for name, entry in each.entries.items() if name not in copies})
+        if copies.keys() & each.entries.keys()
+        else each
+        for each in checkpoints
+    ]
+
+
+def _with_copied(checkpoints: list[Checkpoint], names: Collection[str]) -> list[Checkpoint]:
+    """The checkpoints with tensors to be copied; they share their tables, as before."""
+    tables: dict[int, Checkpoint] = {}
+    copied = [tables.setdefault(id(each.entries), each.with_copied(names)) for each in checkpoints]
+    return [dataclasses.replace(each, entries=like.entries) for each, like in zip(checkpoints, copied, strict=True)]
+
+
+def _nothing_to_average(last: Checkpoint) -> list[CkavgError]:
+    if any(entry.is_floating and entry.numel for entry in last.entries.values()):
+        return []
+    name, entry = next(iter(last.entries.items()))
+    return [
+        UnsupportedFormatError(
+            f"{last.path} holds no tensor to average: {name!r}, for one, has dtype {entry.dtype!r}, which cannot be "
+            "averaged.",
+            hint="Expected tensors of float32, bfloat16, float16 or float64. Quantized weights do not average: average "
+            "the checkpoints before quantizing them.",
+        )
+    ]
+
+
+def _common(checkpoints: list[Checkpoint], problems: list[CkavgError], warnings: list[str]) -> list[Checkpoint]:
+    common = common_part(checkpoints)
+    if not common.averaged:
+        problems.append(
+            MismatchError(
+                "No floating tensor is in all checkpoints.", hint="Choose others with --steps or --skip-step."
+            )
+        )
+    if common.copied:
+        warnings.append(
+            f"Not in every checkpoint, so not averaged but copied from step {checkpoints[-1].step}: "
+            f"{_counted(common.copied)}."
+        )
+    if common.dropped:
+        warnings.append(
+            f"Not in every checkpoint, nor at step {checkpoints[-1].step}, so left out: {_counted(common.dropped)}."
+        )
+    return list(common.checkpoints)
+
+
+def _first_of_kind(problems: Sequence[CkavgError]) -> list[CkavgError]:
+    """The problems, those of format counted after the first few: whoever trained in one has all checkpoints in it.
+    Those that one command solves are one.
+    """
+    unread = [path for problem in problems for path in getattr(problem, "unread", ())]
+    if len(unread) > 1:
+        in_others = refused(unread)
+        sliced = [path for path in unread if in_others is None or path not in in_others.unread]
+        of_all = [*filter(None, [in_others]), *([refused_slices(sliced)] if sliced else [])]
+        problems = [*of_all, *(problem for problem in problems if not getattr(problem, "unread", ()))]
+    of_format = [problem for problem in problems if isinstance(problem, UnsupportedFormatError)]
+    rest = of_format[_NAMED:]
+    if not rest:
+        return list(problems)
+    counted = UnsupportedFormatError(
+        f"{len(rest)} more checkpoints are in a format that is not read.", hint="They are to be converted likewise."
+    )
+    return [problem for problem in problems if problem not in rest] + [counted]
+
+
+def _counted(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({listed(names)})"
+
+
+def _about_left_out(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Warnings about weights in the checkpoints that are not averaged."""
+    by_why: dict[WhyLeftOut, list[str]] = defaultdict(list)
+    for why, name in sorted({each for checkpoint in checkpoints for each in checkpoint.left_out}):
+        by_why[why].append(name)
+    last, told = checkpoints[-1], []
+    if "adapter" in by_why:
+        told.append(
+            f"{last.path.name} holds an adapter beside a whole model. The whole model is averaged; the adapter "
+            "and its config are neither averaged nor copied."
+        )
+    beside = sorted(name for why in ("second model", "copy", "link", "adapter") for name in by_why[why])
+    if beside:
+        read = last.shards[0].path.name
+        told.append(f"Other weight files beside {read} are neither averaged nor copied: {listed(beside, _LISTED)}.")
+    texts: dict[WhyLeftOut, str] = {
+        "average": "Averages that training made are neither averaged nor copied",
+        "training state": "Training state is neither averaged nor copied",
+        "pickle": "Pickles are never read, so neither averaged nor copied",
+        "other format": "Not safetensors, so neither averaged nor copied",
+        "not everywhere": "Not in every checkpoint, so neither averaged nor copied",
+    }
+    return told + [f"{text}: {listed(by_why[why], _LISTED)}." for why, text in texts.items() if by_why[why]]
+
+
+def _about_count(found: Scan, selection: Selection) -> list[str]:
+    count = len(found.candidates)
+    if selection.last is None or selection.last <= count:
+        return []
+    return [f"--last {selection.last} asks for more checkpoints than there are: {count}."]
+
+
+def _too_few(found: Scan, kept: int, checkpoints: Sequence[Checkpoint]) -> CkavgError:
+    steps = ", ".join(str(candidate.step) for candidate in found.candidates[:12])
+    more = ", …" if len(found.candidates) > 12 else ""
+    if len(found.candidates) > kept:
+        return TooFewCheckpointsError(
+            f"The selection leaves {kept} of the {len(found.candidates)} checkpoints in {found.source} "
+            f"(steps {steps}{more}).",
+            hint="Averaging needs at least two. Widen --steps, --from-step, --to-step, --last or --every.",
+        )
+    of_adapter = any(each.kind == "adapter" for each in checkpoints)
+    base = "the adapter as it was before training" if of_adapter else "the base model"
+    return TooFewCheckpointsError(
+        f"{found.source} holds one checkpoint (step {steps}); averaging needs at least two.",
+        hint=f"Name {base} with --init, or save more often (save_steps, save_total_limit).",
+    )

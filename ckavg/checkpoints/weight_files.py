@@ -1,0 +1,258 @@
+"""Stage *discover*: which files in a checkpoint's directory are weights of the model. Lists folders; opens no file.
+
+A weight file is a part of the model unless it is state of the training, an average that training made, or a further
+copy of what lies beside it. What is left out is told, each with why.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckavg.checkpoints.layouts import is_averaged, is_training_state, may_hold_model
+from ckavg.checkpoints.run import Kind, WhyLeftOut
+from ckavg.checkpoints.unsupported import PICKLES, conversion, foreign_weights
+from ckavg.errors import UnsupportedFormatError
+
+ADAPTERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+"""The names under which PEFT and diffusers save an adapter."""
+
+WEIGHTS = ".safetensors"
+
+_MODELS = ("model", "diffusion_pytorch_model")
+_INDEX = re.compile(r".+\.safetensors\.index(?:\.[\w-]+)?\.json", re.ASCII)
+_WHOLE = re.compile(r"(?:ft-)?model.*|consolidated.*|.*-\d+-of-\d+\.safetensors", re.ASCII)
+_PICKLED = re.compile(r"(?:diffusion_)?pytorch_model.*\.bin", re.ASCII)
+_OF_COUNT = re.compile(r"-\d+-of-\d+$", re.ASCII)
+_CONSOLIDATED = re.compile(r"consolidated(?:[-_.]\d+)?", re.ASCII)
+_SECOND = re.compile(r"model_\d+", re.ASCII)
+_VARIANT = re.compile(
+    r"(?:fp|bf|f|int|uint|nf|q)\d+|\d+bit|half|pruned|non|no|ema|quant\w*|gguf|awq|gptq|onnx|original", re.ASCII
+)
+_DEEPEST = 8
+
+LeftOut = tuple[WhyLeftOut, str]
+"""Why weights are not read, and where they are, relative to the checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The weights of one folder that its loader takes, and those beside them.
+
+    Attributes:
+        folder: the folder.
+        kind: `model` or `adapter`.
+        files: names of the weight files where no index lists them.
+        index: name of the shard index that does; empty where there is none.
+        others: names of all weight files that may be of the model.
+    """
+
+    folder: Path
+    kind: Kind
+    files: tuple[str, ...]
+    index: str
+    others: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What lies in a directory: names of files (and whatever else is no directory), and of directories."""
+
+    files: frozenset[str]
+    folders: tuple[str, ...]
+
+
+def list_folder(directory: Path) -> Listing:
+    """The names in a directory.
+
+    Raises:
+        OSError: the system would not let us.
+    """
+    files, folders = set(), []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if _is_folder(entry) and not entry.name.endswith(WEIGHTS):
+                folders.append(entry.name)
+            else:
+                files.add(entry.name)
+    return Listing(frozenset(files), tuple(sorted(folders)))
+
+
+def holds_weights(directory: Path) -> bool:
+    """Whether the directory itself holds safetensors weights, whole or in part; False where it cannot be listed."""
+    try:
+        return _has_weights(list_folder(directory).files)
+    except OSError:
+        return False
+
+
+def find_weights(directory: Path, own: Iterable[str] = ()) -> tuple[list[Weights], list[LeftOut]]:
+    """The weights of a checkpoint, in its directory and in its folders, and what is left out of them.
+
+    Args:
+        directory: of the checkpoint.
+        own: folders that belong to the model, whatever they are called: those that its `model_index.json` names.
+
+    Raises:
+        UnsupportedFormatError: a folder holds several models, and none has the name that loaders look for; or a model
+            in a folder has its weights in another format than the others.
+        OSError: the system would not let us list a folder.
+    """
+    found: list[Weights] = []
+    left_out: list[LeftOut] = []
+    pickled: list[str] = []
+    for folder, files in _walk(directory, directory, frozenset(own), left_out, depth=0):
+        place = "" if folder == directory else f"{folder.relative_to(directory).as_posix()}/"
+        names = frozenset(name for name in files if name.endswith(WEIGHTS))
+        excluded = {name: why for name in names if (why := _not_of_model(name)) is not None}
+        weights = choose(folder, names - excluded.keys(), files)
+        pickles = sorted(name for name in files if foreign_weights([name]) is not None)
+        if weights is None and folder != directory:
+            pickled += [place + name for name in pickles if _PICKLED.fullmatch(name)][:1]
+        found += [] if weights is None else [weights]
+        left_out += [(why, place + name) for name, why in sorted(excluded.items())]
+        left_out += [("pickle" if name.endswith(PICKLES) else "other format", place + name) for name in pickles]
+    in_root = any(each.folder == directory for each in found)
+    if found and pickled and not in_root and (foreign := conversion([directory])) is not None:
+        raise UnsupportedFormatError(
+            f"{directory} holds models as safetensors, but {pickled[0]} is a pickle.",
+            hint=foreign.advice,
+            command=foreign.command,
+            unread=(directory,),
+        )
+    return found, left_out
+
+
+def choose(folder: Path, weights: frozenset[str], names: frozenset[str]) -> Weights | None:
+    """The weights that a loader would take from the files of a folder; None where there are none.
+
+    `model.safetensors` comes before an index, as for those who load them, and both before files without an index. An
+    adapter beside a whole model is not read.
+
+    Args:
+        folder: where they lie.
+        weights: names of the weight files that may be of the model.
+        names: names of all files.
+
+    Raises:
+        UnsupportedFormatError: it holds several models, and none has the name that loaders look for.
+    """
+    for stem in _MODELS:
+        if f"{stem}{WEIGHTS}" in weights:
+            return Weights(folder, "model", (f"{stem}{WEIGHTS}",), "", weights)
+        if f"{stem}{WEIGHTS}.index.json" in names:
+            return Weights(folder, "model", (), f"{stem}{WEIGHTS}.index.json", weights)
+    indexes = sorted(name for name in names if _INDEX.fullmatch(name))
+    if len(indexes) > 1:
+        raise UnsupportedFormatError(
+            f"{folder} holds several models, each with an index: {', '.join(indexes[:4])}.",
+            hint="Leave the one that is to be averaged, or rename its index to model.safetensors.index.json.",
+        )
+    if indexes:
+        return Weights(folder, "model", (), indexes[0], weights)
+    own = weights.difference(ADAPTERS)
+    adapters = tuple(name for name in ADAPTERS if name in weights)
+    if adapters and not any(_WHOLE.fullmatch(name) for name in own):
+        return Weights(folder, "adapter", adapters[:1], "", weights)
+    families = by_family(own)
+    whole = [name for stem, of_stem in families.items() if not _CONSOLIDATED.fullmatch(stem) for name in of_stem]
+    return Weights(folder, "model", tuple(sorted(whole or own)), "", weights) if own else None
+
+
+def beside(weights: Weights, used: Collection[str]) -> tuple[dict[str, tuple[str, ...]], list[tuple[WhyLeftOut, str]]]:
+    """The further parts of the model in a folder, by name, each with its files; and what is left out, and why.
+
+    Args:
+        weights: of the folder.
+        used: the files that its loader takes.
+    """
+    stems = set(by_family(used))
+    parts: dict[str, tuple[str, ...]] = {}
+    left_out: list[tuple[WhyLeftOut, str]] = []
+    for stem, names in by_family(weights.others.difference(used)).items():
+        why: WhyLeftOut | None = None
+        if weights.kind == "model" and set(names) & set(ADAPTERS):
+            why = "adapter"
+        elif _SECOND.fullmatch(stem) and "model" in stems:
+            why = "second model"
+        elif _is_copy(stem, stems):
+            why = "copy"
+        if why is None:
+            parts[stem + WEIGHTS] = names
+        else:
+            left_out += [(why, name) for name in names]
+    return parts, left_out
+
+
+def by_family(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Weight files by the stem of their names, the shards of one model together; sorted.
+
+    >>> by_family(["m-00002-of-00002.safetensors", "m-00001-of-00002.safetensors", "head.safetensors"])
+    {'head': ('head.safetensors',), 'm': ('m-00001-of-00002.safetensors', 'm-00002-of-00002.safetensors')}
+    """
+    families: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(names):
+        families[_OF_COUNT.sub("", name.removesuffix(WEIGHTS))].append(name)
+    return {stem: tuple(of_stem) for stem, of_stem in families.items()}
+
+
+def _not_of_model(name: str) -> WhyLeftOut | None:
+    stem = _OF_COUNT.sub("", name.removesuffix(WEIGHTS))
+    if is_training_state(stem):
+        return "training state"
+    return "average" if is_averaged(stem) else None
+
+
+def _is_copy(stem: str, stems: Collection[str]) -> bool:
+    """Whether files hold what others beside them do: in another dtype, in one piece, or from an earlier save."""
+    words = _without_variant(stem)
+    return bool(_CONSOLIDATED.fullmatch(stem)) or any(words == re.split(r"[-_.]", other) for other in stems)
+
+
+def _without_variant(name: str) -> list[str]:
+    """The words of a name but those that tell copies of one model from each other."""
+    return [word for word in re.split(r"[-_.]", name) if not _VARIANT.fullmatch(word)]
+
+
+def _walk(
+    directory: Path, folder: Path, own: frozenset[str], left_out: list[LeftOut], *, depth: int
+) -> Iterator[tuple[Path, frozenset[str]]]:
+    """The folders that may hold weights of the model, with the names of their files."""
+    listing = list_folder(folder)
+    yield folder, listing.files
+    if depth == _DEEPEST:
+        return
+    for name in listing.folders:
+        inner = folder / name
+        why: WhyLeftOut | None = None
+        if not may_hold_model(name, depth):
+            if name.startswith((".", "averaged")):
+                continue
+            why = "copy"
+        elif inner.is_symlink():
+            why = "link"
+        elif is_averaged(name):
+            why = "average"
+        elif is_training_state(name) and not (depth == 0 and name in own):
+            why = "training state"
+        elif _has_weights(listing.files) and not _without_variant(name):
+            why = "copy"
+        if why is None:
+            yield from _walk(directory, inner, own, left_out, depth=depth + 1)
+        elif holds_weights(inner):
+            left_out.append((why, f"{inner.relative_to(directory).as_posix()}/"))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
+
+
+def _has_weights(names: Iterable[str]) -> bool:
+    return any(name.endswith(WEIGHTS) or _INDEX.fullmatch(name) for name in names)

@@ -1,0 +1,1 @@
+"""A result: layout, staging, side files, card, plots."""

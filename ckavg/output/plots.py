@@ -1,0 +1,420 @@
+"""Stage *report*: plots of averages and of the path length, for `--plot` and for model cards.
+
+The only user of matplotlib, which is optional and so imported where it is used: without a display, without pyplot, and
+without the user's settings for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import logging
+import math
+import os
+import re
+import statistics
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckavg.errors import SettingError, WriteError
+from ckavg.output.record import Averaged
+from ckavg.path.table import PathLength
+from ckavg.report.text import printable
+from ckavg.schemes import SCHEMES
+from ckavg.storage.atomic import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    Plot = Callable[[Axes], None]
+    """Plots something in the axes given."""
+
+# Okabe and Ito's colours, which people with any colour vision tell apart; a grey in the place of their yellow, which
+# is hardly seen on white.
+COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F"
+
+_MARKERS, _DASHES = "osD^vPX<", ("-", "--", "-.", ":")
+_MOST_MARKERS, _MOST_BARS, _MOST_KINDS, _MOST_TENSORS, _MOST_LETTERS = 40, 200, 40, 30, 36
+_UNIT = "σ per parameter"
+_LAYER = re.compile(r"(?:(.*?)\.)??(\d{1,6})(?:\.(.*))?", re.ASCII | re.DOTALL)
+_NUMBER = re.compile(r"(?<![^.])\d{1,6}(?![^.])", re.ASCII)
+_NO_DATE = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+
+_STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "axes.titlesize": 10.0,
+    "axes.titlelocation": "left",
+    "axes.titley": 1.0,  # a place that need not be found
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.constrained_layout.h_pad": 0.05,
+    "legend.frameon": False,
+    "legend.fontsize": 9.0,
+    "legend.borderpad": 0.0,
+    "legend.borderaxespad": 0.4,
+    "lines.markersize": 4.5,
+    "savefig.dpi": 160.0,
+    "svg.hashsalt": "ckavg",
+    "pdf.fonttype": 42,
+    "text.parse_math": False,  # names may hold dollar signs
+}
+
+
+def check_plot_file(file: Path) -> None:
+    """Refuse a plot that could not be written, before any work is done for it.
+
+    Raises:
+        SettingError: the name does not end in .png, .svg or .pdf, or matplotlib is not installed.
+        WriteError: the directory is not there or may not be written to, or `file` is a directory itself.
+    """
+    if file.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise SettingError(f"plot is {str(file)!r}; it must end in .png, .svg or .pdf.")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise SettingError(
+            "Pictures need matplotlib, which is not installed.", hint="Install it: pip install 'ckavg[plot]'"
+        ) from error
+    if not file.parent.is_dir():
+        raise WriteError(f"{file.parent} is not a directory.", hint="Make it, or choose another place with --plot.")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise WriteError(f"{file.parent} may not be written to.", hint="Choose another place with --plot.")
+    if file.is_dir():
+        raise WriteError(f"{file} is a directory.", hint="Choose another name with --plot.")
+
+
+def save_figure(figure: Figure, file: Path) -> None:
+    """Write a figure in the format that the ending of `file` says: complete, or not at all.
+
+    Raises:
+        WriteError: the system would not let us; `file` is as it was.
+    """
+    kind = file.suffix[1:].lower()
+    try:
+        with plain_style(), replacing(file) as partial_file:
+            figure.savefig(partial_file, format=kind, metadata=_NO_DATE.get(kind))
+    except OSError as error:
+        raise WriteError(
+            f"{file} cannot be written: {error.strerror or error}.", hint="Choose another place with --plot."
+        ) from error
+
+
+def averages_figure(results: Sequence[Averaged], path: PathLength | None = None) -> Figure:
+    """ℓ, β and the weight of every checkpoint, by optimizer step, for averages of one run.
+
+    Args:
+        results: the averages; at least one.
+        path: the path that was measured for them; with it, ℓ of every tensor is plotted, too.
+    """
+    with plain_style():
+        first, by_step, by_tensor = results[0], _averages_plots(results, path), _tensor_plots(path)
+        if len(results) > 1:
+            names = [label(result.outputs[-1].name, 40) for result in results]
+            return _compose(f"{len(results)} averages of one run", "", first.steps, by_step, by_tensor, names)
+        since = "" if first.anchor_step == first.steps[0] else f" from the anchor at step {first.anchor_step}"
+        return _compose(_title(first), f", span {first.span}{since}", first.steps, by_step, by_tensor)
+
+
+def path_figure(path: PathLength) -> Figure:
+    """How far the weights travelled: ℓ by optimizer step, and that of every tensor at the last one."""
+    with plain_style():
+        length = partial(_plot_length, path.steps, path.lengths, path.standard_errors)
+        title = f"Path length ℓ(T) = {path.lengths[-1]:.5g}"
+        title += f" ± {path.standard_errors[-1]:.2g}" if path.standard_errors else ""
+        more = f"; {len(path.counted)} of {len(path.tensors)} tensors count"
+        more += " (the others have no spread)" if path.without_spread else ""
+        more += f"; estimated from {100 * path.sample:.3g} % of each" if path.sample < 1 else ""
+        return _compose(title, more, path.steps, [length], _tensor_plots(path))
+
+
+def card_svg(result: Averaged) -> bytes | None:
+    """What `averages_figure` has of one average, smaller, for its model card. None without matplotlib.
+
+    SVG, because its bytes hang on the numbers and on matplotlib alone. Those of a PNG hang on zlib, too, which comes in
+    several makes that compress differently, and on some of them by processor.
+    """
+    if find_spec("matplotlib") is None:
+        return None
+    with plain_style():
+        from matplotlib.figure import Figure
+
+        plots = _averages_plots([result])
+        height = 1.4 * len(plots) + 0.4
+        figure = Figure(figsize=(8.0, height))
+        # Margins are fixed, in inches: finding them takes as long as the plotting.
+        margins = {"left": 0.75 / 8, "right": 7.9 / 8, "bottom": 0.5 / height, "top": 1 - 0.3 / height}
+        axes = figure.subplots(len(plots), sharex=True, squeeze=False, gridspec_kw=margins | {"hspace": 0.4})
+        _plot_by_step(axes[:, 0].tolist(), plots, result.steps)
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        figure.clear()  # half of what it holds refers to itself, and the program collects no cycles
+        return file.getvalue()
+
+
+@contextmanager
+def plain_style() -> Iterator[None]:
+    """The defaults of matplotlib and ours, whatever the user's own are, and no log; afterwards all is as it was."""
+    log = logging.getLogger("matplotlib")  # of fonts that are looked for and of a cache that may not be written
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        import matplotlib
+
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(_STYLE)
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def label(name: str, width: int = _MOST_LETTERS) -> str:
+    """A name from outside: on one line, without characters that control or that the font lacks.
+
+    The middle of a long one is left out, since names differ most at their ends.
+    """
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont(_STYLE["font.family"]))
+    line = printable(name).replace("\n", "\\n")
+    text = "".join(char if font.get_char_index(ord(char)) else ascii(char)[1:-1] for char in line)
+    end = (width - 1) // 2
+    return text if len(text) <= width else f"{text[: width - 1 - end]}…{text[-end:]}"
+
+
+def find_layers(path: PathLength) -> tuple[list[int], dict[str, list[float]], dict[str, float]]:
+    """Arrange ℓ of the counted tensors at the last step by where the tensors are in the model, which their names tell.
+
+    A layer's number is the first component of a name that is a number. Tensors that differ only in further numbers,
+    such as the experts of a layer, are one kind; its ℓ is that of all their parameters together:
+
+        ℓ = Σ_p numel_p · ℓ_p / Σ_p numel_p
+
+    What the names of all stacks of layers have in common is left out: `encoder.block.0.q` is of the kind `encoder.q`
+    where there is a `decoder.block`, and of the kind `q` where there is not.
+
+    Returns:
+        The numbers of the layers, rising. ℓ by kind, then by layer; NaN where a layer has no counted tensor of that
+        kind. ℓ of the tensors outside the layers by name, the longest first: of all where no kind is in two layers.
+    """
+    lengths = {name: path.tensor_lengths(name)[-1] for name in path.counted}
+    matches = {name: match for name in lengths if (match := _LAYER.fullmatch(name))}
+    stacks = [set((match[1] or "").split(".")) for match in matches.values()]
+    common = stacks[0].intersection(*stacks) if stacks else set()
+    cells: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for name, match in matches.items():
+        own = [part for part in (match[1] or "").split(".") if part not in common]
+        kind = _NUMBER.sub("*", match[3] or "").removesuffix(".weight")
+        cells[".".join(filter(None, [*own, kind])) or match[1] or "", int(match[2])].append(name)
+    kinds = {kind for kind, _ in cells}
+    if len(kinds) == len(cells):
+        cells, matches, kinds = {}, {}, set()
+    sizes = {name: path.tensors[name].numel for name in matches}
+    joint = {
+        cell: math.fsum(sizes[name] * lengths[name] for name in names) / sum(sizes[name] for name in names)
+        for cell, names in cells.items()
+    }
+    numbers = sorted({number for _, number in cells})
+    others = sorted(lengths.keys() - matches.keys(), key=lambda name: (-lengths[name], name))
+    by_kind = {kind: [joint.get((kind, number), math.nan) for number in numbers] for kind in sorted(kinds)}
+    return numbers, by_kind, {name: lengths[name] for name in others}
+
+
+def _title(result: Averaged) -> str:
+    """The scheme and what is stated of it, as the summary has it."""
+    values: dict[str, Any] = {name: math.inf if value == "inf" else value for name, value in result.parameters.items()}
+    title, stated = result.scheme, result.parameters
+    for scheme in SCHEMES:
+        if scheme.name == result.scheme and {field.name for field in dataclasses.fields(scheme)} == {*values}:
+            title, stated = scheme.title, scheme(**values).stated
+    settings = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in stated.items())
+    return f"{title}: {settings}" if settings else title
+
+
+def _compose(
+    title: str,
+    more: str,
+    steps: Sequence[int],
+    by_step: Sequence[Plot],
+    by_tensor: Mapping[Plot, float],
+    names: Sequence[str] = (),
+) -> Figure:
+    """Plots below each other, under a title, a subtitle that ends with `more`, and a key.
+
+    Args:
+        by_tensor: with heights in inches; they get margins of their own, since their labels are long.
+        names: of the lines in the last plot by step, where there are several.
+    """
+    from matplotlib.figure import Figure
+
+    columns = max(1, min(4, 100 // (max(map(len, names), default=0) + 9)))
+    heights = [1.9 * len(by_step) + 0.6 + 0.21 * math.ceil(len(names) / columns)]
+    heights += [math.fsum(by_tensor.values())] if by_tensor else []
+    figure = Figure(figsize=(8.0, math.fsum(heights)), layout="constrained")
+    figure.suptitle(textwrap.fill(title, 80), x=0.006, ha="left", size=12, weight="bold")
+    top, *below = figure.subfigures(len(heights), height_ratios=heights, squeeze=False)[:, 0]
+    axes = top.subplots(len(by_step), sharex=True, squeeze=False)[:, 0].tolist()
+    _plot_by_step(axes, by_step, steps)
+    for part in below:
+        rows = part.subplots(len(by_tensor), height_ratios=[*by_tensor.values()], squeeze=False)
+        for plot, axis in zip(by_tensor, rows.flat, strict=True):
+            plot(axis)
+    subtitle = f"{len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}{more}"
+    key: dict[str, Any] = {"loc": "outside upper left", "alignment": "left", "ncols": columns, "handlelength": 3.2}
+    legend = top.legend(axes[-1].lines[: len(names)], [""] * len(names), title=subtitle, **key)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(name)  # as labels, those that begin with _ would be left out
+    return figure
+
+
+def _plot_by_step(axes: Sequence[Axes], plots: Sequence[Plot], steps: Sequence[int]) -> None:
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    for axis, plot in zip(axes, plots, strict=True):
+        plot(axis)
+        axis.locator_params(axis="y", nbins=5)
+    margin = 0.025 * max(steps[-1] - steps[0], 1)
+    axes[-1].set_xlim(steps[0] - margin, steps[-1] + margin)
+    axes[-1].set_xlabel("optimizer step")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 2.5, 5, 10]))
+    axes[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+
+
+def _averages_plots(results: Sequence[Averaged], path: PathLength | None = None) -> list[Plot]:
+    """ℓ and β where there are any, then the weights."""
+    lengths = [(one.steps, one.path_length, one.path_length_error) for one in results if one.path_length is not None]
+    if path is not None:
+        lengths = [(path.steps, path.lengths, path.standard_errors)]
+    plots: list[Plot] = [partial(_plot_length, *measured) for measured in lengths[:1]]
+    if any(beta is not None for result in results for beta in result.betas):
+        plots.append(partial(_plot_betas, results))
+    return [*plots, partial(_plot_weights, results)]
+
+
+def _plot_length(steps: Sequence[int], lengths: Sequence[float], errors: Sequence[float] | None, axis: Axes) -> None:
+    axis.plot(steps, lengths, **_line(len(steps)))
+    errors = errors or [0.0] * len(lengths)
+    low, high = ([each + sign * error for each, error in zip(lengths, errors, strict=True)] for sign in (-1, 1))
+    band = f"; the band is ±1 standard error, at most {max(errors):.2g}" if any(errors) else ""
+    if band:
+        axis.fill_between(steps, low, high, color=COLOURS[0], alpha=0.25, linewidth=0)
+    axis.set(title=f"Path length ℓ, in {_UNIT}{band}", ylim=(0, 1.05 * max(high) or 1))
+
+
+def _plot_betas(results: Sequence[Averaged], axis: Axes) -> None:
+    lines, title = [result.betas for result in results], "β, the share of each checkpoint as it is taken in"
+    if len(results) == 1 and results[0].alphas is not None:
+        lines, title = [*lines, results[0].alphas], f"{title}; dashed: α, the strength of the correction"
+    for place, values in enumerate(lines):
+        known = [(step, value) for step, value in zip(results[0].steps, values, strict=True) if value is not None]
+        if known:  # an empty line has no extent, and the layout would be lost on it
+            axis.plot(*zip(*known, strict=True), **_line(len(known), place, len(lines)))
+    axis.set(title=title, ylim=(0, 1.05 * max(value or 0.0 for values in lines for value in values) or 1))
+
+
+def _plot_weights(results: Sequence[Averaged], axis: Axes) -> None:
+    steps, weights = results[0].steps, [weight for result in results for weight in result.weights]
+    if len(results) > 1:
+        for place, result in enumerate(results):
+            axis.plot(steps, result.weights, **_line(len(steps), place, len(results)))
+    elif len(steps) > _MOST_BARS:
+        axis.fill_between(steps, weights, step="mid", color=COLOURS[0], linewidth=0.5)
+    else:
+        span = max(steps[-1] - steps[0], 1)
+        closest = min((after - before for before, after in itertools.pairwise(steps)), default=span)
+        width = min(max(0.7 * closest, 0.004 * span), 0.03 * span)  # neither a hair nor a block
+        axis.bar(steps, weights, width=width, color=[COLOURS[weight < 0] for weight in weights])
+    axis.axhline(0, color="0.3", linewidth=0.8, zorder=1.5)
+    limits = 1.05 * min(0.0, *weights), 1.05 * max(0.0, *weights)
+    axis.set(title="Weight of each checkpoint in the average", ylim=limits)
+
+
+def _line(checkpoints: int, place: int = 0, count: int = 1) -> dict[str, Any]:
+    """Up to eight lines get a colour each, more of them shades in their order; all get dashes and markers.
+
+    One or two lines of many checkpoints go without markers.
+    """
+    import matplotlib
+
+    shades, dashes = matplotlib.colormaps["viridis"], (place + place // len(_MARKERS)) % len(_DASHES)
+    every = math.ceil(checkpoints / _MOST_MARKERS)
+    return {
+        "color": COLOURS[place] if count <= len(COLOURS) else shades(0.92 * place / (count - 1)),
+        "linestyle": _DASHES[dashes],
+        "zorder": 2 + dashes / len(_DASHES),  # where two lines are one, what is below is seen between the dashes
+        "marker": _MARKERS[place % len(_MARKERS)] if count > 2 or every == 1 else None,
+        "markevery": (place * every // count, every),
+        "clip_on": False,
+    }
+
+
+def _tensor_plots(path: PathLength | None) -> dict[Plot, float]:
+    """The layers as a map where the names tell them, the other tensors as bars; with the height of each in inches."""
+    plots: dict[Plot, float] = {}
+    if path is None or not path.counted:
+        return plots
+    (numbers, kinds, others), at_step = find_layers(path), f"at step {path.steps[-1]}"
+    if kinds:
+        furthest = sorted(kinds, key=lambda kind: -max(length for length in kinds[kind] if not math.isnan(length)))
+        few = {kind: kinds[kind] for kind in sorted(furthest[:_MOST_KINDS])}
+        title = f"ℓ of each tensor in the layers {at_step}"
+        plots[partial(_plot_layers, numbers, few, title, len(kinds) - len(few))] = 0.9 + max(0.2 * len(few), 0.6)
+    if others:
+        bars = dict(itertools.islice(others.items(), 12 if kinds else _MOST_TENSORS))
+        title = f"ℓ of {'the other tensors' if kinds else f'each tensor {at_step}'}, in {_UNIT}"
+        plots[partial(_plot_tensors, bars, title, len(others) - len(bars))] = 0.8 + 0.2 * len(bars)
+    return plots
+
+
+def _plot_layers(numbers: Sequence[int], kinds: Mapping[str, list[float]], title: str, hidden: int, axis: Axes) -> None:
+    from matplotlib.ticker import StrMethodFormatter
+
+    norm, ticks, uneven = _shades([length for row in kinds.values() for length in row if length > 0] or [1.0])
+    mesh = axis.pcolormesh([*kinds.values()], norm=norm, cmap="viridis")
+    aspect, tick_format = max(1.5 * len(kinds), 5), StrMethodFormatter("{x:g}")
+    bar = axis.figure.colorbar(mesh, ax=axis, ticks=ticks, format=tick_format, pad=0.02, aspect=aspect)
+    bar.minorticks_off()
+    bar.set_label(f"{_UNIT}{uneven}", size="small")
+    gaps = any(math.isnan(length) for row in kinds.values() for length in row)
+    axis.patch.set(hatch="////" if gaps else None, edgecolor="0.75")
+    every = math.ceil(len(numbers) * (len(str(numbers[-1])) + 1) / 66)  # there is room for so many letters
+    shown = range(0, len(numbers), every)
+    axis.set_xticks([place + 0.5 for place in shown], [str(numbers[place]) for place in shown])
+    axis.set_yticks([place + 0.5 for place in range(len(kinds))], [label(kind) for kind in kinds], size="small")
+    axis.tick_params(length=0)
+    axis.invert_yaxis()
+    axis.spines[:].set_visible(False)
+    rest = f"\n{hidden} kinds that moved less are left out" if hidden else ""
+    axis.set(title=title, xlabel="layer" + " (hatched: no such tensor, or not counted)" * gaps + rest)
+
+
+def _shades(lengths: Sequence[float]) -> tuple[Normalize, list[float] | None, str]:
+    """Even shades from 0 to the largest ℓ; uneven ones, and words that say so, where a few would hide all others."""
+    from matplotlib.colors import AsinhNorm, Normalize
+
+    middle, top = statistics.median(lengths), max(lengths)
+    if top <= 10 * middle:
+        return Normalize(0, top), None, ""
+    decades = range(math.floor(math.log10(middle)), math.ceil(math.log10(top)))
+    marks = [digit * 10.0**decade for decade in decades for digit in ((1, 2, 5) if len(decades) < 4 else (1,))]
+    ticks = [0.0, *(mark for mark in marks if middle / 2 <= mark <= top)]
+    return AsinhNorm(linear_width=middle, vmin=0, vmax=top), ticks, f"\nlogarithmic above {middle:.2g}"
+
+
+def _plot_tensors(bars: Mapping[str, float], title: str, hidden: int, axis: Axes) -> None:
+    rectangles = axis.barh(range(len(bars)), [*bars.values()], height=0.7, color=COLOURS[0])
+    axis.bar_label(rectangles, fmt="{:.3g}", padding=3, size="small")
+    axis.set_yticks(range(len(bars)), [label(name) for name in bars], size="small")
+    axis.tick_params(axis="y", length=0)
+    axis.set(title=title, ylim=(len(bars) - 0.5, -0.5), xlim=(0, 1.1 * max(bars.values()) or 1))
+    axis.set_xlabel(f"{hidden} tensors that moved less are left out" if hidden else "")
+    axis.locator_params(axis="x", nbins=6)

@@ -1,0 +1,351 @@
+"""Stage *write*: the files that make weights loadable, gathered from the last checkpoint. Reads small files only."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from ckavg.checkpoints.checkpoint import own_folders
+from ckavg.checkpoints.layouts import is_averaged, is_training_state, may_hold_model
+from ckavg.checkpoints.run import DTYPE_NAMES, Checkpoint, Run
+from ckavg.checkpoints.unsupported import OTHERS, PICKLES, foreign_weights
+from ckavg.checkpoints.weight_files import holds_weights
+from ckavg.errors import ReadError, SettingError, listed
+from ckavg.output.layout import WeightPlan
+from ckavg.storage.untrusted import Bounds, problem_with, read_object, read_small
+
+CONFIG = "config.json"
+PIPELINE_CONFIG = "model_index.json"
+OF_FOLDERS = {PIPELINE_CONFIG, "modules.json"}
+"""The files that list the folders of a model: of use beside these alone."""
+
+DTYPE_KEYS = ("dtype", "torch_dtype")
+"""Where configs state a dtype."""
+
+CONFIGS = frozenset(
+    {
+        "config.json", "adapter_config.json", "model_index.json", "modules.json", "params.json", "config.yaml",
+        "config.yml", "open_clip_config.json", "model_config.json", "hparams.yaml", "hparams.yml",
+    }
+)  # fmt: skip
+"""The files that tell a loader what the weights are."""
+
+_LEFT_OUT = frozenset({"zero_to_fp32.py", "ckavg.json", "latest", "latest_checkpointed_iteration.txt"})
+_STEMS_LEFT_OUT = frozenset({"trainer_state", "training_args", "all_results"})
+_LOGS = (".log", ".out", ".err")
+_OTHER_WEIGHTS = (
+    ".safetensors",
+    ".index.json",
+    ".onnx",
+    ".tflite",
+    ".mlmodel",
+    ".pb",
+    ".ot",
+    ".pickle",
+    ".joblib",
+    ".engine",
+)
+_NOT_BESIDE_A_RUN = (
+    ".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4", ".wav", ".csv", ".tsv", ".jsonl", ".parquet", ".html", ".ipynb",
+    ".zip", ".gz", ".tar", ".toml", ".sh",
+)  # fmt: skip
+"""What lies beside the checkpoints of a run without being of the model: samples, data, scripts."""
+
+_MADE_HERE = ("README.md", "ckavg.json", "ckavg.svg")
+MOST_BYTES = 200_000_000
+"""Of a side file: larger ones are not copied."""
+
+_TAKES_FROM_INIT = frozenset({("model", "model"), ("pipeline", "pipeline"), ("model", "file")})
+"""Kinds of base model and of checkpoint of which the one has what the other lacks."""
+
+_MOST_FILES = 10_000
+_DEEPEST = 8
+
+
+@dataclass(frozen=True, slots=True)
+class SideFiles:
+    """What goes beside the weights.
+
+    Attributes:
+        files: content by relative path.
+        warnings: what of it a user should know.
+    """
+
+    files: dict[str, bytes]
+    warnings: tuple[str, ...]
+
+
+def gather_side_files(run: Run, weights: WeightPlan) -> SideFiles:
+    """Config, tokenizer, chat template, adapter config and custom code, by relative path; no training state.
+
+    They come from the last checkpoint; what it lacks comes from the model given with `--init`. The dtype that
+    `config.json` states is made to agree with the weights. Links are followed as far as those to weights are.
+
+    Raises:
+        SettingError: a pattern of `--copy` matches nothing that can be copied.
+        ReadError: the system would not let us read one of them.
+    """
+    last, anchor = run.last, run.checkpoints[0]
+    warnings: list[str] = []
+    files = _gather(last, run.named(last), warnings)
+    if last.kind != "file" and not _tells_what_it_is(files):
+        files = _beside_checkpoints(run, warnings) | files
+    if run.anchor_is_init and (anchor.kind, last.kind) in _TAKES_FROM_INIT:
+        of_init = _gather(anchor, run.named(anchor), warnings)
+        prefixes = tuple(f"{folder}/" if folder else "" for folder in last.folders)
+        files = {name: data for name, data in of_init.items() if name.startswith(prefixes)} | files
+    files |= _asked_for(run, warnings)
+    for folder in last.folders:
+        part = f"{folder}/" if folder else ""
+        if f"{part}{CONFIG}" in files:
+            files[f"{part}{CONFIG}"] = _with_dtype(files[f"{part}{CONFIG}"], _dtypes(weights, part))
+    for index in last.indexes:
+        place = index.relative_to(last.directory)
+        part = "" if place.parent == Path() else f"{place.parent.as_posix()}/"
+        files[place.as_posix()] = _index(index, *weights.index_of(part))
+    if not (_tells_what_it_is(files) or _needs_no_config(last)):
+        warnings.append(
+            "The result has no config, so that no loader will know what its weights are: there is none in the "
+            "checkpoints, nor beside them. Name the base model with --init, or put its config.json beside them."
+        )
+    code = sorted(name for name in files if name.endswith(".py"))
+    if code:
+        warnings.append(
+            f"Custom code is copied with the weights: {listed(code)}. It is run by whoever loads the result with "
+            "trust_remote_code; read it first."
+        )
+    return SideFiles(files, tuple(dict.fromkeys(warnings)))
+
+
+def name_of_weights(run: Run) -> str:
+    """The name of the weight file of a result whose checkpoints are single files: the one that its loader looks for,
+    which the config tells, else that of the run.
+    """
+    last = run.last
+    places = [last.directory, *([run.checkpoints[0].path] if run.anchor_is_init else [])]
+    for place in places if last.kind == "file" else ():
+        with contextlib.suppress(OSError, ValueError):
+            config = read_object(place / CONFIG, MOST_BYTES)
+            if "model_type" in config or "architectures" in config:
+                return "model.safetensors"
+            if "_class_name" in config:
+                return "diffusion_pytorch_model.safetensors"
+    return last.saved_as
+
+
+def _tells_what_it_is(files: Mapping[str, bytes]) -> bool:
+    return any(name.rpartition("/")[2] in CONFIGS for name in files)
+
+
+def _needs_no_config(last: Checkpoint) -> bool:
+    """Whether the weights are those of an adapter, or say in their header what they are."""
+    facts = {key for shard in last.shards for key in shard.metadata} - {"format"}
+    return last.kind == "adapter" or bool(facts) or any("lora_" in name for name in last.entries)
+
+
+def read_config(files: Mapping[str, bytes], name: str = CONFIG) -> dict[str, Any]:
+    """The named JSON file among the side files; empty where it is missing or not an object.
+
+    For `config.json` of a pipeline, which has none, that is `model_index.json` or the config of its first component.
+    """
+    if name == CONFIG and name not in files:
+        of_parts = sorted(each for each in files if each.endswith(f"/{CONFIG}"))
+        name = next((each for each in (PIPELINE_CONFIG, *of_parts) if each in files), name)
+    try:
+        parsed = json.loads(files.get(name, b"{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _gather(checkpoint: Checkpoint, named: Path, warnings: list[str]) -> dict[str, bytes]:
+    directory = checkpoint.directory
+    skipped = {"adapter_config.json"} if any(why == "adapter" for why, _ in checkpoint.left_out) else set()
+    skipped |= OF_FOLDERS if checkpoint.kind == "file" else set()
+    own = own_folders(directory) if checkpoint.kind != "file" else frozenset()
+    names = [
+        name
+        for name in _names(directory, checkpoint, own, wanted_only=True)
+        if is_side_file(PurePath(name), own, beside_a_run=checkpoint.kind == "file") and name not in skipped
+    ]
+    return _contents(directory, names, Bounds.of(directory, named), warnings)
+
+
+def _beside_checkpoints(run: Run, warnings: list[str]) -> dict[str, bytes]:
+    """The side files that lie in the directory of the run itself."""
+    with os.scandir(run.source) as entries:
+        names = sorted(
+            entry.name
+            for entry in entries
+            if entry.name not in OF_FOLDERS
+            and not entry.is_dir(follow_symlinks=False)
+            and is_side_file(PurePath(entry.name), beside_a_run=True)
+        )
+    return _contents(run.source, names, Bounds.of(run.source, run.source), warnings)
+
+
+def _contents(directory: Path, names: Iterable[str], bounds: Bounds, warnings: list[str]) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    for name in names:
+        path = directory / name
+        found = problem_with(path, bounds)
+        if found is not None:
+            warnings.append(f"Not copied: {found.message}")
+        elif path.is_file() and path.stat().st_size <= MOST_BYTES:
+            files[name] = _content(path)
+    return files
+
+
+def _asked_for(run: Run, warnings: list[str]) -> dict[str, bytes]:
+    """What `--copy` names: any file of the last checkpoint but weights, and what a result has of its own."""
+    patterns, last = run.selection.copy, run.last
+    if not patterns:
+        return {}
+    if last.kind == "file":
+        raise SettingError("copy: the checkpoints are single files, which have no files beside them.")
+    names = list(_names(last.directory, last, frozenset(), wanted_only=False))
+    bounds = Bounds.of(last.directory, run.named(last))
+    files: dict[str, bytes] = {}
+    for pattern in patterns:
+        matched = [name for name in names if fnmatch.fnmatchcase(name, pattern) and name not in _MADE_HERE]
+        if not matched:
+            raise SettingError(
+                f"copy: {pattern!r} matches no file in {last.directory}.",
+                hint="Patterns are compared with paths relative to the checkpoint, such as 'eval/*.csv'.",
+            )
+        weights = [name for name in matched if _is_weights(name)]
+        if len(weights) == len(matched):
+            raise SettingError(f"copy: {pattern!r} matches weights alone ({listed(weights)}), which are never copied.")
+        if weights:
+            warnings.append(f"Weights are never copied, though --copy {pattern} matches them: {listed(weights)}.")
+        for name in matched:
+            if name not in weights:
+                files[name] = _permitted(last.directory / name, bounds)
+    return files
+
+
+def _permitted(path: Path, bounds: Bounds) -> bytes:
+    found = problem_with(path, bounds)
+    if found is not None:
+        raise found
+    if path.stat().st_size > MOST_BYTES:
+        raise SettingError(
+            f"copy: {path} has {path.stat().st_size:,} bytes, more than {MOST_BYTES:,}.",
+            hint="Copy it by hand once the result is there.",
+        )
+    return _content(path)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return read_small(path, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ReadError(f"{path} cannot be read: {why}.", hint="Check that you may read it.") from error
+
+
+def _names(directory: Path, checkpoint: Checkpoint, own: frozenset[str], *, wanted_only: bool) -> Iterator[str]:
+    """Files of a checkpoint by relative path, sorted. Links to directories are not followed: they may form a circle."""
+    count = 0
+    for folder, folders, files in os.walk(directory, onerror=_raise):
+        place = Path(folder).relative_to(directory)
+        if checkpoint.kind == "file" or len(place.parts) >= _DEEPEST:
+            folders.clear()
+        folders[:] = sorted(
+            name for name in folders if not wanted_only or _belongs(checkpoint, place / name, directory, own)
+        )
+        for name in sorted(files):
+            count += 1
+            if count > _MOST_FILES:
+                raise ReadError(
+                    f"{directory} holds more than {_MOST_FILES:,} files.",
+                    hint="Move what is no part of the model away.",
+                )
+            yield (place / name).as_posix()
+
+
+def _belongs(checkpoint: Checkpoint, place: Path, directory: Path, own: frozenset[str]) -> bool:
+    """Whether a folder is of what is averaged, rather than of training, or another model that lies beside it."""
+    leads_to_own = any(f"{folder}/".startswith(f"{place.as_posix()}/") for folder in checkpoint.folders)
+    return _may_be_wanted(place, own) and (leads_to_own or not holds_weights(directory / place))
+
+
+def _may_be_wanted(folder: PurePath, own: Collection[str]) -> bool:
+    """Whether a folder may hold side files, by its name."""
+    name = folder.name
+    is_state = is_training_state(name) and not (len(folder.parts) == 1 and name in own)
+    return may_hold_model(name, len(folder.parts) - 1) and not (is_state or is_averaged(name))
+
+
+def _raise(error: OSError) -> None:
+    raise ReadError(
+        f"{error.filename} cannot be read: {error.strerror}.", hint="Check that you may read it."
+    ) from error
+
+
+def is_side_file(path: PurePath, own: Collection[str] = (), *, beside_a_run: bool = False) -> bool:
+    """Whether a file, by its name, goes beside the weights of a result: not weights, training state, logs, pickles.
+
+    Args:
+        path: relative to its checkpoint.
+        own: folders that belong to the model, whatever they are called.
+        beside_a_run: whether it lies in the directory of the checkpoints rather than in one of them.
+
+    >>> [is_side_file(PurePath(name)) for name in ("bpe.codes", "scheduler.pt", "trainer_state.json", "runs/events.1")]
+    [True, False, False, False]
+    """
+    name, stem = path.name, path.name.partition(".")[0]
+    if not all(_may_be_wanted(folder, own) for folder in path.parents if folder.name):
+        return False
+    of_training = name in _LEFT_OUT or stem in _STEMS_LEFT_OUT or name.endswith("_results.json")
+    if len(path.parts) == 1:
+        of_training = of_training or (is_training_state(stem) and not stem.endswith("config"))
+    log = name.endswith(_LOGS) or name.startswith("events.out.")
+    elsewhere = beside_a_run and name.lower().endswith(_NOT_BESIDE_A_RUN)
+    weights = name.endswith((*PICKLES, *OTHERS, *_OTHER_WEIGHTS))
+    return not (name.startswith(".") or name in _MADE_HERE or of_training or log or elsewhere or weights)
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".index.json")) or foreign_weights([name]) is not None
+
+
+def _dtypes(weights: WeightPlan, part: str) -> set[str]:
+    names = (name for shard in weights.of(part) for name in shard.offsets)
+    return {DTYPE_NAMES[weights.dtypes[name]] for name in names if name in weights.dtypes}
+
+
+def _with_dtype(config: bytes, dtypes: set[str]) -> bytes:
+    """Unchanged to the byte where it agrees already, or where there is no one dtype to state."""
+    parsed = read_config({CONFIG: config})
+    try:
+        if len(dtypes) != 1 or not _set_dtype(parsed, next(iter(dtypes))):
+            return config
+        return json.dumps(parsed, indent=2, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # an escape that stands for no character
+        return json.dumps(parsed, indent=2).encode() + b"\n"
+    except RecursionError:  # deeper than any config that a loader could read
+        return config
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
+    changed = False
+    for key, value in config.items():
+        if key in DTYPE_KEYS and value in DTYPE_NAMES.values() and value != dtype:
+            config[key] = dtype
+            changed = True
+        elif isinstance(value, dict):
+            changed |= _set_dtype(value, dtype)
+    return changed
+
+
+def _index(index: Path, placed: Mapping[str, str], total_size: int) -> bytes:
+    metadata = read_config({CONFIG: _content(index)}).get("metadata")
+    stated = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total_size}
+    return json.dumps({"metadata": stated, "weight_map": placed}, indent=2).encode() + b"\n"

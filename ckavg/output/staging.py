@@ -1,0 +1,250 @@
+"""Stage *write*: a directory that is filled under another name and appears complete or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import socket
+import stat
+import time
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ckavg.errors import OutputError, OutputExistsError, is_passing
+from ckavg.output.ours import (
+    JOURNAL,
+    MARK,
+    PARTIAL,
+    REPLACED,
+    beside,
+    check_names,
+    check_unfinished,
+    empty,
+    remove,
+    settle,
+)
+from ckavg.output.place import check_replaceable
+from ckavg.output.shard_files import write_errors
+from ckavg.storage.atomic import open_own, resolved
+from ckavg.storage.journal import Journal, is_of, read_journal
+
+_SECONDS_TO_SEE = 90.0
+
+
+class Staging:
+    """Fills `.<name>.ckavg-partial` beside `out`; `commit` renames it to `out`.
+
+    Used as a context. On leaving it without a commit, whatever was written is removed, unless it is worth continuing:
+    then it stays, with a journal of what is finished. Where several processes fill it, one of them does all of this,
+    and the others wait until they see its `mark`.
+
+    Args:
+        out: the final directory.
+        force: replace a result that is there. Anything else that is there is left alone in any case.
+        files: the names of the files of one output, by which a result is known whose record was damaged.
+
+    Raises:
+        OutputError: another process is writing the same result.
+        OutputExistsError: something that is not ours has one of the names that are needed.
+        WriteError: the system would not let us write.
+    """
+
+    def __init__(self, out: Path, *, force: bool = False, files: Collection[str] = ()) -> None:
+        self._out = resolved(out)
+        self._force = force
+        self._files = files
+        self.path = beside(self._out, PARTIAL)
+        self._replaced = beside(self._out, REPLACED)
+        self._made: list[Path] = []
+        self._lock: int | None = None
+        self._committed = False
+        self._mark: Path | None = None
+        self._keeps = False
+
+    def __enter__(self) -> Staging:
+        with write_errors(self._out.parent):
+            try:
+                check_names(self._out)
+                self._make_parents()
+                self.path.mkdir(exist_ok=True)
+                self._lock = _locked(self.path, self._files)
+                settle(self._out)
+                self._check_out()
+            except BaseException:
+                self._clean_up()
+                raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self._keeps and not self._committed and is_passing(error):
+            error.add_note(
+                f"What was finished is kept in {self.path}: the same command continues from there. "
+                "Delete that directory to start afresh."
+            )
+            self._close()
+        else:
+            self._clean_up()
+
+    def holds(self, key: str, sizes: Mapping[Path, int]) -> bool:
+        """Whether an interrupted attempt at this very work has left its weight files here.
+
+        Args:
+            key: of the work.
+            sizes: bytes of every weight file, by relative path.
+        """
+        if not is_of(self.path / f"{JOURNAL}0", key):
+            return False
+        try:
+            states = {name: (self.path / name).lstat() for name in sizes}
+        except OSError:
+            return False
+        return all(stat.S_ISREG(states[name].st_mode) and states[name].st_size == size for name, size in sizes.items())
+
+    def finished(self, key: str) -> dict[int, Any]:
+        """What the journals of an interrupted attempt say is done; where it is anything, it is worth keeping."""
+        done: dict[int, Any] = {}
+        with write_errors(self.path):
+            for path in sorted(self.path.glob(f"{JOURNAL}*")):
+                done |= read_journal(path, key)
+            for path in self.path.glob(MARK):
+                if path != self._mark:  # but that of a job which is gone
+                    path.unlink()
+        self._keeps = bool(done)
+        return done
+
+    def begin(self, key: str) -> None:
+        """Remove whatever is here, and begin the journal of new work."""
+        with write_errors(self.path):
+            empty(self.path, but=self._mark)
+            Journal(self.path / f"{JOURNAL}0", key).close()
+
+    def keep(self) -> None:
+        """Say that enough is finished to be worth continuing."""
+        self._keeps = True
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file."""
+        with write_errors(self.path / name):
+            target = self.path / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with os.fdopen(open_own(target, os.O_WRONLY | os.O_TRUNC), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def mark(self) -> str:
+        """Leave an empty file with a name that nobody could have left before, and return the name."""
+        self._mark = self.path / f".{secrets.token_hex(16)}"
+        with write_errors(self._mark):
+            self._mark.touch(exist_ok=False)
+        return self._mark.name
+
+    def wait_for(self, mark: str) -> None:
+        """Wait until this process sees what another has made; network file systems take up to a minute to show it.
+
+        Raises:
+            OutputError: it does not come, so that the two cannot be filling one directory.
+        """
+        end = time.monotonic() + _SECONDS_TO_SEE
+        while not (self.path / mark).exists():
+            if time.monotonic() > end:
+                raise OutputError(
+                    f"{self._out.parent} on {socket.gethostname()} is not the same directory as on the first machine.",
+                    hint="Choose a place with --out on a file system that all machines share.",
+                )
+            time.sleep(0.05)
+
+    def commit(self) -> None:
+        """Give it its final name. All files are on the disk by then.
+
+        Raises:
+            OutputExistsError: something came to be there since the work began.
+            WriteError: the system would not let us; the final name is as it was.
+        """
+        with write_errors(self._out):
+            for ours in (*self.path.glob(f"{JOURNAL}*"), *([self._mark] if self._mark else [])):
+                ours.unlink()
+            for directory, _, _ in os.walk(self.path):
+                _sync(Path(directory))
+            replaces = self._check_out()
+            if replaces:
+                self._out.rename(self._replaced)
+            try:
+                self.path.rename(self._out)
+            except BaseException:  # an interrupt, too
+                if replaces and not self._out.exists():
+                    self._replaced.rename(self._out)
+                raise
+            self._committed = True
+            with suppress(OSError):  # it is there, and whole; only a power cut within seconds could undo the renaming
+                _sync(self._out.parent)
+            if replaces:
+                remove(self._replaced)
+
+    def _check_out(self) -> bool:
+        """Whether there is a result to be replaced; what may not be is refused, and what is in the way of it."""
+        if not (self._out.exists() and any(self._out.iterdir())):
+            return False
+        check_replaceable(self._out, force=self._force, files=self._files)
+        if os.path.lexists(self._replaced):
+            raise OutputExistsError(
+                f"{self._replaced} is there, and is no earlier result of ckavg as it was written.",
+                hint="It is left alone. Move it away, or choose another place with --out.",
+            )
+        return True
+
+    def _make_parents(self) -> None:
+        missing = [parent for parent in self._out.parents if not parent.exists()]
+        for parent in reversed(missing):
+            parent.mkdir()
+            self._made.append(parent)
+
+    def _clean_up(self) -> None:
+        if not self._committed:
+            if self._lock is not None:
+                remove(self.path)
+            for parent in reversed(self._made):
+                try:
+                    parent.rmdir()
+                except OSError:
+                    break
+        self._close()
+
+    def _close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _locked(directory: Path, files: Collection[str]) -> int:
+    """A handle that keeps others from a directory, once all of it is known to be ours."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(handle).st_ino == directory.lstat().st_ino:
+            check_unfinished(directory, files)
+            return handle
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(handle)
+        raise
+    os.close(handle)
+    raise OutputError(
+        f"Another ckavg is writing {directory.name.removeprefix('.').removesuffix(PARTIAL)} right now.",
+        hint="Wait for it, or choose another place with --out.",
+    )
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,173 @@
+"""Stage *path*, its memory: what pass 1 measured, kept beside the run so that it is measured once.
+
+The table is kept by pairs of checkpoints, each known by its stamp (`checkpoints/fingerprints.py`) rather than by its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckavg.checkpoints.fingerprints import Stamps, stamps_of
+from ckavg.checkpoints.run import Run
+from ckavg.path.table import Known, PathLength
+from ckavg.storage.atomic import cache_directory, resolved, write_bytes
+from ckavg.storage.untrusted import parse_json, read_small
+
+NAME = "path.json"
+
+_FORMAT = 2
+_CHECKSUM = "sha256"
+_MOST_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """What a kept table knows of a run.
+
+    Attributes:
+        known: what need not be measured.
+        stamps: of the checkpoints as they are now.
+        warnings: of tables that are not as they were written.
+    """
+
+    known: Known
+    stamps: Stamps
+    warnings: tuple[str, ...]
+
+
+def recall(run: Run) -> Recalled:
+    """What was measured of these very files before. A table that is not as it was written knows nothing."""
+    stamps = stamps_of(run)
+    loaded = {place: _load(place) for place in places(run)}
+    tables = [table for table in loaded.values() if table]
+    sigmas = next((found for table in tables if (found := _row(table, "sigma", stamps[0]))), {})
+    distances = tuple(
+        next((found for table in tables if (found := _row(table, "distances", _pair(before, after)))), {})
+        for before, after in itertools.pairwise(stamps)
+    )
+    return Recalled(Known(sigmas, distances), stamps, tuple(_doubt(place) for place in loaded if loaded[place] is None))
+
+
+def remember(run: Run, path: PathLength, stamps: Stamps) -> Path | None:
+    """Keep an exact path for the next time.
+
+    Args:
+        run: what was measured.
+        path: what came of it.
+        stamps: of the checkpoints before they were read; one that changed since is not kept.
+
+    Returns:
+        Where it is kept: beside the results in the run's directory or, where that cannot be written, in the user's
+        cache. None where neither can be, or nothing can be kept.
+    """
+    unchanged = [before if before == now else None for before, now in zip(stamps, stamps_of(run), strict=True)]
+    if not any(unchanged):
+        return None
+    checkpoints = {resolved(checkpoint.path) for checkpoint in run.checkpoints}
+    for place in places(run):
+        if checkpoints & set(resolved(place).parents):
+            continue
+        table = _merged(_load(place) or {}, run, path, unchanged)
+        with contextlib.suppress(OSError):  # what is there may be somebody else's, too
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(place, _as_bytes(table | {_CHECKSUM: _checksum(table)}), follow=False)
+            return place
+    return None
+
+
+def places(run: Run) -> tuple[Path, ...]:
+    """Where the table of a run is kept: beside its results or, where that cannot be written, in the user's cache.
+
+    That of a run which is not on this machine, or whose results lie where a link leads, is kept in the cache alone.
+    """
+    is_here = run.address == str(run.source)
+    name = os.fsencode(resolved(run.source)) if is_here else run.address.encode()
+    in_cache = cache_directory() / f"path-{hashlib.sha256(name).hexdigest()[:24]}.json"
+    averaged = run.source / "averaged"
+    return (averaged / NAME, in_cache) if is_here and not averaged.is_symlink() else (in_cache,)
+
+
+def _pair(before: str | None, after: str | None) -> str | None:
+    return None if before is None or after is None else f"{before} {after}"
+
+
+def _load(place: Path) -> dict[str, Any] | None:
+    """A table as it was written; empty where none can be read, None where it is not as it was written."""
+    try:
+        table = parse_json(read_small(place, _MOST_BYTES))
+        checksum = table.pop(_CHECKSUM)
+        is_sound = table["format"] == _FORMAT and isinstance(table["tensors"], list) and checksum == _checksum(table)
+    except OSError:
+        return {}
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError):
+        return None
+    return table if is_sound else None
+
+
+def _doubt(place: Path) -> str:
+    return (
+        f"{place} is not as this version of ckavg writes it: damaged, edited, or of an earlier version. It is not "
+        "believed; what it held is measured again."
+    )
+
+
+def _checksum(table: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_as_bytes(table)).hexdigest()
+
+
+def _as_bytes(table: Mapping[str, Any]) -> bytes:
+    return json.dumps(table, separators=(",", ":")).encode()
+
+
+def _row(table: Mapping[str, Any], kind: str, key: str | None) -> dict[str, float]:
+    """The numbers of one checkpoint or pair by tensor name; empty where they are not there, or not numbers."""
+    rows = table.get(kind)
+    values = rows.get(key) if isinstance(rows, dict) else None
+    names = table.get("tensors", [])
+    if not isinstance(values, list) or len(values) != len(names):
+        return {}
+    return {
+        name: value
+        for name, value in zip(names, values, strict=True)
+        if isinstance(name, str) and isinstance(value, float) and 0 <= value < float("inf")
+    }
+
+
+def _merged(table: Mapping[str, Any], run: Run, path: PathLength, stamps: list[str | None]) -> dict[str, Any]:
+    """The table with a run's path in it, and without what the same places held before."""
+    home = f"{run.place(run.source.absolute())}/"
+    places_of_run = [run.place(checkpoint.path.absolute()).removeprefix(home) for checkpoint in run.checkpoints]
+    at = dict(zip(places_of_run, stamps, strict=True))
+    stated = table.get("checkpoints")
+    kept = {
+        stamp: where
+        for stamp, where in (stated if isinstance(stated, dict) else {}).items()
+        if isinstance(where, str) and where not in at
+    }
+    kept |= {stamp: where for where, stamp in at.items() if stamp}
+    rows: dict[str, dict[str, dict[str, float]]] = {"sigma": {}, "distances": {}}
+    for kind, of_key in rows.items():
+        held = table.get(kind)
+        for key in held if isinstance(held, dict) else ():
+            if all(stamp in kept for stamp in key.split()):
+                of_key[key] = _row(table, kind, key)
+    if stamps[0]:
+        measured = {name: tensor.sigma for name, tensor in path.tensors.items() if tensor.is_finite}
+        rows["sigma"][stamps[0]] = rows["sigma"].get(stamps[0], {}) | measured
+    for place, pair in enumerate(itertools.starmap(_pair, itertools.pairwise(stamps))):
+        if pair is not None:
+            measured = {name: tensor.distances[place] for name, tensor in path.tensors.items() if tensor.is_finite}
+            rows["distances"][pair] = rows["distances"].get(pair, {}) | measured
+    names = sorted({name for of_key in rows.values() for row in of_key.values() for name in row})
+    listed = {
+        kind: {key: [row.get(name) for name in names] for key, row in of_key.items()} for kind, of_key in rows.items()
+    }
+    return {"format": _FORMAT, "checkpoints": kept, "tensors": names, **listed}

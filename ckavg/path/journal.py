@@ -1,0 +1,166 @@
+"""Stage *path*, its memory of an attempt that was interrupted: what pass 1 has measured of single blocks.
+
+It is kept where the table of finished paths is (`saved.py`), under a name that hides it, and removed as soon as the
+path is known as a whole. What nobody comes back to is removed after a week.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from ckavg.checkpoints.fingerprints import Stamps
+from ckavg.checkpoints.run import Run
+from ckavg.engine.distributed import Ranks
+from ckavg.engine.stream import Ledger
+from ckavg.errors import is_passing
+from ckavg.path.cache import places
+from ckavg.storage.atomic import check_own
+from ckavg.storage.journal import Journal, read_journal
+from ckavg.version import __version__
+
+Value = TypeVar("Value")
+
+_PREFIX, _SUFFIX = ".path-", ".ckavg-partial"
+_NAME = re.compile(rf"{re.escape(_PREFIX)}[0-9a-f]{{16}}-[0-9a-f]{{16}}-\d+{re.escape(_SUFFIX)}")
+_SECONDS_KEPT = 7 * 24 * 3600
+
+
+class Unfinished:
+    """What is measured of a run before its path is known as a whole. A context: what it is left by decides what becomes
+    of it.
+
+    Args:
+        run: what is measured.
+        stamps: of its checkpoints; where one has none, nothing is kept.
+        ranks: the processes that measure it.
+    """
+
+    def __init__(self, run: Run, stamps: Stamps, ranks: Ranks) -> None:
+        self._places = [place.parent for place in places(run)]
+        self._of_run = None if None in stamps else _hash(__version__, stamps)
+        self._ranks = ranks
+        self._key = ""
+        self._journal: Journal | None = None
+        self._path: Path | None = None
+        self._made: Path | None = None
+        self._keeps = False
+
+    def ledger(
+        self, asked: object, as_json: Callable[[Value], Any], from_json: Callable[[Any], Value]
+    ) -> Ledger[Value] | None:
+        """What is done of measuring these checkpoints, and who notes what is done of it now.
+
+        Args:
+            asked: what is measured and how: all that could change what comes of a block, besides the checkpoints.
+            as_json, from_json: the way of what comes of a block to JSON values, and back.
+        """
+        if self._of_run is None:
+            return None
+        self._key = f"{self._of_run}-{_hash(asked)}"
+        done = self._ranks.first(self._recovered)
+        self._keeps = bool(done)
+
+        def note(finished: Mapping[int, Value]) -> None:
+            self._note({place: as_json(value) for place, value in finished.items()})
+
+        return Ledger({place: from_json(value) for place, value in done.items()}, note)
+
+    def __enter__(self) -> Unfinished:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._journal is not None:
+            self._journal.close()
+        if error is not None and self._keeps and is_passing(error):
+            error.add_note("What was measured of the path so far is kept: the same command continues from there.")
+        elif self._path is not None:
+            self._path.unlink(missing_ok=True)
+            if self._made is not None and error is not None:
+                with contextlib.suppress(OSError):
+                    self._made.rmdir()
+
+    def clear(self) -> None:
+        """Remove what attempts at these checkpoints have left, now that their path is known, and what is a week old.
+
+        What another process is writing now stays.
+        """
+        for directory in self._places:
+            for path in _journals(directory, ""):
+                with contextlib.suppress(OSError):
+                    check_own(path)
+                    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                    try:
+                        if self._is_done_with(path) and _is_free(handle):
+                            path.unlink()
+                    finally:
+                        os.close(handle)
+
+    def _is_done_with(self, path: Path) -> bool:
+        ours = self._of_run is not None and path.name.startswith(f"{_PREFIX}{self._of_run}-")
+        return ours or time.time() - path.stat().st_mtime > _SECONDS_KEPT
+
+    def _recovered(self) -> dict[int, Any]:
+        done: dict[int, Any] = {}
+        for directory in self._places:
+            for path in _journals(directory, self._key):
+                done |= read_journal(path, self._key)
+        return done
+
+    def _note(self, finished: Mapping[int, Any]) -> None:
+        if self._journal is None:
+            self._open()
+        if self._journal is not None:
+            try:
+                self._journal.add(finished)
+                self._keeps = True
+            except OSError:  # a full disk, say: the measuring itself needs none
+                self._journal.close()
+                self._journal, self._places = None, []
+
+    def _open(self) -> None:
+        name = f"{_PREFIX}{self._key}-{self._ranks.rank}{_SUFFIX}"
+        for directory in self._places:
+            with contextlib.suppress(OSError):
+                existed = directory.exists()
+                directory.mkdir(parents=True, exist_ok=True)
+                journal = Journal(directory / name, self._key)
+                if not _is_free(journal.handle):  # another ckavg measures the same
+                    journal.close()
+                    return
+                self._journal, self._path = journal, directory / name
+                self._made = None if existed else directory
+                return
+        self._places = []
+
+
+def _journals(directory: Path, key: str) -> list[Path]:
+    try:
+        return sorted(
+            path for path in directory.iterdir() if path.name.startswith(_PREFIX + key) and _NAME.fullmatch(path.name)
+        )
+    except OSError:
+        return []
+
+
+def _hash(*values: object) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+
+
+def _is_free(handle: int) -> bool:
+    """Whether nobody else holds a file; it is held from now on, until it is closed."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -1,1 +1,0 @@
-"""What is written: shards, side files, record and card; staged beside their place, synced, then renamed."""

@@ -1,0 +1,103 @@
+"""What is finished of a long piece of work, on the disk: so that what was interrupted can be continued.
+
+A journal is a text file. Each line holds the CRC-32 of the rest of it and a JSON value: the first the key of the work,
+every other a number and what came of the part with that number. A line that was cut off is passed over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ckavg.storage.atomic import open_own
+from ckavg.storage.untrusted import open_regular, read_small
+
+_MOST_BYTES = 1 << 30
+
+
+def read_journal(path: Path, key: str) -> dict[int, Any]:
+    """What a journal says is finished, by number; empty where it is not there, or of other work.
+
+    Args:
+        path: the file.
+        key: of the work.
+    """
+    found: dict[int, Any] = {}
+    try:
+        lines = read_small(path, _MOST_BYTES, follow=False).split(b"\n")
+    except OSError:
+        return {}
+    values = [value for line in lines if (value := _parsed(line)) is not None]
+    if not values or values[0] != {"key": key}:
+        return {}
+    for value in values[1:]:
+        if isinstance(value, list) and len(value) == 2 and type(value[0]) is int:
+            found[value[0]] = value[1]
+    return found
+
+
+def is_of(path: Path, key: str) -> bool:
+    """Whether a journal is of this work, finished parts or none."""
+    with contextlib.suppress(OSError), open_regular(path, follow=False) as file:
+        return bool(_parsed(file.readline(1 << 16).rstrip(b"\n")) == {"key": key})
+    return False
+
+
+class Journal:
+    """A journal that is being written; what is there of the same work is kept, of other work replaced.
+
+    Args:
+        path: the file.
+        key: of the work; whatever could change what comes of a part is in it.
+
+    Raises:
+        FileExistsError: what is there is no file of ours.
+        OSError: the system would not let us write.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        continues = is_of(path, key)
+        self.handle = open_own(path, os.O_WRONLY | os.O_APPEND)
+        if not continues:
+            os.truncate(self.handle, 0)
+        self._append(b"\n" if continues else _line({"key": key}))  # what was cut off ends here
+
+    def add(self, finished: Mapping[int, Any]) -> None:
+        """Note finished parts; they are on the disk when this returns.
+
+        Args:
+            finished: what came of each, by its number, as JSON values.
+
+        Raises:
+            OSError: the system would not let us write.
+        """
+        self._append(b"".join(_line([number, value]) for number, value in finished.items()))
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self.handle)
+
+    def _append(self, data: bytes) -> None:
+        done = 0
+        while done < len(data):
+            done += os.write(self.handle, data[done:])
+        os.fsync(self.handle)
+
+
+def _line(value: object) -> bytes:
+    text = json.dumps(value, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _parsed(line: bytes) -> Any:
+    """The value of a line; None where it is damaged."""
+    head, _, text = line.partition(b" ")
+    try:
+        return json.loads(text) if int(head, 16) == zlib.crc32(text) else None
+    except (ValueError, RecursionError):
+        return None
