@@ -9,6 +9,8 @@
 Nothing here prints; progress is a callback. torch is imported when weights are read, not before.
 """
 
+__version__ = "0.1.0"
+
 from ckavg.averaging.pipeline import average, measure_path
 from ckavg.averaging.plan import plan_average
 from ckavg.checkpoints.run import Run
@@ -22,7 +24,6 @@ from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, MomentumEMA
 from ckavg.sources import open_run
 from ckavg.verify.findings import Verified
 from ckavg.verify.verify import verify_result
-from ckavg.version import __version__
 
 __all__ = [
     "BEMA",

@@ -177,6 +177,18 @@ def listed(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
+def printable(text: str) -> str:
+    r"""The text in one line, as it is but for characters that a terminal would obey or not show: control characters,
+    bytes that are no text, and Unicode's invisible ones, among them those that reverse the order of what follows.
+
+    >>> printable("a\x1b[31mb\nc\u202ed [red]é")
+    'a\\x1b[31mb\\nc\\u202ed [red]é'
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def raise_all(errors: Sequence[CkavgError]) -> None:
     """Raise the one error as itself, several as `CombinedError`, none not at all."""
     if len(errors) == 1:

@@ -2,42 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import ckavg
+from tests.test_house import imports_of
 
 PACKAGE = Path(ckavg.__file__).parent
-STAGES = {
-    "run": set(),
-    "schemes": set(),
-    "engine": {"run"},
-    "path": {"run", "engine"},
-    "replay": {"run", "engine", "schemes"},
-    "health": {"run", "engine", "path"},
-    "result": {"run", "schemes"},
-    "remote": {"run", "engine", "hub"},
-    "verify": {"run", "engine", "schemes", "path", "result", "plan", "remote"},
-    "demo": {"engine"},
-}
-"""Which stages each stage may import: the values passed to it, and the engine that the passes run on."""
-
-ALWAYS = {"atomic", "cache", "errors", "journal", "redaction", "untrusted", "version"}
-VALUES_OF_RUN = {
-    f"ckavg.run.{name}"
-    for name in ("values", "checkpoint", "layouts", "files", "contents", "foreign", "metadata", "stamps", "statistics")
-}
-
-
-def imports_of(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text())
-    return {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module} | {
-        alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
-    }
 
 
 def test_public_names() -> None:
@@ -67,33 +39,6 @@ def test_public_names() -> None:
         "verify_result",
     ]
     assert all(getattr(ckavg, name) is not None for name in ckavg.__all__)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_stages_know_only_the_values_passed_to_them(stage: str) -> None:
-    for path in (*(PACKAGE / stage).rglob("*.py"), *PACKAGE.glob(f"{stage}.py")):
-        for module in imports_of(path):
-            if not module.startswith("ckavg."):
-                continue
-            other = module.split(".")[1]
-            assert other in STAGES[stage] | ALWAYS | {stage}, f"{path.name} of {stage} imports {module}"
-            if other == "run" and stage not in ("run", "remote"):  # which finds runs, too
-                assert module in VALUES_OF_RUN, f"{path.name} of {stage} imports {module}"
-
-
-def test_schemes_are_pure_numbers() -> None:
-    for path in (PACKAGE / "schemes").rglob("*.py"):
-        roots = {module.split(".")[0] for module in imports_of(path)}
-        assert roots <= {"__future__", "abc", "collections", "dataclasses", "itertools", "math", "typing", "ckavg"}
-
-
-@pytest.mark.parametrize(
-    ("module", "users"), [("rich", {"report", "cli"}), ("typer", {"report", "cli"}), ("matplotlib", {"report"})]
-)
-def test_terminal_libraries_stay_at_the_edge(module: str, users: set[str]) -> None:
-    for path in PACKAGE.rglob("*.py"):
-        if module in {name.split(".")[0] for name in imports_of(path)}:
-            assert path.relative_to(PACKAGE).parts[0] in users
 
 
 def test_few_modules_know_the_client_of_the_hub() -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ckavg import __version__
 from ckavg.averaging.distributed import agree, agree_on, opened, settled, staged
 from ckavg.averaging.plan import Plan, check_together, fetching_of, fetching_of_path, plan_average
 from ckavg.averaging.record import Work, completed, record_of
@@ -33,7 +34,6 @@ from ckavg.remote.fetching import fetch
 from ckavg.schemes import Coefficients, Scheme, Timeline
 from ckavg.sources import as_users_know
 from ckavg.storage.atomic import resolved
-from ckavg.version import __version__
 
 if TYPE_CHECKING:
     from ckavg.averaging.replay import Replayed

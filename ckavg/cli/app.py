@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from ckavg import __version__
 from ckavg.cli.bema import bema
 from ckavg.cli.dema import dema
 from ckavg.cli.demo import demo
@@ -31,8 +32,7 @@ from ckavg.cli.ranks import mute_others
 from ckavg.cli.sweep import sweep
 from ckavg.cli.terminal import Stdout, warn
 from ckavg.cli.verify import verify
-from ckavg.report.text import printable
-from ckavg.version import __version__
+from ckavg.errors import printable
 
 _STDERR = 2
 _MANY_FILES = 10_240

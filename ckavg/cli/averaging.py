@@ -16,9 +16,9 @@ from ckavg.cli.push import check_push, complete_in, destination_of, push_shown
 from ckavg.cli.ranks import together
 from ckavg.cli.terminal import say, warn
 from ckavg.engine.distributed import Ranks
+from ckavg.errors import printable
 from ckavg.output.leftovers import find_leftovers
 from ckavg.output.place import check_file
-from ckavg.report.text import printable
 from ckavg.schemes import Scheme
 from ckavg.sources import inspect_source
 

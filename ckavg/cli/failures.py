@@ -12,8 +12,8 @@ import typer
 
 from ckavg.cli.terminal import Stdout, say, say_labelled, warn
 from ckavg.engine.messages import ELSEWHERE
-from ckavg.errors import CkavgError, SettingError
-from ckavg.report.text import printable, told
+from ckavg.errors import CkavgError, SettingError, printable
+from ckavg.report.text import told
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 

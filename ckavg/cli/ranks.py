@@ -13,8 +13,7 @@ import typer
 from ckavg.cli.failures import failures
 from ckavg.cli.terminal import say
 from ckavg.engine.distributed import Ranks, all_ranks
-from ckavg.errors import RanksError
-from ckavg.report.text import printable
+from ckavg.errors import RanksError, printable
 
 _STDOUT, _STDERR = 1, 2
 

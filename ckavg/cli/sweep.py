@@ -20,12 +20,11 @@ from ckavg.cli.push import check_push, destination_of, interrupted_with, push_sh
 from ckavg.cli.ranks import together
 from ckavg.cli.terminal import say, warn
 from ckavg.engine.distributed import Ranks
-from ckavg.errors import HubError, SettingError, WriteError
+from ckavg.errors import HubError, SettingError, WriteError, printable
 from ckavg.hub.destination import Destination
 from ckavg.hub.publish import continued
 from ckavg.output.place import place_in
 from ckavg.output.record import Averaged
-from ckavg.report.text import printable
 from ckavg.schemes import SCHEMES, Scheme
 from ckavg.schemes.parse import is_scheme, parse_schemes
 from ckavg.sources import inspect_source

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import typer
 
-from ckavg.report.text import printable
+from ckavg.errors import printable
 
 _COLOURS = {"error": typer.colors.RED, "warning": typer.colors.YELLOW, "interrupted": typer.colors.YELLOW}
 

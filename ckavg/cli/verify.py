@@ -12,8 +12,7 @@ from ckavg.cli.failures import FAILED, failures
 from ckavg.cli.options import Json, Quiet, Verbose
 from ckavg.cli.progress import show_progress
 from ckavg.cli.terminal import say
-from ckavg.errors import SettingError
-from ckavg.report.text import printable
+from ckavg.errors import SettingError, printable
 from ckavg.verify.verify import ELEMENTS, verify_result
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ckavg import __version__
 from ckavg.output.citations import about, citations
 from ckavg.output.command import as_options, shell_word
 from ckavg.output.front_matter import as_front_matter
@@ -14,7 +15,6 @@ from ckavg.output.metadata import is_hub_id, related
 from ckavg.output.origin import Origin
 from ckavg.output.record import BASE_MODEL, Averaged, is_address
 from ckavg.schemes import Scheme
-from ckavg.version import __version__
 
 PICTURE = "ckavg.svg"
 """Name of the picture that a card shows, beside it."""

@@ -23,10 +23,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckavg.errors import SettingError, WriteError
+from ckavg.errors import SettingError, WriteError, printable
 from ckavg.output.record import Averaged
 from ckavg.path.table import PathLength
-from ckavg.report.text import printable
 from ckavg.schemes import SCHEMES
 from ckavg.storage.atomic import replacing
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckavg.version import __version__
+from ckavg import __version__
 
 LOCAL = ".ckavg-local.json"
 """What of a record is for this machine alone, beside it: where the run was. It is never uploaded."""

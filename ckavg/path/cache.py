@@ -1,6 +1,6 @@
 """Stage *path*, its memory: what pass 1 measured, kept beside the run so that it is measured once.
 
-The table is kept by pairs of checkpoints, each known by its stamp (`checkpoints/fingerprints.py`) rather than by its name.
+The table is kept by pairs of checkpoints, each known by its stamp (`checkpoints/fingerprints.py`), not by name.
 """
 
 from __future__ import annotations

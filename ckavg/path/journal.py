@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from ckavg import __version__
 from ckavg.checkpoints.fingerprints import Stamps
 from ckavg.checkpoints.run import Run
 from ckavg.engine.distributed import Ranks
@@ -25,7 +26,6 @@ from ckavg.errors import is_passing
 from ckavg.path.cache import places
 from ckavg.storage.atomic import check_own
 from ckavg.storage.journal import Journal, read_journal
-from ckavg.version import __version__
 
 Value = TypeVar("Value")
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ckavg.errors import printable
 from ckavg.output.record import as_json
-from ckavg.report.text import printable
 
 _WIDTH_WITHOUT_TERMINAL = 120
 

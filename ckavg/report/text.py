@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TypeVar
 
-from ckavg.errors import CkavgError, CombinedError
+from ckavg.errors import CkavgError, CombinedError, printable
 
 Row = TypeVar("Row")
 
@@ -71,18 +71,6 @@ def shortened_rows(rows: Sequence[Row], most: int) -> tuple[Sequence[Row], slice
     hidden = max(0, len(rows) - most)
     middle = slice(most // 4, most // 4 + hidden) if hidden else slice(len(rows), len(rows))
     return rows[: middle.start], middle, rows[middle.stop :]
-
-
-def printable(text: str) -> str:
-    r"""The text in one line, as it is but for characters that a terminal would obey or not show: control characters,
-    bytes that are no text, and Unicode's invisible ones, among them those that reverse the order of what follows.
-
-    >>> printable("a\x1b[31mb\nc\u202ed [red]é")
-    'a\\x1b[31mb\\nc\\u202ed [red]é'
-    """
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def told(error: CkavgError) -> tuple[str, str, str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from ckavg import __version__
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.errors import CkavgError, ReadError, RecordError, SettingError, raise_all
 from ckavg.output.leftovers import bring_back
@@ -21,7 +22,6 @@ from ckavg.path.table import ZeroSigma
 from ckavg.schemes import SCHEMES, Scheme
 from ckavg.storage.untrusted import read_small
 from ckavg.verify import fields
-from ckavg.version import __version__
 
 MOST_BYTES = 32 << 20
 """Of a run of 200 checkpoints in 30 shards each, with as many snapshots, it takes 2 MB."""

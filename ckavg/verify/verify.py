@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ckavg import __version__
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.run import Checkpoint
 from ckavg.engine.context import OnProgress, Pass, Progress
@@ -22,7 +23,6 @@ from ckavg.verify.files import check_digests, check_others, find_files
 from ckavg.verify.findings import Check, Finding, Verified
 from ckavg.verify.record import Record, read_record
 from ckavg.verify.weights import check_finite, open_weights
-from ckavg.version import __version__
 
 if TYPE_CHECKING:
     from ckavg.verify.elsewhere import Elsewhere

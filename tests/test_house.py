@@ -1,0 +1,68 @@
+"""The rooms of the package: which there are, what each may import, and what is not written here."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import ckavg
+
+PACKAGE = Path(ckavg.__file__).parent
+ROOMS = (
+    "errors",
+    "schemes",
+    "storage",
+    "checkpoints",
+    "engine",
+    "path",
+    "output",
+    "averaging",
+    "verify",
+    "hub",
+    "demo",
+    "cli",
+)
+"""In the order in which they may import each other: a room imports itself and earlier ones."""
+
+LEAVING = {"health", "remote", "report", "sources"}
+"""Rooms whose contents are on their way into those above."""
+
+TERMINAL = {"rich": {"cli"}, "typer": {"cli"}, "matplotlib": {"output"}}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    return {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module} | {
+        alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+    }
+
+
+def test_there_are_thirteen_entries() -> None:
+    entries = {room_of(path) for path in PACKAGE.rglob("*.py")} - LEAVING
+    assert entries == {*ROOMS, "__init__", "__main__"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_earlier_ones(room: str) -> None:
+    earlier = {*ROOMS[: ROOMS.index(room) + 1]}
+    for path in (path for path in PACKAGE.rglob("*.py") if room_of(path) == room):
+        own = {module.split(".")[1] for module in imports_of(path) if module.startswith("ckavg.")}
+        assert own <= earlier | LEAVING, f"{path} imports {own - earlier}"
+
+
+def test_schemes_are_pure_numbers() -> None:
+    for path in (PACKAGE / "schemes").rglob("*.py"):
+        roots = {module.split(".")[0] for module in imports_of(path)}
+        assert roots <= {"__future__", "abc", "collections", "dataclasses", "itertools", "math", "typing", "ckavg"}
+
+
+@pytest.mark.parametrize(("library", "rooms"), TERMINAL.items())
+def test_libraries_of_the_terminal_stay_at_the_edge(library: str, rooms: set[str]) -> None:
+    users = {room_of(path) for path in PACKAGE.rglob("*.py") if library in {n.split(".")[0] for n in imports_of(path)}}
+    assert users - LEAVING <= rooms
