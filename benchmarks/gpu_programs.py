@@ -142,20 +142,20 @@ def passes(run: Path, names: Sequence[str]) -> int:
 
 def _rate(source: Path, device: str, tile: int, threads: int, number: int) -> float:
     from ckavg.averaging.replay import Average, replay
-    from ckavg.engine.stream import Settings
+    from ckavg.engine.context import Context
     from ckavg.path.measure import measure
     from ckavg.schemes import EMA, Timeline
     from ckavg.sources import open_run
 
     run = open_run(source)
-    settings = Settings(device=device, tile=tile, threads=threads)
+    context = Context(device=device, tile=tile, threads=threads)
     begun = time.perf_counter()
     if number == 1:
-        read = measure(run, settings=settings).bytes_read
+        read = measure(run, context=context).bytes_read
     else:
         dtypes = {name: entry.dtype for name, entry in run.tensors.items()}
         average = Average(EMA().coefficients(Timeline(run.steps)), dtypes, {len(run.steps) - 1: _Dropped()})
-        read = replay(run, [average], settings=settings).bytes_read
+        read = replay(run, [average], context=context).bytes_read
     return read / 1e9 / (time.perf_counter() - begun)
 
 

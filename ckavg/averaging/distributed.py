@@ -19,11 +19,11 @@ from ckavg.output.staging import Staging
 from ckavg.storage.journal import Journal
 
 if TYPE_CHECKING:
-    from ckavg.averaging.replay import Formed
-    from ckavg.engine.stream import Ledger
+    from ckavg.averaging.replay import BlockResult
+    from ckavg.engine.stream import PassJournal
 
 
-def agree(run: Run, ranks: Ranks, *options: object) -> None:
+def check_same_run(run: Run, ranks: Ranks, *options: object) -> None:
     """Refuse to begin where one process has found other checkpoints than the first, or was given other options.
 
     Args:
@@ -38,15 +38,15 @@ def agree(run: Run, ranks: Ranks, *options: object) -> None:
         ranks.check_same({"checkpoints": _digest_of(run), "options": repr(options)})
 
 
-def agree_on(plans: Sequence[Plan], ranks: Ranks, *options: object) -> None:
+def check_same_plans(plans: Sequence[Plan], ranks: Ranks, *options: object) -> None:
     """The same for plans of one run; where a result goes may have another name on another machine."""
     of_plans = [
         (plan.scheme, plan.dtype, plan.snapshots, plan.path and plan.path.exclude, plan.files) for plan in plans
     ]
-    agree(plans[0].run, ranks, of_plans, *options)
+    check_same_run(plans[0].run, ranks, of_plans, *options)
 
 
-def staged(plans: Sequence[Plan], ranks: Ranks, stack: ExitStack) -> list[Staging]:
+def stage(plans: Sequence[Plan], ranks: Ranks, stack: ExitStack) -> list[Staging]:
     """A staging directory for each plan, that all processes see. The first makes it, and removes or renames it.
 
     Args:
@@ -64,7 +64,7 @@ def staged(plans: Sequence[Plan], ranks: Ranks, stack: ExitStack) -> list[Stagin
         for staging in stagings:
             stack.enter_context(staging)
     if ranks.world > 1:
-        stack.enter_context(ranks.as_one())
+        stack.enter_context(ranks.fail_together())
         marks = ranks.first(lambda: [staging.mark() for staging in stagings])
         if not ranks.is_first:
             for staging, mark in zip(stagings, marks, strict=True):
@@ -72,14 +72,14 @@ def staged(plans: Sequence[Plan], ranks: Ranks, stack: ExitStack) -> list[Stagin
     return stagings
 
 
-Sinks = list[dict[int, ShardFiles]]
+Writers = list[dict[int, ShardFiles]]
 """The weight files of each plan, by the index of the checkpoint after which they are written."""
 
 
 @contextmanager
-def opened(
+def open_writers(
     plans: Sequence[Plan], stagings: Sequence[Staging], key: str, ranks: Ranks
-) -> Iterator[tuple[Sinks, Ledger[Formed]]]:
+) -> Iterator[tuple[Writers, PassJournal[BlockResult]]]:
     """The weight files of all plans, open, and what an interrupted attempt at the same work has finished of them.
 
     The first process makes the files, and the others open what it has made.
@@ -93,8 +93,8 @@ def opened(
     Raises:
         WriteError: the system would not let us write.
     """
-    from ckavg.averaging.replay import Formed
-    from ckavg.engine.stream import Ledger
+    from ckavg.averaging.replay import BlockResult
+    from ckavg.engine.stream import PassJournal
 
     key, done = ranks.first(lambda: (key, _continued(plans, stagings, key)))  # file times may look different elsewhere
     create = ranks.is_first and not done
@@ -102,7 +102,7 @@ def opened(
     with ExitStack() as stack:
         if not ranks.is_first:
             ranks.wait()
-        sinks = [
+        writers = [
             {
                 index: stack.enter_context(
                     ShardFiles(
@@ -122,21 +122,23 @@ def opened(
         if journal is not None:
             stack.callback(journal.close)
 
-        def note(finished: Mapping[int, Formed]) -> None:
+        def note(finished: Mapping[int, BlockResult]) -> None:
             """What a journal says is finished is on the disk, whatever becomes of the machine."""
-            for of_plan in sinks:
-                for sink in of_plan.values():
-                    sink.sync()
+            for of_plan in writers:
+                for writer in of_plan.values():
+                    writer.sync()
             with suppress(OSError):  # no room for a journal, perhaps: the result has its own already
                 if journal is not None:
-                    journal.add({place: formed.to_json() for place, formed in finished.items()})
+                    journal.add({place: block_result.to_json() for place, block_result in finished.items()})
                     for staging in stagings:
                         staging.keep()
 
-        yield sinks, Ledger({place: Formed.from_json(values) for place, values in done.items()}, note)
+        yield writers, PassJournal({place: BlockResult.from_json(values) for place, values in done.items()}, note)
 
 
-def settled(plans: Sequence[Plan], stagings: Sequence[Staging], sinks: Sinks, ranks: Ranks) -> list[dict[Path, str]]:
+def finalize(
+    plans: Sequence[Plan], stagings: Sequence[Staging], writers: Writers, ranks: Ranks
+) -> list[dict[Path, str]]:
     """Have all weight files on the disk, and give the SHA-256 of each by its path in the result.
 
     Raises:
@@ -147,7 +149,7 @@ def settled(plans: Sequence[Plan], stagings: Sequence[Staging], sinks: Sinks, ra
         {name: staging.path / name for name in plan.weight_files} for staging, plan in zip(stagings, plans, strict=True)
     ]
     of_all = [path for of_plan in paths for path in of_plan.values()]
-    syncs = [sink.sync for of_plan in sinks for sink in of_plan.values()]
+    syncs = [writer.sync for of_plan in writers for writer in of_plan.values()]
     if ranks.world > 1:
         sha256_of((), beside=syncs)
         ranks.wait()  # the others have written into these files, too

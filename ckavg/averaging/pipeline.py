@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckavg import __version__
-from ckavg.averaging.distributed import agree, agree_on, opened, settled, staged
+from ckavg.averaging.distributed import check_same_plans, check_same_run, finalize, open_writers, stage
 from ckavg.averaging.plan import Plan, check_together, fetching_of, fetching_of_path, plan_average
 from ckavg.averaging.record import Work, completed, record_of
-from ckavg.checkpoints.fingerprints import Stamps, check_unchanged, stamps_of
+from ckavg.checkpoints.fingerprints import Fingerprints, check_unchanged, fingerprint_run
 from ckavg.checkpoints.run import Run
 from ckavg.checkpoints.statistics import averaged_statistics
 from ckavg.engine.context import OnProgress
@@ -37,7 +37,7 @@ from ckavg.storage.atomic import resolved
 
 if TYPE_CHECKING:
     from ckavg.averaging.replay import Replayed
-    from ckavg.engine.stream import Settings
+    from ckavg.engine.context import Context
     from ckavg.output.staging import Staging
 
 ACCUMULATE = ("float32", "float64")
@@ -74,17 +74,17 @@ def measure_path(
         ChangedError, TruncatedShardError, ReadError: a file changed or cannot be read.
         SettingError: there is no such device, or `sample` is no fraction.
     """
-    from ckavg.engine.devices import fitted, resolve_device
-    from ckavg.engine.stream import Settings
+    from ckavg.engine.context import Context
+    from ckavg.engine.devices import resolve_device, tuned
 
-    with ranks.as_one(), as_users_know(run.remote):
+    with ranks.fail_together(), as_users_know(run.remote):
         plan = plan_path(run, exclude=path_exclude, sample=sample)
         nbytes = plan.nbytes // ranks.world if plan.sample == 1 else 0  # an estimate is the CPU's in any case
         own = ranks.own_device(resolve_device(device, nbytes=nbytes))
-        settings = fitted(Settings(device=own, on_progress=on_progress, ranks=ranks, remote=run.remote))
-        agree(run, ranks, plan.exclude, zero_sigma, sample, allow_nonfinite)
+        context = tuned(Context(device=own, on_progress=on_progress, ranks=ranks, remote=run.remote))
+        check_same_run(run, ranks, plan.exclude, zero_sigma, sample, allow_nonfinite)
         fetch(run.remote, fetching_of_path(run, plan), on_progress)
-        path = _measure(run, plan, zero_sigma, settings, allow_nonfinite=allow_nonfinite)
+        path = _measure(run, plan, zero_sigma, context, allow_nonfinite=allow_nonfinite)
         if ranks.is_first:
             _check_unchanged(run)
         return path
@@ -137,7 +137,7 @@ def average(
         SettingError: the settings do not fit the run.
         CkavgError: any other reason for which there is no result; the sources and `out` are as they were.
     """
-    with ranks.as_one():
+    with ranks.fail_together():
         plan = plan_average(
             run,
             scheme,
@@ -189,37 +189,37 @@ def carry_out(
         CkavgError: as of `average`. A result that was complete by then stays.
     """
     from ckavg.averaging.replay import check_constant
-    from ckavg.engine.devices import fitted, resolve_device
-    from ckavg.engine.stream import Settings
+    from ckavg.engine.context import Context
+    from ckavg.engine.devices import resolve_device, tuned
 
     begun = time.perf_counter()
     run = plans[0].run
-    with ranks.as_one(), ExitStack() as stack, as_users_know(run.remote):
+    with ranks.fail_together(), ExitStack() as stack, as_users_know(run.remote):
         if accumulate not in ACCUMULATE:
             raise SettingError(f"accumulate is {accumulate!r}; it must be one of {', '.join(ACCUMULATE)}.")
         check_together(plans)
         nbytes = max(plan.path_bytes for plan in plans) + max(plan.replay_bytes for plan in plans)
         own = ranks.own_device(resolve_device(device, nbytes=nbytes // ranks.world, averages=len(plans)))
-        settings = fitted(
-            Settings(device=own, on_progress=on_progress, ranks=ranks, remote=run.remote), averages=len(plans)
+        context = tuned(
+            Context(device=own, on_progress=on_progress, ranks=ranks, remote=run.remote), averages=len(plans)
         )
-        agree_on(plans, ranks, accumulate, zero_sigma, allow_nonfinite)
+        check_same_plans(plans, ranks, accumulate, zero_sigma, allow_nonfinite)
         if ranks.is_first:
             for directory in {resolved(plan.out).parent for plan in plans}:
                 tidy(directory)
         fetch(run.remote, fetching_of(plans), on_progress)
-        stagings = staged(plans, ranks, stack)
-        compared = check_constant(run, settings)
+        stagings = stage(plans, ranks, stack)
+        compared = check_constant(run, context)
         measuring = time.perf_counter()
         planned = next((plan.path for plan in plans if plan.path), None)
-        stamps = planned.recalled.stamps if planned else stamps_of(run)
-        path = _measure(run, planned, zero_sigma, settings, allow_nonfinite=allow_nonfinite) if planned else None
+        fingerprints = planned.recalled.fingerprints if planned else fingerprint_run(run)
+        path = _measure(run, planned, zero_sigma, context, allow_nonfinite=allow_nonfinite) if planned else None
         replaying = time.perf_counter()
         timeline = _timeline(run, path)
         statistics = averaged_statistics(run.tensors)
         coefficients = [plan.scheme.coefficients(timeline).sparing(statistics) for plan in plans]
         replayed, digests = _replay(
-            plans, coefficients, stagings, accumulate, stamps, settings, allow_nonfinite=allow_nonfinite
+            plans, coefficients, stagings, accumulate, fingerprints, context, allow_nonfinite=allow_nonfinite
         )
         if ranks.is_first:
             _check_unchanged(run)
@@ -263,48 +263,46 @@ def _replay(
     coefficients: Sequence[Coefficients],
     stagings: Sequence[Staging],
     accumulate: str,
-    stamps: Stamps,
-    settings: Settings,
+    fingerprints: Fingerprints,
+    context: Context,
     *,
     allow_nonfinite: bool,
 ) -> tuple[Replayed, list[dict[Path, str]]]:
     """Pass 2, and the SHA-256 of every weight file that came of it, by plan and by path in the result."""
     from ckavg.averaging.replay import Average, replay
 
-    run, ranks = plans[0].run, settings.ranks
+    run, ranks = plans[0].run, context.ranks
     layouts = [[(shard.name, shard.header) for shard in plan.weights.shards] for plan in plans]
     places = [[str(out) for out in plan.outputs.values()] for plan in plans]
     what = (
         __version__,
-        stamps,
+        fingerprints,
         coefficients,
         layouts,
         places,
         accumulate,
         allow_nonfinite,
-        settings.device.partition(":")[0],
+        context.device.partition(":")[0],
     )
-    key = hashlib.sha256(repr(what).encode()).hexdigest() if None not in stamps else secrets.token_hex(32)
-    with opened(plans, stagings, key, ranks) as (sinks, ledger):
+    key = hashlib.sha256(repr(what).encode()).hexdigest() if None not in fingerprints else secrets.token_hex(32)
+    with open_writers(plans, stagings, key, ranks) as (writers, journal):
         averages = [
             Average(each, plan.weights.dtypes, of_plan)
-            for each, plan, of_plan in zip(coefficients, plans, sinks, strict=True)
+            for each, plan, of_plan in zip(coefficients, plans, writers, strict=True)
         ]
         wide = accumulate == "float64"
-        replayed = replay(run, averages, wide=wide, allow_nonfinite=allow_nonfinite, settings=settings, ledger=ledger)
-        digests = settled(plans, stagings, sinks, ranks)
+        replayed = replay(run, averages, wide=wide, allow_nonfinite=allow_nonfinite, context=context, journal=journal)
+        digests = finalize(plans, stagings, writers, ranks)
     ranks.wait()
     return replayed, digests
 
 
-def _measure(
-    run: Run, plan: PathPlan, zero_sigma: ZeroSigma, settings: Settings, *, allow_nonfinite: bool
-) -> PathLength:
+def _measure(run: Run, plan: PathPlan, zero_sigma: ZeroSigma, context: Context, *, allow_nonfinite: bool) -> PathLength:
     from ckavg.path.estimate import estimate
-    from ckavg.path.journal import Unfinished
+    from ckavg.path.journal import PathJournal
     from ckavg.path.measure import measure
 
-    plan = settings.ranks.first(lambda: plan)  # what is known depends on file times, which machines may see differently
+    plan = context.ranks.first(lambda: plan)  # what is known depends on file times, which machines may see differently
     if plan.sample < 1:
         return estimate(
             run,
@@ -312,22 +310,22 @@ def _measure(
             exclude=plan.exclude,
             zero_sigma=zero_sigma,
             allow_nonfinite=allow_nonfinite,
-            settings=settings,
+            context=context,
         )
-    with Unfinished(run, plan.recalled.stamps, settings.ranks) as unfinished:
+    with PathJournal(run, plan.recalled.fingerprints, context.ranks) as path_journal:
         path = measure(
             run,
             exclude=plan.exclude,
             zero_sigma=zero_sigma,
             known=plan.recalled.known,
             allow_nonfinite=allow_nonfinite,
-            settings=settings,
-            unfinished=unfinished,
+            context=context,
+            path_journal=path_journal,
         )
-    if settings.ranks.is_first:
+    if context.ranks.is_first:
         if path.bytes_read:
-            remember(run, path, plan.recalled.stamps)
-        unfinished.clear()
+            remember(run, path, plan.recalled.fingerprints)
+        path_journal.clear()
     return path
 
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ckavg.averaging.rules import RULES, State, round_into
-from ckavg.checkpoints.run import ITEM_BYTES, Entry, Run, not_constant
+from ckavg.checkpoints.run import ITEM_BYTES, Run, TensorInfo, not_constant
 from ckavg.engine.blocks import Block, cut_blocks
 from ckavg.engine.checksums import checksums
-from ckavg.engine.stream import Ledger, Settings, stream
+from ckavg.engine.context import Context
+from ckavg.engine.stream import PassJournal, stream
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader, all_finite
 from ckavg.errors import NonFiniteError
 from ckavg.schemes import Coefficients
@@ -32,7 +33,7 @@ _MORE_ROOM = {
 """What to do where an average does not fit its dtype."""
 
 
-class Sink(Protocol):
+class TensorWriter(Protocol):
     """Takes finished bytes; called from several threads, each byte of a tensor once."""
 
     def put(self, name: str, offset: int, values: Tensor) -> None:
@@ -51,7 +52,7 @@ class Average:
 
     coefficients: Coefficients
     dtypes: Mapping[str, str]
-    sinks: Mapping[int, Sink]
+    writers: Mapping[int, TensorWriter]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Replayed:
 
 
 @dataclass(frozen=True, slots=True)
-class Formed:
+class BlockResult:
     """Of one finished block: its hash for each checkpoint, how much of each average is not finite for some of the
     checkpoints are not, and how many elements are the same infinity in all.
     """
@@ -86,7 +87,7 @@ class Formed:
         return [list(self.digests), list(self.nonfinite), self.infinite]
 
     @classmethod
-    def from_json(cls, values: list[Any]) -> Formed:
+    def from_json(cls, values: list[Any]) -> BlockResult:
         """The same from such values."""
         digests, nonfinite, *infinite = values
         return cls(tuple(digests), tuple(nonfinite), *infinite)
@@ -98,8 +99,8 @@ def replay(
     *,
     wide: bool = False,
     allow_nonfinite: bool = False,
-    settings: Settings | None = None,
-    ledger: Ledger[Formed] | None = None,
+    context: Context | None = None,
+    journal: PassJournal[BlockResult] | None = None,
 ) -> Replayed:
     """Form all averages of a run in one reading.
 
@@ -116,36 +117,40 @@ def replay(
         TruncatedShardError, ReadError: a file changed or cannot be read.
         OutputError: a sink could not take its bytes.
     """
-    settings = settings or Settings()
+    context = context or Context()
     first = first_read(average.coefficients for average in averages)
     read = run.checkpoints[first:]
     copied = {name: entry for name, entry in run.tensors.items() if not entry.is_floating}
 
     def average_worker(reader: TileReader) -> _AverageWorker:
         return _AverageWorker(
-            run, reader, averages, first=first, wide=wide, allow_nonfinite=allow_nonfinite, settings=settings
+            run, reader, averages, first=first, wide=wide, allow_nonfinite=allow_nonfinite, context=context
         )
 
-    written = sorted({index for average in averages for index in average.sinks})
-    sinks = [[average.sinks[index] for average in averages if index in average.sinks] for index in written]
+    written = sorted({index for average in averages for index in average.writers})
+    writers = [[average.writers[index] for average in averages if index in average.writers] for index in written]
 
     def copy_worker(reader: TileReader) -> _CopyWorker:
-        return _CopyWorker(reader, run.tensors, sinks, tile=settings.tile)
+        return _CopyWorker(reader, run.tensors, writers, tile=context.tile)
 
     blocks = replay_blocks(run)
-    averaged = stream("replay", read, blocks, average_worker, settings, ledger)
+    averaged = stream("replay", read, blocks, average_worker, context, journal)
     nbytes = averaged.bytes_read
     if copied:
-        quiet = dataclasses.replace(settings, on_progress=None)
+        quiet = dataclasses.replace(context, on_progress=None)
         of_written = [run.checkpoints[index] for index in written]
         nbytes += stream("replay", of_written, cut_blocks(copied), copy_worker, quiet).bytes_read
-    digests = [formed.digests for formed in averaged.results]
-    nonfinite = [sum(formed.nonfinite[place] for formed in averaged.results) for place in range(len(averages))]
-    infinite = sorted({block.name for block, formed in zip(blocks, averaged.results, strict=True) if formed.infinite})
+    digests = [block_result.digests for block_result in averaged.results]
+    nonfinite = [
+        sum(block_result.nonfinite[place] for block_result in averaged.results) for place in range(len(averages))
+    ]
+    infinite = sorted(
+        {block.name for block, block_result in zip(blocks, averaged.results, strict=True) if block_result.infinite}
+    )
     return Replayed(nbytes, (None,) * first + checksums(read, blocks, digests), tuple(nonfinite), tuple(infinite))
 
 
-def check_constant(run: Run, settings: Settings) -> int:
+def check_constant(run: Run, context: Context) -> int:
     """Compare all bytes of the tensors that can only be copied; how many bytes were read.
 
     Raises:
@@ -156,7 +161,7 @@ def check_constant(run: Run, settings: Settings) -> int:
     def compare_worker(reader: TileReader) -> Callable[[Block], None]:
         def compare(block: Block) -> None:
             item = entries[block.name].item_bytes
-            for start, stop in block.tiles(settings.tile):
+            for start, stop in block.tiles(context.tile):
                 last = reader.raw(len(run.checkpoints) - 1, block.name, start * item, stop * item).clone()
                 for index, checkpoint in enumerate(run.checkpoints[:-1]):
                     if not torch.equal(reader.raw(index, block.name, start * item, stop * item), last):
@@ -164,7 +169,7 @@ def check_constant(run: Run, settings: Settings) -> int:
 
         return compare
 
-    quiet = dataclasses.replace(settings, on_progress=None)
+    quiet = dataclasses.replace(context, on_progress=None)
     blocks = cut_blocks(entries)
     return stream("replay", run.checkpoints, blocks, compare_worker, quiet).bytes_read if blocks else 0
 
@@ -189,7 +194,7 @@ class _AverageWorker:
         first: int,
         wide: bool,
         allow_nonfinite: bool,
-        settings: Settings,
+        context: Context,
     ) -> None:
         self._allow_nonfinite = allow_nonfinite
         self._nonfinite = [0] * len(averages)
@@ -199,13 +204,13 @@ class _AverageWorker:
         self._averages = averages
         self._first = first
         self._wide = wide
-        self._tile = settings.tile
-        self._device = settings.device
+        self._tile = context.tile
+        self._device = context.device
         self._work: dict[torch.dtype, tuple[Tensor, list[State]]] = {}
-        reader.compute_on(settings.device)
+        reader.compute_on(context.device)
         # Pinned where the arithmetic is elsewhere: a GPU writes into such memory by itself.
-        size = settings.tile * _widest(run, averages)
-        self._out = torch.empty(size, dtype=torch.uint8, pin_memory=settings.device != "cpu")
+        size = context.tile * _widest(run, averages)
+        self._out = torch.empty(size, dtype=torch.uint8, pin_memory=context.device != "cpu")
         # β = 1 forgets all that was before, NaN and infinity included; elsewhere they last to the end.
         self._forgets = not allow_nonfinite and any(
             1.0 in betas
@@ -213,15 +218,15 @@ class _AverageWorker:
             for betas in (average.coefficients.betas, *average.coefficients.tensor_betas.values())
         )
 
-    def __call__(self, block: Block) -> Formed:
+    def __call__(self, block: Block) -> BlockResult:
         buffer, states = self._workspace(self._accumulate_dtype(block.name))
         sums = self._reader.sum_up(block)
         for state in states:
-            state.turn_to(block.name)
+            state.set_tensor(block.name)
         self._nonfinite, self._infinite = [0] * len(self._averages), 0
         for start, stop in block.tiles(self._tile):
             self._average_tile(block.name, start, stop, buffer[: stop - start], states)
-        return Formed(sums.digests(), tuple(self._nonfinite), self._infinite)
+        return BlockResult(sums.digests(), tuple(self._nonfinite), self._infinite)
 
     def _average_tile(self, name: str, start: int, stop: int, theta: Tensor, states: Sequence[State]) -> None:
         last = len(self._run.checkpoints) - 1
@@ -234,7 +239,7 @@ class _AverageWorker:
                 sums.append(theta.sum())  # looked at once a tile: a look waits for a GPU to come that far
             for place, (state, average) in enumerate(zip(states, self._averages, strict=True)):
                 state.take(index, theta)
-                if index in average.sinks:
+                if index in average.writers:
                     result = zeros.kept_in(state.output(index, theta), average.coefficients.start)
                     count = self._hand_on(average, index, name, start, result)
                     self._nonfinite[place] += count if index == last else 0
@@ -251,7 +256,7 @@ class _AverageWorker:
         else:  # rounded first: fewer bytes come back, and by themselves
             rounded.copy_(round_into(result, torch.empty_like(result, dtype=dtype)))
         count = 0 if all_finite(rounded) else self._put_right(average, index, name, start, result.cpu(), rounded)
-        average.sinks[index].put(name, start * dtype.itemsize, stored)
+        average.writers[index].put(name, start * dtype.itemsize, stored)
         return count
 
     def _put_right(self, average: Average, index: int, name: str, start: int, result: Tensor, rounded: Tensor) -> int:
@@ -282,7 +287,7 @@ class _AverageWorker:
         part = 2.0**-64 if self._run.is_wide(name) else 1.0
         theta = torch.empty_like(same)
         state = RULES[average.coefficients.rule](average.coefficients, torch.empty_like(same))
-        state.turn_to(name)
+        state.set_tensor(name)
         for place in range(average.coefficients.start, index + 1):
             self._reader.load(place - self._first, name, start, theta)
             state.take(place, theta.masked_fill_(same != 0, 0.0).mul_(part))
@@ -331,20 +336,25 @@ class _CopyWorker:
     """Copies what is not averaged, byte for byte: each checkpoint's to the sinks of that checkpoint."""
 
     def __init__(
-        self, reader: TileReader, entries: Mapping[str, Entry], sinks: Sequence[Sequence[Sink]], *, tile: int
+        self,
+        reader: TileReader,
+        entries: Mapping[str, TensorInfo],
+        writers: Sequence[Sequence[TensorWriter]],
+        *,
+        tile: int,
     ) -> None:
         self._reader = reader
         self._entries = entries
-        self._sinks = sinks
+        self._sinks = writers
         self._tile = tile
 
     def __call__(self, block: Block) -> None:
         item = self._entries[block.name].item_bytes
         for start, stop in block.tiles(self._tile):
-            for index, sinks in enumerate(self._sinks):
+            for index, writers in enumerate(self._sinks):
                 stored = self._reader.raw(index, block.name, start * item, stop * item)
-                for sink in sinks:
-                    sink.put(block.name, start * item, stored)
+                for writer in writers:
+                    writer.put(block.name, start * item, stored)
 
 
 def first_read(coefficients: Iterable[Coefficients]) -> int:

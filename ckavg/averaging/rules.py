@@ -51,7 +51,7 @@ class State(abc.ABC):
         self._corrects = True
         self._scratch = scratch
 
-    def turn_to(self, name: str) -> None:
+    def set_tensor(self, name: str) -> None:
         """Say of which tensor the next tiles are: some schemes have a β for each, and some tensors no correction."""
         self._betas = self.coefficients.tensor_betas.get(name, self.coefficients.betas)
         self._corrects = name not in self._uncorrected

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ckavg.checkpoints.run import Checkpoint, Entry
+from ckavg.checkpoints.run import Checkpoint, TensorInfo
 from ckavg.errors import CkavgError, MismatchError, UnsupportedFormatError, listed
 
 _SHOWN = 8
@@ -179,5 +179,5 @@ def _prefix_between(before: Checkpoint, after: Checkpoint) -> tuple[str, bool] |
     return None
 
 
-def _compatible(old: Entry, new: Entry, *, any_float: bool) -> bool:
+def _compatible(old: TensorInfo, new: TensorInfo, *, any_float: bool) -> bool:
     return old.dtype == new.dtype or (any_float and old.is_floating and new.is_floating)

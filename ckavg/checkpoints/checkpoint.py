@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ckavg.checkpoints.headers import SHARDED, Header, read_header
-from ckavg.checkpoints.run import Checkpoint, Entry, Kind, Shard
+from ckavg.checkpoints.run import Checkpoint, Kind, Shard, TensorInfo
 from ckavg.checkpoints.unsupported import holds_foreign, refused, refused_slices
 from ckavg.checkpoints.weight_files import WEIGHTS, LeftOut, Weights, beside, by_family, find_weights
 from ckavg.errors import (
@@ -161,7 +161,7 @@ def _weight_map(index: Path, bounds: Bounds) -> Mapping[str, str]:
 def _assemble(path: Path, step: int, kind: Kind, groups: Sequence[_Group], left_out: Sequence[LeftOut]) -> Checkpoint:
     """Merge the headers of all files into one table; every damaged file is reported, not only the first."""
     shards: list[Shard] = []
-    entries: dict[str, Entry] = {}
+    entries: dict[str, TensorInfo] = {}
     errors: list[CkavgError] = []
     left_out = list(left_out)
     for group in groups:

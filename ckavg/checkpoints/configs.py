@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ckavg.checkpoints.conversion import dequantized
-from ckavg.checkpoints.run import FLOATING, Checkpoint, Entry
+from ckavg.checkpoints.run import FLOATING, Checkpoint, TensorInfo
 from ckavg.checkpoints.weight_files import ADAPTERS
 from ckavg.errors import CkavgError, MismatchError, UnsupportedFormatError
 from ckavg.storage.untrusted import read_object
@@ -164,7 +164,7 @@ def _sign_of_quantization(checkpoint: Checkpoint, facts: Facts) -> str | None:
 _Named = Mapping[str, Sequence[frozenset[str]]]
 
 
-def _beside_codes(entries: Mapping[str, Entry]) -> _Named:
+def _beside_codes(entries: Mapping[str, TensorInfo]) -> _Named:
     """What may belong to codes, by module: the words of the last part of each name."""
     found: dict[str, list[frozenset[str]]] = {}
     for name in entries:
@@ -185,7 +185,7 @@ def _split(name: str) -> tuple[str, str]:
     return name[: max(place, 0)], name[place + 1 :]
 
 
-def _is_packed(name: str, entry: Entry, entries: Mapping[str, Entry], beside: _Named) -> bool:
+def _is_packed(name: str, entry: TensorInfo, entries: Mapping[str, TensorInfo], beside: _Named) -> bool:
     """Whether a tensor that is not averaged holds codes, by its name or by scales or codebooks beside it."""
     if _PACKED.fullmatch(name) or (name.endswith("_blocks") and f"{name.removesuffix('blocks')}scales" in entries):
         return True

@@ -21,16 +21,16 @@ from ckavg.errors import ChangedError, CkavgError, ReadError, raise_all
 _FINE_CLOCK_NS = 20_000_000
 _COARSE_CLOCK_NS = 2_000_000_000
 
-Stamps = tuple[str | None, ...]
+Fingerprints = tuple[str | None, ...]
 """Of each checkpoint of a run; None where a later change could not be told from the last one."""
 
 
-def stamps_of(run: Run) -> Stamps:
+def fingerprint_run(run: Run) -> Fingerprints:
     """The stamp of each checkpoint as it is now."""
-    return tuple(map(stamp, run.checkpoints))
+    return tuple(map(fingerprint, run.checkpoints))
 
 
-def stamp(checkpoint: Checkpoint) -> str | None:
+def fingerprint(checkpoint: Checkpoint) -> str | None:
     """What tells this state of a checkpoint from any other; None where it changed too recently to tell."""
     parts: list[object] = []
     for shard in checkpoint.shards:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckavg.checkpoints.run import ITEM_BYTES, Checkpoint, Entry
+from ckavg.checkpoints.run import ITEM_BYTES, Checkpoint, TensorInfo
 from ckavg.errors import (
     CkavgError,
     CorruptFileError,
@@ -229,7 +229,7 @@ class Header:
     """
 
     nbytes: int
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorInfo]
     state: tuple[int, int]
     metadata: Mapping[str, str]
 
@@ -309,9 +309,9 @@ def _metadata(path: Path, metadata: Any) -> dict[str, str]:
     raise CorruptFileError(f"{path} has a corrupt header: __metadata__ must hold texts by name.", hint=_RESAVE)
 
 
-def _checked(path: Path, declared: Mapping[str, Any], data_start: int, size: int, shard: int) -> dict[str, Entry]:
+def _checked(path: Path, declared: Mapping[str, Any], data_start: int, size: int, shard: int) -> dict[str, TensorInfo]:
     spans = sorted((_span(path, name, value) for name, value in declared.items()), key=lambda span: span[3:])
-    entries: dict[str, Entry] = {}
+    entries: dict[str, TensorInfo] = {}
     end = 0
     for name, dtype, shape, start, stop in spans:
         if start != end:
@@ -320,7 +320,7 @@ def _checked(path: Path, declared: Mapping[str, Any], data_start: int, size: int
                 hint=_RESAVE,
             )
         end = stop
-        entries[name] = Entry(dtype, shape, shard, data_start + start)
+        entries[name] = TensorInfo(dtype, shape, shard, data_start + start)
     if data_start + end > size:
         raise TruncatedShardError(
             f"{path} is {size:,} bytes long, but its header says {data_start + end:,}.", hint=_STILL_WRITTEN

@@ -36,7 +36,7 @@ DTYPE_NAMES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "fl
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TensorInfo:
     """One tensor as a header declares it.
 
     Attributes:
@@ -121,7 +121,7 @@ class Checkpoint:
     kind: Kind
     shards: tuple[Shard, ...]
     indexes: tuple[Path, ...]
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorInfo]
     left_out: tuple[tuple[WhyLeftOut, str], ...] = ()
     saved_as: str = ""
 
@@ -376,7 +376,7 @@ class Run:
         return self.checkpoints[-1]
 
     @property
-    def tensors(self) -> Mapping[str, Entry]:
+    def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor by name, as the last checkpoint stores it."""
         return self.last.entries
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from ckavg.checkpoints.run import Entry
+from ckavg.checkpoints.run import TensorInfo
 
 _ALONE = re.compile(
     r"_*(running|moving|ema)_\w+|_*(cluster_size|num_batches_tracked)|(?!.*log)(\w*_)?(var|variance|std|stddev|sq)"
@@ -35,6 +35,6 @@ def running_statistics(names: Iterable[str]) -> frozenset[str]:
     )
 
 
-def averaged_statistics(entries: Mapping[str, Entry]) -> frozenset[str]:
+def averaged_statistics(entries: Mapping[str, TensorInfo]) -> frozenset[str]:
     """Those among the tensors of a checkpoint that are averaged rather than copied."""
     return frozenset(name for name in running_statistics(entries) if entries[name].is_floating)

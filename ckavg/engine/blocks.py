@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckavg.checkpoints.run import Checkpoint, Entry
+from ckavg.checkpoints.run import Checkpoint, TensorInfo
 from ckavg.errors import SettingError
 
 CHUNK = 1 << 14
@@ -47,10 +47,10 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Strips(Block):
+class SampledBlock(Block):
     """Of the elements `start` to `stop`, only strips of equal length that begin at `starts`; at most `TILE` in all.
 
-    >>> Strips("w", 0, 40_000, starts=(100, 30_000), length=512).size
+    >>> SampledBlock("w", 0, 40_000, starts=(100, 30_000), length=512).size
     1024
     """
 
@@ -63,10 +63,10 @@ class Strips(Block):
         return tuple((start, start + self.length) for start in self.starts)
 
 
-def cut_blocks(entries: Mapping[str, Entry]) -> tuple[Block, ...]:
+def cut_blocks(entries: Mapping[str, TensorInfo]) -> tuple[Block, ...]:
     """Cut tensors into blocks, in the order in which their bytes lie in the files.
 
-    >>> cut_blocks({"w": Entry("F32", (2, 3), 0, 80), "empty": Entry("F32", (0,), 0, 80)})
+    >>> cut_blocks({"w": TensorInfo("F32", (2, 3), 0, 80), "empty": TensorInfo("F32", (0,), 0, 80)})
     (Block(name='w', start=0, stop=6),)
     """
     in_file_order = sorted(entries.items(), key=lambda item: (item[1].shard, item[1].offset))

@@ -6,6 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from ckavg.checkpoints.run import Remote
+from ckavg.engine.blocks import TILE
+from ckavg.engine.distributed import ALONE, Ranks
+
 Pass = Literal["path", "replay", "health", "files", "weights", "elements", "sources", "fetch", "upload"]
 
 
@@ -29,3 +33,26 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """How a pass runs. Nothing here changes what it computes.
+
+    Attributes:
+        device: where the arithmetic happens, as torch names it.
+        threads: how many threads read and compute, each on one core; None: one for each core.
+        tile: elements computed at once: a power of two.
+        on_progress: called in the caller's thread now and then.
+        ranks: the processes that share the work.
+        remote: where files are that are not on this machine; None where all are.
+        compiled_from_bytes: how much a pass must read for a compiled kernel to be worth loading, where there is one.
+    """
+
+    device: str = "cpu"
+    threads: int | None = None
+    tile: int = TILE
+    on_progress: OnProgress | None = None
+    ranks: Ranks = ALONE
+    remote: Remote | None = None
+    compiled_from_bytes: int = 16 << 30

@@ -16,7 +16,7 @@ from ckavg.engine.distributed import available_cores
 from ckavg.errors import SettingError
 
 if TYPE_CHECKING:
-    from ckavg.engine.stream import Settings
+    from ckavg.engine.context import Context
 
 
 BUFFERS = 2
@@ -204,8 +204,8 @@ def resolve_device(device: str, *, nbytes: int = 0, averages: int = 1) -> str:
     return device if named[1] is None else f"cuda:{number}"
 
 
-def fitted(settings: Settings, *, averages: int = 1) -> Settings:
-    """Settings with the threads and the tile that suit their device; for the CPU, as they are.
+def tuned(context: Context, *, averages: int = 1) -> Context:
+    """Context with the threads and the tile that suit their device; for the CPU, as they are.
 
     Args:
         settings: device, and threads if a number was asked for.
@@ -214,17 +214,17 @@ def fitted(settings: Settings, *, averages: int = 1) -> Settings:
     Raises:
         SettingError: the device has too little memory free.
     """
-    if settings.device == "cpu":
-        return settings
-    threads = settings.threads or min(available_cores(settings.ranks.local_world), _GPU_FEEDERS)
-    free, _ = torch.cuda.mem_get_info(torch.device(settings.device))
+    if context.device == "cpu":
+        return context
+    threads = context.threads or min(available_cores(context.ranks.local_world), _GPU_FEEDERS)
+    free, _ = torch.cuda.mem_get_info(torch.device(context.device))
     tile = gpu_tile(threads, averages, min(_GPU_BYTES, int(_GPU_SHARE * free)))
     if tile is None:
         raise SettingError(
-            f"device is {settings.device!r}, but only {free / 1e9:.1f} GB of its memory are free.",
+            f"device is {context.device!r}, but only {free / 1e9:.1f} GB of its memory are free.",
             hint="Wait until it is, or use --device cpu.",
         )
-    return dataclasses.replace(settings, threads=threads, tile=tile)
+    return dataclasses.replace(context, threads=threads, tile=tile)
 
 
 def gpu_tile(threads: int, averages: int, nbytes: int) -> int | None:

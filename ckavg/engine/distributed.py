@@ -172,7 +172,7 @@ class Ranks:
         return f"cuda:{self.local_rank % torch.cuda.device_count()}"
 
     @contextmanager
-    def as_one(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         """An error that leaves this block in one process leaves it in all of them, and ends the job.
 
         The first process leaves it last, when the others have closed their files.
@@ -221,7 +221,7 @@ def all_ranks(on_wait: Callable[[str], None] | None = None) -> Iterator[Ranks]:
     links = join(ranks.rank, ranks.world, on_wait)
     try:
         joined = dataclasses.replace(ranks, _links=links)
-        with joined.as_one():
+        with joined.fail_together():
             yield joined
             links.leave()
             if not ranks.is_first:

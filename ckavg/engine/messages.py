@@ -33,7 +33,7 @@ ELSEWHERE = "In another process:\n"
 _CLASSES = {
     "Averaged": "ckavg.output.record",
     "Evaluation": "ckavg.output.record",
-    "Formed": "ckavg.averaging.replay",
+    "BlockResult": "ckavg.averaging.replay",
     "Input": "ckavg.output.record",
     "Known": "ckavg.path.table",
     "Output": "ckavg.output.record",

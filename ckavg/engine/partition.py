@@ -10,7 +10,7 @@ from ckavg.engine.context import OnProgress, Pass, Progress
 from ckavg.engine.distributed import Ranks
 
 
-def own_share(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], ranks: Ranks) -> list[int]:
+def partition(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], ranks: Ranks) -> list[int]:
     """Places of the blocks that fall to this process, in their order.
 
     They are dealt out in the order of the files, whatever the order of the pass: what a machine has read in pass 1, and
@@ -29,7 +29,7 @@ def own_share(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], ranks:
     return sorted(in_files[each] for each in ranks.share([sizes[place] for place in in_files]))
 
 
-class OfAll:
+class GlobalProgress:
     """Tells how far a pass is for all processes, taking this one to be as far as the others.
 
     Args:
@@ -53,7 +53,7 @@ class OfAll:
         self._total = sum(sizes_of(checkpoints, blocks))
         self._listener = listener
 
-    def of_own(self, news: Progress) -> None:
+    def on_own_progress(self, news: Progress) -> None:
         """Hear how far this process is with its own share. That it is done is not passed on: others may not be."""
         if news.done == 0 or news.done < news.total:
             self._tell(self._total * news.done // max(1, news.total))

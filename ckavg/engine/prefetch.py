@@ -15,7 +15,7 @@ from ckavg.checkpoints.run import Checkpoint
 from ckavg.engine.blocks import Block, sizes_of
 from ckavg.engine.reader import Files
 
-AHEAD_BYTES = 256 << 20
+PREFETCH_BYTES = 256 << 20
 """How much is announced before it is read: several large reads in flight, and a small part of any memory."""
 
 
@@ -42,7 +42,7 @@ def announcer(
     return announce
 
 
-class Ahead:
+class Prefetch:
     """What is announced of the blocks of a pass; shared by its threads. A context: on leaving it, nothing more is.
 
     Args:
@@ -57,7 +57,7 @@ class Ahead:
         checkpoints: Sequence[Checkpoint],
         blocks: Sequence[Block],
         announce: Callable[[Block], None],
-        nbytes: int = AHEAD_BYTES,
+        nbytes: int = PREFETCH_BYTES,
     ) -> None:
         self._blocks = blocks
         self._sizes = sizes_of(checkpoints, blocks)
@@ -91,7 +91,7 @@ class Ahead:
         if self._thread is not None:
             self._thread.join()
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> Prefetch:
         return self
 
     def __exit__(

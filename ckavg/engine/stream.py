@@ -13,12 +13,12 @@ from typing import Generic, TypeVar
 
 import torch
 
-from ckavg.checkpoints.run import Checkpoint, Remote
-from ckavg.engine.blocks import TILE, Block, check_tile, sizes_of
-from ckavg.engine.context import OnProgress, Pass, Progress
-from ckavg.engine.distributed import ALONE, Ranks, worker_threads
-from ckavg.engine.partition import OfAll, own_share
-from ckavg.engine.prefetch import Ahead, announcer
+from ckavg.checkpoints.run import Checkpoint
+from ckavg.engine.blocks import Block, check_tile, sizes_of
+from ckavg.engine.context import Context, OnProgress, Pass, Progress
+from ckavg.engine.distributed import worker_threads
+from ckavg.engine.partition import GlobalProgress, partition
+from ckavg.engine.prefetch import Prefetch, announcer
 from ckavg.engine.reader import Files
 from ckavg.engine.tiles import TileReader
 from ckavg.engine.window import Window, far_files
@@ -33,29 +33,6 @@ _BLOCKS_AT_ONCE = 1024
 """What comes of so many blocks goes from process to process in one message, whose size has a bound."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """How a pass runs. Nothing here changes what it computes.
-
-    Attributes:
-        device: where the arithmetic happens, as torch names it.
-        threads: how many threads read and compute, each on one core; None: one for each core.
-        tile: elements computed at once: a power of two.
-        on_progress: called in the caller's thread now and then.
-        ranks: the processes that share the work.
-        remote: where files are that are not on this machine; None where all are.
-        compiled_from_bytes: how much a pass must read for a compiled kernel to be worth loading, where there is one.
-    """
-
-    device: str = "cpu"
-    threads: int | None = None
-    tile: int = TILE
-    on_progress: OnProgress | None = None
-    ranks: Ranks = ALONE
-    remote: Remote | None = None
-    compiled_from_bytes: int = 16 << 30
-
-
 @dataclass(frozen=True, slots=True)
 class Streamed(Generic[Result]):
     """What the workers returned, in the order of the blocks, and how many bytes they read."""
@@ -65,7 +42,7 @@ class Streamed(Generic[Result]):
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger(Generic[Result]):
+class PassJournal(Generic[Result]):
     """What an interrupted attempt has done of a pass, and who notes what is done now.
 
     Attributes:
@@ -82,8 +59,8 @@ def stream(
     checkpoints: Sequence[Checkpoint],
     blocks: Sequence[Unit],
     make_worker: Callable[[TileReader], Callable[[Unit], Result]],
-    settings: Settings,
-    ledger: Ledger[Result] | None = None,
+    context: Context,
+    journal: PassJournal[Result] | None = None,
 ) -> Streamed[Result]:
     """Work on every block once, and return what came of all of them in every process.
 
@@ -98,24 +75,26 @@ def stream(
     Raises:
         Exception: whatever a worker raised first; the blocks not yet begun are dropped.
     """
-    ranks = settings.ranks
-    ledger = ledger or Ledger({}, lambda _: None)
-    work = _Work(stage, checkpoints, blocks, ledger, sum(sizes_of(checkpoints, [blocks[each] for each in ledger.done])))
-    left = [place for place in range(len(blocks)) if place not in ledger.done]
+    ranks = context.ranks
+    journal = journal or PassJournal({}, lambda _: None)
+    work = _Work(
+        stage, checkpoints, blocks, journal, sum(sizes_of(checkpoints, [blocks[each] for each in journal.done]))
+    )
+    left = [place for place in range(len(blocks)) if place not in journal.done]
     if ranks.world == 1:
-        parts = [_stream_own(work, left, make_worker, settings)]
+        parts = [_stream_own(work, left, make_worker, context)]
     else:
         to_do = [blocks[place] for place in left]
-        own = [left[each] for each in own_share(checkpoints, to_do, ranks)]
-        listener = OfAll(stage, checkpoints, to_do, settings.on_progress, kept=work.kept_bytes)
-        of_own = dataclasses.replace(settings, on_progress=listener.of_own)
-        results, nbytes = _stream_own(work, own, make_worker, of_own)
+        own = [left[each] for each in partition(checkpoints, to_do, ranks)]
+        listener = GlobalProgress(stage, checkpoints, to_do, context.on_progress, kept=work.kept_bytes)
+        on_own_progress = dataclasses.replace(context, on_progress=listener.on_own_progress)
+        results, nbytes = _stream_own(work, own, make_worker, on_own_progress)
         parts = [({}, each) for each in ranks.gather(nbytes)]
         for first in range(0, len(left), _BLOCKS_AT_ONCE):
             some = {place: results[place] for place in left[first : first + _BLOCKS_AT_ONCE] if place in results}
             parts += [(part, 0) for part in ranks.gather(some)]
         listener.end()
-    results = dict(ledger.done)
+    results = dict(journal.done)
     for part, _ in parts:
         results |= part
     in_order = tuple(results[place] for place in range(len(blocks)))
@@ -137,7 +116,7 @@ class _Work(Generic[Unit, Result]):
     stage: Pass
     checkpoints: Sequence[Checkpoint]
     blocks: Sequence[Unit]
-    ledger: Ledger[Result]
+    journal: PassJournal[Result]
     kept_bytes: int
 
 
@@ -145,11 +124,11 @@ def _stream_own(
     work: _Work[Unit, Result],
     own: Sequence[int],
     make_worker: Callable[[TileReader], Callable[[Unit], Result]],
-    settings: Settings,
+    context: Context,
 ) -> tuple[dict[int, Result], int]:
     """Work on the blocks of this process, by place: what came of each, and the bytes read; errors as of `stream`."""
-    threads = settings.threads or worker_threads(settings.ranks.local_world)
-    tile = check_tile(settings.tile)
+    threads = context.threads or worker_threads(context.ranks.local_world)
+    tile = check_tile(context.tile)
     blocks = [work.blocks[place] for place in own]
     of_thread = threading.local()
     readers: list[TileReader] = []
@@ -157,30 +136,30 @@ def _stream_own(
     window: Window | None = None
 
     def do(place: int, block: Unit) -> Result:
-        settings.ranks.check()
+        context.ranks.check()
         if not hasattr(of_thread, "worker"):
             files = open_files.enter_context(Files(threads=threads + 1, window=window))
             of_thread.reader = TileReader(work.checkpoints, files, tile=tile, stopped=stop.is_set)
             readers.append(of_thread.reader)
             of_thread.worker = make_worker(of_thread.reader)
         reader: TileReader = of_thread.reader
-        reader.begin(lambda: ahead.miss(place))
-        ahead.begin(place)
+        reader.begin(lambda: prefetch.miss(place))
+        prefetch.begin(place)
         result: Result = of_thread.worker(block)
         return result
 
     results: dict[int, Result] = {}
     with ExitStack() as open_files, one_core_per_kernel():
-        if settings.remote is not None and far_files(settings.remote, work.checkpoints):
-            window = open_files.enter_context(Window(settings.remote, work.checkpoints, blocks, stop.is_set))
+        if context.remote is not None and far_files(context.remote, work.checkpoints):
+            window = open_files.enter_context(Window(context.remote, work.checkpoints, blocks, stop.is_set))
         files = open_files.enter_context(Files(threads=threads + 1, window=window))
         announce = announcer(work.checkpoints, files, stop.is_set)
-        ahead = open_files.enter_context(Ahead(work.checkpoints, blocks, announce))
+        prefetch = open_files.enter_context(Prefetch(work.checkpoints, blocks, announce))
         executor = ThreadPoolExecutor(threads, thread_name_prefix="ckavg")
         try:
             places = {executor.submit(do, place, block): place for place, block in enumerate(blocks)}
-            report = _reporter(work, blocks, settings.on_progress)
-            note = _Notes(work.ledger)
+            report = _reporter(work, blocks, context.on_progress)
+            note = _Notes(work.journal)
             for future in as_completed(places):
                 place = places[future]
                 results[own[place]] = future.result()
@@ -197,8 +176,8 @@ def _stream_own(
 class _Notes(Generic[Result]):
     """Has finished blocks noted every few seconds, never sooner: a short pass is not worth a note."""
 
-    def __init__(self, ledger: Ledger[Result]) -> None:
-        self._ledger = ledger
+    def __init__(self, journal: PassJournal[Result]) -> None:
+        self._ledger = journal
         self._new: dict[int, Result] = {}
         self._noted = time.monotonic()
 

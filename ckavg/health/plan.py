@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ckavg.checkpoints.run import Checkpoint, Entry
+from ckavg.checkpoints.run import Checkpoint, TensorInfo
 
 PIECE = 1 << 17
 """Elements of a tensor that are read at once: what a thread compares, six times 512 KiB, is near a core's cache."""
@@ -33,7 +33,7 @@ class Tensor:
 
     name: str
     held: tuple[int, ...]
-    entries: tuple[Entry, ...]
+    entries: tuple[TensorInfo, ...]
 
     @property
     def numel(self) -> int:
@@ -114,13 +114,13 @@ def data_start(checkpoint: Checkpoint, shard: int) -> int:
     return min(offsets, default=checkpoint.shards[shard].nbytes)
 
 
-def _in_file_order(checkpoint: Checkpoint) -> list[tuple[str, Entry]]:
+def _in_file_order(checkpoint: Checkpoint) -> list[tuple[str, TensorInfo]]:
     """Tensors with elements, as their bytes lie."""
     filled = [item for item in checkpoint.entries.items() if item[1].nbytes]
     return sorted(filled, key=lambda item: (item[1].shard, item[1].offset))
 
 
-def _key_of(item: tuple[str, Entry]) -> _Key:
+def _key_of(item: tuple[str, TensorInfo]) -> _Key:
     name, entry = item
     return name, entry.shape, entry.is_floating
 

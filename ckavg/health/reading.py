@@ -15,7 +15,7 @@ from queue import SimpleQueue
 
 import torch
 
-from ckavg.checkpoints.run import Checkpoint, Entry
+from ckavg.checkpoints.run import Checkpoint, TensorInfo
 from ckavg.engine.context import OnProgress, Progress
 from ckavg.engine.reader import Files
 from ckavg.engine.stream import one_core_per_kernel
@@ -148,7 +148,7 @@ class _Worker:
             load(place)
         return None
 
-    def _load(self, index: int, entry: Entry, start: int, stop: int) -> torch.Tensor:
+    def _load(self, index: int, entry: TensorInfo, start: int, stop: int) -> torch.Tensor:
         """Elements `start` to `stop` of a tensor of a checkpoint, as stored; hashed on the way."""
         offset, size = entry.offset + start * entry.item_bytes, (stop - start) * entry.item_bytes
         path = self._checkpoints[index].shards[entry.shard].path

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from ckavg.checkpoints.headers import KNOWN_HASHES
-from ckavg.checkpoints.run import DTYPE_NAMES, ITEM_BYTES, Checkpoint, Entry
+from ckavg.checkpoints.run import DTYPE_NAMES, ITEM_BYTES, Checkpoint, TensorInfo
 
 _CODES = {name: code for code, name in DTYPE_NAMES.items()}
 _ALIGNMENT = 8
@@ -82,7 +82,7 @@ def plan_weights(like: Checkpoint, dtype: str = "source", *, file_name: str = ""
         name: entry.dtype if dtype == "source" or not entry.is_floating else _CODES[dtype]
         for name, entry in like.entries.items()
     }
-    by_shard: list[dict[str, Entry]] = [{} for _ in like.shards]
+    by_shard: list[dict[str, TensorInfo]] = [{} for _ in like.shards]
     for name, entry in like.entries.items():
         by_shard[entry.shard][name] = entry
     names = (file_name or _FLAT_NAME,) if like.kind == "file" else like.names
@@ -102,7 +102,7 @@ def encode_header(declared: Mapping[str, object]) -> bytes:
 
 
 def _plan_shard(
-    file: str, entries: Mapping[str, Entry], dtypes: Mapping[str, str], *, part: str, metadata: Mapping[str, str]
+    file: str, entries: Mapping[str, TensorInfo], dtypes: Mapping[str, str], *, part: str, metadata: Mapping[str, str]
 ) -> ShardPlan:
     """Lay out one file; in it, tensors have their names without that of the part."""
     # Widest items first, as the safetensors library lays them out: every tensor is aligned to its item size.

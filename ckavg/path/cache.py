@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckavg.checkpoints.fingerprints import Stamps, stamps_of
+from ckavg.checkpoints.fingerprints import Fingerprints, fingerprint_run
 from ckavg.checkpoints.run import Run
 from ckavg.path.table import Known, PathLength
 from ckavg.storage.atomic import cache_directory, resolved, write_bytes
@@ -39,24 +39,26 @@ class Recalled:
     """
 
     known: Known
-    stamps: Stamps
+    fingerprints: Fingerprints
     warnings: tuple[str, ...]
 
 
 def recall(run: Run) -> Recalled:
     """What was measured of these very files before. A table that is not as it was written knows nothing."""
-    stamps = stamps_of(run)
+    fingerprints = fingerprint_run(run)
     loaded = {place: _load(place) for place in places(run)}
     tables = [table for table in loaded.values() if table]
-    sigmas = next((found for table in tables if (found := _row(table, "sigma", stamps[0]))), {})
+    sigmas = next((found for table in tables if (found := _row(table, "sigma", fingerprints[0]))), {})
     distances = tuple(
         next((found for table in tables if (found := _row(table, "distances", _pair(before, after)))), {})
-        for before, after in itertools.pairwise(stamps)
+        for before, after in itertools.pairwise(fingerprints)
     )
-    return Recalled(Known(sigmas, distances), stamps, tuple(_doubt(place) for place in loaded if loaded[place] is None))
+    return Recalled(
+        Known(sigmas, distances), fingerprints, tuple(_doubt(place) for place in loaded if loaded[place] is None)
+    )
 
 
-def remember(run: Run, path: PathLength, stamps: Stamps) -> Path | None:
+def remember(run: Run, path: PathLength, fingerprints: Fingerprints) -> Path | None:
     """Keep an exact path for the next time.
 
     Args:
@@ -68,7 +70,9 @@ def remember(run: Run, path: PathLength, stamps: Stamps) -> Path | None:
         Where it is kept: beside the results in the run's directory or, where that cannot be written, in the user's
         cache. None where neither can be, or nothing can be kept.
     """
-    unchanged = [before if before == now else None for before, now in zip(stamps, stamps_of(run), strict=True)]
+    unchanged = [
+        before if before == now else None for before, now in zip(fingerprints, fingerprint_run(run), strict=True)
+    ]
     if not any(unchanged):
         return None
     checkpoints = {resolved(checkpoint.path) for checkpoint in run.checkpoints}
@@ -141,28 +145,28 @@ def _row(table: Mapping[str, Any], kind: str, key: str | None) -> dict[str, floa
     }
 
 
-def _merged(table: Mapping[str, Any], run: Run, path: PathLength, stamps: list[str | None]) -> dict[str, Any]:
+def _merged(table: Mapping[str, Any], run: Run, path: PathLength, fingerprints: list[str | None]) -> dict[str, Any]:
     """The table with a run's path in it, and without what the same places held before."""
     home = f"{run.place(run.source.absolute())}/"
     places_of_run = [run.place(checkpoint.path.absolute()).removeprefix(home) for checkpoint in run.checkpoints]
-    at = dict(zip(places_of_run, stamps, strict=True))
+    at = dict(zip(places_of_run, fingerprints, strict=True))
     stated = table.get("checkpoints")
     kept = {
-        stamp: where
-        for stamp, where in (stated if isinstance(stated, dict) else {}).items()
+        fingerprint: where
+        for fingerprint, where in (stated if isinstance(stated, dict) else {}).items()
         if isinstance(where, str) and where not in at
     }
-    kept |= {stamp: where for where, stamp in at.items() if stamp}
+    kept |= {fingerprint: where for where, fingerprint in at.items() if fingerprint}
     rows: dict[str, dict[str, dict[str, float]]] = {"sigma": {}, "distances": {}}
     for kind, of_key in rows.items():
         held = table.get(kind)
         for key in held if isinstance(held, dict) else ():
-            if all(stamp in kept for stamp in key.split()):
+            if all(fingerprint in kept for fingerprint in key.split()):
                 of_key[key] = _row(table, kind, key)
-    if stamps[0]:
+    if fingerprints[0]:
         measured = {name: tensor.sigma for name, tensor in path.tensors.items() if tensor.is_finite}
-        rows["sigma"][stamps[0]] = rows["sigma"].get(stamps[0], {}) | measured
-    for place, pair in enumerate(itertools.starmap(_pair, itertools.pairwise(stamps))):
+        rows["sigma"][fingerprints[0]] = rows["sigma"].get(fingerprints[0], {}) | measured
+    for place, pair in enumerate(itertools.starmap(_pair, itertools.pairwise(fingerprints))):
         if pair is not None:
             measured = {name: tensor.distances[place] for name, tensor in path.tensors.items() if tensor.is_finite}
             rows["distances"][pair] = rows["distances"].get(pair, {}) | measured

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from ckavg.checkpoints.run import Run
-from ckavg.engine.blocks import Strips
-from ckavg.engine.stream import Settings, by_tensor, stream
+from ckavg.engine.blocks import SampledBlock
+from ckavg.engine.context import Context
+from ckavg.engine.stream import by_tensor, stream
 from ckavg.engine.tiles import TileReader
 from ckavg.path.measure import is_extreme, moved, times_power
-from ckavg.path.sampling import Sampling, cut_strips, strips_of
+from ckavg.path.sampling import Sampling, cut_samples, plan_samples
 from ckavg.path.table import PathLength, TensorPath, ZeroSigma, refuse_infinite, to_measure
 
 
@@ -53,7 +54,7 @@ def estimate(
     exclude: tuple[str, ...] = (),
     zero_sigma: ZeroSigma = "exclude",
     allow_nonfinite: bool = False,
-    settings: Settings | None = None,
+    context: Context | None = None,
     few: bool | None = None,
 ) -> PathLength:
     """Estimate the path length of a run from a fraction of each tensor.
@@ -71,15 +72,15 @@ def estimate(
         NonFiniteError: the sample holds NaN or infinity, and may not.
         TruncatedShardError, ReadError: a file changed or cannot be read.
     """
-    settings = settings or Settings()
+    context = context or Context()
     entries = to_measure(run.tensors, exclude)
-    samples = strips_of(run, entries, fraction, few=few)
-    units = cut_strips(entries, samples)
+    samples = plan_samples(run, entries, fraction, few=few)
+    units = cut_samples(entries, samples)
 
     def make_worker(reader: TileReader) -> _Worker:
         return _Worker(run, reader, allow_nonfinite=allow_nonfinite)
 
-    streamed = stream("path", run.checkpoints, units, make_worker, settings)
+    streamed = stream("path", run.checkpoints, units, make_worker, context)
     of_tensor = by_tensor(units, streamed.results)
     tensors = {name: _estimated(samples[name], of_tensor[name]) for name in entries}
     if not allow_nonfinite:
@@ -153,7 +154,7 @@ class _Worker:
         self._allow_nonfinite = allow_nonfinite
         self._reader = reader
 
-    def __call__(self, unit: Strips) -> _Sums:
+    def __call__(self, unit: SampledBlock) -> _Sums:
         sums = self._sum(unit, torch.float32)
         if not bool(torch.isfinite(sums.distances).all() and torch.isfinite(sums.shifted).all()):
             for start, stop in () if self._allow_nonfinite else unit.ranges:
@@ -161,7 +162,7 @@ class _Worker:
             return self._sum(unit, torch.float64, careful=True)
         return sums
 
-    def _sum(self, unit: Strips, dtype: torch.dtype, *, careful: bool = False) -> _Sums:
+    def _sum(self, unit: SampledBlock, dtype: torch.dtype, *, careful: bool = False) -> _Sums:
         if self._run.is_wide(unit.name):
             dtype = torch.float64
         shape = len(unit.starts), unit.length
@@ -183,5 +184,5 @@ class _Worker:
             before, after = after, before
         return _Sums(unit.length, torch.stack(distances, dim=1), moments, exponent, infinite)
 
-    def _load(self, index: int, unit: Strips, out: Tensor) -> None:
+    def _load(self, index: int, unit: SampledBlock, out: Tensor) -> None:
         self._reader.gather(index, unit.name, unit.starts, out)

@@ -18,10 +18,10 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from ckavg import __version__
-from ckavg.checkpoints.fingerprints import Stamps
+from ckavg.checkpoints.fingerprints import Fingerprints
 from ckavg.checkpoints.run import Run
 from ckavg.engine.distributed import Ranks
-from ckavg.engine.stream import Ledger
+from ckavg.engine.stream import PassJournal
 from ckavg.errors import is_passing
 from ckavg.path.cache import places
 from ckavg.storage.atomic import check_own
@@ -34,7 +34,7 @@ _NAME = re.compile(rf"{re.escape(_PREFIX)}[0-9a-f]{{16}}-[0-9a-f]{{16}}-\d+{re.e
 _SECONDS_KEPT = 7 * 24 * 3600
 
 
-class Unfinished:
+class PathJournal:
     """What is measured of a run before its path is known as a whole. A context: what it is left by decides what becomes
     of it.
 
@@ -44,9 +44,9 @@ class Unfinished:
         ranks: the processes that measure it.
     """
 
-    def __init__(self, run: Run, stamps: Stamps, ranks: Ranks) -> None:
+    def __init__(self, run: Run, fingerprints: Fingerprints, ranks: Ranks) -> None:
         self._places = [place.parent for place in places(run)]
-        self._of_run = None if None in stamps else _hash(__version__, stamps)
+        self._of_run = None if None in fingerprints else _hash(__version__, fingerprints)
         self._ranks = ranks
         self._key = ""
         self._journal: Journal | None = None
@@ -54,9 +54,9 @@ class Unfinished:
         self._made: Path | None = None
         self._keeps = False
 
-    def ledger(
+    def journal(
         self, asked: object, as_json: Callable[[Value], Any], from_json: Callable[[Any], Value]
-    ) -> Ledger[Value] | None:
+    ) -> PassJournal[Value] | None:
         """What is done of measuring these checkpoints, and who notes what is done of it now.
 
         Args:
@@ -72,9 +72,9 @@ class Unfinished:
         def note(finished: Mapping[int, Value]) -> None:
             self._note({place: as_json(value) for place, value in finished.items()})
 
-        return Ledger({place: from_json(value) for place, value in done.items()}, note)
+        return PassJournal({place: from_json(value) for place, value in done.items()}, note)
 
-    def __enter__(self) -> Unfinished:
+    def __enter__(self) -> PathJournal:
         return self
 
     def __exit__(

@@ -15,11 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ckavg.checkpoints.run import Entry, Run
+from ckavg.checkpoints.run import Run, TensorInfo
 from ckavg.engine.blocks import CHUNK, Block, cut_blocks
-from ckavg.engine.stream import Settings, by_tensor, stream
+from ckavg.engine.context import Context
+from ckavg.engine.stream import by_tensor, stream
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader
-from ckavg.path.journal import Unfinished
+from ckavg.path.journal import PathJournal
 from ckavg.path.kernels import DTYPES as KERNEL_DTYPES
 from ckavg.path.kernels import Distances, load_kernel
 from ckavg.path.table import Known, Measured, PathLength, ToMeasure, ZeroSigma, fsum, refuse_infinite, to_measure
@@ -65,8 +66,8 @@ def measure(
     zero_sigma: ZeroSigma = "exclude",
     known: Known | None = None,
     allow_nonfinite: bool = False,
-    settings: Settings | None = None,
-    unfinished: Unfinished | None = None,
+    context: Context | None = None,
+    path_journal: PathJournal | None = None,
 ) -> PathLength:
     """Measure the path length of a run, or what is not known of it.
 
@@ -83,16 +84,16 @@ def measure(
         NonFiniteError: a checkpoint holds NaN or infinity, and may not.
         TruncatedShardError, ReadError: a file changed or cannot be read.
     """
-    settings = settings or Settings()
+    context = context or Context()
     entries = to_measure(run.tensors, exclude)
     work = (known or Known.nothing(run)).left_to_measure(entries)
     if not work.to_read:
         return PathLength(run.steps, work.completed(entries, {}), zero_sigma, 0, kernel=None)
     blocks = cut_blocks(entries)
-    kernel = _kernel(run, work, settings)
+    kernel = _kernel(run, work, context)
 
     def make_worker(reader: TileReader) -> _Worker:
-        return _Worker(run, work, reader, kernel, allow_nonfinite=allow_nonfinite, settings=settings)
+        return _Worker(run, work, reader, kernel, allow_nonfinite=allow_nonfinite, context=context)
 
     asked = (
         blocks,
@@ -101,12 +102,12 @@ def measure(
         work.anchor,
         kernel is not None,
         allow_nonfinite,
-        torch.device(settings.device).type,
+        torch.device(context.device).type,
         _Partial.__slots__,
     )
-    ledger = unfinished.ledger(asked, _Partial.to_json, _Partial.from_json) if unfinished else None
+    journal = path_journal.journal(asked, _Partial.to_json, _Partial.from_json) if path_journal else None
     read = [run.checkpoints[index] for index in work.to_read]
-    streamed = stream("path", read, blocks, make_worker, settings, ledger)
+    streamed = stream("path", read, blocks, make_worker, context, journal)
     measured = _merged(entries, blocks, streamed.results, work)
     how: Literal["torch", "numba"] = "torch" if kernel is None else "numba"
     tensors = work.completed(entries, measured)
@@ -115,17 +116,17 @@ def measure(
     return PathLength(run.steps, tensors, zero_sigma, streamed.bytes_read, kernel=how)
 
 
-def _kernel(run: Run, work: ToMeasure, settings: Settings) -> Distances | None:
+def _kernel(run: Run, work: ToMeasure, context: Context) -> Distances | None:
     """The compiled kernel, where it works, in all processes, and is worth loading."""
     nbytes = sum(run.checkpoints[index].entries[name].nbytes for index in work.to_read for name in work.names)
-    if settings.device != "cpu" or nbytes < settings.compiled_from_bytes:
+    if context.device != "cpu" or nbytes < context.compiled_from_bytes:
         return None
     kernel = load_kernel()
-    return kernel if all(settings.ranks.gather(kernel is not None)) else None
+    return kernel if all(context.ranks.gather(kernel is not None)) else None
 
 
 def _merged(
-    entries: Mapping[str, Entry], blocks: Sequence[Block], partials: Sequence[_Partial], work: ToMeasure
+    entries: Mapping[str, TensorInfo], blocks: Sequence[Block], partials: Sequence[_Partial], work: ToMeasure
 ) -> Mapping[str, Measured]:
     return {
         name: Measured(
@@ -169,7 +170,7 @@ class _Worker:
         kernel: Distances | None,
         *,
         allow_nonfinite: bool,
-        settings: Settings,
+        context: Context,
     ) -> None:
         self._run = run
         self._allow_nonfinite = allow_nonfinite
@@ -177,11 +178,11 @@ class _Worker:
         self._work = work
         self._place = {index: place for place, index in enumerate(work.to_read)}
         self._reader = reader
-        self._tile = settings.tile
-        self._device = settings.device
+        self._tile = context.tile
+        self._device = context.device
         self._buffers: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._lanes: dict[torch.dtype, Tensor] = {}
-        reader.compute_on(settings.device)
+        reader.compute_on(context.device)
 
     def __call__(self, block: Block) -> _Partial:
         dtype, kernel = self._way(block.name)

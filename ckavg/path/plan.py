@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ckavg.checkpoints.run import Run
 from ckavg.errors import SettingError
 from ckavg.path.cache import Recalled, recall
-from ckavg.path.sampling import strips_of
+from ckavg.path.sampling import plan_samples
 from ckavg.path.table import to_measure
 
 
@@ -45,7 +45,7 @@ def plan_path(run: Run, *, exclude: Sequence[str] = (), sample: float = 1.0) -> 
     if sample == 1 or not to_read:
         nbytes = sum(run.checkpoints[index].entries[name].nbytes for index in to_read for name in entries)
         return PathPlan(tuple(exclude), recalled, 1.0, nbytes)
-    strips = strips_of(run, entries, sample)
+    strips = plan_samples(run, entries, sample)
     nbytes = sum(
         point.entries[name].item_bytes * each.elements for point in run.checkpoints for name, each in strips.items()
     )

@@ -8,8 +8,8 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ckavg.checkpoints.run import Entry, Run
-from ckavg.engine.blocks import CHUNK, TILE, Strips
+from ckavg.checkpoints.run import Run, TensorInfo
+from ckavg.engine.blocks import CHUNK, TILE, SampledBlock
 
 MANY = 1 << 16
 """About how many strips a model is read in. Weights of one row of a matrix travel alike, so that many short strips tell
@@ -51,15 +51,15 @@ class Sampling:
         return self.elements / self.numel
 
 
-def strips_of(
-    run: Run, entries: Mapping[str, Entry], fraction: float, *, few: bool | None = None
+def plan_samples(
+    run: Run, entries: Mapping[str, TensorInfo], fraction: float, *, few: bool | None = None
 ) -> dict[str, Sampling]:
     """The strips of the tensors of a run; fewer and longer ones where that is asked for, or the run is not here."""
     many, unit = (MANY_FAR, UNIT_FAR) if (run.home != run.source if few is None else few) else (MANY, UNIT)
-    return choose_strips({name: entry.numel for name, entry in entries.items()}, fraction, many=many, unit=unit)
+    return choose_samples({name: entry.numel for name, entry in entries.items()}, fraction, many=many, unit=unit)
 
 
-def choose_strips(
+def choose_samples(
     sizes: Mapping[str, int], fraction: float, *, many: int = MANY, unit: int = UNIT
 ) -> dict[str, Sampling]:
     """Choose strips of all tensors: one at a random place in each of equal parts of a tensor, all of one length.
@@ -73,7 +73,7 @@ def choose_strips(
         many: about how many strips there are in all.
         unit: elements of which the length of a strip is a multiple.
 
-    >>> chosen = choose_strips({"w": 8_000_000, "norm": 512}, 0.01)
+    >>> chosen = choose_samples({"w": 8_000_000, "norm": 512}, 0.01)
     >>> chosen["w"].length, len(chosen["w"].starts), chosen["norm"]
     (32, 2500, Sampling(numel=512, starts=(0,), length=512, weights=(512.0,)))
     """
@@ -100,19 +100,19 @@ def _sample(name: str, numel: int, count: int, length: int) -> Sampling:
     )
 
 
-def cut_strips(entries: Mapping[str, Entry], samples: Mapping[str, Sampling]) -> tuple[Strips, ...]:
+def cut_samples(entries: Mapping[str, TensorInfo], samples: Mapping[str, Sampling]) -> tuple[SampledBlock, ...]:
     """The strips of all tensors as units of work, in the order in which their bytes lie in the files."""
     in_file_order = sorted(samples, key=lambda name: (entries[name].shard, entries[name].offset))
     return tuple(unit for name in in_file_order for unit in _units(name, samples[name]))
 
 
-def _units(name: str, sampling: Sampling) -> Iterator[Strips]:
+def _units(name: str, sampling: Sampling) -> Iterator[SampledBlock]:
     if sampling.length > TILE:  # a tensor that is read whole
         for start in range(0, sampling.numel, TILE):
             stop = min(start + TILE, sampling.numel)
-            yield Strips(name, start, stop, (start,), stop - start)
+            yield SampledBlock(name, start, stop, (start,), stop - start)
         return
     most = TILE // sampling.length
     for place in range(0, len(sampling.starts), most):
         starts = sampling.starts[place : place + most]
-        yield Strips(name, starts[0], starts[-1] + sampling.length, starts, sampling.length)
+        yield SampledBlock(name, starts[0], starts[-1] + sampling.length, starts, sampling.length)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ckavg.checkpoints.run import Entry, Run
+from ckavg.checkpoints.run import Run, TensorInfo
 from ckavg.checkpoints.statistics import running_statistics
 from ckavg.errors import NonFiniteError
 
@@ -134,7 +134,7 @@ class PathLength:
         return (0.0, *(moved / unit for moved in itertools.accumulate(tensor.distances)))
 
 
-def to_measure(entries: Mapping[str, Entry], exclude: Iterable[str]) -> dict[str, Entry]:
+def to_measure(entries: Mapping[str, TensorInfo], exclude: Iterable[str]) -> dict[str, TensorInfo]:
     """The tensors whose path is measured, by name: floating ones with elements, but for running statistics.
 
     Args:
@@ -240,7 +240,9 @@ class ToMeasure:
         ends = {index for step in self.steps for index in (step - 1, step)}
         return tuple(sorted(ends | {0} if self.anchor else ends))
 
-    def completed(self, entries: Mapping[str, Entry], measured: Mapping[str, Measured]) -> Mapping[str, TensorPath]:
+    def completed(
+        self, entries: Mapping[str, TensorInfo], measured: Mapping[str, Measured]
+    ) -> Mapping[str, TensorPath]:
         """What is known and what was measured, together: the path of every tensor that is wanted."""
         new = set(self.steps)
         return {

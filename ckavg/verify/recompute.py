@@ -145,11 +145,16 @@ class _Counts:
         return sum(self._compared.values())
 
     def add(
-        self, index: int, one: Drawn, got: NDArray[np.generic], want: NDArray[np.generic], agree: NDArray[np.bool_]
+        self,
+        index: int,
+        one: Drawn,
+        got: NDArray[np.generic],
+        want: NDArray[np.generic],
+        check_same_run: NDArray[np.bool_],
     ) -> None:
         entry = self._outputs[index][1].entries[one.name]
         self._compared[index] += len(one.places)
-        places = np.flatnonzero(~agree)
+        places = np.flatnonzero(~check_same_run)
         if len(places):
             self._wrong[index][one.name] = self._wrong[index].get(one.name, 0) + len(places)
         for place in places[: max(0, _SHOWN - len(self._examples[index]))]:
@@ -209,13 +214,13 @@ def _compare(
         )
         most = np.where(same, rounding(got, want, entry.dtype, accumulated), most)
         apart = np.where(got == want, 0.0, np.abs(got - want))
-        agree = apart <= most
+        check_same_run = apart <= most
         if work.allow_nonfinite:
-            agree |= ~np.isfinite(got) & ~np.isfinite(want)
+            check_same_run |= ~np.isfinite(got) & ~np.isfinite(want)
         units = apart / size_of_unit(want, thetas, weights, dtype=entry.dtype, accumulated=accumulated)
     if np.isfinite(units).any():
         counts.largest = max(counts.largest, float(units[np.isfinite(units)].max()))
-    counts.add(index, one, got / part, want / part, agree)
+    counts.add(index, one, got / part, want / part, check_same_run)
 
 
 def _bits(values: NDArray[np.generic]) -> NDArray[np.generic]:

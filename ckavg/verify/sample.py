@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ckavg.checkpoints.run import Checkpoint, Entry
+from ckavg.checkpoints.run import Checkpoint, TensorInfo
 from ckavg.engine.reader import Files
 
 Array = NDArray[np.float64]
@@ -35,7 +35,7 @@ class Drawn:
     places: tuple[int, ...]
 
 
-def draw(entries: Mapping[str, Entry], elements: int, seed: int) -> list[Drawn]:
+def draw(entries: Mapping[str, TensorInfo], elements: int, seed: int) -> list[Drawn]:
     """Draw elements at random, without repetition: some of every tensor, the others by its size.
 
     Args:
@@ -71,7 +71,7 @@ def _shared(sizes: Mapping[str, int], elements: int) -> dict[str, int]:
     return counts
 
 
-def bytes_to_gather(entry: Entry, drawn: Drawn) -> int:
+def bytes_to_gather(entry: TensorInfo, drawn: Drawn) -> int:
     """How much is read: a small tensor whole, where storage would read most of its pages for single elements anyway."""
     whole = entry.nbytes <= min(_PAGE * len(drawn.places), _MOST_BYTES)
     return entry.nbytes if whole else entry.item_bytes * len(drawn.places)
@@ -112,7 +112,7 @@ def widened(stored: NDArray[np.generic], dtype: str) -> Array:
     return np.asarray(stored.astype(np.float64))
 
 
-def where(entry: Entry, place: int) -> str:
+def where(entry: TensorInfo, place: int) -> str:
     """The index of an element, as one types it: `[3, 0]`; nothing for a scalar."""
     indices: Sequence[int] = [int(each) for each in np.unravel_index(place, entry.shape)] if entry.shape else []
     return str(list(indices)) if indices else ""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckavg.checkpoints.checkpoint import read_checkpoint
-from ckavg.checkpoints.run import Checkpoint, Entry, Remote
+from ckavg.checkpoints.run import Checkpoint, Remote, TensorInfo
 from ckavg.errors import CkavgError, CorruptFileError, ReadError, RecordError
 from ckavg.output.record import BASE_MODEL, LOCAL, Input
 from ckavg.storage.untrusted import open_regular, read_small
@@ -51,7 +51,7 @@ class Sources:
 def find_sources(
     record: Record,
     directory: Path,
-    tensors: Mapping[str, Entry],
+    tensors: Mapping[str, TensorInfo],
     *,
     first: int,
     source: Path | None,
@@ -124,7 +124,8 @@ def check_checksums(
     """
     from ckavg.engine.blocks import TILE, Block, cut_blocks
     from ckavg.engine.checksums import checksums
-    from ckavg.engine.stream import Settings, stream
+    from ckavg.engine.context import Context
+    from ckavg.engine.stream import stream
     from ckavg.engine.tiles import TileReader
 
     unread = [str(each.step) for each in record.inputs if each.checksum is None]
@@ -150,8 +151,8 @@ def check_checksums(
 
         return digests
 
-    settings = Settings(on_progress=lambda news: on_progress(news.done, news.total), remote=remote)
-    streamed = stream("sources", read, blocks, make_worker, settings)
+    context = Context(on_progress=lambda news: on_progress(news.done, news.total), remote=remote)
+    streamed = stream("sources", read, blocks, make_worker, context)
     for (checkpoint, recorded), checksum in zip(here, checksums(read, blocks, streamed.results), strict=True):
         if checksum != recorded.checksum:
             place = checkpoint.path if remote is None else remote.named(checkpoint.path)
@@ -298,7 +299,7 @@ def _check_length(path: Path) -> None:
         raise CorruptFileError(f"{path} is not safetensors: it claims a header of {length:,} bytes.")
 
 
-def _check_tensors(checkpoint: Checkpoint, tensors: Mapping[str, Entry]) -> None:
+def _check_tensors(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> None:
     for name, entry in tensors.items():
         there = checkpoint.entries.get(name)
         if there is None or there.shape != entry.shape or there.is_floating != entry.is_floating:

@@ -225,7 +225,7 @@ class _Work:
         snapshots = [each.name for each in self.record.outputs[:-1]]
         listen, done = self.listener("files"), 0
         total = sum(sum(each.sizes.values()) for each in present.values())
-        opened: dict[int, tuple[str, Checkpoint]] = {}
+        open_writers: dict[int, tuple[str, Checkpoint]] = {}
         for index, (shown, place, output) in places.items():
             sizes = present[index].sizes
             self.findings += present[index].findings
@@ -241,10 +241,10 @@ class _Work:
                 checkpoint, found = open_weights(place, output, sizes, shown=shown)
                 self.findings += found
                 if checkpoint is not None:
-                    opened[index] = shown, checkpoint
+                    open_writers[index] = shown, checkpoint
         self.files += sum(len(each.sizes) for each in present.values())
         self.bytes_read += done
-        return opened
+        return open_writers
 
     def check_weights(self, outputs: Outputs) -> None:
         """Is every element a number?"""

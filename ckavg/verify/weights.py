@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ckavg.checkpoints.checkpoint import read_checkpoint
-from ckavg.checkpoints.run import DTYPE_NAMES, Checkpoint, Entry
+from ckavg.checkpoints.run import DTYPE_NAMES, Checkpoint, TensorInfo
 from ckavg.errors import CkavgError
 from ckavg.output.record import Output
 from ckavg.output.side_files import CONFIG, DTYPE_KEYS
@@ -96,7 +96,8 @@ def _nonfinite(
 ) -> dict[str, int]:
     """How many elements are NaN or infinite, of the tensors that hold any."""
     from ckavg.engine.blocks import TILE, Block, cut_blocks
-    from ckavg.engine.stream import Settings, by_tensor, stream
+    from ckavg.engine.context import Context
+    from ckavg.engine.stream import by_tensor, stream
     from ckavg.engine.tiles import TORCH_DTYPES, TileReader, all_finite
 
     entries = {name: entry for name, entry in checkpoint.entries.items() if entry.is_floating}
@@ -114,13 +115,13 @@ def _nonfinite(
 
         return count
 
-    settings = Settings(on_progress=lambda news: on_progress(before + news.done, total))
-    results = stream("weights", [checkpoint], blocks, make_worker, settings).results
+    context = Context(on_progress=lambda news: on_progress(before + news.done, total))
+    results = stream("weights", [checkpoint], blocks, make_worker, context).results
     counts = {name: sum(of_blocks) for name, of_blocks in by_tensor(blocks, results).items()}
     return {name: count for name, count in counts.items() if count}
 
 
-def _of_folder(checkpoint: Checkpoint, folder: Path) -> list[Entry]:
+def _of_folder(checkpoint: Checkpoint, folder: Path) -> list[TensorInfo]:
     """The tensors that a loader takes from a folder: of its index and its config, not of the files beside them."""
     inside = {
         place
@@ -140,7 +141,7 @@ def _check_index(path: Path, checkpoint: Checkpoint, shown: str) -> list[Finding
     return [Finding("weights", f"{shown} states a total_size of {str(stated)[:40]}; the tensors take {total} bytes.")]
 
 
-def _check_config(path: Path, entries: Sequence[Entry], shown: str) -> list[Finding]:
+def _check_config(path: Path, entries: Sequence[TensorInfo], shown: str) -> list[Finding]:
     dtypes = {DTYPE_NAMES[entry.dtype] for entry in entries if entry.is_floating}
     stated = set(_stated(_json(path)))
     if len(dtypes) != 1 or stated <= dtypes:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import ckavg
-from ckavg.checkpoints.run import Checkpoint, Entry
+from ckavg.checkpoints.run import Checkpoint, TensorInfo
 from ckavg.engine import reader as files
 from ckavg.engine.blocks import Block
-from ckavg.engine.prefetch import Ahead
+from ckavg.engine.prefetch import Prefetch
 from tests.runs import random_run, write_run
 
 NBYTES = 100
@@ -23,7 +23,7 @@ BLOCKS = [Block("w", 10 * place, 10 * place + 10) for place in range(20)]
 
 
 def checkpoint(step: int) -> Checkpoint:
-    return Checkpoint(step, Path(), "model", (), (), {"w": Entry("U8", (200,), 0, 0)})
+    return Checkpoint(step, Path(), "model", (), (), {"w": TensorInfo("U8", (200,), 0, 0)})
 
 
 class Announced:
@@ -45,9 +45,9 @@ class Announced:
 
 
 @contextmanager
-def announcing(nbytes: int = NBYTES) -> Iterator[tuple[Ahead, Announced]]:
+def announcing(nbytes: int = NBYTES) -> Iterator[tuple[Prefetch, Announced]]:
     announced = Announced()
-    with Ahead([checkpoint(0), checkpoint(1)], BLOCKS, announced, nbytes) as ahead:
+    with Prefetch([checkpoint(0), checkpoint(1)], BLOCKS, announced, nbytes) as ahead:
         yield ahead, announced
 
 

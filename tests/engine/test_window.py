@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckavg.checkpoints.run import Checkpoint, Entry, Fetching, Shard
-from ckavg.engine.blocks import Block, Strips
+from ckavg.checkpoints.run import Checkpoint, Fetching, Shard, TensorInfo
+from ckavg.engine.blocks import Block, SampledBlock
 from ckavg.engine.window import Stopped, Window
 from ckavg.errors import ReadError
 
@@ -71,7 +71,7 @@ def a_run(sizes: Sequence[int], checkpoints: int, seed: int = 0) -> tuple[Far, l
     contents: dict[Path, bytes] = {}
     run = []
     for step in range(checkpoints):
-        entries: dict[str, Entry] = {}
+        entries: dict[str, TensorInfo] = {}
         shards = []
         order = list(enumerate(sizes))
         if step % 2:
@@ -80,7 +80,7 @@ def a_run(sizes: Sequence[int], checkpoints: int, seed: int = 0) -> tuple[Far, l
             path = Path(f"/far/{step}/{shard}")
             offset = HEAD
             for place, numel in order[shard::2]:
-                entries[str(place)] = Entry("BF16", (numel,), shard, offset)
+                entries[str(place)] = TensorInfo("BF16", (numel,), shard, offset)
                 offset += 2 * numel
             contents[path] = generator.randbytes(offset)
             shards.append(Shard(path, offset))
@@ -177,7 +177,7 @@ def test_work_in_another_order_than_the_files_holds_little() -> None:
 def test_strips_are_fetched_without_what_lies_between() -> None:
     far, run = a_run([1_000_000], 2)
     starts = tuple(range(10_000, 900_000, 100_000))
-    strips = Strips("0", starts[0], starts[-1] + 1000, starts, 1000)
+    strips = SampledBlock("0", starts[0], starts[-1] + 1000, starts, 1000)
     with opened(far, run, [strips], 64 << 20) as window:
         read_block(window, far, run, strips, 1000)
     assert sum(stop - start for _, start, stop in far.asked) == 2 * 2 * 1000 * len(starts)

@@ -14,7 +14,7 @@ import ckavg
 from ckavg.averaging.replay import Average, replay
 from ckavg.checkpoints.run import Run
 from ckavg.engine.blocks import BLOCK, CHUNK
-from ckavg.engine.stream import Settings
+from ckavg.engine.context import Context
 from ckavg.engine.tiles import TORCH_DTYPES
 from ckavg.errors import CkavgError
 from ckavg.path.measure import measure
@@ -42,7 +42,7 @@ class Dropped:
 def formed(
     run: Run,
     schemes: Sequence[Scheme],
-    settings: Settings,
+    context: Context,
     *,
     wide: bool = False,
     dtype: str | None = None,
@@ -59,7 +59,7 @@ def formed(
         Average(scheme.coefficients(timeline), dtypes, {len(run.steps) - 1: sink})
         for scheme, sink in zip(schemes, sinks, strict=True)
     ]
-    replay(run, averages, wide=wide, settings=settings)
+    replay(run, averages, wide=wide, context=context)
     return [
         {
             name: torch.frombuffer(data, dtype=TORCH_DTYPES[dtypes[name]])

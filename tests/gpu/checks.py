@@ -18,9 +18,9 @@ import ckavg
 from ckavg.averaging.replay import Average, replay
 from ckavg.checkpoints.run import DTYPE_NAMES
 from ckavg.engine.blocks import BLOCK, CHUNK, TILE
-from ckavg.engine.devices import fitted
+from ckavg.engine.context import Context
+from ckavg.engine.devices import tuned
 from ckavg.engine.reader import Files
-from ckavg.engine.stream import Settings
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader
 from ckavg.path.estimate import estimate
 from ckavg.path.measure import measure
@@ -68,9 +68,9 @@ def check_averages(directory: Path, device: str, *, dtype: torch.dtype, wide: bo
     """Every scheme, all of them from one reading, by several threads."""
     run = small_run(directory, dtype)
     path, terms = measure(run), terms_of(run)
-    settings = Settings(device=device, threads=3)
-    got = formed(run, SCHEMES, settings, wide=wide, path=path)
-    want = formed(run, SCHEMES, Settings(threads=1), wide=wide, path=path)
+    context = Context(device=device, threads=3)
+    got = formed(run, SCHEMES, context, wide=wide, path=path)
+    want = formed(run, SCHEMES, Context(threads=1), wide=wide, path=path)
     accumulated = torch.float64 if wide or dtype == torch.float64 else torch.float32
     for one, other in zip(got, want, strict=True):
         assert_close(one, other, terms, accumulated)
@@ -83,7 +83,7 @@ def check_outputs(directory: Path, device: str) -> None:
     for dtype in TORCH_DTYPES:
         for wide in (False, True):
             both = [
-                formed(run, (BEMA(),), Settings(device=on), wide=wide, dtype=dtype, path=path) for on in (device, "cpu")
+                formed(run, (BEMA(),), Context(device=on), wide=wide, dtype=dtype, path=path) for on in (device, "cpu")
             ]
             assert_close(both[0][0], both[1][0], terms, torch.float64 if wide else torch.float32)
 
@@ -92,20 +92,20 @@ def check_path(directory: Path, device: str, *, dtype: torch.dtype) -> None:
     """ℓ to 1e-9: of a tensor of millions of elements, and coarser of one whose float32 sums have fewer to even out."""
     tolerance = 1e-13 if dtype == torch.float64 else 1e-9
     run = large_run(directory / "large", dtype)
-    assert_same_path(measure(run, settings=Settings(device=device, tile=BLOCK)), measure(run), tolerance)
+    assert_same_path(measure(run, context=Context(device=device, tile=BLOCK)), measure(run), tolerance)
     run = small_run(directory / "small", dtype, steps=range(40))
-    assert_same_path(measure(run, settings=Settings(device=device)), measure(run), 10 * tolerance)
+    assert_same_path(measure(run, context=Context(device=device)), measure(run), 10 * tolerance)
 
 
 def check_tiles(directory: Path, device: str, *, dtype: torch.dtype) -> None:
     """Neither tiles nor threads change a byte of what a device computes."""
     run = large_run(directory, dtype)
     path, schemes = measure(run), (PEMA(), OUEMA())
-    plain = Settings(device=device, threads=1, tile=CHUNK)
-    tensors, averages = measure(run, settings=plain).tensors, formed(run, schemes, plain, path=path)
+    plain = Context(device=device, threads=1, tile=CHUNK)
+    tensors, averages = measure(run, context=plain).tensors, formed(run, schemes, plain, path=path)
     for tile, threads in ((TILE, 2), (BLOCK >> 1, 8), (BLOCK, 4)):
-        tuned = Settings(device=device, threads=threads, tile=tile)
-        assert measure(run, settings=tuned).tensors == tensors
+        tuned = Context(device=device, threads=threads, tile=tile)
+        assert measure(run, context=tuned).tensors == tensors
         for one, other in zip(formed(run, schemes, tuned, path=path), averages, strict=True):
             assert all(torch.equal(one[name], other[name]) for name in other)
 
@@ -123,10 +123,10 @@ def check_nonfinite(directory: Path, device: str) -> None:
                 {name: entry.dtype for name, entry in run.tensors.items()},
                 {3: Dropped()},
             )
-            said = [refusal(partial(replay, run, [average], settings=Settings(device=on))) for on in (device, "cpu")]
+            said = [refusal(partial(replay, run, [average], context=Context(device=on))) for on in (device, "cpu")]
             assert said[0] == said[1]
             assert f"step {1 + place % 2}: tensor 'tiles' holds NaN or infinity (1 of" in said[0]
-        said = [refusal(partial(measure, run, settings=Settings(device=on))) for on in (device, "cpu")]
+        said = [refusal(partial(measure, run, context=Context(device=on))) for on in (device, "cpu")]
         assert said[0] == said[1]
 
 
@@ -136,9 +136,9 @@ def check_constants(directory: Path, device: str) -> None:
     for dtype in (torch.bfloat16, torch.float64):
         weights = [{"w": row.to(dtype), "v": torch.arange(9.0) * step} for step in range(4)]
         run = ckavg.open_run(write_run(directory / str(dtype), weights, range(4)))
-        path = measure(run, settings=Settings(device=device))
+        path = measure(run, context=Context(device=device))
         assert_same_path(path, measure(run), 1e-6)
-        for each in formed(run, (EMA(), BEMA(), Mean(), EMA(gamma=0.0)), Settings(device=device), path=path):
+        for each in formed(run, (EMA(), BEMA(), Mean(), EMA(gamma=0.0)), Context(device=device), path=path):
             assert torch.equal(each["w"].view(torch.uint8), row.to(dtype).view(torch.uint8))
 
 
@@ -146,13 +146,13 @@ def check_overflow(directory: Path, device: str) -> None:
     """Averages that do not fit are refused; what overflows on the way is not."""
     weights = [{"w": torch.tensor([0.0, 1.0] * 600) * 3e38 * sign} for sign in (1.0, -1.0)]
     run = ckavg.open_run(write_run(directory / "far", weights, (0, 1)))
-    settings = Settings(device=device)
-    path = measure(run, settings=settings)
+    context = Context(device=device)
+    path = measure(run, context=context)
     np.testing.assert_allclose(path.tensors["w"].distances, [600 * 2 * 3e38], rtol=1e-6)
     for wide, accumulated in ((False, torch.float32), (True, torch.float64)):
         assert_close(
-            formed(run, (EMA(),), settings, wide=wide, path=path)[0],
-            formed(run, (EMA(),), Settings(), wide=wide, path=path)[0],
+            formed(run, (EMA(),), context, wide=wide, path=path)[0],
+            formed(run, (EMA(),), Context(), wide=wide, path=path)[0],
             terms_of(run),
             accumulated,
         )
@@ -160,8 +160,8 @@ def check_overflow(directory: Path, device: str) -> None:
     large = [{"w": torch.full((2000,), 3e38)} for _ in range(2)]
     run = ckavg.open_run(write_run(directory / "large", large, (0, 1)))
     forgetful = (EMA(gamma=0.0),)
-    assert torch.equal(formed(run, forgetful, settings)[0]["w"], large[1]["w"])
-    assert "does not fit F16" in refusal(partial(formed, run, forgetful, settings, dtype="F16"))
+    assert torch.equal(formed(run, forgetful, context)[0]["w"], large[1]["w"])
+    assert "does not fit F16" in refusal(partial(formed, run, forgetful, context, dtype="F16"))
 
 
 def check_mixed_dtypes(directory: Path, device: str) -> None:
@@ -175,9 +175,9 @@ def check_mixed_dtypes(directory: Path, device: str) -> None:
         source = write_run(directory / f"run-{place}", weights[1:], (10, 20, 30))
         run = ckavg.open_run(source, init=directory / f"base-{place}" / "checkpoint-0")
         path = measure(run)
-        assert_same_path(measure(run, settings=Settings(device=device)), path, 1e-8)
+        assert_same_path(measure(run, context=Context(device=device)), path, 1e-8)
         wide = torch.float64 in (of_anchor, of_run)
-        got, want = (formed(run, (PEMA(), BEMA()), Settings(device=on), path=path) for on in (device, "cpu"))
+        got, want = (formed(run, (PEMA(), BEMA()), Context(device=on), path=path) for on in (device, "cpu"))
         for one, other in zip(got, want, strict=True):
             assert_close(one, other, terms_of(run), torch.float64 if wide else torch.float32)
 
@@ -185,7 +185,7 @@ def check_mixed_dtypes(directory: Path, device: str) -> None:
 def check_sample(directory: Path, device: str) -> None:
     """An estimated path is that of the CPU to the last bit."""
     run = large_run(directory, torch.bfloat16)
-    got, want = (estimate(run, 0.01, settings=Settings(device=on)) for on in (device, "cpu"))
+    got, want = (estimate(run, 0.01, context=Context(device=on)) for on in (device, "cpu"))
     assert got.tensors == want.tensors
 
 
@@ -238,15 +238,15 @@ def check_buffers(directory: Path, device: str) -> None:
 def check_memory(directory: Path, device: str) -> None:
     """A sweep of 8 in float64 by as many threads as there are: bounded, whatever the size of a tensor."""
     run = large_run(directory, torch.float64, numel=BLOCK if device == "cpu" else 9 * BLOCK)
-    settings = fitted(Settings(device=device), averages=len(SWEEP))
+    context = tuned(Context(device=device), averages=len(SWEEP))
     if device != "cpu":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    path = measure(run, settings=settings)
+    path = measure(run, context=context)
     dtypes = dict.fromkeys(run.tensors, "BF16")
     timeline = timeline_of(run, path)
     averages = [Average(scheme.coefficients(timeline), dtypes, {3: Dropped()}) for scheme in SWEEP]
-    replay(run, averages, settings=settings)
+    replay(run, averages, context=context)
     if device != "cpu":
         taken = torch.cuda.max_memory_reserved(device)
         assert taken <= _MOST_BYTES, f"{taken / 1e9:.2f} GB"

@@ -11,9 +11,9 @@ from torch import Tensor
 import ckavg
 from ckavg.engine import devices
 from ckavg.engine.blocks import BLOCK, CHUNK, TILE, check_tile
-from ckavg.engine.devices import fitted, gpu_is_faster, gpu_tile, resolve_device
+from ckavg.engine.context import Context
+from ckavg.engine.devices import gpu_is_faster, gpu_tile, resolve_device, tuned
 from ckavg.engine.distributed import available_cores
-from ckavg.engine.stream import Settings
 from ckavg.errors import SettingError
 from ckavg.path import measure as path_measure
 from ckavg.path.measure import measure, sum_by_halves
@@ -99,15 +99,15 @@ def test_names_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_settings_fit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fitted(Settings(), averages=8) == Settings()
+    assert tuned(Context(), averages=8) == Context()
     pretend(monkeypatch, gpus=1, cores=32)
-    assert fitted(Settings(device="cuda")) == Settings(device="cuda", threads=8, tile=BLOCK)
-    assert fitted(Settings(device="cuda", threads=2), averages=8) == Settings(device="cuda", threads=2, tile=BLOCK)
+    assert tuned(Context(device="cuda")) == Context(device="cuda", threads=8, tile=BLOCK)
+    assert tuned(Context(device="cuda", threads=2), averages=8) == Context(device="cuda", threads=2, tile=BLOCK)
     pretend(monkeypatch, gpus=1, free=1_000_000_000, cores=3)
-    assert fitted(Settings(device="cuda")) == Settings(device="cuda", threads=3, tile=BLOCK >> 1)
+    assert tuned(Context(device="cuda")) == Context(device="cuda", threads=3, tile=BLOCK >> 1)
     pretend(monkeypatch, gpus=1, free=50_000_000, cores=3)
     with pytest.raises(SettingError, match=r"only 0\.1 GB of its memory are free"):
-        fitted(Settings(device="cuda"))
+        tuned(Context(device="cuda"))
 
 
 @pytest.mark.parametrize("threads", [1, 3, 8, 16])
@@ -143,7 +143,7 @@ def test_a_path_summed_by_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return total if out is None else out.copy_(total)
 
     monkeypatch.setattr(path_measure, "_sum", halved)
-    got = [measure(run, settings=Settings(tile=tile)) for tile in (CHUNK, 4 * CHUNK, BLOCK)]
+    got = [measure(run, context=Context(tile=tile)) for tile in (CHUNK, 4 * CHUNK, BLOCK)]
     assert got[0].tensors == got[1].tensors == got[2].tensors
     assert got[0].lengths == pytest.approx(want.lengths, rel=1e-13 if dtype == torch.float64 else 1e-8)
     assert got[0].without_spread == want.without_spread

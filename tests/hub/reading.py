@@ -135,7 +135,7 @@ def resolve(hub: Hub, request: Request, name: str, rest: str) -> Answer:
         message = f"Access to model {name} is restricted"
         return error(403 if is_known(request) else 401, message, **{"X-Error-Code": "GatedRepo"})
     if path not in repo.commits[oid]:
-        return error(404, "Entry not found", **{"X-Error-Code": "EntryNotFound", "X-Repo-Commit": oid})
+        return error(404, "TensorInfo not found", **{"X-Error-Code": "EntryNotFound", "X-Repo-Commit": oid})
     data, is_large = repo.commits[oid][path]
     file = f"{name}@{repo.labels.get(oid, oid)}/{path}"
     headers = {"X-Repo-Commit": oid, "ETag": f'"{blob_of(pointer_of(data) if is_large else data)}"'}

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckavg
-from ckavg.checkpoints.run import Entry
+from ckavg.checkpoints.run import TensorInfo
 from ckavg.engine.blocks import CHUNK, TILE
 from ckavg.errors import NonFiniteError, SettingError
-from ckavg.path.sampling import choose_strips, cut_strips
+from ckavg.path.sampling import choose_samples, cut_samples
 from tests import reference
 from tests.cli.runner import run_cli
 from tests.runs import random_run, write_run
@@ -152,8 +152,8 @@ def test_strips(sizes: list[int], fraction: float) -> None:
     """In order, apart, inside the tensor, of the size that was asked for, and standing for all of it."""
     named = {str(place): numel for place, numel in enumerate(sizes)}
     fraction = min(fraction, 10**8 / sum(sizes))
-    chosen = choose_strips(named, fraction)
-    assert chosen == choose_strips(named, fraction)
+    chosen = choose_samples(named, fraction)
+    assert chosen == choose_samples(named, fraction)
     sampled = [each for each in chosen.values() if each.fraction < 1]
     assert len({each.length for each in sampled}) <= 1
     assert sum(len(each.starts) for each in sampled) <= max(2 * 65_536, 2 * fraction * sum(sizes) / CHUNK) + 8 * 5
@@ -174,12 +174,12 @@ def test_strips(sizes: list[int], fraction: float) -> None:
 
 def test_every_element_of_the_strips_is_read_once() -> None:
     entries = {
-        "sampled": Entry("F32", (5_000, 4_000), 0, 100),
-        "whole": Entry("F32", (3,), 0, 8),
-        "half": Entry("F32", (700_000,), 0, 20),
+        "sampled": TensorInfo("F32", (5_000, 4_000), 0, 100),
+        "whole": TensorInfo("F32", (3,), 0, 8),
+        "half": TensorInfo("F32", (700_000,), 0, 20),
     }
-    samples = choose_strips({"sampled": 20_000_000, "whole": 3}, 0.2) | choose_strips({"half": 700_000}, 0.6)
-    units = cut_strips(entries, samples)
+    samples = choose_samples({"sampled": 20_000_000, "whole": 3}, 0.2) | choose_samples({"half": 700_000}, 0.6)
+    units = cut_samples(entries, samples)
     assert [name for name, _ in itertools.groupby(unit.name for unit in units)] == ["whole", "half", "sampled"]
     assert all(unit.size <= TILE for unit in units)
     starts = [start for unit in units if unit.name == "sampled" for start in unit.starts]

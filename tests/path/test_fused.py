@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import ckavg
 from ckavg.engine.blocks import CHUNK
-from ckavg.engine.stream import Settings
+from ckavg.engine.context import Context
 from ckavg.errors import NonFiniteError
 from ckavg.path.kernels import load_kernel
 from ckavg.path.measure import measure
@@ -20,7 +20,7 @@ from tests import reference
 from tests.runs import random_run, write_run
 
 STEPS = (0, 7, 50, 51)
-COMPILED, PLAIN = (Settings(compiled_from_bytes=nbytes, tile=CHUNK * 2) for nbytes in (0, 1 << 60))
+COMPILED, PLAIN = (Context(compiled_from_bytes=nbytes, tile=CHUNK * 2) for nbytes in (0, 1 << 60))
 
 
 @given(
@@ -44,7 +44,7 @@ def test_distances_of_chunks(seed: int, chunks: int, scale: float, dtype: torch.
 def test_path_is_that_of_the_plain_path(tmp_path: Path, dtype: torch.dtype) -> None:
     source = write_run(tmp_path, random_run(4, len(STEPS), dtype), STEPS, shards=(2, 1))
     run = ckavg.open_run(source)
-    compiled, plain = measure(run, settings=COMPILED), measure(run, settings=PLAIN)
+    compiled, plain = measure(run, context=COMPILED), measure(run, context=PLAIN)
     assert (compiled.kernel, plain.kernel) == ("numba", "torch")
     assert compiled.lengths == pytest.approx(plain.lengths, rel=1e-9 if dtype == torch.bfloat16 else 4e-9)
     lengths, _, _ = reference.path_length([reference.load_floats(source / f"checkpoint-{step}") for step in STEPS])
@@ -59,17 +59,17 @@ def test_dtypes_that_differ_along_the_run_take_the_plain_path(tmp_path: Path) ->
     base = {name: t.bfloat16() if t.is_floating_point() else t for name, t in weights[0].items()}
     write_run(tmp_path / "base", [base], (0,))
     run = ckavg.open_run(write_run(tmp_path / "run", weights[1:], (1, 2)), init=tmp_path / "base" / "checkpoint-0")
-    assert measure(run, settings=COMPILED).lengths == measure(run, settings=PLAIN).lengths
+    assert measure(run, context=COMPILED).lengths == measure(run, context=PLAIN).lengths
 
 
 def test_nan_is_refused_and_an_overflow_is_not(tmp_path: Path) -> None:
     far = [{"w": torch.full((40_000,), sign * 3e38) * torch.linspace(0.5, 1, 40_000)} for sign in (1.0, -1.0)]
     run = ckavg.open_run(write_run(tmp_path / "far", far, (0, 1)))
-    assert measure(run, settings=COMPILED).lengths == pytest.approx(measure(run, settings=PLAIN).lengths, rel=1e-12)
+    assert measure(run, context=COMPILED).lengths == pytest.approx(measure(run, context=PLAIN).lengths, rel=1e-12)
     far[1]["w"][7] = float("nan")
     run = ckavg.open_run(write_run(tmp_path / "nan", far, (0, 1)))
     with pytest.raises(NonFiniteError, match="step 1: tensor 'w' holds NaN"):
-        measure(run, settings=COMPILED)
+        measure(run, context=COMPILED)
 
 
 def test_small_runs_do_not_wait_for_it(tmp_path: Path) -> None:

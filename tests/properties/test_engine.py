@@ -17,7 +17,7 @@ import ckavg
 from ckavg.averaging.replay import Average, replay
 from ckavg.engine import reader as files
 from ckavg.engine.blocks import BLOCK, CHUNK
-from ckavg.engine.stream import Settings
+from ckavg.engine.context import Context
 from ckavg.errors import ReadError, SettingError, TruncatedShardError, UnsupportedFormatError
 from ckavg.path.measure import measure
 from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, Scheme, Timeline
@@ -53,9 +53,9 @@ def averages(run: ckavg.Run, *schemes: Scheme) -> list[tuple[Average, Kept]]:
     ]
 
 
-def formed(run: ckavg.Run, settings: Settings) -> dict[str, bytearray]:
+def formed(run: ckavg.Run, settings: Context) -> dict[str, bytearray]:
     ((average, sink),) = averages(run, BEMA())
-    replay(run, [average], settings=settings)
+    replay(run, [average], context=settings)
     return sink.tensors
 
 
@@ -78,17 +78,17 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def plain(run: ckavg.Run) -> tuple[ckavg.PathLength, dict[str, bytearray]]:
     """One thread, the smallest tile."""
-    settings = Settings(threads=1, tile=CHUNK)
-    return measure(run, settings=settings), formed(run, settings)
+    settings = Context(threads=1, tile=CHUNK)
+    return measure(run, context=settings), formed(run, settings)
 
 
 @pytest.mark.parametrize(("tile", "threads"), [(CHUNK, 2), (CHUNK << 3, 1), (CHUNK << 4, 5), (BLOCK, 2)])
 def test_tiles_and_threads_change_nothing(
     run: ckavg.Run, plain: tuple[ckavg.PathLength, dict[str, bytearray]], tile: int, threads: int
 ) -> None:
-    settings = Settings(threads=threads, tile=tile)
+    settings = Context(threads=threads, tile=tile)
     path, tensors = plain
-    assert measure(run, settings=settings).tensors == path.tensors
+    assert measure(run, context=settings).tensors == path.tensors
     assert formed(run, settings) == tensors
 
 
@@ -107,8 +107,8 @@ def test_results_do_not_depend_on_how_they_are_computed(
     with tempfile.TemporaryDirectory() as directory:
         one = ckavg.open_run(write_run(Path(directory) / "one", weights, STEPS))
         other = ckavg.open_run(write_run(Path(directory) / "other", weights, STEPS, shards=shards))
-        plain, tuned = Settings(threads=1, tile=CHUNK), Settings(threads=threads, tile=tile)
-        assert measure(one, settings=plain).tensors == measure(other, settings=tuned).tensors
+        plain, tuned = Context(threads=1, tile=CHUNK), Context(threads=threads, tile=tile)
+        assert measure(one, context=plain).tensors == measure(other, context=tuned).tensors
         assert formed(one, plain) == formed(other, tuned)
 
 
@@ -189,19 +189,19 @@ def test_a_file_that_vanishes(tmp_path: Path) -> None:
 def test_short_reads_and_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Network file systems return less than was asked for; a process may open few files."""
     run = ckavg.open_run(write_run(tmp_path, random_run(3, 4, torch.bfloat16), STEPS, shards=(3,)))
-    expected = formed(run, Settings(threads=1))
+    expected = formed(run, Context(threads=1))
     pread = os.pread
     monkeypatch.setattr(files, "_HAS_PREADV", False)
     monkeypatch.setattr(files, "_HAS_NOWAIT", False)
     monkeypatch.setattr(os, "pread", lambda handle, size, offset: pread(handle, min(size, 1001), offset))
     monkeypatch.setattr(files, "usable_handles", lambda: 3)
-    assert formed(run, Settings(threads=1)) == expected
+    assert formed(run, Context(threads=1)) == expected
 
 
 @pytest.mark.parametrize("tile", [0, 1, CHUNK - 1, CHUNK * 3, BLOCK * 2])
 def test_tiles_that_do_not_divide_a_block_are_refused(run: ckavg.Run, tile: int) -> None:
     with pytest.raises(SettingError, match="power of two"):
-        measure(run, settings=Settings(tile=tile))
+        measure(run, context=Context(tile=tile))
 
 
 def test_nothing_but_integers(tmp_path: Path) -> None:

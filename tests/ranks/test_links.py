@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckavg
-from ckavg.checkpoints.run import Checkpoint, Entry, Shard
+from ckavg.checkpoints.run import Checkpoint, Shard, TensorInfo
 from ckavg.engine.blocks import Block
 from ckavg.engine.context import Progress
 from ckavg.engine.distributed import Ranks
 from ckavg.engine.links import Links
-from ckavg.engine.partition import OfAll, own_share
+from ckavg.engine.partition import GlobalProgress, partition
 from ckavg.errors import NonFiniteError, RanksError, SettingError
 from tests.cli.runner import run_cli
 
@@ -48,7 +48,7 @@ def in_each(world: int, body: Callable[[Ranks, Links], Any]) -> list[Any]:
 
 def test_values_by_rank() -> None:
     def body(ranks: Ranks, _: Links) -> Any:
-        with ranks.as_one():
+        with ranks.fail_together():
             every = [ranks.gather(("large " * 10**6 * ranks.rank, number)) for number in range(5)]
             assert [[number for _, number in values] for values in every] == [[number] * 3 for number in range(5)]
             assert [len(text) for text, _ in every[0]] == [0, 6_000_000, 12_000_000]
@@ -63,7 +63,7 @@ def test_an_error_of_one_is_that_of_all(failing: int) -> None:
     """Whether they wait for a value, or look now and then."""
 
     def body(ranks: Ranks, _: Links) -> Any:
-        with ranks.as_one(), ranks.as_one():
+        with ranks.fail_together(), ranks.fail_together():
             ranks.wait()
             if ranks.rank == failing:
                 raise NonFiniteError("a tensor holds NaN", hint="Stop before it.")
@@ -84,7 +84,7 @@ def test_the_first_leaves_when_the_others_have_closed_their_files() -> None:
 
     def body(ranks: Ranks, _: Links) -> Any:
         try:
-            with ranks.as_one():
+            with ranks.fail_together():
                 try:
                     ranks.wait()
                     if ranks.is_first:
@@ -107,7 +107,7 @@ def test_one_that_is_gone_ends_the_job() -> None:
         if ranks.rank == 1:
             links.close()  # as the system does for one that is killed
             return None
-        with ranks.as_one():
+        with ranks.fail_together():
             ranks.wait()
 
     first, _, third = in_each(3, body)
@@ -120,7 +120,7 @@ def test_an_interrupt_that_follows_from_something_else_is_not_taken_for_its_caus
         if ranks.rank == 1:
             links.close()
             return None
-        with ranks.as_one():
+        with ranks.fail_together():
             raise KeyboardInterrupt
 
     first, _ = in_each(2, body)
@@ -129,7 +129,7 @@ def test_an_interrupt_that_follows_from_something_else_is_not_taken_for_its_caus
 
 def test_an_interrupt_of_one_interrupts_all() -> None:
     def body(ranks: Ranks, _: Links) -> Any:
-        with ranks.as_one():
+        with ranks.fail_together():
             if ranks.rank == 1:
                 raise KeyboardInterrupt
             ranks.wait()
@@ -139,7 +139,7 @@ def test_an_interrupt_of_one_interrupts_all() -> None:
 
 def test_one_that_has_finished_early_is_not_waited_for() -> None:
     def body(ranks: Ranks, links: Links) -> Any:
-        with ranks.as_one():
+        with ranks.fail_together():
             if ranks.rank == 1:
                 links.leave()
                 links.wait_for_leave()
@@ -154,7 +154,7 @@ def test_what_cannot_be_sent_is_told_all_the_same() -> None:
         class OfNobodyElseError(Exception):
             pass
 
-        with ranks.as_one():
+        with ranks.fail_together():
             if ranks.rank == 1:
                 raise OfNobodyElseError("what it was")
             ranks.wait()
@@ -165,7 +165,7 @@ def test_what_cannot_be_sent_is_told_all_the_same() -> None:
 
 def test_others_must_see_the_same() -> None:
     def body(ranks: Ranks, _: Links) -> Any:
-        with ranks.as_one():
+        with ranks.fail_together():
             ranks.check_same({"checkpoints": "a", "options": "b" if ranks.rank < 2 else "c"})
 
     for error in in_each(3, body):
@@ -186,7 +186,7 @@ def test_everything_falls_to_one_and_nobody_has_much_more(sizes: list[int], worl
 
 
 def blocks_of(sizes: Sequence[int]) -> tuple[Checkpoint, list[Block]]:
-    entries = {f"w{place}": Entry("F32", (size,), 0, 4 * sum(sizes[:place])) for place, size in enumerate(sizes)}
+    entries = {f"w{place}": TensorInfo("F32", (size,), 0, 4 * sum(sizes[:place])) for place, size in enumerate(sizes)}
     checkpoint = Checkpoint(0, Path(), "model", (Shard(Path("model.safetensors"), 0),), (), entries)
     return checkpoint, [Block(name, 0, entry.numel) for name, entry in entries.items()]
 
@@ -195,8 +195,8 @@ def blocks_of(sizes: Sequence[int]) -> tuple[Checkpoint, list[Block]]:
 def test_a_block_falls_to_the_same_process_in_either_direction(sizes: list[int], world: int) -> None:
     checkpoint, blocks = blocks_of(sizes)
     for rank in range(world):
-        forwards = own_share([checkpoint] * 4, blocks, Ranks(rank, world))
-        backwards = own_share([checkpoint] * 3, blocks[::-1], Ranks(rank, world))
+        forwards = partition([checkpoint] * 4, blocks, Ranks(rank, world))
+        backwards = partition([checkpoint] * 3, blocks[::-1], Ranks(rank, world))
         assert {blocks[place] for place in forwards} == {blocks[::-1][place] for place in backwards}
         assert forwards == sorted(forwards)
 
@@ -204,9 +204,9 @@ def test_a_block_falls_to_the_same_process_in_either_direction(sizes: list[int],
 def test_progress_is_done_when_all_are() -> None:
     checkpoint, blocks = blocks_of([100, 100, 100, 100])
     told: list[ckavg.Progress] = []
-    listener = OfAll("path", [checkpoint], blocks, told.append)
+    listener = GlobalProgress("path", [checkpoint], blocks, told.append)
     for done in (0, 400, 800):  # of the half that falls to this process
-        listener.of_own(Progress("path", done, 800))
+        listener.on_own_progress(Progress("path", done, 800))
     listener.end()
     assert told == [Progress("path", done, 1600) for done in (0, 800, 1600)]
 

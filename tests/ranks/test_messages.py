@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import ckavg
 from ckavg import errors
-from ckavg.averaging.replay import Formed
+from ckavg.averaging.replay import BlockResult
 from ckavg.engine import messages
 from ckavg.engine.messages import ELSEWHERE, FAILED, HEAD, VALUE, packed, unpacked
 from ckavg.errors import CkavgError, CombinedError, RanksError, SettingError
@@ -93,7 +93,7 @@ def test_what_passes_and_records_are_made_of(tmp_path: Path) -> None:
         Known.nothing(run),
         result,
         dataclasses.replace(result, evaluation=Evaluation("cat {dir}/x", 0.1)),
-        {7: Formed(("a", "b"), (0, 3))},
+        {7: BlockResult(("a", "b"), (0, 3))},
         [_Partial((0.1, math.inf), -0.0, 5e-324)],
     ):
         assert sent(value) == value
@@ -218,8 +218,8 @@ HOSTILE = {
     "dunder": b'{"__import__": "os"}',
     "two names": b'{"tuple": [], "dict": []}',
     "no name": b"{}",
-    "other fields": b'{"Formed": [["digests", 1], ["command", 2]]}',
-    "no fields": b'{"Formed": 7}',
+    "other fields": b'{"BlockResult": [["digests", 1], ["command", 2]]}',
+    "no fields": b'{"BlockResult": 7}',
     "list as a key": b'{"dict": [[[1], 2]]}',
     "no path": b'{"Path": 7}',
     "no tensor": b'{"Tensor": [[1], [1, 2]]}',

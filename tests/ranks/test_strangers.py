@@ -131,7 +131,7 @@ def test_nothing_that_comes_over_a_connection_runs(monkeypatch: pytest.MonkeyPat
     ranks = Ranks(0, 2, _links=first)
 
     def meet() -> None:
-        with ranks.as_one():
+        with ranks.fail_together():
             ranks.gather(("host", {}))
             while name == "more than is taken":
                 ranks.check()

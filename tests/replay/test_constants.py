@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ckavg
-from ckavg.engine.stream import Settings
+from ckavg.engine.context import Context
 from ckavg.errors import NonFiniteError, UnsupportedFormatError
 from ckavg.path.measure import measure
 from ckavg.schemes import Last, Scheme
@@ -102,8 +102,8 @@ def test_the_compiled_kernel_and_the_path_of_a_run_that_grew(tmp_path: Path) -> 
     first = ckavg.measure_path(ckavg.open_run(source, to_step=20))
     grown = ckavg.measure_path(ckavg.open_run(source))
     assert grown.tensors["head.bias"].distances[:2] == first.tensors["head.bias"].distances
-    settings = Settings(compiled_from_bytes=0)
-    assert measure(ckavg.open_run(source), settings=settings).lengths == pytest.approx(grown.lengths, rel=1e-6)
+    context = Context(compiled_from_bytes=0)
+    assert measure(ckavg.open_run(source), context=context).lengths == pytest.approx(grown.lengths, rel=1e-6)
 
 
 @pytest.mark.parametrize("verb", ["ema", "pema", "bema", "mean"])

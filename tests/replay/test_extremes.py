@@ -14,7 +14,7 @@ from torch import Tensor
 
 import ckavg
 from ckavg.averaging.rules import effective_weights
-from ckavg.engine.stream import Settings
+from ckavg.engine.context import Context
 from ckavg.errors import NonFiniteError
 from ckavg.path.measure import measure
 from ckavg.schemes import Scheme, Timeline
@@ -82,7 +82,7 @@ def test_blocks_of_all_sizes(tmp_path: Path) -> None:
     scales = torch.tensor([1e-300, 1e-200, 1.0, 1e200, 1e290], dtype=torch.float64).repeat_interleave(16_384)
     checkpoints = [{"w": each["w"] * scales} for each in walk(1.0, torch.float64, len(scales))]
     run = ckavg.open_run(write_run(tmp_path / "run", checkpoints, STEPS))
-    one, *others = (measure(run, settings=Settings(tile=tile, threads=2)) for tile in (1 << 14, 1 << 16, 1 << 18))
+    one, *others = (measure(run, context=Context(tile=tile, threads=2)) for tile in (1 << 14, 1 << 16, 1 << 18))
     assert all(each.tensors == one.tensors for each in others)
     anchor = checkpoints[0]["w"] * 2.0**-960
     assert one.tensors["w"].sigma == pytest.approx(float(anchor.std()) * 2.0**960, rel=1e-12)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ckavg
-from ckavg.checkpoints.run import Entry
+from ckavg.checkpoints.run import TensorInfo
 from ckavg.schemes import Scheme
 from ckavg.verify.sample import draw, where
 from tests.runs import random_run, write_run
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("without_pictures")
 STEPS = (0, 100, 200, 300, 400, 500)
 
 
-def entries_of(numels: list[int]) -> dict[str, Entry]:
-    return {f"t{place}": Entry("BF16", (numel,), 0, 8) for place, numel in enumerate(numels)}
+def entries_of(numels: list[int]) -> dict[str, TensorInfo]:
+    return {f"t{place}": TensorInfo("BF16", (numel,), 0, 8) for place, numel in enumerate(numels)}
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +73,12 @@ def test_every_element_is_as_likely() -> None:
 
 
 def test_names_of_elements() -> None:
-    assert [where(Entry("F32", shape, 0, 0), 7) for shape in ((10,), (2, 5), (2, 2, 2))] == [
+    assert [where(TensorInfo("F32", shape, 0, 0), 7) for shape in ((10,), (2, 5), (2, 2, 2))] == [
         "[7]",
         "[1, 2]",
         "[1, 1, 1]",
     ]
-    assert where(Entry("F32", (), 0, 0), 0) == ""
+    assert where(TensorInfo("F32", (), 0, 0), 0) == ""
 
 
 # --- what is noticed ---
