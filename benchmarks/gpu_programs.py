@@ -82,6 +82,7 @@ def _by_command(words: Sequence[str]) -> int:
 def _by_library(words: Sequence[str]) -> int:
     from ckavg.averaging.pipeline import carry_out
     from ckavg.averaging.plan import plan_average
+    from ckavg.engine.context import Context
     from ckavg.schemes import SCHEMES, Mean, Scheme
     from ckavg.schemes.parse import parse_schemes
     from ckavg.sources import open_run
@@ -95,7 +96,7 @@ def _by_library(words: Sequence[str]) -> int:
     run = open_run(source)
     places = [out / scheme.label for scheme in schemes] if verb == "sweep" else [out]
     plans = [plan_average(run, scheme, out=place) for scheme, place in zip(schemes, places, strict=True)]
-    records = carry_out(plans, device=device).records
+    records = carry_out(plans, Context(device=device)).records
     print(f'{{"averages": [{", ".join(record.to_json() for record in records)}]}}')
     return 0
 

@@ -19,7 +19,8 @@ from benchmarks.evidence.language_model_judge import Judge
 from benchmarks.evidence.saved import open_saved
 from benchmarks.finetune import FineTuning, fine_tune, quiet_transformers, windows_to_judge
 from ckavg.averaging.pipeline import carry_out
-from ckavg.averaging.plan import plan_averages
+from ckavg.averaging.plan import Options, plan_averages
+from ckavg.engine.context import Context
 from ckavg.path.table import PathLength
 from ckavg.schemes import Scheme, Timeline
 
@@ -279,8 +280,10 @@ def _judge_some(
     run = open_saved(directory, every=every)
     averages = directory / "averages"
     # In float32: close averages are then apart by what they are, not by how they are rounded.
-    plans = plan_averages(run, [(scheme, averages / name) for name, scheme in schemes.items()], dtype="float32")
-    done = carry_out(plans, device=device)
+    plans = plan_averages(
+        run, [(scheme, averages / name) for name, scheme in schemes.items()], Options(dtype="float32")
+    )
+    done = carry_out(plans, Context(device=device))
     if done.path is not None and every not in outcome.paths:
         outcome.paths[every] = path_of(done.path)
         if not outcome.tensor_paths:

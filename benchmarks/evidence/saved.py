@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 import ckavg
 from ckavg.averaging.pipeline import carry_out
-from ckavg.averaging.plan import plan_averages
+from ckavg.averaging.plan import Options, plan_averages
+from ckavg.engine.context import Context
 from ckavg.output.record import Averaged
 from ckavg.schemes import Scheme
 
@@ -45,8 +46,8 @@ def average_all(
         The record of each average, by the name of its scheme; `outputs` are the snapshots, the last one the average.
     """
     wanted = [(scheme, directory / name) for name, scheme in schemes.items()]
-    plans = plan_averages(run, wanted, snapshot_every=snapshot_every)
-    return dict(zip(schemes, carry_out(plans, device="cpu").records, strict=True))
+    plans = plan_averages(run, wanted, Options(snapshot_every=snapshot_every))
+    return dict(zip(schemes, carry_out(plans, Context(device="cpu")).records, strict=True))
 
 
 def weights_of(checkpoint: Path) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +39,10 @@ def check_same_run(run: Run, ranks: Ranks, *options: object) -> None:
         ranks.check_same({"checkpoints": _digest_of(run), "options": repr(options)})
 
 
-def check_same_plans(plans: Sequence[Plan], ranks: Ranks, *options: object) -> None:
+def check_same_plans(plans: Sequence[Plan], ranks: Ranks) -> None:
     """The same for plans of one run; where a result goes may have another name on another machine."""
-    of_plans = [
-        (plan.scheme, plan.dtype, plan.snapshots, plan.path and plan.path.exclude, plan.files) for plan in plans
-    ]
-    check_same_run(plans[0].run, ranks, of_plans, *options)
+    asked = [(plan.scheme, plan.snapshots, plan.path and plan.path.exclude, plan.files) for plan in plans]
+    check_same_run(plans[0].run, ranks, asked, replace(plans[0].options, card=None, force=False))
 
 
 def stage(plans: Sequence[Plan], ranks: Ranks, stack: ExitStack) -> list[Staging]:
@@ -59,7 +58,7 @@ def stage(plans: Sequence[Plan], ranks: Ranks, stack: ExitStack) -> list[Staging
         OutputError: another job is writing the same result, or one process does not see what the first has made.
         WriteError: the system would not let us write.
     """
-    stagings = [Staging(plan.out, force=plan.force, files=plan.files) for plan in plans]
+    stagings = [Staging(plan.out, force=plan.options.force, files=plan.files) for plan in plans]
     if ranks.is_first:
         for staging in stagings:
             stack.enter_context(staging)

@@ -1,4 +1,4 @@
-"""The pipeline, on one page: discover → plan → path → schemes → replay → write. Only this module carries it out.
+"""The pipeline, on one page: discover → plan → path → schemes → replay → write. Only this module composes the stages.
 
 Modules that need torch are imported where they are used: opening a run, or saying what would be done, must not wait
 for them.
@@ -11,23 +11,22 @@ import secrets
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckavg import __version__
 from ckavg.averaging.distributed import check_same_plans, check_same_run, finalize, open_writers, stage
-from ckavg.averaging.plan import Plan, check_together, fetching_of, fetching_of_path, plan_average
+from ckavg.averaging.plan import Options, Plan, check_together, fetching_of, fetching_of_path, plan_averages
 from ckavg.averaging.record import Work, completed, record_of
 from ckavg.checkpoints.fingerprints import Fingerprints, check_unchanged, fingerprint_run
 from ckavg.checkpoints.run import Run
 from ckavg.checkpoints.statistics import averaged_statistics
-from ckavg.engine.context import OnProgress
+from ckavg.engine.context import Context, OnProgress
 from ckavg.engine.distributed import ALONE, Ranks
-from ckavg.errors import SettingError
 from ckavg.output.leftovers import tidy
 from ckavg.output.record import Averaged, Seconds
-from ckavg.path.cache import remember
+from ckavg.path.cache import save_path
 from ckavg.path.plan import PathPlan, plan_path
 from ckavg.path.table import PathLength, ZeroSigma
 from ckavg.remote.fetching import fetch
@@ -37,10 +36,7 @@ from ckavg.storage.atomic import resolved
 
 if TYPE_CHECKING:
     from ckavg.averaging.replay import Replayed
-    from ckavg.engine.context import Context
     from ckavg.output.staging import Staging
-
-ACCUMULATE = ("float32", "float64")
 
 
 def measure_path(
@@ -75,16 +71,17 @@ def measure_path(
         SettingError: there is no such device, or `sample` is no fraction.
     """
     from ckavg.engine.context import Context
-    from ckavg.engine.devices import resolve_device, tuned
+    from ckavg.engine.devices import tuned
 
+    options = Options(
+        path_exclude=tuple(path_exclude), zero_sigma=zero_sigma, sample=sample, allow_nonfinite=allow_nonfinite
+    )
     with ranks.fail_together(), as_users_know(run.remote):
-        plan = plan_path(run, exclude=path_exclude, sample=sample)
-        nbytes = plan.nbytes // ranks.world if plan.sample == 1 else 0  # an estimate is the CPU's in any case
-        own = ranks.own_device(resolve_device(device, nbytes=nbytes))
-        context = tuned(Context(device=own, on_progress=on_progress, ranks=ranks, remote=run.remote))
-        check_same_run(run, ranks, plan.exclude, zero_sigma, sample, allow_nonfinite)
+        plan = plan_path(run, exclude=options.path_exclude, sample=sample)
+        context = tuned(Context(device=device, on_progress=on_progress, ranks=ranks, remote=run.remote))
+        check_same_run(run, ranks, options)
         fetch(run.remote, fetching_of_path(run, plan), on_progress)
-        path = _measure(run, plan, zero_sigma, context, allow_nonfinite=allow_nonfinite)
+        path = _measure(run, plan, options, context)
         if ranks.is_first:
             _check_unchanged(run)
         return path
@@ -137,28 +134,20 @@ def average(
         SettingError: the settings do not fit the run.
         CkavgError: any other reason for which there is no result; the sources and `out` are as they were.
     """
+    options = Options(
+        dtype=dtype,
+        accumulate=accumulate,
+        path_exclude=tuple(path_exclude),
+        zero_sigma=zero_sigma,
+        sample=sample,
+        snapshot_every=snapshot_every,
+        card=card,
+        allow_nonfinite=allow_nonfinite,
+        force=force,
+    )
+    context = Context(device=device, on_progress=on_progress, ranks=ranks)
     with ranks.fail_together():
-        plan = plan_average(
-            run,
-            scheme,
-            out=out,
-            dtype=dtype,
-            path_exclude=path_exclude,
-            sample=sample,
-            snapshot_every=snapshot_every,
-            card=card,
-            force=force,
-        )
-        done = carry_out(
-            [plan],
-            accumulate=accumulate,
-            device=device,
-            zero_sigma=zero_sigma,
-            allow_nonfinite=allow_nonfinite,
-            on_progress=on_progress,
-            ranks=ranks,
-        )
-        return done.records[0]
+        return carry_out(plan_averages(run, [(scheme, out)], options), context).records[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,76 +158,56 @@ class Done:
     path: PathLength | None
 
 
-def carry_out(
-    plans: Sequence[Plan],
-    *,
-    accumulate: str = "float32",
-    device: str = "auto",
-    zero_sigma: ZeroSigma = "exclude",
-    allow_nonfinite: bool = False,
-    on_progress: OnProgress | None = None,
-    ranks: Ranks = ALONE,
-) -> Done:
+def carry_out(plans: Sequence[Plan], context: Context) -> Done:
     """Do what plans say, all from one reading of the run they share; each result is what it would be by itself.
 
     Args:
-        plans: of one run, with one way to have its path, each to a place of its own; at least one.
-        accumulate, device, zero_sigma, allow_nonfinite, on_progress, ranks: as of `average`.
+        plans: of one run and with the same options, each to a place of its own; at least one.
+        context: where it runs; the device as the user named it.
 
     Raises:
         CkavgError: as of `average`. A result that was complete by then stays.
     """
     from ckavg.averaging.replay import check_constant
-    from ckavg.engine.context import Context
-    from ckavg.engine.devices import resolve_device, tuned
+    from ckavg.engine.devices import tuned
 
     begun = time.perf_counter()
-    run = plans[0].run
+    run, options, ranks = plans[0].run, plans[0].options, context.ranks
     with ranks.fail_together(), ExitStack() as stack, as_users_know(run.remote):
-        if accumulate not in ACCUMULATE:
-            raise SettingError(f"accumulate is {accumulate!r}; it must be one of {', '.join(ACCUMULATE)}.")
         check_together(plans)
-        nbytes = max(plan.path_bytes for plan in plans) + max(plan.replay_bytes for plan in plans)
-        own = ranks.own_device(resolve_device(device, nbytes=nbytes // ranks.world, averages=len(plans)))
-        context = tuned(
-            Context(device=own, on_progress=on_progress, ranks=ranks, remote=run.remote), averages=len(plans)
-        )
-        check_same_plans(plans, ranks, accumulate, zero_sigma, allow_nonfinite)
+        context = tuned(replace(context, remote=run.remote), averages=len(plans))
+        check_same_plans(plans, ranks)
         if ranks.is_first:
             for directory in {resolved(plan.out).parent for plan in plans}:
                 tidy(directory)
-        fetch(run.remote, fetching_of(plans), on_progress)
+        fetch(run.remote, fetching_of(plans), context.on_progress)
         stagings = stage(plans, ranks, stack)
         compared = check_constant(run, context)
         measuring = time.perf_counter()
-        planned = next((plan.path for plan in plans if plan.path), None)
-        fingerprints = planned.recalled.fingerprints if planned else fingerprint_run(run)
-        path = _measure(run, planned, zero_sigma, context, allow_nonfinite=allow_nonfinite) if planned else None
+        path_plan = next((plan.path for plan in plans if plan.path), None)
+        fingerprints = path_plan.cached.fingerprints if path_plan else fingerprint_run(run)
+        path = _measure(run, path_plan, options, context) if path_plan else None
         replaying = time.perf_counter()
         timeline = _timeline(run, path)
         statistics = averaged_statistics(run.tensors)
         coefficients = [plan.scheme.coefficients(timeline).sparing(statistics) for plan in plans]
-        replayed, digests = _replay(
-            plans, coefficients, stagings, accumulate, fingerprints, context, allow_nonfinite=allow_nonfinite
-        )
+        replayed, hashes = _replay(plans, coefficients, stagings, fingerprints, context)
         if ranks.is_first:
             _check_unchanged(run)
         done = time.perf_counter()
         work = Work(
-            accumulate=_accumulated(run, accumulate),
-            zero_sigma=zero_sigma,
+            accumulate=_accumulated(run, options.accumulate),
             bytes_read=compared + replayed.bytes_read + (path.bytes_read if path else 0),
             checksums=replayed.checksums,
             infinite=replayed.infinite,
-            allow_nonfinite=allow_nonfinite,
             seconds=Seconds(replaying - measuring if path and path.bytes_read else 0.0, done - replaying, done - begun),
         )
 
-        def finish() -> tuple[Averaged, ...]:
+        def publish() -> tuple[Averaged, ...]:
             records = []
-            for place, (plan, each, staging) in enumerate(zip(plans, coefficients, stagings, strict=True)):
-                record = record_of(plan, each, path, work, nonfinite=replayed.nonfinite[place])
-                record, files = completed(plan, each, record, digests[place])
+            for number, (plan, each, staging) in enumerate(zip(plans, coefficients, stagings, strict=True)):
+                record = record_of(plan, each, path, work, nonfinite=replayed.nonfinite[number])
+                record, files = completed(plan, each, record, hashes[number])
                 for name, data in files.items():
                     staging.write(name, data)
                 records.append(record)
@@ -246,7 +215,7 @@ def carry_out(
                 staging.commit()
             return tuple(records)
 
-        records = ranks.first(finish)
+        records = ranks.first(publish)
         if run.remote is not None:
             run.remote.release()
     return Done(records, path)
@@ -258,51 +227,14 @@ def _check_unchanged(run: Run) -> None:
         run.remote.check_unchanged()
 
 
-def _replay(
-    plans: Sequence[Plan],
-    coefficients: Sequence[Coefficients],
-    stagings: Sequence[Staging],
-    accumulate: str,
-    fingerprints: Fingerprints,
-    context: Context,
-    *,
-    allow_nonfinite: bool,
-) -> tuple[Replayed, list[dict[Path, str]]]:
-    """Pass 2, and the SHA-256 of every weight file that came of it, by plan and by path in the result."""
-    from ckavg.averaging.replay import Average, replay
-
-    run, ranks = plans[0].run, context.ranks
-    layouts = [[(shard.name, shard.header) for shard in plan.weights.shards] for plan in plans]
-    places = [[str(out) for out in plan.outputs.values()] for plan in plans]
-    what = (
-        __version__,
-        fingerprints,
-        coefficients,
-        layouts,
-        places,
-        accumulate,
-        allow_nonfinite,
-        context.device.partition(":")[0],
-    )
-    key = hashlib.sha256(repr(what).encode()).hexdigest() if None not in fingerprints else secrets.token_hex(32)
-    with open_writers(plans, stagings, key, ranks) as (writers, journal):
-        averages = [
-            Average(each, plan.weights.dtypes, of_plan)
-            for each, plan, of_plan in zip(coefficients, plans, writers, strict=True)
-        ]
-        wide = accumulate == "float64"
-        replayed = replay(run, averages, wide=wide, allow_nonfinite=allow_nonfinite, context=context, journal=journal)
-        digests = finalize(plans, stagings, writers, ranks)
-    ranks.wait()
-    return replayed, digests
-
-
-def _measure(run: Run, plan: PathPlan, zero_sigma: ZeroSigma, context: Context, *, allow_nonfinite: bool) -> PathLength:
+def _measure(run: Run, plan: PathPlan, options: Options, context: Context) -> PathLength:
+    """Pass 1: from the cache, measured, or estimated, as planned."""
     from ckavg.path.estimate import estimate
     from ckavg.path.journal import PathJournal
     from ckavg.path.measure import measure
 
-    plan = context.ranks.first(lambda: plan)  # what is known depends on file times, which machines may see differently
+    plan = context.ranks.first(lambda: plan)  # what is cached depends on file times, which machines may see differently
+    zero_sigma, allow_nonfinite = options.zero_sigma, options.allow_nonfinite
     if plan.sample < 1:
         return estimate(
             run,
@@ -312,21 +244,55 @@ def _measure(run: Run, plan: PathPlan, zero_sigma: ZeroSigma, context: Context, 
             allow_nonfinite=allow_nonfinite,
             context=context,
         )
-    with PathJournal(run, plan.recalled.fingerprints, context.ranks) as path_journal:
+    with PathJournal(run, plan.cached.fingerprints, context.ranks) as journal:
         path = measure(
-            run,
-            exclude=plan.exclude,
-            zero_sigma=zero_sigma,
-            known=plan.recalled.known,
-            allow_nonfinite=allow_nonfinite,
-            context=context,
-            path_journal=path_journal,
+            run, plan, zero_sigma=zero_sigma, allow_nonfinite=allow_nonfinite, context=context, path_journal=journal
         )
     if context.ranks.is_first:
         if path.bytes_read:
-            remember(run, path, plan.recalled.fingerprints)
-        path_journal.clear()
+            save_path(run, path, plan.cached.fingerprints)
+        journal.clear()
     return path
+
+
+def _replay(
+    plans: Sequence[Plan],
+    coefficients: Sequence[Coefficients],
+    stagings: Sequence[Staging],
+    fingerprints: Fingerprints,
+    context: Context,
+) -> tuple[Replayed, list[dict[Path, str]]]:
+    """Pass 2, and the SHA-256 of every weight file that came of it, by plan and by path in the result."""
+    from ckavg.averaging.replay import Average, replay
+
+    run, options, ranks = plans[0].run, plans[0].options, context.ranks
+    request = (
+        __version__,
+        fingerprints,
+        coefficients,
+        [[(shard.name, shard.header) for shard in plan.weights.shards] for plan in plans],
+        [[str(out) for out in plan.outputs.values()] for plan in plans],
+        options.accumulate,
+        options.allow_nonfinite,
+        context.device.partition(":")[0],
+    )
+    key = hashlib.sha256(repr(request).encode()).hexdigest() if None not in fingerprints else secrets.token_hex(32)
+    with open_writers(plans, stagings, key, ranks) as (writers, journal):
+        averages = [
+            Average(each, plan.weights.dtypes, own)
+            for each, plan, own in zip(coefficients, plans, writers, strict=True)
+        ]
+        replayed = replay(
+            run,
+            averages,
+            wide=options.accumulate == "float64",
+            allow_nonfinite=options.allow_nonfinite,
+            context=context,
+            journal=journal,
+        )
+        hashes = finalize(plans, stagings, writers, ranks)
+    ranks.wait()
+    return replayed, hashes
 
 
 def _timeline(run: Run, path: PathLength | None) -> Timeline:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ckavg.averaging import advice
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
@@ -23,13 +24,52 @@ from ckavg.output.origin import Origin, find_origin
 from ckavg.output.place import place_in, place_problems, space_problems
 from ckavg.output.side_files import gather_side_files, name_of_weights
 from ckavg.path.plan import PathPlan, check_sample, plan_path
-from ckavg.path.table import to_measure
+from ckavg.path.table import ZeroSigma
 from ckavg.schemes import Scheme, Timeline
 from ckavg.sources import as_users_know
 from ckavg.storage.atomic import resolved
 
 DTYPES = ("source", "float32", "bfloat16", "float16", "float64")
+ACCUMULATE = ("float32", "float64")
 CARD = "README.md"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What was asked for, besides the schemes and where their results go.
+
+    Attributes:
+        dtype: output dtype of floating tensors: `source`, `float32`, `bfloat16`, `float16` or `float64`.
+        accumulate: `float32` or `float64`; float64 checkpoints are accumulated in float64 in any case.
+        path_exclude: shell patterns of tensors that do not count in the path length.
+        zero_sigma: `exclude` leaves tensors without spread out of the sum and of N; `eps` divides by σ_p + 1e-8.
+        sample: estimate the path length from this fraction of each tensor, in (0, 1]; 1 is exact.
+        snapshot_every: also write the average as it stood at every multiple of so many optimizer steps.
+        card: a Markdown file whose fields and text come first in the model card of the result.
+        allow_nonfinite: average checkpoints that hold NaN or infinity, too.
+        force: replace an existing result.
+
+    Raises:
+        SettingError: a value is none of those.
+    """
+
+    dtype: str = "source"
+    accumulate: str = "float32"
+    path_exclude: tuple[str, ...] = ()
+    zero_sigma: ZeroSigma = "exclude"
+    sample: float = 1.0
+    snapshot_every: int | None = None
+    card: Path | str | None = None
+    allow_nonfinite: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (("dtype", DTYPES), ("accumulate", ACCUMULATE)):
+            if getattr(self, name) not in choices:
+                raise SettingError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
+        check_sample(self.sample)
+        if self.snapshot_every is not None and self.snapshot_every < 1:
+            raise SettingError(f"snapshot-every is {self.snapshot_every}; it must be 1 or more optimizer steps.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +80,7 @@ class Plan:
         run: the checkpoints that take part.
         scheme: how they are averaged.
         out: where the result goes.
-        dtype: output dtype as it was asked for.
-        force: whether an existing result is replaced.
+        options: what else was asked for.
         weights: the weight files of the result.
         side_files: what is copied beside them, by relative path.
         origin: what the card of the result says of the run.
@@ -54,8 +93,7 @@ class Plan:
     run: Run
     scheme: Scheme
     out: Path
-    dtype: str
-    force: bool
+    options: Options
     weights: WeightPlan
     side_files: dict[str, bytes]
     origin: Origin
@@ -105,121 +143,71 @@ class Plan:
         return one * len(self.outputs)
 
 
-def plan_average(
-    run: Run,
-    scheme: Scheme,
-    *,
-    out: Path | str | None = None,
-    dtype: str = "source",
-    path_exclude: Sequence[str] = (),
-    sample: float = 1.0,
-    snapshot_every: int | None = None,
-    card: Path | str | None = None,
-    force: bool = False,
-) -> Plan:
+def plan_average(run: Run, scheme: Scheme, *, out: Path | str | None = None, **options: Any) -> Plan:
     """Say what `average` would read and write, and refuse what cannot be done. Reads no weight and writes nothing.
 
-    Args, errors: as of `average`.
+    Args:
+        run, scheme, out: as of `average`.
+        options: as of `Options`.
+
+    Raises:
+        CkavgError: as of `average`.
     """
-    (plan,) = plan_averages(
-        run,
-        [(scheme, out)],
-        dtype=dtype,
-        path_exclude=path_exclude,
-        sample=sample,
-        snapshot_every=snapshot_every,
-        card=card,
-        force=force,
-    )
-    return plan
+    return plan_averages(run, [(scheme, out)], Options(**options))[0]
 
 
 def plan_averages(
-    run: Run,
-    wanted: Sequence[tuple[Scheme, Path | str | None]],
-    *,
-    dtype: str = "source",
-    path_exclude: Sequence[str] = (),
-    sample: float = 1.0,
-    snapshot_every: int | None = None,
-    card: Path | str | None = None,
-    force: bool = False,
+    run: Run, wanted: Sequence[tuple[Scheme, Path | str | None]], options: Options | None = None
 ) -> list[Plan]:
     """Plans of several averages of one run, which are carried out together; what they share is read once.
 
     Args:
+        run: the checkpoints, the anchor first.
         wanted: schemes, each with the place of its result; at least one.
+        options: what else is asked for.
 
-    Other args, errors: as of `average`.
+    Raises:
+        CkavgError: as of `average`.
     """
+    options = options or Options()
     with as_users_know(run.remote):
-        return _plan_averages(
-            run,
-            wanted,
-            dtype=dtype,
-            path_exclude=path_exclude,
-            sample=sample,
-            snapshot_every=snapshot_every,
-            card=card,
-            force=force,
-        )
-
-
-def _plan_averages(
-    run: Run,
-    wanted: Sequence[tuple[Scheme, Path | str | None]],
-    *,
-    dtype: str,
-    path_exclude: Sequence[str],
-    sample: float,
-    snapshot_every: int | None,
-    card: Path | str | None,
-    force: bool,
-) -> list[Plan]:
-    if dtype not in DTYPES:
-        raise SettingError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
-    check_sample(sample)
-    placed = [(scheme, place_of(run.home, scheme, out)) for scheme, out in wanted]
-    weights = plan_weights(run.last, dtype, file_name=name_of_weights(run))
-    beside = gather_side_files(run, weights)
-    origin = find_origin(run, beside.files, card)
-    needs_path = any(scheme.needs_path for scheme, _ in wanted)
-    path = plan_path(run, exclude=path_exclude, sample=sample) if needs_path else None
-    rates = learning_rates(run.last)
-    told = run.remote.told if run.remote is not None else str
-    of_files = tuple(map(told, beside.warnings + origin.warnings))
-    plans = []
-    for scheme, place in placed:
-        start = start_of(run, scheme)
-        snapshots = _snapshots(run, start, snapshot_every)
-        of_path = path if scheme.needs_path else None
-        plan = Plan(
-            run=run,
-            scheme=scheme,
-            out=place,
-            dtype=dtype,
-            force=force,
-            weights=weights,
-            side_files=beside.files,
-            origin=origin,
-            snapshots=snapshots,
-            path=of_path,
-            replay_bytes=_replay_bytes(run, start, outputs=len(snapshots) + 1),
-            warnings=run.warnings
-            + of_files
-            + advice.before(run, scheme, rates)
-            + (of_path.recalled.warnings if of_path else ()),
-        )
-        plans.append(plan)
-    problems = [
-        problem
-        for plan in plans
-        for problem in place_problems(plan.out, run.source, run.checkpoints, force=force, files=plan.files)
-    ]
-    # Each by itself: those that do not fit together are refused where they are carried out together.
-    problems += [problem for plan in plans for problem in space_problems([(plan.out, plan.write_bytes)])]
-    raise_all(worst_first(problems))
-    return plans
+        weights = plan_weights(run.last, options.dtype, file_name=name_of_weights(run))
+        beside = gather_side_files(run, weights)
+        origin = find_origin(run, beside.files, options.card)
+        needs_path = any(scheme.needs_path for scheme, _ in wanted)
+        path = plan_path(run, exclude=options.path_exclude, sample=options.sample) if needs_path else None
+        rates = learning_rates(run.last)
+        told = run.remote.told if run.remote is not None else str
+        of_files = tuple(map(told, beside.warnings + origin.warnings))
+        plans = []
+        for scheme, out in wanted:
+            start = start_of(run, scheme)
+            snapshots = _snapshots(run, start, options.snapshot_every)
+            of_path = path if scheme.needs_path else None
+            warnings = run.warnings + of_files + advice.before(run, scheme, rates)
+            plan = Plan(
+                run=run,
+                scheme=scheme,
+                out=place_of(run.home, scheme, out),
+                options=options,
+                weights=weights,
+                side_files=beside.files,
+                origin=origin,
+                snapshots=snapshots,
+                path=of_path,
+                replay_bytes=_replay_bytes(run, start, outputs=len(snapshots) + 1),
+                warnings=warnings + (of_path.cached.warnings if of_path else ()),
+            )
+            plans.append(plan)
+        problems = [
+            problem
+            for plan in plans
+            for problem in place_problems(plan.out, run.source, run.checkpoints, force=options.force, files=plan.files)
+        ]
+        # Each by itself: those that do not fit together are refused where they are carried out together.
+        problems += [problem for plan in plans for problem in space_problems([(plan.out, plan.write_bytes)])]
+        raise_all(worst_first(problems))
+        return plans
 
 
 def place_of(home: Path, scheme: Scheme, out: Path | str | None) -> Path:
@@ -274,8 +262,6 @@ def _replay_bytes(run: Run, start: int, *, outputs: int) -> int:
 def _snapshots(run: Run, start: int, every: int | None) -> tuple[int, ...]:
     """Indices of the checkpoints between the beginning of the average and the last one that fall on a multiple."""
     steps = run.steps
-    if every is not None and every < 1:
-        raise SettingError(f"snapshot-every is {every}; it must be 1 or more optimizer steps.")
     if every is None or start == len(steps) - 1:
         return ()
     between = range(start + 1, len(steps) - 1)
@@ -331,12 +317,7 @@ def fetching_of_path(run: Run, path: PathPlan) -> Fetching | None:
 def _readings(run: Run, path: PathPlan | None, start: int) -> dict[Path, float]:
     """How often each weight file is read: in pass 1, and from checkpoint number `start` on in pass 2."""
     readings: dict[Path, float] = {}
-    to_read: Collection[int] = ()
-    if path is not None and path.nbytes:
-        entries = to_measure(run.tensors, path.exclude)
-        to_read = (
-            path.recalled.known.left_to_measure(entries).to_read if path.sample == 1 else range(len(run.checkpoints))
-        )
+    to_read = path.to_read if path is not None else ()
     for index, checkpoint in enumerate(run.checkpoints):
         count = (path.sample if path is not None and index in to_read else 0.0) + (index >= start)
         for shard in checkpoint.shards:

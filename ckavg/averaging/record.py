@@ -15,7 +15,7 @@ from ckavg.output.card import PICTURE, write_card
 from ckavg.output.digests import sha256
 from ckavg.output.published import kept_here, published
 from ckavg.output.record import LOCAL, Averaged, Input, Output, Seconds
-from ckavg.path.table import PathLength, ZeroSigma
+from ckavg.path.table import PathLength
 from ckavg.schemes import Coefficients
 
 
@@ -24,11 +24,9 @@ class Work:
     """What all averages of one reading have in common, besides the run."""
 
     accumulate: str
-    zero_sigma: ZeroSigma
     bytes_read: int
     checksums: tuple[str | None, ...]
     infinite: tuple[str, ...]
-    allow_nonfinite: bool
     seconds: Seconds
 
 
@@ -68,12 +66,12 @@ def record_of(
         path_kernel=path.kernel if path else None,
         sample=path.sample if path else 1.0,
         path_exclude=plan.path.exclude if plan.path else (),
-        zero_sigma=work.zero_sigma,
+        zero_sigma=plan.options.zero_sigma,
         excluded_from_path=tuple(sorted({*left_out, *path.uncounted})) if path else (),
         parameters_counted=path.parameters_counted if path else None,
-        dtype=plan.dtype,
+        dtype=plan.options.dtype,
         accumulate=work.accumulate,
-        allow_nonfinite=work.allow_nonfinite,
+        allow_nonfinite=plan.options.allow_nonfinite,
         uncorrected=coefficients.uncorrected,
         infinite=work.infinite,
         copied=tuple(sorted(name for name, entry in run.tensors.items() if entry.kept and entry.dtype in FLOATING)),

@@ -109,8 +109,8 @@ def replay(
         averages: what to form.
         wide: accumulate in float64; float64 checkpoints always do.
         allow_nonfinite: let NaN and infinity through instead of ending the pass.
-        settings: how the pass runs.
-        ledger: which of `replay_blocks` are in their place already.
+        context: how the pass runs.
+        journal: which of `replay_blocks` are in their place already.
 
     Raises:
         NonFiniteError: a checkpoint holds NaN or infinity and may not, or a value does not fit the output dtype.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ckavg.averaging.pipeline import Done, carry_out
-from ckavg.averaging.plan import Plan, checked, fetching_of, place_of, plan_averages
+from ckavg.averaging.plan import Options, Plan, checked, fetching_of, place_of, plan_averages
 from ckavg.checkpoints.run import Fetching, Run
 from ckavg.cli.commands import Command, joined
 from ckavg.cli.options import Averaging, Measuring
@@ -15,6 +15,7 @@ from ckavg.cli.progress import show_progress
 from ckavg.cli.push import check_push, complete_in, destination_of, push_shown
 from ckavg.cli.ranks import together
 from ckavg.cli.terminal import say, warn
+from ckavg.engine.context import Context
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import printable
 from ckavg.output.leftovers import find_leftovers
@@ -73,16 +74,18 @@ def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
 
 def plans_of(run: Run, wanted: Sequence[tuple[Scheme, Path | None]], options: Averaging) -> list[Plan]:
     """The plans of averages, by the options of their verb."""
-    return plan_averages(
-        run,
-        wanted,
+    asked = Options(
         dtype=options.dtype,
-        path_exclude=options.path_exclude or (),
+        accumulate=options.accumulate,
+        path_exclude=tuple(options.path_exclude or ()),
+        zero_sigma=options.zero_sigma,
         sample=options.sample,
         snapshot_every=options.snapshot_every,
         card=options.card,
+        allow_nonfinite=options.allow_nonfinite,
         force=options.force,
     )
+    return plan_averages(run, wanted, asked)
 
 
 def carry_out_shown(plans: Sequence[Plan], options: Averaging, ranks: Ranks) -> Done:
@@ -92,15 +95,7 @@ def carry_out_shown(plans: Sequence[Plan], options: Averaging, ranks: Ranks) -> 
     passes = 2 if any(plan.path_bytes for plan in plans) else 1
     passes += fetching is not None and bool(fetching.whole)
     with show_progress(passes, quiet=options.quiet or not ranks.is_first) as on_progress:
-        return carry_out(
-            plans,
-            accumulate=options.accumulate,
-            device=options.device,
-            zero_sigma=options.zero_sigma,
-            allow_nonfinite=options.allow_nonfinite,
-            on_progress=on_progress,
-            ranks=ranks,
-        )
+        return carry_out(plans, Context(device=options.device, on_progress=on_progress, ranks=ranks))
 
 
 def tell_fetching(fetching: Fetching | None, *, quiet: bool) -> None:

@@ -49,7 +49,7 @@ def path(options: MeasuringPath) -> None:
             check_file(options.csv, run)
         plan = plan_path(run, exclude=options.path_exclude or (), sample=options.sample)
         warnings = run.warnings + advice.about_anchor(run.steps[0], run.tensors, with_init=run.anchor_is_init)
-        warnings += plan.recalled.warnings
+        warnings += plan.cached.warnings
         warn_of(warnings)
         fetching = fetching_of_path(run, plan)
         tell_fetching(fetching, quiet=options.quiet or not ranks.is_first)

@@ -151,20 +151,8 @@ def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
     return event
 
 
-_MOST_CORES = 16
-
-_CPU_PER_BYTE = 0.30e-9, 0.15e-9
-"""Seconds of one core for each byte that is read: once, and for each average. Measured on 2 cores, page cache warm."""
-
-_GPU_START = 1.0
-_GPU_PER_CORE = 6e9
-_GPU_AT_MOST = 20e9
 _GPU_FEEDERS = 8
-"""A guess at a GPU: seconds until it is ready, then bytes a second that one core can feed it and that the bus carries,
-and how many cores are enough to feed it. `make gpu-check` measures them."""
-
-_GPU_IS_TRIED = False
-"""Whether `make gpu-check` has been passed on a GPU, and the numbers above are measured ones."""
+"""Threads that are enough to feed a GPU; not measured yet."""
 
 _GPU_BYTES = 4_000_000_000
 _GPU_SHARE = 0.8
@@ -175,26 +163,14 @@ _TILES_OF_AVERAGE = 2
 """Tiles in float64 that a thread has on a GPU: what is under way, widened or rounded; and the states of an average."""
 
 
-def resolve_device(device: str, *, nbytes: int = 0, averages: int = 1) -> str:
-    """The torch device for `auto`, `cpu`, `cuda` or `cuda:N`.
-
-    `auto` is a GPU where one is there, has room, and would be done sooner: what it saves on so many bytes must be more
-    than the second that it takes to start. Where the CPU would be, no GPU is even looked for. As long as `make
-    gpu-check` has not been passed on a GPU, `auto` is the CPU in any case: nobody gets what was never tried unasked.
-
-    Args:
-        device: as it was named.
-        nbytes: bytes of checkpoints to be read in all passes.
-        averages: how many averages are formed of them.
+def resolve_device(device: str) -> str:
+    """The torch device for `auto`, `cpu`, `cuda` or `cuda:N`; `auto` is the CPU until GPUs have been measured.
 
     Raises:
         SettingError: the name means nothing, or there is no such device here.
     """
-    if device == "auto":
-        sooner = _GPU_IS_TRIED and gpu_is_faster(nbytes, averages, available_cores()) and _gpu_has_room()
-        return "cuda" if sooner else "cpu"
-    if device == "cpu":
-        return device
+    if device in ("auto", "cpu"):
+        return "cpu"
     named = re.fullmatch("cuda(?::([0-9]+))?", device)
     if named is None:
         raise SettingError(f"device is {device!r}; it must be auto, cpu, cuda or cuda:N.")
@@ -205,15 +181,16 @@ def resolve_device(device: str, *, nbytes: int = 0, averages: int = 1) -> str:
 
 
 def tuned(context: Context, *, averages: int = 1) -> Context:
-    """Context with the threads and the tile that suit their device; for the CPU, as they are.
+    """The context with the device of this process, and the threads and the tile that suit it.
 
     Args:
-        settings: device, and threads if a number was asked for.
+        context: the device as the user named it, and threads if a number was asked for.
         averages: how many averages are formed at once.
 
     Raises:
-        SettingError: the device has too little memory free.
+        SettingError: there is no such device, or it has too little memory free.
     """
+    context = dataclasses.replace(context, device=context.ranks.own_device(resolve_device(context.device)))
     if context.device == "cpu":
         return context
     threads = context.threads or min(available_cores(context.ranks.local_world), _GPU_FEEDERS)
@@ -244,32 +221,3 @@ def gpu_tile(threads: int, averages: int, nbytes: int) -> int | None:
             return None
         tile //= 2
     return tile
-
-
-def gpu_is_faster(nbytes: int, averages: int, cores: int) -> bool:
-    """Whether a GPU would be done with a run sooner than the CPU, its start included.
-
-    Args:
-        nbytes: bytes of checkpoints to be read in all passes.
-        averages: how many averages are formed of them.
-        cores: how many cores read, and compute where there is no GPU.
-
-    >>> [gpu_is_faster(nbytes, 1, 2) for nbytes in (0, 5_000_000_000, 10_000_000_000)]
-    [False, False, True]
-    >>> gpu_is_faster(100_000_000_000, 1, 16), gpu_is_faster(100_000_000_000, 8, 16)
-    (False, True)
-    """
-    once, each = _CPU_PER_BYTE
-    on_cpu = nbytes * (once + each * averages) / min(cores, _MOST_CORES)
-    on_gpu = _GPU_START + nbytes / min(_GPU_PER_CORE * min(cores, _GPU_FEEDERS), _GPU_AT_MOST)
-    return on_gpu < on_cpu
-
-
-def _gpu_has_room() -> bool:
-    if not torch.cuda.is_available():
-        return False
-    try:
-        free, _ = torch.cuda.mem_get_info()
-    except RuntimeError:  # it is there, but not for us
-        return False
-    return bool(_GPU_SHARE * free >= _GPU_BYTES)

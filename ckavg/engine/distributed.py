@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import os
-import socket
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -147,7 +147,7 @@ class Ranks:
         Raises:
             RanksError: one does; in all processes.
         """
-        (first_host, by_first), *others = self.gather((socket.gethostname(), dict(seen)))
+        (first_host, by_first), *others = self.gather((platform.node(), dict(seen)))
         for rank, (host, by_other) in enumerate(others, start=1):
             differing = next((what for what, value in by_first.items() if by_other.get(what) != value), None)
             if differing is not None:

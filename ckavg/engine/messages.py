@@ -32,13 +32,12 @@ ELSEWHERE = "In another process:\n"
 
 _CLASSES = {
     "Averaged": "ckavg.output.record",
+    "CachedPath": "ckavg.path.cache",
     "Evaluation": "ckavg.output.record",
     "BlockResult": "ckavg.averaging.replay",
     "Input": "ckavg.output.record",
-    "Known": "ckavg.path.table",
     "Output": "ckavg.output.record",
     "PathPlan": "ckavg.path.plan",
-    "Recalled": "ckavg.path.cache",
     "Seconds": "ckavg.output.record",
     "_Partial": "ckavg.path.measure",
     "_Sums": "ckavg.path.estimate",

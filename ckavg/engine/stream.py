@@ -69,8 +69,8 @@ def stream(
         checkpoints: what the workers read, all of them in every block.
         blocks: the work.
         make_worker: called once in each thread; what it returns is called with one block after another.
-        settings: threads, tile, listener and processes.
-        ledger: what is done already.
+        context: threads, tile, listener and processes.
+        journal: what is done already.
 
     Raises:
         Exception: whatever a worker raised first; the blocks not yet begun are dropped.

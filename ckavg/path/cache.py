@@ -17,7 +17,7 @@ from typing import Any
 
 from ckavg.checkpoints.fingerprints import Fingerprints, fingerprint_run
 from ckavg.checkpoints.run import Run
-from ckavg.path.table import Known, PathLength
+from ckavg.path.table import PathLength
 from ckavg.storage.atomic import cache_directory, resolved, write_bytes
 from ckavg.storage.untrusted import parse_json, read_small
 
@@ -29,42 +29,48 @@ _MOST_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
-class Recalled:
-    """What a kept table knows of a run.
+class CachedPath:
+    """What was measured of a run before; each part may lack any tensor.
 
     Attributes:
-        known: what need not be measured.
-        stamps: of the checkpoints as they are now.
-        warnings: of tables that are not as they were written.
+        sigmas: σ of θ_0 by tensor name.
+        distances: ‖θ_j − θ_{j−1}‖₁ by tensor name, for j = 1 … K.
+        fingerprints: of the checkpoints as they are now.
+        warnings: of cached tables that are not as they were written.
     """
 
-    known: Known
+    sigmas: Mapping[str, float]
+    distances: tuple[Mapping[str, float], ...]
     fingerprints: Fingerprints
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def empty(cls, run: Run) -> CachedPath:
+        """Of a run that was never measured."""
+        return cls({}, ({},) * (len(run.checkpoints) - 1), fingerprint_run(run))
 
 
-def recall(run: Run) -> Recalled:
-    """What was measured of these very files before. A table that is not as it was written knows nothing."""
+def load_cached_path(run: Run) -> CachedPath:
+    """What was measured of these very files before. A table that is not as it was written counts as empty."""
     fingerprints = fingerprint_run(run)
-    loaded = {place: _load(place) for place in places(run)}
+    loaded = {file: _load(file) for file in cache_files(run)}
     tables = [table for table in loaded.values() if table]
     sigmas = next((found for table in tables if (found := _row(table, "sigma", fingerprints[0]))), {})
     distances = tuple(
         next((found for table in tables if (found := _row(table, "distances", _pair(before, after)))), {})
         for before, after in itertools.pairwise(fingerprints)
     )
-    return Recalled(
-        Known(sigmas, distances), fingerprints, tuple(_doubt(place) for place in loaded if loaded[place] is None)
-    )
+    warnings = tuple(_warning(file) for file, table in loaded.items() if table is None)
+    return CachedPath(sigmas, distances, fingerprints, warnings)
 
 
-def remember(run: Run, path: PathLength, fingerprints: Fingerprints) -> Path | None:
+def save_path(run: Run, path: PathLength, fingerprints: Fingerprints) -> Path | None:
     """Keep an exact path for the next time.
 
     Args:
         run: what was measured.
         path: what came of it.
-        stamps: of the checkpoints before they were read; one that changed since is not kept.
+        fingerprints: of the checkpoints before they were read; one that changed since is not kept.
 
     Returns:
         Where it is kept: beside the results in the run's directory or, where that cannot be written, in the user's
@@ -76,7 +82,7 @@ def remember(run: Run, path: PathLength, fingerprints: Fingerprints) -> Path | N
     if not any(unchanged):
         return None
     checkpoints = {resolved(checkpoint.path) for checkpoint in run.checkpoints}
-    for place in places(run):
+    for place in cache_files(run):
         if checkpoints & set(resolved(place).parents):
             continue
         table = _merged(_load(place) or {}, run, path, unchanged)
@@ -87,7 +93,7 @@ def remember(run: Run, path: PathLength, fingerprints: Fingerprints) -> Path | N
     return None
 
 
-def places(run: Run) -> tuple[Path, ...]:
+def cache_files(run: Run) -> tuple[Path, ...]:
     """Where the table of a run is kept: beside its results or, where that cannot be written, in the user's cache.
 
     That of a run which is not on this machine, or whose results lie where a link leads, is kept in the cache alone.
@@ -116,7 +122,7 @@ def _load(place: Path) -> dict[str, Any] | None:
     return table if is_sound else None
 
 
-def _doubt(place: Path) -> str:
+def _warning(place: Path) -> str:
     return (
         f"{place} is not as this version of ckavg writes it: damaged, edited, or of an earlier version. It is not "
         "believed; what it held is measured again."

@@ -65,7 +65,7 @@ def estimate(
         exclude: shell patterns of tensor names that do not count.
         zero_sigma: what becomes of tensors without spread; see `PathLength`.
         allow_nonfinite: tensors that hold NaN or infinity do not count, instead of ending the pass.
-        settings: how the pass runs.
+        context: how the pass runs.
         few: whether few long strips are read rather than many short ones; None: by where the run is.
 
     Raises:

@@ -23,7 +23,7 @@ from ckavg.checkpoints.run import Run
 from ckavg.engine.distributed import Ranks
 from ckavg.engine.stream import PassJournal
 from ckavg.errors import is_passing
-from ckavg.path.cache import places
+from ckavg.path.cache import cache_files
 from ckavg.storage.atomic import check_own
 from ckavg.storage.journal import Journal, read_journal
 
@@ -40,12 +40,12 @@ class PathJournal:
 
     Args:
         run: what is measured.
-        stamps: of its checkpoints; where one has none, nothing is kept.
+        fingerprints: of its checkpoints; where one has none, nothing is kept.
         ranks: the processes that measure it.
     """
 
     def __init__(self, run: Run, fingerprints: Fingerprints, ranks: Ranks) -> None:
-        self._places = [place.parent for place in places(run)]
+        self._places = [place.parent for place in cache_files(run)]
         self._of_run = None if None in fingerprints else _hash(__version__, fingerprints)
         self._ranks = ranks
         self._key = ""

@@ -15,15 +15,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ckavg.checkpoints.run import Run, TensorInfo
+from ckavg.checkpoints.run import Run
 from ckavg.engine.blocks import CHUNK, Block, cut_blocks
 from ckavg.engine.context import Context
 from ckavg.engine.stream import by_tensor, stream
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader
+from ckavg.path.cache import CachedPath
 from ckavg.path.journal import PathJournal
 from ckavg.path.kernels import DTYPES as KERNEL_DTYPES
 from ckavg.path.kernels import Distances, load_kernel
-from ckavg.path.table import Known, Measured, PathLength, ToMeasure, ZeroSigma, fsum, refuse_infinite, to_measure
+from ckavg.path.plan import PathPlan, plan_path
+from ckavg.path.table import PathLength, TensorPath, ZeroSigma, fsum, refuse_infinite
 
 _LANES = 1024
 _SUMMED_IN_WORK_DTYPE = CHUNK // _LANES
@@ -61,79 +63,78 @@ class _Partial:
 
 def measure(
     run: Run,
+    plan: PathPlan | None = None,
     *,
-    exclude: tuple[str, ...] = (),
     zero_sigma: ZeroSigma = "exclude",
-    known: Known | None = None,
     allow_nonfinite: bool = False,
     context: Context | None = None,
     path_journal: PathJournal | None = None,
 ) -> PathLength:
-    """Measure the path length of a run, or what is not known of it.
+    """Measure the path length of a run, or what is not cached of it.
 
     Args:
         run: the checkpoints, the anchor first.
-        exclude: shell patterns of tensor names that do not count.
+        plan: which tensors count, and what need not be measured; None: all tensors, all checkpoints.
         zero_sigma: what becomes of tensors without spread; see `PathLength`.
-        known: what was measured before; the checkpoints it covers on both sides are not read.
         allow_nonfinite: tensors that hold NaN or infinity do not count, instead of ending the pass.
-        settings: how the pass runs.
-        unfinished: where single blocks are kept until all are measured.
+        context: how the pass runs.
+        path_journal: where single blocks are kept until all are measured.
 
     Raises:
         NonFiniteError: a checkpoint holds NaN or infinity, and may not.
         TruncatedShardError, ReadError: a file changed or cannot be read.
     """
     context = context or Context()
-    entries = to_measure(run.tensors, exclude)
-    work = (known or Known.nothing(run)).left_to_measure(entries)
-    if not work.to_read:
-        return PathLength(run.steps, work.completed(entries, {}), zero_sigma, 0, kernel=None)
-    blocks = cut_blocks(entries)
-    kernel = _kernel(run, work, context)
+    plan = plan or plan_path(run, cached=CachedPath.empty(run))
+    if not plan.to_read:
+        return PathLength(run.steps, _completed(run, plan, {}), zero_sigma, 0, kernel=None)
+    blocks = cut_blocks({name: run.tensors[name] for name in plan.names})
+    kernel = _kernel(plan, context)
 
     def make_worker(reader: TileReader) -> _Worker:
-        return _Worker(run, work, reader, kernel, allow_nonfinite=allow_nonfinite, context=context)
+        return _Worker(run, plan, reader, kernel, allow_nonfinite=allow_nonfinite, context=context)
 
     asked = (
         blocks,
-        work.names,
-        work.steps,
-        work.anchor,
+        plan.names,
+        plan.steps,
+        plan.needs_sigma,
         kernel is not None,
         allow_nonfinite,
         torch.device(context.device).type,
         _Partial.__slots__,
     )
     journal = path_journal.journal(asked, _Partial.to_json, _Partial.from_json) if path_journal else None
-    read = [run.checkpoints[index] for index in work.to_read]
+    read = [run.checkpoints[index] for index in plan.to_read]
     streamed = stream("path", read, blocks, make_worker, context, journal)
-    measured = _merged(entries, blocks, streamed.results, work)
-    how: Literal["torch", "numba"] = "torch" if kernel is None else "numba"
-    tensors = work.completed(entries, measured)
+    tensors = _completed(run, plan, by_tensor(blocks, streamed.results))
     if not allow_nonfinite:
         refuse_infinite(tensors)
-    return PathLength(run.steps, tensors, zero_sigma, streamed.bytes_read, kernel=how)
+    used: Literal["torch", "numba"] = "torch" if kernel is None else "numba"
+    return PathLength(run.steps, tensors, zero_sigma, streamed.bytes_read, kernel=used)
 
 
-def _kernel(run: Run, work: ToMeasure, context: Context) -> Distances | None:
+def _kernel(plan: PathPlan, context: Context) -> Distances | None:
     """The compiled kernel, where it works, in all processes, and is worth loading."""
-    nbytes = sum(run.checkpoints[index].entries[name].nbytes for index in work.to_read for name in work.names)
-    if context.device != "cpu" or nbytes < context.compiled_from_bytes:
+    if context.device != "cpu" or plan.nbytes < context.compiled_from_bytes:
         return None
     kernel = load_kernel()
     return kernel if all(context.ranks.gather(kernel is not None)) else None
 
 
-def _merged(
-    entries: Mapping[str, TensorInfo], blocks: Sequence[Block], partials: Sequence[_Partial], work: ToMeasure
-) -> Mapping[str, Measured]:
+def _completed(run: Run, plan: PathPlan, partials: Mapping[str, Sequence[_Partial]]) -> dict[str, TensorPath]:
+    """What was measured and what is cached, together: the path of every tensor that counts."""
+    places = {step: place for place, step in enumerate(plan.steps)}
     return {
-        name: Measured(
-            _sigma(entries[name].numel, parts),
-            {step: fsum(part.distances[place] for part in parts) for place, step in enumerate(work.steps)},
+        name: TensorPath(
+            run.tensors[name].numel,
+            _sigma(run.tensors[name].numel, partials[name]) if plan.needs_sigma else plan.cached.sigmas[name],
+            tuple(
+                fsum(part.distances[places[step]] for part in partials[name]) if step in places else cached[name]
+                for step, cached in enumerate(plan.cached.distances, start=1)
+            ),
         )
-        for name, parts in by_tensor(blocks, partials).items()
+        for name in plan.names
     }
 
 
@@ -165,7 +166,7 @@ class _Worker:
     def __init__(
         self,
         run: Run,
-        work: ToMeasure,
+        plan: PathPlan,
         reader: TileReader,
         kernel: Distances | None,
         *,
@@ -175,8 +176,8 @@ class _Worker:
         self._run = run
         self._allow_nonfinite = allow_nonfinite
         self._kernel = kernel
-        self._work = work
-        self._place = {index: place for place, index in enumerate(work.to_read)}
+        self._plan = plan
+        self._place = {index: place for place, index in enumerate(plan.to_read)}
         self._reader = reader
         self._tile = context.tile
         self._device = context.device
@@ -187,7 +188,7 @@ class _Worker:
     def __call__(self, block: Block) -> _Partial:
         dtype, kernel = self._way(block.name)
         chunks = -(-(block.stop - block.start) // CHUNK)
-        sums = torch.zeros(len(self._work.steps) + 4, chunks, dtype=torch.float64)
+        sums = torch.zeros(len(self._plan.steps) + 4, chunks, dtype=torch.float64)
         for start, stop in block.tiles(self._tile):
             first = (start - block.start) // CHUNK
             of_tile = self._measure_tile(block.name, start, stop, dtype, kernel)
@@ -244,14 +245,14 @@ class _Worker:
         sums = (
             self._plain_sums(dtype, chunks, careful=careful)
             if kernel is None
-            else _CompiledSums(kernel, len(self._work.steps), chunks)
+            else _CompiledSums(kernel, len(self._plan.steps), chunks)
         )
         loaded = None
-        if self._work.anchor:
+        if self._plan.needs_sigma:
             loaded = 0
             self._load(0, name, start, before[:size])
             moments = self._moments(name, before, size, padded)
-        for step in self._work.steps:
+        for step in self._plan.steps:
             if loaded != step - 1:
                 self._load(step - 1, name, start, before[:size])
             self._load(step, name, start, after[:size])
@@ -296,7 +297,7 @@ class _Worker:
 
     def _plain_sums(self, dtype: torch.dtype, chunks: int, *, careful: bool) -> _PlainSums:
         if dtype not in self._lanes:
-            rows = min(len(self._work.steps), _ROWS)
+            rows = min(len(self._plan.steps), _ROWS)
             shape = rows, self._tile // CHUNK, _LANES
             self._lanes[dtype] = torch.empty(shape, dtype=dtype, device=self._device)
         return _PlainSums(self._lanes[dtype][:, :chunks], careful=careful)

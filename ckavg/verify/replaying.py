@@ -117,6 +117,7 @@ def _measured(record: Record, run: Run) -> tuple[PathLength, PathLength | None]:
     As it was had, where that takes little reading; otherwise from a sample. Then comes what the average was formed with
     in any case: where each tensor has its own β, its path from what was kept.
     """
+    from ckavg.path.cache import CachedPath
     from ckavg.path.estimate import estimate
     from ckavg.path.measure import measure
     from ckavg.path.plan import plan_path
@@ -128,14 +129,14 @@ def _measured(record: Record, run: Run) -> tuple[PathLength, PathLength | None]:
         few = is_elsewhere(record.inputs[-1])
         fraction = record.sample
     elif nbytes <= _READ_WHOLE:
-        return measure(run, exclude=exclude, zero_sigma=zero_sigma, allow_nonfinite=nonfinite), None
+        fresh = plan_path(run, exclude=exclude, cached=CachedPath.empty(run))
+        return measure(run, fresh, zero_sigma=zero_sigma, allow_nonfinite=nonfinite), None
     else:
         few, fraction = True, min(0.5, _SAMPLED / sum(entry.numel for entry in entries.values()))
     path = estimate(run, fraction, exclude=exclude, zero_sigma=zero_sigma, allow_nonfinite=nonfinite, few=few)
     if record.sample < 1 or not (isinstance(record.scheme, PEMA) and record.scheme.scope == "tensor"):
         return path, None
-    kept = plan_path(run, exclude=exclude).recalled.known
-    return path, measure(run, exclude=exclude, zero_sigma=zero_sigma, known=kept, allow_nonfinite=nonfinite)
+    return path, measure(run, plan_path(run, exclude=exclude), zero_sigma=zero_sigma, allow_nonfinite=nonfinite)
 
 
 def _about(record: Record, path: PathLength) -> list[Finding]:

@@ -12,14 +12,12 @@ import ckavg
 from ckavg.engine import devices
 from ckavg.engine.blocks import BLOCK, CHUNK, TILE, check_tile
 from ckavg.engine.context import Context
-from ckavg.engine.devices import gpu_is_faster, gpu_tile, resolve_device, tuned
+from ckavg.engine.devices import gpu_tile, resolve_device, tuned
 from ckavg.engine.distributed import available_cores
 from ckavg.errors import SettingError
 from ckavg.path import measure as path_measure
 from ckavg.path.measure import measure, sum_by_halves
 from tests.runs import random_run, write_run
-
-MUCH = 10**15
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, gpus: int, free: int = 80_000_000_000, cores: int = 4) -> None:
@@ -30,62 +28,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, gpus: int, free: int = 80_000_00
     monkeypatch.setattr(devices, "available_cores", lambda processes=1: cores // processes)
 
 
-@pytest.fixture
-def tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU has passed its check."""
-    monkeypatch.setattr(devices, "_GPU_IS_TRIED", True)
-
-
-def test_auto_is_the_cpu_until_a_gpu_has_been_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_GPU_IS_TRIED", False)
-    monkeypatch.setattr(devices, "_gpu_has_room", lambda: True)
-    monkeypatch.setattr(devices, "gpu_is_faster", lambda *_: True)
-    assert resolve_device("auto", nbytes=MUCH) == "cpu"
-
-
-@pytest.mark.usefixtures("tried")
-def test_auto_looks_for_no_gpu_where_the_cpu_would_be_done_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
-    def looked() -> bool:
-        raise AssertionError("a GPU was looked for")
-
-    monkeypatch.setattr(torch.cuda, "is_available", looked)
-    assert resolve_device("auto") == resolve_device("auto", nbytes=1_000_000_000, averages=8) == "cpu"
-    with pytest.raises(AssertionError, match="looked for"):
-        resolve_device("auto", nbytes=MUCH, averages=100)
-
-
-@pytest.mark.usefixtures("tried")
-def test_auto_takes_a_gpu_that_is_there_and_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, gpus=1)
-    assert resolve_device("auto", nbytes=MUCH) == "cuda"
-    pretend(monkeypatch, gpus=1, free=3_000_000_000)
-    assert resolve_device("auto", nbytes=MUCH) == "cpu"
-    pretend(monkeypatch, gpus=0)
-    assert resolve_device("auto", nbytes=MUCH) == "cpu"
-
-    def refuse() -> tuple[int, int]:
-        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
-
-    pretend(monkeypatch, gpus=1)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
-    assert resolve_device("auto", nbytes=MUCH) == "cpu"
-
-
-def test_more_to_do_speaks_for_a_gpu_and_more_cores_against_it() -> None:
-    for cores in (1, 2, 8, 16):
-        for averages in (1, 8):
-            answers = [gpu_is_faster(10**digits, averages, cores) for digits in range(14)]
-            assert answers == sorted(answers)
-            assert not any(answers[:9])
-    assert gpu_is_faster(20_000_000_000, 1, 2)
-    assert not gpu_is_faster(20_000_000_000, 1, 16)
-    assert gpu_is_faster(200_000_000_000, 8, 16)
-    assert gpu_is_faster(MUCH, 8, 16) == gpu_is_faster(MUCH, 8, 64)
-
-
 def test_names_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_device("cpu", nbytes=MUCH) == "cpu"
     pretend(monkeypatch, gpus=2)
+    assert resolve_device("cpu") == resolve_device("auto") == "cpu"
     assert [resolve_device(name) for name in ("cuda", "cuda:0", "cuda:01")] == ["cuda", "cuda:0", "cuda:1"]
     for name in ("cuda:2", "cuda:10"):
         with pytest.raises(SettingError, match="torch finds no such GPU"):
@@ -98,7 +43,7 @@ def test_names_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_device("cuda")
 
 
-def test_settings_fit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_and_tile_fit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuned(Context(), averages=8) == Context()
     pretend(monkeypatch, gpus=1, cores=32)
     assert tuned(Context(device="cuda")) == Context(device="cuda", threads=8, tile=BLOCK)

@@ -24,10 +24,10 @@ from ckavg.engine import messages
 from ckavg.engine.messages import ELSEWHERE, FAILED, HEAD, VALUE, packed, unpacked
 from ckavg.errors import CkavgError, CombinedError, RanksError, SettingError
 from ckavg.output.record import Evaluation
+from ckavg.path.cache import CachedPath
 from ckavg.path.estimate import _Sums
 from ckavg.path.measure import _Partial
 from ckavg.path.plan import plan_path
-from ckavg.path.table import Known
 from tests.runs import random_run, write_run
 
 
@@ -90,14 +90,14 @@ def test_what_passes_and_records_are_made_of(tmp_path: Path) -> None:
     for value in (
         before,
         plan_path(run),
-        Known.nothing(run),
+        CachedPath.empty(run),
         result,
         dataclasses.replace(result, evaluation=Evaluation("cat {dir}/x", 0.1)),
         {7: BlockResult(("a", "b"), (0, 3))},
         [_Partial((0.1, math.inf), -0.0, 5e-324)],
     ):
         assert sent(value) == value
-    assert plan_path(run).recalled.known.sigmas  # or little was compared
+    assert plan_path(run).cached.sigmas  # or little was compared
     sums = _Sums(16, torch.rand(3, 5, dtype=torch.float64), torch.tensor([[math.inf, -0.0]] * 3, dtype=torch.float64))
     got = sent(sums)
     assert got.length == 16

@@ -12,7 +12,7 @@ import torch
 import ckavg
 from ckavg.averaging.rules import effective_weights
 from ckavg.checkpoints.fingerprints import fingerprint_run
-from ckavg.path.cache import remember
+from ckavg.path.cache import save_path
 from ckavg.verify import replaying
 from tests.runs import random_run, write_run
 
@@ -46,7 +46,7 @@ def test_an_edited_path_that_the_average_was_formed_with(
     }
     (source / "averaged/path.json").unlink()
     longer = type(honest)(honest.steps, edited, honest.zero_sigma, 1)
-    remember(run, longer, fingerprint_run(run))
+    save_path(run, longer, fingerprint_run(run))
     done = ckavg.average(run, ckavg.PEMA(scope=scope), out=source / "edited")
     assert done.path_length == longer.lengths
     assert ckavg.verify_result(done.directory).problems == ()
