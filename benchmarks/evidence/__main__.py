@@ -9,4 +9,4 @@ from benchmarks.evidence import language_model, parabola, pretraining, quadratic
 if __name__ == "__main__":
     for study in (quadratic, parabola, pretraining, small_model):
         study.main()
-    sys.exit(language_model.main(["--anew"]))
+    sys.exit(language_model.main())

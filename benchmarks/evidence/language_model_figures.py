@@ -8,8 +8,8 @@ from pathlib import Path
 
 from benchmarks.evidence.figures import Curve, Panel, draw
 from benchmarks.evidence.language_model_run import LAST, PER_TENSOR, Outcome, Setting
-from benchmarks.evidence.language_model_tables import BEST_EMA, EMA_POWERS, Difference, best, difference
-from benchmarks.evidence.tables import RESULTS
+from benchmarks.evidence.language_model_tables import BEST_EMA, EMA_POWERS, best, difference
+from benchmarks.evidence.tables import RESULTS, Difference
 
 Against = Callable[[str, str, int], Difference]
 """How much the average of one name is above that of another, at an interval."""

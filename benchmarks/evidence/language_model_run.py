@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import ckavg
 from benchmarks.evidence.language_model_judge import Judge
@@ -146,7 +144,7 @@ class Judging(Protocol):
 
 @dataclass(slots=True)
 class Outcome:
-    """What a cell gave, as far as it has come.
+    """What a cell gave.
 
     Attributes:
         cell: the run.
@@ -154,7 +152,6 @@ class Outcome:
         paths: by interval, what there is to know of the path; see `path_of`.
         tensor_paths: ℓ_p at the end, by tensor, at the shortest interval.
         seconds: wall-clock time of training, averaging and judging.
-        complete: whether all of it is there.
     """
 
     cell: Cell
@@ -162,32 +159,10 @@ class Outcome:
     paths: dict[int, dict[str, list[float]]] = field(default_factory=dict)
     tensor_paths: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "average": 0.0, "judge": 0.0})
-    complete: bool = False
 
     def loss(self, name: str, every: int = 0) -> float:
         """Mean over the windows, nats per token."""
         return statistics.fmean(self.losses[every, name])
-
-    def to_json(self, setting: Setting) -> str:
-        """Itself and the setting it is of, as one JSON object."""
-        record = dataclasses.asdict(self) | {"setting": _told(setting)}
-        record["losses"] = [[*key, losses] for key, losses in self.losses.items()]
-        return json.dumps(record, ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, text: str, setting: Setting) -> Outcome | None:
-        """What `to_json` wrote; None where it is not complete, or of another setting."""
-        record = json.loads(text)
-        if record.pop("setting") != json.loads(json.dumps(_told(setting))) or not record["complete"]:
-            return None
-        record["cell"] = Cell(**record["cell"])
-        record["losses"] = {(every, name): losses for every, name, losses in record["losses"]}
-        record["paths"] = {int(every): path for every, path in record["paths"].items()}
-        return cls(**record)
-
-
-def _told(setting: Setting) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(setting).items() if name != "cells"}
 
 
 def path_of(path: PathLength) -> dict[str, list[float]]:
@@ -217,13 +192,12 @@ def spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) / statistics.fmean(values)
 
 
-def carry_out_cell(cell: Cell, setting: Setting, keep: Callable[[Outcome], None]) -> Outcome:
+def carry_out_cell(cell: Cell, setting: Setting) -> Outcome:
     """Train, average and judge one cell in a temporary directory.
 
     Args:
         cell: the run.
         setting: what it has in common with others.
-        keep: called with what is there after every few averages, so that nothing is lost.
     """
     with tempfile.TemporaryDirectory(prefix="ckavg-evidence-") as scratch:
         directory, outcome = Path(scratch), Outcome(cell)
@@ -233,7 +207,7 @@ def carry_out_cell(cell: Cell, setting: Setting, keep: Callable[[Outcome], None]
         tokenizer = quiet_transformers().AutoTokenizer.from_pretrained(directory / "base", local_files_only=True)
         windows = windows_to_judge(tokenizer, setting.windows)
         judge = Judge(directory / "base", windows, device=setting.device)
-        judge_all(directory, setting, judge, outcome, keep)
+        judge_all(directory, setting, judge, outcome)
     return outcome
 
 
@@ -252,13 +226,10 @@ def fine_tuning(cell: Cell, setting: Setting) -> FineTuning:
     )
 
 
-def judge_all(
-    directory: Path, setting: Setting, judge: Judging, outcome: Outcome, keep: Callable[[Outcome], None]
-) -> None:
+def judge_all(directory: Path, setting: Setting, judge: Judging, outcome: Outcome) -> None:
     """Judge the base and the last checkpoint of the run in `directory`, then all averages at all intervals."""
     outcome.losses[0, BASE] = judge.losses(directory / "base")
     outcome.losses[0, LAST] = judge.losses(directory / "run" / f"checkpoint-{setting.steps}")
-    keep(outcome)
     for every in setting.frequencies:
         schemes = dict(SCHEMES)
         if every == setting.frequencies[0]:
@@ -267,9 +238,6 @@ def judge_all(
         for begin in range(0, len(names), _AT_ONCE):
             some = {name: schemes[name] for name in names[begin : begin + _AT_ONCE]}
             _judge_some(directory, every, some, judge, outcome, device=setting.device)
-            keep(outcome)
-    outcome.complete = True
-    keep(outcome)
 
 
 def _judge_some(

@@ -7,14 +7,11 @@ error tells how much of it is the choice of the text. How much is the run itself
 from __future__ import annotations
 
 import dataclasses
-import math
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from benchmarks.evidence.language_model_run import BASE, LAST, PER_TENSOR, SCHEMES, Cell, Outcome, Setting, spread
 from benchmarks.evidence.tables import Cell as TableCell
-from benchmarks.evidence.tables import Table, with_error
+from benchmarks.evidence.tables import Difference, Table
 
 EMA_POWERS = tuple(name for name in SCHEMES if name.startswith("EMA 0"))
 PEMA_POWERS = tuple(name for name in SCHEMES if name.startswith("PEMA"))
@@ -40,40 +37,6 @@ PAIRS = (
     ("mean", BEST_EMA),
 )
 """What is compared: of two averages, the first less the second."""
-
-_STUDENT = {1: 63.66, 2: 9.92, 3: 5.84, 4: 4.60, 5: 4.03, 6: 3.71, 7: 3.50, 9: 3.25, 11: 3.11, 15: 2.95, 23: 2.81}
-
-
-def least_t(count: int) -> float:
-    """Standard errors from which on a difference counts: Student's t, two-sided, 1 %, of `count` values.
-
-    >>> least_t(3), least_t(12), least_t(13), least_t(1000)
-    (9.92, 3.11, 3.11, 2.81)
-    """
-    return _STUDENT[max(freedom for freedom in _STUDENT if freedom <= count - 1)]
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """A mean difference in nats per token, its standard error, and of how many values it is the mean."""
-
-    mean: float
-    error: float
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Difference:
-        return cls(statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)), len(values))
-
-    @property
-    def verdict(self) -> str:
-        """`lower`, `higher` or `undecided`."""
-        if self.mean == 0 or abs(self.mean) <= least_t(self.count) * self.error:
-            return "undecided"
-        return "lower" if self.mean < 0 else "higher"
-
-    def __str__(self) -> str:
-        return with_error(self.mean, self.error)
 
 
 def best(outcome: Outcome, every: int, names: Sequence[str] = EMA_POWERS) -> str:
@@ -165,13 +128,8 @@ def spread_at_end(outcome: Outcome, part: str) -> float:
 def averages_of(outcomes: Sequence[Outcome], every: int) -> Table:
     """Loss of each average less that of the last checkpoint, a column for each run."""
     names = [name for interval, name in outcomes[0].losses if interval == every]
-    rows = tuple((name, *(marked(difference(each, name, LAST, every)) for each in outcomes)) for name in names)
+    rows = tuple((name, *(difference(each, name, LAST, every).marked for each in outcomes)) for name in names)
     return Table(f"language_model-every-{every}", ("average", *(each.cell.name for each in outcomes)), rows)
-
-
-def marked(found: Difference) -> str:
-    """With a question mark where it is undecided."""
-    return f"{found} (?)" if found.verdict == "undecided" else str(found)
 
 
 def powers_of(outcomes: Sequence[Outcome]) -> Table:

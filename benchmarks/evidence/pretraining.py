@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ import ckavg
 from benchmarks.evidence.figures import Curve, Panel, draw
 from benchmarks.evidence.pretraining_run import DECAYS, Setting, train
 from benchmarks.evidence.processes import single_threaded
-from benchmarks.evidence.tables import Cell, Table, publish, with_error, write_record
+from benchmarks.evidence.tables import Cell, Difference, Table, publish, write_record
 from ckavg.demo import held_out_loss
 from ckavg.schemes import Scheme
 from ckavg.schemes.mean import Decay
@@ -33,9 +32,6 @@ OTHERS: Mapping[str, Scheme] = {
     "BEMA": ckavg.BEMA(),
 }
 """Averages of the whole run, from its random first checkpoint on."""
-
-LEAST_T = {3: 9.92, 4: 5.84, 5: 4.60, 6: 4.03, 7: 3.71, 8: 3.50}
-"""Standard errors from which on a difference counts, by number of seeds: Student's t, two-sided, 1 %."""
 
 Losses = Mapping[str, Sequence[float]]
 """Held-out loss of each seed, in nats per byte, by what was judged."""
@@ -78,21 +74,15 @@ def judge(setting: Setting, seed: int) -> dict[str, float]:
     return {name: round(loss, 5) for name, loss in losses.items()}
 
 
-def difference(losses: Losses, one: str, other: str) -> tuple[str, str]:
-    """Mean over the seeds of `one` less `other`, with its standard error, and what follows from it."""
-    of_seed = [first - second for first, second in zip(losses[one], losses[other], strict=True)]
-    mean, error = statistics.fmean(of_seed), standard_error(of_seed)
-    decided = abs(mean) > LEAST_T[len(of_seed)] * error
-    return with_error(mean, error), ("lower" if mean < 0 else "higher") if decided else "undecided"
+def difference(losses: Losses, one: str, other: str) -> Difference:
+    """Mean over the seeds of `one` less `other`."""
+    return Difference.of([first - second for first, second in zip(losses[one], losses[other], strict=True)])
 
 
-def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of independent values."""
-    return statistics.stdev(values) / math.sqrt(len(values))
-
-
-def _loss(values: Sequence[float]) -> str:
-    return with_error(statistics.fmean(values), standard_error(values))
+def told(losses: Losses, one: str, other: str) -> tuple[str, str]:
+    """The difference and its verdict; nothing of a name and itself."""
+    found = difference(losses, one, other)
+    return (str(found), found.verdict) if one != other else ("", "")
 
 
 def tables_of(setting: Setting, losses: Losses) -> list[Table]:
@@ -101,14 +91,14 @@ def tables_of(setting: Setting, losses: Losses) -> list[Table]:
     against: list[tuple[Cell, ...]] = []
     for window, decay in itertools.product(setting.windows, DECAYS):
         one, other = merged(decay, window), decayed(decay, window)
-        told = difference(losses, one, other)
-        against.append((f"{window} %, {decay}", _loss(losses[other]), _loss(losses[one]), *told))
+        means = (str(Difference.of(losses[name])) for name in (other, one))
+        against.append((f"{window} %, {decay}", *means, *told(losses, one, other)))
     references = (LAST, _best(losses, "decayed"), _best(losses, "merged"))
     names = (LAST, *OTHERS, *map(burnt_in, setting.windows), *(merged("linear", each) for each in setting.windows))
     others: list[tuple[Cell, ...]] = []
     for name in names:
-        apart = (difference(losses, name, other) if name != other else ("", "") for other in references)
-        others.append((name, _loss(losses[name]), *itertools.chain(*apart)))
+        apart = itertools.chain(*(told(losses, name, other) for other in references))
+        others.append((name, str(Difference.of(losses[name])), *apart))
     return [
         Table("pretraining-seeds", ("what", *(f"seed {seed}" for seed in setting.seeds)), tuple(raw)),
         Table("pretraining-decays", ("window, shape", "decayed", "merged", "merged − decayed", "merged is"),
@@ -136,7 +126,7 @@ def panels_of(setting: Setting, losses: Losses) -> list[Panel]:
                 name=name,
                 x=setting.windows,
                 y=[statistics.fmean(losses[each]) for each in of_window],
-                error=[standard_error(losses[each]) for each in of_window],
+                error=[Difference.of(losses[each]).error for each in of_window],
                 dashed=name not in ("decayed", "merged"),
             )
             for name, of_window in lines.items()
@@ -161,8 +151,7 @@ def main() -> None:
     with single_threaded() as pool:
         for seed, losses_of_seed in zip(setting.seeds, pool.map(partial(judge, setting), setting.seeds), strict=True):
             of_seed.append(losses_of_seed)
-            told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses_of_seed.items())
-            print(f"seed {seed}: {told}", flush=True)
+            print(f"seed {seed}: {losses_of_seed}", flush=True)
     losses = {name: [each[name] for each in of_seed] for name in of_seed[0]}
     publish(tables_of(setting, losses))
     draw("pretraining", panels_of(setting, losses), columns=3)

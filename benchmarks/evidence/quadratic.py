@@ -21,7 +21,7 @@ def main() -> None:
         for case in cases[-len(setting.intervals) :]:
             z = ", ".join(f"{name} {case.z(name, setting.steps):+.2f}" for name in ESTIMATORS)
             print(f"{start}, condition {condition}, every {case.every}: z at the end: {z}", flush=True)
-    publish(list(tables_of(cases)))
+    publish(tables_of(cases))
     for every, _ in setting.intervals:
         draw(f"quadratic-every-{every}", panels_of(curves_of(cases), every), columns=4)
     record = {

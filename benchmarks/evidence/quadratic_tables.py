@@ -34,7 +34,7 @@ CONTINUOUS = {
 
 
 def tables_of(cases: Sequence[Case]) -> Iterator[Table]:
-    """Everything that was measured, and what the document shows of it."""
+    """Everything that was measured, and what the document says of it."""
     yield curves_of(cases)
     yield _agreement(cases)
     yield _theory([case for case in cases if case.every == 1])

@@ -100,5 +100,5 @@ def carry_out_cell(directory: Path, base: Path, cell: Cell, setting: Setting) ->
     outcome, begun = Outcome(cell), time.perf_counter()
     fine_tune(directory, base, cell, setting)
     outcome.seconds["train"] = time.perf_counter() - begun
-    judge_all(directory, setting, SmallJudge(pieces(setting.windows)), outcome, lambda _: None)
+    judge_all(directory, setting, SmallJudge(pieces(setting.windows)), outcome)
     return outcome

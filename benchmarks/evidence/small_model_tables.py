@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from benchmarks.evidence.figures import Curve, Panel, draw
 from benchmarks.evidence.language_model_figures import frequency_panels, path_panels
@@ -15,13 +16,11 @@ from benchmarks.evidence.language_model_tables import (
     EMA_POWERS,
     PAIRS,
     PEMA_POWERS,
-    Difference,
     by_setting,
-    marked,
     paths_of,
 )
+from benchmarks.evidence.tables import RESULTS, Difference, Table
 from benchmarks.evidence.tables import Cell as TableCell
-from benchmarks.evidence.tables import Table
 
 _SHOWN = ("PEMA 0.15", *EMA_POWERS)
 _TICKS = {place: f"{place:g}" for place in (0.1, 0.2, 0.5, 1, 2, 5)}
@@ -70,7 +69,7 @@ def cells_of(setting: Setting, groups: Mapping[Cell, Group]) -> Table:
         for every in setting.frequencies:
             length, beta = (mean_at_end(group, every, key) for key in ("path_length", "PEMA 0.15"))
             powers = (best_of(group, every, names).split()[1] for names in (EMA_POWERS, PEMA_POWERS))
-            found = (marked(difference(group, *pair, every)) for pair in compared)
+            found = (difference(group, *pair, every).marked for pair in compared)
             rows.append((cell.name, every, length, setting.steps * length**2, beta, *powers, *found))
     return Table("small_model-cells", columns, tuple(rows))
 
@@ -128,7 +127,7 @@ def averages_of(setting: Setting, groups: Mapping[Cell, Group], every: int) -> T
     """Loss of each average less that of the last checkpoint, a column for each cell."""
     some = next(iter(groups.values()))[0]
     names = [name for interval, name in some.losses if interval == every]
-    rows = tuple((name, *(marked(difference(group, name, LAST, every)) for group in groups.values())) for name in names)
+    rows = tuple((name, *(difference(group, name, LAST, every).marked for group in groups.values())) for name in names)
     return Table(f"small_model-every-{every}", ("average", *(cell.name for cell in groups)), rows)
 
 
@@ -171,12 +170,13 @@ def power_panels(setting: Setting, groups: Mapping[Cell, Group]) -> list[Panel]:
     return panels
 
 
-def draw_all(setting: Setting, outcomes: Sequence[Outcome]) -> None:
+def draw_all(setting: Setting, outcomes: Sequence[Outcome], directory: Path = RESULTS) -> None:
     """Draw the three figures."""
     groups = by_setting(outcomes)
     first = [group[0] for group in groups.values()]
     runs = {cell.name: partial(difference, group) for cell, group in groups.items()}
-    draw("small_model-frequency", frequency_panels(setting, runs, _SHOWN, unit="byte"), columns=min(5, len(groups)))
-    draw("small_model-powers", power_panels(setting, groups), columns=3)
+    frequency = frequency_panels(setting, runs, _SHOWN, unit="byte")
+    draw("small_model-frequency", frequency, columns=min(5, len(groups)), directory=directory)
+    draw("small_model-powers", power_panels(setting, groups), columns=3, directory=directory)
     drawn = sorted(first, key=lambda outcome: outcome.cell.minimum, reverse=True)[:_PATHS]
-    draw("small_model-paths", path_panels(setting, drawn), columns=4)
+    draw("small_model-paths", path_panels(setting, drawn), columns=4, directory=directory)

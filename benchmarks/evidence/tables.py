@@ -1,18 +1,17 @@
-"""What a study found, as a table: in a CSV file, which is the record, and in the document, which is drawn from it."""
+"""What a study found: tables in CSV files, and its settings in a JSON file, all in docs/evidence."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "evidence"
-DOCUMENT = ROOT / "docs" / "evidence.md"
 
 Cell = str | int | float | None
 
@@ -22,7 +21,7 @@ class Table:
     """Rows under named columns.
 
     Attributes:
-        name: of the file, and of the place in the document.
+        name: of the file.
         columns: their headings, units included.
         rows: a cell for each column; None is left empty.
     """
@@ -31,7 +30,7 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
 
-    def write(self, directory: Path = RESULTS) -> None:
+    def write(self, directory: Path) -> None:
         """Write `<name>.csv`, real numbers with six significant digits."""
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / f"{self.name}.csv").open("w", encoding="utf-8", newline="") as file:
@@ -58,18 +57,6 @@ def stored(cell: Cell) -> str:
     return f"{cell:.6g}" if isinstance(cell, float) else str(cell)
 
 
-def shown(text: str) -> str:
-    """A stored cell as it stands in the document: real numbers with four significant digits at most.
-
-    >>> [shown(text) for text in ("far", "2000", "0.123457", "12345.6", "7.29812e-05", "")]
-    ['far', '2000', '0.1235', '12346', '7.298e-05', '']
-    """
-    if not re.fullmatch(r"-?\d+(\.\d+)?(e[+-]\d+)?", text) or re.fullmatch(r"-?\d+", text):
-        return text
-    value = float(text)
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
-
-
 def with_error(value: float, error: float) -> str:
     """A value to the place of the second digit of its standard error.
 
@@ -82,34 +69,50 @@ def with_error(value: float, error: float) -> str:
     return f"{value:.{places}f} ± {error:.{places}f}"
 
 
-def as_markdown(table: Table) -> str:
-    """The table as Markdown, drawn from what its file holds; the first column to the left, the others to the right."""
-    lines = [table.columns, ("---", *("---:" for _ in table.columns[1:]))]
-    lines += [tuple(shown(stored(cell)) for cell in row) for row in table.rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+_STUDENT = {1: 63.66, 2: 9.92, 3: 5.84, 4: 4.60, 5: 4.03, 6: 3.71, 7: 3.50, 9: 3.25, 11: 3.11, 15: 2.95, 23: 2.81}
 
 
-def place_in(text: str, table: Table) -> str:
-    """The document `text` with `table` in its place, between `<!-- table: NAME -->` and `<!-- end -->`.
+def least_t(count: int) -> float:
+    """Standard errors from which on a difference counts: Student's t, two-sided, 1 %, of `count` values.
 
-    Raises:
-        ValueError: the document has no such place, or several.
+    >>> least_t(3), least_t(12), least_t(13), least_t(1000)
+    (9.92, 3.11, 3.11, 2.81)
     """
-    place = re.compile(rf"(<!-- table: {re.escape(table.name)} -->\n).*?(<!-- end -->)", flags=re.DOTALL)
-    replaced, count = place.subn(lambda found: f"{found[1]}\n{as_markdown(table)}\n\n{found[2]}", text)
-    if count != 1:
-        raise ValueError(f"The document has {count} places for the table {table.name}; it must have one.")
-    return replaced
+    return _STUDENT[max(freedom for freedom in _STUDENT if freedom <= count - 1)]
 
 
-def publish(tables: Sequence[Table]) -> None:
-    """Write the tables to their files, then those that have a place in the document to the document, too."""
-    text = DOCUMENT.read_text(encoding="utf-8")
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A mean difference, its standard error, and the number of values."""
+
+    mean: float
+    error: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Difference:
+        return cls(statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)), len(values))
+
+    @property
+    def verdict(self) -> str:
+        """`lower`, `higher` or `undecided`."""
+        if self.mean == 0 or abs(self.mean) <= least_t(self.count) * self.error:
+            return "undecided"
+        return "lower" if self.mean < 0 else "higher"
+
+    def __str__(self) -> str:
+        return with_error(self.mean, self.error)
+
+    @property
+    def marked(self) -> str:
+        """With a question mark if it is undecided."""
+        return f"{self} (?)" if self.verdict == "undecided" else str(self)
+
+
+def publish(tables: Iterable[Table], directory: Path = RESULTS) -> None:
+    """Write the tables to their files."""
     for table in tables:
-        table.write()
-        if f"<!-- table: {table.name} -->" in text:
-            text = place_in(text, table)
-    DOCUMENT.write_text(text, encoding="utf-8")
+        table.write(directory)
 
 
 def write_record(name: str, record: Mapping[str, object]) -> None:
