@@ -17,7 +17,7 @@ from ckavg.checkpoints.run import Run
 from ckavg.engine.context import Progress
 from ckavg.engine.distributed import all_ranks
 from ckavg.errors import CkavgError
-from ckavg.hub.publish import Pushed, push_result
+from ckavg.hub import Pushed, push_result
 from ckavg.output.record import Averaged
 from ckavg.path.table import PathLength
 from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, MomentumEMA

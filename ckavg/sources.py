@@ -22,8 +22,8 @@ from ckavg.checkpoints.select import selected
 from ckavg.errors import CkavgError, CombinedError, MissingShardError, NoCheckpointsError, SettingError
 from ckavg.output.leftovers import bring_back, bring_back_all
 from ckavg.output.side_files import CONFIGS, MOST_BYTES, is_side_file
-from ckavg.remote.address import Address, address_of, did_you_mean, parse_size
 from ckavg.remote.store import GO_ONLINE
+from ckavg.storage.address import Address, address_of, did_you_mean, parse_size
 
 if TYPE_CHECKING:
     from ckavg.remote.listing import Place

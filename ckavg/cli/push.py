@@ -21,11 +21,10 @@ from ckavg.cli.options import (
     Verbose,
 )
 from ckavg.cli.progress import show_progress
-from ckavg.cli.terminal import warn
+from ckavg.cli.terminal import stderr_is_terminal, warn
 from ckavg.errors import SettingError
-from ckavg.hub.client import check_access
-from ckavg.hub.destination import Destination
-from ckavg.hub.publish import Pushed, continued, push_to
+from ckavg.hub import Destination, Pushed, check_access, continued, plan_push
+from ckavg.hub import push as upload
 
 
 def push(
@@ -103,8 +102,14 @@ def interrupted_with(told: str) -> Iterator[None]:
 
 def push_shown(directory: Path, destination: Destination, *, quiet: bool) -> Pushed:
     """Upload a result and show how far it has come. An interrupt costs nothing but the rest of the upload."""
-    with complete_in(directory, destination), show_progress(2, quiet=quiet) as on_progress:
-        pushed = push_to(directory, destination, on_progress=on_progress)
+    show_bars = stderr_is_terminal() and not quiet
+    with complete_in(directory, destination):
+        with show_progress(2, quiet=quiet) as on_progress:
+            plan = plan_push(directory, destination, on_progress=on_progress)
+            if not show_bars:
+                pushed = upload(plan, on_progress=on_progress)
+        if show_bars:
+            pushed = upload(plan, show_bars=True)
     for warning in pushed.warnings:
         warn("warning", warning)
     return pushed

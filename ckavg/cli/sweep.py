@@ -21,8 +21,7 @@ from ckavg.cli.ranks import together
 from ckavg.cli.terminal import say, warn
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import HubError, SettingError, WriteError, printable
-from ckavg.hub.destination import Destination
-from ckavg.hub.publish import continued
+from ckavg.hub import Destination, continued
 from ckavg.output.place import place_in
 from ckavg.output.record import Averaged
 from ckavg.schemes import SCHEMES, Scheme

@@ -11,20 +11,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from ckavg.errors import CkavgError, HubError, ReadError
-from ckavg.hub.answers import explained, holds_key
-from ckavg.hub.client import address, holds_secret, quiet_api
-from ckavg.remote.address import Address
+from ckavg.errors import HubError, ReadError
 from ckavg.remote.download import Partial, complete
-from ckavg.remote.failing import is_of_disk, may_pass
 from ckavg.remote.store import GO_ONLINE, OnBytes, RemoteFile
 from ckavg.remote.tries import exactly, with_retries
+from ckavg.storage.address import Address
 from ckavg.storage.atomic import open_own
-
-if TYPE_CHECKING:
-    pass
+from ckavg.storage.hub_errors import connect, hub_errors, is_disk_error, may_pass
 
 Value = TypeVar("Value")
 
@@ -39,7 +34,7 @@ class Repository:
         from huggingface_hub import constants
 
         self.name = repo
-        self.api = quiet_api()
+        self.api = connect()
         self.is_offline = bool(constants.HF_HUB_OFFLINE)
         self.cache = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
 
@@ -99,24 +94,16 @@ class Repository:
     @contextmanager
     def _asking(self, doing: str) -> Iterator[None]:
         """Make an error of the client one of ours."""
-        try:
-            yield
-        except CkavgError:
-            raise
-        except Exception as error:
-            if is_of_disk(error):
+        with hub_errors(doing, self.name, self.api, right="read"):
+            try:
+                yield
+            except OSError as error:
+                if not is_disk_error(error):
+                    raise
                 raise ReadError(
                     f"{self.name}: {doing} failed: {error.filename or self.cache.parent}: {error.strerror}.",
                     hint="Free some space, name a directory of yours with HF_HOME, or fetch less with --max-disk.",
                 ) from error
-            quoting = not holds_secret(error, self.api)
-            told = explained(
-                error, doing=doing, repo=self.name, endpoint=address(self.api), quoting=quoting, right="read"
-            )
-            if told is None:
-                raise
-            # a traceback would show whatever it says: in the addresses of large files, the key to them
-            raise told from (error if quoting and not holds_key(error) else None)
 
 
 class HubTree:

@@ -13,12 +13,12 @@ from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.layouts import label_run, read_label, read_labels
 from ckavg.checkpoints.trainer_log import TRAINER_STATE
 from ckavg.errors import MixedOrderError, NoCheckpointsError, SettingError, listed
-from ckavg.remote.address import Address, is_pattern
 from ckavg.remote.hub import Repository
 from ckavg.remote.mirror import Mirror
 from ckavg.remote.objects import ObjectTree
 from ckavg.remote.parallel import at_once
 from ckavg.remote.store import GO_ONLINE, Tree
+from ckavg.storage.address import Address, is_pattern
 
 CARD = "README.md"
 _CONFIGS = ("config.json", "adapter_config.json", "model_index.json")

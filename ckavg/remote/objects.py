@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ckavg.errors import ChangedError, CkavgError, NoCheckpointsError, ReadError, SettingError
-from ckavg.hub.answers import chain_of
-from ckavg.remote.address import Address
 from ckavg.remote.download import Partial, complete
 from ckavg.remote.kept import Kept, kept_directory
 from ckavg.remote.store import OnBytes, RemoteFile
 from ckavg.remote.tries import exactly, with_retries
+from ckavg.storage.address import Address
+from ckavg.storage.hub_errors import causes
 from ckavg.storage.redaction import without_secrets
 
 _HASHES = ("ETag", "etag", "md5Hash", "content_md5")
@@ -151,7 +151,7 @@ def _told(error: Exception) -> str:
 
 def _shown(error: Exception) -> Exception | None:
     """The error, for a traceback; None where that would show credentials."""
-    chain = "".join(str(each) for each in chain_of(error))[:_MOST_OF_A_REASON]
+    chain = "".join(str(each) for each in causes(error))[:_MOST_OF_A_REASON]
     return error if without_secrets(chain) == chain else None
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from ckavg.hub.retrying import LONGEST, asked_pause
+from ckavg.storage.hub_errors import LONGEST_WAIT, retry_after
 
 Value = TypeVar("Value")
 
@@ -49,8 +49,8 @@ def with_retries(ask: Callable[[], Value], *, passes: Callable[[Exception], bool
         try:
             return ask()
         except Exception as error:
-            asked = asked_pause(error) or 0.0
-            if not passes(error) or time.monotonic() - begun > _PATIENCE_SECONDS or asked > LONGEST:
+            asked = retry_after(error) or 0.0
+            if not passes(error) or time.monotonic() - begun > _PATIENCE_SECONDS or asked > LONGEST_WAIT:
                 raise
             pause = wait * random.uniform(0.5, 1)  # noqa: S311 - so that many do not come back at once
             time.sleep(max(asked, pause))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ckavg.hub.publish import Pushed
+from ckavg.hub import Pushed
 from ckavg.report.console import print_json, quoted, stdout_console
 from ckavg.report.text import as_bytes
 

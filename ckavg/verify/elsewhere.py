@@ -14,11 +14,11 @@ from ckavg.engine.context import OnProgress
 from ckavg.errors import CkavgError, CorruptFileError, SettingError
 from ckavg.output.record import Input
 from ckavg.output.side_files import MOST_BYTES
-from ckavg.remote.address import Address, address_of
 from ckavg.remote.fetching import fetch_all
 from ckavg.remote.listing import INDEX, tree_at
 from ckavg.remote.mirror import Mirror
 from ckavg.remote.store import Tree
+from ckavg.storage.address import Address, address_of
 from ckavg.verify.findings import Finding
 
 

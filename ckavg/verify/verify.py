@@ -16,7 +16,7 @@ from ckavg.checkpoints.run import Checkpoint
 from ckavg.engine.context import OnProgress, Pass, Progress
 from ckavg.errors import CkavgError, SettingError, listed
 from ckavg.output.record import Output
-from ckavg.remote.address import address_of
+from ckavg.storage.address import address_of
 from ckavg.storage.atomic import resolved
 from ckavg.verify.arithmetic import check_arithmetic
 from ckavg.verify.files import check_digests, check_others, find_files

@@ -36,28 +36,16 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        # before 1.0
-        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # before 0.32 there is none
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
         monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(home / "stored_tokens"))
         # between attempts it would wait, up to 8 s
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _seconds: None)
         yield hub
-        _close_session()
+        huggingface_hub.close_session()  # connections that are kept may lead to the server of another test
         assert hub.leaked == []
-
-
-def _close_session() -> None:
-    """The client keeps connections open, which may lead to the server of another test later on."""
-    if hasattr(huggingface_hub, "close_session"):
-        huggingface_hub.close_session()
-    else:  # before 1.0
-        from huggingface_hub.utils import reset_sessions
-
-        reset_sessions()
 
 
 @pytest.fixture

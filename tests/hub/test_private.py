@@ -14,6 +14,7 @@ import ckavg
 from ckavg.output.record import LOCAL
 from ckavg.storage.redaction import without_places, without_secrets
 from tests.cli.runner import run_cli
+from tests.exhaustive import all_but
 from tests.hub.state import Hub
 from tests.runs import random_run, write_checkpoint, write_run
 
@@ -64,18 +65,10 @@ def assert_private(files: dict[str, bytes]) -> None:
             assert word not in text, (name, word, text[max(0, text.find(word) - 99) : text.find(word) + 99])
 
 
-VERBS = (
-    ("pema",),
-    ("bema",),
-    ("ema",),
-    ("ouema",),
-    ("dema",),
-    ("mean",),
-    ("sweep", "ema"),
-)
+VERBS = (("pema",), ("bema",), ("ema",), ("ouema",), ("dema",), ("mean",), ("sweep", "ema"))
 
 
-@pytest.mark.parametrize("words", VERBS, ids=lambda words: str(words[0]))
+@pytest.mark.parametrize("words", all_but((("ema",), ("sweep", "ema")), VERBS), ids=lambda words: str(words[0]))
 @pytest.mark.parametrize("where", ["in the run", "elsewhere", "relative"])
 def test_nothing_of_the_machine_is_uploaded(
     hub: Hub, places: dict[str, Path], words: tuple[str, ...], where: str
@@ -83,22 +76,14 @@ def test_nothing_of_the_machine_is_uploaded(
     verb, *more = words
     run = places["run"] / "ckpts"
     source = Path(os.path.relpath(run)) if where == "relative" else run
-    out = [] if where == "in the run" else ["--out", places["out"] / "result"]
+    out: list[str | Path] = [] if where == "in the run" else ["--out", places["out"] / "result"]
     command = (
         f"cd {places['run']}; echo ada@zqxhost ~/x zqxuser {places['home']}/y; python eval.py {{dir}} --token {TOKEN}"
     )
     evaluation = ["--eval", command] if verb == "sweep" else []
-    settings = [
-        "--init",
-        places["base"] / "model",
-        "--init-step",
-        "-10",
-        "--snapshot-every",
-        "10",
-        "--match",
-        "checkpoint-*",
-    ]
-    done = run_cli(verb, source, *more, *map(str, (*settings, *evaluation, *out)), "--push-to-hub", REPO)
+    init: list[str | Path] = ["--init", places["base"] / "model", "--init-step", "-10"]
+    settings = ["--snapshot-every", "10", "--match", "checkpoint-*"]
+    done = run_cli(verb, source, *more, *init, *settings, *evaluation, *out, "--push-to-hub", REPO)
     assert done.exit_code == 0, done.output
     uploaded = hub.files(REPO)
     assert_private(uploaded)
@@ -127,16 +112,23 @@ def test_nothing_of_the_machine_is_uploaded(
 
 
 @pytest.mark.parametrize("kind", SECRETS)
-def test_no_secret_of_a_command_is_uploaded(hub: Hub, places: dict[str, Path], kind: str) -> None:
+def test_secrets_of_a_command(places: dict[str, Path], kind: str) -> None:
+    shown = without_places(without_secrets(f": {{dir}} {SECRETS[kind]}; echo 7"), [])
+    assert_private({kind: shown.encode()})
+    assert shown.startswith(": {dir} ")
+    assert shown.endswith("; echo 7")
+
+
+def test_no_secret_of_a_command_is_uploaded(hub: Hub, places: dict[str, Path]) -> None:
     source = places["run"] / "ckpts"
-    command = f": {{dir}} {SECRETS[kind]}; echo 7"
+    command = f": {{dir}} {'; : '.join(SECRETS.values())}; echo 7"
     done = run_cli("sweep", source, "mean", "--eval", command, "--push-to-hub", REPO)
     assert done.exit_code == 0, done.output
     assert_private(hub.files(REPO))
-    told = json.loads(hub.files(REPO)["ckavg.json"])["evaluation"]
-    assert told["command"].startswith(": {dir} ")
-    assert told["command"].endswith("; echo 7")
-    assert told["value"] == 7
+    evaluation = json.loads(hub.files(REPO)["ckavg.json"])["evaluation"]
+    assert evaluation["command"].startswith(": {dir} ")
+    assert evaluation["command"].endswith("; echo 7")
+    assert evaluation["value"] == 7
     assert "word77" not in (source / "averaged" / "mean" / LOCAL).read_text()
 
 

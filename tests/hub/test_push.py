@@ -1,18 +1,27 @@
-"""Pushed and pulled: the same bytes, in one commit, where it was asked for."""
+"""Rights first, then one commit where it was asked for; pulled, it has the same bytes."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import snapshot_download
 
 import ckavg
+from ckavg.errors import HubError
+from ckavg.hub import check_owner, check_token
 from ckavg.output.record import LOCAL
 from tests.cli.runner import placeless, run_cli
 from tests.hub.state import TOKEN, Hub
+from tests.ranks.launch import Job, run_jobs
 
 REPO = "ada/averaged"
 
@@ -47,12 +56,8 @@ def test_again_sends_nothing_and_commits_nothing(hub: Hub, result: Path) -> None
 
 
 def test_a_name_alone_is_of_the_user(hub: Hub, result: Path) -> None:
-    assert ckavg.push_result(result, "averaged").repo == REPO
-
-
-def test_public(hub: Hub, result: Path) -> None:
-    ckavg.push_result(result, "lab/averaged", private=False)
-    assert not hub.repos["lab/averaged"].private
+    assert ckavg.push_result(result, "averaged", private=False).repo == REPO
+    assert not hub.repos[REPO].private
 
 
 def test_a_branch_is_created(hub: Hub, result: Path) -> None:
@@ -105,7 +110,6 @@ def test_after_averaging(hub: Hub, run: Path) -> None:
     assert told.pop("url") == f"{hub.url}/{REPO}"
     assert placeless(json.loads(hub.files(REPO)["ckavg.json"])) == placeless(told)
     assert not hub.repos[REPO].private
-    assert hub.requests.index("GET /api/whoami-v2") == 0
 
 
 def test_the_best_of_a_sweep(hub: Hub, run: Path) -> None:
@@ -122,6 +126,8 @@ def test_the_best_of_a_sweep(hub: Hub, run: Path) -> None:
         ("--create-pr",),
         ("--push-to-hub", "no name"),
         ("--push-to-hub", "a/b/c"),
+        ("--push-to-hub", "a" * 97),
+        ("--push-to-hub", "a--b"),
         ("--push-to-hub", REPO, "--revision", "a b"),
         ("--push-to-hub", REPO, "--revision", "0" * 40),
         ("--push-to-hub", REPO, "--revision", "x", "--create-pr"),
@@ -133,3 +139,246 @@ def test_wrong_usage(hub: Hub, run: Path, options: tuple[str, ...]) -> None:
     assert done.exit_code == 2, done.output
     assert hub.requests == []
     assert not (run / "averaged").exists()
+
+
+# --- rights ---
+
+
+def scoped(name: str, *permissions: str) -> dict[str, Any]:
+    scope = {"entity": {"type": "user", "name": name}, "permissions": list(permissions)}
+    return {"role": "fineGrained", "fineGrained": {"global": [], "scoped": [scope]}}
+
+
+@pytest.mark.parametrize(
+    ("token", "create_pr", "allowed"),
+    [
+        ({"role": "write"}, False, True),
+        ({"role": "read"}, False, False),
+        ({"role": "read"}, True, False),
+        ({}, False, True),
+        ({"role": "of another kind"}, False, True),
+        (scoped("ada", "repo.write"), False, True),
+        (scoped("Ada", "repo.write"), False, True),
+        (scoped(REPO, "repo.write"), False, True),
+        (scoped("ada/another", "repo.write"), False, False),
+        (scoped("lab", "repo.write"), False, False),
+        (scoped("ada", "repo.content.read"), False, False),
+        (scoped("ada", "discussion.write"), False, False),
+        (scoped("ada", "discussion.write"), True, True),
+        ({"role": "fineGrained", "fineGrained": {"global": ["discussion.write"], "scoped": []}}, True, True),
+        ({"role": "fineGrained"}, False, False),
+    ],
+)
+def test_tokens(token: dict[str, Any], create_pr: bool, allowed: bool) -> None:
+    me = {"name": "ada", "auth": {"accessToken": token}}
+    with nullcontext() if allowed else pytest.raises(HubError, match="the token may not write there") as met:
+        check_token(me, REPO, "https://hub", create_pr=create_pr)
+    assert met is None or "https://hub/settings/tokens" in met.value.hint
+
+
+@pytest.mark.parametrize(
+    ("owner", "role", "refused"),
+    [
+        ("ada", None, ""),
+        ("Lab", "admin", ""),
+        ("lab", "write", ""),
+        ("lab", "contributor", ""),
+        ("lab", None, ""),
+        ("lab", "read", "ada has the role read in lab"),
+        ("nobody", None, "ada is not nobody, nor a member of it"),
+    ],
+)
+def test_owners(owner: str, role: str | None, refused: str) -> None:
+    me = {"name": "ada", "orgs": [{"name": "lab", "roleInOrg": role}]}
+    with pytest.raises(HubError, match=refused) if refused else nullcontext():
+        check_owner(me, f"{owner}/x", "https://hub")
+
+
+def read_token(hub: Hub) -> None:
+    hub.me["auth"]["accessToken"]["role"] = "read"
+
+
+def not_mine(hub: Hub) -> None:
+    hub.add("stranger/model", private=False)
+    hub.no_write.add("stranger/model")
+
+
+def gated(hub: Hub) -> None:
+    hub.add("stranger/model", private=False)
+    hub.gated.add("stranger/model")
+
+
+def tagged(hub: Hub) -> None:
+    repo = hub.add(REPO)
+    repo.tags["v1"] = repo.branches["main"]
+
+
+def other_weights(hub: Hub) -> None:
+    """`model.safetensors` would be loaded in the place of shards."""
+    hub.add(REPO, files={"model.safetensors": (b"old", False), "gguf/model.safetensors": (b"of a tool", False)})
+
+
+REFUSED: tuple[tuple[Callable[[Hub], object], tuple[str, ...], str], ...] = (
+    (read_token, (REPO,), "it is a read token"),
+    (read_token, (REPO, "--dry-run"), "it is a read token"),
+    (lambda _: None, ("club/x",), "ada has the role read in club"),
+    (lambda _: None, ("stranger/x",), "ada is not stranger, nor a member of it"),
+    (not_mine, ("stranger/model",), "the token has no write access (403): You have no write access to this model"),
+    (gated, ("stranger/model",), "the repository is gated, and the token's user has no access (403)"),
+    (gated, ("stranger/model",), "/stranger/model"),
+    (lambda hub: hub.add(REPO), (REPO, "--public"), "--public was asked for"),
+    (lambda hub: hub.add(REPO, private=False), (REPO, "--private"), "--private was asked for"),
+    (tagged, (REPO, "--revision", "v1"), "v1 is a tag"),
+    (tagged, (REPO, "--revision", "refs/pr/7"), "has no refs/pr/7"),
+    (
+        other_weights,
+        (REPO,),
+        "holds other weights at main, which would be loaded in part or instead: model.safetensors.",
+    ),
+)
+
+
+@pytest.mark.parametrize(("prepare", "options", "said"), REFUSED)
+def test_refused_before_anything_is_read(
+    hub: Hub, run: Path, prepare: Callable[[Hub], object], options: tuple[str, ...], said: str
+) -> None:
+    prepare(hub)
+    done = run_cli("ema", run, "--push-to-hub", *options)
+    assert done.exit_code == 1, done.output
+    assert done.stderr.count("error: ") == 1
+    assert said in done.stderr
+    assert not (run / "averaged").exists()
+
+
+def test_the_visibility_stays(hub: Hub, result: Path) -> None:
+    hub.add(REPO, private=False)
+    ckavg.push_result(result, REPO)
+    assert not hub.repos[REPO].private
+
+
+def test_a_repository_that_was_made_public_meanwhile(hub: Hub, result: Path) -> None:
+    hub.then["info"] = lambda: hub.add(REPO, private=False)
+    with pytest.raises(HubError, match="exists and is public; --private was asked for"):
+        ckavg.push_result(result, REPO, private=True)
+    assert hub.files(REPO) == {}
+
+
+def test_a_name_that_is_taken(hub: Hub, result: Path) -> None:
+    hub.taken.add(REPO)
+    with pytest.raises(HubError, match=r"creating the repository failed: it conflicts with what is there \(409\)"):
+        ckavg.push_result(result, REPO)
+
+
+def test_a_gitignore_keeps_a_file_out(hub: Hub, result: Path) -> None:
+    hub.ignored.add("tokenizer.json")
+    with pytest.raises(HubError, match=r"tokenizer.json is not in commit \w{8} as it was sent"):
+        ckavg.push_result(result, REPO)
+
+
+def test_a_sweep_that_tells_no_best(hub: Hub, run: Path) -> None:
+    done = run_cli("sweep", run, "mean", "last", "--push-to-hub", REPO)
+    assert done.exit_code == 2
+    assert "Add --eval COMMAND" in done.stderr
+    assert hub.requests == []
+
+
+# --- progress ---
+
+
+def test_progress_by_file(hub: Hub, result: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    reports: list[ckavg.Progress] = []
+    pushed = ckavg.push_result(result, REPO, on_progress=reports.append)
+    sizes = [(result / name).stat().st_size for name in sorted(pushed.files)]
+    large = [size for size in sizes if size >= 1 << 20]
+    uploads = [each for each in reports if each.stage == "upload"]
+    assert [each.done for each in uploads] == [0, large[0], pushed.bytes]
+    assert {each.total for each in uploads} == {pushed.bytes}
+    assert reports[-1].done == pushed.bytes
+    assert capfd.readouterr() == ("", "")
+
+
+def test_bars_in_a_terminal(hub: Hub, result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the client: by byte, while a large file is sent."""
+    monkeypatch.setattr("ckavg.cli.push.stderr_is_terminal", lambda: True)
+    assert re.search(r"model-0000\d-of-00003.safetensors: .*100%", run_cli("push", result, REPO).stderr)
+    assert "safetensors" not in run_cli("push", result, "ada/another", "--quiet").stderr
+
+
+# --- processes of their own ---
+
+
+def pushed(result: Path, **environment: str | None) -> subprocess.CompletedProcess[str]:
+    """`ckavg push` as a user types it; None takes a variable away."""
+    env = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
+    command = [sys.executable, "-m", "ckavg", "push", str(result), REPO, "--verbose"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert TOKEN not in done.stdout + done.stderr
+    return done
+
+
+def test_stored_token(hub: Hub, result: Path, tmp_path: Path) -> None:
+    """Also where it is not used by itself: who says `push` says that it is to be used. Debugging does not show it."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "token").write_text(TOKEN)
+    home = str(tmp_path / "home")
+    done = pushed(result, HF_TOKEN=None, HF_HOME=home, HF_HUB_DISABLE_IMPLICIT_TOKEN="1", HF_DEBUG="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"url      {hub.url}/{REPO}"
+    assert hub.files(REPO)["config.json"] == (result / "config.json").read_bytes()
+    assert "<TOKEN>" in done.stderr
+
+
+def test_with_xet_a_server_without_it_is_told(hub: Hub, result: Path) -> None:
+    """The client's other transfer, in Rust, has errors of its own."""
+    done = pushed(result, HF_HUB_DISABLE_XET=None)
+    if hub.sent:
+        return  # early clients ask first which transfer the server knows
+    assert done.returncode == 1
+    assert len(re.findall("^error: ", done.stderr, re.MULTILINE)) == 1
+    assert "uploading model-00001-of-00003.safetensors failed" in done.stderr
+    assert "the token may not see it (404)" in done.stderr
+
+
+@pytest.mark.exhaustive
+def test_transformers_loads_it_by_its_name(hub: Hub, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    source = tmp_path / "run"
+    for step in (0, 10):
+        transformers.LlamaForCausalLM(config).save_pretrained(source / f"checkpoint-{step}")
+    out = ckavg.average(ckavg.open_run(source), ckavg.EMA()).directory
+    ckavg.push_result(out, REPO)
+    code = (
+        "import torch\n"
+        "from transformers import AutoModelForCausalLM as M\n"
+        f"there, here = (M.from_pretrained(each).state_dict() for each in ({REPO!r}, {str(out)!r}))\n"
+        "assert there.keys() == here.keys() and all(torch.equal(there[name], here[name]) for name in here)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_nothing_is_asked_where_nothing_is_to_be_pushed(hub: Hub, run: Path) -> None:
+    code = (
+        "import sys; from ckavg.cli.app import app\n"
+        f"try: app(['ema', {str(run)!r}])\n"
+        "except SystemExit as e: print(e.code, 'huggingface_hub' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "0 False"
+    assert hub.requests == []
+
+
+def test_one_process_of_a_job_uploads(hub: Hub, run: Path, tmp_path: Path) -> None:
+    words = ("ema", run, "--push-to-hub")
+    jobs = tmp_path / "jobs"
+    jobs.mkdir()
+    refused, done = run_jobs(jobs, 2, Job((*words, "nobody/x")), Job((*words, "ada/x")))
+    assert refused.status == [1, 1]
+    assert "ada is not nobody" in refused.err[0]
+    assert refused.err[1] == ""
+    assert done.first_out.splitlines()[-1] == f"url      {hub.url}/ada/x"
+    assert hub.requests.count("GET /api/whoami-v2") == 3, "once in vain, then before and after the averaging"
+    assert len(hub.repos["ada/x"].commits) == 2
+    assert not any(TOKEN in text for ran in (refused, done) for text in (*ran.out, *ran.err))

@@ -138,7 +138,7 @@ def test_a_cache_that_cannot_be_written(hub: Hub, repo: Repo, tmp_path: Path) ->
         ("gated", None, 1, "the repository is gated"),
         ("gated", TOKEN, 1, f"/{REPO}"),
         ("granted", TOKEN, 0, ""),
-        ("granted", None, 1, "access is asked for at"),
+        ("granted", None, 1, "Ask for access at"),
         ("missing", TOKEN, 1, "Check the name"),
         ("missing", None, 1, "Check the name. Log in with: hf auth login"),
     ],
