@@ -16,7 +16,7 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 
-from ckavg.output.front_matter import parse_card
+from ckavg.output.origin import parse_card
 
 _WIDTH, _LONGEST = 840, 6_000
 _SHOWN = ("pipeline_tag", "library_name", "datasets", "language", "tags", "license")

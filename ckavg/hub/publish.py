@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ckavg.averaging.plan import CARD
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.engine.context import OnProgress, Progress
 from ckavg.errors import HubError, RecordError
 from ckavg.hub.client import check_access
 from ckavg.hub.destination import MAIN, Destination
 from ckavg.hub.sending import HubFile, upload
-from ckavg.output.command import as_options, shell_word
+from ckavg.output.commands import as_options, shell_word
+from ckavg.output.owned import CARD
+from ckavg.output.record import Record, read_record
 from ckavg.verify.files import check_digests, find_files
-from ckavg.verify.record import Record, read_record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

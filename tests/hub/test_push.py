@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import snapshot_download
 
 import ckavg
-from ckavg.output.record import LOCAL
+from ckavg.output.owned import LOCAL
 from tests.cli.runner import placeless, run_cli
 from tests.hub.state import TOKEN, Hub
 
