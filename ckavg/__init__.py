@@ -18,12 +18,14 @@ from ckavg.engine.context import Progress
 from ckavg.engine.distributed import all_ranks
 from ckavg.errors import CkavgError
 from ckavg.hub import Pushed, push_result
-from ckavg.output.record import Averaged
+from ckavg.output.record import Record
 from ckavg.path.table import PathLength
 from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, MomentumEMA
 from ckavg.sources import open_run
 from ckavg.verify.findings import Verified
 from ckavg.verify.verify import verify_result
+
+Averaged = Record
 
 __all__ = [
     "BEMA",

@@ -16,7 +16,7 @@ import ckavg
 from ckavg.averaging.pipeline import carry_out
 from ckavg.averaging.plan import Options, plan_averages
 from ckavg.engine.context import Context
-from ckavg.output.record import Averaged
+from ckavg.output.record import Record
 from ckavg.schemes import Scheme
 
 Array = NDArray[np.float64]
@@ -39,7 +39,7 @@ def open_saved(directory: Path, *, every: int | None = None) -> ckavg.Run:
 
 def average_all(
     run: ckavg.Run, schemes: Mapping[str, Scheme], directory: Path, *, snapshot_every: int | None = None
-) -> dict[str, Averaged]:
+) -> dict[str, Record]:
     """Average a run by several schemes from one reading, as `ckavg sweep` does.
 
     Returns:
@@ -56,6 +56,6 @@ def weights_of(checkpoint: Path) -> Array:
     return weights
 
 
-def curve_of(record: Averaged) -> dict[int, Array]:
+def curve_of(record: Record) -> dict[int, Array]:
     """The weights of every snapshot of an average, by step."""
     return {output.step: weights_of(output.directory) for output in record.outputs}

@@ -14,7 +14,7 @@ from ckavg.checkpoints.run import Run
 from ckavg.engine.distributed import Ranks
 from ckavg.engine.reader import usable_handles
 from ckavg.output.digests import sha256_of
-from ckavg.output.ours import JOURNAL
+from ckavg.output.owned import JOURNAL
 from ckavg.output.shard_files import ShardFiles, write_own_hashes
 from ckavg.output.staging import Staging
 from ckavg.storage.journal import Journal

@@ -10,13 +10,14 @@ import shlex
 import subprocess
 from pathlib import Path
 
-from ckavg.averaging.plan import CARD, Plan
+from ckavg.averaging.plan import Plan
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.errors import SettingError, WriteError
-from ckavg.output.card import PICTURE, write_card
+from ckavg.output.card import write_card
 from ckavg.output.digests import sha256
+from ckavg.output.owned import CARD, PICTURE
 from ckavg.output.published import published
-from ckavg.output.record import Averaged, Evaluation
+from ckavg.output.record import Evaluation, Record
 from ckavg.storage.atomic import write_bytes
 
 DIRECTORY = "{dir}"
@@ -93,7 +94,7 @@ def _with_directory(command: str, path: str) -> str:
     return _QUOTED.sub(lambda part: part[0].replace(DIRECTORY, inside.get(part[0][0], f'"${{{_PATH}}}"')), command)
 
 
-def record_evaluation(result: Averaged, evaluation: Evaluation, plan: Plan) -> Averaged:
+def record_evaluation(result: Record, evaluation: Evaluation, plan: Plan) -> Record:
     """Put an evaluation into the card and the record of a result, on the disk, too.
 
     A card that was edited since it was written stays as it is.
@@ -118,7 +119,7 @@ def record_evaluation(result: Averaged, evaluation: Evaluation, plan: Plan) -> A
     return evaluated
 
 
-def _with_card(evaluated: Averaged, plan: Plan) -> Averaged:
+def _with_card(evaluated: Record, plan: Plan) -> Record:
     *snapshots, output = evaluated.outputs
     path = output.directory / CARD
     if sha256(path.read_bytes()) != output.sha256[CARD]:

@@ -25,7 +25,7 @@ from ckavg.checkpoints.statistics import averaged_statistics
 from ckavg.engine.context import Context, OnProgress
 from ckavg.engine.distributed import ALONE, Ranks
 from ckavg.output.leftovers import tidy
-from ckavg.output.record import Averaged, Seconds
+from ckavg.output.record import Record, Seconds
 from ckavg.path.cache import save_path
 from ckavg.path.plan import PathPlan, plan_path
 from ckavg.path.table import PathLength, ZeroSigma
@@ -104,7 +104,7 @@ def average(
     force: bool = False,
     on_progress: OnProgress | None = None,
     ranks: Ranks = ALONE,
-) -> Averaged:
+) -> Record:
     """Average the checkpoints of a run and write the result as a checkpoint that loads as it stands.
 
     Args:
@@ -154,7 +154,7 @@ def average(
 class Done:
     """What was carried out: a record for each plan, in their order, and the path; None where no plan needed it."""
 
-    records: tuple[Averaged, ...]
+    records: tuple[Record, ...]
     path: PathLength | None
 
 
@@ -203,7 +203,7 @@ def carry_out(plans: Sequence[Plan], context: Context) -> Done:
             seconds=Seconds(replaying - measuring if path and path.bytes_read else 0.0, done - replaying, done - begun),
         )
 
-        def publish() -> tuple[Averaged, ...]:
+        def publish() -> tuple[Record, ...]:
             records = []
             for number, (plan, each, staging) in enumerate(zip(plans, coefficients, stagings, strict=True)):
                 record = record_of(plan, each, path, work, nonfinite=replayed.nonfinite[number])

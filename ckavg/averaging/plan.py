@@ -21,6 +21,7 @@ from ckavg.errors import SettingError, raise_all
 from ckavg.output.layout import WeightPlan, plan_weights
 from ckavg.output.leftovers import bring_back
 from ckavg.output.origin import Origin, find_origin
+from ckavg.output.owned import CARD
 from ckavg.output.place import place_in, place_problems, space_problems
 from ckavg.output.side_files import gather_side_files, name_of_weights
 from ckavg.path.plan import PathPlan, check_sample, plan_path
@@ -31,7 +32,6 @@ from ckavg.storage.atomic import resolved
 
 DTYPES = ("source", "float32", "bfloat16", "float16", "float64")
 ACCUMULATE = ("float32", "float64")
-CARD = "README.md"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckavg.averaging import advice
-from ckavg.averaging.plan import CARD, Plan
+from ckavg.averaging.plan import Plan
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.run import FLOATING, Run
-from ckavg.output.card import PICTURE, write_card
+from ckavg.output.card import write_card
 from ckavg.output.digests import sha256
-from ckavg.output.published import kept_here, published
-from ckavg.output.record import LOCAL, Averaged, Input, Output, Seconds
+from ckavg.output.owned import CARD, LOCAL, PICTURE
+from ckavg.output.published import local_of, published
+from ckavg.output.record import Input, Output, Record, Seconds
 from ckavg.path.table import PathLength
 from ckavg.schemes import Coefficients
 
@@ -32,7 +33,7 @@ class Work:
 
 def record_of(
     plan: Plan, coefficients: Coefficients, measured: PathLength | None, work: Work, *, nonfinite: int
-) -> Averaged:
+) -> Record:
     """The record of one average.
 
     Args:
@@ -50,7 +51,7 @@ def record_of(
     anchor = run.steps[coefficients.start]
     warnings = plan.warnings + advice.about_coefficients(scheme, coefficients, run.steps)
     warnings += advice.about_weights(run.steps, weights)
-    return Averaged(
+    return Record(
         scheme=scheme.name,
         parameters=scheme.parameters(),
         source=run.address,
@@ -112,7 +113,7 @@ def left_out_of_path(run: Run, path: PathLength) -> tuple[str, ...]:
     )
 
 
-def _pictured(record: Averaged) -> tuple[Averaged, bytes | None]:
+def _pictured(record: Record) -> tuple[Record, bytes | None]:
     """The picture for the card, where it can be drawn. Hours of averaging are not lost for one that cannot."""
     from ckavg.output.plots import card_svg
 
@@ -124,8 +125,8 @@ def _pictured(record: Averaged) -> tuple[Averaged, bytes | None]:
 
 
 def completed(
-    plan: Plan, coefficients: Coefficients, record: Averaged, of_weights: Mapping[Path, str]
-) -> tuple[Averaged, dict[str, bytes]]:
+    plan: Plan, coefficients: Coefficients, record: Record, of_weights: Mapping[Path, str]
+) -> tuple[Record, dict[str, bytes]]:
     """The record with the SHA-256 of every file, and what goes beside the weights of every output, by path in the
     result: side files, the card, and the record of that output.
     """
@@ -133,7 +134,7 @@ def completed(
 
     record, picture = _pictured(record)
     files: dict[str, bytes] = {}
-    of_outputs: list[Averaged] = []
+    of_outputs: list[Record] = []
     for output, (index, out) in zip(record.outputs, plan.outputs.items(), strict=True):
         own, drawn = record, {PICTURE: picture} if picture is not None else {}
         if index in plan.snapshots:
@@ -151,6 +152,6 @@ def completed(
     for own, (index, out) in zip(of_outputs, plan.outputs.items(), strict=True):
         of_output = own if index in plan.snapshots else record
         files[str(out.relative_to(plan.out) / RESULT_RECORD)] = published(of_output).to_bytes()
-    if (kept := kept_here(record)) is not None:
-        files[LOCAL] = kept
+    if (local := local_of(record)).source or local.init:
+        files[LOCAL] = local.to_bytes()
     return record, files

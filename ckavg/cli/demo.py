@@ -13,7 +13,7 @@ from ckavg.cli.options import Json, Verbose
 from ckavg.cli.progress import show_steps
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import SettingError
-from ckavg.output.record import Averaged
+from ckavg.output.record import Record
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.schemes import BEMA, EMA, PEMA
 from ckavg.sources import open_run
@@ -54,7 +54,7 @@ def demo(
             _print_comparison(directory, losses, results)
 
 
-def _print_comparison(run: Path, losses: dict[str, float], results: list[Averaged]) -> None:
+def _print_comparison(run: Path, losses: dict[str, float], results: list[Record]) -> None:
     """Print held-out losses, nats per byte, side by side; the last checkpoint's is the first."""
     console = stdout_console()
     last, best = next(iter(losses.values())), min(losses.values())

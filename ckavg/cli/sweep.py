@@ -23,7 +23,7 @@ from ckavg.engine.distributed import Ranks
 from ckavg.errors import HubError, SettingError, WriteError, printable
 from ckavg.hub import Destination, continued
 from ckavg.output.place import place_in
-from ckavg.output.record import Averaged
+from ckavg.output.record import Record
 from ckavg.schemes import SCHEMES, Scheme
 from ckavg.schemes.parse import is_scheme, parse_schemes
 from ckavg.sources import inspect_source
@@ -109,7 +109,7 @@ def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -
             _push_best(results, destination, options)
 
 
-def _push_best(results: list[Averaged], destination: Destination, options: Sweeping) -> None:
+def _push_best(results: list[Record], destination: Destination, options: Sweeping) -> None:
     """Upload the best average; its address goes to stderr, where stdout holds one JSON object already."""
     winner = best([result.evaluation for result in results], options.eval_goal) if len(results) > 1 else 0
     if winner is None:
@@ -122,7 +122,7 @@ def _push_best(results: list[Averaged], destination: Destination, options: Sweep
         say(printable(f"uploaded {results[winner].outputs[-1].name} to {pushed.url}"))
 
 
-def _evaluate_all(results: list[Averaged], plans: Sequence[Plan], command: str, *, quiet: bool) -> bool:
+def _evaluate_all(results: list[Record], plans: Sequence[Plan], command: str, *, quiet: bool) -> bool:
     """Have the user's command tell of each result; one that fails costs nothing else. False after an interrupt."""
     try:
         for place, result in enumerate(results):

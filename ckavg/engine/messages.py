@@ -31,8 +31,8 @@ ELSEWHERE = "In another process:\n"
 """How the note begins that holds the traceback of an error from another process."""
 
 _CLASSES = {
-    "Averaged": "ckavg.output.record",
     "CachedPath": "ckavg.path.cache",
+    "Record": "ckavg.output.record",
     "Evaluation": "ckavg.output.record",
     "BlockResult": "ckavg.averaging.replay",
     "Input": "ckavg.output.record",

@@ -1,1 +1,1 @@
-"""A result: layout, staging, side files, card, plots."""
+"""A result: its record, its model card, and the directory that holds it, complete or absent."""

@@ -1,4 +1,4 @@
-"""Stage *write*: the model card of a result, in the form the Hugging Face Hub reads. Pure: from the record to text."""
+"""The model card of a result, `README.md`, as the Hugging Face Hub reads it. Pure: from the record to text."""
 
 from __future__ import annotations
 
@@ -8,23 +8,121 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckavg import __version__
-from ckavg.output.citations import about, citations
-from ckavg.output.command import as_options, shell_word
-from ckavg.output.front_matter import as_front_matter
-from ckavg.output.metadata import is_hub_id, related
-from ckavg.output.origin import Origin
-from ckavg.output.record import BASE_MODEL, Averaged, is_address
-from ckavg.schemes import Scheme
-
-PICTURE = "ckavg.svg"
-"""Name of the picture that a card shows, beside it."""
+from ckavg.output.commands import reproduce
+from ckavg.output.origin import Origin, is_hub_id
+from ckavg.output.record import Record, is_address
+from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Mean, MomentumEMA, Scheme
 
 _MARKUP = re.compile(r"[\\`*\[\]<>&|~$]")
 _MOST_ROWS, _FIRST_ROWS = 24, 8
-_OF_LICENSE = ("license", "license_name", "license_link")
+
+_TEMPLATE = """\
+---
+{metadata}
+---
+
+{own}{level} {heading}
+
+{description}
+
+{evaluation}{level}# Recipe
+
+{recipe}
+
+{level}# Checkpoints
+
+{picture}{table}
+
+{level}# To make it again
+
+{again}
+
+`ckavg.json` holds the full record.
+
+{level}# What was checked
+
+- All checkpoints have {alike}, with the same shapes and dtypes.
+- {finite}
+- `ckavg.json` states the SHA-256 of every other file here, and a checksum of every checkpoint as it was read.
+  `ckavg verify .` compares; with `--replay`, where the checkpoints are at hand, it also computes elements of the
+  average again.
+
+{warnings}{citation}"""
+
+_PEMA = """\
+@misc{pema2025,
+  title = {Pathwise {EMA}: An Intrinsic Clock for Weight Averaging},
+  author = {{Author names withheld}},
+  year = {2025},
+  note = {Under review for the Workshop on High-dimensional Learning Dynamics}
+}"""
+
+_BEMA = """\
+@misc{block2025bema,
+  title = {{EMA} Without the Lag: Bias-Corrected Iterate Averaging Schemes},
+  author = {Block, Adam and Zhang, Cyril},
+  year = {2025},
+  eprint = {2508.00180},
+  archivePrefix = {arXiv}
+}"""
+
+_SCALING = """\
+@inproceedings{busbridge2023scale,
+  title = {How to Scale Your {EMA}},
+  author = {Busbridge, Dan and Ramapuram, Jason and Ablin, Pierre and Likhomanenko, Tatiana and Dhekane, Eeshan Gunesh
+            and Suau, Xavier and Webb, Russ},
+  booktitle = {Advances in Neural Information Processing Systems},
+  volume = {36},
+  year = {2023},
+  eprint = {2307.13813},
+  archivePrefix = {arXiv}
+}"""
+
+_SWA = """\
+@inproceedings{izmailov2018swa,
+  title = {Averaging Weights Leads to Wider Optima and Better Generalization},
+  author = {Izmailov, Pavel and Podoprikhin, Dmitrii and Garipov, Timur and Vetrov, Dmitry and Wilson, Andrew Gordon},
+  booktitle = {Conference on Uncertainty in Artificial Intelligence},
+  year = {2018},
+  eprint = {1803.05407},
+  archivePrefix = {arXiv}
+}"""
+
+_WSM = """\
+@misc{tian2025wsm,
+  title = {{WSM}: Decay-Free Learning Rate Schedule via Checkpoint Merging for {LLM} Pre-training},
+  author = {Tian, Changxin and Wang, Jiapeng and Zhao, Qian and Chen, Kunlong and Liu, Jia and Liu, Ziqi and Mao, Jiaxin
+            and Zhao, Wayne Xin and Zhang, Zhiqiang and Zhou, Jun},
+  year = {2025},
+  eprint = {2507.17634},
+  archivePrefix = {arXiv}
+}"""
+
+_ABOUT: Mapping[type[Scheme], str] = {
+    PEMA: "Each checkpoint is weighted by how far the weights had travelled when it was saved, rather than by the "
+    "number of steps: the more they moved, the more is averaged.",
+    EMA: "It is an exponential moving average along the run; the older the run grows, the longer it remembers.",
+    MomentumEMA: "It is an exponential moving average along the run with a constant momentum, adapted to the steps "
+    "between the saved checkpoints.",
+    BEMA: "It is an exponential moving average along the run, with a correction that takes out its lag behind "
+    "training. The weight of the first may be negative for that reason.",
+    OUEMA: "It is an exponential moving average of checkpoints, each of which is first freed of the pull of where "
+    "the run began. The weight of the first may be negative for that reason.",
+    DEMA: "It is twice an exponential moving average less the average of that average, which takes out most of its "
+    "lag. The weights of early checkpoints may be negative for that reason.",
+}
+
+_PAPERS: Mapping[type[Scheme], tuple[str, ...]] = {
+    PEMA: (_PEMA,),
+    EMA: (_PEMA,),
+    MomentumEMA: (_SCALING,),
+    BEMA: (_BEMA,),
+    OUEMA: (_BEMA,),
+    DEMA: (_BEMA,),
+}
 
 
-def write_card(record: Averaged, scheme: Scheme, origin: Origin, *, picture: str | None = None) -> str:
+def write_card(record: Record, scheme: Scheme, origin: Origin, *, picture: str | None = None) -> str:
     """The text of `README.md`: metadata, what this is, how it was made and checked, and what to cite.
 
     Args:
@@ -33,67 +131,54 @@ def write_card(record: Averaged, scheme: Scheme, origin: Origin, *, picture: str
         origin: what is known of the run besides; a card of the user's comes first, and its fields win.
         picture: name of the file beside the card that shows the weights; None: there is none.
     """
-    metadata = _metadata(record, origin)
+    from huggingface_hub.repocard_data import ModelCardData  # takes a while
+
+    fields = _fields(record, origin)
     own = origin.own.text.strip("\n") if origin.own is not None else ""
     level = "##" if own else "#"
-    heading = "How the weights were averaged" if own else _escaped(record.outputs[-1].name)
-    parts = [
-        as_front_matter(metadata),
-        own,
-        f"{level} {heading}",
-        _description(record, scheme, metadata, origin.repository),
-        _evaluation(record, level),
-        f"{level}# Recipe\n\n{_recipe(record, scheme)}",
-        f"{level}# Checkpoints",
-        f"![The weight of each checkpoint in the average, by optimizer step]({picture})" if picture else "",
-        _table(record),
-        f"{level}# To make it again\n\n{_again(record, scheme, metadata)}",
-        f"{level}# What was checked\n\n{_checks(record)}",
-        _warnings(record, level),
-        _citation(scheme, level),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    text = _TEMPLATE.format(
+        metadata=ModelCardData(**fields).to_yaml(),
+        own=f"{own}\n\n" if own else "",
+        level=level,
+        heading="How the weights were averaged" if own else _escaped(record.output.name),
+        description=_description(record, scheme, fields.get("base_model"), origin.repository),
+        evaluation=_evaluation(record, level),
+        recipe=_recipe(record, scheme),
+        picture=f"![The weight of each checkpoint in the average, by optimizer step]({picture})\n\n" if picture else "",
+        table=_table(record),
+        again=_again(record, scheme, fields.get("base_model")),
+        alike="the tensors that were averaged" if record.copied else "the same tensors",
+        finite=(
+            "NaN and infinity in the checkpoints were let through; where they hold one, so do these weights."
+            if record.allow_nonfinite
+            else "No checkpoint that was averaged holds NaN or infinity, and neither do these weights."
+        ),
+        warnings=_warnings(record, level),
+        citation=_citation(scheme, level),
+    )
+    return text.rstrip("\n") + "\n"
 
 
-def reproduce(record: Averaged, scheme: Scheme) -> str:
-    """The command line that forms the same average; in the directory of the checkpoints, if they have no address."""
-    settings: dict[str, object] = {**scheme.stated, **record.selection}
-    settings.pop("every_from", None)  # follows from --burn-in
-    if "init" in settings and not is_address(settings["init"]):
-        settings["init"] = BASE_MODEL  # a local path, and nobody else's
-    if record.dtype != "source":
-        settings["dtype"] = record.dtype
-    if record.accumulate != "float32":
-        settings["accumulate"] = record.accumulate
-    if record.allow_nonfinite:
-        settings["allow_nonfinite"] = True
-    if record.outputs[-1].step < record.steps[-1]:
-        settings["snapshot_every"] = record.outputs[-1].step
-    if record.sample < 1:
-        settings["sample"] = record.sample
-    if record.path_length is not None:
-        settings["path_exclude"] = record.path_exclude
-        if record.zero_sigma != "exclude":
-            settings["zero_sigma"] = record.zero_sigma
-    source = f" {shell_word(str(record.source))}" if is_address(record.source) else ""
-    return f"ckavg {record.scheme}{source} {as_options(settings)}".rstrip()
+def _fields(record: Record, origin: Origin) -> dict[str, Any]:
+    """The metadata for the Hub; the user's fields take the place of ours, and null removes one.
 
-
-def _metadata(record: Averaged, origin: Origin) -> dict[str, Any]:
-    """The fields for the Hub; those of the user's card take the place of ours, and null removes one."""
-    ours = dict(origin.metadata)
-    ours["tags"] = list(dict.fromkeys(["checkpoint-averaging", record.scheme, *ours.pop("tags", ())]))
+    The Hub calls a merge what was made of several models, each of them a base model. The checkpoints of one run have
+    one base model between them, and none of them is a model of its own: their average stands where the run's last
+    checkpoint would, as a fine-tune of that model, or as an adapter to it.
+    """
+    fields = dict(origin.metadata)
+    fields["tags"] = ["checkpoint-averaging", record.scheme, *fields.get("tags", ())]
     own = origin.own.metadata if origin.own is not None else {}
-    if "license" in own:
-        for name in _OF_LICENSE:
-            ours.pop(name, None)
-    if "base_model" in own:
-        ours.pop("base_model_relation", None)
-    fields = related({**ours, **own}, is_adapter=origin.is_adapter)
+    replaced = {"license": ("license_name", "license_link"), "base_model": ("base_model_relation",)}
+    for name in (name for stated, names in replaced.items() if stated in own for name in names):
+        fields.pop(name, None)
+    fields |= own
+    if isinstance(fields.get("base_model"), str):
+        fields.setdefault("base_model_relation", "adapter" if origin.is_adapter else "finetune")
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _description(record: Averaged, scheme: Scheme, metadata: Mapping[str, Any], repository: str) -> str:
+def _description(record: Record, scheme: Scheme, base: object, repository: str) -> str:
     text = f"{_what(record)}, made with ckavg {__version__} without any further training."
     if record.scheme == "last":
         return text
@@ -101,16 +186,21 @@ def _description(record: Averaged, scheme: Scheme, metadata: Mapping[str, Any], 
         "\nCheckpoints along a run differ by the noise of training, of which their average holds less. It loads and\n"
         "runs like any of them."
     )
-    base = metadata.get("base_model")
     if repository:
         text += f" The checkpoints are those of [`{repository}`](https://huggingface.co/{repository})."
     if isinstance(base, str) and is_hub_id(base) and base != repository:
         text += f" The run began with [`{base}`](https://huggingface.co/{base})."
-    told = about(scheme)
-    return f"{text}\n\n{told}" if told else text
+    about = _ABOUT.get(type(scheme), "")
+    if isinstance(scheme, Mean):
+        about = (
+            "All of them count alike."
+            if scheme.decay in ("none", "linear")
+            else "They are weighted so that the mean stands where a decay of the learning rate would have led."
+        )
+    return f"{text}\n\n{about}" if about else text
 
 
-def _what(record: Averaged) -> str:
+def _what(record: Record) -> str:
     step, last = record.outputs[-1].step, record.steps[-1]
     taken = [each for each, weight in zip(record.steps, record.weights, strict=True) if weight]
     if len(taken) == 1:
@@ -119,7 +209,7 @@ def _what(record: Averaged) -> str:
     return what if step == last else f"{what}, as it stood on the way to step {last}"
 
 
-def _evaluation(record: Averaged, level: str) -> str:
+def _evaluation(record: Record, level: str) -> str:
     """What the user's own command said; in words alone, since nothing tells which metric it is, and on which data."""
     told = record.evaluation
     if told is None or told.value is None:
@@ -127,14 +217,15 @@ def _evaluation(record: Averaged, level: str) -> str:
     of_weights = "with the directory of these weights in the place of `{dir}`"
     return (
         f"{level}# Evaluation\n\nThis command, {of_weights}, printed **{told.value:.10g}**:\n\n"
-        f"    {_in_one_line(told.command)}"
+        f"    {_in_one_line(told.command)}\n\n"
     )
 
 
-def _recipe(record: Averaged, scheme: Scheme) -> str:
+def _recipe(record: Record, scheme: Scheme) -> str:
+    stated = ", ".join(f"{name} = {value}" for name, value in record.parameters.items())
     lines = [
         f"Scheme: {scheme.title}; {scheme.reference}",
-        f"Hyper-parameters: {_parameters(record) or 'none'}",
+        f"Hyper-parameters: {stated or 'none'}",
         f"Anchor: step {record.anchor_step}; span: {record.span} optimizer steps{_path(record)}",
         f"Accumulated in {record.accumulate}, rounded once",
     ]
@@ -145,11 +236,7 @@ def _recipe(record: Averaged, scheme: Scheme) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _parameters(record: Averaged) -> str:
-    return ", ".join(f"{name} = {value}" for name, value in record.parameters.items())
-
-
-def _path(record: Averaged) -> str:
+def _path(record: Record) -> str:
     if record.path_length is None:
         return ""
     told = f"; normalized path length ℓ(T) = {record.path_length[-1]:.4f}"
@@ -159,7 +246,7 @@ def _path(record: Averaged) -> str:
     return f"{told}, estimated from {100 * record.sample:g} % of each tensor, {error}"
 
 
-def _table(record: Averaged) -> str:
+def _table(record: Record) -> str:
     """Every checkpoint with its weight; of a long run the first and the last ones, and the sum of what is between."""
     columns = record.columns()
     rows = list(zip(*columns.values(), strict=True))
@@ -176,37 +263,25 @@ def _table(record: Averaged) -> str:
     return table + told
 
 
-def _again(record: Averaged, scheme: Scheme, metadata: Mapping[str, Any]) -> str:
+def _again(record: Record, scheme: Scheme, base: object) -> str:
     where = "" if is_address(record.source) else ", in their directory"
     text = f"From the same checkpoints{where}:\n\n    {reproduce(record, scheme)}"
-    base = metadata.get("base_model")
-    if "init" in record.selection and not is_address(record.selection["init"]):
+    if record.anchor_is_init and not is_address(record.selection["init"]):
         known = f", `{base}`" if isinstance(base, str) and is_hub_id(base) else ""
         text += f"\n\n`BASE_MODEL` is the directory of the model that the run began with{known}."
-    return f"{text}\n\n`ckavg.json` holds the full record."
+    return text
 
 
-def _checks(record: Averaged) -> str:
-    finite = (
-        "- NaN and infinity in the checkpoints were let through; where they hold one, so do these weights."
-        if record.allow_nonfinite
-        else "- No checkpoint that was averaged holds NaN or infinity, and neither do these weights."
-    )
-    alike = "the tensors that were averaged" if record.copied else "the same tensors"
-    return f"""- All checkpoints have {alike}, with the same shapes and dtypes.
-{finite}
-- `ckavg.json` states the SHA-256 of every other file here, and a checksum of every checkpoint as it was read.
-  `ckavg verify .` compares; with `--replay`, where the checkpoints are at hand, it also computes elements of the
-  average again."""
-
-
-def _warnings(record: Averaged, level: str) -> str:
-    told = [f"- {_escaped(warning)}" for warning in record.warnings]
-    return "\n".join([f"{level}# Worth knowing", "", *told]) if told else ""
+def _warnings(record: Record, level: str) -> str:
+    told = "".join(f"- {_escaped(warning)}\n" for warning in record.warnings)
+    return f"{level}# Worth knowing\n\n{told}\n" if told else ""
 
 
 def _citation(scheme: Scheme, level: str) -> str:
-    bibtex = citations(scheme)
+    papers = _PAPERS.get(type(scheme), ())
+    if isinstance(scheme, Mean):
+        papers = (_SWA, _WSM) if scheme.decay == "none" else (_WSM,)
+    bibtex = "\n\n".join(papers)
     return f"{level}# Citation\n\n```bibtex\n{bibtex}\n```" if bibtex else ""
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckavg.errors import OutputExistsError
-from ckavg.output.ours import JOURNAL, PARTIAL, REPLACED, beside, check_unfinished, remove, restore, settle
+from ckavg.output.owned import JOURNAL, PARTIAL, REPLACED, beside, check_unfinished, remove, restore, settle
 from ckavg.storage.atomic import resolved
 from ckavg.storage.untrusted import open_regular
 

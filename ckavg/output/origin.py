@@ -1,11 +1,13 @@
-"""Stage *write*: what is known of a run besides its weights: its own card, its licence, its base model.
+"""What is known of a run besides its weights: its own card, its licence, its base model, and the user's card.
 
-Reads small files only. What a card says of the last checkpoint holds for an average of the same run, unless it was
-measured: evaluation results are not taken over.
+Reads small files only, and believes nothing of them. What a card says of the last checkpoint holds for an average of
+the same run, unless it was measured: evaluation results are not taken over.
 """
 
 from __future__ import annotations
 
+import datetime
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,27 +16,93 @@ from typing import Any
 
 from ckavg.checkpoints.run import Checkpoint, Run
 from ckavg.errors import ReadError, SettingError
-from ckavg.output.front_matter import Card, parse_card
-from ckavg.output.metadata import RELATIONS, is_hub_id, library_of, license_of_text, pipeline_of
+from ckavg.output.owned import CARD
 from ckavg.output.side_files import read_config
 from ckavg.storage.atomic import resolved
 from ckavg.storage.untrusted import Bounds, problem_with, read_small
 
-_CARD = "README.md"
-
 _MOST_BYTES = 4_000_000
-_LICENSES = ("LICENSE", "LICENSE.md")
-_OF_LICENSE = ("license", "license_name", "license_link")
-_TAG = re.compile(r"(?!base_model:)[A-Za-z0-9][\w.+-]*(?::[\w.+-]+)*(?:[:][\w.-]+/[\w.-]+)?", re.ASCII)
-_DATASET = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?", re.ASCII)
-_LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[A-Za-z0-9]{2,8})*|code|multilingual")
-_PIPELINE_TAG = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
-_LICENSE = re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*")
-_LICENSE_NAME = re.compile(r"[A-Za-z0-9][\w. -]*", re.ASCII)
-_LINK = re.compile(r"https?://[^\s<>\"'\\]+|LICENSE(?:\.md)?", re.ASCII)
+_MOST_CHARACTERS = 1_000_000
+"""Of front matter."""
+
+_DEEPEST, _LONGEST_KEY, _LARGEST = 32, 100, 1 << 63
+_MOST_LISTED, _LONGEST = 50, 200
+
+_BLOCK = re.compile(r"\A\s*---[ \t]*\n(.*?\n)??---[ \t]*(?:\n|\Z)", re.DOTALL)
+_OPENS = re.compile(r"\A\s*---[ \t]*\n")
 _ADDRESS = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:[@/].*)?", re.ASCII)
 _IN_CACHE = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)", re.ASCII)
-_MOST_LISTED, _LONGEST = 50, 200
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+_LISTS = {
+    "language": re.compile(r"[a-z]{2,3}(?:-[A-Za-z0-9]{2,8})*|code|multilingual"),
+    "datasets": re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?", re.ASCII),
+    "tags": re.compile(r"(?!base_model:)[A-Za-z0-9][\w.+-]*(?::[\w.+-]+)*(?:[:][\w.-]+/[\w.-]+)?", re.ASCII),
+    "base_model": _HUB_ID,
+}
+_TEXTS = {
+    "pipeline_tag": re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*"),
+    "base_model_relation": re.compile(r"adapter|finetune|merge"),  # `quantized` weights are not averaged
+    "license": re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*"),
+    "license_name": re.compile(r"[A-Za-z0-9][\w. -]*", re.ASCII),
+    "license_link": re.compile(r"https?://[^\s<>\"'\\]+|LICENSE(?:\.md)?", re.ASCII),
+}
+"""The fields of a run's card that hold for its average, and the form that the Hub expects of their values."""
+
+_OF_LICENSE = ("license", "license_name", "license_link")
+_TASKS = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForImageClassification": "image-classification",
+    "ForObjectDetection": "object-detection",
+    "ForAudioClassification": "audio-classification",
+    "ForCTC": "automatic-speech-recognition",
+    "ForSpeechSeq2Seq": "automatic-speech-recognition",
+}
+"""The task of an architecture, by the end of its name. Not there: those that stand for several tasks, such as
+`ForConditionalGeneration`, and `ForSequenceClassification`, which reward models have, too."""
+
+_ADAPTER_TASKS = {
+    "CAUSAL_LM": "text-generation",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+_TEXT_TO_IMAGE = frozenset(
+    {"StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"}
+)
+
+_LICENSE_FILES = ("LICENSE", "LICENSE.md")
+_LICENSES = (
+    (
+        "apache-2.0",
+        "Apache License",
+        "END OF TERMS",
+        "d5e4c8942091934e8f11f49efe6055366918b8034549dbfffc2e71a2c4f5de32",
+    ),
+    ("mit", "Permission is hereby", "", "fe2a9817987f862eaced948f0468c7f51d2fedfc48c5c505b246a49a3870e9a5"),
+)
+"""Identifier, the words with which the terms begin and before which they end, and their SHA-256, each word apart by one
+space."""
+
+_APPENDIX = "END OF TERMS AND CONDITIONS APPENDIX: How to apply the Apache License to your work."
+_APPENDIX_CHARACTERS, _TITLE_CHARACTERS = 1_400, 300
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A model card in two parts.
+
+    Attributes:
+        metadata: the fields of its front matter, by name; empty where it has none.
+        text: the Markdown below.
+    """
+
+    metadata: Mapping[str, Any]
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +142,10 @@ def find_origin(run: Run, side_files: Mapping[str, bytes], card: Path | str | No
     of_run = _first_card(_places_of_run(run), warnings)
     inherited = _inherited(of_run, run)
     of_license = {key: inherited.pop(key) for key in _OF_LICENSE if key in inherited}
-    if "license" not in of_license:
+    if not of_license:
         init = run.checkpoints[0]
-        of_init = _first_card([(init, run.named(init))], warnings) if run.anchor_is_init else {}
-        of_license = _license(of_init) or _license_beside(side_files)
+        of_init = _inherited(_first_card([(init, run.named(init))], warnings), run) if run.anchor_is_init else {}
+        of_license = {key: of_init[key] for key in _OF_LICENSE if key in of_init} or _license_beside(side_files)
     base = _base_model(run, config, adapter, inherited.pop("base_model", None))
     relation = inherited.pop("base_model_relation", None)
     repository = _repository(run.address)
@@ -95,6 +163,145 @@ def find_origin(run: Run, side_files: Mapping[str, bytes], card: Path | str | No
     return Origin(metadata | inherited, own, bool(adapter), repository, tuple(dict.fromkeys(warnings)))
 
 
+def parse_card(content: bytes) -> Card:
+    """The front matter and the text of a Markdown file.
+
+    Args:
+        content: the file, in UTF-8.
+
+    Raises:
+        ValueError: it is no text, or its front matter is not a mapping of plain values; the message says what is wrong.
+    """
+    try:
+        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text (byte {error.start})") from error
+    found = _BLOCK.match(text)
+    if found is None:
+        if _OPENS.match(text):
+            raise ValueError("its front matter begins with --- and has no second --- that ends it")
+        return Card({}, text)
+    return Card(_parsed(found[1] or ""), text[found.end() :])
+
+
+def _parsed(block: str) -> dict[str, Any]:
+    import yaml  # takes a while, and most runs have no card
+
+    if len(block) > _MOST_CHARACTERS:
+        raise ValueError(f"its front matter is longer than {_MOST_CHARACTERS:,} characters")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C, where it was built: ten times as fast
+    try:
+        depth = 0
+        for event in yaml.parse(block, Loader=loader):
+            if isinstance(event, yaml.AliasEvent):  # a few of them may stand for more values than memory holds
+                raise ValueError("its front matter uses an alias (*name), which is not read")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise ValueError(f"its front matter is nested more than {_DEEPEST} deep")
+        _check_keys(yaml.compose(block, Loader=loader), yaml)
+        parsed = _constructed(block, loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 2})" if mark is not None else ""
+        raise ValueError(f"its front matter is not valid YAML{where}") from error
+    if parsed is None:
+        return {}
+    if not isinstance(parsed, dict):
+        raise ValueError("its front matter is not a mapping of fields to values")
+    _check_plain(parsed)
+    return parsed
+
+
+def _constructed(block: str, loader: Any) -> Any:
+    import yaml
+
+    try:
+        return yaml.load(block, Loader=loader)  # noqa: S506 - one of the two safe ones
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:  # such as a 30th of February
+        raise ValueError("its front matter holds a value that is not what it seems to be") from error
+
+
+def _check_keys(node: Any, yaml: Any) -> None:
+    """Refuse a field that is stated twice: of the two, any parser would silently take another."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise ValueError(f"its front matter states {key.value!r} twice")
+                seen.add(key.value)
+        for _, value in node.value:
+            _check_keys(value, yaml)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_keys(value, yaml)
+
+
+def _check_plain(value: object) -> None:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str) or len(key) > _LONGEST_KEY:
+                raise ValueError(f"its front matter has a field whose name is no short text: {str(key)[:40]!r}")
+            _check_plain(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_plain(inner)
+    elif isinstance(value, int) and abs(value) >= _LARGEST:
+        raise ValueError("its front matter holds a number beyond 64 bits")
+    elif not isinstance(value, str | int | float | datetime.date | None):
+        raise ValueError(f"its front matter holds a value of the kind {type(value).__name__}, which is not read")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name could be that of a repository on the Hub, `owner/name`."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def library_of(config: Mapping[str, Any], adapter_config: Mapping[str, Any]) -> str:
+    """The library that loads a model; empty where the configs do not tell.
+
+    >>> library_of({"model_type": "llama"}, {})
+    'transformers'
+    """
+    if adapter_config:
+        return "peft"
+    if "_diffusers_version" in config:
+        return "diffusers"
+    return "transformers" if "model_type" in config else ""
+
+
+def pipeline_of(config: Mapping[str, Any], adapter_config: Mapping[str, Any]) -> str:
+    """The task of a model, in the Hub's words; empty where its configs leave a doubt.
+
+    >>> pipeline_of({"architectures": ["LlamaForCausalLM"]}, {}), pipeline_of({"architectures": ["T5Model"]}, {})
+    ('text-generation', '')
+    """
+    if adapter_config:
+        return _ADAPTER_TASKS.get(str(adapter_config.get("task_type")), "")
+    if config.get("_class_name") in _TEXT_TO_IMAGE:
+        return "text-to-image"
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
+        return ""
+    (name,) = architectures
+    return next((task for end, task in _TASKS.items() if name.isidentifier() and name.endswith(end)), "")
+
+
+def license_of_text(text: str) -> str:
+    """The identifier of a licence that is given in full and alone; empty for all but the two most common ones."""
+    words = " ".join(text.split())
+    for name, begin, end, digest in _LICENSES:
+        before, found, terms = words.partition(begin)
+        terms, _, after = (found + terms).partition(end) if end else (found + terms, "", "")
+        rest = end + after
+        whole = len(before) < _TITLE_CHARACTERS and (
+            not end or rest == _APPENDIX.partition(" APPENDIX")[0] or rest.startswith(_APPENDIX)
+        )
+        if whole and len(rest) < _APPENDIX_CHARACTERS and hashlib.sha256(terms.encode()).hexdigest() == digest:
+            return name
+    return ""
+
+
 def _read_own(path: Path) -> Card:
     try:
         content = read_small(path, _MOST_BYTES)
@@ -104,6 +311,7 @@ def _read_own(path: Path) -> Card:
     try:
         card = parse_card(content)
         _check_closed(card.text)
+        _check_written(card.metadata)
     except ValueError as error:
         raise SettingError(
             f"card: {path} is no model card that can be used: {error}.",
@@ -122,6 +330,16 @@ def _check_closed(text: str) -> None:
         raise ValueError(f"the code block or HTML that begins in line {begun} of its text is never closed")
 
 
+def _check_written(metadata: Mapping[str, Any]) -> None:
+    """Refuse fields that the Hub's library cannot write, such as a `model-index` without metrics."""
+    from huggingface_hub.repocard_data import ModelCardData  # takes a while
+
+    try:
+        ModelCardData(**metadata).to_yaml()
+    except (TypeError, AttributeError, LookupError) as error:
+        raise ValueError(f"its front matter has fields that the Hub does not know: {error}") from error
+
+
 def _places_of_run(run: Run) -> list[tuple[Checkpoint | None, Path]]:
     """Where a trainer saves its card: in the checkpoint, and in the directory above, beside the checkpoints."""
     return [(run.last, run.named(run.last)), (None, run.source)]
@@ -131,7 +349,7 @@ def _first_card(places: Sequence[tuple[Checkpoint | None, Path]], warnings: list
     """The metadata of the first card that has any; one that cannot be read is passed over with a warning."""
     for checkpoint, named in places:
         directory = checkpoint.directory if checkpoint is not None else named
-        path = directory / _CARD
+        path = directory / CARD
         found = problem_with(path, Bounds.of(directory, named))
         if found is not None:
             warnings.append(f"Nothing is taken over from the card of the run. {found.message}")
@@ -154,41 +372,25 @@ def _inherited(card: Mapping[str, Any], run: Run) -> dict[str, Any]:
 
     Whatever else there is, such as the path that a trainer gives for a data set, is left out.
     """
-    lists = {
-        "language": [each for each in _texts(card.get("language")) if _LANGUAGE.fullmatch(each)],
-        "datasets": [
-            each for each in _texts(card.get("datasets")) if _DATASET.fullmatch(each) and not _is_local(each, run)
-        ],
-        "tags": [each for each in _texts(card.get("tags")) if _TAG.fullmatch(each)],
-        "base_model": [each for each in _texts(card.get("base_model")) if is_hub_id(each)],
-    }
-    metadata: dict[str, Any] = {name: values for name, values in lists.items() if values}
-    task = card.get("pipeline_tag")
-    if isinstance(task, str) and _PIPELINE_TAG.fullmatch(task):
-        metadata["pipeline_tag"] = task
-    if card.get("base_model_relation") in RELATIONS:
-        metadata["base_model_relation"] = card["base_model_relation"]
-    return metadata | _license(card)
-
-
-def _license(card: Mapping[str, Any]) -> dict[str, Any]:
-    values = dict.fromkeys(_OF_LICENSE, "") | {key: card.get(key) for key in _OF_LICENSE}
-    license_, name, link = (
-        value if isinstance(value, str) and len(value) <= _LONGEST else "" for value in values.values()
-    )
-    if not _LICENSE.fullmatch(license_):
-        return {}
-    found = {"license": license_}
-    if _LICENSE_NAME.fullmatch(name):
-        found["license_name"] = name
-    if _LINK.fullmatch(link):
-        found["license_link"] = link
+    found: dict[str, Any] = {}
+    for name, pattern in _LISTS.items():
+        values = [each for each in _texts(card.get(name)) if pattern.fullmatch(each)]
+        if name == "datasets":
+            values = [each for each in values if not _is_local(each, run)]
+        if values:
+            found[name] = values
+    for name, pattern in _TEXTS.items():
+        value = card.get(name)
+        if isinstance(value, str) and len(value) <= _LONGEST and pattern.fullmatch(value):
+            found[name] = value
+    if "license" not in found:
+        return {name: value for name, value in found.items() if name not in _OF_LICENSE}
     return found
 
 
 def _license_beside(side_files: Mapping[str, bytes]) -> dict[str, Any]:
     """That of the licence file which is copied with the weights; `other`, with a link to it, where it is not known."""
-    name = next((name for name in _LICENSES if name in side_files), None)
+    name = next((name for name in _LICENSE_FILES if name in side_files), None)
     if name is None:
         return {}
     known = license_of_text(side_files[name].decode(errors="replace"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.run import Checkpoint, Run
 from ckavg.errors import CkavgError, OutputError, OutputExistsError, WriteError, listed
-from ckavg.output.ours import check_names, foreign_files, is_record
+from ckavg.output.owned import check_names, foreign_files, is_record
 from ckavg.storage.atomic import resolved
 
 _MARGIN_BYTES = 16 << 20

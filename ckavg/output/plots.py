@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckavg.errors import SettingError, WriteError, printable
-from ckavg.output.record import Averaged
+from ckavg.output.record import Record
 from ckavg.path.table import PathLength
 from ckavg.schemes import SCHEMES
 from ckavg.storage.atomic import replacing
@@ -107,7 +107,7 @@ def save_figure(figure: Figure, file: Path) -> None:
         ) from error
 
 
-def averages_figure(results: Sequence[Averaged], path: PathLength | None = None) -> Figure:
+def averages_figure(results: Sequence[Record], path: PathLength | None = None) -> Figure:
     """ℓ, β and the weight of every checkpoint, by optimizer step, for averages of one run.
 
     Args:
@@ -135,7 +135,7 @@ def path_figure(path: PathLength) -> Figure:
         return _compose(title, more, path.steps, [length], _tensor_plots(path))
 
 
-def card_svg(result: Averaged) -> bytes | None:
+def card_svg(result: Record) -> bytes | None:
     """What `averages_figure` has of one average, smaller, for its model card. None without matplotlib.
 
     SVG, because its bytes hang on the numbers and on matplotlib alone. Those of a PNG hang on zlib, too, which comes in
@@ -228,7 +228,7 @@ def find_layers(path: PathLength) -> tuple[list[int], dict[str, list[float]], di
     return numbers, by_kind, {name: lengths[name] for name in others}
 
 
-def _title(result: Averaged) -> str:
+def _title(result: Record) -> str:
     """The scheme and what is stated of it, as the summary has it."""
     values: dict[str, Any] = {name: math.inf if value == "inf" else value for name, value in result.parameters.items()}
     title, stated = result.scheme, result.parameters
@@ -288,7 +288,7 @@ def _plot_by_step(axes: Sequence[Axes], plots: Sequence[Plot], steps: Sequence[i
     axes[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
 
 
-def _averages_plots(results: Sequence[Averaged], path: PathLength | None = None) -> list[Plot]:
+def _averages_plots(results: Sequence[Record], path: PathLength | None = None) -> list[Plot]:
     """ℓ and β where there are any, then the weights."""
     lengths = [(one.steps, one.path_length, one.path_length_error) for one in results if one.path_length is not None]
     if path is not None:
@@ -309,7 +309,7 @@ def _plot_length(steps: Sequence[int], lengths: Sequence[float], errors: Sequenc
     axis.set(title=f"Path length ℓ, in {_UNIT}{band}", ylim=(0, 1.05 * max(high) or 1))
 
 
-def _plot_betas(results: Sequence[Averaged], axis: Axes) -> None:
+def _plot_betas(results: Sequence[Record], axis: Axes) -> None:
     lines, title = [result.betas for result in results], "β, the share of each checkpoint as it is taken in"
     if len(results) == 1 and results[0].alphas is not None:
         lines, title = [*lines, results[0].alphas], f"{title}; dashed: α, the strength of the correction"
@@ -320,7 +320,7 @@ def _plot_betas(results: Sequence[Averaged], axis: Axes) -> None:
     axis.set(title=title, ylim=(0, 1.05 * max(value or 0.0 for values in lines for value in values) or 1))
 
 
-def _plot_weights(results: Sequence[Averaged], axis: Axes) -> None:
+def _plot_weights(results: Sequence[Record], axis: Axes) -> None:
     steps, weights = results[0].steps, [weight for result in results for weight in result.weights]
     if len(results) > 1:
         for place, result in enumerate(results):

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckavg.output.record import BASE_MODEL, RUN, Averaged, as_json, is_address
+from ckavg.errors import RecordError
+from ckavg.output.owned import LOCAL
+from ckavg.output.record import BASE_MODEL, RUN, Record, Text, Texts, as_json, is_address, parse_fields
 from ckavg.storage.atomic import resolved
 from ckavg.storage.redaction import HIDDEN, without_places, without_secrets
+from ckavg.storage.untrusted import read_small
 
 _COMMON = frozenset({"root", "user", "home", "ubuntu", "admin", "runner", "nobody", "localhost"})
+_MOST_BYTES_OF_LOCAL = 10_000_000
 _LEAST = 4
 """Characters of a name that is hidden wherever it stands."""
 
 
-def published(record: Averaged) -> Averaged:
+def published(record: Record) -> Record:
     """The record without places on this machine, and without what looks like a secret.
 
     Checkpoints are named as seen from the run; the run as seen from the result, where it holds that, else `RUN`; a base
@@ -50,18 +56,43 @@ def published(record: Averaged) -> Averaged:
     )
 
 
-def kept_here(record: Averaged) -> bytes | None:
-    """Where the run and its base model are, and the warnings with all paths; None where neither is here."""
-    source = None if is_address(record.source) else str(Path(record.source).absolute())
-    init = record.inputs[0].directory if "init" in record.selection else None
-    init = None if init is None or is_address(init) else str(Path(init).absolute())
-    if source is None and init is None:
-        return None
-    warnings = tuple(map(without_secrets, record.warnings))
-    return as_json({"source": source, "init": init, "warnings": warnings}).encode() + b"\n"
+@dataclass(frozen=True, slots=True)
+class Local:
+    """What is kept of a record for this machine alone.
+
+    Attributes:
+        source: where the run is; None where it is not on this machine.
+        init: where the model is that was given with `--init`; None likewise.
+        warnings: those of the record with all their paths.
+    """
+
+    source: Text | None = None
+    init: Text | None = None
+    warnings: Texts = ()
+
+    def to_bytes(self) -> bytes:
+        """The same as a file: `.ckavg-local.json`."""
+        return as_json(dataclasses.asdict(self)).encode() + b"\n"
 
 
-def _in_run(record: Averaged, place: object) -> str:
+def local_of(record: Record) -> Local:
+    """What is to be kept beside a record that is published."""
+    places = (record.source, record.inputs[0].directory if record.anchor_is_init else None)
+    source, init = (None if each is None or is_address(each) else str(Path(each).absolute()) for each in places)
+    return Local(source, init, tuple(map(without_secrets, record.warnings)))
+
+
+def read_local(directory: Path) -> Local:
+    """What is kept beside a record, or beside that of the result which this is a snapshot of; anything may be there."""
+    from pydantic import TypeAdapter
+
+    for place in (directory, directory.parent):
+        with contextlib.suppress(OSError, ValueError, RecordError):
+            return TypeAdapter(Local).validate_python(parse_fields(read_small(place / LOCAL, _MOST_BYTES_OF_LOCAL)))
+    return Local()
+
+
+def _in_run(record: Record, place: object) -> str:
     if is_address(place):
         return str(place)
     try:
@@ -70,13 +101,13 @@ def _in_run(record: Averaged, place: object) -> str:
         return BASE_MODEL
 
 
-def _run_from(record: Averaged) -> str:
+def _run_from(record: Record) -> str:
     """The way from the result to the run, where it leads upwards and so tells no name."""
     way = os.path.relpath(resolved(Path(record.source)), resolved(record.directory))
     return way if set(Path(way).parts) == {os.pardir} else RUN
 
 
-def _places(record: Averaged) -> Iterator[tuple[str, str]]:
+def _places(record: Record) -> Iterator[tuple[str, str]]:
     """Texts that name something on this machine, and what stands for each; the more telling ones last."""
     home, here = Path("~").expanduser() if "HOME" in os.environ else Path(), Path.cwd()
     known: list[tuple[object, str]] = [(home, "~"), (here, "."), (record.directory, "RESULT")]

@@ -1,23 +1,114 @@
-"""Stage *write*, its value: what was done, in numbers. The `--json` object, and the record in every result."""
+"""The record of a result, `ckavg.json`: what was done, in numbers. It is written here, and read as a stranger's file.
+
+What is read is a record only where it is whole: every value of its kind, lists of one length, steps in order, and names
+that stay inside their directories. Whether its numbers are right is for `verify/`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 import re
+import stat
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
 
 from ckavg import __version__
-
-LOCAL = ".ckavg-local.json"
-"""What of a record is for this machine alone, beside it: where the run was. It is never uploaded."""
+from ckavg.checkpoints.checkpoint import RESULT_RECORD
+from ckavg.errors import CkavgError, CombinedError, ReadError, RecordError, SettingError, raise_all
+from ckavg.output.leftovers import bring_back
+from ckavg.schemes import SCHEMES, Scheme
+from ckavg.storage.untrusted import parse_json, read_small
 
 RUN, BASE_MODEL = "RUN", "BASE_MODEL"
 """What stands in a record for a run, and for the model it began with, that lie elsewhere on the machine."""
 
+MOST_BYTES = 32 << 20
+"""Of a run of 200 checkpoints in 30 shards each, with as many snapshots, it takes 2 MB."""
+
+MOST_VALUES = 1_000_000
+"""Some 250 bytes each, once they are parsed."""
+
+_LARGEST = 2**63
+_SHOWN = 60
+_TOLD = {"missing": "missing", "tuple_type": "a list", "dict_type": "an object", "dataclass_type": "an object"}
+"""What pydantic says by other words, by the types of its errors."""
+
 _BEYOND_ASCII = re.compile("[^\n -~]")
+
+
+@dataclass(frozen=True, slots=True)
+class _Must:
+    """What a value that is read must be, for people and as a test. pydantic, which asks, is imported when one is."""
+
+    be: str
+    kinds: tuple[type, ...]
+    passes: Callable[[Any], object] = lambda value: True
+
+    def __get_pydantic_core_schema__(self, source: object, handler: Callable[[object], Any]) -> Any:
+        from pydantic_core import core_schema
+
+        def check(value: object) -> object:
+            if type(value) not in self.kinds or not self.passes(value):
+                raise ValueError
+            return value
+
+        tested = core_schema.no_info_before_validator_function(check, handler(source))
+        return core_schema.custom_error_schema(tested, "wrong", custom_error_message=self.be)
+
+
+class _ToFirstError:
+    """Of a list or an object, the first wrong value alone is told: there may be a million."""
+
+    @staticmethod
+    def __get_pydantic_core_schema__(source: object, handler: Callable[[object], Any]) -> Any:
+        return {**handler(source), "fail_fast": True}
+
+
+def _is_plain_path(name: str) -> bool:
+    """Whether this is a file inside a directory: relative, without `..`, in one way of writing it."""
+    path = PurePosixPath(name)
+    odd = path.is_absolute() or ".." in path.parts or str(path) != name or name == "." or "\\" in name
+    return not odd and "\0" not in name
+
+
+def _is_text(value: str) -> bool:
+    return "\0" not in value
+
+
+def _is_bounded(value: float) -> bool:
+    return abs(value) < _LARGEST
+
+
+def _is_finite(value: float) -> bool:
+    return math.isfinite(value) if isinstance(value, float) else _is_bounded(value)
+
+
+def _is_parameter(value: float | str) -> bool:
+    return _is_text(value) if isinstance(value, str) else _is_finite(value)
+
+
+Text = Annotated[str, _Must("a text", (str,), _is_text)]
+Flag = Annotated[bool, _Must("true or false", (bool,))]
+Whole = Annotated[int, _Must("a whole number", (int,), _is_bounded)]
+Count = Annotated[int, _Must("a whole number, 0 or more", (int,), lambda value: 0 <= value < _LARGEST)]
+Number = Annotated[float, _Must("a finite number", (int, float), _is_finite)]
+Digest = Annotated[str, _Must("64 hexadecimal digits", (str,), re.compile("[0-9a-f]{64}").fullmatch)]
+FileName = Annotated[str, _Must("the plain path of a file inside its directory", (str,), _is_plain_path)]
+Directory = Annotated[Path, _Must("a text", (str,), _is_text)]
+Place = Annotated[Path | str, _Must("a text", (str,), _is_text)]
+Parameter = Annotated[float | int | str, _Must("a finite number or a text", (float, int, str), _is_parameter)]
+Selected = Annotated[bool | int | str | tuple[int | str, ...], _Must("what an option takes", (bool, int, str, list))]
+Accumulated = Annotated[str, _Must("float32 or float64", (str,), {"float32", "float64"}.__contains__)]
+ZeroSigma = Annotated[Literal["exclude", "eps"], _Must("exclude or eps", (str,))]
+
+Texts = Annotated[tuple[Text, ...], _ToFirstError]
+Numbers = Annotated[tuple[Number, ...], _ToFirstError]
+MaybeNumbers = Annotated[tuple[Number | None, ...], _ToFirstError]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +122,10 @@ class Input:
         checksum: of its averaged tensors, as `engine/checksums.py` takes it; None where they were not read.
     """
 
-    step: int
-    directory: Path | str
-    files: dict[str, int]
-    checksum: str | None
+    step: Whole
+    directory: Place
+    files: Annotated[dict[FileName, Count], _ToFirstError]
+    checksum: Digest | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +140,20 @@ class Output:
         sha256: SHA-256 of each of them, but for the record itself.
     """
 
-    name: str
-    step: int
-    directory: Path
-    files: tuple[str, ...]
-    sha256: dict[str, str]
+    name: Text
+    step: Whole
+    directory: Directory
+    files: Annotated[tuple[FileName, ...], _ToFirstError]
+    sha256: Annotated[dict[FileName, Digest], _ToFirstError]
 
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
     """Wall-clock time: pass 1, pass 2, and all of it."""
 
-    path: float
-    replay: float
-    total: float
+    path: Number
+    replay: Number
+    total: Number
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +166,19 @@ class Evaluation:
         problem: why there is no number; empty where there is one.
     """
 
-    command: str
-    value: float | None
-    problem: str = ""
+    command: Text
+    value: Number | None
+    problem: Text = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Averaged:
+class Record:
     """An average that was formed and written.
 
     Attributes:
         scheme: its name, such as `pema`.
         parameters: its hyper-parameters.
+        ckavg_version: the version that made it.
         source: the directory or address that the checkpoints came from.
         selection: what was chosen of it, where it was not everything.
         steps: optimizer step of every checkpoint that took part, the anchor's first.
@@ -117,41 +209,75 @@ class Averaged:
         seconds: how long it took.
     """
 
-    scheme: str
-    parameters: dict[str, float | int | str]
-    source: Path | str
-    selection: dict[str, int | str | tuple[int | str, ...]]
-    steps: tuple[int, ...]
-    anchor_step: int
-    span: int
-    path_length: tuple[float, ...] | None
-    path_length_error: tuple[float, ...] | None
-    betas: tuple[float | None, ...]
-    alphas: tuple[float | None, ...] | None
-    weights: tuple[float, ...]
-    path_kernel: str | None
-    sample: float
-    path_exclude: tuple[str, ...]
-    zero_sigma: str
-    excluded_from_path: tuple[str, ...]
-    parameters_counted: int | None
-    dtype: str
-    accumulate: str
-    allow_nonfinite: bool
-    uncorrected: tuple[str, ...]
-    infinite: tuple[str, ...]
-    copied: tuple[str, ...]
-    warnings: tuple[str, ...]
+    scheme: Text
+    parameters: Annotated[dict[Text, Parameter], _ToFirstError]
+    ckavg_version: Text = __version__
+    source: Place
+    selection: Annotated[dict[Text, Selected], _ToFirstError]
+    steps: Annotated[tuple[Whole, ...], _ToFirstError]
+    anchor_step: Whole
+    span: Count
+    path_length: Numbers | None
+    path_length_error: Numbers | None
+    betas: MaybeNumbers
+    alphas: MaybeNumbers | None
+    weights: Numbers
+    path_kernel: Text | None
+    sample: Number
+    path_exclude: Texts
+    zero_sigma: ZeroSigma
+    excluded_from_path: Texts
+    parameters_counted: Count | None
+    dtype: Text
+    accumulate: Accumulated
+    allow_nonfinite: Flag = False
+    uncorrected: Texts = ()
+    infinite: Texts = ()
+    copied: Texts
+    warnings: Texts
     evaluation: Evaluation | None
-    inputs: tuple[Input, ...]
-    outputs: tuple[Output, ...]
-    bytes_read: int
+    inputs: Annotated[tuple[Input, ...], _ToFirstError]
+    outputs: Annotated[tuple[Output, ...], _ToFirstError]
+    bytes_read: Count
     seconds: Seconds
+
+    @property
+    def output(self) -> Output:
+        """The entry of the result itself; those of its snapshots come before it."""
+        return self.outputs[-1]
 
     @property
     def directory(self) -> Path:
         """Where the average is."""
-        return self.outputs[-1].directory
+        return self.output.directory
+
+    @property
+    def output_index(self) -> int:
+        """Index of the checkpoint after which the result was written: the last one, but for a snapshot."""
+        return self.steps.index(self.output.step)
+
+    @property
+    def anchor_is_init(self) -> bool:
+        """Whether θ_0 is a model given apart from the run."""
+        return "init" in self.selection
+
+    def to_scheme(self) -> Scheme:
+        """How it was averaged: the scheme of this name with these hyper-parameters, each of the type of its default.
+
+        Raises:
+            RecordError: there is none.
+        """
+        named = [scheme for scheme in SCHEMES if scheme.name == self.scheme]
+        if not named:
+            raise RecordError(f"scheme is {self.scheme[:40]!r}, which is not known.")
+        for scheme in named:
+            defaults = {field.name: field.default for field in dataclasses.fields(scheme)}
+            if defaults.keys() == self.parameters.keys():
+                try:
+                    return scheme(**{name: _as_typed(self.parameters[name], each) for name, each in defaults.items()})
+                except (ValueError, SettingError) as error:
+                    raise RecordError(f"parameters do not fit {self.scheme}: {error}") from error
+        raise RecordError(f"parameters are not those of {self.scheme}.")
 
     def columns(self) -> dict[str, list[str]]:
         """The numbers of each checkpoint as text, by column: step, ℓ and α where there are any, β, weight."""
@@ -166,9 +292,7 @@ class Averaged:
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain JSON values."""
-        record = dataclasses.asdict(self)
-        head = {"scheme": record.pop("scheme"), "parameters": record.pop("parameters"), "ckavg_version": __version__}
-        return head | record
+        return dataclasses.asdict(self)
 
     def to_json(self) -> str:
         """The record as one JSON object."""
@@ -188,3 +312,151 @@ def as_json(value: object) -> str:
     """One JSON object as text: readable, and without a character that a terminal would obey, or could not show."""
     text = json.dumps(value, indent=2, default=str, ensure_ascii=False, allow_nan=False)
     return _BEYOND_ASCII.sub(lambda found: found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1], text)
+
+
+def _as_typed(value: float | int | str, default: object) -> Any:
+    kind = type(default)
+    if kind is float and (value == "inf" or type(value) in (int, float)):
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{str(value)[:40]!r} must be of the type {kind.__name__}.")
+    return value
+
+
+def read_record(directory: Path) -> Record:
+    """Read the record of a result; one that a killed process had moved aside gets its name back first.
+
+    Raises:
+        RecordError: there is none, or it is not what a record must be; all that is wrong is listed.
+        ReadError: the system would not let us read it.
+    """
+    for place in (directory.parent, directory):  # the result, perhaps, of which this is a snapshot
+        bring_back(place)
+    path = directory / RESULT_RECORD
+    data = _read(directory, path)
+    version = __version__
+    try:
+        fields = parse_fields(data)
+        version = str(fields.get("ckavg_version", version))
+        return _validated(fields)
+    except CkavgError as error:
+        raise RecordError(f"{path}: {error.message}", hint=_hint(version)) from error
+
+
+def parse_fields(data: bytes) -> dict[str, Any]:
+    """One JSON object of a bounded size, in which no name appears twice.
+
+    Raises:
+        RecordError: it is not.
+    """
+    if sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise RecordError(f"holds more than {MOST_VALUES:,} values.")
+    try:
+        value = parse_json(data)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise RecordError("is not a JSON object.")
+    return value
+
+
+def _read(directory: Path, path: Path) -> bytes:
+    try:
+        if not directory.is_dir():
+            raise RecordError(f"{directory} is not a directory.", hint="Name the directory of a result.")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise RecordError(f"{path} is not a file.", hint="Name the directory of a result.")
+        if status.st_size > MOST_BYTES:
+            raise RecordError(
+                f"{path} is {status.st_size:,} bytes long; a record is at most {MOST_BYTES:,}.",
+                hint="It is not the record of a result.",
+            )
+        return read_small(path, MOST_BYTES)
+    except FileNotFoundError as error:
+        raise RecordError(
+            f"{directory} is not a result of ckavg: it holds no {RESULT_RECORD}.",
+            hint="Name the directory of a result, such as checkpoints/averaged/pema-gamma0.15.",
+        ) from error
+    except (OSError, ValueError) as error:
+        told = error.strerror if isinstance(error, OSError) else error
+        raise ReadError(f"{path} cannot be read: {told}.", hint="Check that you may read it.") from error
+
+
+def _hint(version: str) -> str:
+    """Another version may keep another record."""
+    if version == __version__:
+        return "The record was damaged or edited. Take it from a copy, or form the average again."
+    return f"It was made with ckavg {version}; this is {__version__}. Verify it with that version."
+
+
+def _validated(fields: dict[str, Any]) -> Record:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        record = TypeAdapter(Record).validate_python(fields)
+    except ValidationError as error:
+        found = error.errors(include_input=False)  # which would be a copy of the whole record, time and again
+        wrong = [_wrong(fields, each["loc"], _TOLD.get(each["type"], each["msg"])) for each in found]
+        raise wrong[0] if len(wrong) == 1 else CombinedError(wrong) from error
+    raise_all([RecordError(message) for is_wrong, message in _inconsistencies(record) if is_wrong])
+    return record
+
+
+def _wrong(fields: dict[str, Any], place: tuple[int | str, ...], message: str) -> RecordError:
+    """What pydantic has found at a place of a record."""
+    names = (f"[{each}]" if isinstance(each, int) else f".{each[:_SHOWN]}" for each in place if each != "[key]")
+    where = "".join(names).lstrip(".")
+    if message == "missing":
+        return RecordError(f"{where} is not there.")
+    value: Any = fields
+    for each in place:
+        value = value[each] if each != "[key]" else place[-2]
+    return RecordError(f"{where} is {_shown(value)}; it must be {message}.")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict | list):
+        return "a list" if isinstance(value, list) else "an object"
+    if type(value) is int and abs(value) >= _LARGEST:
+        return "a huge number"
+    shown = json.dumps(value)
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
+
+
+def _inconsistencies(record: Record) -> list[tuple[bool, str]]:
+    """What must not be between the values of a record, and whether it is."""
+    steps, outputs = record.steps, record.outputs
+    if len(steps) < 2:
+        return [(True, "steps holds fewer than two checkpoints.")]
+    lists = (record.betas, record.weights, record.inputs, record.alphas, record.path_length)
+    names = [output.name for output in outputs]
+    return [
+        (any(after <= before for before, after in itertools.pairwise(steps)), "steps are not ascending."),
+        (
+            any(each is not None and len(each) != len(steps) for each in lists),
+            "steps, betas, weights, inputs, alphas and path_length are not of one length.",
+        ),
+        (record.anchor_step not in steps, "anchor_step is not among the steps."),
+        (tuple(each.step for each in record.inputs) != steps, "inputs are not of the steps in steps."),
+        (not all(each.files for each in record.inputs), "inputs[].files is empty."),
+        (not outputs, "outputs is empty."),
+        (not all(each.step in steps for each in outputs), "outputs[].step is not among the steps."),
+        (len({each.step for each in outputs}) < len(outputs), "outputs[].step is there twice."),
+        (len(outputs) > 1 and outputs[-1].step != steps[-1], "the last of outputs is not of the last step."),
+        (
+            any("/" in name or name in ("", ".", "..") for name in names[:-1]) or len(set(names)) < len(names),
+            "outputs[].name is no name of a directory, or appears twice.",
+        ),
+        (
+            any({*each.sha256, RESULT_RECORD} != set(each.files) for each in outputs),
+            f"outputs[].sha256 is not of the files in outputs[].files but {RESULT_RECORD}.",
+        ),
+        (any(len(set(each.files)) < len(each.files) for each in outputs), "outputs[].files names one twice."),
+        (
+            record.path_length is not None and any(length < 0 for length in record.path_length),
+            "path_length holds a negative number.",
+        ),
+        (record.to_scheme().needs_path and record.path_length is None, "path_length is null."),
+        (not 0 < record.sample <= 1, "sample is no fraction in (0, 1]."),
+    ]

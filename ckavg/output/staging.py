@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from ckavg.errors import OutputError, OutputExistsError, is_passing
-from ckavg.output.ours import (
+from ckavg.output.owned import (
     JOURNAL,
     MARK,
     PARTIAL,

@@ -8,8 +8,8 @@ from rich.table import Table
 
 from ckavg.averaging.plan import Plan, fetching_of, memory_bytes
 from ckavg.checkpoints.run import Fetching
-from ckavg.output.loading import load_command
-from ckavg.output.record import Averaged
+from ckavg.output.commands import load_command
+from ckavg.output.record import Record
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.report.fetching import fetching_lines, fetching_to_dict
 from ckavg.report.text import MOST_ROWS, as_bytes, as_count, bar, shortened_rows
@@ -17,7 +17,7 @@ from ckavg.report.text import MOST_ROWS, as_bytes, as_count, bar, shortened_rows
 _BAR_WIDTH = 32
 
 
-def print_summary(result: Averaged, plan: Plan) -> None:
+def print_summary(result: Record, plan: Plan) -> None:
     """Print what was averaged, the weight of each checkpoint as a bar, where the result is, and what to type next."""
     console = stdout_console()
     console.print(quoted(_title(plan)), style="bold")
@@ -90,14 +90,14 @@ def _title(plan: Plan) -> str:
     return f"{plan.scheme.title}: {stated}" if stated else plan.scheme.title
 
 
-def _run_line(result: Averaged, plan: Plan) -> str:
+def _run_line(result: Record, plan: Plan) -> str:
     steps = result.steps
     floating = sum(entry.numel for entry in plan.run.tensors.values() if entry.is_floating)
     line = f"{len(steps)} checkpoints of {as_count(floating)} parameters, steps {steps[0]} to {steps[-1]}"
     return line if result.path_length is None else f"{line}, {path_told(result)}"
 
 
-def path_told(result: Averaged) -> str:
+def path_told(result: Record) -> str:
     """The path length of a result that has one, and how it is known where it was not measured in full."""
     lengths, errors = result.path_length or (0.0,), result.path_length_error
     told = f"path length ℓ(T) = {lengths[-1]:.4f}"
@@ -106,7 +106,7 @@ def path_told(result: Averaged) -> str:
     return f"{told}, known from before" if result.seconds.path == 0 else told
 
 
-def _weights_table(result: Averaged) -> Table:
+def _weights_table(result: Record) -> Table:
     columns = result.columns()
     largest = max(abs(weight) for weight in result.weights)
     columns[" "] = [bar(weight, largest, _BAR_WIDTH) for weight in result.weights]
@@ -120,6 +120,6 @@ def _weights_table(result: Averaged) -> Table:
     return table
 
 
-def _next_command(result: Averaged, plan: Plan) -> str:
+def _next_command(result: Record, plan: Plan) -> str:
     largest = sorted(plan.weights.shards, key=lambda shard: -sum(each.nbytes for each in plan.weights.of(shard.part)))
     return load_command(result.directory, plan.side_files, [shard.name for shard in largest])

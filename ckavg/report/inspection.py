@@ -9,7 +9,7 @@ from typing import Any
 from ckavg.averaging.advice import about_anchor
 from ckavg.checkpoints.inspect import Inspection
 from ckavg.checkpoints.run import Checkpoint
-from ckavg.output.command import as_options, shell_word
+from ckavg.output.commands import as_options, shell_word
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.report.text import as_bytes, as_count, told
 from ckavg.storage.address import address_of

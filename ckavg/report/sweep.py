@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ckavg.averaging.evaluation import best
 from ckavg.averaging.plan import Plan, fetching_of, memory_bytes
-from ckavg.output.record import Averaged, Evaluation
+from ckavg.output.record import Evaluation, Record
 from ckavg.report.average import path_told, plan_to_dict
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.report.fetching import fetching_lines
@@ -15,7 +15,7 @@ from ckavg.report.text import as_bytes, sparkline
 _MOST_CHECKPOINTS = 60
 
 
-def print_results(results: Sequence[Averaged], *, goal: str, as_json: bool, quiet: bool) -> None:
+def print_results(results: Sequence[Record], *, goal: str, as_json: bool, quiet: bool) -> None:
     """Print the averages side by side: the weights of the checkpoints, first to last, and where each result is.
 
     Args:

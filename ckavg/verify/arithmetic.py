@@ -10,9 +10,9 @@ import math
 from collections.abc import Sequence
 
 from ckavg.errors import CkavgError
+from ckavg.output.record import Record
 from ckavg.schemes import Coefficients, Timeline
 from ckavg.verify.findings import Finding
-from ckavg.verify.record import Record
 
 TOLERANCE = 1e-9
 """Relative difference from the formulas that another processor's powers and sums may make, and much less than a
@@ -27,7 +27,9 @@ def coefficients_of(record: Record) -> Coefficients:
         SettingError: the hyper-parameters do not fit the steps.
         ArithmeticError: neither do the numbers.
     """
-    return record.scheme.coefficients(Timeline(record.steps, record.path_length, anchor_is_init=record.anchor_is_init))
+    return record.to_scheme().coefficients(
+        Timeline(record.steps, record.path_length, anchor_is_init=record.anchor_is_init)
+    )
 
 
 def check_arithmetic(record: Record) -> list[Finding]:

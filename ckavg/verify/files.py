@@ -8,10 +8,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckavg.averaging.plan import CARD
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.errors import ReadError
 from ckavg.output.digests import sha256_of
+from ckavg.output.owned import CARD
 from ckavg.output.record import Output
 from ckavg.storage.atomic import resolved
 from ckavg.verify.findings import Finding

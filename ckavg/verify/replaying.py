@@ -9,13 +9,13 @@ from pathlib import Path
 from ckavg.checkpoints.run import Checkpoint, Run, Selection
 from ckavg.checkpoints.statistics import averaged_statistics
 from ckavg.errors import CkavgError, listed
+from ckavg.output.record import Record
 from ckavg.path.table import PathLength, to_measure
 from ckavg.schemes import PEMA, Coefficients, Timeline
 from ckavg.verify.arithmetic import coefficients_of
 from ckavg.verify.elsewhere import is_elsewhere
 from ckavg.verify.findings import Finding
 from ckavg.verify.recompute import Recomputation, Recomputed, recompute
-from ckavg.verify.record import Record
 
 _PATH_TOLERANCE = 1e-5
 """Relative difference of ℓ between kernels and devices, which add in different orders; in practice 1e-7."""
@@ -59,14 +59,15 @@ def check_elements(
         if any(each is None for each in checkpoints[coefficients.start :]) or not outputs:
             told = "some of the checkpoints cannot be read. If they were moved, name their directory with --source."
             return _nothing(told if outputs else "the result cannot be read.")
-        if record.scheme.needs_path:
+        scheme = record.to_scheme()
+        if scheme.needs_path:
             run = _run(record, [each for each in checkpoints if each is not None], source)
             path, known = _measured(record, run)
             nbytes, found = path.bytes_read, _about(record, path)
-            if isinstance(record.scheme, PEMA) and record.scheme.scope == "tensor":
+            if isinstance(scheme, PEMA) and scheme.scope == "tensor":
                 path = known or path
                 own = {name: path.tensor_lengths(name) for name in path.counted}
-                coefficients = record.scheme.coefficients(
+                coefficients = scheme.coefficients(
                     Timeline(record.steps, record.path_length, own, record.anchor_is_init)
                 )
     except (CkavgError, ArithmeticError) as error:
@@ -89,6 +90,7 @@ def _work(
     outputs: Mapping[int, tuple[str, Checkpoint]],
 ) -> Recomputation:
     # A record says float64 of a run with any float64 tensor; its other tensors were accumulated as was asked.
+    scheme = record.to_scheme()
     mixed = any("float64" in each.dtypes for each in checkpoints if each is not None)
     return Recomputation(
         coefficients=coefficients,
@@ -96,9 +98,7 @@ def _work(
         outputs=outputs,
         wide=record.accumulate == "float64" and not mixed,
         allow_nonfinite=record.allow_nonfinite,
-        beta_error=record.scheme.gamma * _KERNELS
-        if isinstance(record.scheme, PEMA) and coefficients.tensor_betas
-        else 0,
+        beta_error=scheme.gamma * _KERNELS if isinstance(scheme, PEMA) and coefficients.tensor_betas else 0,
     )
 
 
@@ -122,6 +122,7 @@ def _measured(record: Record, run: Run) -> tuple[PathLength, PathLength | None]:
     from ckavg.path.measure import measure
     from ckavg.path.plan import plan_path
 
+    scheme = record.to_scheme()
     exclude, zero_sigma, nonfinite = record.path_exclude, record.zero_sigma, record.allow_nonfinite
     entries = to_measure(run.tensors, exclude)
     nbytes = sum(each.entries[name].nbytes for each in run.checkpoints for name in entries)
@@ -134,7 +135,7 @@ def _measured(record: Record, run: Run) -> tuple[PathLength, PathLength | None]:
     else:
         few, fraction = True, min(0.5, _SAMPLED / sum(entry.numel for entry in entries.values()))
     path = estimate(run, fraction, exclude=exclude, zero_sigma=zero_sigma, allow_nonfinite=nonfinite, few=few)
-    if record.sample < 1 or not (isinstance(record.scheme, PEMA) and record.scheme.scope == "tensor"):
+    if record.sample < 1 or not (isinstance(scheme, PEMA) and scheme.scope == "tensor"):
         return path, None
     return path, measure(run, plan_path(run, exclude=exclude), zero_sigma=zero_sigma, allow_nonfinite=nonfinite)
 

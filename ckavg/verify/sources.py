@@ -10,27 +10,23 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckavg.checkpoints.checkpoint import read_checkpoint
 from ckavg.checkpoints.run import Checkpoint, Remote, TensorInfo
-from ckavg.errors import CkavgError, CorruptFileError, ReadError, RecordError
-from ckavg.output.record import BASE_MODEL, LOCAL, Input
-from ckavg.storage.untrusted import open_regular, read_small
-from ckavg.verify import fields
+from ckavg.errors import CkavgError, CorruptFileError, ReadError
+from ckavg.output.published import Local, read_local
+from ckavg.output.record import BASE_MODEL, Input, Record
+from ckavg.storage.untrusted import open_regular
 from ckavg.verify.elsewhere import Elsewhere, is_elsewhere, open_elsewhere
 from ckavg.verify.findings import Finding
-from ckavg.verify.record import Record
 
 _ACTING = ("/net/", "/sys/", "/proc/")
 """To look below `/net` is to mount what another machine offers; files of the kernel act when they are read."""
 
 _LENGTH = 8
 """Bytes that state the length of a header."""
-
-_MOST_OF_LOCAL = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +72,13 @@ def find_sources(
         remote = open_elsewhere(record.inputs, first=first)
     found: list[Finding] = [] if remote is None else list(remote.findings)
     places: dict[int, Place] = {}
+    local = read_local(directory)
     for index, recorded in enumerate(record.inputs):
         if index >= first and (remote is None or not is_elsewhere(recorded)):
             try:
-                places[index] = _found(recorded, _places(record, index, directory, source=source, init=init), source)
+                places[index] = _found(
+                    recorded, _places(record, index, directory, local, source=source, init=init), source
+                )
             except CkavgError as error:
                 found.append(Finding("sources", f"step {recorded.step}: {error.message}"))
     above = Counter(str(_directory(place).parent) for place in places.values())
@@ -170,7 +169,9 @@ Place = Mapping[str, Path]
 """Where the weight files of a checkpoint may be, by their names in the record."""
 
 
-def _places(record: Record, index: int, directory: Path, *, source: Path | None, init: Path | None) -> list[Place]:
+def _places(
+    record: Record, index: int, directory: Path, local: Local, *, source: Path | None, init: Path | None
+) -> list[Place]:
     """Where a checkpoint may be, the likeliest first; one place alone where the user has named it."""
     recorded, output = record.inputs[index], record.output.directory
     was, is_init = Path(recorded.directory), index == 0 and record.anchor_is_init
@@ -182,28 +183,18 @@ def _places(record: Record, index: int, directory: Path, *, source: Path | None,
     if not is_init and source is not None:
         return [_inside(source / (was if as_published else _below(was, Path(record.source))), recorded)]
     if as_published:
-        kept = _kept(directory)
         if was == Path(BASE_MODEL):
-            places = [kept[1]] if kept[1] else []
+            places = [Path(local.init)] if local.init else []
         else:
             upwards = directory if os.pardir in was.parts else None  # as it was written before, in the result itself
-            places = [root / was for root in (kept[0], directory / record.source, upwards) if root]
+            kept = Path(local.source) if local.source else None
+            places = [root / was for root in (kept, directory / record.source, upwards) if root]
     else:  # a record that states paths of the machine where it was made
         places = [was]
         if was.is_absolute() == output.is_absolute():
             beside = directory / os.path.relpath(was, output)
             places = [was, beside] if was.is_absolute() else [beside, was]
     return [_inside(place, recorded) for place in places]
-
-
-def _kept(directory: Path) -> tuple[Path | None, Path | None]:
-    """Where the run was and its base model, by what is kept beside the record; None where that does not tell."""
-    for place in (directory, directory.parent):  # a snapshot lies in its result
-        with suppress(OSError, ValueError, RecordError):
-            kept = fields.parsed(read_small(place / LOCAL, _MOST_OF_LOCAL))
-            source, init = (fields.member(kept, name, fields.optional(fields.text)) for name in ("source", "init"))
-            return Path(source) if source else None, Path(init) if init else None
-    return None, None
 
 
 def _inside(directory: Path, recorded: Input) -> Place:

@@ -15,13 +15,12 @@ from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.run import Checkpoint
 from ckavg.engine.context import OnProgress, Pass, Progress
 from ckavg.errors import CkavgError, SettingError, listed
-from ckavg.output.record import Output
+from ckavg.output.record import Output, Record, read_record
 from ckavg.storage.address import address_of
 from ckavg.storage.atomic import resolved
 from ckavg.verify.arithmetic import check_arithmetic
 from ckavg.verify.files import check_digests, check_others, find_files
 from ckavg.verify.findings import Check, Finding, Verified
-from ckavg.verify.record import Record, read_record
 from ckavg.verify.weights import check_finite, open_weights
 
 if TYPE_CHECKING:
@@ -143,11 +142,11 @@ class _Work:
     @property
     def title(self) -> str:
         """What the record says it is."""
-        record = self.record
-        stated = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in record.scheme.stated.items())
+        record, scheme = self.record, self.record.to_scheme()
+        stated = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in scheme.stated.items())
         steps = f"{len(record.steps)} checkpoints, steps {record.steps[0]} to {record.steps[-1]}"
         of_step = f", as of step {record.output.step}" if record.output.step != record.steps[-1] else ""
-        return f"{record.scheme.title}: {f'{stated}; ' if stated else ''}{steps}{of_step}"
+        return f"{scheme.title}: {f'{stated}; ' if stated else ''}{steps}{of_step}"
 
     def listener(self, stage: Pass) -> Callable[[int, int], None]:
         """Who is told of the bytes done and to do."""
@@ -341,7 +340,7 @@ class _Work:
 def _told_alike(record: Record, output: Output) -> tuple[object, ...]:
     """What a result and its snapshot must agree on."""
     return (
-        record.scheme,
+        record.to_scheme(),
         record.steps,
         record.path_length,
         record.betas,

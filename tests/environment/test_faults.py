@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ckavg.output import plots
-from ckavg.output.record import LOCAL
+from ckavg.output.owned import LOCAL
 from tests.cli.runner import run_cli
 from tests.environment.faults import ERRORS, faults
 from tests.environment.process import check_message, ckavg

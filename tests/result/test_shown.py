@@ -19,7 +19,7 @@ import ckavg
 from ckavg.output.plots import card_svg
 from ckavg.schemes import Scheme
 from tests.cli.runner import run_cli
-from tests.result.cards import STEPS, averaged, blocks, fields_of
+from tests.output.cards import STEPS, averaged, blocks, fields_of
 from tests.runs import random_run, write_run
 
 

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 
 import ckavg
 from ckavg.errors import RecordError
-from ckavg.verify import record as record_module
-from ckavg.verify.fields import parsed
-from ckavg.verify.record import read_record
+from ckavg.output import record as record_module
+from ckavg.output.record import parse_fields, read_record
 from tests.cli.runner import run_cli
 from tests.runs import random_run, write_run
 
@@ -121,11 +120,11 @@ def test_any_bytes(made: tuple[Path, dict[str, Any]], data: bytes) -> None:
         (("path_length",), None, "path_length is null."),
         (("path_length", 1), -1e-9, "path_length holds a negative number."),
         (("sample",), 0, "sample is no fraction in (0, 1]."),
-        (("zero_sigma",), "maybe", 'zero_sigma is "maybe"; it must be one of exclude, eps.'),
+        (("zero_sigma",), "maybe", 'zero_sigma is "maybe"; it must be exclude or eps.'),
         (("inputs", 1, "step"), 11, "inputs are not of the steps in steps."),
         (("inputs", 1, "checksum"), "F" * 64, "inputs[1].checksum is"),
-        (("inputs", 1, "files"), {"../../x": 1}, 'inputs[1].files is "../../x"; it must be the plain path of a file'),
-        (("inputs", 1, "files"), {"x": -1}, 'inputs[1].files."x" is -1; it must be 0 or more.'),
+        (("inputs", 1, "files"), {"../../x": 1}, 'is "../../x"; it must be the plain path of a file'),
+        (("inputs", 1, "files"), {"x": -1}, "inputs[1].files.x is -1; it must be a whole number, 0 or more."),
         (("inputs", 1, "files"), {}, "inputs[].files is empty."),
         (("outputs",), [], "outputs is empty."),
         (("outputs", 0, "step"), 21, "outputs[].step is not among the steps."),
@@ -162,7 +161,7 @@ def test_all_that_is_wrong_is_listed(made: tuple[Path, dict[str, Any]]) -> None:
 )
 def test_what_is_no_record(text: str) -> None:
     with pytest.raises(RecordError):
-        parsed(text.encode())
+        parse_fields(text.encode())
 
 
 def test_a_record_that_is_too_large(

@@ -18,8 +18,7 @@ import torch
 
 import ckavg
 from ckavg.errors import RecordError, SettingError
-from ckavg.verify.fields import MOST_VALUES
-from ckavg.verify.record import MOST_BYTES, read_record
+from ckavg.output.record import MOST_BYTES, MOST_VALUES, read_record
 from tests.cli.runner import run_cli, snapshot
 from tests.runs import random_run, write_run
 

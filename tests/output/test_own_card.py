@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from markdown_it import MarkdownIt
 
 import ckavg
 from tests.cli.runner import run_cli
-from tests.result.cards import STEPS, averaged, card_of, configure, fields_of
+from tests.output.cards import STEPS, averaged, card_of, configure, fields_of
 from tests.runs import CONFIG, random_run, write_run
 
 
@@ -37,7 +38,7 @@ def test_fields_and_text_of_the_user_come_first(source: Path, tmp_path: Path) ->
         "pipeline_tag": "text-generation",
         "license": "mit",
         "tags": ["checkpoint-averaging", "mean"],
-        "extra": {"x": 1.5e-7, "y": [True, "2024-05-06"]},
+        "extra": {"x": 1.5e-7, "y": [True, datetime.date(2024, 5, 6)]},
     }
     text = card.split("\n---\n", 1)[1]
     assert text.lstrip().startswith("# My model\n\nGood at **chess**.\n\n---\n\n```\n---\n```\n\n## How the weights")

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import metadata_load
 from markdown_it import MarkdownIt
 
 import ckavg
-from ckavg.output.front_matter import as_front_matter
-from ckavg.output.metadata import license_of_text, pipeline_of
+from ckavg.output.origin import license_of_text, pipeline_of
 from ckavg.schemes import Scheme
-from tests.result.cards import STEPS, averaged, blocks, card_of, configure, fields_of
+from tests.output.cards import STEPS, averaged, blocks, card_of, configure, fields_of
 from tests.runs import CONFIG, random_run, write_checkpoint, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -225,7 +225,7 @@ def test_nothing_of_a_run_breaks_out(source: Path, tmp_path: Path) -> None:
     configure(source, CONFIG | {"_name_or_path": nasty, "architectures": [nasty]})
     stated = dict.fromkeys(("license", "license_name", "license_link", "language", "datasets", "tags"), nasty)
     stated |= {"base_model": nasty, "base_model_relation": nasty, "pipeline_tag": nasty}
-    (source / "README.md").write_text(f"{as_front_matter(stated)}\n")
+    (source / "README.md").write_text(f"---\n{yaml.safe_dump(stated)}---\n")
     card = card_of(source, out=tmp_path / "a | b `c` <b> ~~d~~ $e$ [f](g)")
     assert fields_of(card) == {"library_name": "transformers", "tags": ["checkpoint-averaging", "mean"]}
     assert "<script>" not in card

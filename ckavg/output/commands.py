@@ -1,16 +1,20 @@
-"""Stage *write*: the command that loads a result, with the class that its config names. Pure."""
+"""Command lines that people type: what loads a result, and what forms it again. Pure."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckavg.output.command import shell_word
+from ckavg.output.record import BASE_MODEL, Record, is_address
 from ckavg.output.side_files import PIPELINE_CONFIG, read_config
+from ckavg.schemes import Scheme
 
+_ESCAPED = re.compile(r"[\\']")
 _ADAPTERS = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
@@ -23,6 +27,62 @@ _ADAPTERS = {
 
 _VARIANT = re.compile(r"(?:.*/)?(?:diffusion_pytorch_)?model\.(\w+)(?:-\d+-of-\d+)?\.safetensors", re.ASCII)
 """The names of weights that loaders take where their variant is named, such as `model.fp16.safetensors`."""
+
+
+def as_options(settings: Mapping[str, object]) -> str:
+    """The options that state these settings; one with several values is repeated, and a switch that is on has none.
+
+    >>> as_options({"gamma": 0.15, "from_step": 100, "path_exclude": ("lm_head.*", "b")})
+    "--gamma 0.15 --from-step 100 --path-exclude 'lm_head.*' --path-exclude b"
+    >>> as_options({"common_only": True})
+    '--common-only'
+    """
+    return " ".join(
+        f"--{name.replace('_', '-')}" + ("" if each is True else f" {shell_word(str(each))}")
+        for name, value in settings.items()
+        for each in (value if isinstance(value, tuple) else (value,))
+    )
+
+
+def shell_word(text: str) -> str:
+    r"""The text as a word of a shell's command line, in one line and without a character that a terminal would obey.
+
+    >>> print(shell_word("run"), shell_word("my run"), shell_word("a\nb's"))
+    run 'my run' $'a\nb\'s'
+    """
+    if text.isprintable():
+        return shlex.quote(text)
+    escaped = "".join(char if char.isprintable() else _as_bytes(char) for char in _ESCAPED.sub(r"\\\g<0>", text))
+    return f"$'{escaped}'"
+
+
+def _as_bytes(char: str) -> str:
+    """In octal, which takes three digits at most, whatever follows."""
+    return "\\n" if char == "\n" else "".join(f"\\{byte:03o}" for byte in os.fsencode(char))
+
+
+def reproduce(record: Record, scheme: Scheme) -> str:
+    """The command line that forms the same average; in the directory of the checkpoints, if they have no address."""
+    settings: dict[str, object] = {**scheme.stated, **record.selection}
+    settings.pop("every_from", None)  # follows from --burn-in
+    if "init" in settings and not is_address(settings["init"]):
+        settings["init"] = BASE_MODEL  # a local path, and nobody else's
+    if record.dtype != "source":
+        settings["dtype"] = record.dtype
+    if record.accumulate != "float32":
+        settings["accumulate"] = record.accumulate
+    if record.allow_nonfinite:
+        settings["allow_nonfinite"] = True
+    if record.output.step < record.steps[-1]:
+        settings["snapshot_every"] = record.output.step
+    if record.sample < 1:
+        settings["sample"] = record.sample
+    if record.path_length is not None:
+        settings["path_exclude"] = record.path_exclude
+        if record.zero_sigma != "exclude":
+            settings["zero_sigma"] = record.zero_sigma
+    source = f" {shell_word(str(record.source))}" if is_address(record.source) else ""
+    return f"ckavg {record.scheme}{source} {as_options(settings)}".rstrip()
 
 
 def load_command(directory: Path, files: Mapping[str, bytes], weights: Sequence[str]) -> str:

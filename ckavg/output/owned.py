@@ -15,10 +15,14 @@ from typing import Any
 
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.errors import OutputExistsError, listed
-from ckavg.output.card import PICTURE
-from ckavg.output.record import LOCAL
 from ckavg.storage.atomic import check_own
 from ckavg.storage.untrusted import parse_json, read_small
+
+CARD, PICTURE = "README.md", "ckavg.svg"
+"""The model card, and the picture of the weights that it shows, beside it."""
+
+LOCAL = ".ckavg-local.json"
+"""What of a record is for this machine alone, beside it: where the run was. It is never uploaded."""
 
 PARTIAL, REPLACED = ".ckavg-partial", ".ckavg-replaced"
 """How the names end under which a result is filled, and kept until another one has its place."""
