@@ -24,8 +24,9 @@ class Inspecting(Choice):
     """The options of `inspect`."""
 
     deep: Annotated[
-        bool, typer.Option("--deep", help="Read all weights, too: NaN, stale saves, outliers, SHA-256 of every file.")
+        bool, typer.Option("--deep", help="Read all weights, too: NaN, stale saves, checkpoints that stand out.")
     ] = False
+    sha256: Annotated[bool, typer.Option("--sha256", help="As --deep, with the SHA-256 of every weight file.")] = False
     as_json: Json = False
     quiet: Quiet = False
     verbose: Verbose = False
@@ -42,7 +43,7 @@ def inspect(options: Inspecting) -> None:
     with failures(verbose=options.verbose):
         found = _with_leftovers(inspect_source(options.source, options.selection(), max_disk=options.max_disk))
         is_sound = not found.problems
-        if options.deep:
+        if options.deep or options.sha256:
             is_sound = _look_deep(found, options) and is_sound
         elif options.as_json or not options.quiet:
             report.print_inspection(found, as_json=options.as_json)
@@ -60,15 +61,15 @@ def _look_deep(found: Inspection, options: Inspecting) -> bool:
     """Read the weights of the checkpoints that can be read, show what they reveal; whether they are sound."""
     if not Ranks.of_environment().is_first:  # one reads for all processes of a job
         return True
-    from ckavg.health.examine import examine
     from ckavg.remote.fetching import fetch_all
     from ckavg.report.health import print_health
+    from ckavg.verify.health import examine
 
     begun = time.perf_counter()
     with show_progress(1, quiet=options.quiet) as on_progress:
         paths = [shard.path for checkpoint in found.checkpoints for shard in checkpoint.shards]
         fetch_all(found.remote, paths, on_progress)
-        health = examine(found.source, found.checkpoints, on_progress=on_progress)
+        health = examine(found.source, found.checkpoints, sha256=options.sha256, on_progress=on_progress)
         if found.remote is not None:
             found.remote.release()
     seconds = time.perf_counter() - begun

@@ -7,10 +7,11 @@ from typing import Any
 
 from ckavg.checkpoints.inspect import Inspection
 from ckavg.errors import listed
-from ckavg.health.values import Finding, Health
 from ckavg.report import inspection
 from ckavg.report.console import print_json, quoted, stdout_console
 from ckavg.report.text import MOST_ROWS, as_bytes
+from ckavg.verify.findings import Finding
+from ckavg.verify.health import Health
 
 _MOST_FINDINGS = 20
 _NAMED = 3
@@ -22,7 +23,7 @@ def to_dict(found: Inspection, health: Health, *, seconds: float) -> dict[str, A
         **inspection.to_dict(found),
         "health": {
             "findings": [
-                {"kind": each.kind, "step": each.step, "tensor": each.tensor, "message": each.message}
+                {"kind": each.check, "step": each.step, "tensor": each.tensor, "message": each.message}
                 for each in health.findings
             ],
             "path": list(health.path),
@@ -62,7 +63,7 @@ def print_health(found: Inspection, health: Health, *, seconds: float, as_json: 
         if len(health.sha256) > MOST_ROWS:
             console.print(f"… {len(health.sha256) - MOST_ROWS} more with --json")
     console.print()
-    frozen = [each.tensor for each in health.findings if each.kind == "frozen" and each.tensor]
+    frozen = [each.tensor for each in health.findings if each.check == "frozen" and each.tensor]
     if frozen:
         named = listed(frozen, _NAMED)
         console.print(quoted(f"frozen   {len(frozen)} tensor{'s' * (len(frozen) > 1)} that never move ({named})"))
@@ -72,7 +73,7 @@ def print_health(found: Inspection, health: Health, *, seconds: float, as_json: 
 
 
 def _warnings(health: Health) -> Iterable[Finding]:
-    return (each for each in health.findings if not each.is_problem and each.kind != "frozen")
+    return (each for each in health.findings if not each.is_problem and each.check != "frozen")
 
 
 def _shortened(findings: Iterable[Finding]) -> list[str]:

@@ -7,22 +7,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 Check = Literal["record", "files", "weights", "sources", "replay"]
-"""The checks, in the order in which they are made."""
+"""The checks of a result, in the order in which they are made."""
+
+HealthCheck = Literal["nonfinite", "foreign", "stale", "frozen"]
+"""The checks of a run's weights, in the order in which their findings are listed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is not as it was recorded.
+    """One thing that is not as it was recorded, or as it should be in a sound run.
 
     Attributes:
         check: what found it.
         message: what is not as it should be, where, and what was expected.
-        is_problem: whether the result cannot be relied on; otherwise a user should know, and that is all.
+        is_problem: whether the result cannot be relied on, or the run cannot be averaged; otherwise it is a warning.
+        step: of the checkpoint of a run that it is about; None: of all of them, or a result.
+        tensor: the tensor of a run that it is about; None: all of them, or a result.
     """
 
-    check: Check
+    check: Check | HealthCheck
     message: str
     is_problem: bool = True
+    step: int | None = None
+    tensor: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
