@@ -195,7 +195,7 @@ def test_an_interrupt_before_the_upload(hub: Hub, run: Path, monkeypatch: pytest
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ckavg.cli.averaging.write_plot", interrupted)
+    monkeypatch.setattr("ckavg.cli.average.write_plot", interrupted)
     out = run / "averaged" / "ema-gamma0.15"
     done = run_cli("ema", run, "--push-to-hub", REPO, "--public")
     assert done.exit_code == 130
