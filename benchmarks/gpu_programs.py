@@ -83,7 +83,7 @@ def _by_library(words: Sequence[str]) -> int:
     from ckavg.averaging.pipeline import carry_out
     from ckavg.averaging.plan import plan_average
     from ckavg.engine.context import Context
-    from ckavg.schemes import SCHEMES, Mean, Scheme
+    from ckavg.schemes import Mean, Scheme
     from ckavg.schemes.parse import parse_schemes
     from ckavg.sources import open_run
 
@@ -92,7 +92,7 @@ def _by_library(words: Sequence[str]) -> int:
     out, device = Path(options[1]), options[3]
     schemes: tuple[Scheme, ...] = (Mean(),)
     if verb != "mean":
-        schemes = parse_schemes(rest[: rest.index("--out")] or [verb], SCHEMES)
+        schemes = parse_schemes(rest[: rest.index("--out")] or [verb])
     run = open_run(source)
     places = [out / scheme.label for scheme in schemes] if verb == "sweep" else [out]
     plans = [plan_average(run, scheme, out=place) for scheme, place in zip(schemes, places, strict=True)]

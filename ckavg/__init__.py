@@ -11,21 +11,24 @@ Nothing here prints; progress is a callback. torch is imported when weights are 
 
 __version__ = "0.1.0"
 
-from ckavg.averaging.pipeline import average, measure_path
-from ckavg.averaging.plan import plan_average
-from ckavg.checkpoints.run import Run
-from ckavg.engine.context import Progress
-from ckavg.engine.distributed import all_ranks
-from ckavg.errors import CkavgError
-from ckavg.hub import Pushed, push_result
-from ckavg.output.record import Record
-from ckavg.path.table import PathLength
-from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, MomentumEMA
-from ckavg.sources import open_run
-from ckavg.verify.findings import Verified
-from ckavg.verify.verify import verify_result
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-Averaged = Record
+from ckavg.errors import CkavgError
+from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, MomentumEMA
+
+if TYPE_CHECKING:
+    from ckavg.averaging.pipeline import average, measure_path
+    from ckavg.averaging.plan import plan_average
+    from ckavg.checkpoints.run import Run
+    from ckavg.engine.context import Progress
+    from ckavg.engine.distributed import all_ranks
+    from ckavg.hub import Pushed, push_result
+    from ckavg.output.record import Record as Averaged
+    from ckavg.path.table import PathLength
+    from ckavg.sources import open_run
+    from ckavg.verify.findings import Verified
+    from ckavg.verify.verify import verify_result
 
 __all__ = [
     "BEMA",
@@ -52,3 +55,32 @@ __all__ = [
     "push_result",
     "verify_result",
 ]
+
+_MODULES = {
+    "Averaged": "output.record:Record",
+    "PathLength": "path.table",
+    "Progress": "engine.context",
+    "Pushed": "hub",
+    "Run": "checkpoints.run",
+    "Verified": "verify.findings",
+    "all_ranks": "engine.distributed",
+    "average": "averaging.pipeline",
+    "measure_path": "averaging.pipeline",
+    "open_run": "sources",
+    "plan_average": "averaging.plan",
+    "push_result": "hub",
+    "verify_result": "verify.verify",
+}
+"""Where the names are that are imported when they are first used, so that `ckavg --help` need not wait for them."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _MODULES[name].partition(":")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), attribute or name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_MODULES]

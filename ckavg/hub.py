@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.engine.context import OnProgress, Progress
 from ckavg.errors import HubError, RecordError, SettingError, listed
-from ckavg.output.command import as_options, shell_word
+from ckavg.output.commands import as_options, shell_word
 from ckavg.output.owned import CARD
 from ckavg.storage.address import as_repository
 from ckavg.storage.hub_errors import ask, connect, endpoint_of, hub_errors, may_pass, retry, status_of

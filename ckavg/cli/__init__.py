@@ -1,7 +1,4 @@
-"""The command line: one file a verb. Parse, one library call, render.
-
-Imports neither torch nor rich until they are used.
-"""
+"""The command line: one file a verb, imported when the verb is run. Parse, one library call, print."""
 
 from ckavg.cli.app import main
 

@@ -1,4 +1,4 @@
-"""The program: its verbs, and what becomes of an error."""
+"""The program: its verbs, and what a process does before and after one."""
 
 from __future__ import annotations
 
@@ -10,49 +10,75 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from ckavg import __version__
-from ckavg.cli.bema import bema
-from ckavg.cli.dema import dema
-from ckavg.cli.demo import demo
-from ckavg.cli.ema import ema
-from ckavg.cli.failures import FAILED, INTERRUPTED, of_system
-from ckavg.cli.inspect import inspect
-from ckavg.cli.mean import mean
-from ckavg.cli.ouema import ouema
-from ckavg.cli.path import path
-from ckavg.cli.pema import pema
-from ckavg.cli.push import push
-from ckavg.cli.ranks import mute_others
-from ckavg.cli.sweep import sweep
-from ckavg.cli.terminal import Stdout, warn
-from ckavg.cli.verify import verify
+from ckavg.cli.errors import FAILED, INTERRUPTED, mute_others, of_system
+from ckavg.cli.text import Stdout, warn
 from ckavg.errors import printable
+from ckavg.schemes import SCHEMES
+from ckavg.schemes.parse import described
 
 _STDERR = 2
 _MANY_FILES = 10_240
 """The most that macOS allows, and enough for any run."""
 
+_VERBS = {
+    **{scheme.name: described(scheme.name) for scheme in SCHEMES if scheme.has_verb},
+    "sweep": "Form many averages from one reading of the checkpoints: every value of every scheme.",
+    "path": "Measure how far the weights travelled: pass 1 alone, kept for later runs.",
+    "inspect": "Show what was found, in which order, and what is wrong with it. Reads no weights without --deep.",
+    "verify": "Read a result again and check it against its record: files, weights, numbers.",
+    "push": "Upload a finished average to the Hugging Face Hub.",
+    "demo": "Train a small model, save its checkpoints, average them, and compare.",
+}
+"""What `ckavg --help` says of each verb, without importing its file; a verb itself begins with the same sentence."""
+
+
+class Verb(TyperCommand):
+    """A verb whose file is imported when it is run, so that `ckavg --help` need not wait for all of them."""
+
+    def load(self) -> TyperCommand:
+        """The verb itself, with its options."""
+        name = str(self.name)
+        if name in {scheme.name for scheme in SCHEMES}:
+            function = import_module("ckavg.cli.average").scheme_verb(name)
+        else:
+            function = getattr(import_module(f"ckavg.cli.{name}"), name)
+        alone = typer.Typer(add_completion=False)
+        alone.command(name)(function)
+        command = typer.main.get_command(alone)
+        assert isinstance(command, TyperCommand)  # noqa: S101 - what typer makes of a single function
+        return command
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """As of the verb itself."""
+        return self.load().make_context(*arguments, **options)
+
 
 class _Program(TyperGroup):
     """The verbs. What is wrong with a command line is said in one line, and without obeying what was typed."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands.update({name: Verb(name, help=text) for name, text in _VERBS.items()})
+
     def make_context(self, *arguments: Any, **options: Any) -> Any:
-        with _told_in_one_line():
+        with _in_one_line():
             return super().make_context(*arguments, **options)
 
     def invoke(self, *arguments: Any) -> Any:
-        with _told_in_one_line():
+        with _in_one_line():
             return super().invoke(*arguments)
 
 
 @contextmanager
-def _told_in_one_line() -> Iterator[None]:
+def _in_one_line() -> Iterator[None]:
     try:
         yield
     except Exception as error:
@@ -70,8 +96,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (pema, bema, ema, ouema, dema, mean, sweep, path, inspect, verify, push, demo):
-    app.command()(verb)
 
 
 def _show_version(asked: bool) -> None:

@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from ckavg.averaging.pipeline import average
-from ckavg.cli.failures import failures
+from ckavg.cli.errors import failures
 from ckavg.cli.options import Json, Verbose
 from ckavg.cli.progress import show_steps
+from ckavg.cli.text import Output, plain_table, print_json, quoted
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import SettingError
 from ckavg.output.record import Record
-from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.schemes import BEMA, EMA, PEMA
 from ckavg.sources import open_run
 
@@ -51,25 +51,22 @@ def demo(
         if as_json:
             print_json({"held_out_loss": losses, "averages": [result.to_dict() for result in results]})
         else:
-            _print_comparison(directory, losses, results)
+            print_comparison(directory, losses, results)
 
 
-def _print_comparison(run: Path, losses: dict[str, float], results: list[Record]) -> None:
+def print_comparison(run: Path, losses: dict[str, float], results: list[Record]) -> None:
     """Print held-out losses, nats per byte, side by side; the last checkpoint's is the first."""
-    console = stdout_console()
+    out, steps = Output(), results[0].steps
     last, best = next(iter(losses.values())), min(losses.values())
     table = plain_table("", "held-out loss", "against the last checkpoint", left=("",))
     for name, loss in losses.items():
         change = "" if loss is last else f"{100 * (loss / last - 1):+.2f} %"
         table.add_row(quoted(name), f"{loss:.4f}", change, style="bold" if loss == best else "")
-    steps = results[0].steps
-    console.print(
-        quoted(f"{len(steps)} checkpoints of one training run in {run}, steps {steps[0]} to {steps[-1]}"), style="bold"
-    )
-    console.print("Loss on text that no training saw, in nats per byte: lower is better.\n")
-    console.print(table)
-    console.print()
-    console.print(quoted(f"The averages are in {results[0].directory.parent}."), soft_wrap=True)
-    console.print(
-        quoted(f"Next: ckavg inspect {run}, or try another power: ckavg pema {run} --gamma 0.2"), soft_wrap=True
-    )
+    title = f"{len(steps)} checkpoints of one training run in {run}, steps {steps[0]} to {steps[-1]}"
+    out.line(title, style="bold", wrap=True)
+    out.line("Loss on text that no training saw, in nats per byte: lower is better.")
+    out.line()
+    out.print(table)
+    out.line()
+    out.line(f"The averages are in {results[0].directory.parent}.")
+    out.line(f"Next: ckavg inspect {run}, or try another power: ckavg pema {run} --gamma 0.2")

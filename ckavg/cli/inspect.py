@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
+from ckavg.averaging.advice import about_anchor
 from ckavg.checkpoints.inspect import Inspection
-from ckavg.cli.commands import with_options
-from ckavg.cli.failures import FAILED, failures
-from ckavg.cli.options import Choice, Json, Quiet, Verbose
+from ckavg.checkpoints.run import Checkpoint
+from ckavg.cli.errors import FAILED, failures, message_of
+from ckavg.cli.options import Choice, Json, Quiet, Verbose, with_options
 from ckavg.cli.progress import show_progress
+from ckavg.cli.text import MOST_ROWS, Output, as_bytes, as_count, plain_table, plural, print_json, quoted
 from ckavg.engine.distributed import Ranks
+from ckavg.errors import listed
+from ckavg.output.commands import as_options, shell_word
 from ckavg.output.leftovers import find_leftovers
 from ckavg.sources import inspect_source
+from ckavg.storage.address import address_of
+
+if TYPE_CHECKING:
+    from ckavg.verify.findings import Finding
+    from ckavg.verify.health import Health
+
+_MOST_FINDINGS = 20
+_NAMED = 3
+_STEP = re.compile(r"\bsteps? (\d{1,18})\b", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,41 +54,180 @@ def inspect(options: Inspecting) -> None:
 
     Exit status 1 when something stands in the way of averaging.
     """
-    from ckavg.report import inspection as report
-
     with failures(verbose=options.verbose):
-        found = _with_leftovers(inspect_source(options.source, options.selection(), max_disk=options.max_disk))
-        is_sound = not found.problems
-        if options.deep or options.sha256:
-            is_sound = _look_deep(found, options) and is_sound
-        elif options.as_json or not options.quiet:
-            report.print_inspection(found, as_json=options.as_json)
-        if not is_sound:
+        found = inspect_source(options.source, options.selection(), max_disk=options.max_disk)
+        left = find_leftovers(found.home / "averaged")
+        found = dataclasses.replace(found, warnings=(*found.warnings, *map(str, left)))
+        begun = time.perf_counter()
+        health = _examine(found, options) if options.deep or options.sha256 else None
+        seconds = time.perf_counter() - begun
+        if options.as_json:
+            deep = {} if health is None else {"health": health_to_dict(health, seconds=seconds)}
+            print_json({**inspection_to_dict(found), **deep})
+        elif not options.quiet:
+            out = Output()
+            print_inspection(out, found)
+            if health is not None:
+                print_health(out, health, seconds=seconds)
+            out.line()
+            out.line(_verdict(found, health))
+        if found.problems or (health is not None and any(each.is_problem for each in health.findings)):
             raise typer.Exit(FAILED)
 
 
-def _with_leftovers(found: Inspection) -> Inspection:
-    """With a warning for each average that was interrupted where results go by default."""
-    left = find_leftovers(found.home / "averaged")
-    return dataclasses.replace(found, warnings=found.warnings + tuple(map(str, left)))
+def _warnings(found: Inspection) -> tuple[str, ...]:
+    if not found.checkpoints:
+        return found.warnings
+    first = found.checkpoints[0]
+    return found.warnings + about_anchor(first.step, first.entries, with_init=found.selection.init is not None)
 
 
-def _look_deep(found: Inspection, options: Inspecting) -> bool:
-    """Read the weights of the checkpoints that can be read, show what they reveal; whether they are sound."""
-    if not Ranks.of_environment().is_first:  # one reads for all processes of a job
-        return True
+def _examine(found: Inspection, options: Inspecting) -> Health | None:
+    """Read the weights of the checkpoints that can be read; in one process of a job alone."""
+    if not Ranks.of_environment().is_first:
+        return None
     from ckavg.remote.fetching import fetch_all
-    from ckavg.report.health import print_health
     from ckavg.verify.health import examine
 
-    begun = time.perf_counter()
     with show_progress(1, quiet=options.quiet) as on_progress:
-        paths = [shard.path for checkpoint in found.checkpoints for shard in checkpoint.shards]
-        fetch_all(found.remote, paths, on_progress)
+        fetch_all(found.remote, [shard.path for each in found.checkpoints for shard in each.shards], on_progress)
         health = examine(found.source, found.checkpoints, sha256=options.sha256, on_progress=on_progress)
         if found.remote is not None:
             found.remote.release()
-    seconds = time.perf_counter() - begun
-    if options.as_json or not options.quiet:
-        print_health(found, health, seconds=seconds, as_json=options.as_json)
-    return not any(finding.is_problem for finding in health.findings)
+    return health
+
+
+def inspection_to_dict(found: Inspection) -> dict[str, Any]:
+    """What the headers told, as plain JSON values."""
+    return {
+        "source": found.address,
+        "checkpoints": [
+            {
+                "step": checkpoint.step,
+                "directory": _place(found, checkpoint),
+                "files": list(checkpoint.names),
+                "bytes": checkpoint.nbytes,
+                "dtype": "+".join(checkpoint.dtypes),
+            }
+            for checkpoint in found.checkpoints
+        ],
+        "problems": [str(problem) for problem in found.problems],
+        "warnings": list(_warnings(found)),
+    }
+
+
+def print_inspection(out: Output, found: Inspection) -> None:
+    """Print the checkpoints, then warnings and problems."""
+    if found.checkpoints:
+        newest = found.checkpoints[-1]
+        floating = as_count(sum(entry.numel for entry in newest.entries.values() if entry.is_floating))
+        total = as_bytes(sum(checkpoint.nbytes for checkpoint in found.checkpoints))
+        counted = f"{len(found.checkpoints)} checkpoints of {floating} parameters, {total}"
+        out.line(f"{found.address}: {counted}", style="bold", wrap=True)
+        out.line()
+        out.print(_table(found))
+    for warning in _warnings(found):
+        out.warning(warning)
+    for problem in found.problems:
+        out.line()
+        message, *more = message_of(problem)
+        out.problem(message, more)
+
+
+def _table(found: Inspection) -> Table:
+    table = plain_table("step", "interval", "shards", "size", "dtype", "directory", left=("dtype", "directory"))
+    before: int | None = None
+    for place, checkpoint in enumerate(found.checkpoints):
+        name = _place(found, checkpoint) if place == 0 and found.selection.init else _name(found, checkpoint)
+        table.add_row(
+            str(checkpoint.step),
+            "" if before is None else f"{checkpoint.step - before:+d}",
+            str(len(checkpoint.shards)),
+            as_bytes(checkpoint.nbytes),
+            "+".join(checkpoint.dtypes) or "none",
+            quoted(name + (" (anchor)" if place == 0 else "")),
+        )
+        before = checkpoint.step
+    return table
+
+
+def _name(found: Inspection, checkpoint: Checkpoint) -> str:
+    """Within the run: of its directory or file, or of its revision."""
+    address = address_of(_place(found, checkpoint))
+    if address is None or address.revision is None or address.folder:
+        return checkpoint.path.name
+    return address.revision
+
+
+def _place(found: Inspection, checkpoint: Checkpoint) -> str:
+    return str(checkpoint.path) if found.remote is None else found.remote.named(checkpoint.path)
+
+
+def health_to_dict(health: Health, *, seconds: float) -> dict[str, Any]:
+    """What the weights told, as plain JSON values."""
+    return {
+        "findings": [
+            {"kind": each.check, "step": each.step, "tensor": each.tensor, "message": each.message}
+            for each in health.findings
+        ],
+        "path": list(health.path),
+        "sha256": dict(health.sha256),
+        "bytes_read": health.bytes_read,
+        "seconds": seconds,
+    }
+
+
+def print_health(out: Output, health: Health, *, seconds: float) -> None:
+    """Print what the weights told: findings, then hashes."""
+    for message in _shortened([each for each in health.findings if each.is_problem]):
+        out.line()
+        out.problem(message)
+    for message in _shortened(_suspicions(health)):
+        out.warning(message)
+    if health.sha256:
+        out.line()
+        out.line("SHA-256 of the weight files", style="bold")
+        for file, digest in list(health.sha256.items())[:MOST_ROWS]:
+            out.line(f"{digest}  {file}")
+        if len(health.sha256) > MOST_ROWS:
+            out.line(f"… {len(health.sha256) - MOST_ROWS} more with --json")
+    out.line()
+    frozen = [each.tensor for each in health.findings if each.check == "frozen" and each.tensor]
+    if frozen:
+        out.line(f"frozen   {plural(len(frozen), 'tensor')} that never move ({listed(frozen, _NAMED)})")
+    out.line(f"read     {as_bytes(health.bytes_read)}, in {seconds:.1f} s")
+
+
+def _suspicions(health: Health) -> list[Finding]:
+    return [each for each in health.findings if not each.is_problem and each.check != "frozen"]
+
+
+def _shortened(findings: Sequence[Finding]) -> list[str]:
+    messages = [finding.message for finding in findings]
+    hidden = len(messages) - _MOST_FINDINGS
+    return messages if hidden <= 0 else [*messages[:_MOST_FINDINGS], f"and {hidden} more, all of them with --json."]
+
+
+def _verdict(found: Inspection, health: Health | None) -> str:
+    """What to do next."""
+    findings = () if health is None else health.findings
+    unsound = sorted({each.step for each in findings if each.is_problem and each.step is not None})
+    if unsound:
+        options = " ".join(f"--skip-step {step}" for step in unsound[:_NAMED]) + " …" * (len(unsound) > _NAMED)
+        where = plural(len(unsound), "checkpoint")
+        return f"NaN or infinity in {where}: leave them out with {options}, or save them again."
+    if found.problems:
+        return f"{plural(len(found.problems), 'problem')} to solve before averaging."
+    more = [] if health is None else _suspicions(health)
+    steps = [each.step for each in more if each.step is not None] + _steps_named(found)
+    verdict = "Nothing stands in the way."
+    if count := len(_warnings(found)) + len(more):
+        verdict = f"{plural(count, 'warning')}{f': look at step {steps[0]} first' if steps else ''}."
+    options = as_options(found.selection.stated)
+    return f"{verdict} Next: ckavg pema {shell_word(found.address)} {options}".rstrip()
+
+
+def _steps_named(found: Inspection) -> list[int]:
+    """The steps of checkpoints that warnings speak of, in the order of the warnings."""
+    steps = {checkpoint.step for checkpoint in found.checkpoints}
+    return [step for text in found.warnings for step in map(int, _STEP.findall(text)) if step in steps]

@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
-from ckavg.averaging import advice
+from ckavg.averaging.advice import about_anchor, about_path
 from ckavg.averaging.pipeline import measure_path
 from ckavg.averaging.plan import fetching_of_path
 from ckavg.averaging.record import left_out_of_path
 from ckavg.checkpoints.inspect import as_run
-from ckavg.cli.averaging import check_plot, tell_fetching, warn_of
-from ckavg.cli.commands import with_options
-from ckavg.cli.options import Measuring
+from ckavg.checkpoints.run import Run
+from ckavg.cli.average import check_plot, say_fetching
+from ckavg.cli.errors import together
+from ckavg.cli.options import Measuring, with_options
 from ckavg.cli.progress import show_progress
-from ckavg.cli.ranks import together
+from ckavg.cli.text import (
+    MOST_ROWS,
+    Output,
+    as_bytes,
+    as_count,
+    bar,
+    plain_table,
+    print_json,
+    quoted,
+    shortened_rows,
+    warn_of,
+)
+from ckavg.engine.distributed import Ranks
+from ckavg.errors import WriteError
 from ckavg.output.place import check_file
 from ckavg.path.plan import plan_path
+from ckavg.path.table import PathLength
 from ckavg.sources import inspect_source
+from ckavg.storage.atomic import write_bytes
+
+_FURTHEST = 8
+"""Tensors that are shown of those that travelled furthest, and of those that travelled least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,46 +63,152 @@ def path(options: MeasuringPath) -> None:
 
     The table is kept in SOURCE/averaged/path.json, so that ckavg pema need not read the checkpoints for it again.
     """
-    from ckavg.report import path as report
-
     with together(verbose=options.verbose) as ranks:
         run = as_run(inspect_source(options.source, options.selection(), max_disk=options.max_disk))
         check_plot(options, run)
         if options.csv is not None:
             check_file(options.csv, run)
-        plan = plan_path(run, exclude=options.path_exclude or (), sample=options.sample)
-        warnings = run.warnings + advice.about_anchor(run.steps[0], run.tensors, with_init=run.anchor_is_init)
-        warnings += plan.cached.warnings
-        warn_of(warnings)
-        fetching = fetching_of_path(run, plan)
-        tell_fetching(fetching, quiet=options.quiet or not ranks.is_first)
         begun = time.perf_counter()
-        with show_progress(
-            1 + (fetching is not None and bool(fetching.whole)), quiet=options.quiet or not ranks.is_first
-        ) as on_progress:
-            measured = measure_path(
-                run,
-                path_exclude=options.path_exclude or (),
-                zero_sigma=options.zero_sigma,
-                sample=options.sample,
-                allow_nonfinite=options.allow_nonfinite,
-                device=options.device,
-                on_progress=on_progress,
-                ranks=ranks,
-            )
+        measured, warnings = _measure(run, options, ranks)
         if not ranks.is_first:
             return
         seconds = time.perf_counter() - begun
-        excluded = left_out_of_path(run, measured)
-        told = advice.about_path(measured, excluded)
-        warn_of(told)
         if options.csv is not None:
-            report.write_csv(measured, options.csv)
+            write_csv(measured, options.csv)
         if options.plot is not None:
             from ckavg.output.plots import path_figure, save_figure
 
             save_figure(path_figure(measured), options.plot)
-        if options.as_json or not options.quiet:
-            report.print_path(
-                measured, excluded=excluded, warnings=warnings + told, seconds=seconds, as_json=options.as_json
-            )
+        if options.as_json:
+            print_json(path_to_dict(run, measured, warnings=warnings, seconds=seconds))
+        elif not options.quiet:
+            print_path(measured, seconds=seconds)
+
+
+def _measure(run: Run, options: MeasuringPath, ranks: Ranks) -> tuple[PathLength, tuple[str, ...]]:
+    """Measure the path and show how far it has come; with all warnings, which were printed."""
+    exclude, quiet = options.path_exclude or (), options.quiet or not ranks.is_first
+    plan = plan_path(run, exclude=exclude, sample=options.sample)
+    before = run.warnings + about_anchor(run.steps[0], run.tensors, with_init=run.anchor_is_init)
+    before += plan.cached.warnings
+    warn_of(before)
+    fetching = fetching_of_path(run, plan)
+    say_fetching(fetching, quiet=quiet)
+    with show_progress(1 + (fetching is not None and bool(fetching.whole)), quiet=quiet) as on_progress:
+        measured = measure_path(
+            run,
+            path_exclude=exclude,
+            zero_sigma=options.zero_sigma,
+            sample=options.sample,
+            allow_nonfinite=options.allow_nonfinite,
+            device=options.device,
+            on_progress=on_progress,
+            ranks=ranks,
+        )
+    after = about_path(measured, left_out_of_path(run, measured)) if ranks.is_first else ()
+    warn_of(after)
+    return measured, before + after
+
+
+def path_to_dict(run: Run, path: PathLength, *, warnings: tuple[str, ...], seconds: float) -> dict[str, Any]:
+    """The path as plain JSON values."""
+    counted = set(path.counted)
+    return {
+        "steps": list(path.steps),
+        "anchor_step": path.steps[0],
+        "span": path.steps[-1] - path.steps[0],
+        "path_length": list(path.lengths),
+        "path_length_error": None if path.standard_errors is None else list(path.standard_errors),
+        "sample": path.sample,
+        "zero_sigma": path.zero_sigma,
+        "excluded_from_path": sorted({*left_out_of_path(run, path), *path.uncounted}),
+        "parameters_counted": path.parameters_counted,
+        "tensors": {
+            name: {
+                "sigma": tensor.sigma if tensor.is_finite else None,
+                "numel": tensor.numel,
+                "path_length": list(path.tensor_lengths(name)) if name in counted else None,
+            }
+            for name, tensor in sorted(path.tensors.items())
+        },
+        "warnings": list(warnings),
+        "bytes_read": path.bytes_read,
+        "seconds": {"path": seconds},
+    }
+
+
+def write_csv(path: PathLength, file: Path) -> None:
+    """Write ℓ by step and by tensor: a row for each step, a column for the whole model and for each counted tensor.
+
+    Raises:
+        WriteError: the system would not let us write.
+    """
+    errors = path.standard_errors
+    columns: list[tuple[str, tuple[float, ...]]] = [("path_length", path.lengths)]
+    if errors is not None:
+        columns.append(("standard_error", errors))
+    columns += [(name, path.tensor_lengths(name)) for name in path.counted]  # whatever their names, "step" included
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["step", *(name for name, _ in columns)])
+    writer.writerows(zip(path.steps, *(values for _, values in columns), strict=True))
+    try:
+        write_bytes(file, text.getvalue().encode())
+    except OSError as error:
+        raise WriteError(
+            f"{file} cannot be written: {error.strerror or error}.", hint="Name a file in a directory of yours."
+        ) from error
+
+
+def print_path(path: PathLength, *, seconds: float) -> None:
+    """Print ℓ by step, and which tensors travelled furthest and least.
+
+    Args:
+        path: what was measured.
+        seconds: how long it took.
+    """
+    out = Output()
+    counted = f"{len(path.steps)} checkpoints, steps {path.steps[0]} to {path.steps[-1]}"
+    travelled = f"{as_count(path.parameters_counted)} parameters travelled ℓ(T) = {path.lengths[-1]:.4f}"
+    out.line(f"{counted}: {travelled}", style="bold")
+    out.line("ℓ is the mean distance that a parameter went, in units of its tensor's spread at the anchor.")
+    out.line()
+    out.print(_by_step(path))
+    out.line()
+    out.print(_by_tensor(path))
+    out.line()
+    if path.sample < 1:
+        out.line(f"estimated from {100 * path.sample:g} % of each tensor; ± is one standard error")
+    out.line(
+        f"read     {as_bytes(path.bytes_read)}, {f'in {seconds:.1f} s' if path.bytes_read else 'all of it cached'}"
+    )
+
+
+def _by_step(path: PathLength) -> Table:
+    columns = {"step": [str(step) for step in path.steps], "ℓ": [f"{length:.4f}" for length in path.lengths]}
+    if path.standard_errors:
+        columns["±"] = [f"{error:.4f}" for error in path.standard_errors]
+    columns[" "] = [bar(length, path.lengths[-1]) for length in path.lengths]
+    table = plain_table(*columns, left=(" ",))
+    head, middle, tail = shortened_rows(list(zip(*columns.values(), strict=True)), MOST_ROWS)
+    hidden = len(path.steps[middle])
+    between = [("…", *[""] * (len(columns) - 2), f"{hidden} more")] if hidden else []
+    for row in (*head, *between, *tail):
+        table.add_row(*row)
+    return table
+
+
+def _by_tensor(path: PathLength) -> Table:
+    """The tensors that travelled furthest, and those that travelled least."""
+    ends = {name: path.tensor_lengths(name)[-1] for name in path.counted}
+    ordered = sorted(ends, key=lambda name: (-ends[name], name))
+    rows: list[tuple[Text | str, str, str]] = [
+        (quoted(name), f"{ends[name]:.4f}", bar(ends[name], ends[ordered[0]])) for name in ordered
+    ]
+    hidden = len(rows) - 2 * _FURTHEST
+    if hidden > 1:
+        rows[_FURTHEST:-_FURTHEST] = [(f"… {hidden} more between", "", "")]
+    table = plain_table("tensor", "ℓ", " ", left=("tensor", " "))
+    for row in rows:
+        table.add_row(*row)
+    return table

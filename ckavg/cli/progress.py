@@ -1,13 +1,21 @@
-"""Progress of the passes on stderr: a live display in a terminal, plain lines elsewhere."""
+"""Progress on stderr: bars in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from ckavg.cli.terminal import say, stderr_is_terminal
+from ckavg.cli.text import say, stderr_is_terminal
 from ckavg.engine.context import OnProgress, Progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import ProgressColumn, TaskID
+
+OnStep = Callable[[int, int, float], None]
+"""Called with steps done, steps to do, and the training loss."""
 
 _TITLES = {
     "path": "measuring the path",
@@ -20,6 +28,7 @@ _TITLES = {
     "fetch": "fetching",
     "upload": "uploading",
 }
+_TO_DO = {"upload": "to send", "fetch": "to fetch"}
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -33,47 +42,26 @@ def show_progress(passes: int, *, quiet: bool) -> Iterator[OnProgress | None]:
     """
     if quiet:
         yield None
-    elif stderr_is_terminal():
-        with _live(passes) as listener:
-            yield listener
-    else:
+    elif not stderr_is_terminal():
         yield _Lines(passes)
+    else:
+        from rich.progress import DownloadColumn, TransferSpeedColumn
+
+        with _bars(DownloadColumn(), TransferSpeedColumn()) as bars:
+            yield _listener(bars, passes)
 
 
-@contextmanager
-def _live(passes: int) -> Iterator[OnProgress]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        TaskID,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-    from rich.progress import (
-        Progress as Display,
-    )
+def _listener(bars: Bars, passes: int) -> OnProgress:
+    starting = bars.add_task("starting", total=None)
+    tasks: dict[str, TaskID] = {}
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Display(*columns, console=Console(stderr=True), transient=True) as display:
-        starting = display.add_task("starting", total=None)
-        tasks: dict[str, TaskID] = {}
+    def listen(news: Progress) -> None:
+        if news.stage not in tasks:
+            bars.update(starting, visible=False)
+            tasks[news.stage] = bars.add_task(_title(news, len(tasks) + 1, passes), total=news.total)
+        bars.update(tasks[news.stage], completed=news.done)
 
-        def listen(news: Progress) -> None:
-            if not tasks:
-                display.remove_task(starting)
-            if news.stage not in tasks:
-                tasks[news.stage] = display.add_task(_title(news, len(tasks) + 1, passes), total=news.total)
-            display.update(tasks[news.stage], completed=news.done)
-
-        yield listen
+    return listen
 
 
 class _Lines:
@@ -94,8 +82,7 @@ class _Lines:
         title = _title(news, len(self._begun), self._passes)
         if is_new:
             kept = f"; {news.kept / 1e9:.2f} GB more were done before it was interrupted" if news.kept else ""
-            what = {"upload": "to send", "fetch": "to fetch"}.get(news.stage, "to read")
-            say(f"{title}: {news.total / 1e9:.2f} GB {what}{kept}")
+            say(f"{title}: {news.total / 1e9:.2f} GB {_TO_DO.get(news.stage, 'to read')}{kept}")
             return
         rate = news.done / max(now - begun, 1e-9)
         left = "done" if news.done == news.total else f"{(news.total - news.done) / rate:.0f} s left"
@@ -108,15 +95,18 @@ def _title(news: Progress, number: int, passes: int) -> str:
 
 
 @contextmanager
-def show_steps(title: str) -> Iterator[Callable[[int, int, float], None]]:
-    """Yield a listener for a training run: steps done, steps to do, training loss.
+def show_steps(title: str) -> Iterator[OnStep]:
+    """Yield a listener for a training run.
 
     Args:
         title: what is being trained.
     """
     if stderr_is_terminal():
-        with _live_steps(title) as listener:
-            yield listener
+        from rich.progress import MofNCompleteColumn, TextColumn
+
+        with _bars(MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}")) as bars:
+            task = bars.add_task(title, total=None, loss="")
+            yield lambda done, total, loss: bars.update(task, completed=done, total=total, loss=f"{loss:.3f}")
         return
     shown = 0
 
@@ -129,23 +119,16 @@ def show_steps(title: str) -> Iterator[Callable[[int, int, float], None]]:
     yield listen
 
 
-@contextmanager
-def _live_steps(title: str) -> Iterator[Callable[[int, int, float], None]]:
+def _bars(*columns: ProgressColumn) -> Bars:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Display
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
 
-    columns = (
+    return Bars(
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}"),
+        *columns,
         TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
     )
-    with Display(*columns, console=Console(stderr=True), transient=True) as display:
-        task = display.add_task(title, total=None, loss="")
-
-        def listen(done: int, total: int, loss: float) -> None:
-            display.update(task, completed=done, total=total, loss=f"{loss:.3f}")
-
-        yield listen

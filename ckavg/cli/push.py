@@ -9,21 +9,12 @@ from typing import Annotated
 
 import typer
 
-from ckavg.cli.failures import INTERRUPTED, failures
-from ckavg.cli.options import (
-    Averaging,
-    CommitMessage,
-    CreatePr,
-    Json,
-    Private,
-    Quiet,
-    Revision,
-    Verbose,
-)
+from ckavg.cli.errors import failures, interrupted_with
+from ckavg.cli.options import Averaging, CommitMessage, CreatePr, Json, Private, Quiet, Revision, Verbose
 from ckavg.cli.progress import show_progress
-from ckavg.cli.terminal import stderr_is_terminal, warn
+from ckavg.cli.text import Output, as_bytes, print_json, stderr_is_terminal, warn_of
 from ckavg.errors import SettingError
-from ckavg.hub import Destination, Pushed, check_access, continued, plan_push
+from ckavg.hub import Destination, Pushed, continued, plan_push
 from ckavg.hub import push as upload
 
 
@@ -41,68 +32,64 @@ def push(
 ) -> None:
     """Upload a finished average to the Hugging Face Hub.
 
-    Checks the rights, then every file against the record, then uploads all of it as one commit. An upload that failed
-    is continued by the same command. Log in with: hf auth login
+    Checks your rights, then every file against the record, then uploads all of it as one commit. The same command
+    continues an upload that failed. Log in with: hf auth login
     """
-    from ckavg.report import push as report
-
     with failures(verbose=verbose):
         destination = Destination(
             repo=repo, private=private, revision=revision, commit_message=commit_message, create_pr=create_pr
         )
         pushed = push_shown(result, destination, quiet=quiet)
-        report.print_pushed(pushed, as_json=as_json, quiet=quiet)
+        if as_json:
+            print_json(pushed.to_dict())
+        elif not quiet:
+            print_pushed(pushed)
+
+
+def print_pushed(pushed: Pushed) -> None:
+    """Print where the result can be looked at."""
+    out = Output()
+    out.line(f"uploaded {len(pushed.files)} files, {as_bytes(pushed.bytes)}, commit {pushed.commit[:8]}")
+    out.line(f"url      {pushed.url}")
 
 
 def destination_of(options: Averaging) -> Destination | None:
-    """Where a result is to be uploaded, by the options of an averaging verb; None where it is not."""
+    """Where a result is to be uploaded, by the options of an averaging verb; None where it is not.
+
+    Raises:
+        SettingError: there is none, and yet an option that goes with it.
+    """
+    if options.push_to_hub is not None:
+        return Destination(
+            repo=options.push_to_hub,
+            private=options.private,
+            revision=options.revision,
+            commit_message=options.commit_message,
+            create_pr=options.create_pr,
+        )
     given = {
         "--revision": options.revision is not None,
         "--commit-message": options.commit_message is not None,
         "--create-pr": options.create_pr,
         "--private or --public": options.private is not None,
     }
-    if options.push_to_hub is None:
-        for name, is_given in given.items():
-            if is_given:
-                raise SettingError(f"{name} goes with --push-to-hub.", hint="Name the repository: --push-to-hub REPO")
-        return None
-    return Destination(
-        repo=options.push_to_hub,
-        private=options.private,
-        revision=options.revision,
-        commit_message=options.commit_message,
-        create_pr=options.create_pr,
-    )
-
-
-def check_push(destination: Destination | None, files: tuple[str, ...]) -> None:
-    """Find out, before hours of reading, whether the upload after them would be let in."""
-    if destination is not None:
-        check_access(destination, files)
+    if any(given.values()):
+        name = next(name for name, is_given in given.items() if is_given)
+        raise SettingError(f"{name} goes with --push-to-hub.", hint="Name the repository: --push-to-hub REPO")
+    return None
 
 
 @contextmanager
 def complete_in(directory: Path, destination: Destination | None = None) -> Iterator[None]:
-    """Let an interrupt after the averaging say that the result is there, and how to go on if it is to be uploaded."""
+    """Let an interrupt after the averaging say that the result is there, and how to continue with its upload."""
     goes_on = "" if destination is None else f" {continued(directory, destination)}"
     with interrupted_with(f"The result is complete in {directory}.{goes_on}"):
         yield
 
 
-@contextmanager
-def interrupted_with(told: str) -> Iterator[None]:
-    """Have an interrupt end the command with these words, for work that was complete before it."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        warn("interrupted", told)
-        raise typer.Exit(INTERRUPTED) from error
-
-
 def push_shown(directory: Path, destination: Destination, *, quiet: bool) -> Pushed:
     """Upload a result and show how far it has come. An interrupt costs nothing but the rest of the upload."""
-    show_bars = stderr_is_terminal() and not quiet
+    show_bars = stderr_is_terminal() and not quiet  # huggingface_hub's own
     with complete_in(directory, destination):
         with show_progress(2, quiet=quiet) as on_progress:
             plan = plan_push(directory, destination, on_progress=on_progress)
@@ -110,6 +97,5 @@ def push_shown(directory: Path, destination: Destination, *, quiet: bool) -> Pus
                 pushed = upload(plan, on_progress=on_progress)
         if show_bars:
             pushed = upload(plan, show_bars=True)
-    for warning in pushed.warnings:
-        warn("warning", warning)
+    warn_of(pushed.warnings)
     return pushed

@@ -3,66 +3,74 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Literal
 
 import typer
 
 from ckavg.averaging.evaluation import best, check_command, evaluate, record_evaluation
-from ckavg.averaging.plan import Plan, checked
-from ckavg.cli.averaging import carry_out_shown, check_plot, plans_of, warn_of, warn_of_leftovers, write_plot
-from ckavg.cli.commands import joined
-from ckavg.cli.failures import INTERRUPTED
-from ckavg.cli.options import Sweeping
-from ckavg.cli.push import check_push, destination_of, interrupted_with, push_shown
-from ckavg.cli.ranks import together
-from ckavg.cli.terminal import say, warn
+from ckavg.averaging.plan import Plan, fetching_of, memory_bytes
+from ckavg.cli.average import carry_out_shown, fetching_lines, path_shown, plan_to_dict, plans_of, write_plot
+from ckavg.cli.errors import INTERRUPTED, interrupted_with, together
+from ckavg.cli.options import Averaging, result, with_options
+from ckavg.cli.push import destination_of, push_shown
+from ckavg.cli.text import Output, as_bytes, plain_table, print_json, quoted, say, sparkline, warn, warn_of
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import HubError, SettingError, WriteError, printable
 from ckavg.hub import Destination, continued
 from ckavg.output.place import place_in
-from ckavg.output.record import Record
-from ckavg.schemes import SCHEMES, Scheme
+from ckavg.output.record import Evaluation, Record
+from ckavg.schemes import Scheme
 from ckavg.schemes.parse import is_scheme, parse_schemes
-from ckavg.sources import inspect_source
+
+_MOST_BARS = 60
+"""Checkpoints whose weights are drawn in a column of the table."""
 
 
-def _describe(
-    *,
+@dataclass(frozen=True, slots=True)
+class Sweeping(Averaging):
+    """The options of `sweep`."""
+
     words: Annotated[
         list[str],
         typer.Argument(
             metavar="[SOURCE] SCHEME...",
             help="Schemes with values to try, such as pema:gamma=0.1,0.15 bema:eta=0.2 mean.",
         ),
-    ],
-) -> None:
+    ] = dataclasses.field(kw_only=True)
+    eval_command: Annotated[
+        str | None,
+        result(
+            "--eval",
+            metavar="COMMAND",
+            help="Run COMMAND on each result, {dir} its directory; the last number that it prints counts.",
+            shown=False,
+        ),
+    ] = None
+    eval_goal: Annotated[
+        Literal["min", "max"], result(help="Whether the best result has the least or the greatest number.")
+    ] = "min"
+
+
+@with_options(Sweeping, without=("source",))
+def sweep(options: Sweeping) -> None:
     """Form many averages from one reading of the checkpoints: every value of every scheme.
 
     Each result is the same to the byte as that of the scheme's own command. With --eval, your own command tells which
     of them is best.
     """
-
-
-def _sweep(options: Sweeping, values: Mapping[str, object]) -> None:
-    words = list(cast(Sequence[str], values["words"]))
+    words = list(options.words)
     with together(verbose=options.verbose) as ranks:
-        if words and not is_scheme(words[0], SCHEMES):
+        if words and not is_scheme(words[0]):
             options = dataclasses.replace(options, source=Path(words.pop(0)))
         if not words:
             raise SettingError("sweep: no scheme is named.", hint="For example: ckavg sweep . pema:gamma=0.1,0.15 mean")
-        _average_all(parse_schemes(words, SCHEMES), options, ranks)
-
-
-_describe.__name__ = "sweep"
-sweep = joined(_describe, Sweeping, inspect.signature(_describe, eval_str=True).parameters, _sweep, takes_source=False)
+        _average_all(parse_schemes(words), options, ranks)
 
 
 def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -> None:
-    from ckavg.report import sweep as report
-
     if options.eval_command is not None:
         check_command(options.eval_command)
     destination = destination_of(options)
@@ -71,71 +79,124 @@ def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -
             "sweep: --push-to-hub uploads one average, and nothing tells which of them.",
             hint="Add --eval COMMAND for the best of them; or choose by yourself, with: ckavg push DIR REPO",
         )
-    origins = {scheme.every_from for scheme in schemes}
-    if options.every and len(origins) > 1:
+    if options.every and len({scheme.every_from for scheme in schemes}) > 1:
         raise SettingError(
             "sweep: with --every, all averages must begin at one burn-in, for updates are counted from it.",
             hint="Sweep each burn-in by itself.",
         )
-    found = inspect_source(options.source, options.selection(origins.pop()), max_disk=options.max_disk)
-    base = options.out if options.out is not None else place_in(found.home, "averaged")
-    places = [place_in(base, scheme.label) for scheme in schemes]
-    run = checked(found, places, force=options.force)
-    check_plot(options, run)
-    plans = plans_of(run, list(zip(schemes, places, strict=True)), options)
-    warn_of(dict.fromkeys(warning for plan in plans for warning in plan.warnings))
-    warn_of_leftovers(plans)
-    if ranks.is_first:
-        check_push(destination, plans[0].files)
+
+    def places_in(home: Path) -> list[Path]:
+        base = options.out if options.out is not None else place_in(home, "averaged")
+        return [place_in(base, scheme.label) for scheme in schemes]
+
+    plans = plans_of(schemes, options, ranks, destination, places_in)
     if options.dry_run:
-        warn_of(dict.fromkeys(warning for plan in plans for warning in plan.foreseen))
-        report.print_plans(plans, as_json=options.as_json)
+        print_plans(plans, as_json=options.as_json)
         return
     done = carry_out_shown(plans, options, ranks)
     if not ranks.is_first:
         return
     goes_on = "" if destination is None else f" {continued(Path('DIR'), destination)}"
-    with interrupted_with(f"All averages are complete in {base}.{goes_on}"):
+    with interrupted_with(f"All averages are complete in {plans[0].out.parent}.{goes_on}"):
         told = {warning for plan in plans for warning in plan.warnings}
-        warn_of(dict.fromkeys(each for result in done.records for each in result.warnings if each not in told))
+        warn_of(each for record in done.records for each in record.warnings if each not in told)
         results, interrupted = list(done.records), False
         if options.eval_command is not None:
             interrupted = not _evaluate_all(results, plans, options.eval_command, quiet=options.quiet)
-        report.print_results(results, goal=options.eval_goal, as_json=options.as_json, quiet=options.quiet)
+        winner = best([record.evaluation for record in results], options.eval_goal)
+        if options.as_json:
+            name = {} if winner is None else {"best": results[winner].outputs[-1].name}
+            print_json({"averages": [record.to_dict() for record in results], **name})
+        elif not options.quiet:
+            print_results(results, winner)
         write_plot(done, options)
         if interrupted:
             raise typer.Exit(INTERRUPTED)
         if destination is not None:
-            _push_best(results, destination, options)
-
-
-def _push_best(results: list[Record], destination: Destination, options: Sweeping) -> None:
-    """Upload the best average; its address goes to stderr, where stdout holds one JSON object already."""
-    winner = best([result.evaluation for result in results], options.eval_goal) if len(results) > 1 else 0
-    if winner is None:
-        raise HubError(
-            "sweep: no average has an evaluation, so that none is the best. Nothing was uploaded.",
-            hint=f"Choose by yourself: ckavg push DIR {destination.repo}",
-        )
-    pushed = push_shown(results[winner].directory, destination, quiet=options.quiet)
-    if not options.quiet:
-        say(printable(f"uploaded {results[winner].outputs[-1].name} to {pushed.url}"))
+            _push_best(results, 0 if len(results) == 1 else winner, destination, quiet=options.quiet)
 
 
 def _evaluate_all(results: list[Record], plans: Sequence[Plan], command: str, *, quiet: bool) -> bool:
-    """Have the user's command tell of each result; one that fails costs nothing else. False after an interrupt."""
+    """Have the user's command judge each result; one that fails costs nothing else. False after an interrupt."""
     try:
-        for place, result in enumerate(results):
+        for place, record in enumerate(results):
+            name = record.outputs[-1].name
             if not quiet:
-                say(f"evaluating {printable(result.outputs[-1].name)}, {place + 1} of {len(results)}")
-            evaluation = evaluate(result.directory, command)
+                say(f"evaluating {printable(name)}, {place + 1} of {len(results)}")
+            evaluation = evaluate(record.directory, command)
             if evaluation.value is None:
-                warn("warning", f"{result.outputs[-1].name} has no evaluation: {evaluation.problem}.")
+                warn("warning", f"{name} has no evaluation: {evaluation.problem}.")
             try:
-                results[place] = record_evaluation(result, evaluation, plans[place])
+                results[place] = record_evaluation(record, evaluation, plans[place])
             except WriteError as error:
                 warn("warning", error.message)
     except KeyboardInterrupt:
         warn("interrupted", "The evaluation ends here. All averages are complete.")
         return False
     return True
+
+
+def _push_best(results: list[Record], winner: int | None, destination: Destination, *, quiet: bool) -> None:
+    """Upload the best average; its address goes to stderr, where stdout holds one JSON object already."""
+    if winner is None:
+        raise HubError(
+            "sweep: no average has an evaluation, so that none is the best. Nothing was uploaded.",
+            hint=f"Choose by yourself: ckavg push DIR {destination.repo}",
+        )
+    pushed = push_shown(results[winner].directory, destination, quiet=quiet)
+    if not quiet:
+        say(printable(f"uploaded {results[winner].outputs[-1].name} to {pushed.url}"))
+
+
+def print_results(results: Sequence[Record], winner: int | None) -> None:
+    """Print the averages side by side: the weights of the checkpoints, first to last, and where each result is.
+
+    Args:
+        results: the averages.
+        winner: index of the best; None where nothing tells.
+    """
+    out, first = Output(), results[0]
+    steps = f"steps {first.steps[0]} to {first.steps[-1]}"
+    out.line(f"{len(results)} averages of {len(first.steps)} checkpoints, {steps}", style="bold")
+    measured = next((record for record in results if record.path_length), None)
+    if measured is not None:
+        out.line(path_shown(measured))
+    out.line()
+    evaluated = any(record.evaluation is not None for record in results)
+    columns = ("average", "weights, first to last", "first", "last", "least", *(("eval", " ") if evaluated else ()))
+    table = plain_table(*columns, left=("average", "weights, first to last", " "))
+    for place, record in enumerate(results):
+        weights = record.weights
+        bars = sparkline(weights) if len(weights) <= _MOST_BARS else ""
+        cells = [f"{weight:.4f}" for weight in (weights[0], weights[-1], min(weights))]
+        if evaluated:
+            cells += [_value(record.evaluation), "best" if place == winner else ""]
+        table.add_row(quoted(record.outputs[-1].name), bars, *cells, style="bold" if place == winner else "")
+    out.print(table)
+    out.line()
+    out.line(f"read     {as_bytes(first.bytes_read)} in {first.seconds.total:.1f} s")
+    out.line(f"results  {first.directory.parent}" if winner is None else f"best     {results[winner].directory}")
+
+
+def _value(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return ""
+    return "failed" if evaluation.value is None else f"{evaluation.value:.6g}"
+
+
+def print_plans(plans: Sequence[Plan], *, as_json: bool) -> None:
+    """Print what would be read and written."""
+    fetching = fetching_of(plans)
+    if as_json:
+        print_json({"dry_run": True, "averages": [plan_to_dict(plan, fetching) for plan in plans]})
+        return
+    out = Output()
+    read = max(plan.path_bytes for plan in plans) + max(plan.replay_bytes for plan in plans)
+    out.line(f"{len(plans)} averages from one reading", style="bold")
+    out.line(f"would read   {as_bytes(read)}")
+    for line in fetching_lines(fetching):
+        out.line(f"would {line}")
+    for plan in plans:
+        out.line(f"would write  {as_bytes(plan.write_bytes)} to {plan.out}")
+    out.line(f"would need   about {as_bytes(memory_bytes(plans))} of memory")
+    out.line("Nothing was read or written.")

@@ -8,12 +8,21 @@ from typing import Annotated
 
 import typer
 
-from ckavg.cli.failures import FAILED, failures
+from ckavg.cli.errors import FAILED, failures
 from ckavg.cli.options import Json, Quiet, Verbose
 from ckavg.cli.progress import show_progress
-from ckavg.cli.terminal import say
+from ckavg.cli.text import Output, as_bytes, plural, print_json, say
 from ckavg.errors import SettingError, printable
+from ckavg.verify.findings import Verified
 from ckavg.verify.verify import ELEMENTS, verify_result
+
+_PASSED = {
+    "record": "its numbers follow from each other",
+    "files": "nothing is missing or changed",
+    "weights": "they load, and none is NaN",
+    "sources": "the checkpoints are those that were averaged",
+    "replay": "computed again from the checkpoints",
+}
 
 
 def verify(
@@ -49,8 +58,6 @@ def verify(
 
     With --replay and --sources, against the checkpoints, too. Exit status 1 when something is not as recorded.
     """
-    from ckavg.report import verify as report
-
     with failures(verbose=verbose):
         if not (replay or sources) and (source is not None or init is not None or fetch):
             raise SettingError(
@@ -58,7 +65,7 @@ def verify(
                 hint="Add --replay or --sources.",
             )
 
-        def tell(places: Sequence[str]) -> None:
+        def say_places(places: Sequence[str]) -> None:
             if fetch or not quiet:
                 for place in places:
                     say(printable(f"reading {place}"))
@@ -74,8 +81,50 @@ def verify(
                 elements=elements,
                 seed=seed,
                 on_progress=on_progress,
-                on_places=tell,
+                on_places=say_places,
             )
-        report.print_verified(verified, as_json=as_json, quiet=quiet)
+        if as_json:
+            print_json(verified.to_dict())
+        else:
+            print_verified(verified, quiet=quiet)
         if verified.problems:
             raise typer.Exit(FAILED)
+
+
+def print_verified(verified: Verified, *, quiet: bool) -> None:
+    """Print what was checked, then warnings and problems, then the verdict; if quiet, problems alone."""
+    out = Output()
+    if not quiet:
+        out.line(verified.result, style="bold")
+        out.line(verified.title)
+        out.line()
+        wrong = {each.check for each in verified.findings if each.is_problem}
+        for check in verified.checks:
+            outcome = "WRONG  see below" if check in wrong else f"ok     {_PASSED[check]}"
+            out.line(f"{check:8} {outcome}{_measured(verified, check)}")
+        for warning in verified.warnings:
+            out.warning(warning)
+    for problem in verified.problems:
+        if not quiet:
+            out.line()
+        message, *more = problem.splitlines()
+        out.problem(message, more)
+    if not quiet:
+        out.line()
+        out.line(_verdict(verified))
+
+
+def _measured(verified: Verified, check: str) -> str:
+    if check == "files":
+        return f" ({verified.files} files)"
+    if check != "replay" or not verified.elements:
+        return ""
+    apart = f"at most {verified.largest_deviation:.2f} units in the last place apart"
+    return f" ({verified.elements:,} elements, {apart}, seed {verified.seed})"
+
+
+def _verdict(verified: Verified) -> str:
+    read = f"Read {as_bytes(verified.bytes_read)} in {verified.seconds:.1f} s."
+    if not verified.problems:
+        return f"All as recorded. {read}"
+    return f"{plural(len(verified.problems), 'problem')}: this result is not what its record says. {read}"

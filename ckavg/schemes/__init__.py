@@ -1,7 +1,7 @@
 """The averaging schemes as pure numbers: β and α for every visited checkpoint. One file a scheme.
 
 No torch, no files, no logging: a scheme turns steps and path lengths into float64 coefficients, and names the update
-rule that takes them in. The rules themselves are in `ckavg.replay`.
+rule that takes them in. The rules themselves are in `averaging/rules.py`.
 """
 
 from ckavg.schemes.base import Coefficients, Scheme, Timeline
@@ -13,8 +13,8 @@ from ckavg.schemes.momentum import MomentumEMA, scaled_momentum
 from ckavg.schemes.ouema import OUEMA
 from ckavg.schemes.pema import PEMA
 
-SCHEMES: tuple[type[Scheme], ...] = (EMA, MomentumEMA, PEMA, BEMA, OUEMA, DEMA, Mean, Last)
-"""Every scheme there is."""
+SCHEMES: tuple[type[Scheme], ...] = (PEMA, BEMA, EMA, MomentumEMA, OUEMA, DEMA, Mean, Last)
+"""Every scheme there is, in the order in which commands are shown. Commands and their options are made from it."""
 
 __all__ = [
     "BEMA",

@@ -90,6 +90,10 @@ class Scheme(abc.ABC):
         title: what it is called in prose.
         reference: the paper and equation it comes from.
         needs_path: whether it cannot do without the path length.
+        label_fields: hyper-parameters that are part of every label.
+        chosen_by: the hyper-parameter that asks for this scheme among those of one name.
+        switches: hyper-parameters that a switch of the command line stands for, by the name of the switch.
+        has_verb: whether it is a command of its own, rather than a word of `ckavg sweep` alone.
     """
 
     name: ClassVar[str]
@@ -97,6 +101,9 @@ class Scheme(abc.ABC):
     reference: ClassVar[str]
     needs_path: ClassVar[bool] = False
     label_fields: ClassVar[tuple[str, ...]]
+    chosen_by: ClassVar[str] = ""
+    switches: ClassVar[Mapping[str, Mapping[str, float]]] = {}
+    has_verb: ClassVar[bool] = True
 
     @abc.abstractmethod
     def coefficients(self, timeline: Timeline) -> Coefficients:

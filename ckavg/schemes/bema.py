@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,23 +13,23 @@ from ckavg.schemes.base import Coefficients, Scheme, Timeline, falling, require,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BEMA(Scheme):
-    """Bias-corrected exponential moving average.
+    """Bias-corrected EMA: an average that does not lag behind.
 
         at the first checkpoint with t_k ≥ τ:   θ_0 ← θ_k,  E ← θ_k
-        at every visited checkpoint after it:   β_k = (ρ + γ t_k)^(−κ)        α_k = (ρ + γ t_k)^(−η)
-                                                E ← (1 − β_k) E + β_k θ_k
-                                                output E + α_k (θ_k − θ_0)
+        at every visited checkpoint after it:
+            β_k = (ρ + γ t_k)^(−κ)        α_k = (ρ + γ t_k)^(−η)
+            E ← (1 − β_k) E + β_k θ_k        output E + α_k (θ_k − θ_0)
 
     t_k is the absolute optimizer step, not the age since the anchor or the burn-in. The authors' offline code differs:
     with u = max(t − τ + ρ, 1) it takes β = (1 + γ u)^(−κ) and α = (1 + u)^(−η).
 
     Attributes:
-        eta: η ≥ 0, power of the correction; 0 is the strongest, α = 1; infinity turns it off.
-        kappa: κ ≥ 0, power of the average; 0 means β = 1, no averaging.
-        multiplier: γ, weight of the step in both schedules.
-        lag: ρ; ρ + γ t must be at least 1 at every update.
-        burn_in: τ ≥ 0 in optimizer steps.
-        form: `paper`, or `author` for the schedule of the authors' offline code.
+        eta: power η ≥ 0 of the correction; 0 is the strongest (α = 1), inf turns it off.
+        kappa: power κ ≥ 0 of the average; 0 does not average (β = 1).
+        multiplier: weight γ of the step in both schedules.
+        lag: lag ρ, added to the step; ρ + γ t must be at least 1 at every update.
+        burn_in: optimizer step τ ≥ 0; the average begins at the first checkpoint at or after it.
+        form: schedule of the `paper`, or of the `author`s' offline code.
 
     References:
         EMA Without the Lag: Bias-Corrected Iterate Averaging Schemes, Algorithm 1.
@@ -41,6 +43,7 @@ class BEMA(Scheme):
     title: ClassVar[str] = "Bias-corrected EMA (BEMA)"
     reference: ClassVar[str] = "EMA Without the Lag, Algorithm 1"
     label_fields: ClassVar[tuple[str, ...]] = ("eta",)
+    switches: ClassVar[Mapping[str, Mapping[str, float]]] = {"no_bias_correction": {"eta": math.inf}}
 
     eta: float = 0.2
     kappa: float = 0.5

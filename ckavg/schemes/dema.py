@@ -10,17 +10,17 @@ from ckavg.schemes.base import Coefficients, Scheme, Timeline, falling, require,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DEMA(Scheme):
-    """Double exponential moving average.
+    """Double EMA: twice an average less its own average, which cancels the lag.
 
-        β_k = (ρ + γ t_k)^(−κ)
-        e_1 ← (1 − β_k) e_1 + β_k θ_k        e_2 ← (1 − β_k) e_2 + β_k e_1        output 2 e_1 − e_2
+        β_k = (ρ + γ t_k)^(−κ)        output 2 e_1 − e_2
+        e_1 ← (1 − β_k) e_1 + β_k θ_k        e_2 ← (1 − β_k) e_2 + β_k e_1
 
     with the new e_1 in the second update. t_k is the absolute optimizer step.
 
     Attributes:
-        kappa: κ ≥ 0, power of the average; 0 means β = 1, no averaging.
-        multiplier: γ, weight of the step.
-        lag: ρ; ρ + γ t must be at least 1 at every update.
+        kappa: power κ ≥ 0 of both averages; 0 does not average (β = 1).
+        multiplier: weight γ of the step.
+        lag: lag ρ, added to the step; ρ + γ t must be at least 1 at every update.
 
     References:
         EMA Without the Lag, Eq. 14–16.

@@ -10,13 +10,15 @@ from ckavg.schemes.base import Coefficients, Scheme, Timeline, require, require_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EMA(Scheme):
-    """Exponential moving average whose momentum grows with the age of the run.
+    """EMA with a power schedule, whose momentum grows with the age of the run: the baseline.
 
         β_k = (a_k + τ)^(−γ)        E ← (1 − β_k) E + β_k θ_k
 
+    with a_k the age in optimizer steps. γ = 1 is the flat average where every optimizer step was saved.
+
     Attributes:
-        gamma: power γ ≥ 0. 0 gives the last checkpoint; 1 the flat average where every optimizer step was saved.
-        tau: offset τ in optimizer steps; a_k + τ must be at least 1.
+        gamma: power γ ≥ 0; 0 gives the last checkpoint, larger values average over more checkpoints.
+        tau: offset τ in optimizer steps; age + τ must be at least 1.
 
     References:
         Pathwise EMA, Eq. 1.

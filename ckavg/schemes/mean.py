@@ -22,13 +22,15 @@ _DECAYS: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mean(Scheme):
-    """The mean of the selected checkpoints; a model given as the anchor is not among them.
+    """Mean of the checkpoints: SWA; LAWA of the newest few; WSM with a decay.
+
+    A model given as the anchor takes no part.
 
         E ← θ_0, then β_j = c_j / (c_0 + … + c_j)        E ← (1 − β_j) E + β_j θ_j
 
-    counting the n checkpoints of the run from 0. The plain mean has c_j = 1 / n; over the newest few it is known as
-    LAWA. With a decay, the weights are those with which the mean stands where training would have arrived, had it
-    applied the update before checkpoint j with the learning rate w_j of that decay:
+    counting the n checkpoints of the run from 0. The plain mean has c_j = 1 / n. With a decay, the weights are those
+    with which the mean stands where training would have arrived, had it applied the update before checkpoint j with the
+    learning rate w_j of that decay:
 
         w_j = decay(j / n)        c_0 = 1 − w_1,   c_j = w_j − w_{j+1},   c_{n−1} = w_{n−1}
 
@@ -37,7 +39,8 @@ class Mean(Scheme):
         minus-sqrt    1 − √x                most weight on the oldest
 
     Attributes:
-        decay: `none`, `linear`, `cosine` or `minus-sqrt`.
+        decay: learning-rate decay that the weights stand for: `none` (all alike), `linear` (the same), `cosine` or
+            `minus-sqrt`.
 
     References:
         Izmailov et al., Averaging Weights Leads to Wider Optima and Better Generalization (SWA), 2018.
@@ -87,6 +90,7 @@ class Last(Scheme):
     name: ClassVar[str] = "last"
     title: ClassVar[str] = "Last checkpoint"
     reference: ClassVar[str] = "no averaging"
+    has_verb: ClassVar[bool] = False
     label_fields: ClassVar[tuple[str, ...]] = ()
 
     def coefficients(self, timeline: Timeline) -> Coefficients:

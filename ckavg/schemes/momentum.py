@@ -25,16 +25,16 @@ def scaled_momentum(momentum: float, batch_scale: float) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MomentumEMA(Scheme):
-    """Exponential moving average with a constant momentum.
+    """EMA with a constant momentum, scaled to the batch.
 
         ρ̂ = ρ^κ        β_k = 1 − ρ̂^Δ_k        E ← (1 − β_k) E + β_k θ_k
 
     with Δ_k the optimizer steps since the checkpoint before. β is formed as −expm1(κ Δ_k ln ρ).
 
     Attributes:
-        momentum: ρ in [0, 1).
-        momentum_per: `step` for the momentum per optimizer step; `update` for β_k = 1 − ρ̂ at every checkpoint.
-        batch_scale: κ > 0, by how much the batch of this run is larger than that for which ρ was chosen.
+        momentum: constant momentum ρ in [0, 1), in place of a power.
+        momentum_per: `step` for a momentum per optimizer step, `update` for β_k = 1 − ρ̂ at every checkpoint.
+        batch_scale: factor κ > 0 by which the batch of this run is larger than that for which ρ was chosen.
 
     References:
         How to Scale Your EMA, Definitions 1.1 and 1.2.
@@ -47,6 +47,7 @@ class MomentumEMA(Scheme):
     title: ClassVar[str] = "EMA with a constant momentum"
     reference: ClassVar[str] = "How to Scale Your EMA, Definitions 1.1 and 1.2"
     label_fields: ClassVar[tuple[str, ...]] = ("momentum",)
+    chosen_by: ClassVar[str] = "momentum"
 
     momentum: float = 0.9999
     momentum_per: Literal["step", "update"] = "step"

@@ -10,7 +10,7 @@ from ckavg.schemes.base import Coefficients, Scheme, Timeline, falling, less_tha
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OUEMA(Scheme):
-    """Ornstein–Uhlenbeck exponential moving average.
+    """Ornstein–Uhlenbeck EMA: correct every checkpoint for the pull of the start, then average.
 
         β_k = (ρ + γ t_k)^(−κ)        α_k = (ρ + γ t_k)^(−η)
         θ̃_k = (θ_k − α_k θ_0) / (1 − α_k)        E ← (1 − β_k) E + β_k θ̃_k
@@ -18,10 +18,10 @@ class OUEMA(Scheme):
     t_k is the absolute optimizer step.
 
     Attributes:
-        eta: η > 0, power of the correction; infinity turns it off.
-        kappa: κ ≥ 0, power of the average; 0 means β = 1, no averaging.
-        multiplier: γ, weight of the step in both schedules.
-        lag: ρ; ρ + γ t must be greater than 1 at every update.
+        eta: power η > 0 of the correction; near 0 is the strongest, inf turns it off.
+        kappa: power κ ≥ 0 of the average; 0 does not average (β = 1).
+        multiplier: weight γ of the step in both schedules.
+        lag: lag ρ, added to the step; ρ + γ t must be greater than 1 at every update.
 
     References:
         EMA Without the Lag, Eq. 13.

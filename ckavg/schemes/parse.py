@@ -1,18 +1,94 @@
-"""Schemes from the words of a command line: `pema:gamma=0.05,0.1` is two of them. Pure."""
+"""Schemes by name: what their parameters are, from the fields and docstrings of the classes, and how they are typed.
+
+`ckavg pema --gamma 0.1` and the word `pema:gamma=0.1` of a sweep are made from the same table. Pure.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
-from collections.abc import Iterable
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from ckavg.errors import SettingError
-from ckavg.schemes.base import Scheme
+from ckavg.schemes import SCHEMES, Scheme
 
 _EXAMPLE = "Write a scheme as NAME or NAME:PARAMETER=VALUE,VALUE,..., such as pema:gamma=0.1,0.15 or mean."
 
 
-def parse_schemes(words: Iterable[str], known: Iterable[type[Scheme]]) -> tuple[Scheme, ...]:
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A hyper-parameter of the schemes of one name.
+
+    Attributes:
+        name: as in Python.
+        type: `int`, `float`, a `Literal`, or `bool` for a switch.
+        default: None where stating it chooses another scheme of that name.
+        help: a sentence.
+    """
+
+    name: str
+    type: Any
+    default: float | int | str | None
+    help: str
+
+
+def parameters_of(name: str) -> tuple[Parameter, ...]:
+    """The hyper-parameters of all schemes of a name.
+
+    >>> [parameter.name for parameter in parameters_of("ema")]
+    ['gamma', 'tau', 'momentum', 'momentum_per', 'batch_scale']
+    """
+    return tuple(parameter for scheme in _called(name) for parameter in _parameters(scheme))
+
+
+def described(name: str) -> str:
+    """What the schemes of a name do: of each docstring, all up to and with the formula."""
+    texts = []
+    for scheme in _called(name):
+        paragraphs = (inspect.getdoc(scheme) or "").split("\n\n")
+        formula = next((place for place, text in enumerate(paragraphs) if text.startswith(" ")), 0)
+        text = "\n\n".join(map(inspect.cleandoc, paragraphs[: formula + 1]))
+        texts.append(f"With --{scheme.chosen_by}: {text}" if scheme.chosen_by else text)
+    return "\n\n".join(texts)
+
+
+def make_scheme(name: str, stated: Mapping[str, Any]) -> Scheme:
+    """The scheme of a name with these parameters; switches count for what they stand for.
+
+    Raises:
+        SettingError: they do not go together, or a value is outside its domain.
+
+    >>> make_scheme("bema", {"eta": 0.1, "no_bias_correction": True}).label
+    'bema-etainf'
+    """
+    schemes = _called(name)
+    plain = next(scheme for scheme in schemes if not scheme.chosen_by)
+    chosen = next((scheme for scheme in schemes if scheme.chosen_by in stated), plain)
+    values = dict(stated)
+    for switch, stands_for in chosen.switches.items():
+        values |= stands_for if values.pop(switch, False) else {}
+    others = [shown(each) for each in values if each not in {field.name for field in dataclasses.fields(chosen)}]
+    if others and chosen is plain:
+        asked = next(scheme.chosen_by for scheme in schemes if scheme.chosen_by)
+        raise SettingError(f"{name}: {' and '.join(others)} must go with {asked}.", hint=f"Give a value for {asked}.")
+    if others:
+        raise SettingError(
+            f"{name}: {' and '.join(others)} must not go with {chosen.chosen_by}.",
+            hint="Choose one of the two schedules.",
+        )
+    return chosen(**values)
+
+
+def shown(name: str) -> str:
+    """A parameter as it is typed."""
+    return name.replace("_", "-")
+
+
+def parse_schemes(words: Iterable[str]) -> tuple[Scheme, ...]:
     """Every scheme that the words name, in order; several values of a parameter give as many schemes.
 
     A word is a name, or a name, a colon and parameters: `bema:eta=0.1,0.2,kappa=0.5`. With several values of several
@@ -20,17 +96,14 @@ def parse_schemes(words: Iterable[str], known: Iterable[type[Scheme]]) -> tuple[
 
     Args:
         words: what was typed.
-        known: the schemes there are; of two with one name, the first that has all parameters is taken.
 
     Raises:
         SettingError: a name, a parameter or a value is not understood, or one average is named twice.
 
-    >>> from ckavg.schemes import SCHEMES
-    >>> [scheme.label for scheme in parse_schemes(["pema:gamma=0.1,0.2", "mean"], SCHEMES)]
+    >>> [scheme.label for scheme in parse_schemes(["pema:gamma=0.1,0.2", "mean"])]
     ['pema-gamma0.1', 'pema-gamma0.2', 'mean']
     """
-    classes = tuple(known)
-    schemes = tuple(scheme for word in words for scheme in _parse(word, classes))
+    schemes = tuple(scheme for word in words for scheme in _parse(word))
     labels = [scheme.label for scheme in schemes]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
@@ -38,35 +111,57 @@ def parse_schemes(words: Iterable[str], known: Iterable[type[Scheme]]) -> tuple[
     return schemes
 
 
-def is_scheme(word: str, known: Iterable[type[Scheme]]) -> bool:
+def is_scheme(word: str) -> bool:
     """Whether a word begins with the name of a scheme, so that it is no directory.
 
-    >>> from ckavg.schemes import SCHEMES
-    >>> is_scheme("mean", SCHEMES), is_scheme("pema:gamma=1", SCHEMES), is_scheme("./checkpoints", SCHEMES)
+    >>> is_scheme("mean"), is_scheme("pema:gamma=1"), is_scheme("./checkpoints")
     (True, True, False)
     """
-    return word.partition(":")[0] in {scheme.name for scheme in known}
+    return bool(_called(word.partition(":")[0]))
 
 
-def _parse(word: str, classes: tuple[type[Scheme], ...]) -> list[Scheme]:
+def _called(name: str) -> list[type[Scheme]]:
+    return [scheme for scheme in SCHEMES if scheme.name == name]
+
+
+def _parameters(scheme: type[Scheme]) -> list[Parameter]:
+    types, texts = typing.get_type_hints(scheme), _attributes(inspect.getdoc(scheme) or "")
+    parameters = []
+    for field in dataclasses.fields(scheme):
+        default: Any = None if field.name == scheme.chosen_by else field.default
+        parameters.append(Parameter(field.name, types[field.name], default, texts.get(field.name, "")))
+    for switch, stands_for in scheme.switches.items():
+        same = " ".join(f"--{shown(name)} {value}" for name, value in stands_for.items())
+        parameters.append(Parameter(switch, bool, False, f"The same as {same}."))
+    return parameters
+
+
+def _attributes(docstring: str) -> dict[str, str]:
+    """The texts under "Attributes:" of a docstring, by name, as sentences for a terminal."""
+    texts: dict[str, str] = {}
+    name = ""
+    for line in docstring.partition("Attributes:\n")[2].partition("\n\n")[0].splitlines():
+        if line.startswith("     "):
+            texts[name] += f" {line.strip()}"
+        else:
+            name, _, text = line.strip().partition(": ")
+            texts[name] = text[:1].upper() + text[1:]
+    return {name: text.replace("`", "") for name, text in texts.items()}
+
+
+def _parse(word: str) -> list[Scheme]:
     name, _, rest = word.partition(":")
-    candidates = [scheme for scheme in classes if scheme.name == name]
-    if not candidates:
-        names = ", ".join(dict.fromkeys(scheme.name for scheme in classes))
+    if not _called(name):
+        names = ", ".join(dict.fromkeys(scheme.name for scheme in SCHEMES))
         raise SettingError(f"{word!r}: there is no scheme {name!r}. There are {names}.", hint=_EXAMPLE)
+    types = {parameter.name: parameter.type for parameter in parameters_of(name) if parameter.type is not bool}
     values = _values(word, rest)
-    parameters = [{field.name for field in dataclasses.fields(scheme)} for scheme in candidates]
-    fitting = next((place for place, names in enumerate(parameters) if names >= values.keys()), None)
-    if fitting is None:
-        allowed = sorted(set().union(*parameters))
-        unknown = next((name for name in values if name not in allowed), None)
-        wrong = f"has no parameter {unknown!r}" if unknown else f"does not take {', '.join(values)} together"
-        told = f"It has {', '.join(allowed)}." if allowed else "It has none."
-        raise SettingError(f"{word!r}: {name} {wrong}. {told}", hint=_EXAMPLE)
-    scheme = candidates[fitting]
-    types = {field.name: type(field.default) for field in dataclasses.fields(scheme)}
-    typed = [[_typed(word, name, text, types[name]) for text in texts] for name, texts in values.items()]
-    return [scheme(**dict(zip(values, chosen, strict=True))) for chosen in itertools.product(*typed)]
+    unknown = next((each for each in values if each not in types), None)
+    if unknown:
+        allowed = f"It has {', '.join(sorted(types))}." if types else "It has none."
+        raise SettingError(f"{word!r}: {name} has no parameter {unknown!r}. {allowed}", hint=_EXAMPLE)
+    typed = [[_typed(word, each, text, types[each]) for text in texts] for each, texts in values.items()]
+    return [make_scheme(name, dict(zip(values, chosen, strict=True))) for chosen in itertools.product(*typed)]
 
 
 def _values(word: str, text: str) -> dict[str, list[str]]:
@@ -83,9 +178,11 @@ def _values(word: str, text: str) -> dict[str, list[str]]:
     return values
 
 
-def _typed(word: str, name: str, text: str, kind: type) -> float | int | str:
+def _typed(word: str, name: str, text: str, kind: Any) -> float | int | str:
+    if kind not in (int, float):
+        return text  # the scheme knows which there are
     try:
         return kind(text)  # type: ignore[no-any-return]
     except ValueError as error:
         told = "a whole number" if kind is int else "a number"
-        raise SettingError(f"{word!r}: {name} is {text!r}; it must be {told}.", hint=_EXAMPLE) from error
+        raise SettingError(f"{word!r}: {shown(name)} is {text!r}; it must be {told}.", hint=_EXAMPLE) from error

@@ -284,8 +284,8 @@ def test_wrong_usage_exits_2(tmp_path: Path, arguments: tuple[str, ...]) -> None
     [
         (("ema", "--tau", "-30"), "tau must be at least -9"),
         (("ema", "--momentum", "1"), "must be at least 0 and less than 1"),
-        (("ema", "--momentum", "0.9", "--gamma", "0.2"), "do not go with --momentum"),
-        (("ema", "--batch-scale", "2"), "go with --momentum"),
+        (("ema", "--momentum", "0.9", "--gamma", "0.2"), "gamma must not go with momentum"),
+        (("ema", "--batch-scale", "2"), "batch-scale must go with momentum"),
         (("ema", "--momentum", "0.9", "--batch-scale", "0"), "must be more than 0"),
         (("ouema", "--eta", "0"), "must be more than 0"),
         (("ouema", "--lag", "1", "--multiplier", "0"), "it must be more, for α = 1"),

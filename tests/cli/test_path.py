@@ -133,7 +133,7 @@ def test_it_is_kept_beside_the_run_and_nothing_else_changes(run: Path) -> None:
     assert {key: again[key] for key in KEYS.difference(volatile)} == {
         key: first[key] for key in KEYS.difference(volatile)
     }
-    assert run_cli("path", run).stdout.endswith("read     0 B, all of it was known from before\n")
+    assert run_cli("path", run).stdout.endswith("read     0 B, all of it cached\n")
 
 
 def test_csv_holds_the_numbers_of_the_json(run: Path, tmp_path: Path) -> None:
@@ -366,4 +366,4 @@ def test_what_is_known_is_not_read_by_pema_which_says_so(run: Path, tmp_path: Pa
     for words in (("pema", run), ("sweep", run, "pema", "mean", "--out", tmp_path / "many")):
         result = run_cli(*words)
         assert "pass 1" not in result.stderr
-        assert ", known from before" in result.stdout
+        assert ", cached" in result.stdout

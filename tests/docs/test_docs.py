@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import ckavg
 import ckavg.errors
-from ckavg.cli.app import app
+from ckavg.cli.app import Verb, app
 from ckavg.schemes import Scheme
 from tests.cli.runner import placeless
 from tests.reference import load_floats
@@ -46,7 +46,9 @@ def _program() -> TyperGroup:
 
 
 def _declared(verb: str) -> Options:
-    parameters = _program().commands[verb].params
+    command = _program().commands[verb]
+    assert isinstance(command, Verb)
+    parameters = command.load().params
     options = [each for each in parameters if each.param_type_name == "option"]
     return {name: each.default for each in options for name in (*each.opts, *each.secondary_opts)}
 

@@ -23,9 +23,9 @@ import matplotlib.figure  # noqa: F401 - here, and not in each of the forks
 
 import ckavg.averaging.pipeline
 import ckavg.averaging.replay
+import ckavg.cli.average
 import ckavg.engine.stream
 import ckavg.path.measure
-import ckavg.report.average
 from ckavg.cli import main
 
 CALLS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "truncate", "pwrite", "open")

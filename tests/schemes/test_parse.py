@@ -7,7 +7,7 @@ import math
 import pytest
 
 from ckavg.errors import SettingError
-from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, SCHEMES, Last, Mean, MomentumEMA, Scheme
+from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, MomentumEMA, Scheme
 from ckavg.schemes.parse import parse_schemes
 
 
@@ -32,20 +32,20 @@ from ckavg.schemes.parse import parse_schemes
     ],
 )  # fmt: skip
 def test_words_to_schemes(words: list[str], expected: list[Scheme]) -> None:
-    assert parse_schemes(words, SCHEMES) == tuple(expected)
+    assert parse_schemes(words) == tuple(expected)
 
 
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("swa", "'swa': there is no scheme 'swa'. There are ema, pema, bema"),
+        ("swa", "'swa': there is no scheme 'swa'. There are pema, bema, ema"),
         ("pema:alpha=1", "pema has no parameter 'alpha'. It has clock, gamma, pairing, scope."),
         ("mean:gamma=1", "mean has no parameter 'gamma'. It has decay."),
         ("mean:decay=sqrt", "decay is 'sqrt'; it must be one of none, linear, cosine, minus-sqrt."),
         ("last:gamma=1", "last has no parameter 'gamma'. It has none."),
-        ("ema:gamma=0.1,momentum=0.9", "does not take gamma, momentum together"),
+        ("ema:gamma=0.1,momentum=0.9", "ema: gamma must not go with momentum."),
         ("pema:gamma=high", "gamma is 'high'; it must be a number"),
-        ("bema:burn-in=1.5", "burn_in is '1.5'; it must be a whole number"),
+        ("bema:burn-in=1.5", "burn-in is '1.5'; it must be a whole number"),
         ("pema:0.1", "'0.1' is no value of any parameter"),
         ("pema:gamma=", "'gamma=' is no value"),
         ("pema:gamma=0.1,,0.2", "'' is no value"),
@@ -56,5 +56,5 @@ def test_words_to_schemes(words: list[str], expected: list[Scheme]) -> None:
 )
 def test_what_does_not_parse_is_explained(word: str, told: str) -> None:
     with pytest.raises(SettingError) as caught:
-        parse_schemes([word], SCHEMES)
+        parse_schemes([word])
     assert told in str(caught.value)

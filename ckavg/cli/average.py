@@ -1,0 +1,292 @@
+"""The averaging verbs, made from the schemes, and what they share with `ckavg sweep`: plan, warn, average, report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ckavg.averaging.pipeline import Done, carry_out
+from ckavg.averaging.plan import Options, Plan, checked, fetching_of, memory_bytes, place_of, plan_averages
+from ckavg.checkpoints.run import Fetching, Run
+from ckavg.cli.errors import together
+from ckavg.cli.options import Averaging, Command, Measuring, with_options
+from ckavg.cli.progress import show_progress
+from ckavg.cli.push import complete_in, destination_of, print_pushed, push_shown
+from ckavg.cli.text import (
+    MOST_ROWS,
+    Output,
+    as_bytes,
+    as_count,
+    bar,
+    plain_table,
+    print_json,
+    say,
+    shortened_rows,
+    warn_of,
+)
+from ckavg.engine.context import Context
+from ckavg.engine.distributed import Ranks
+from ckavg.errors import printable
+from ckavg.hub import Destination, check_access
+from ckavg.output.leftovers import find_leftovers
+from ckavg.output.loading import load_command
+from ckavg.output.place import check_file
+from ckavg.output.record import Record
+from ckavg.schemes import SCHEMES, Scheme
+from ckavg.schemes.parse import Parameter, described, make_scheme, parameters_of, shown
+from ckavg.sources import inspect_source
+
+
+def scheme_verb(name: str) -> Command:
+    """The command of the schemes of a name: their hyper-parameters are options of its own."""
+    own = parameters_of(name)
+    fields: list[Any] = [(each.name, _option(each), dataclasses.field(default=each.default)) for each in own]
+    options_class = dataclasses.make_dataclass(name, fields, bases=(Averaging,), frozen=True, slots=True)
+
+    def verb(options: Averaging) -> None:
+        values = {each.name: getattr(options, each.name) for each in own}
+        stated = {each.name: values[each.name] for each in own if values[each.name] != each.default}
+        with together(verbose=options.verbose) as ranks:
+            _average(make_scheme(name, stated), options, ranks)
+
+    verb.__name__, verb.__doc__ = name, help_of(name)
+    return with_options(options_class)(verb)
+
+
+def help_of(name: str) -> str:
+    """What the command of a scheme says of itself."""
+    needs_path = any(scheme.needs_path for scheme in SCHEMES if scheme.name == name)
+    reading = "twice: first for the path length ℓ, then for the average" if needs_path else "once"
+    return f"{described(name)}\n\nReads every checkpoint {reading}."
+
+
+def _option(parameter: Parameter) -> Any:
+    """The type of a hyper-parameter, with what the command line says of it."""
+    name = f"--{shown(parameter.name)}"
+    metavar = "N" if parameter.type is int else None
+    if parameter.default is None:
+        option = typer.Option(name, help=parameter.help, metavar=metavar, show_default="none")
+        return Annotated[parameter.type | None, option]
+    return Annotated[parameter.type, typer.Option(name, help=parameter.help, metavar=metavar)]
+
+
+def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
+    destination = destination_of(options)
+    (plan,) = plans_of([scheme], options, ranks, destination, lambda home: [place_of(home, scheme, options.out)])
+    if options.dry_run:
+        print_plan(plan, as_json=options.as_json)
+        return
+    done = carry_out_shown([plan], options, ranks)
+    if not ranks.is_first:
+        return
+    (result,) = done.records
+    with complete_in(result.directory, destination):
+        warn_of(result.warnings[len(plan.warnings) :])
+        if options.as_json and destination is None:
+            print_json(result.to_dict())
+        elif not (options.as_json or options.quiet):
+            print_summary(result, plan)
+        write_plot(done, options)
+        if destination is not None:
+            pushed = push_shown(result.directory, destination, quiet=options.quiet)
+            if options.as_json:
+                print_json(result.to_dict() | {"url": pushed.url})
+            elif not options.quiet:
+                print_pushed(pushed)
+
+
+def plans_of(
+    schemes: Sequence[Scheme],
+    options: Averaging,
+    ranks: Ranks,
+    destination: Destination | None,
+    places_in: Callable[[Path], list[Path]],
+) -> list[Plan]:
+    """Plan averages by the options of their verb, and warn of what can be told before anything is read.
+
+    Args:
+        schemes: how to average; all of them begin at one burn-in where there is `--every`.
+        options: of the verb.
+        ranks: the processes of the job.
+        destination: where a result is uploaded; whether that will be let in is found out, before hours of reading.
+        places_in: from the home of the run to the place of each result.
+    """
+    found = inspect_source(options.source, options.selection(schemes[0].every_from), max_disk=options.max_disk)
+    places = places_in(found.home)
+    run = checked(found, places, force=options.force)
+    check_plot(options, run)
+    plans = plan_averages(
+        run,
+        list(zip(schemes, places, strict=True)),
+        Options(
+            dtype=options.dtype,
+            accumulate=options.accumulate,
+            path_exclude=tuple(options.path_exclude or ()),
+            zero_sigma=options.zero_sigma,
+            sample=options.sample,
+            snapshot_every=options.snapshot_every,
+            card=options.card,
+            allow_nonfinite=options.allow_nonfinite,
+            force=options.force,
+        ),
+    )
+    warn_of(warning for plan in plans for warning in plan.warnings)
+    for directory in {place.parent: None for place in places}:
+        warn_of(map(str, find_leftovers(directory, but=places)))
+    if destination is not None and ranks.is_first:
+        check_access(destination, plans[0].files)
+    if options.dry_run:
+        warn_of(warning for plan in plans for warning in plan.foreseen)
+    return plans
+
+
+def carry_out_shown(plans: Sequence[Plan], options: Averaging, ranks: Ranks) -> Done:
+    """Carry out plans and show how far they have come."""
+    quiet = options.quiet or not ranks.is_first
+    fetching = fetching_of(plans)
+    say_fetching(fetching, quiet=quiet)
+    passes = 2 if any(plan.path_bytes for plan in plans) else 1
+    passes += fetching is not None and bool(fetching.whole)
+    with show_progress(passes, quiet=quiet) as on_progress:
+        return carry_out(plans, Context(device=options.device, on_progress=on_progress, ranks=ranks))
+
+
+def check_plot(options: Measuring, run: Run) -> None:
+    """Refuse a plot that could not be made, or has no place where it is to go, before anything is read."""
+    if options.plot is not None:
+        from ckavg.output.plots import check_plot_file
+
+        check_file(options.plot, run)
+        check_plot_file(options.plot)
+
+
+def write_plot(done: Done, options: Averaging) -> None:
+    """Write the plot that was asked for, if one was."""
+    if options.plot is not None:
+        from ckavg.output.plots import averages_figure, save_figure
+
+        save_figure(averages_figure(done.records, done.path), options.plot)
+
+
+def say_fetching(fetching: Fetching | None, *, quiet: bool) -> None:
+    """Say what will be fetched, and how much of the disk it takes, before it begins."""
+    if not quiet:
+        for line in fetching_lines(fetching):
+            say(printable(line))
+
+
+def fetching_lines(fetching: Fetching | None) -> list[str]:
+    """What is fetched to the disk and what is not, in lines that begin with a verb, in one column."""
+    if fetching is None:
+        return []
+    room = f"with room for {as_bytes(fetching.room)}"
+    lines = {
+        f"find   {as_bytes(fetching.kept_bytes)} in {fetching.directory}": fetching.kept_bytes,
+        f"fetch  {as_bytes(fetching.whole_bytes)} to {fetching.directory}, {room}": fetching.whole_bytes,
+        f"fetch  {as_bytes(fetching.streamed_bytes)} as it is read, none of it to the disk": fetching.streamed_bytes,
+    }
+    return [line for line, count in lines.items() if count]
+
+
+def _fetching_to_dict(fetching: Fetching | None) -> dict[str, Any] | None:
+    if fetching is None:
+        return None
+    return {
+        "to_disk_bytes": fetching.whole_bytes,
+        "on_disk_bytes": fetching.kept_bytes,
+        "streamed_bytes": fetching.streamed_bytes,
+        "directory": str(fetching.directory),
+        "room_bytes": fetching.room,
+    }
+
+
+def plan_to_dict(plan: Plan, fetching: Fetching | None) -> dict[str, Any]:
+    """A plan as plain JSON values, with what is fetched for it and those it is carried out with."""
+    return {
+        "dry_run": True,
+        "scheme": plan.scheme.name,
+        "parameters": plan.scheme.parameters(),
+        "steps": list(plan.run.steps),
+        "bytes_to_read": plan.path_bytes + plan.replay_bytes,
+        "bytes_to_write": plan.write_bytes,
+        "memory_bytes": memory_bytes([plan]),
+        "fetch": _fetching_to_dict(fetching),
+        "warnings": list(plan.warnings + plan.foreseen),
+        "outputs": [
+            {"name": out.name, "step": plan.run.steps[index], "directory": str(out), "files": list(plan.files)}
+            for index, out in plan.outputs.items()
+        ],
+    }
+
+
+def print_plan(plan: Plan, *, as_json: bool) -> None:
+    """Print what would be read and written."""
+    fetching = fetching_of([plan])
+    if as_json:
+        print_json(plan_to_dict(plan, fetching))
+        return
+    out, steps = Output(), plan.run.steps
+    out.line(f"{plan.scheme.title}: {len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}", style="bold")
+    if plan.path:
+        path = "nothing in pass 1: the path is cached" if not plan.path_bytes else None
+        out.line(f"would read   {path or f'{as_bytes(plan.path_bytes)} in pass 1, the path'}")
+    if plan.replay_bytes:
+        out.line(f"would read   {as_bytes(plan.replay_bytes)} in pass 2, the average")
+    for line in fetching_lines(fetching):
+        out.line(f"would {line}")
+    out.line(f"would write  {as_bytes(plan.write_bytes)} to {plan.out}")
+    for name in (*plan.files, *(f"{place.name}/" for place in list(plan.outputs.values())[:-1])):
+        out.line(f"             {name}")
+    out.line(f"would need   about {as_bytes(memory_bytes([plan]))} of memory")
+    out.line("Nothing was read or written.")
+
+
+def print_summary(result: Record, plan: Plan) -> None:
+    """Print what was averaged, the weight of each checkpoint as a bar, where the result is, and what to type next."""
+    out = Output()
+    stated = ", ".join(f"{shown(name)} {value}" for name, value in plan.scheme.stated.items())
+    out.line(f"{plan.scheme.title}: {stated}" if stated else plan.scheme.title, style="bold")
+    floating = as_count(sum(entry.numel for entry in plan.run.tensors.values() if entry.is_floating))
+    path = "" if result.path_length is None else f", {path_shown(result)}"
+    steps = f"steps {result.steps[0]} to {result.steps[-1]}"
+    out.line(f"{len(result.steps)} checkpoints of {floating} parameters, {steps}{path}")
+    out.line()
+    out.print(_weights_table(result))
+    out.line()
+    rate = result.bytes_read / max(result.seconds.path + result.seconds.replay, 1e-9) / 1e9
+    took = f"in {result.seconds.total:.1f} s ({rate:.1f} GB/s)"
+    out.line(f"read     {as_bytes(result.bytes_read)} {took}, wrote {as_bytes(plan.write_bytes)}")
+    if len(result.outputs) > 1:
+        snapshots = ", ".join(str(output.step) for output in result.outputs[:-1])
+        out.line(f"also     checkpoint-STEP in it, the average as of step {snapshots}")
+    out.line(f"result   {result.directory}")
+    largest = sorted(plan.weights.shards, key=lambda shard: -sum(each.nbytes for each in plan.weights.of(shard.part)))
+    out.line(f"next     {load_command(result.directory, plan.side_files, [shard.name for shard in largest])}")
+
+
+def path_shown(result: Record) -> str:
+    """The path length of a result that has one, and how it is known where it was not measured in full."""
+    lengths, errors = result.path_length or (0.0,), result.path_length_error
+    length = f"path length ℓ(T) = {lengths[-1]:.4f}"
+    if errors is not None:
+        return f"{length} ± {errors[-1]:.4f}, from a sample of {100 * result.sample:g} %"
+    return f"{length}, cached" if result.seconds.path == 0 else length
+
+
+def _weights_table(result: Record) -> Table:
+    columns = result.columns()
+    largest = max(abs(weight) for weight in result.weights)
+    columns[" "] = [bar(weight, largest) for weight in result.weights]
+    table = plain_table(*columns, left=(" ",))
+    head, middle, tail = shortened_rows(list(zip(*columns.values(), strict=True)), MOST_ROWS)
+    hidden = result.weights[middle]
+    left_out = {"step": "…", "weight": f"{sum(hidden):.4f}", " ": f"{len(hidden)} more"}
+    between = [tuple(left_out.get(name, "") for name in columns)] if hidden else []
+    for row in (*head, *between, *tail):
+        table.add_row(*row)
+    return table

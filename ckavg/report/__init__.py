@@ -1,1 +1,0 @@
-"""Tables and bars for a terminal, and pictures. Where rich and matplotlib are used, beside the progress display."""
