@@ -20,11 +20,11 @@ from ckavg.engine.context import OnProgress, Progress
 from ckavg.errors import HubError, RecordError, SettingError, listed
 from ckavg.output.commands import as_options, shell_word
 from ckavg.output.owned import CARD
+from ckavg.output.record import Record, read_record
 from ckavg.storage.address import as_repository
 from ckavg.storage.hub_errors import ask, connect, endpoint_of, hub_errors, may_pass, retry, status_of
 from ckavg.storage.redaction import shown_address
 from ckavg.verify.files import check_digests, find_files
-from ckavg.verify.record import Record, read_record
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
