@@ -12,7 +12,7 @@ from ckavg.checkpoints.run import Fetching, Run
 from ckavg.cli.commands import Command, joined
 from ckavg.cli.options import Averaging, Measuring
 from ckavg.cli.progress import show_progress
-from ckavg.cli.push import check_push, complete_in, destination_of, push_shown
+from ckavg.cli.push import check_push, complete_in, destination_of, print_pushed, push_shown
 from ckavg.cli.ranks import together
 from ckavg.cli.terminal import say, warn
 from ckavg.engine.distributed import Ranks
@@ -37,7 +37,6 @@ def averaging_command(make_scheme: Callable[..., Scheme]) -> Command:
 def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
     from ckavg.report import average as report
     from ckavg.report.console import print_json
-    from ckavg.report.push import print_pushed
 
     destination = destination_of(options)
     found = inspect_source(options.source, options.selection(scheme.every_from), max_disk=options.max_disk)
@@ -68,7 +67,7 @@ def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
             if options.as_json:
                 print_json(result.to_dict() | {"url": pushed.url})
             else:
-                print_pushed(pushed, as_json=False, quiet=options.quiet)
+                print_pushed(pushed, quiet=options.quiet)
 
 
 def plans_of(run: Run, wanted: Sequence[tuple[Scheme, Path | None]], options: Averaging) -> list[Plan]:

@@ -25,6 +25,7 @@ from ckavg.cli.terminal import stderr_is_terminal, warn
 from ckavg.errors import SettingError
 from ckavg.hub import Destination, Pushed, check_access, continued, plan_push
 from ckavg.hub import push as upload
+from ckavg.report.text import as_bytes
 
 
 def push(
@@ -44,14 +45,12 @@ def push(
     Checks the rights, then every file against the record, then uploads all of it as one commit. An upload that failed
     is continued by the same command. Log in with: hf auth login
     """
-    from ckavg.report import push as report
-
     with failures(verbose=verbose):
         destination = Destination(
             repo=repo, private=private, revision=revision, commit_message=commit_message, create_pr=create_pr
         )
         pushed = push_shown(result, destination, quiet=quiet)
-        report.print_pushed(pushed, as_json=as_json, quiet=quiet)
+        print_pushed(pushed, as_json=as_json, quiet=quiet)
 
 
 def destination_of(options: Averaging) -> Destination | None:
@@ -113,3 +112,16 @@ def push_shown(directory: Path, destination: Destination, *, quiet: bool) -> Pus
     for warning in pushed.warnings:
         warn("warning", warning)
     return pushed
+
+
+def print_pushed(pushed: Pushed, *, as_json: bool = False, quiet: bool = False) -> None:
+    """Print where the result can be looked at, or one JSON object."""
+    from ckavg.report.console import print_json, quoted, stdout_console
+
+    if as_json:
+        print_json(pushed.to_dict())
+    elif not quiet:
+        content = f"{len(pushed.files)} files, {as_bytes(pushed.bytes)}, commit {pushed.commit[:8]}"
+        console = stdout_console()
+        console.print(quoted(f"uploaded {content}"), soft_wrap=True)
+        console.print(quoted(f"url      {pushed.url}"), soft_wrap=True)
