@@ -7,6 +7,7 @@ where its users expect it.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ _NO_BRANCH = re.compile(r"[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|@\{|//|^[-/.]|[/.]$|\.
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _ROLES_THAT_WRITE = ("admin", "write", "contributor")
+_SMALL = (RESULT_RECORD, CARD)
 _LARGE = 1 << 20
 """Bytes from which a file is uploaded before the commit. Smaller ones go with the commit."""
 
@@ -126,30 +128,22 @@ class Pushed:
         return values | {"result": str(self.result), "files": list(self.files), "warnings": list(self.warnings)}
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
-    """What was found before an upload: the full name of the repository, and what of it exists."""
-
-    repo: str
-    exists: bool
-    has_branch: bool
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushPlan:
     """A result whose rights and files were checked.
 
     Attributes:
-        directory, destination, access: what goes where, and what is there.
+        directory, destination: what goes where.
+        repo: full name of the repository.
         sizes: bytes of every file to upload, by name.
-        sha256: of the files whose content the record knows, by name.
+        sha256: of every file, by name.
         message: first line of the commit.
         warnings: what a user should know.
     """
 
     directory: Path
     destination: Destination
-    access: Access
+    repo: str
     sizes: dict[str, int]
     sha256: dict[str, str]
     message: str
@@ -193,16 +187,17 @@ def plan_push(directory: Path, destination: Destination, *, on_progress: OnProgr
     """Check the rights, then every file of a result against its record. Sends nothing; errors as of `push_result`."""
     record = read_record(directory)
     with _continuing(directory, destination):
-        access = check_access(destination, record.output.files)
+        repo = check_access(destination, record.output.files)
     sizes, warnings = _check_files(directory, record, on_progress)
+    # the record does not hold its own SHA-256, and people edit a card
+    own = {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in sizes if name in _SMALL}
     steps = f"steps {record.steps[0]} to {record.output.step}"
     return PushPlan(
         directory=directory,
         destination=destination,
-        access=access,
+        repo=repo,
         sizes=sizes,
-        # the record does not hold its own SHA-256, and people edit a card
-        sha256={name: record.output.sha256[name] for name in sizes if name not in (RESULT_RECORD, CARD)},
+        sha256={name: own.get(name) or record.output.sha256[name] for name in sizes},
         message=destination.commit_message or f"Upload {record.output.name}, the average of {steps}",
         warnings=warnings,
     )
@@ -221,13 +216,13 @@ def push(plan: PushPlan, *, on_progress: OnProgress | None = None, show_bars: bo
     """
     from huggingface_hub import CommitOperationAdd
 
-    api, repo, destination = connect(token=True, show_bars=show_bars), plan.access.repo, plan.destination
+    api, repo, destination = connect(token=True, show_bars=show_bars), plan.repo, plan.destination
     operations = {name: CommitOperationAdd(name, str(plan.directory / name)) for name in plan.sizes}
     with _continuing(plan.directory, destination):
-        _create(api, plan.access, destination)
+        _create(api, repo, destination)
         _send_large(api, plan, operations, on_progress, at_once=show_bars)
         oid, pull_request = _commit(api, plan, operations)
-        _check_commit(api, plan, operations, oid, pull_request)
+        _check_commit(api, plan, oid)
     total = sum(plan.sizes.values())
     if on_progress:
         on_progress(Progress("upload", total, total))
@@ -298,8 +293,8 @@ def _check_files(
 # --- rights ---
 
 
-def check_access(destination: Destination, names: Collection[str] = ()) -> Access:
-    """Find out whether an upload would be let in, and change nothing.
+def check_access(destination: Destination, names: Collection[str] = ()) -> str:
+    """Find out whether an upload would be let in, change nothing, and return the full name of the repository.
 
     Args:
         destination: where it would go.
@@ -319,13 +314,13 @@ def check_access(destination: Destination, names: Collection[str] = ()) -> Acces
     private = ask("looking at the repository", repo, api, lambda: _is_private(api, repo))
     if private is None:
         check_owner(me, repo, url)
-        return Access(repo, exists=False, has_branch=False)
+        return repo
     _check_visibility(private, destination, repo, url)
     if not destination.create_pr:
         ask("checking the right to write", repo, api, lambda: api.auth_check(repo, write=True))
     has_branch = _has_branch(api, repo, destination.branch)
     _check_other_weights(api, repo, destination.branch if has_branch else MAIN, names)
-    return Access(repo, exists=True, has_branch=has_branch)
+    return repo
 
 
 def check_token(me: dict[str, Any], repo: str, url: str, *, create_pr: bool) -> None:
@@ -436,9 +431,9 @@ def _check_other_weights(api: HfApi, repo: str, revision: str, names: Collection
 # --- upload: every attempt first looks whether an earlier one has arrived, for answers get lost ---
 
 
-def _create(api: HfApi, access: Access, destination: Destination) -> None:
+def _create(api: HfApi, repo: str, destination: Destination) -> None:
     """Create the repository and the branch, where they do not exist."""
-    repo, branch = access.repo, destination.branch
+    branch = destination.branch
 
     def create() -> None:
         private = _is_private(api, repo)
@@ -447,9 +442,8 @@ def _create(api: HfApi, access: Access, destination: Destination) -> None:
         else:
             _check_visibility(private, destination, repo, endpoint_of(api))
 
-    if not access.exists:
-        ask("creating the repository", repo, api, create)
-    if not access.has_branch and branch != MAIN:
+    ask("creating the repository", repo, api, create)
+    if branch != MAIN and not branch.startswith("refs/"):
         create_branch = partial(api.create_branch, repo, branch=branch, exist_ok=True)
         ask(f"creating the branch {branch}", repo, api, create_branch)
 
@@ -459,18 +453,21 @@ def _send_large(
 ) -> None:
     """Upload the large files: all at once, or one after the other. The client itself repeats what fails."""
     large = [name for name, size in plan.sizes.items() if size >= _LARGE]
+    batches = [large] if at_once and large else [[name] for name in large]
     done, total = 0, sum(plan.sizes.values())
-    for names in [large] if at_once else [[name] for name in large]:
+    for names in batches:
         if on_progress:
             on_progress(Progress("upload", done, total))
-        with hub_errors(f"uploading {listed(names)}", plan.access.repo, api):
+        with hub_errors(f"uploading {listed(names)}", plan.repo, api):
             api.preupload_lfs_files(
-                plan.access.repo,
+                plan.repo,
                 [operations[name] for name in names],
                 revision=plan.destination.branch,
                 create_pr=plan.destination.create_pr,
             )
         done += sum(plan.sizes[name] for name in names)
+    if on_progress:
+        on_progress(Progress("upload", done, total))
 
 
 def _commit(api: HfApi, plan: PushPlan, operations: Operations) -> tuple[str, str | None]:
@@ -479,12 +476,12 @@ def _commit(api: HfApi, plan: PushPlan, operations: Operations) -> tuple[str, st
     The Hub refuses to commit to a branch that has moved since the first attempt. Every commit that arrives as a pull
     request opens one, so that there is no further attempt at it after a lost answer.
     """
-    repo, branch, create_pr = plan.access.repo, plan.destination.branch, plan.destination.create_pr
-    parent = ask("looking at the branch", repo, api, lambda: _head(api, repo, branch))
+    repo, branch, create_pr = plan.repo, plan.destination.branch, plan.destination.create_pr
+    parent = None if create_pr else ask("looking at the branch", repo, api, lambda: _head(api, repo, branch))
 
     def attempt() -> tuple[str, str | None]:
-        head = _head(api, repo, branch)
-        if not create_pr and _missing(api, plan, operations, head) is None:
+        head = None if create_pr else _head(api, repo, branch)
+        if head and _missing(api, plan, head) is None:
             return head, None
         made = api.create_commit(
             repo,
@@ -492,7 +489,7 @@ def _commit(api: HfApi, plan: PushPlan, operations: Operations) -> tuple[str, st
             commit_message=plan.message,
             revision=branch,
             create_pr=create_pr,
-            parent_commit=None if create_pr else parent,
+            parent_commit=parent,
         )
         return str(made.oid), made.pr_url
 
@@ -511,32 +508,27 @@ def _commit(api: HfApi, plan: PushPlan, operations: Operations) -> tuple[str, st
     )
 
 
-def _check_commit(api: HfApi, plan: PushPlan, operations: Operations, oid: str, pull_request: str | None) -> None:
+def _check_commit(api: HfApi, plan: PushPlan, commit: str) -> None:
     """Look whether the commit holds every file as it was sent: a .gitignore there silently keeps files out."""
-    repo = plan.access.repo
-    try:
-        missing = ask("checking the commit", repo, api, lambda: _missing(api, plan, operations, oid))
-        if missing is not None:
-            raise HubError(
-                f"{repo}: {missing} is not in commit {oid[:8]} as it was sent.",
-                hint=f"Look for a .gitignore at {endpoint_of(api)}/{repo}/tree/{oid}",
-            )
-    except HubError as error:
-        if pull_request:
-            error.add_note(f"The pull request is open, and another attempt opens another one: {pull_request}")
-        raise
+    repo = plan.repo
+    missing = ask("checking the commit", repo, api, lambda: _missing(api, plan, commit))
+    if missing is not None:
+        raise HubError(
+            f"{repo}: {missing} is not in commit {commit[:8]} as it was sent.",
+            hint=f"Look for a .gitignore at {endpoint_of(api)}/{repo}/tree/{commit}",
+        )
 
 
 def _head(api: HfApi, repo: str, ref: str) -> str:
     return str(api.repo_info(repo, revision=ref).sha)
 
 
-def _missing(api: HfApi, plan: PushPlan, operations: Operations, revision: str) -> str | None:
+def _missing(api: HfApi, plan: PushPlan, revision: str) -> str | None:
     """The first file that is not there as it is here; None where all are."""
     from huggingface_hub.hf_api import RepoFile
     from huggingface_hub.utils.sha import git_hash
 
-    found = {each.path: each for each in api.get_paths_info(plan.access.repo, list(plan.sizes), revision=revision)}
+    found = {each.path: each for each in api.get_paths_info(plan.repo, list(plan.sizes), revision=revision)}
     for name, size in plan.sizes.items():
         file = found.get(name)
         if not isinstance(file, RepoFile) or file.size != size:
@@ -544,7 +536,7 @@ def _missing(api: HfApi, plan: PushPlan, operations: Operations, revision: str) 
         if file.lfs is None:
             is_same = file.blob_id == git_hash((plan.directory / name).read_bytes())
         else:
-            is_same = file.lfs.sha256 == (plan.sha256.get(name) or operations[name].upload_info.sha256.hex())
+            is_same = file.lfs.sha256 == plan.sha256[name]
         if not is_same:
             return name
     return None

@@ -33,8 +33,8 @@ from ckavg.engine.context import Context
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import printable
 from ckavg.hub import Destination, check_access
-from ckavg.output.leftovers import find_leftovers
 from ckavg.output.commands import load_command
+from ckavg.output.leftovers import find_leftovers
 from ckavg.output.place import check_file
 from ckavg.output.record import Record
 from ckavg.schemes import SCHEMES, Scheme

@@ -11,8 +11,7 @@ import torch
 from huggingface_hub import constants
 
 import ckavg
-from tests.hub.listen import serving
-from tests.hub.state import TOKEN, Hub
+from tests.hub.server import TOKEN, Hub, serving
 from tests.runs import write_run
 
 STEPS = (0, 10, 20)

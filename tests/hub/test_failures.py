@@ -25,10 +25,9 @@ from ckavg.storage.hub_errors import WAITS, connect, hub_errors, may_pass, retry
 from tests.cli.runner import run_cli, snapshot
 from tests.exhaustive import all_but
 from tests.hub import server
-from tests.hub.faults import LOST
-from tests.hub.reading import error as refusal
-from tests.hub.state import DROPPED, HELD, LARGE, PORTAL, STAGES, TOKEN, Hub, Repo
-from tests.hub.wire import Answer, Request
+from tests.hub.server import LARGE, STAGES, TOKEN, Hub, Repo
+from tests.hub.server import error as refusal
+from tests.hub.wire import DROPPED, HELD, LOST, PORTAL, Answer, Request
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -309,14 +308,6 @@ def test_a_pull_request_that_was_not_taken_is_asked_for_again(hub: Hub, result: 
     hub.faults["commit"] = 429, 2
     ckavg.push_result(result, REPO, create_pr=True)
     assert (len(hub.repos[REPO].pulls), requests_of(hub, "commit")) == (1, 3)
-
-
-def test_a_pull_request_that_cannot_be_checked(hub: Hub, result: Path) -> None:
-    hub.faults["look"] = DROPPED, FOREVER
-    done = run_cli("push", result, REPO, "--create-pr")
-    assert done.exit_code == 1
-    url = f"{hub.url}/{REPO}/discussions/1"
-    assert f"The pull request is open, and another attempt opens another one: {url}" in done.stderr
 
 
 # --- secrets ---

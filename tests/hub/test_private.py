@@ -15,7 +15,7 @@ from ckavg.output.owned import LOCAL
 from ckavg.storage.redaction import without_places, without_secrets
 from tests.cli.runner import run_cli
 from tests.exhaustive import all_but
-from tests.hub.state import Hub
+from tests.hub.server import Hub
 from tests.runs import random_run, write_checkpoint, write_run
 
 REPO = "ada/averaged"

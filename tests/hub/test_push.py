@@ -20,7 +20,7 @@ from ckavg.errors import HubError
 from ckavg.hub import check_owner, check_token
 from ckavg.output.owned import LOCAL
 from tests.cli.runner import placeless, run_cli
-from tests.hub.state import TOKEN, Hub
+from tests.hub.server import TOKEN, Hub
 from tests.ranks.launch import Job, run_jobs
 
 REPO = "ada/averaged"
@@ -291,7 +291,7 @@ def test_progress_by_file(hub: Hub, result: Path, capfd: pytest.CaptureFixture[s
     sizes = [(result / name).stat().st_size for name in sorted(pushed.files)]
     large = [size for size in sizes if size >= 1 << 20]
     uploads = [each for each in reports if each.stage == "upload"]
-    assert [each.done for each in uploads] == [0, large[0], pushed.bytes]
+    assert [each.done for each in uploads] == [0, large[0], sum(large), pushed.bytes]
     assert {each.total for each in uploads} == {pushed.bytes}
     assert reports[-1].done == pushed.bytes
     assert capfd.readouterr() == ("", "")

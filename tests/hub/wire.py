@@ -1,17 +1,104 @@
-"""How the servers on loopback talk: requests in, answers out, and whatever goes wrong on the way."""
+"""Servers on loopback: requests in, answers out, and whatever goes wrong on the way, on demand."""
 
 from __future__ import annotations
 
 import re
 import socket
 import struct
-from collections.abc import Mapping
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.message import Message
-from http.server import BaseHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.hub.faults import DROPPED, HELD, LOST, PORTAL, WHOLE, Broken, Fault, Traffic
+DROPPED = 0
+"""In the place of a status: the connection is cut."""
+HELD = -1
+"""Likewise: there is no answer until the end."""
+WHOLE = -2
+"""Likewise: the whole file with status 200, whatever range was asked for."""
+LOST = -3
+"""Likewise: what was asked is done, and the connection is cut in the place of the answer."""
+PORTAL = 200
+"""Likewise: somebody else answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """In the place of a status: an answer that begins well, and whose body ends after so many bytes.
+
+    `closed` ends the connection in order, `reset` does not (what was on its way may be lost, too). `short` is a
+    complete answer of fewer bytes than it should have, and `stalled` has nothing follow until the end.
+    """
+
+    after: int
+    how: Literal["closed", "reset", "short", "stalled"]
+
+
+Fault = int | Broken
+
+
+@dataclass(kw_only=True)
+class Traffic:
+    """Faults to come, and what happened."""
+
+    stages: dict[str, str] = field(default_factory=dict)
+    """By name: a pattern of the method and the path of the requests that belong to it."""
+    faults: dict[str, tuple[Fault, int]] = field(default_factory=dict)
+    """By stage: a status, or one of the above, and how many requests it still meets."""
+    passes_before: dict[str, int] = field(default_factory=dict)
+    """By stage: how many requests are served before its fault."""
+    then: dict[str, Callable[[], object]] = field(default_factory=dict)
+    """By stage: what is done once, between its next answer and whatever is asked after it."""
+    requests: list[str] = field(default_factory=list)
+    ranges: list[tuple[str, str]] = field(default_factory=list)
+    """Requests that asked for a range, and for which."""
+    served: Counter[str] = field(default_factory=Counter)
+    """Bytes of content that went out, by file, as in `owner/name@revision/file`."""
+    served_by_stage: Counter[str] = field(default_factory=Counter)
+    """Bytes of all bodies that went out, lists and messages included."""
+    careless: bool = False
+    """Whether a fault repeats the token to whoever sent it."""
+    held: threading.Event = field(default_factory=threading.Event)
+    released: threading.Event = field(default_factory=threading.Event)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def stage(self, line: str) -> str:
+        """The stage that a request belongs to; empty where it belongs to none."""
+        return next((stage for stage, pattern in self.stages.items() if re.fullmatch(pattern, line)), "")
+
+    def fault(self, line: str) -> Fault | None:
+        """The fault that this request meets, if one."""
+        stage = self.stage(line)
+        fault, left = self.faults.get(stage, (0, 0))
+        if not left:
+            return None
+        if self.passes_before.get(stage, 0):
+            self.passes_before[stage] -= 1
+            return None
+        self.faults[stage] = fault, left - 1
+        return fault
+
+    def count(self, stage: str, content: str, size: int) -> None:
+        """Take down that so many bytes of a body are out, of the content of a file if it has a name."""
+        with self.lock:
+            self.served_by_stage[stage] += size
+            if content:
+                self.served[content] += size
+
+    def forget(self) -> None:
+        """Begin to count anew."""
+        with self.lock:
+            self.requests.clear()
+            self.ranges.clear()
+            self.served.clear()
+            self.served_by_stage.clear()
+
 
 PIECE = 1 << 16
 
@@ -173,3 +260,32 @@ class Wire(BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
         self.connection.close()
+
+
+@contextmanager
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address at which these answers are given, until the end of the block.
+
+    Raises:
+        BaseException: what went wrong in the server itself, once the block has ended well.
+    """
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    bugs: list[BaseException] = []
+
+    def keep_bug(*_: object) -> None:
+        error = sys.exception()
+        if error is not None and not isinstance(error, OSError):  # a client that hangs up is part of the tests
+            bugs.append(error)
+
+    server.handle_error = keep_bug  # type: ignore[method-assign,assignment]
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    if bugs:
+        raise bugs[0]

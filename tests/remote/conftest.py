@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import HfApi, constants
 
 from tests.hub.conftest import hub as hub
-from tests.hub.state import Hub, Repo
+from tests.hub.server import Hub, Repo
 from tests.remote import mirrors
 from tests.remote.outcome import wait_for_fetching
 from tests.remote.published import publish_revisions

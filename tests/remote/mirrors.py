@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tests.hub.state import Hub, Repo, pointer_of
+from tests.hub.server import Hub, Repo, pointer_of
 
 PATIENCE_SECONDS = 60
 BLOCK = 1 << 18

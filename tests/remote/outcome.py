@@ -11,7 +11,7 @@ from typer.testing import Result
 
 from ckavg.storage.atomic import cache_directory
 from tests.cli.runner import run_cli
-from tests.hub.state import TOKEN
+from tests.hub.server import TOKEN
 
 SECRETS = (TOKEN, "SignedSigned", "SecretOfTheStore")
 """What no output holds: the token, the key in the address of a large file, and that of the object store."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.hub.state import LARGE, Hub, Repo, Tree
+from tests.hub.server import LARGE, Hub, Repo, Tree
 
 BY_STEP = "step{step}"
 BY_TOKENS = "stage1-step{step}-tokens{tokens}B"

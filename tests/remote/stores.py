@@ -11,9 +11,7 @@ from email.message import Message
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from tests.hub.faults import Traffic
-from tests.hub.listen import listening
-from tests.hub.wire import Answer, Request, Wire
+from tests.hub.wire import Answer, Request, Traffic, Wire, listening
 
 BUCKET = "runs"
 STAGES = {

@@ -15,7 +15,7 @@ from ckavg.checkpoints.run import Selection
 from ckavg.errors import CkavgError, CorruptFileError, NoCheckpointsError, ReadError, TruncatedShardError
 from ckavg.sources import inspect_source
 from tests.cli.runner import run_cli
-from tests.hub.state import Hub, Repo, Tree, entry_of
+from tests.hub.server import Hub, Repo, Tree, entry_of
 from tests.remote.outcome import no_view_is_left, refused, served_of, weights_of
 from tests.remote.published import OF_A_MODEL, publish_folders, publish_revisions, tree_of, weights
 from tests.remote.questions import REPO
@@ -166,7 +166,7 @@ def test_sizes_that_cannot_be(hub: Hub, repo: Repo, monkeypatch: pytest.MonkeyPa
             entry["size"] = entry["lfs"]["size"] = 10**18
         return entry
 
-    monkeypatch.setattr("tests.hub.reading.entry_of", lying)
+    monkeypatch.setattr("tests.hub.server.entry_of", lying)
     told = refused("ema", FAR, "--revisions", "step*", named=f"{FAR}@step10")
     assert "model.safetensors" in told
 

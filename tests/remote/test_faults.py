@@ -10,8 +10,8 @@ import pytest
 import ckavg
 from tests.cli.runner import run_cli
 from tests.exhaustive import unless
-from tests.hub.faults import DROPPED, PORTAL, WHOLE, Broken
-from tests.hub.state import Hub, Repo
+from tests.hub.server import Hub, Repo
+from tests.hub.wire import DROPPED, PORTAL, WHOLE, Broken
 from tests.remote.outcome import keeps_to_itself, refused, weights_of
 from tests.remote.published import publish_folders
 from tests.remote.questions import REPO

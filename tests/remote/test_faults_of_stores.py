@@ -10,7 +10,7 @@ import pytest
 import ckavg
 from ckavg.errors import ChangedError
 from ckavg.storage.atomic import cache_directory
-from tests.hub.faults import DROPPED, PORTAL, WHOLE, Broken
+from tests.hub.wire import DROPPED, PORTAL, WHOLE, Broken
 from tests.remote.outcome import keeps_to_itself, no_view_is_left, refused, weights_of
 from tests.remote.stores import Store
 

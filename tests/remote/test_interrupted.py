@@ -15,8 +15,8 @@ import ckavg
 from ckavg.errors import HubError, ReadError
 from ckavg.remote import download
 from ckavg.storage.atomic import cache_directory
-from tests.hub.faults import Broken
-from tests.hub.state import Hub, Repo
+from tests.hub.server import Hub, Repo
+from tests.hub.wire import Broken
 from tests.remote.outcome import no_view_is_left, served_of, weights_of
 from tests.remote.published import digest_of, weights
 from tests.remote.questions import REPO

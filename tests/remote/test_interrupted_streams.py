@@ -12,7 +12,7 @@ from ckavg.engine import window
 from ckavg.errors import HubError
 from ckavg.storage.atomic import cache_directory
 from tests.cli.runner import run_cli
-from tests.hub.state import Hub
+from tests.hub.server import Hub
 from tests.remote.outcome import no_view_is_left, served_of, told_once, weights_of
 from tests.remote.published import publish_revisions
 from tests.remote.questions import REPO

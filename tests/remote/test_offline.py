@@ -11,7 +11,7 @@ import pytest
 
 import ckavg
 from tests.cli.runner import run_cli
-from tests.hub.state import TOKEN, Hub, Repo
+from tests.hub.server import TOKEN, Hub, Repo
 from tests.remote.outcome import keeps_to_itself, refused, served_of, weights_of
 from tests.remote.published import publish_folders
 from tests.remote.questions import REPO

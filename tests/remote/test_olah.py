@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import HfApi, HfFileSystem, RepoFile, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
 
-from tests.hub.state import Hub
+from tests.hub.server import Hub
 from tests.remote.mirrors import BLOCK, Olah
 from tests.remote.questions import FILE
 

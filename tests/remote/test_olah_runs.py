@@ -8,7 +8,7 @@ import pytest
 
 import ckavg
 from tests.cli.runner import run_cli
-from tests.hub.state import Hub
+from tests.hub.server import Hub
 from tests.remote.mirrors import Olah
 from tests.remote.outcome import no_view_is_left, weights_of
 

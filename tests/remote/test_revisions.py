@@ -11,7 +11,7 @@ from safetensors.torch import save
 import ckavg
 from ckavg.errors import MixedOrderError, SettingError
 from tests.cli.runner import run_cli
-from tests.hub.state import Hub, Repo
+from tests.hub.server import Hub, Repo
 from tests.remote.outcome import refused, served_of, weights_of
 from tests.remote.published import BY_TOKENS, publish_revisions
 from tests.remote.questions import REPO

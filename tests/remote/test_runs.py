@@ -15,7 +15,7 @@ import torch
 import ckavg
 from ckavg.storage.atomic import cache_directory
 from tests.cli.runner import run_cli, visible
-from tests.hub.state import TOKEN, Hub
+from tests.hub.server import TOKEN, Hub
 from tests.remote.published import publish_folders, publish_revisions
 from tests.remote.stores import Store
 from tests.runs import write_run

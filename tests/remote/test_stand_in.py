@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import HfApi, HfFileSystem, RepoFile, RepoFolder, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 
-from tests.hub.state import Hub, Repo
+from tests.hub.server import Hub, Repo
 from tests.remote.published import BY_TOKENS, digest_of, publish_folders, publish_revisions, weights
 from tests.remote.questions import FILE, REPO
 

@@ -10,8 +10,8 @@ import pytest
 from huggingface_hub import HfApi, HfFileSystem, constants, hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-from tests.hub.faults import DROPPED, HELD, WHOLE, Broken
-from tests.hub.state import TOKEN, Hub, Repo
+from tests.hub.server import TOKEN, Hub, Repo
+from tests.hub.wire import DROPPED, HELD, WHOLE, Broken
 from tests.remote.published import digest_of, publish_revisions, weights
 from tests.remote.questions import ASK, FILE, REPO
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.hub.faults import DROPPED, WHOLE, Broken
+from tests.hub.wire import DROPPED, WHOLE, Broken
 from tests.remote.published import weights
 from tests.remote.stores import Store
 

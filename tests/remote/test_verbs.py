@@ -16,8 +16,8 @@ import pytest
 import ckavg
 from ckavg.storage.atomic import cache_directory
 from tests.cli.runner import run_cli
-from tests.hub.faults import HELD
-from tests.hub.state import Hub, Repo
+from tests.hub.server import Hub, Repo
+from tests.hub.wire import HELD
 from tests.remote.outcome import keeps_to_itself, no_view_is_left, served_of, weights_of
 from tests.remote.questions import REPO
 from tests.remote.stores import Store
