@@ -26,8 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.hub.listen import serving
-from tests.hub.state import TOKEN
+from tests.hub.server import TOKEN, serving
 from tests.released.commands import COMMANDS, flip, write_inputs
 from tests.remote.published import publish_revisions
 from tests.remote.stores import fronting, storing
