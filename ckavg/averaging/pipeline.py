@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckavg.averaging.distributed import check_same_plans, check_same_run, finalize, open_writers, stage
-from ckavg.averaging.plan import Plan, check_together, fetching_of, fetching_of_path, plan_average
+from ckavg.averaging.plan import Plan, check_together, fetch, fetching_of, fetching_of_path, plan_average
 from ckavg.averaging.record import Work, completed, record_of
 from ckavg.checkpoints.fingerprints import Fingerprints, check_unchanged, fingerprint_run
 from ckavg.checkpoints.run import Run
@@ -29,9 +29,7 @@ from ckavg.output.record import Averaged, Seconds
 from ckavg.path.cache import remember
 from ckavg.path.plan import PathPlan, plan_path
 from ckavg.path.table import PathLength, ZeroSigma
-from ckavg.remote.fetching import fetch
 from ckavg.schemes import Coefficients, Scheme, Timeline
-from ckavg.sources import as_users_know
 from ckavg.storage.atomic import resolved
 from ckavg.version import __version__
 
@@ -77,13 +75,13 @@ def measure_path(
     from ckavg.engine.context import Context
     from ckavg.engine.devices import resolve_device, tuned
 
-    with ranks.fail_together(), as_users_know(run.remote):
+    with ranks.fail_together():
         plan = plan_path(run, exclude=path_exclude, sample=sample)
         nbytes = plan.nbytes // ranks.world if plan.sample == 1 else 0  # an estimate is the CPU's in any case
         own = ranks.own_device(resolve_device(device, nbytes=nbytes))
-        context = tuned(Context(device=own, on_progress=on_progress, ranks=ranks, remote=run.remote))
+        context = tuned(Context(device=own, on_progress=on_progress, ranks=ranks))
         check_same_run(run, ranks, plan.exclude, zero_sigma, sample, allow_nonfinite)
-        fetch(run.remote, fetching_of_path(run, plan), on_progress)
+        fetch(fetching_of_path(run, plan), on_progress)
         path = _measure(run, plan, zero_sigma, context, allow_nonfinite=allow_nonfinite)
         if ranks.is_first:
             _check_unchanged(run)
@@ -194,20 +192,18 @@ def carry_out(
 
     begun = time.perf_counter()
     run = plans[0].run
-    with ranks.fail_together(), ExitStack() as stack, as_users_know(run.remote):
+    with ranks.fail_together(), ExitStack() as stack:
         if accumulate not in ACCUMULATE:
             raise SettingError(f"accumulate is {accumulate!r}; it must be one of {', '.join(ACCUMULATE)}.")
         check_together(plans)
         nbytes = max(plan.path_bytes for plan in plans) + max(plan.replay_bytes for plan in plans)
         own = ranks.own_device(resolve_device(device, nbytes=nbytes // ranks.world, averages=len(plans)))
-        context = tuned(
-            Context(device=own, on_progress=on_progress, ranks=ranks, remote=run.remote), averages=len(plans)
-        )
+        context = tuned(Context(device=own, on_progress=on_progress, ranks=ranks), averages=len(plans))
         check_same_plans(plans, ranks, accumulate, zero_sigma, allow_nonfinite)
         if ranks.is_first:
             for directory in {resolved(plan.out).parent for plan in plans}:
                 tidy(directory)
-        fetch(run.remote, fetching_of(plans), on_progress)
+        fetch(fetching_of(plans), on_progress)
         stagings = stage(plans, ranks, stack)
         compared = check_constant(run, context)
         measuring = time.perf_counter()
@@ -247,15 +243,15 @@ def carry_out(
             return tuple(records)
 
         records = ranks.first(finish)
-        if run.remote is not None:
-            run.remote.release()
+        for storage in run.storages:
+            storage.remove_downloads()
     return Done(records, path)
 
 
 def _check_unchanged(run: Run) -> None:
     check_unchanged(run.checkpoints)
-    if run.remote is not None:
-        run.remote.check_unchanged()
+    for storage in run.storages:
+        storage.check_unchanged()
 
 
 def _replay(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,12 +10,13 @@ from pathlib import Path
 from ckavg.averaging import advice
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.inspect import Inspection, as_run, worst_first
-from ckavg.checkpoints.run import Fetching, Run
+from ckavg.checkpoints.run import Checkpoint, Run
 from ckavg.checkpoints.statistics import averaged_statistics
 from ckavg.checkpoints.trainer_log import learning_rates
 from ckavg.engine.blocks import TILE
+from ckavg.engine.context import OnProgress, Progress
 from ckavg.engine.distributed import worker_threads
-from ckavg.engine.window import WINDOW_BYTES
+from ckavg.engine.remote import HELD_BYTES
 from ckavg.errors import SettingError, raise_all
 from ckavg.output.layout import WeightPlan, plan_weights
 from ckavg.output.leftovers import bring_back
@@ -25,8 +26,9 @@ from ckavg.output.side_files import gather_side_files, name_of_weights
 from ckavg.path.plan import PathPlan, check_sample, plan_path
 from ckavg.path.table import to_measure
 from ckavg.schemes import Scheme, Timeline
-from ckavg.sources import as_users_know
 from ckavg.storage.atomic import resolved
+from ckavg.storage.base import RemotePath
+from ckavg.storage.remote import Fetching, download_all, plan_fetching
 
 DTYPES = ("source", "float32", "bfloat16", "float16", "float64")
 CARD = "README.md"
@@ -152,30 +154,6 @@ def plan_averages(
 
     Other args, errors: as of `average`.
     """
-    with as_users_know(run.remote):
-        return _plan_averages(
-            run,
-            wanted,
-            dtype=dtype,
-            path_exclude=path_exclude,
-            sample=sample,
-            snapshot_every=snapshot_every,
-            card=card,
-            force=force,
-        )
-
-
-def _plan_averages(
-    run: Run,
-    wanted: Sequence[tuple[Scheme, Path | str | None]],
-    *,
-    dtype: str,
-    path_exclude: Sequence[str],
-    sample: float,
-    snapshot_every: int | None,
-    card: Path | str | None,
-    force: bool,
-) -> list[Plan]:
     if dtype not in DTYPES:
         raise SettingError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
     check_sample(sample)
@@ -186,8 +164,6 @@ def _plan_averages(
     needs_path = any(scheme.needs_path for scheme, _ in wanted)
     path = plan_path(run, exclude=path_exclude, sample=sample) if needs_path else None
     rates = learning_rates(run.last)
-    told = run.remote.told if run.remote is not None else str
-    of_files = tuple(map(told, beside.warnings + origin.warnings))
     plans = []
     for scheme, place in placed:
         start = start_of(run, scheme)
@@ -206,7 +182,8 @@ def _plan_averages(
             path=of_path,
             replay_bytes=_replay_bytes(run, start, outputs=len(snapshots) + 1),
             warnings=run.warnings
-            + of_files
+            + beside.warnings
+            + origin.warnings
             + advice.before(run, scheme, rates)
             + (of_path.recalled.warnings if of_path else ()),
         )
@@ -314,25 +291,63 @@ def check_together(plans: Sequence[Plan]) -> None:
 def fetching_of(plans: Sequence[Plan]) -> Fetching | None:
     """What carrying out these plans fetches, and how; None for a run on this machine."""
     run = plans[0].run
-    if run.remote is None:
-        return None
     path = next((plan.path for plan in plans if plan.path), None)
-    readings = _readings(run, path, min(start_of(run, plan.scheme) for plan in plans))
-    return run.remote.plan(readings, other_bytes=sum(plan.write_bytes for plan in plans))
+    start = min(start_of(run, plan.scheme) for plan in plans)
+    return _planned(_readings(run, path, start), other_bytes=sum(plan.write_bytes for plan in plans))
 
 
 def fetching_of_path(run: Run, path: PathPlan) -> Fetching | None:
     """What measuring a path fetches, and how; None for a run on this machine."""
-    return (
-        run.remote.plan(_readings(run, path, len(run.checkpoints)), other_bytes=0) if run.remote is not None else None
-    )
+    return _planned(_readings(run, path, len(run.checkpoints)), other_bytes=0)
 
 
-def _readings(run: Run, path: PathPlan | None, start: int) -> dict[Path, float]:
-    """How often each weight file is read: in pass 1, and from checkpoint number `start` on in pass 2."""
-    readings: dict[Path, float] = {}
+def fetch(fetching: Fetching | None, on_progress: OnProgress | None) -> None:
+    """Download what is to be downloaded.
+
+    Raises:
+        HubError, ReadError: it could not be downloaded. What came of it stays.
+    """
+    if fetching is None or not fetching.whole:
+        return
+    done = 0
+
+    def on_bytes(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if on_progress:
+            on_progress(Progress("fetch", done, fetching.whole_bytes))
+
+    on_bytes(0)
+    download_all(fetching.whole, on_bytes)
+
+
+def fetch_all(checkpoints: Iterable[Checkpoint], on_progress: OnProgress | None) -> None:
+    """Download all weights of checkpoints, for a work that reads them as files.
+
+    Raises:
+        SettingError: there is no room for all of them.
+        HubError, ReadError: they could not be downloaded. What came of them stays.
+    """
+    shards = (shard.path for checkpoint in checkpoints for shard in checkpoint.shards)
+    fetching = _planned({path: 2.0 for path in shards if isinstance(path, RemotePath)}, other_bytes=0)
+    if fetching is not None and fetching.streamed_bytes:
+        raise SettingError(
+            f"All weights are to be read as files, {fetching.streamed_bytes / 2e9:.2f} GB; there is room for "
+            f"{fetching.room / 1e9:.2f} GB at {fetching.directory}.",
+            hint="Choose fewer checkpoints, or more room with --max-disk or HF_HOME.",
+        )
+    fetch(fetching, on_progress)
+
+
+def _planned(readings: dict[RemotePath, float], *, other_bytes: int) -> Fetching | None:
+    return plan_fetching(readings, other_bytes=other_bytes) if readings else None
+
+
+def _readings(run: Run, path: PathPlan | None, start: int) -> dict[RemotePath, float]:
+    """How often each weight file elsewhere is read: in pass 1, and from checkpoint number `start` on in pass 2."""
+    readings: dict[RemotePath, float] = {}
     to_read: Collection[int] = ()
-    if path is not None and path.nbytes:
+    if path is not None and path.nbytes and run.storages:
         entries = to_measure(run.tensors, path.exclude)
         to_read = (
             path.recalled.known.left_to_measure(entries).to_read if path.sample == 1 else range(len(run.checkpoints))
@@ -340,7 +355,8 @@ def _readings(run: Run, path: PathPlan | None, start: int) -> dict[Path, float]:
     for index, checkpoint in enumerate(run.checkpoints):
         count = (path.sample if path is not None and index in to_read else 0.0) + (index >= start)
         for shard in checkpoint.shards:
-            readings[shard.path] = readings.get(shard.path, 0.0) + count
+            if isinstance(shard.path, RemotePath):
+                readings[shard.path] = readings.get(shard.path, 0.0) + count
     return readings
 
 
@@ -380,6 +396,6 @@ def memory_bytes(plans: Sequence[Plan]) -> int:
     beside = sum(len(data) for data in plans[0].side_files.values())
     headers = sum(len(shard.header) for shard in plans[0].weights.shards)
     fetching = fetching_of(plans)
-    window = min(WINDOW_BYTES, fetching.streamed_bytes) if fetching is not None else 0
+    window = min(HELD_BYTES, fetching.streamed_bytes) if fetching is not None else 0
     libraries = _LIBRARIES + (_PICTURE if find_spec("matplotlib") else 0)
     return libraries + buffers + known + 2 * (beside + headers) + window

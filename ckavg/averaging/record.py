@@ -17,6 +17,7 @@ from ckavg.output.published import kept_here, published
 from ckavg.output.record import LOCAL, Averaged, Input, Output, Seconds
 from ckavg.path.table import PathLength, ZeroSigma
 from ckavg.schemes import Coefficients
+from ckavg.storage.base import AnyPath, RemotePath
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +86,7 @@ def record_of(
         inputs=tuple(
             Input(
                 checkpoint.step,
-                run.pinned(checkpoint.directory),
+                _pinned(checkpoint.directory),
                 dict(zip(checkpoint.names, (shard.nbytes for shard in checkpoint.shards), strict=True)),
                 checksum,
             )
@@ -97,10 +98,15 @@ def record_of(
     )
 
 
+def _pinned(path: AnyPath) -> str:
+    """A path by what cannot come to mean something else."""
+    return path.storage.pinned(path) if isinstance(path, RemotePath) else str(path)
+
+
 def _selection(run: Run) -> dict[str, int | str | tuple[int | str, ...]]:
     """What was chosen, with an anchor from elsewhere as it was named."""
     init = run.selection.init
-    return run.selection.stated | ({} if init is None else {"init": run.place(init)})
+    return run.selection.stated | ({} if init is None else {"init": str(init)})
 
 
 def left_out_of_path(run: Run, path: PathLength) -> tuple[str, ...]:

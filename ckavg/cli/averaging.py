@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ckavg.averaging.pipeline import Done, carry_out
 from ckavg.averaging.plan import Plan, checked, fetching_of, place_of, plan_averages
-from ckavg.checkpoints.run import Fetching, Run
+from ckavg.checkpoints.run import Run
 from ckavg.cli.commands import Command, joined
 from ckavg.cli.options import Averaging, Measuring
 from ckavg.cli.progress import show_progress
@@ -21,6 +21,7 @@ from ckavg.output.place import check_file
 from ckavg.report.text import printable
 from ckavg.schemes import Scheme
 from ckavg.sources import inspect_source
+from ckavg.storage.remote import Fetching
 
 
 def averaging_command(make_scheme: Callable[..., Scheme]) -> Command:

@@ -17,6 +17,7 @@ from ckavg.cli.progress import show_progress
 from ckavg.engine.distributed import Ranks
 from ckavg.output.leftovers import find_leftovers
 from ckavg.sources import inspect_source
+from ckavg.storage.remote import storages_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +61,16 @@ def _look_deep(found: Inspection, options: Inspecting) -> bool:
     """Read the weights of the checkpoints that can be read, show what they reveal; whether they are sound."""
     if not Ranks.of_environment().is_first:  # one reads for all processes of a job
         return True
+    from ckavg.averaging.plan import fetch_all
     from ckavg.health.examine import examine
-    from ckavg.remote.fetching import fetch_all
     from ckavg.report.health import print_health
 
     begun = time.perf_counter()
     with show_progress(1, quiet=options.quiet) as on_progress:
-        paths = [shard.path for checkpoint in found.checkpoints for shard in checkpoint.shards]
-        fetch_all(found.remote, paths, on_progress)
+        fetch_all(found.checkpoints, on_progress)
         health = examine(found.source, found.checkpoints, on_progress=on_progress)
-        if found.remote is not None:
-            found.remote.release()
+        for storage in storages_of(checkpoint.path for checkpoint in found.checkpoints):
+            storage.remove_downloads()
     seconds = time.perf_counter() - begun
     if options.as_json or not options.quiet:
         print_health(found, health, seconds=seconds, as_json=options.as_json)

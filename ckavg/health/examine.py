@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from ckavg.checkpoints.fingerprints import check_unchanged
 from ckavg.checkpoints.run import Checkpoint
@@ -16,10 +15,11 @@ from ckavg.health.findings import find
 from ckavg.health.reading import read_all
 from ckavg.health.values import Health, TensorStatistics
 from ckavg.path.table import fsum
+from ckavg.storage.base import AnyPath
 
 
 def examine(
-    source: Path,
+    source: AnyPath,
     checkpoints: Sequence[Checkpoint],
     *,
     threads: int | None = None,
@@ -71,5 +71,8 @@ def _path_between(tensors: Sequence[TensorStatistics], pair: tuple[int, int]) ->
     return length if math.isfinite(length) else None
 
 
-def _shown(path: Path, source: Path) -> str:
-    return path.relative_to(source).as_posix() if path.is_relative_to(source) else str(path)
+def _shown(path: AnyPath, source: AnyPath) -> str:
+    try:
+        return path.relative_to(source).as_posix()
+    except ValueError:
+        return str(path)

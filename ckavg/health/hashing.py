@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 from ckavg.engine.reader import Files
 from ckavg.health.plan import WeightFile
+from ckavg.storage.base import AnyPath
 
 
 class Digests:
@@ -59,7 +59,7 @@ class Digests:
         return {file: each.hexdigest() for file, each in self._hashes.items()}
 
 
-def hash_file(files: Files, path: Path, nbytes: int, buffer: memoryview, tell: Callable[[int], None]) -> str:
+def hash_file(files: Files, path: AnyPath, nbytes: int, buffer: memoryview, tell: Callable[[int], None]) -> str:
     """SHA-256 of a whole file.
 
     Args:

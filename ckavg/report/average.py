@@ -7,12 +7,12 @@ from typing import Any
 from rich.table import Table
 
 from ckavg.averaging.plan import Plan, fetching_of, memory_bytes
-from ckavg.checkpoints.run import Fetching
 from ckavg.output.loading import load_command
 from ckavg.output.record import Averaged
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.report.fetching import fetching_lines, fetching_to_dict
 from ckavg.report.text import MOST_ROWS, as_bytes, as_count, bar, shortened_rows
+from ckavg.storage.remote import Fetching
 
 _BAR_WIDTH = 32
 

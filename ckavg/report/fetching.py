@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ckavg.checkpoints.run import Fetching
 from ckavg.report.text import as_bytes
+from ckavg.storage.remote import Fetching
 
 
 def fetching_to_dict(fetching: Fetching | None) -> dict[str, Any] | None:

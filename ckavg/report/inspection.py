@@ -10,9 +10,9 @@ from ckavg.averaging.advice import about_anchor
 from ckavg.checkpoints.inspect import Inspection
 from ckavg.checkpoints.run import Checkpoint
 from ckavg.output.command import as_options, shell_word
-from ckavg.remote.address import address_of
 from ckavg.report.console import plain_table, print_json, quoted, stdout_console
 from ckavg.report.text import as_bytes, as_count, told
+from ckavg.storage.address import address_of
 
 _STEP = re.compile(r"\bsteps? (\d{1,18})\b", re.ASCII)
 
@@ -20,7 +20,7 @@ _STEP = re.compile(r"\bsteps? (\d{1,18})\b", re.ASCII)
 def to_dict(found: Inspection) -> dict[str, Any]:
     """The inspection as plain JSON values."""
     return {
-        "source": found.address,
+        "source": str(found.source),
         "checkpoints": [
             {
                 "step": checkpoint.step,
@@ -47,9 +47,7 @@ def print_inspection(found: Inspection, *, as_json: bool, verdict: bool = True) 
         floating = sum(entry.numel for entry in newest.entries.values() if entry.is_floating)
         total = as_bytes(sum(checkpoint.nbytes for checkpoint in found.checkpoints))
         console.print(
-            quoted(
-                f"{found.address}: {len(found.checkpoints)} checkpoints of {as_count(floating)} parameters, {total}"
-            ),
+            quoted(f"{found.source}: {len(found.checkpoints)} checkpoints of {as_count(floating)} parameters, {total}"),
             style="bold",
         )
         console.print()
@@ -102,7 +100,7 @@ def _name(found: Inspection, checkpoint: Checkpoint) -> str:
 
 
 def _place(found: Inspection, checkpoint: Checkpoint) -> str:
-    return str(checkpoint.path) if found.remote is None else found.remote.named(checkpoint.path)
+    return str(checkpoint.path)
 
 
 def conclusion(found: Inspection, more: Sequence[tuple[int | None, str]] = ()) -> str:
@@ -121,7 +119,7 @@ def conclusion(found: Inspection, more: Sequence[tuple[int | None, str]] = ()) -
         look = f": look at step {steps[0]} first" if steps else ""
         verdict = f"{count} warning{'s' if count > 1 else ''}{look}."
     options = as_options(found.selection.stated)
-    return f"{verdict} Next: ckavg pema {shell_word(found.address)} {options}".rstrip()
+    return f"{verdict} Next: ckavg pema {shell_word(str(found.source))} {options}".rstrip()
 
 
 def _steps_named(found: Inspection) -> list[int]:

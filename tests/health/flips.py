@@ -70,7 +70,7 @@ def damages(run: Run, *, trials: int, seed: int) -> Iterator[Damage]:
         byte = chance.randrange(entry.nbytes)
         path = checkpoint.shards[entry.shard].path
         number = entry.offset + byte - byte % entry.item_bytes
-        with path.open("r+b") as file:
+        with Path(path).open("r+b") as file:
             file.seek(number)
             before = bytearray(file.read(entry.item_bytes))
             after = bytearray(before)

@@ -61,7 +61,7 @@ def check_tensor(told: TensorStatistics, values: Sequence[Tensor], *, rel: float
 
 def check_hashes(run: Run, reading: Reading) -> None:
     assert reading.sha256 == {
-        (index, shard): hashlib.sha256(each.path.read_bytes()).hexdigest()
+        (index, shard): hashlib.sha256(Path(each.path).read_bytes()).hexdigest()
         for index, checkpoint in enumerate(run.checkpoints)
         for shard, each in enumerate(checkpoint.shards)
     }
@@ -100,7 +100,7 @@ def in_order(run: Run, weights: Sequence[Weights], orders: Sequence[Sequence[str
             header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
             data += raw
         text = json.dumps(header).encode()
-        checkpoint.shards[0].path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+        Path(checkpoint.shards[0].path).write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
 def test_files_of_another_order_are_read_once_more(tmp_path: Path) -> None:
@@ -206,10 +206,10 @@ def test_one_directory_twice(tmp_path: Path) -> None:
 def test_a_file_that_shrinks_is_one_error(tmp_path: Path, threads: int) -> None:
     run = ckavg.open_run(write_run(tmp_path, weights_of(4, torch.float32), STEPS))
     path = run.checkpoints[2].shards[0].path
-    path.write_bytes(path.read_bytes()[:-1000])
+    Path(path).write_bytes(Path(path).read_bytes()[:-1000])
     with pytest.raises(TruncatedShardError, match="checkpoint-50"):
         read_all(run.checkpoints, threads=threads)
-    path.unlink()
+    Path(path).unlink()
     with pytest.raises(ReadError, match="checkpoint-50"):
         read_all(run.checkpoints, threads=threads)
 

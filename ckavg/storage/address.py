@@ -1,4 +1,4 @@
-"""Stage *remote*: how a run that is not here is named. Pure."""
+"""How a run or a repository that is not here is named: addresses, and the links to the Hub that people paste. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from ckavg.errors import SettingError
-from ckavg.hub.links import as_address
 from ckavg.storage.redaction import shown_address
 
 SCHEMES = ("hf", "s3", "gs", "gcs", "abfs", "abfss", "az")
@@ -22,6 +21,17 @@ _OTHER_KINDS = ("datasets", "spaces", "buckets", "kernels")
 _PATTERN = re.compile(r"[*?\[]")
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?:(?P<prefix>[KMGT])(?P<binary>i?)B?|B)?", re.IGNORECASE)
 _POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
+_PART = r"[A-Za-z0-9][\w.-]*"
+_LINK = re.compile(
+    r"(?:https?:/{1,2}(?:[^/\s]*@)?)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<kind>(?:datasets|spaces)/)?"
+    rf"(?P<repo>{_PART}(?:/{_PART})?)(?:/(?P<view>tree|blob|resolve|raw|commit)/(?P<rest>[^?#]*))?(?:[/?#].*)?",
+    re.ASCII | re.DOTALL,
+)
+_REPO_ID = re.compile(
+    rf"(?P<hf>hf:/{{0,2}})?(?P<repo>{_PART}/{_PART})(?P<revision>@[^/]+)?(?P<folder>(?(hf)|(?(revision)|(?!)))(?:/[^/]+)+)?/?",
+    re.ASCII,
+)
+_FILE_VIEWS = ("blob", "resolve", "raw")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +113,36 @@ def did_you_mean(text: str) -> str:
     here = re.fullmatch(r"(?:file|local):(?://(?=/)|/?(?=/))(.+)", text, re.DOTALL)
     meant = here[1] if here else as_address(text)
     return f"Did you mean {meant}?" if meant else ""
+
+
+def as_address(text: str) -> str:
+    """The address of what is named `owner/name[@revision][/folder]`, or by a link to it; empty for anything else.
+
+    >>> as_address("owner/name"), as_address("https://huggingface.co/owner/name/tree/step10/folder?x=1")
+    ('hf://owner/name', 'hf://owner/name@step10/folder')
+    >>> as_address("https:/huggingface.co/owner/name/resolve/main/model.safetensors"), as_address("../run")
+    ('hf://owner/name@main', '')
+    """
+    link = _LINK.fullmatch(text)
+    if link is not None:
+        revision, *folders = [part for part in (link["rest"] or "").split("/") if part] or [""]
+        folders = folders[:-1] if link["view"] in _FILE_VIEWS else folders
+        at = f"@{revision}" if revision else ""
+        return "/".join([f"hf://{link['kind'] or ''}{link['repo']}{at}", *folders])
+    found = _REPO_ID.fullmatch(text)
+    if found is None:
+        return ""
+    return f"hf://{found['repo']}{found['revision'] or ''}{found['folder'] or ''}"
+
+
+def as_repository(text: str) -> tuple[str, str]:
+    """Name and revision of a model repository as an upload wants them, of what else names it; empty if nothing does.
+
+    >>> as_repository("hf://owner/name@step10"), as_repository("https://huggingface.co/owner/name")
+    (('owner/name', 'step10'), ('owner/name', ''))
+    """
+    found = _REPO_ID.fullmatch(as_address(text))
+    return ("", "") if found is None or found["folder"] else (found["repo"], (found["revision"] or "")[1:])
 
 
 def is_pattern(revision: str) -> bool:
