@@ -33,7 +33,7 @@ def main() -> int:
         links.mkdir()
         opened = ckavg.open_run(arguments.run, init=arguments.init)
         for checkpoint in opened.checkpoints[int(opened.anchor_is_init) :]:
-            (links / checkpoint.path.name).symlink_to(checkpoint.path.absolute())
+            (links / checkpoint.path.name).symlink_to(Path(checkpoint.path).absolute())
         run = ckavg.open_run(links, init=arguments.init)
         sampled = ckavg.average(run, ckavg.PEMA(), out=Path(scratch) / "sampled", sample=arguments.fraction)
         exact = ckavg.average(run, ckavg.PEMA(), out=Path(scratch) / "exact")

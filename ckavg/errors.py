@@ -28,8 +28,8 @@ CkavgError
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import os
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 
@@ -75,9 +75,11 @@ class UnsupportedFormatError(RunError):
         unread: the checkpoints that hold no others.
     """
 
-    def __init__(self, message: str, *, hint: str = "", command: str = "", unread: tuple[Path, ...] = ()) -> None:
+    def __init__(
+        self, message: str, *, hint: str = "", command: str = "", unread: Collection[os.PathLike[str]] = ()
+    ) -> None:
         super().__init__(message, hint=hint, command=command)
-        self.unread = unread
+        self.unread = tuple(unread)
 
 
 class DuplicateStepError(RunError):

@@ -1,41 +1,31 @@
-"""From what was named to a run, wherever it is: a directory, a repository on the Hub, another file system.
-
-What is not here is listed and put into a mirror (`remote/mirror.py`). The checkpoints that the selection leaves get
-their headers and configs, and the mirror is opened as any directory is; no byte of a weight is fetched for it.
-"""
+"""From what was named to a run, wherever it is: a directory, a repository on the Hub, another file system."""
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 
-from ckavg.checkpoints.checkpoint import own_folders
-from ckavg.checkpoints.discover import Candidate, scan
 from ckavg.checkpoints.inspect import Inspection, as_run, inspect_run
-from ckavg.checkpoints.run import Checkpoint, Remote, Run, Selection
-from ckavg.checkpoints.select import selected
-from ckavg.errors import CkavgError, CombinedError, MissingShardError, NoCheckpointsError, SettingError
+from ckavg.checkpoints.layouts import label_revisions, read_label
+from ckavg.checkpoints.run import Checkpoint, Run, Selection
+from ckavg.errors import MissingShardError, MixedOrderError, NoCheckpointsError, SettingError, listed
 from ckavg.output.leftovers import bring_back, bring_back_all
-from ckavg.output.side_files import CONFIGS, MOST_BYTES, is_side_file
-from ckavg.remote.store import GO_ONLINE
-from ckavg.storage.address import Address, address_of, did_you_mean, parse_size
+from ckavg.storage.address import Address, address_of, did_you_mean, is_pattern, parse_size
+from ckavg.storage.base import AnyPath, RemotePath
+from ckavg.storage.hub import GO_ONLINE, Repository
+from ckavg.storage.remote import RemoteStorage, open_storage, storages_of
 
-if TYPE_CHECKING:
-    from ckavg.remote.listing import Place
-    from ckavg.remote.mirror import Mirror
-
-_CARD, _WEIGHTS = "README.md", ".safetensors"
+_NUMBER = re.compile(r"\d+(?:[-_]tokens[\w.]+)?$", re.ASCII)
 
 
 def open_run(
-    source: Path | str = ".",
+    source: AnyPath | str = ".",
     *,
-    init: Path | str | None = None,
+    init: AnyPath | str | None = None,
     init_step: int = 0,
     match: str | None = None,
     steps: Sequence[int] = (),
@@ -77,7 +67,7 @@ def open_run(
         CkavgError: it cannot be averaged; `CombinedError` lists every reason where there are more than one.
     """
     selection = Selection(
-        init=None if init is None else Path(init),
+        init=init if init is None or isinstance(init, RemotePath) else Path(init),
         init_step=init_step,
         match=match,
         steps=tuple(steps),
@@ -95,7 +85,7 @@ def open_run(
     return as_run(inspect_source(source, selection, max_disk=max_disk))
 
 
-def inspect_source(source: Path | str, selection: Selection, *, max_disk: int | str | None = None) -> Inspection:
+def inspect_source(source: AnyPath | str, selection: Selection, *, max_disk: int | str | None = None) -> Inspection:
     """Look at a source, wherever it is, and return its problems beside what is sound, instead of raising them.
 
     Args:
@@ -106,134 +96,147 @@ def inspect_source(source: Path | str, selection: Selection, *, max_disk: int | 
         HubError: the Hub refused, or cannot be reached.
         NoCheckpointsError, MixedOrderError, ReadError, SettingError: there is nothing to inspect.
     """
-    address = address_of(source)
-    base = None if selection.init is None else address_of(selection.init)
+    address = address_of(str(source))
+    base = None if selection.init is None else address_of(str(selection.init))
     if selection.revisions and (address is None or not address.is_hub):
         raise SettingError(
             f"--revisions are those of a repository on the Hub; {source} is none.",
             hint="For example: ckavg inspect hf://owner/name --revisions 'step*'",
         )
     limit = None if max_disk is None else parse_size(max_disk)
+    if address is None and base is None and limit is not None:
+        raise SettingError("--max-disk bounds what is fetched; all of this is here.", hint="Leave it out.")
     bring_back_all((Path(source) if address is None else Path()) / "averaged")
     for named, elsewhere in ((source, address), (selection.init, base)):
-        if named is None or elsewhere is not None:
-            continue
-        bring_back(Path(named))
-        meant = did_you_mean(str(named))
-        if meant and not Path(named).exists():
-            raise NoCheckpointsError(f"{named} does not exist.", hint=meant)
-    if address is None and base is None:
-        if limit is not None:
-            raise SettingError("--max-disk bounds what is fetched; all of this is here.", hint="Leave it out.")
-        return inspect_run(Path(source), selection)
-    from ckavg.remote.mirror import Mirror
-
-    mirror = Mirror((address.name if address else "run").replace(":", "-"), max_disk=limit)
-    try:
-        with as_users_know(mirror):
-            return _inspected(mirror, Path(source) if address is None else address, base, selection)
-    except BaseException:
-        mirror.close()
-        raise
-
-
-@contextmanager
-def as_users_know(remote: Remote | None) -> Iterator[None]:
-    """Have an error name the files of a run that is not here as its user knows them."""
-    try:
-        yield
-    except CkavgError as error:
-        if remote is not None:
-            _rename(error, remote.told)
-        raise
-
-
-def _rename(error: CkavgError, told: Callable[[str], str]) -> None:
-    if isinstance(error, CombinedError):
-        for each in error.errors:
-            _rename(each, told)
-    error.message, error.hint = told(error.message), told(error.hint)
-    if told(error.command) != error.command:
-        error.hint = (
-            "ckavg never unpickles. Download the run; ckavg inspect of the copy has a command that converts it."
-        )
-        error.command = ""
-
-
-def _inspected(mirror: Mirror, source: Path | Address, base: Address | None, selection: Selection) -> Inspection:
-    from ckavg.remote.listing import list_model, list_run, open_places
-
-    places: dict[Path, Place] = {}
-    told: list[str] = []
-    if isinstance(source, Address):
-        places, told = list_run(mirror, source, selection.revisions)
-        source = mirror.root
-        open_places(mirror, [places[candidate.path] for candidate in _chosen(mirror, selection)])
+        if named is not None and elsewhere is None:
+            _check_here(Path(named))
+    place: AnyPath = Path(source)
+    told: tuple[str, ...] = ()
+    if address is not None:
+        storage, told = _open(address, selection.revisions, limit)
+        place = storage.root
     if base is not None:
-        init = mirror.root.parent / "init" / base.name
-        selection = dataclasses.replace(selection, init=init)
-        places[init] = list_model(mirror, base, init)
-        open_places(mirror, [places[init]])
-    found = inspect_run(source, selection, read=mirror.peek)
-    if found.checkpoints:
-        ends = {found.checkpoints[0].path, found.checkpoints[-1].path} if base else {found.checkpoints[-1].path}
-        for path in ends & places.keys():
-            _bring_side_files(mirror, places[path], selection.copy)
-    mirror.seal()
-    checkpoints = tuple(mirror.identified(each) for each in found.checkpoints)
+        selection = dataclasses.replace(selection, init=_open_init(base, limit))
+    try:
+        found = inspect_run(place, selection)
+    except NoCheckpointsError as error:
+        if address is not None and address.is_hub:
+            error.hint = _revisions_to_try(address) or error.hint
+        raise
+    remote = storages_of([found.source, *(checkpoint.path for checkpoint in found.checkpoints)])
+    for each in remote:
+        each.forget_heads()
     for problem in found.problems:
-        if isinstance(problem, MissingShardError) and mirror.is_offline:
+        if isinstance(problem, MissingShardError) and any(each.is_offline for each in remote):
             problem.hint = f"It is not in the cache, or not all of it. {GO_ONLINE}"
-        _rename(problem, mirror.told)
-    return dataclasses.replace(
-        found,
-        checkpoints=checkpoints,
-        warnings=(*told, *map(mirror.told, found.warnings), *_alike(mirror, checkpoints)),
-        remote=mirror,
-    )
+    return dataclasses.replace(found, warnings=(*told, *found.warnings, *_alike(found.checkpoints)))
 
 
-def _chosen(mirror: Mirror, selection: Selection) -> Sequence[Candidate]:
-    """Those whose headers will be read; more than that where some turn out to be incomplete."""
-    candidates = scan(mirror.root, match=selection.match, read=mirror.peek).candidates
-    if selection.skip_incomplete:
-        return candidates
-    kept = selected([candidate.step for candidate in candidates], selection)
-    return [candidates[index] for index in kept]
+def _check_here(named: Path) -> None:
+    """Bring an earlier result back that a killed process had moved aside; refuse what was meant for an address."""
+    bring_back(named)
+    meant = did_you_mean(str(named))
+    if meant and not named.exists():
+        raise NoCheckpointsError(f"{named} does not exist.", hint=meant)
 
 
-def _bring_side_files(mirror: Mirror, place: Place, patterns: Sequence[str]) -> None:
-    """Fetch what goes into a result beside the weights, and what its card is made from."""
-    own, names = own_folders(place.directory), []
-    for name in place.names:
-        here = PurePosixPath(name.removeprefix(place.prefix))
-        asked = any(fnmatch.fnmatchcase(str(here), pattern) for pattern in patterns)
-        wanted = is_side_file(here, own) and place.tree.files[name].size <= MOST_BYTES
-        if (asked or here.name == _CARD or wanted) and not str(here).endswith(_WEIGHTS):
-            names.append(name)
-    mirror.bring(place.directory, place.tree, names, prefix=place.prefix)
-    if (place.prefix or place.path.suffix == _WEIGHTS) and not any(
-        PurePosixPath(name).name in CONFIGS for name in names
-    ):
-        beside = [
-            name
-            for name, file in place.tree.files.items()
-            if "/" not in name and is_side_file(PurePosixPath(name), beside_a_run=True) and file.size <= MOST_BYTES
-        ]
-        mirror.bring(mirror.root, place.tree, beside)
+def _open(address: Address, revisions: Sequence[str], max_disk: int | None) -> tuple[RemoteStorage, tuple[str, ...]]:
+    """The storage of an address, and what a user should know of what it leaves out."""
+    patterns = [*revisions]
+    if address.revision is not None and is_pattern(address.revision):
+        patterns.append(address.revision)
+    elif revisions and address.revision is not None:
+        raise SettingError(
+            f"{address} names one revision, and --revisions others.",
+            hint="Leave one of them out: @REVISION or --revisions.",
+        )
+    return _open_revisions(address, patterns, max_disk) if patterns else (open_storage(address, max_disk=max_disk), ())
 
 
-def _alike(mirror: Mirror, checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
+def _open_init(address: Address, max_disk: int | None) -> RemotePath:
+    if address.revision is not None and is_pattern(address.revision):
+        raise SettingError(f"--init {address} may be several revisions.", hint="Name one: hf://owner/name@REVISION")
+    return open_storage(address, max_disk=max_disk).root
+
+
+def _open_revisions(
+    address: Address, patterns: Sequence[str], max_disk: int | None
+) -> tuple[RemoteStorage, tuple[str, ...]]:
+    """Revisions of a repository as folders of one storage. Asks for their names alone."""
+    repository = Repository(address.place)
+    known = repository.revisions()
+    matched = [name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    if not matched:
+        in_cache = " in the cache, and huggingface_hub is in offline mode" if repository.is_offline else ""
+        raise NoCheckpointsError(
+            f"{address}: no revision matches {' or '.join(map(repr, patterns))}; it has {_shown(known)}{in_cache}.",
+            hint=GO_ONLINE if in_cache else "Name them with --revisions, in quotation marks: --revisions 'step*'",
+        )
+    labels = label_revisions([_as_folder(name) for name in matched])
+    unstated = [name for name in matched if _as_folder(name) not in labels]
+    if not labels:
+        raise NoCheckpointsError(
+            f"{address}: no revision that matches states a step: {listed(unstated)}.",
+            hint="Expected names such as step1000 or stage1-step1000-tokens5B.",
+        )
+    _check_stages(address, {label.stem for label in labels.values()})
+    trees = {
+        _as_folder(name): repository.tree(name, address.folder, commit=known[name])
+        for name in matched
+        if name not in unstated
+    }
+    told = f"Passed over, for the name of the revision states no step: {listed(unstated)}."
+    return RemoteStorage(address, trees, max_disk=max_disk), (told,) if unstated else ()
+
+
+def _as_folder(revision: str) -> str:
+    return revision.replace("/", "--")
+
+
+def _check_stages(address: Address, stems: Collection[str]) -> None:
+    """Refuse revisions of several runs or stages, in words that a repository is chosen from."""
+    if len(stems) > 1:
+        named = ", ".join(stem or "none" for stem in sorted(stems))
+        raise MixedOrderError(
+            f"{address}: the revisions mix stages ({named}), whose steps have no common order.",
+            hint=f"Choose those of one stage: --revisions '{next(filter(None, sorted(stems)))}*'",
+        )
+
+
+def _revisions_to_try(address: Address) -> str:
+    """What to say of a repository that may hold its checkpoints as revisions; empty where it does not."""
+    patterns = _patterns(Repository(address.place).revisions())
+    options = " or ".join(f"--revisions '{pattern}'" for pattern in patterns[:3])
+    return f"Its revisions look like checkpoints: {options}" if options else ""
+
+
+def _patterns(revisions: Mapping[str, str]) -> list[str]:
+    """Patterns of revisions that look like checkpoints, those that match most first."""
+    labelled = [name for name in revisions if read_label(_as_folder(name))]
+    counts = Counter(f"{_NUMBER.sub('', name)}*" for name in labelled)
+    return [pattern for pattern, count in counts.most_common() if count > 1]
+
+
+def _shown(revisions: Mapping[str, str]) -> str:
+    patterns = _patterns(revisions)
+    names = [*patterns, *(name for name in revisions if not any(fnmatch.fnmatchcase(name, each) for each in patterns))]
+    return listed(names) if names else "none"
+
+
+def _alike(checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
     """A warning for checkpoints with the same weights, as one that was uploaded in the place of another leaves them."""
     by_content: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for checkpoint in checkpoints:
-        content = [mirror.content_hash(shard.path) for shard in checkpoint.shards]
-        if content and None not in content:
-            by_content[tuple(sorted(map(str, content)))].append(checkpoint.step)
+        infos = [
+            shard.path.storage.info(shard.path) for shard in checkpoint.shards if isinstance(shard.path, RemotePath)
+        ]
+        hashes = [info.identity for info in infos if info is not None and info.is_hash and info.identity]
+        if hashes and len(hashes) == len(checkpoint.shards):
+            by_content[tuple(sorted(hashes))].append(checkpoint.step)
     for steps in by_content.values():
         if len(steps) > 1:
-            told = ", ".join(map(str, steps))
             yield (
-                f"Steps {told} hold the same weights, by the hashes of their files: one was uploaded in the place of "
-                "another, perhaps. Leave out those that are wrong with --from-step, --to-step or --revisions."
+                f"Steps {', '.join(map(str, steps))} hold the same weights, by the hashes of their files: one was "
+                "uploaded in the place of another, perhaps. Leave out those that are wrong with --from-step, --to-step "
+                "or --revisions."
             )

@@ -11,13 +11,13 @@ import secrets
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckavg import __version__
 from ckavg.averaging.distributed import check_same_plans, check_same_run, finalize, open_writers, stage
-from ckavg.averaging.plan import Options, Plan, check_together, fetching_of, fetching_of_path, plan_averages
+from ckavg.averaging.plan import Options, Plan, check_together, fetch, fetching_of, fetching_of_path, plan_averages
 from ckavg.averaging.record import Work, completed, record_of
 from ckavg.checkpoints.fingerprints import Fingerprints, check_unchanged, fingerprint_run
 from ckavg.checkpoints.run import Run
@@ -29,9 +29,7 @@ from ckavg.output.record import Record, Seconds
 from ckavg.path.cache import save_path
 from ckavg.path.plan import PathPlan, plan_path
 from ckavg.path.table import PathLength, ZeroSigma
-from ckavg.remote.fetching import fetch
 from ckavg.schemes import Coefficients, Scheme, Timeline
-from ckavg.sources import as_users_know
 from ckavg.storage.atomic import resolved
 
 if TYPE_CHECKING:
@@ -76,11 +74,11 @@ def measure_path(
     options = Options(
         path_exclude=tuple(path_exclude), zero_sigma=zero_sigma, sample=sample, allow_nonfinite=allow_nonfinite
     )
-    with ranks.fail_together(), as_users_know(run.remote):
+    with ranks.fail_together():
         plan = plan_path(run, exclude=options.path_exclude, sample=sample)
-        context = tuned(Context(device=device, on_progress=on_progress, ranks=ranks, remote=run.remote))
+        context = tuned(Context(device=device, on_progress=on_progress, ranks=ranks))
         check_same_run(run, ranks, options)
-        fetch(run.remote, fetching_of_path(run, plan), on_progress)
+        fetch(fetching_of_path(run, plan), on_progress)
         path = _measure(run, plan, options, context)
         if ranks.is_first:
             _check_unchanged(run)
@@ -173,14 +171,14 @@ def carry_out(plans: Sequence[Plan], context: Context) -> Done:
 
     begun = time.perf_counter()
     run, options, ranks = plans[0].run, plans[0].options, context.ranks
-    with ranks.fail_together(), ExitStack() as stack, as_users_know(run.remote):
+    with ranks.fail_together(), ExitStack() as stack:
         check_together(plans)
-        context = tuned(replace(context, remote=run.remote), averages=len(plans))
+        context = tuned(context, averages=len(plans))
         check_same_plans(plans, ranks)
         if ranks.is_first:
             for directory in {resolved(plan.out).parent for plan in plans}:
                 tidy(directory)
-        fetch(run.remote, fetching_of(plans), context.on_progress)
+        fetch(fetching_of(plans), context.on_progress)
         stagings = stage(plans, ranks, stack)
         compared = check_constant(run, context)
         measuring = time.perf_counter()
@@ -216,15 +214,15 @@ def carry_out(plans: Sequence[Plan], context: Context) -> Done:
             return tuple(records)
 
         records = ranks.first(publish)
-        if run.remote is not None:
-            run.remote.release()
+        for storage in run.storages:
+            storage.remove_downloads()
     return Done(records, path)
 
 
 def _check_unchanged(run: Run) -> None:
     check_unchanged(run.checkpoints)
-    if run.remote is not None:
-        run.remote.check_unchanged()
+    for storage in run.storages:
+        storage.check_unchanged()
 
 
 def _measure(run: Run, plan: PathPlan, options: Options, context: Context) -> PathLength:

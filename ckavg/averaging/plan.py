@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,12 +11,13 @@ from typing import Any
 from ckavg.averaging import advice
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.inspect import Inspection, as_run, worst_first
-from ckavg.checkpoints.run import Fetching, Run
+from ckavg.checkpoints.run import Checkpoint, Run
 from ckavg.checkpoints.statistics import averaged_statistics
 from ckavg.checkpoints.trainer_log import learning_rates
 from ckavg.engine.blocks import TILE
+from ckavg.engine.context import OnProgress, Progress
 from ckavg.engine.distributed import worker_threads
-from ckavg.engine.window import WINDOW_BYTES
+from ckavg.engine.remote import HELD_BYTES
 from ckavg.errors import SettingError, raise_all
 from ckavg.output.layout import WeightPlan, plan_weights
 from ckavg.output.leftovers import bring_back
@@ -27,8 +28,9 @@ from ckavg.output.side_files import gather_side_files, name_of_weights
 from ckavg.path.plan import PathPlan, check_sample, plan_path
 from ckavg.path.table import ZeroSigma
 from ckavg.schemes import Scheme, Timeline
-from ckavg.sources import as_users_know
 from ckavg.storage.atomic import resolved
+from ckavg.storage.base import RemotePath
+from ckavg.storage.remote import Fetching, download_all, plan_fetching
 
 DTYPES = ("source", "float32", "bfloat16", "float16", "float64")
 ACCUMULATE = ("float32", "float64")
@@ -170,44 +172,41 @@ def plan_averages(
         CkavgError: as of `average`.
     """
     options = options or Options()
-    with as_users_know(run.remote):
-        weights = plan_weights(run.last, options.dtype, file_name=name_of_weights(run))
-        beside = gather_side_files(run, weights)
-        origin = find_origin(run, beside.files, options.card)
-        needs_path = any(scheme.needs_path for scheme, _ in wanted)
-        path = plan_path(run, exclude=options.path_exclude, sample=options.sample) if needs_path else None
-        rates = learning_rates(run.last)
-        told = run.remote.told if run.remote is not None else str
-        of_files = tuple(map(told, beside.warnings + origin.warnings))
-        plans = []
-        for scheme, out in wanted:
-            start = start_of(run, scheme)
-            snapshots = _snapshots(run, start, options.snapshot_every)
-            of_path = path if scheme.needs_path else None
-            warnings = run.warnings + of_files + advice.before(run, scheme, rates)
-            plan = Plan(
-                run=run,
-                scheme=scheme,
-                out=place_of(run.home, scheme, out),
-                options=options,
-                weights=weights,
-                side_files=beside.files,
-                origin=origin,
-                snapshots=snapshots,
-                path=of_path,
-                replay_bytes=_replay_bytes(run, start, outputs=len(snapshots) + 1),
-                warnings=warnings + (of_path.cached.warnings if of_path else ()),
-            )
-            plans.append(plan)
-        problems = [
-            problem
-            for plan in plans
-            for problem in place_problems(plan.out, run.source, run.checkpoints, force=options.force, files=plan.files)
-        ]
-        # Each by itself: those that do not fit together are refused where they are carried out together.
-        problems += [problem for plan in plans for problem in space_problems([(plan.out, plan.write_bytes)])]
-        raise_all(worst_first(problems))
-        return plans
+    weights = plan_weights(run.last, options.dtype, file_name=name_of_weights(run))
+    beside = gather_side_files(run, weights)
+    origin = find_origin(run, beside.files, options.card)
+    needs_path = any(scheme.needs_path for scheme, _ in wanted)
+    path = plan_path(run, exclude=options.path_exclude, sample=options.sample) if needs_path else None
+    rates = learning_rates(run.last)
+    plans = []
+    for scheme, out in wanted:
+        start = start_of(run, scheme)
+        snapshots = _snapshots(run, start, options.snapshot_every)
+        of_path = path if scheme.needs_path else None
+        warnings = run.warnings + beside.warnings + origin.warnings + advice.before(run, scheme, rates)
+        plan = Plan(
+            run=run,
+            scheme=scheme,
+            out=place_of(run.home, scheme, out),
+            options=options,
+            weights=weights,
+            side_files=beside.files,
+            origin=origin,
+            snapshots=snapshots,
+            path=of_path,
+            replay_bytes=_replay_bytes(run, start, outputs=len(snapshots) + 1),
+            warnings=warnings + (of_path.cached.warnings if of_path else ()),
+        )
+        plans.append(plan)
+    problems = [
+        problem
+        for plan in plans
+        for problem in place_problems(plan.out, run.source, run.checkpoints, force=options.force, files=plan.files)
+    ]
+    # Each by itself: those that do not fit together are refused where they are carried out together.
+    problems += [problem for plan in plans for problem in space_problems([(plan.out, plan.write_bytes)])]
+    raise_all(worst_first(problems))
+    return plans
 
 
 def place_of(home: Path, scheme: Scheme, out: Path | str | None) -> Path:
@@ -300,28 +299,67 @@ def check_together(plans: Sequence[Plan]) -> None:
 def fetching_of(plans: Sequence[Plan]) -> Fetching | None:
     """What carrying out these plans fetches, and how; None for a run on this machine."""
     run = plans[0].run
-    if run.remote is None:
-        return None
     path = next((plan.path for plan in plans if plan.path), None)
-    readings = _readings(run, path, min(start_of(run, plan.scheme) for plan in plans))
-    return run.remote.plan(readings, other_bytes=sum(plan.write_bytes for plan in plans))
+    start = min(start_of(run, plan.scheme) for plan in plans)
+    return _planned(_readings(run, path, start), other_bytes=sum(plan.write_bytes for plan in plans))
 
 
 def fetching_of_path(run: Run, path: PathPlan) -> Fetching | None:
     """What measuring a path fetches, and how; None for a run on this machine."""
-    return (
-        run.remote.plan(_readings(run, path, len(run.checkpoints)), other_bytes=0) if run.remote is not None else None
-    )
+    return _planned(_readings(run, path, len(run.checkpoints)), other_bytes=0)
 
 
-def _readings(run: Run, path: PathPlan | None, start: int) -> dict[Path, float]:
-    """How often each weight file is read: in pass 1, and from checkpoint number `start` on in pass 2."""
-    readings: dict[Path, float] = {}
-    to_read = path.to_read if path is not None else ()
+def fetch(fetching: Fetching | None, on_progress: OnProgress | None) -> None:
+    """Download what is to be downloaded.
+
+    Raises:
+        HubError, ReadError: it could not be downloaded. What came of it stays.
+    """
+    if fetching is None or not fetching.whole:
+        return
+    done = 0
+
+    def on_bytes(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if on_progress:
+            on_progress(Progress("fetch", done, fetching.whole_bytes))
+
+    on_bytes(0)
+    download_all(fetching.whole, on_bytes)
+
+
+def fetch_all(checkpoints: Iterable[Checkpoint], on_progress: OnProgress | None) -> None:
+    """Download all weights of checkpoints, for a work that reads them as files.
+
+    Raises:
+        SettingError: there is no room for all of them.
+        HubError, ReadError: they could not be downloaded. What came of them stays.
+    """
+    shards = (shard.path for checkpoint in checkpoints for shard in checkpoint.shards)
+    fetching = _planned({path: 2.0 for path in shards if isinstance(path, RemotePath)}, other_bytes=0)
+    if fetching is not None and fetching.streamed_bytes:
+        raise SettingError(
+            f"All weights are to be read as files, {fetching.streamed_bytes / 2e9:.2f} GB; there is room for "
+            f"{fetching.room / 1e9:.2f} GB at {fetching.directory}.",
+            hint="Choose fewer checkpoints, or more room with --max-disk or HF_HOME.",
+        )
+    fetch(fetching, on_progress)
+
+
+def _planned(readings: dict[RemotePath, float], *, other_bytes: int) -> Fetching | None:
+    return plan_fetching(readings, other_bytes=other_bytes) if readings else None
+
+
+def _readings(run: Run, path: PathPlan | None, start: int) -> dict[RemotePath, float]:
+    """How often each weight file elsewhere is read: in pass 1, and from checkpoint number `start` on in pass 2."""
+    readings: dict[RemotePath, float] = {}
+    to_read = path.to_read if path is not None and path.nbytes else ()
     for index, checkpoint in enumerate(run.checkpoints):
         count = (path.sample if path is not None and index in to_read else 0.0) + (index >= start)
         for shard in checkpoint.shards:
-            readings[shard.path] = readings.get(shard.path, 0.0) + count
+            if isinstance(shard.path, RemotePath):
+                readings[shard.path] = readings.get(shard.path, 0.0) + count
     return readings
 
 
@@ -361,6 +399,6 @@ def memory_bytes(plans: Sequence[Plan]) -> int:
     beside = sum(len(data) for data in plans[0].side_files.values())
     headers = sum(len(shard.header) for shard in plans[0].weights.shards)
     fetching = fetching_of(plans)
-    window = min(WINDOW_BYTES, fetching.streamed_bytes) if fetching is not None else 0
+    window = min(HELD_BYTES, fetching.streamed_bytes) if fetching is not None else 0
     libraries = _LIBRARIES + (_PICTURE if find_spec("matplotlib") else 0)
     return libraries + buffers + known + 2 * (beside + headers) + window

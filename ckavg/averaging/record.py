@@ -18,6 +18,7 @@ from ckavg.output.published import local_of, published
 from ckavg.output.record import Input, Output, Record, Seconds
 from ckavg.path.table import PathLength
 from ckavg.schemes import Coefficients
+from ckavg.storage.base import AnyPath, RemotePath
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +85,7 @@ def record_of(
         inputs=tuple(
             Input(
                 checkpoint.step,
-                run.pinned(checkpoint.directory),
+                _pinned(checkpoint.directory),
                 dict(zip(checkpoint.names, (shard.nbytes for shard in checkpoint.shards), strict=True)),
                 checksum,
             )
@@ -96,10 +97,15 @@ def record_of(
     )
 
 
+def _pinned(path: AnyPath) -> str:
+    """A path by what cannot come to mean something else."""
+    return path.storage.pinned(path) if isinstance(path, RemotePath) else str(path)
+
+
 def _selection(run: Run) -> dict[str, int | str | tuple[int | str, ...]]:
     """What was chosen, with an anchor from elsewhere as it was named."""
     init = run.selection.init
-    return run.selection.stated | ({} if init is None else {"init": run.place(init)})
+    return run.selection.stated | ({} if init is None else {"init": str(init)})
 
 
 def left_out_of_path(run: Run, path: PathLength) -> tuple[str, ...]:

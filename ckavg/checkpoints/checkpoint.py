@@ -22,7 +22,8 @@ from ckavg.errors import (
     listed,
     raise_all,
 )
-from ckavg.storage.untrusted import Bounds, problem_with, read_object
+from ckavg.storage.base import AnyPath, RemotePath
+from ckavg.storage.local import Bounds, problem_with, read_object, size_of
 
 RESULT_RECORD = "ckavg.json"
 """A directory with this file in it is a result, never a checkpoint."""
@@ -42,7 +43,7 @@ _WAIT = (
 )
 
 
-def read_checkpoint(path: Path, step: int, *, within: Path | None = None) -> Checkpoint:
+def read_checkpoint(path: AnyPath, step: int, *, within: AnyPath | None = None) -> Checkpoint:
     """Read the headers of one checkpoint.
 
     Args:
@@ -84,12 +85,12 @@ def read_checkpoint(path: Path, step: int, *, within: Path | None = None) -> Che
     return _assemble(path, step, kind, groups, left_out)
 
 
-def _read_file(path: Path, step: int) -> Checkpoint:
+def _read_file(path: AnyPath, step: int) -> Checkpoint:
     found = problem_with(path, Bounds((Path("/"),)))  # named by itself, a link may lead anywhere
     raise_all([] if found is None else [found])
     if path.suffix != WEIGHTS and path.is_file() and holds_foreign(path):
         raise _no_weights(path, [])
-    if path.is_symlink() and not path.exists():
+    if isinstance(path, Path) and path.is_symlink() and not path.exists():
         raise MissingShardError(
             f"{path} is a link to {path.readlink()}, which leads to nothing.",
             hint="Restore what it led to, or remove the link. --skip-incomplete leaves the checkpoint out.",
@@ -97,7 +98,7 @@ def _read_file(path: Path, step: int) -> Checkpoint:
     return _assemble(path, step, "file", [_Group("", path.parent, (path,))], [])
 
 
-def own_folders(path: Path) -> frozenset[str]:
+def own_folders(path: AnyPath) -> frozenset[str]:
     """The folders that a pipeline of diffusers names as its own, whatever they are called."""
     with suppress(OSError, ValueError):
         return frozenset({"scheduler", *read_object(path / "model_index.json", _MOST_INDEX_BYTES)})
@@ -109,13 +110,13 @@ class _Group:
     """Weight files that are loaded as one: how its tensors' names begin, and in which file the index puts each."""
 
     part: str
-    folder: Path
-    files: tuple[Path, ...]
+    folder: AnyPath
+    files: tuple[AnyPath, ...]
     index: str = ""
     placed: Mapping[str, str] | None = None
 
 
-def _groups(weights: Weights, path: Path, bounds: Bounds) -> tuple[list[_Group], list[LeftOut]]:
+def _groups(weights: Weights, path: AnyPath, bounds: Bounds) -> tuple[list[_Group], list[LeftOut]]:
     """The weights of a folder, and what lies beside them."""
     folder = weights.folder
     placed = _weight_map(folder / weights.index, bounds) if weights.index else None
@@ -134,11 +135,11 @@ def _groups(weights: Weights, path: Path, bounds: Bounds) -> tuple[list[_Group],
     return groups, [(why, part + name) for why, name in left_out]
 
 
-def _weight_map(index: Path, bounds: Bounds) -> Mapping[str, str]:
+def _weight_map(index: AnyPath, bounds: Bounds) -> Mapping[str, str]:
     found = problem_with(index, bounds)
     raise_all([] if found is None else [found])
     try:
-        if index.stat().st_size == 0:
+        if size_of(index) == 0:
             raise TruncatedShardError(f"{index} is empty.", hint=_WAIT)
         weight_map = read_object(index, _MOST_INDEX_BYTES)["weight_map"]
         placed = {str(name): str(file) for name, file in weight_map.items()}
@@ -158,7 +159,9 @@ def _weight_map(index: Path, bounds: Bounds) -> Mapping[str, str]:
     return placed
 
 
-def _assemble(path: Path, step: int, kind: Kind, groups: Sequence[_Group], left_out: Sequence[LeftOut]) -> Checkpoint:
+def _assemble(
+    path: AnyPath, step: int, kind: Kind, groups: Sequence[_Group], left_out: Sequence[LeftOut]
+) -> Checkpoint:
     """Merge the headers of all files into one table; every damaged file is reported, not only the first."""
     shards: list[Shard] = []
     entries: dict[str, TensorInfo] = {}
@@ -186,7 +189,7 @@ def _assemble(path: Path, step: int, kind: Kind, groups: Sequence[_Group], left_
         for file, header in headers.items():
             part = parts[file]
             entries.update((part + name, entry) for name, entry in header.entries.items())
-            shards.append(Shard(file, header.nbytes, header.state, part=part, metadata=header.metadata))
+            shards.append(_shard(file, header, part))
         if len(entries) > MOST_TENSORS:
             raise CorruptFileError(f"{path} holds more than {MOST_TENSORS:,} tensors.", hint=_REWRITE)
     raise_all(errors)
@@ -198,8 +201,13 @@ def _assemble(path: Path, step: int, kind: Kind, groups: Sequence[_Group], left_
     return Checkpoint(step, path, kind, tuple(shards), indexes, entries, tuple(sorted(left_out)))
 
 
-def _headers(group: _Group, *, first: int) -> dict[Path, Header]:
-    headers: dict[Path, Header] = {}
+def _shard(file: AnyPath, header: Header, part: str) -> Shard:
+    identity = file.storage.identity(file) if isinstance(file, RemotePath) else None
+    return Shard(file, header.info.nbytes, header.info.state, identity, part=part, metadata=header.metadata)
+
+
+def _headers(group: _Group, *, first: int) -> dict[AnyPath, Header]:
+    headers: dict[AnyPath, Header] = {}
     errors: list[CkavgError] = []
     for number, file in enumerate(group.files, start=first):
         try:
@@ -213,15 +221,15 @@ def _headers(group: _Group, *, first: int) -> dict[Path, Header]:
     return headers
 
 
-def _parts(group: _Group, headers: Mapping[Path, Header]) -> dict[Path, str]:
+def _parts(group: _Group, headers: Mapping[AnyPath, Header]) -> dict[AnyPath, str]:
     """How the names of the tensors of each file begin. Files of one folder that are not loaded as one may each hold
     tensors of the same names: `actor.safetensors` beside `critic.safetensors`.
 
     Raises:
         CorruptFileError: files that are loaded as one hold the same tensors.
     """
-    seen: dict[str, Path] = {}
-    twice: dict[str, tuple[Path, Path]] = {}
+    seen: dict[str, AnyPath] = {}
+    twice: dict[str, tuple[AnyPath, AnyPath]] = {}
     for file, header in headers.items():
         twice |= {name: (seen[name], file) for name in header.entries.keys() & seen.keys()}
         seen |= dict.fromkeys(header.entries, file)
@@ -248,7 +256,7 @@ def _is_of_optimizer(headers: Iterable[Header]) -> bool:
     return 2 * sum(_MOMENT.search(name) is not None for name in names) >= len(names) > 0
 
 
-def _disagreement(index: Path, stated: Mapping[str, str], found: Mapping[str, str]) -> list[CkavgError]:
+def _disagreement(index: AnyPath, stated: Mapping[str, str], found: Mapping[str, str]) -> list[CkavgError]:
     wrong = [name for name in {**stated, **found} if stated.get(name) != found.get(name)]
     if not wrong:
         return []
@@ -259,7 +267,7 @@ def _disagreement(index: Path, stated: Mapping[str, str], found: Mapping[str, st
     ]
 
 
-def _missing(path: Path, names: Sequence[str], present: frozenset[str]) -> list[CkavgError]:
+def _missing(path: AnyPath, names: Sequence[str], present: frozenset[str]) -> list[CkavgError]:
     absent = [name for name in names if name not in present]
     if not absent:
         return []
@@ -267,7 +275,7 @@ def _missing(path: Path, names: Sequence[str], present: frozenset[str]) -> list[
     return [MissingShardError(f"{path / absent[0]} does not exist{more}.", hint=_WAIT)]
 
 
-def _missing_of_count(path: Path, files: Sequence[str]) -> list[CkavgError]:
+def _missing_of_count(path: AnyPath, files: Sequence[str]) -> list[CkavgError]:
     """Shards named `…-00002-of-00003` state how many there should be."""
     present = frozenset(files)
     errors: list[CkavgError] = []
@@ -286,7 +294,7 @@ def _missing_of_count(path: Path, files: Sequence[str]) -> list[CkavgError]:
     return errors
 
 
-def _no_weights(path: Path, left_out: Sequence[LeftOut]) -> CkavgError:
+def _no_weights(path: AnyPath, left_out: Sequence[LeftOut]) -> CkavgError:
     others = [f"{name} ({why})" for why, name in left_out if why not in ("pickle", "other format")]
     if others:
         return MissingShardError(

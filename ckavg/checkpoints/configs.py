@@ -17,7 +17,8 @@ from ckavg.checkpoints.conversion import dequantized
 from ckavg.checkpoints.run import FLOATING, Checkpoint, TensorInfo
 from ckavg.checkpoints.weight_files import ADAPTERS
 from ckavg.errors import CkavgError, MismatchError, UnsupportedFormatError
-from ckavg.storage.untrusted import read_object
+from ckavg.storage.base import AnyPath
+from ckavg.storage.local import read_object
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -101,7 +102,9 @@ def quantized(checkpoints: Sequence[Checkpoint], facts: Sequence[Facts]) -> list
         return []
     first, sign = found[0]
     more = f", and so are {len(found) - 1} more checkpoints" if len(found) > 1 else ""
-    loadable = [checkpoint.path for checkpoint, _ in found if checkpoint.kind == "model"]
+    loadable = [
+        checkpoint.path for checkpoint, _ in found if checkpoint.kind == "model" and isinstance(checkpoint.path, Path)
+    ]
     return [
         UnsupportedFormatError(
             f"{first.path} is quantized ({sign}){more}.",
@@ -141,7 +144,7 @@ def contradictions(
     return errors, warnings
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: AnyPath) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         return read_object(path, _MOST_BYTES)
     return {}

@@ -17,6 +17,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from ckavg.storage.base import AnyPath
+
 OF_TRAINING = (
     "(^|[^a-z])(optim(?!al)|opts?($|[^a-z])|sched|scaler|(data_?)?loader|sampler|rng|random_state|"
     "(ema|swa|avg|averaged|shadow)($|[^a-z]))"
@@ -128,7 +130,7 @@ for path in map(Path, sys.argv[1:]):
 """
 
 
-def from_pickles(paths: Iterable[Path], target: str = "path.with_name(renamed(path.name))") -> str:
+def from_pickles(paths: Iterable[AnyPath], target: str = "path.with_name(renamed(path.name))") -> str:
     """Convert files that `torch.save` wrote, and the indexes beside them.
 
     Args:
@@ -140,7 +142,7 @@ def from_pickles(paths: Iterable[Path], target: str = "path.with_name(renamed(pa
     return _program(f"{_WRITE}{_FROM_PICKLES}{indexes}sys.exit(not any(done))".replace("@TARGET", target), paths)
 
 
-def from_distributed(paths: Iterable[Path], target: str, reader: str = "FileSystemReader") -> str:
+def from_distributed(paths: Iterable[AnyPath], target: str, reader: str = "FileSystemReader") -> str:
     """Convert directories that torch.distributed.checkpoint wrote; what is there already is left as it is.
 
     Args:
@@ -151,12 +153,12 @@ def from_distributed(paths: Iterable[Path], target: str, reader: str = "FileSyst
     return _program(_WRITE + _FROM_DISTRIBUTED.replace("@TARGET", target).replace("@READER", reader), paths)
 
 
-def dequantized(paths: Iterable[Path]) -> str:
+def dequantized(paths: Iterable[AnyPath]) -> str:
     """Have transformers write quantized models anew, into a directory beside that of the run."""
     return _program(_DEQUANTIZE, paths)
 
 
-def for_each(paths: Iterable[Path], command: str) -> str:
+def for_each(paths: Iterable[AnyPath], command: str) -> str:
     """Run a command for each path, named `$d` in it, until one fails."""
     return f"(for d in {_words(paths)}; do {command} || exit; done)"
 
@@ -189,13 +191,13 @@ def _in_octal(char: str) -> str:
     return "".join(f"\\{byte:03o}" for byte in os.fsencode(char))
 
 
-def _program(source: str, paths: Iterable[Path]) -> str:
+def _program(source: str, paths: Iterable[AnyPath]) -> str:
     lines = source.replace("@OF_TRAINING", OF_TRAINING).replace("    ", " ").splitlines()
     text = json.dumps("\n".join(filter(None, lines)))
     return f"{interpreter(ours=True)} -c {shlex.quote(f'exec({text})')} {_words(paths)}"
 
 
-def _words(paths: Iterable[Path]) -> str:
+def _words(paths: Iterable[AnyPath]) -> str:
     """Words that name exactly these paths: patterns, where they match nothing else."""
     alike: defaultdict[str, list[str]] = defaultdict(list)
     for path in map(str, paths):

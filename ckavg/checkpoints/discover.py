@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ckavg.checkpoints.checkpoint import RESULT_RECORD, read_checkpoint
 from ckavg.checkpoints.headers import STATING, peek_metadata, stated_step
@@ -23,11 +22,12 @@ from ckavg.checkpoints.layouts import (
     is_averaged,
     is_half_written,
     is_training_state,
+    label_revisions,
     label_run,
     read_label,
     read_labels,
 )
-from ckavg.checkpoints.same import ReadBytes, read_bytes, same_weights
+from ckavg.checkpoints.same import same_weights
 from ckavg.checkpoints.trainer_log import TRAINER_STATE, contradiction, logged_losses, read_trainer_state
 from ckavg.checkpoints.unsupported import conversion, foreign_weights, holds_foreign, stem
 from ckavg.checkpoints.weight_files import WEIGHTS, find_weights, holds_weights, list_folder
@@ -42,6 +42,9 @@ from ckavg.errors import (
     listed,
 )
 from ckavg.storage.atomic import resolved
+from ckavg.storage.base import AnyPath, RemotePath
+from ckavg.storage.local import is_link, size_of, storage_of
+from ckavg.storage.remote import storages_of
 
 _LARGEST_STEP = 10**18
 _LOOKED_INTO = 50
@@ -62,7 +65,7 @@ class Candidate:
         log: number of the log that its trainer kept, which checkpoints of one run have in common; None without one.
     """
 
-    path: Path
+    path: AnyPath
     step: int
     label: Label
     stated: bool
@@ -83,41 +86,55 @@ class Candidate:
 class Scan:
     """What lies in a source: candidates by step, and what a user should know about the rest."""
 
-    source: Path
+    source: AnyPath
     candidates: tuple[Candidate, ...]
     warnings: tuple[str, ...]
 
 
-def scan(source: Path, *, match: str | None = None, read: ReadBytes = read_bytes) -> Scan:
+def scan(source: AnyPath, *, match: str | None = None) -> Scan:
     """Find the checkpoints in a directory, in numeric order of their steps.
 
     Args:
         source: the directory.
         match: shell pattern of the names that count; None: all.
-        read: reads bytes of a weight file.
 
     Raises:
         NoCheckpointsError: it is no directory, or holds no checkpoint.
         MixedOrderError: its checkpoints count different things.
         ReadError: the system would not let us list it.
     """
+    if isinstance(source, RemotePath) and source.storage.has_revisions:
+        return _scan_revisions(source, match)
     warnings: list[str] = []
     children = [path for path in _children(source) if match is None or _matches(path, match)]
     logs = _Logs()
-    found = [_candidate(path, label, logs, warnings) for path, label in _labels(source, children).items()]
+    labels = _labels(source, children)
+    _prefetch(labels)
+    found = [_candidate(path, label, logs, warnings) for path, label in labels.items()]
     directories = [candidate for candidate in found if not candidate.is_file]
-    twins: set[Path] = set()
+    twins: set[AnyPath] = set()
     files = [candidate for candidate in found if candidate.is_file]
     if files and not any(_holds_safetensors(candidate.path) for candidate in directories):
         directories = []  # of another format, or nothing
-    candidates = _without_derived(directories or _files_of_runs(files, twins, warnings, read))
+    candidates = _without_derived(directories or _files_of_runs(files, twins, warnings))
     if not candidates:
         raise _nothing_found(source, match)
     candidates.sort(key=lambda candidate: (candidate.step, candidate.path.name))
-    warnings += _passed_over([path for path in children if path not in twins], candidates, read)
+    warnings += _passed_over([path for path in children if path not in twins], candidates)
     if not several_runs(candidates):
         warnings += _check_clocks(source, candidates)
     return Scan(source, tuple(candidates), tuple(warnings))
+
+
+def _scan_revisions(source: RemotePath, match: str | None) -> Scan:
+    """The revisions of a repository by the steps in their names alone: none of them is looked into."""
+    labels = label_revisions([path.name for path in source.iterdir()])
+    found = [Candidate(source / name, label.number or 0, label, stated=False) for name, label in labels.items()]
+    candidates = _without_derived([each for each in found if match is None or _matches(each.path, match)])
+    if not candidates:
+        raise NoCheckpointsError(f"{source} has no revisions whose names match {match!r}.")
+    candidates.sort(key=lambda candidate: (candidate.step, candidate.path.name))
+    return Scan(source, tuple(candidates), tuple(_check_clocks(source, candidates)))
 
 
 def duplicate_steps(candidates: Iterable[Candidate]) -> list[CkavgError]:
@@ -215,7 +232,16 @@ class _Logs:
 # --- what lies in the source ---
 
 
-def _children(source: Path) -> list[Path]:
+def _prefetch(paths: Iterable[AnyPath]) -> None:
+    """Elsewhere, fetch what tells the steps of all candidates at the same time: trainers' logs, or headers."""
+    remote = [path for path in paths if isinstance(path, RemotePath)]
+    folders = [path for path in remote if path.suffix != WEIGHTS]
+    for storage in storages_of(remote):
+        storage.prefetch(path / TRAINER_STATE for path in folders)
+        storage.prefetch([] if folders else remote, heads=True)
+
+
+def _children(source: AnyPath) -> list[AnyPath]:
     """What lies in the source, in the order of the numbers in the names."""
     if not source.exists():
         raise NoCheckpointsError(f"{source} does not exist.", hint="Name the directory that holds the checkpoints.")
@@ -232,15 +258,15 @@ def _children(source: Path) -> list[Path]:
     return sorted(children, key=lambda path: ((label.number or 0) if (label := labels[path]) else -1, path.name))
 
 
-def _stem(path: Path) -> str:
+def _stem(path: AnyPath) -> str:
     return path.stem if path.suffix == WEIGHTS else path.name
 
 
-def _matches(path: Path, pattern: str) -> bool:
+def _matches(path: AnyPath, pattern: str) -> bool:
     return fnmatch.fnmatchcase(path.name, pattern) or fnmatch.fnmatchcase(_stem(path), pattern)
 
 
-def _labels(source: Path, children: Sequence[Path]) -> dict[Path, Label]:
+def _labels(source: AnyPath, children: Sequence[AnyPath]) -> dict[AnyPath, Label]:
     """What is a checkpoint by its name, directories before files."""
     folders = {path.name: path for path in children if path.suffix != WEIGHTS and _may_be_checkpoint(path)}
     files = {path.name: path for path in children if path.suffix == WEIGHTS}
@@ -250,14 +276,14 @@ def _labels(source: Path, children: Sequence[Path]) -> dict[Path, Label]:
     return {(folders | files)[name]: label for name, label in labels.items()}
 
 
-def _may_be_checkpoint(path: Path) -> bool:
+def _may_be_checkpoint(path: AnyPath) -> bool:
     """Whether it is a directory that may be one, or a link that leads to none: a checkpoint that was there."""
     if path.name in _NOT_RUNS or is_half_written(path.name):
         return False
-    return (path.is_dir() and not _is_result(path)) or (path.is_symlink() and not path.exists())
+    return (path.is_dir() and not _is_result(path)) or (is_link(path) and not path.exists())
 
 
-def _candidate(path: Path, label: Label, logs: _Logs, warnings: list[str]) -> Candidate:
+def _candidate(path: AnyPath, label: Label, logs: _Logs, warnings: list[str]) -> Candidate:
     if path.suffix == WEIGHTS:
         return Candidate(path, label.number or 0, label, stated=False)
     state = _trainer_state(path, warnings)
@@ -269,14 +295,14 @@ def _candidate(path: Path, label: Label, logs: _Logs, warnings: list[str]) -> Ca
     return Candidate(path, number if stated is None else stated, label, stated=stated is not None, log=log)
 
 
-def _is_result(path: Path) -> bool:
+def _is_result(path: AnyPath) -> bool:
     try:
         return (path / RESULT_RECORD).exists()
     except OSError:  # whoever reads it says what is wrong
         return False
 
 
-def _holds_safetensors(path: Path) -> bool:
+def _holds_safetensors(path: AnyPath) -> bool:
     """Whether a directory holds weights that are read, in it or in its folders."""
     try:
         return holds_weights(path) or bool(find_weights(path)[0])
@@ -284,7 +310,7 @@ def _holds_safetensors(path: Path) -> bool:
         return True  # whoever reads it says what is wrong
 
 
-def _holds_any(path: Path) -> bool:
+def _holds_any(path: AnyPath) -> bool:
     """The same for weights of any kind."""
     try:
         return _holds_safetensors(path) or holds_foreign(path)
@@ -292,7 +318,7 @@ def _holds_any(path: Path) -> bool:
         return True
 
 
-def _trainer_state(path: Path, warnings: list[str]) -> Mapping[str, object] | None:
+def _trainer_state(path: AnyPath, warnings: list[str]) -> Mapping[str, object] | None:
     try:
         return read_trainer_state(path)
     except FileNotFoundError:
@@ -303,7 +329,7 @@ def _trainer_state(path: Path, warnings: list[str]) -> Mapping[str, object] | No
         return None
 
 
-def _stated_step(path: Path, state: Mapping[str, object] | None, warnings: list[str]) -> int | None:
+def _stated_step(path: AnyPath, state: Mapping[str, object] | None, warnings: list[str]) -> int | None:
     if state is None:
         return None
     step = state.get("global_step")
@@ -316,14 +342,12 @@ def _stated_step(path: Path, state: Mapping[str, object] | None, warnings: list[
 # --- single files: their clocks, and the one without a number ---
 
 
-def _files_of_runs(
-    found: Sequence[Candidate], twins: set[Path], warnings: list[str], read: ReadBytes
-) -> list[Candidate]:
+def _files_of_runs(found: Sequence[Candidate], twins: set[AnyPath], warnings: list[str]) -> list[Candidate]:
     """Single files with the steps of one clock, by run; each set of weights once, its twins being noted."""
     by_stem: dict[str, list[Candidate]] = defaultdict(list)
     for candidate in found:
         by_stem[candidate.label.stem].append(candidate)
-    return [each for of_run in by_stem.values() for each in _once(_on_one_clock(of_run), twins, warnings, read)]
+    return [each for of_run in by_stem.values() for each in _once(_on_one_clock(of_run), twins, warnings)]
 
 
 def _on_one_clock(files: Sequence[Candidate]) -> list[Candidate]:
@@ -365,13 +389,13 @@ def _check_headers_agree(numbered: Sequence[tuple[Candidate, int]]) -> None:
             )
 
 
-def _once(files: Sequence[Candidate], twins: set[Path], warnings: list[str], read: ReadBytes) -> list[Candidate]:
+def _once(files: Sequence[Candidate], twins: set[AnyPath], warnings: list[str]) -> list[Candidate]:
     """The files without those that hold the weights of another one: the last of a run is often saved twice."""
     kept: list[Candidate] = []
     for each in sorted(files, key=lambda each: (each.step, each.label.number is None)):
         is_end = each.label.number is None and not each.stated
         twin = kept[-1] if kept and (kept[-1].step == each.step or is_end) else None
-        if twin is not None and _hold_the_same(twin.path, each.path, read):
+        if twin is not None and _hold_the_same(twin.path, each.path):
             warnings.append(f"{each.path.name} holds the same weights as {twin.path.name}: they are one checkpoint.")
             twins.add(each.path)
             continue
@@ -384,9 +408,9 @@ def _once(files: Sequence[Candidate], twins: set[Path], warnings: list[str], rea
     return kept
 
 
-def _hold_the_same(one: Path, other: Path, read: ReadBytes) -> bool:
+def _hold_the_same(one: AnyPath, other: AnyPath) -> bool:
     with suppress(CkavgError):
-        return same_weights(read_checkpoint(one, 0), read_checkpoint(other, 0), read)
+        return same_weights(read_checkpoint(one, 0), read_checkpoint(other, 0))
     return False
 
 
@@ -415,7 +439,7 @@ def _is_derived(one: Candidate, other: Candidate) -> bool:
     return is_longer and one.label.stem != other.label.stem and one.label.number == other.label.number
 
 
-def _passed_over(children: Iterable[Path], candidates: Sequence[Candidate], read: ReadBytes) -> list[str]:
+def _passed_over(children: Iterable[AnyPath], candidates: Sequence[Candidate]) -> list[str]:
     """Warnings about all that holds weights and takes no part."""
     taken = {resolved(candidate.path) for candidate in candidates}
     flat = candidates[0].is_file
@@ -424,7 +448,7 @@ def _passed_over(children: Iterable[Path], candidates: Sequence[Candidate], read
         if resolved(path) in taken or path.name in _NOT_RUNS:
             continue
         if path.suffix == WEIGHTS:
-            if flat or not _is_in(path, candidates[-1].path, read):
+            if flat or not _is_in(path, candidates[-1].path):
                 unstated.append(path.name)
         elif path.is_dir() and is_half_written(path.name):
             half.append(path.name)
@@ -442,16 +466,18 @@ def _passed_over(children: Iterable[Path], candidates: Sequence[Candidate], read
     return told
 
 
-def _is_in(file: Path, checkpoint: Path, read: ReadBytes) -> bool:
+def _is_in(file: AnyPath, checkpoint: AnyPath) -> bool:
     """Whether a weight file lies in a checkpoint, too, as far as some of its bytes tell: the Trainer saves its last
     weights once more, beside the checkpoints.
     """
     twin = checkpoint / file.name
     with suppress(CkavgError, OSError):
-        size = file.stat().st_size
+        read = storage_of(file).read
+        size = size_of(file)
         places = [size * part // _PROBES for part in range(_PROBES)]
-        return twin.stat().st_size == size and all(
-            read(file, place, min(place + _PROBE, size)) == read(twin, place, min(place + _PROBE, size))
+        return size_of(twin) == size and all(
+            read(file, place, min(place + _PROBE, size))
+            == storage_of(twin).read(twin, place, min(place + _PROBE, size))
             for place in places
         )
     return False
@@ -461,7 +487,7 @@ def _shown(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
-def _check_clocks(source: Path, candidates: Sequence[Candidate]) -> list[str]:
+def _check_clocks(source: AnyPath, candidates: Sequence[Candidate]) -> list[str]:
     """Refuse what counts different things; return warnings about clocks that do not count optimizer steps."""
     examples = {candidate.clock: candidate.path.name for candidate in candidates}
     if len(examples) > 1:
@@ -480,7 +506,7 @@ def _check_clocks(source: Path, candidates: Sequence[Candidate]) -> list[str]:
 # --- where there is nothing ---
 
 
-def _nothing_found(source: Path, match: str | None) -> CkavgError:
+def _nothing_found(source: AnyPath, match: str | None) -> CkavgError:
     names = sorted(path.name for path in source.iterdir() if not path.name.startswith("."))
     if match is not None and names:
         return NoCheckpointsError(
@@ -511,13 +537,13 @@ def _nothing_found(source: Path, match: str | None) -> CkavgError:
     )
 
 
-def _numbered(source: Path, names: Sequence[str]) -> list[Path]:
+def _numbered(source: AnyPath, names: Sequence[str]) -> list[AnyPath]:
     """Those files whose names state a step; all of them where none does."""
     labels = read_labels([stem(name) for name in names])
     return [source / name for name in names if stem(name) in labels] or [source / name for name in names]
 
 
-def _one_checkpoint(source: Path) -> CkavgError:
+def _one_checkpoint(source: AnyPath) -> CkavgError:
     """What to say of a directory that is a checkpoint itself, or holds files that are no run."""
     above = resolved(source).parent
     labels = _labels(above, _folders(above))
@@ -531,7 +557,7 @@ def _one_checkpoint(source: Path) -> CkavgError:
     return NoCheckpointsError(f"{source} is one checkpoint, not a directory of checkpoints.", hint=hint)
 
 
-def _folders(directory: Path) -> list[Path]:
+def _folders(directory: AnyPath) -> list[AnyPath]:
     try:
         names = list_folder(directory).folders
     except OSError:

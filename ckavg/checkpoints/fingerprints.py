@@ -17,6 +17,7 @@ from collections.abc import Iterable
 
 from ckavg.checkpoints.run import Checkpoint, Run, Shard
 from ckavg.errors import ChangedError, CkavgError, ReadError, raise_all
+from ckavg.storage.base import RemotePath
 
 _FINE_CLOCK_NS = 20_000_000
 _COARSE_CLOCK_NS = 2_000_000_000
@@ -34,7 +35,7 @@ def fingerprint(checkpoint: Checkpoint) -> str | None:
     """What tells this state of a checkpoint from any other; None where it changed too recently to tell."""
     parts: list[object] = []
     for shard in checkpoint.shards:
-        if shard.identity is not None:
+        if isinstance(shard.path, RemotePath):
             parts.append([shard.nbytes, shard.identity])
             continue
         try:
@@ -59,11 +60,13 @@ def check_unchanged(checkpoints: Iterable[Checkpoint]) -> None:
         ReadError: some cannot be looked at any more.
         CombinedError: more than one of these.
     """
-    shards = [shard for checkpoint in checkpoints for shard in checkpoint.shards if shard.identity is None]
+    shards = [shard for checkpoint in checkpoints for shard in checkpoint.shards]
     raise_all([found for shard in shards if (found := _change_of(shard)) is not None])
 
 
 def _change_of(shard: Shard) -> CkavgError | None:
+    if isinstance(shard.path, RemotePath):  # its storage is asked
+        return None
     try:
         status = shard.path.stat()
     except OSError as error:

@@ -7,28 +7,30 @@ run. The result takes over that of the last checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import struct
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ckavg.checkpoints.run import ITEM_BYTES, Checkpoint, TensorInfo
 from ckavg.errors import (
+    CheckpointError,
     CkavgError,
     CorruptFileError,
     MismatchError,
     MissingShardError,
     MixedOrderError,
     ReadError,
+    RunError,
     TruncatedShardError,
     UnsupportedFormatError,
     listed,
 )
-from ckavg.storage.untrusted import open_regular, parse_json
+from ckavg.storage.base import AnyPath, FileInfo
+from ckavg.storage.local import storage_of
+from ckavg.storage.untrusted import parse_json
 
 KNOWN_HASHES = {"sshs_model_hash": 64, "sshs_legacy_hash": 8}
 """Hashes of a file's tensors that are computed anew for a result, and their digits."""
@@ -222,19 +224,17 @@ class Header:
     """What one file declares, checked against its size in bytes; tensors in the order of their bytes.
 
     Attributes:
-        nbytes: size of the file.
         entries: its tensors.
-        state: inode and time of modification in nanoseconds: another state means other bytes.
+        info: the file.
         metadata: what it says besides, by name.
     """
 
-    nbytes: int
     entries: Mapping[str, TensorInfo]
-    state: tuple[int, int]
+    info: FileInfo
     metadata: Mapping[str, str]
 
 
-def read_header(path: Path, *, shard: int = 0) -> Header:
+def read_header(path: AnyPath, *, shard: int = 0) -> Header:
     """Read and check the header of a safetensors file, which is number `shard` of its checkpoint.
 
     Raises:
@@ -245,11 +245,10 @@ def read_header(path: Path, *, shard: int = 0) -> Header:
         ReadError: the system would not let us read it.
     """
     try:
-        with open_regular(path) as file:
-            status = os.fstat(file.fileno())
-            size = status.st_size
-            raw = _header_bytes(path, file.read(_LENGTH.size), size)
-            text = file.read(raw)
+        with storage_of(path).open(path) as (info, read):
+            size = info.nbytes
+            raw = _header_bytes(path, read(_LENGTH.size), size)
+            text = read(raw)
     except FileNotFoundError as error:
         raise MissingShardError(f"{path} does not exist.", hint=_STILL_WRITTEN) from error
     except OSError as error:
@@ -261,20 +260,20 @@ def read_header(path: Path, *, shard: int = 0) -> Header:
     declared = _parsed(path, text)
     metadata = _metadata(path, declared.pop("__metadata__", None))
     entries = _checked(path, declared, _LENGTH.size + raw, size, shard)
-    return Header(size, entries, (status.st_ino, status.st_mtime_ns), metadata)
+    return Header(entries, info, metadata)
 
 
-def peek_metadata(path: Path, wanted: Collection[str]) -> Mapping[str, str]:
+def peek_metadata(path: AnyPath, wanted: Collection[str]) -> Mapping[str, str]:
     """What a header says besides the tensors; empty where it is not sound, or has none of the entries wanted."""
-    with suppress(CkavgError, OSError, ValueError), open_regular(path) as file:
-        raw = _header_bytes(path, file.read(_LENGTH.size), os.fstat(file.fileno()).st_size)
-        text = file.read(raw)
+    with suppress(CheckpointError, RunError, OSError, ValueError), storage_of(path).open(path) as (info, read):
+        raw = _header_bytes(path, read(_LENGTH.size), info.nbytes)
+        text = read(raw)
         if any(name.encode() in text for name in wanted):
             return _metadata(path, _parsed(path, text).get("__metadata__"))
     return {}
 
 
-def _header_bytes(path: Path, prefix: bytes, size: int) -> int:
+def _header_bytes(path: AnyPath, prefix: bytes, size: int) -> int:
     if len(prefix) < _LENGTH.size:
         raise TruncatedShardError(f"{path} is {size} bytes long: too short to be safetensors.", hint=_STILL_WRITTEN)
     (length,) = _LENGTH.unpack(prefix)
@@ -287,7 +286,7 @@ def _header_bytes(path: Path, prefix: bytes, size: int) -> int:
     return int(length)
 
 
-def _parsed(path: Path, text: bytes) -> dict[str, Any]:
+def _parsed(path: AnyPath, text: bytes) -> dict[str, Any]:
     if sum(map(text.count, (b",", b"[", b"{"))) > MOST_VALUES:
         raise CorruptFileError(f"{path} has a corrupt header: more than {MOST_VALUES:,} values.", hint=_RESAVE)
     try:
@@ -299,7 +298,7 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
     return parsed
 
 
-def _metadata(path: Path, metadata: Any) -> dict[str, str]:
+def _metadata(path: AnyPath, metadata: Any) -> dict[str, str]:
     if metadata is None:
         return {}
     if isinstance(metadata, dict) and all(isinstance(each, str) for each in metadata.values()):
@@ -309,7 +308,9 @@ def _metadata(path: Path, metadata: Any) -> dict[str, str]:
     raise CorruptFileError(f"{path} has a corrupt header: __metadata__ must hold texts by name.", hint=_RESAVE)
 
 
-def _checked(path: Path, declared: Mapping[str, Any], data_start: int, size: int, shard: int) -> dict[str, TensorInfo]:
+def _checked(
+    path: AnyPath, declared: Mapping[str, Any], data_start: int, size: int, shard: int
+) -> dict[str, TensorInfo]:
     spans = sorted((_span(path, name, value) for name, value in declared.items()), key=lambda span: span[3:])
     entries: dict[str, TensorInfo] = {}
     end = 0
@@ -332,7 +333,7 @@ def _checked(path: Path, declared: Mapping[str, Any], data_start: int, size: int
     return entries
 
 
-def _span(path: Path, name: str, value: Any) -> tuple[str, str, tuple[int, ...], int, int]:
+def _span(path: AnyPath, name: str, value: Any) -> tuple[str, str, tuple[int, ...], int, int]:
     shown = _shown(name)
     try:
         name.encode()

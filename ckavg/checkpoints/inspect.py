@@ -13,8 +13,8 @@ from ckavg.checkpoints.check_consistent import common_part, differences, ungathe
 from ckavg.checkpoints.configs import contradictions, quantized, read_facts, ties_embeddings
 from ckavg.checkpoints.discover import Scan, duplicate_steps, foreign_logs, scan, several_runs
 from ckavg.checkpoints.loader import Reading
-from ckavg.checkpoints.run import Checkpoint, Remote, Run, Selection, WhyLeftOut
-from ckavg.checkpoints.same import ReadBytes, changing, constant_parts, read_bytes, tied_copies
+from ckavg.checkpoints.run import Checkpoint, Run, Selection, WhyLeftOut
+from ckavg.checkpoints.same import changing, constant_parts, tied_copies
 from ckavg.checkpoints.unsupported import refused, refused_slices
 from ckavg.errors import (
     CkavgError,
@@ -32,6 +32,7 @@ from ckavg.errors import (
     listed,
     raise_all,
 )
+from ckavg.storage.base import AnyPath, RemotePath
 
 _WORST_FIRST = (
     ReadError, UnsupportedFormatError, MixedOrderError, DuplicateStepError, CorruptFileError, TruncatedShardError,
@@ -53,45 +54,37 @@ class Inspection:
         checkpoints: the selected ones whose headers are sound, ordered by step, the anchor first.
         problems: what stands in the way of averaging them.
         warnings: what does not, but should be known.
-        remote: where its files are; None for a run on this machine.
     """
 
-    source: Path
+    source: AnyPath
     selection: Selection
     checkpoints: tuple[Checkpoint, ...]
     problems: tuple[CkavgError, ...]
     warnings: tuple[str, ...]
-    remote: Remote | None = None
-
-    @property
-    def address(self) -> str:
-        """What was named, as it was named."""
-        return str(self.source) if self.remote is None else self.remote.named(self.source)
 
     @property
     def home(self) -> Path:
         """Where results go by default: the directory that was named; the current one for a run that is not here."""
-        return Path() if self.remote is not None and self.remote.holds(self.source) else self.source
+        return Path() if isinstance(self.source, RemotePath) else self.source
 
 
 def as_run(found: Inspection) -> Run:
     """The inspected checkpoints as a run; raises what stands in the way."""
     raise_all(found.problems)
-    return Run(found.source, found.selection, found.checkpoints, found.warnings, found.remote)
+    return Run(found.source, found.selection, found.checkpoints, found.warnings)
 
 
-def inspect_run(source: Path, selection: Selection, *, read: ReadBytes = read_bytes) -> Inspection:
+def inspect_run(source: AnyPath, selection: Selection) -> Inspection:
     """Look at a source and return its problems beside what is sound, instead of raising them.
 
     Args:
-        source: a directory.
+        source: a directory, or what an address names.
         selection: what is chosen of it.
-        read: reads bytes of a weight file, which a few questions need.
 
     Raises:
         NoCheckpointsError, MixedOrderError, ReadError, SettingError: there is nothing to inspect.
     """
-    found = scan(source, match=selection.match, read=read)
+    found = scan(source, match=selection.match)
     reading = Reading(found, selection)
     while not reading.is_done():
         reading.go_on()
@@ -104,7 +97,7 @@ def inspect_run(source: Path, selection: Selection, *, read: ReadBytes = read_by
     if len(candidates) + with_init < 2:
         problems.append(_too_few(found, len(candidates), checkpoints))
     if checkpoints and not of_several:
-        checkpoints = _compared(checkpoints, selection, read, problems, warnings)
+        checkpoints = _compared(checkpoints, selection, problems, warnings)
     return Inspection(
         found.source, selection, tuple(checkpoints), worst_first(_first_of_kind(problems)), tuple(warnings)
     )
@@ -113,7 +106,6 @@ def inspect_run(source: Path, selection: Selection, *, read: ReadBytes = read_by
 def _compared(
     checkpoints: list[Checkpoint],
     selection: Selection,
-    read: ReadBytes,
     problems: list[CkavgError],
     warnings: list[str],
 ) -> list[Checkpoint]:
@@ -128,14 +120,14 @@ def _compared(
     problems += different + in_headers
     warnings += [*doubtful, *also_doubtful, *_about_left_out(checkpoints)]
     checkpoints[-1] = metadata.without(checkpoints[-1], hashes)
-    checkpoints = _without_copies(checkpoints, [ties_embeddings(each) for each in facts], read, warnings)
+    checkpoints = _without_copies(checkpoints, [ties_embeddings(each) for each in facts], warnings)
     mismatches = differences(checkpoints, anchor_is_init=with_init, common_only=selection.common_only)
     problems += mismatches
     if selection.common_only:
         checkpoints = _common(checkpoints, problems, warnings)
     elif not mismatches:
-        problems += changing(checkpoints, read)
-        checkpoints = _with_copied(checkpoints, constant_parts(checkpoints, read))
+        problems += changing(checkpoints)
+        checkpoints = _with_copied(checkpoints, constant_parts(checkpoints))
     problems += [] if problems else _nothing_to_average(checkpoints[-1])
     return checkpoints
 
@@ -176,10 +168,10 @@ def _with_parts(checkpoint: Checkpoint, parts: set[str]) -> Checkpoint:
 
 
 def _without_copies(
-    checkpoints: list[Checkpoint], tied: Sequence[bool | None], read: ReadBytes, warnings: list[str]
+    checkpoints: list[Checkpoint], tied: Sequence[bool | None], warnings: list[str]
 ) -> list[Checkpoint]:
     """The checkpoints without heads that only some of them store, as copies of the embedding."""
-    copies = tied_copies(checkpoints, tied, read)
+    copies = tied_copies(checkpoints, tied)
     for name, original in copies.items():
         steps = [str(each.step) for each in checkpoints if name in each.entries]
         warnings.append(

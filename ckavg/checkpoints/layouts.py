@@ -144,6 +144,12 @@ def label_run(
     return labels | {f"{name}.safetensors": label for name, label in read_labels(flat).items()}
 
 
+def label_revisions(names: Collection[str]) -> dict[str, Label]:
+    """Which revisions of a repository are checkpoints, by their names: those that state a step."""
+    labels = label_run(names, [], lambda name: True, is_one_model=False) or read_labels(names)
+    return {name: label for name, label in labels.items() if label.number is not None}
+
+
 def read_labels(stems: Collection[str]) -> dict[str, Label]:
     """Read the steps from names that lie in one directory; those that are no checkpoints are left out.
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from ckavg.checkpoints.checkpoint import read_checkpoint
+from ckavg.checkpoints.configs import read_facts
 from ckavg.checkpoints.discover import Candidate, Scan
-from ckavg.checkpoints.run import Checkpoint, Selection
+from ckavg.checkpoints.run import Checkpoint, Selection, TensorInfo
 from ckavg.checkpoints.select import selected
 from ckavg.checkpoints.weight_files import WEIGHTS
 from ckavg.errors import (
     CkavgError,
     CombinedError,
     DuplicateStepError,
+    HubError,
     MissingShardError,
+    ReadError,
     RunError,
     TruncatedShardError,
 )
+from ckavg.storage.base import AnyPath, RemotePath
+from ckavg.storage.tree import thread_map
 
 MOST_CHECKPOINTS = 10_000
 
@@ -30,9 +35,10 @@ class Reading:
     def __init__(self, found: Scan, selection: Selection) -> None:
         self._found = found
         self._selection = selection
-        self._read: dict[tuple[Path, int], Checkpoint | CkavgError] = {}
+        self._read: dict[tuple[AnyPath, int], Checkpoint | CkavgError] = {}
         self._texts: dict[str, str] = {}
-        self._incomplete: dict[Path, CkavgError] = {}
+        self._table: Mapping[str, TensorInfo] = {}
+        self._incomplete: dict[AnyPath, CkavgError] = {}
         self._done = False
         self.candidates: list[Candidate] = []
         self.checkpoints: list[Checkpoint] = []
@@ -63,20 +69,18 @@ class Reading:
             places.insert(0, (init, init_step))
             self.problems += _check_anchor(places)
         self.checkpoints = []
+        self._read_all(places)
         for path, step in places:
-            named = init if path == init and init is not None else self._found.source
-            outcome = self._read.get((path, step)) or self._read_one(path, step, named)
+            outcome = self._read[path, step]
             if isinstance(outcome, Checkpoint):
-                outcome = self._sharing_tables(outcome)
                 if path in stems:
                     outcome = dataclasses.replace(outcome, saved_as=f"{stems[path] or 'model'}{WEIGHTS}")
                 self.checkpoints.append(outcome)
             else:
                 self._tell(path, outcome)
-            self._read[path, step] = outcome
         self._done = not any(candidate.path in self._incomplete for candidate in self.candidates)
 
-    def _tell(self, path: Path, error: CkavgError) -> None:
+    def _tell(self, path: AnyPath, error: CkavgError) -> None:
         """Keep what is wrong with a checkpoint, as a problem or as the reason to leave it out."""
         each = error.errors if isinstance(error, CombinedError) else (error,)
         may_skip = self._selection.skip_incomplete and path != self._selection.init
@@ -90,16 +94,30 @@ class Reading:
         kept = selected([candidate.step for candidate in complete], self._selection)
         return [complete[index] for index in kept]
 
-    @staticmethod
-    def _read_one(path: Path, step: int, named: Path) -> Checkpoint | CkavgError:
+    def _read_all(self, places: Sequence[tuple[AnyPath, int]]) -> None:
+        """Read those that are not read yet; elsewhere, several at the same time."""
+        unread = [place for place in places if place not in self._read]
+        is_remote = any(isinstance(path, RemotePath) for path, _ in unread)
+        read = thread_map(self._read_one, unread) if is_remote else map(self._read_one, unread)
+        self._read |= zip(unread, read, strict=True)
+
+    def _read_one(self, place: tuple[AnyPath, int]) -> Checkpoint | CkavgError:
+        path, step = place
+        init = self._selection.init
+        named = init if path == init and init is not None else self._found.source
         try:
-            return read_checkpoint(path, step, within=named)
+            checkpoint = read_checkpoint(path, step, within=named)
         except CkavgError as error:
+            if isinstance(path, RemotePath) and isinstance(error, HubError | ReadError):
+                raise  # whatever it is, it is not the checkpoint
             return error
+        if isinstance(path, RemotePath):
+            read_facts(checkpoint)  # its configs are wanted later, one after another
+        return self._sharing_tables(checkpoint)
 
     def _sharing_tables(self, checkpoint: Checkpoint) -> Checkpoint:
-        """With the tensor table of the one before, where they are equal: a large model's takes tens of megabytes. So
-        may what headers say of a training set.
+        """With the tensor table of the last one read, where they are equal: a large model's takes tens of megabytes.
+        So may what headers say of a training set.
         """
         shards = tuple(
             dataclasses.replace(
@@ -107,17 +125,17 @@ class Reading:
             )
             for shard in checkpoint.shards
         )
-        entries = checkpoint.entries
-        if self.checkpoints and self.checkpoints[-1].entries == entries:
-            entries = self.checkpoints[-1].entries
-        return dataclasses.replace(checkpoint, shards=shards, entries=entries)
+        table = self._table
+        if checkpoint.entries != table:
+            self._table = table = checkpoint.entries
+        return dataclasses.replace(checkpoint, shards=shards, entries=table)
 
 
 def _why(error: CkavgError) -> str:
     return error.errors[0].message if isinstance(error, CombinedError) else error.message
 
 
-def _check_anchor(places: list[tuple[Path, int]]) -> list[CkavgError]:
+def _check_anchor(places: list[tuple[AnyPath, int]]) -> list[CkavgError]:
     (init, init_step), rest = places[0], places[1:]
     if not init.exists():
         places.pop(0)

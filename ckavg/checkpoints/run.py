@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from ckavg.errors import CkavgError, UnsupportedFormatError
+from ckavg.storage.base import AnyPath, RemotePath
+from ckavg.storage.remote import RemoteStorage, storages_of
 
 Kind = Literal["model", "adapter", "pipeline", "file"]
 
@@ -92,7 +94,7 @@ class Shard:
         metadata: what its header says besides the tensors, by name.
     """
 
-    path: Path
+    path: AnyPath
     nbytes: int
     state: tuple[int, int] | None = None
     identity: str | None = None
@@ -117,16 +119,16 @@ class Checkpoint:
     """
 
     step: int
-    path: Path
+    path: AnyPath
     kind: Kind
     shards: tuple[Shard, ...]
-    indexes: tuple[Path, ...]
+    indexes: tuple[AnyPath, ...]
     entries: Mapping[str, TensorInfo]
     left_out: tuple[tuple[WhyLeftOut, str], ...] = ()
     saved_as: str = ""
 
     @property
-    def directory(self) -> Path:
+    def directory(self) -> AnyPath:
         """Where its side files are."""
         return self.path.parent if self.kind == "file" else self.path
 
@@ -150,7 +152,7 @@ class Checkpoint:
         """Its weight files, by path relative to its directory."""
         return tuple(self._within(shard.path) for shard in self.shards)
 
-    def _within(self, path: Path) -> str:
+    def _within(self, path: AnyPath) -> str:
         return path.relative_to(self.directory).as_posix()
 
     @property
@@ -217,7 +219,7 @@ class Selection:
         copy: shell patterns of further files of the last checkpoint that go into the result.
     """
 
-    init: Path | None = None
+    init: AnyPath | None = None
     init_step: int = 0
     match: str | None = None
     steps: tuple[int, ...] = ()
@@ -242,118 +244,35 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True)
-class Fetching:
-    """What is fetched of a run that is not on this machine, and how.
-
-    Attributes:
-        whole: weight files that are fetched whole, to the disk, before they are read.
-        whole_bytes: size of these; `kept_bytes` of those that are on this machine already.
-        kept_bytes: see there.
-        streamed_bytes: what is fetched as it is read, and never written.
-        directory: where what is fetched whole goes.
-        room: how many bytes there is room for, or was asked for at most.
-    """
-
-    whole: tuple[Path, ...]
-    whole_bytes: int
-    kept_bytes: int
-    streamed_bytes: int
-    directory: Path
-    room: int
-
-
-class Remote(Protocol):
-    """Where the files of a run are that are not on this machine, though they have paths here."""
-
-    def holds(self, path: Path) -> bool:
-        """Whether a path stands for something that is not here."""
-        ...
-
-    def named(self, path: Path) -> str:
-        """What a path in the run stands for, as users know it; a path that stands for itself as it is."""
-        ...
-
-    def pinned(self, path: Path) -> str:
-        """The same, by what cannot come to mean something else: a commit instead of a branch, where there is one."""
-        ...
-
-    def told(self, text: str) -> str:
-        """A text, in which such paths are named as users know them."""
-        ...
-
-    def is_far(self, path: Path) -> bool:
-        """Whether the bytes of a weight file must be fetched when they are read."""
-        ...
-
-    def read(self, path: Path, start: int, stop: int) -> bytes:
-        """The bytes from `start` to `stop` of a weight file.
-
-        Raises:
-            HubError, ReadError: they could not be fetched.
-        """
-        ...
-
-    def plan(self, readings: Mapping[Path, float], *, other_bytes: int) -> Fetching:
-        """Say what would be fetched whole, and what as it is read.
-
-        Args:
-            readings: how often each weight file is read; less than once where only a sample is.
-            other_bytes: what else will be written to the disk.
-        """
-        ...
-
-    def fetch(self, fetching: Fetching, on_bytes: Callable[[int], None]) -> None:
-        """Fetch whole what is to be fetched whole; an earlier attempt is continued.
-
-        Raises:
-            HubError, ReadError: it could not be fetched. What came of it stays.
-        """
-        ...
-
-    def check_unchanged(self) -> None:
-        """Raise ChangedError where a file is another one than when it was listed."""
-        ...
-
-    def release(self) -> None:
-        """Remove what was fetched whole and is of no use to anybody else."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
 class Run:
     """The checkpoints of one training run that take part, ordered by step; the first is the anchor.
 
     Attributes:
-        source: the directory that was named or, for a run that is not here, one that stands in for it.
+        source: what was named: a directory, or an address.
         selection: what was chosen of it.
         checkpoints: the anchor θ_0 and the visited checkpoints after it; at least two.
         warnings: what a user should know about how the run was read.
-        remote: where its files are; None for a run on this machine.
     """
 
-    source: Path
+    source: AnyPath
     selection: Selection
     checkpoints: tuple[Checkpoint, ...]
     warnings: tuple[str, ...]
-    remote: Remote | None = None
 
     @property
     def address(self) -> str:
         """What was named, as it was named."""
-        return self.place(self.source)
+        return str(self.source)
 
     @property
     def home(self) -> Path:
         """Where results go by default: the directory that was named; the current one for a run that is not here."""
-        return Path() if self.remote is not None and self.remote.holds(self.source) else self.source
+        return Path() if isinstance(self.source, RemotePath) else self.source
 
-    def place(self, path: Path) -> str:
-        """A path in the run as users know it."""
-        return str(path) if self.remote is None else self.remote.named(path)
-
-    def pinned(self, path: Path) -> str:
-        """The same, by what cannot come to mean something else."""
-        return str(path) if self.remote is None else self.remote.pinned(path)
+    @property
+    def storages(self) -> list[RemoteStorage]:
+        """The storages elsewhere that its checkpoints are in."""
+        return storages_of(checkpoint.path for checkpoint in self.checkpoints)
 
     @property
     def anchor_is_init(self) -> bool:
@@ -365,7 +284,7 @@ class Run:
         """Optimizer step of every checkpoint, the anchor's first."""
         return tuple(checkpoint.step for checkpoint in self.checkpoints)
 
-    def named(self, checkpoint: Checkpoint) -> Path:
+    def named(self, checkpoint: Checkpoint) -> AnyPath:
         """The directory or file that the user named, in which a checkpoint of the run was found."""
         own = self.selection.init
         return own if own is not None and checkpoint.path == own else self.source

@@ -6,15 +6,11 @@ in their bytes alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 from ckavg.checkpoints.run import FLOATING, Checkpoint, not_constant
-from ckavg.errors import CkavgError, ReadError
-from ckavg.storage.untrusted import open_regular
-
-ReadBytes = Callable[[Path, int, int], bytes]
-"""The bytes of a weight file from one place to another."""
+from ckavg.errors import CkavgError
+from ckavg.storage.local import storage_of
 
 _AT_ONCE = 1 << 20
 _SMALL = 16 << 20
@@ -23,28 +19,12 @@ _SMALL = 16 << 20
 _PEEK = 1 << 16
 
 
-def read_bytes(path: Path, start: int, stop: int) -> bytes:
-    """Those of a file on this machine.
-
-    Raises:
-        ReadError: the system would not let us read it.
-    """
-    try:
-        with open_regular(path) as file:
-            file.seek(start)
-            return file.read(stop - start)
-    except OSError as error:
-        raise ReadError(f"{path} cannot be read: {error.strerror}.", hint="Check that you may read it.") from error
-
-
-def same_weights(one: Checkpoint, other: Checkpoint, read: ReadBytes) -> bool:
+def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
     """Whether two checkpoints hold the same tensors, bit for bit."""
-    return one.entries.keys() == other.entries.keys() and all(
-        _same(one, name, other, name, read) for name in one.entries
-    )
+    return one.entries.keys() == other.entries.keys() and all(_same(one, name, other, name) for name in one.entries)
 
 
-def tied_copies(checkpoints: Sequence[Checkpoint], tied: Sequence[bool | None], read: ReadBytes) -> dict[str, str]:
+def tied_copies(checkpoints: Sequence[Checkpoint], tied: Sequence[bool | None]) -> dict[str, str]:
     """Tensors that only some checkpoints store, as copies of another one: heads that are tied to the embedding.
 
     Args:
@@ -66,14 +46,14 @@ def tied_copies(checkpoints: Sequence[Checkpoint], tied: Sequence[bool | None], 
         holders = [each for each in checkpoints if name in each.entries]
         candidates = (each for each in sorted(everywhere) if _may_be_copy(holders, name, each))
         original = next(
-            (each for each in candidates if all(_same(holder, name, holder, each, read) for holder in holders)), None
+            (each for each in candidates if all(_same(holder, name, holder, each) for holder in holders)), None
         )
         if original is not None:
             found[name] = original
     return found
 
 
-def constant_parts(checkpoints: Sequence[Checkpoint], read: ReadBytes) -> frozenset[str]:
+def constant_parts(checkpoints: Sequence[Checkpoint]) -> frozenset[str]:
     """The floating tensors of small parts beside the model that are the same in every checkpoint: normalizers, say."""
     last, *others = checkpoints[::-1]
     names: set[str] = set()
@@ -81,19 +61,19 @@ def constant_parts(checkpoints: Sequence[Checkpoint], read: ReadBytes) -> frozen
         of_part = [name for name, entry in last.entries.items() if last.shards[entry.shard].part == part]
         if not part.endswith(".safetensors/") or sum(last.entries[name].nbytes for name in of_part) > _SMALL:
             continue
-        if all(_same(last, name, other, name, read) for other in others for name in of_part):
+        if all(_same(last, name, other, name) for other in others for name in of_part):
             names |= {name for name in of_part if last.entries[name].dtype in FLOATING}
     return frozenset(names)
 
 
-def changing(checkpoints: Sequence[Checkpoint], read: ReadBytes) -> list[CkavgError]:
+def changing(checkpoints: Sequence[Checkpoint]) -> list[CkavgError]:
     """An error where a tensor that can only be copied begins otherwise in one checkpoint than in another."""
     names = [name for name, entry in checkpoints[-1].entries.items() if entry.must_be_constant]
     for name in names:
         holders = [each for each in checkpoints if name in each.entries]
         last = holders[-1]
         for other in holders[:-1]:
-            if not _same(other, name, last, name, read, most=_PEEK):
+            if not _same(other, name, last, name, most=_PEEK):
                 return [not_constant(name, other, last)]
     return []
 
@@ -106,17 +86,15 @@ def _may_be_copy(holders: Iterable[Checkpoint], name: str, other: str) -> bool:
     )
 
 
-def _same(
-    one: Checkpoint, name: str, other: Checkpoint, its_name: str, read: ReadBytes, *, most: int | None = None
-) -> bool:
+def _same(one: Checkpoint, name: str, other: Checkpoint, its_name: str, *, most: int | None = None) -> bool:
     first, second = one.entries.get(name), other.entries.get(its_name)
     if first is None or second is None or (first.shape, first.dtype) != (second.shape, second.dtype):
         return False
     paths = one.shards[first.shard].path, other.shards[second.shard].path
     end = first.nbytes if most is None else min(most, first.nbytes)
     return all(
-        read(paths[0], first.offset + start, first.offset + stop)
-        == read(paths[1], second.offset + start, second.offset + stop)
+        storage_of(paths[0]).read(paths[0], first.offset + start, first.offset + stop)
+        == storage_of(paths[1]).read(paths[1], second.offset + start, second.offset + stop)
         for start in range(0, end, _AT_ONCE)
         for stop in (min(start + _AT_ONCE, end),)
     )

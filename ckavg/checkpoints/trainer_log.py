@@ -7,11 +7,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeGuard
 
 from ckavg.checkpoints.run import Checkpoint
-from ckavg.storage.untrusted import read_object
+from ckavg.storage.base import AnyPath
+from ckavg.storage.local import read_object
 
 TRAINER_STATE = "trainer_state.json"
 """The file in which transformers' Trainer keeps `global_step` and `log_history`."""
@@ -20,7 +20,7 @@ LARGEST = 64 * 2**20
 """Bytes; a log of a few hundred thousand entries is smaller, and what is larger is not read for advice."""
 
 
-def read_trainer_state(directory: Path) -> dict[str, Any]:
+def read_trainer_state(directory: AnyPath) -> dict[str, Any]:
     """The trainer state of a checkpoint directory, empty where it is no JSON object.
 
     Raises:

@@ -14,6 +14,8 @@ from pathlib import Path, PurePosixPath
 
 from ckavg.checkpoints.conversion import OF_TRAINING, for_each, from_distributed, from_pickles, interpreter, word
 from ckavg.errors import UnsupportedFormatError
+from ckavg.storage.base import AnyPath
+from ckavg.storage.local import storage_of, walk
 
 PICKLES = (".bin", ".pt", ".pth", ".th", ".ckpt", ".pkl", ".pt.tar", ".pth.tar")
 OTHERS = (".distcp", ".nemo", ".h5", ".keras", ".msgpack", ".gguf", ".npz", ".pdparams", ".ocdbt")
@@ -28,6 +30,7 @@ _MOST_NAMES = 2000
 _DEEPEST = 5
 
 _CONVERTS = "ckavg never unpickles. This command converts them to safetensors"
+DOWNLOAD_FIRST = "ckavg never unpickles. Download the run; ckavg inspect of the copy has a command that converts it."
 _BESIDE = f"{_CONVERTS} and changes nothing that is there:"
 
 
@@ -43,7 +46,7 @@ class Foreign:
     """
 
     kind: str
-    files: Mapping[Path, Path]
+    files: Mapping[AnyPath, AnyPath]
     advice: str
     command: str
 
@@ -67,12 +70,12 @@ def stem(name: str) -> str:
     return name.removesuffix(ending)
 
 
-def holds_foreign(path: Path) -> bool:
+def holds_foreign(path: AnyPath) -> bool:
     """Whether a directory, or a file, holds weights in a format that is not read."""
     return bool(_foreign_names(path))
 
 
-def conversion(paths: Iterable[Path]) -> Foreign | None:
+def conversion(paths: Iterable[AnyPath]) -> Foreign | None:
     """What to do with all checkpoints whose weights are in formats that are not read; None where there are none.
 
     Args:
@@ -92,7 +95,8 @@ def conversion(paths: Iterable[Path]) -> Foreign | None:
                 break
     if not groups:
         return None
-    advised = [group.form.advise(group) for group in groups.values()]
+    is_here = all(isinstance(path, Path) for group in groups.values() for path in group.found)
+    advised = [group.form.advise(group) for group in groups.values()] if is_here else [(DOWNLOAD_FIRST, "")]
     return Foreign(
         " and ".join(dict.fromkeys(group.form.kind for group in groups.values())),
         {path: file for group in groups.values() for path, file in zip(group.found, group.files, strict=True)},
@@ -101,7 +105,7 @@ def conversion(paths: Iterable[Path]) -> Foreign | None:
     )
 
 
-def refused(paths: Iterable[Path]) -> UnsupportedFormatError | None:
+def refused(paths: Iterable[AnyPath]) -> UnsupportedFormatError | None:
     """One error for all checkpoints whose weights are in formats that are not read; None where there are none."""
     found = conversion(paths)
     if found is None:
@@ -114,20 +118,21 @@ def refused(paths: Iterable[Path]) -> UnsupportedFormatError | None:
     return UnsupportedFormatError(what, hint=found.advice, command=found.command, unread=tuple(found.files))
 
 
-def refused_slices(directories: Sequence[Path]) -> UnsupportedFormatError:
+def refused_slices(directories: Sequence[AnyPath]) -> UnsupportedFormatError:
     """One error for safetensors that hold slices of tensors, as torch.distributed.checkpoint writes them.
 
     Args:
         directories: where the slices lie, one directory for each checkpoint.
     """
+    here = [directory for directory in directories if isinstance(directory, Path)]
     is_inside = all(directory.name == "sharded" for directory in directories)  # torch's name for it, in a checkpoint
     more = f", and so do {len(directories) - 1} more checkpoints" if len(directories) > 1 else ""
     return UnsupportedFormatError(
         f"{directories[0]} holds slices of tensors, as torch.distributed.checkpoint writes them{more}.",
-        hint="This command puts them together and changes nothing that is there:",
-        command=from_distributed(
-            directories, _target("path.parent" if is_inside else "path"), "HuggingFaceStorageReader"
-        ),
+        hint="This command puts them together and changes nothing that is there:" if here else DOWNLOAD_FIRST,
+        command=from_distributed(here, _target("path.parent" if is_inside else "path"), "HuggingFaceStorageReader")
+        if here
+        else "",
         unread=tuple(directories),
     )
 
@@ -141,23 +146,22 @@ def _is_state(name: str) -> bool:
     return any(_STATE.search(part) for part in PurePosixPath(name).parts)
 
 
-def _foreign_names(path: Path) -> list[str]:
+def _foreign_names(path: AnyPath) -> list[str]:
     """What is not read of a directory, by relative path, weights of the model before the rest; of a file its name."""
     names = _names_below(path) if path.is_dir() else [path.name]
     found = [name for name in names if _is_foreign(name) or _ZERO.fullmatch(name.rpartition("/")[2])]
     return sorted(found, key=lambda name: (_is_state(name), name))
 
 
-def _names_below(path: Path) -> Iterator[str]:
+def _names_below(path: AnyPath) -> Iterator[str]:
     """Files of a directory and of those in it, a bounded number of them, by relative path."""
     left = _MOST_NAMES
-    for folder, folders, files in os.walk(path):
-        place = Path(folder).relative_to(path)
-        folders[:] = sorted(name for name in folders if not name.startswith("optimizer_"))
-        if len(place.parts) >= _DEEPEST:
+    for place, folders, files in walk(path):
+        folders[:] = [name for name in folders if not name.startswith("optimizer_")]
+        if place and place.count("/") + 1 >= _DEEPEST:
             folders.clear()
-        for name in sorted(files)[:left]:
-            yield (place / name).as_posix()
+        for name in files[:left]:
+            yield f"{place}/{name}" if place else name
         left -= len(files)
         if left <= 0:
             return
@@ -181,21 +185,21 @@ class _Group:
     """
 
     form: _Format
-    found: dict[Path, list[str]] = field(default_factory=dict)
+    found: dict[AnyPath, list[str]] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
 
     @property
-    def first(self) -> Path:
+    def first(self) -> AnyPath:
         """The first checkpoint."""
         return next(iter(self.found))
 
     @property
-    def files(self) -> list[Path]:
+    def files(self) -> list[AnyPath]:
         """The file of each checkpoint that gives the format away."""
         return [_file(path, name) for path, name in zip(self.found, self.names, strict=True)]
 
     @property
-    def folders(self) -> list[Path]:
+    def folders(self) -> list[AnyPath]:
         """Where the weights of each checkpoint lie."""
         return [file.parent for file in self.files]
 
@@ -283,13 +287,15 @@ def _of_others(group: _Group) -> tuple[str, str]:
     return "Save the checkpoints as safetensors; ckavg reads nothing else.", ""
 
 
-def _file(path: Path, name: str) -> Path:
+def _file(path: AnyPath, name: str) -> AnyPath:
     return path / name if path.is_dir() else path
 
 
-def _is_beside_weights(path: Path, name: str) -> bool:
+def _is_beside_weights(path: AnyPath, name: str) -> bool:
     """Whether the folder of a checkpoint in which a file lies holds weights that are read."""
-    return path.is_dir() and any((path / name).parent.glob("*.safetensors"))
+    if not path.is_dir():
+        return False
+    return any(each.endswith(".safetensors") for each in storage_of(path).list((path / name).parent).files)
 
 
 def _above(levels: int) -> str:
@@ -297,7 +303,7 @@ def _above(levels: int) -> str:
     return f'"${{d%{"/*" * levels}}}"'
 
 
-def _target(checkpoint: str, example: Path = Path()) -> str:
+def _target(checkpoint: str, example: AnyPath = Path()) -> str:
     """Where ckavg finds the weights: in the checkpoint, or beside a directory that is named as a file would be.
 
     Args:

@@ -6,17 +6,17 @@ copy of what lies beside it. What is left out is told, each with why.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckavg.checkpoints.layouts import is_averaged, is_training_state, may_hold_model
 from ckavg.checkpoints.run import Kind, WhyLeftOut
 from ckavg.checkpoints.unsupported import PICKLES, conversion, foreign_weights
 from ckavg.errors import UnsupportedFormatError
+from ckavg.storage.base import AnyPath, Listing
+from ckavg.storage.local import is_link, storage_of
 
 ADAPTERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 """The names under which PEFT and diffusers save an adapter."""
@@ -51,38 +51,25 @@ class Weights:
         others: names of all weight files that may be of the model.
     """
 
-    folder: Path
+    folder: AnyPath
     kind: Kind
     files: tuple[str, ...]
     index: str
     others: frozenset[str]
 
 
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """What lies in a directory: names of files (and whatever else is no directory), and of directories."""
-
-    files: frozenset[str]
-    folders: tuple[str, ...]
-
-
-def list_folder(directory: Path) -> Listing:
-    """The names in a directory.
+def list_folder(directory: AnyPath) -> Listing:
+    """The names in a directory; what is named as a weight file is one, whatever it is.
 
     Raises:
         OSError: the system would not let us.
     """
-    files, folders = set(), []
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            if _is_folder(entry) and not entry.name.endswith(WEIGHTS):
-                folders.append(entry.name)
-            else:
-                files.add(entry.name)
-    return Listing(frozenset(files), tuple(sorted(folders)))
+    found = storage_of(directory).list(directory)
+    named = {name for name in found.folders if name.endswith(WEIGHTS)}
+    return Listing(found.files | named, tuple(name for name in found.folders if name not in named))
 
 
-def holds_weights(directory: Path) -> bool:
+def holds_weights(directory: AnyPath) -> bool:
     """Whether the directory itself holds safetensors weights, whole or in part; False where it cannot be listed."""
     try:
         return _has_weights(list_folder(directory).files)
@@ -90,7 +77,7 @@ def holds_weights(directory: Path) -> bool:
         return False
 
 
-def find_weights(directory: Path, own: Iterable[str] = ()) -> tuple[list[Weights], list[LeftOut]]:
+def find_weights(directory: AnyPath, own: Iterable[str] = ()) -> tuple[list[Weights], list[LeftOut]]:
     """The weights of a checkpoint, in its directory and in its folders, and what is left out of them.
 
     Args:
@@ -127,7 +114,7 @@ def find_weights(directory: Path, own: Iterable[str] = ()) -> tuple[list[Weights
     return found, left_out
 
 
-def choose(folder: Path, weights: frozenset[str], names: frozenset[str]) -> Weights | None:
+def choose(folder: AnyPath, weights: frozenset[str], names: frozenset[str]) -> Weights | None:
     """The weights that a loader would take from the files of a folder; None where there are none.
 
     `model.safetensors` comes before an index, as for those who load them, and both before files without an index. An
@@ -219,8 +206,8 @@ def _without_variant(name: str) -> list[str]:
 
 
 def _walk(
-    directory: Path, folder: Path, own: frozenset[str], left_out: list[LeftOut], *, depth: int
-) -> Iterator[tuple[Path, frozenset[str]]]:
+    directory: AnyPath, folder: AnyPath, own: frozenset[str], left_out: list[LeftOut], *, depth: int
+) -> Iterator[tuple[AnyPath, frozenset[str]]]:
     """The folders that may hold weights of the model, with the names of their files."""
     listing = list_folder(folder)
     yield folder, listing.files
@@ -233,7 +220,7 @@ def _walk(
             if name.startswith((".", "averaged")):
                 continue
             why = "copy"
-        elif inner.is_symlink():
+        elif is_link(inner):
             why = "link"
         elif is_averaged(name):
             why = "average"
@@ -245,13 +232,6 @@ def _walk(
             yield from _walk(directory, inner, own, left_out, depth=depth + 1)
         elif holds_weights(inner):
             left_out.append((why, f"{inner.relative_to(directory).as_posix()}/"))
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link in a circle
-        return False
 
 
 def _has_weights(names: Iterable[str]) -> bool:

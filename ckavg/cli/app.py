@@ -182,7 +182,4 @@ def _leave(status: str | int | None) -> NoReturn:
     with suppress(OSError):
         if sys.stderr is not None:
             sys.stderr.flush()
-    remote = sys.modules.get("ckavg.remote.mirror")
-    if remote is not None:
-        remote.close_all()
     os._exit(status or 0)

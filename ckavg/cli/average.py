@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ckavg.averaging.pipeline import Done, carry_out
 from ckavg.averaging.plan import Options, Plan, checked, fetching_of, memory_bytes, place_of, plan_averages
-from ckavg.checkpoints.run import Fetching, Run
+from ckavg.checkpoints.run import Run
 from ckavg.cli.errors import together
 from ckavg.cli.options import Averaging, Command, Measuring, with_options
 from ckavg.cli.progress import show_progress
@@ -40,6 +40,7 @@ from ckavg.output.record import Record
 from ckavg.schemes import SCHEMES, Scheme
 from ckavg.schemes.parse import Parameter, described, make_scheme, parameters_of, shown
 from ckavg.sources import inspect_source
+from ckavg.storage.remote import Fetching
 
 
 def scheme_verb(name: str) -> Command:

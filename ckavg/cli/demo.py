@@ -46,7 +46,7 @@ def demo(
             train(directory, on_progress=on_progress)
         run = open_run(directory)
         results = [average(run, scheme, force=True) for scheme in (EMA(), PEMA(), BEMA())]
-        losses = {"last checkpoint": held_out_loss(run.last.path)}
+        losses = {"last checkpoint": held_out_loss(Path(run.last.path))}
         losses |= {result.outputs[-1].name: held_out_loss(result.directory) for result in results}
         if as_json:
             print_json({"held_out_loss": losses, "averages": [result.to_dict() for result in results]})

@@ -25,6 +25,7 @@ from ckavg.output.commands import as_options, shell_word
 from ckavg.output.leftovers import find_leftovers
 from ckavg.sources import inspect_source
 from ckavg.storage.address import address_of
+from ckavg.storage.remote import storages_of
 
 if TYPE_CHECKING:
     from ckavg.verify.findings import Finding
@@ -86,25 +87,25 @@ def _examine(found: Inspection, options: Inspecting) -> Health | None:
     """Read the weights of the checkpoints that can be read; in one process of a job alone."""
     if not Ranks.of_environment().is_first:
         return None
-    from ckavg.remote.fetching import fetch_all
+    from ckavg.averaging.plan import fetch_all
     from ckavg.verify.health import examine
 
     with show_progress(1, quiet=options.quiet) as on_progress:
-        fetch_all(found.remote, [shard.path for each in found.checkpoints for shard in each.shards], on_progress)
+        fetch_all(found.checkpoints, on_progress)
         health = examine(found.source, found.checkpoints, sha256=options.sha256, on_progress=on_progress)
-        if found.remote is not None:
-            found.remote.release()
+        for storage in storages_of(checkpoint.path for checkpoint in found.checkpoints):
+            storage.remove_downloads()
     return health
 
 
 def inspection_to_dict(found: Inspection) -> dict[str, Any]:
     """What the headers told, as plain JSON values."""
     return {
-        "source": found.address,
+        "source": str(found.source),
         "checkpoints": [
             {
                 "step": checkpoint.step,
-                "directory": _place(found, checkpoint),
+                "directory": str(checkpoint.path),
                 "files": list(checkpoint.names),
                 "bytes": checkpoint.nbytes,
                 "dtype": "+".join(checkpoint.dtypes),
@@ -123,7 +124,7 @@ def print_inspection(out: Output, found: Inspection) -> None:
         floating = as_count(sum(entry.numel for entry in newest.entries.values() if entry.is_floating))
         total = as_bytes(sum(checkpoint.nbytes for checkpoint in found.checkpoints))
         counted = f"{len(found.checkpoints)} checkpoints of {floating} parameters, {total}"
-        out.line(f"{found.address}: {counted}", style="bold", wrap=True)
+        out.line(f"{found.source}: {counted}", style="bold", wrap=True)
         out.line()
         out.print(_table(found))
     for warning in _warnings(found):
@@ -138,7 +139,7 @@ def _table(found: Inspection) -> Table:
     table = plain_table("step", "interval", "shards", "size", "dtype", "directory", left=("dtype", "directory"))
     before: int | None = None
     for place, checkpoint in enumerate(found.checkpoints):
-        name = _place(found, checkpoint) if place == 0 and found.selection.init else _name(found, checkpoint)
+        name = str(checkpoint.path) if place == 0 and found.selection.init else _name(found, checkpoint)
         table.add_row(
             str(checkpoint.step),
             "" if before is None else f"{checkpoint.step - before:+d}",
@@ -153,14 +154,10 @@ def _table(found: Inspection) -> Table:
 
 def _name(found: Inspection, checkpoint: Checkpoint) -> str:
     """Within the run: of its directory or file, or of its revision."""
-    address = address_of(_place(found, checkpoint))
+    address = address_of(str(checkpoint.path))
     if address is None or address.revision is None or address.folder:
         return checkpoint.path.name
     return address.revision
-
-
-def _place(found: Inspection, checkpoint: Checkpoint) -> str:
-    return str(checkpoint.path) if found.remote is None else found.remote.named(checkpoint.path)
 
 
 def health_to_dict(health: Health, *, seconds: float) -> dict[str, Any]:
@@ -224,7 +221,7 @@ def _verdict(found: Inspection, health: Health | None) -> str:
     if count := len(_warnings(found)) + len(more):
         verdict = f"{plural(count, 'warning')}{f': look at step {steps[0]} first' if steps else ''}."
     options = as_options(found.selection.stated)
-    return f"{verdict} Next: ckavg pema {shell_word(found.address)} {options}".rstrip()
+    return f"{verdict} Next: ckavg pema {shell_word(str(found.source))} {options}".rstrip()
 
 
 def _steps_named(found: Inspection) -> list[int]:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from ckavg.checkpoints.run import Remote
 from ckavg.engine.blocks import TILE
 from ckavg.engine.distributed import ALONE, Ranks
 
@@ -45,7 +44,6 @@ class Context:
         tile: elements computed at once: a power of two.
         on_progress: called in the caller's thread now and then.
         ranks: the processes that share the work.
-        remote: where files are that are not on this machine; None where all are.
         compiled_from_bytes: how much a pass must read for a compiled kernel to be worth loading, where there is one.
     """
 
@@ -54,5 +52,4 @@ class Context:
     tile: int = TILE
     on_progress: OnProgress | None = None
     ranks: Ranks = ALONE
-    remote: Remote | None = None
     compiled_from_bytes: int = 16 << 30

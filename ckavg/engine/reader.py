@@ -11,14 +11,15 @@ import resource
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ckavg.errors import ReadError, TruncatedShardError
+from ckavg.storage.base import AnyPath
+from ckavg.storage.remote import local_path
 
 if TYPE_CHECKING:
-    from ckavg.engine.window import Window
+    from ckavg.engine.remote import RemoteReader
 
 _HAS_PREADV = hasattr(os, "preadv")
 _HAS_NOWAIT = _HAS_PREADV and hasattr(os, "RWF_NOWAIT")
@@ -32,17 +33,17 @@ class Files:
 
     Args:
         threads: how many threads read at the same time; they share the process's limit on open files.
-        window: through which files are read that are not on this machine; None where all are.
+        remote: reads files that are not on this machine; None where all are.
     """
 
-    def __init__(self, *, threads: int, window: Window | None = None) -> None:
-        self._window = window
+    def __init__(self, *, threads: int, remote: RemoteReader | None = None) -> None:
+        self._remote = remote
         self._most = max(2, usable_handles() // threads)
-        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._open: OrderedDict[AnyPath, int] = OrderedDict()
         self._can_read_cached = _HAS_NOWAIT
         self.bytes_read = 0
 
-    def read_into(self, path: Path, offset: int, buffer: memoryview, *, on_miss: Callable[[], None]) -> None:
+    def read_into(self, path: AnyPath, offset: int, buffer: memoryview, *, on_miss: Callable[[], None]) -> None:
         """Fill `buffer` with the bytes of `path` from `offset` on.
 
         Args:
@@ -56,8 +57,8 @@ class Files:
             ReadError: the system would not let us read it.
         """
         size = len(buffer)
-        if self._window is not None and self._window.has(path):
-            self._window.read_into(path, offset, buffer)
+        if self._remote is not None and self._remote.has(path):
+            self._remote.read_into(path, offset, buffer)
             self.bytes_read += size
             return
         try:
@@ -79,14 +80,16 @@ class Files:
             ) from error
         self.bytes_read += size
 
-    def read_each(self, path: Path, offsets: Sequence[int], buffer: memoryview, *, on_miss: Callable[[], None]) -> None:
+    def read_each(
+        self, path: AnyPath, offsets: Sequence[int], buffer: memoryview, *, on_miss: Callable[[], None]
+    ) -> None:
         """Fill equal parts of `buffer`, one after another, with the bytes from each of `offsets` on.
 
         Args, errors: as of `read_into`.
         """
         size = len(buffer) // len(offsets)
         place = 0
-        if self._can_read_cached and not (self._window is not None and self._window.has(path)):
+        if self._can_read_cached and not self._is_remote(path):
             with suppress(OSError):  # whatever is wrong is found again, and told, below
                 handle = self._handle(path)
                 while place < len(offsets):  # lean: this may be done a million times
@@ -98,9 +101,9 @@ class Files:
         for rest in range(place, len(offsets)):
             self.read_into(path, offsets[rest], buffer[rest * size : (rest + 1) * size], on_miss=on_miss)
 
-    def announce(self, path: Path, offset: int, nbytes: int) -> None:
+    def announce(self, path: AnyPath, offset: int, nbytes: int) -> None:
         """Tell the system that these bytes will be read soon, so that it fetches them in large pieces at once."""
-        if _HAS_FADVISE and not (self._window is not None and self._window.has(path)):
+        if _HAS_FADVISE and not self._is_remote(path):
             with suppress(OSError):  # a hint; whatever is wrong shows when the bytes are read
                 os.posix_fadvise(self._handle(path), offset, nbytes, os.POSIX_FADV_WILLNEED)
 
@@ -117,6 +120,9 @@ class Files:
     ) -> None:
         self.close()
 
+    def _is_remote(self, path: AnyPath) -> bool:
+        return self._remote is not None and self._remote.has(path)
+
     def _read_cached(self, handle: int, buffer: memoryview, offset: int) -> int:
         """Read what is in memory already and return how much that was; 0 where the system cannot tell."""
         if not self._can_read_cached:
@@ -129,14 +135,14 @@ class Files:
             self._can_read_cached = False
             return 0
 
-    def _handle(self, path: Path) -> int:
+    def _handle(self, path: AnyPath) -> int:
         handle = self._open.get(path)
         if handle is not None:
             self._open.move_to_end(path)
             return handle
         while len(self._open) >= self._most:
             os.close(self._open.popitem(last=False)[1])
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        handle = os.open(local_path(path) or path, os.O_RDONLY | os.O_CLOEXEC)
         self._open[path] = handle
         return handle
 

@@ -20,8 +20,8 @@ from ckavg.engine.distributed import worker_threads
 from ckavg.engine.partition import GlobalProgress, partition
 from ckavg.engine.prefetch import Prefetch, announcer
 from ckavg.engine.reader import Files
+from ckavg.engine.remote import RemoteReader, far_files
 from ckavg.engine.tiles import TileReader
-from ckavg.engine.window import Window, far_files
 
 Result = TypeVar("Result")
 Unit = TypeVar("Unit", bound=Block)
@@ -133,12 +133,12 @@ def _stream_own(
     of_thread = threading.local()
     readers: list[TileReader] = []
     stop = threading.Event()
-    window: Window | None = None
+    remote: RemoteReader | None = None
 
     def do(place: int, block: Unit) -> Result:
         context.ranks.check()
         if not hasattr(of_thread, "worker"):
-            files = open_files.enter_context(Files(threads=threads + 1, window=window))
+            files = open_files.enter_context(Files(threads=threads + 1, remote=remote))
             of_thread.reader = TileReader(work.checkpoints, files, tile=tile, stopped=stop.is_set)
             readers.append(of_thread.reader)
             of_thread.worker = make_worker(of_thread.reader)
@@ -150,9 +150,9 @@ def _stream_own(
 
     results: dict[int, Result] = {}
     with ExitStack() as open_files, one_core_per_kernel():
-        if context.remote is not None and far_files(context.remote, work.checkpoints):
-            window = open_files.enter_context(Window(context.remote, work.checkpoints, blocks, stop.is_set))
-        files = open_files.enter_context(Files(threads=threads + 1, window=window))
+        if far_files(work.checkpoints):
+            remote = open_files.enter_context(RemoteReader(work.checkpoints, blocks, stop.is_set))
+        files = open_files.enter_context(Files(threads=threads + 1, remote=remote))
         announce = announcer(work.checkpoints, files, stop.is_set)
         prefetch = open_files.enter_context(Prefetch(work.checkpoints, blocks, announce))
         executor = ThreadPoolExecutor(threads, thread_name_prefix="ckavg")

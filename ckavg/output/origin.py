@@ -19,7 +19,9 @@ from ckavg.errors import ReadError, SettingError
 from ckavg.output.owned import CARD
 from ckavg.output.side_files import read_config
 from ckavg.storage.atomic import resolved
-from ckavg.storage.untrusted import Bounds, problem_with, read_small
+from ckavg.storage.base import AnyPath, RemotePath
+from ckavg.storage.local import Bounds, problem_with, storage_of
+from ckavg.storage.untrusted import read_small
 
 _MOST_BYTES = 4_000_000
 _MOST_CHARACTERS = 1_000_000
@@ -148,7 +150,7 @@ def find_origin(run: Run, side_files: Mapping[str, bytes], card: Path | str | No
         of_license = {key: of_init[key] for key in _OF_LICENSE if key in of_init} or _license_beside(side_files)
     base = _base_model(run, config, adapter, inherited.pop("base_model", None))
     relation = inherited.pop("base_model_relation", None)
-    repository = _repository(run.address)
+    repository = _repository(str(run.source))
     metadata: dict[str, Any] = {}
     if base:
         metadata["base_model"] = base
@@ -340,12 +342,12 @@ def _check_written(metadata: Mapping[str, Any]) -> None:
         raise ValueError(f"its front matter has fields that the Hub does not know: {error}") from error
 
 
-def _places_of_run(run: Run) -> list[tuple[Checkpoint | None, Path]]:
+def _places_of_run(run: Run) -> list[tuple[Checkpoint | None, AnyPath]]:
     """Where a trainer saves its card: in the checkpoint, and in the directory above, beside the checkpoints."""
     return [(run.last, run.named(run.last)), (None, run.source)]
 
 
-def _first_card(places: Sequence[tuple[Checkpoint | None, Path]], warnings: list[str]) -> Mapping[str, Any]:
+def _first_card(places: Sequence[tuple[Checkpoint | None, AnyPath]], warnings: list[str]) -> Mapping[str, Any]:
     """The metadata of the first card that has any; one that cannot be read is passed over with a warning."""
     for checkpoint, named in places:
         directory = checkpoint.directory if checkpoint is not None else named
@@ -355,7 +357,7 @@ def _first_card(places: Sequence[tuple[Checkpoint | None, Path]], warnings: list
             warnings.append(f"Nothing is taken over from the card of the run. {found.message}")
             continue
         try:
-            metadata = parse_card(read_small(path, _MOST_BYTES)).metadata
+            metadata = parse_card(storage_of(path).read_small(path, _MOST_BYTES)).metadata
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
@@ -405,7 +407,7 @@ def _base_model(
     if run.selection.init is not None:
         named = resolved(run.selection.init)
         cached = next((found for each in named.parts if (found := _IN_CACHE.fullmatch(each))), None)
-        of_cache = f"{cached['owner']}/{cached['name']}" if cached else _repository(run.place(run.selection.init))
+        of_cache = f"{cached['owner']}/{cached['name']}" if cached else _repository(str(run.selection.init))
     of_card = [each for each in stated or [] if not _is_local(each, run)]
     candidates: Iterator[object] = iter((adapter.get("base_model_name_or_path"), config.get("_name_or_path"), of_cache))
     if adapter:
@@ -428,7 +430,11 @@ def _repository(address: str) -> str:
 
 def _is_local(name: str, run: Run) -> bool:
     """Whether a name that could be one of the Hub leads to something here: `outputs/base` looks like owner and name."""
-    above = (Path(), run.source, run.source.parent, run.last.directory)
+    above = [Path()]
+    if not isinstance(run.source, RemotePath):
+        above += [run.source, run.source.parent]
+    if not isinstance(run.last.directory, RemotePath):
+        above.append(run.last.directory)
     return "/" in name and any((directory / name).exists() for directory in above)
 
 

@@ -13,6 +13,7 @@ from ckavg.checkpoints.run import Checkpoint, Run
 from ckavg.errors import CkavgError, OutputError, OutputExistsError, WriteError, listed
 from ckavg.output.owned import check_names, foreign_files, is_record
 from ckavg.storage.atomic import resolved
+from ckavg.storage.base import AnyPath
 
 _MARGIN_BYTES = 16 << 20
 
@@ -38,7 +39,7 @@ def place_in(directory: Path, *names: str) -> Path:
 
 
 def place_problems(
-    out: Path, source: Path, checkpoints: Iterable[Checkpoint], *, force: bool, files: Collection[str] = ()
+    out: Path, source: AnyPath, checkpoints: Iterable[Checkpoint], *, force: bool, files: Collection[str] = ()
 ) -> list[CkavgError]:
     """Everything that speaks against putting a result at a place.
 

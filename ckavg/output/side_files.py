@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import json
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 from ckavg.checkpoints.checkpoint import own_folders
@@ -18,7 +17,8 @@ from ckavg.checkpoints.unsupported import OTHERS, PICKLES, foreign_weights
 from ckavg.checkpoints.weight_files import holds_weights
 from ckavg.errors import ReadError, SettingError, listed
 from ckavg.output.layout import WeightPlan
-from ckavg.storage.untrusted import Bounds, problem_with, read_object, read_small
+from ckavg.storage.base import AnyPath, RemotePath
+from ckavg.storage.local import Bounds, problem_with, read_object, size_of, storage_of, walk
 
 CONFIG = "config.json"
 PIPELINE_CONFIG = "model_index.json"
@@ -107,7 +107,7 @@ def gather_side_files(run: Run, weights: WeightPlan) -> SideFiles:
             files[f"{part}{CONFIG}"] = _with_dtype(files[f"{part}{CONFIG}"], _dtypes(weights, part))
     for index in last.indexes:
         place = index.relative_to(last.directory)
-        part = "" if place.parent == Path() else f"{place.parent.as_posix()}/"
+        part = "" if place.parent == PurePath() else f"{place.parent.as_posix()}/"
         files[place.as_posix()] = _index(index, *weights.index_of(part))
     if not (_tells_what_it_is(files) or _needs_no_config(last)):
         warnings.append(
@@ -164,7 +164,7 @@ def read_config(files: Mapping[str, bytes], name: str = CONFIG) -> dict[str, Any
     return parsed if isinstance(parsed, dict) else {}
 
 
-def _gather(checkpoint: Checkpoint, named: Path, warnings: list[str]) -> dict[str, bytes]:
+def _gather(checkpoint: Checkpoint, named: AnyPath, warnings: list[str]) -> dict[str, bytes]:
     directory = checkpoint.directory
     skipped = {"adapter_config.json"} if any(why == "adapter" for why, _ in checkpoint.left_out) else set()
     skipped |= OF_FOLDERS if checkpoint.kind == "file" else set()
@@ -179,25 +179,26 @@ def _gather(checkpoint: Checkpoint, named: Path, warnings: list[str]) -> dict[st
 
 def _beside_checkpoints(run: Run, warnings: list[str]) -> dict[str, bytes]:
     """The side files that lie in the directory of the run itself."""
-    with os.scandir(run.source) as entries:
-        names = sorted(
-            entry.name
-            for entry in entries
-            if entry.name not in OF_FOLDERS
-            and not entry.is_dir(follow_symlinks=False)
-            and is_side_file(PurePath(entry.name), beside_a_run=True)
-        )
+    names = sorted(
+        name
+        for name in storage_of(run.source).list(run.source).files
+        if name not in OF_FOLDERS and is_side_file(PurePath(name), beside_a_run=True)
+    )
     return _contents(run.source, names, Bounds.of(run.source, run.source), warnings)
 
 
-def _contents(directory: Path, names: Iterable[str], bounds: Bounds, warnings: list[str]) -> dict[str, bytes]:
+def _contents(directory: AnyPath, names: Iterable[str], bounds: Bounds, warnings: list[str]) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
+    names = list(names)
+    if isinstance(directory, RemotePath):
+        small = (directory / name for name in names)
+        directory.storage.prefetch(path for path in small if path.is_file() and size_of(path) <= MOST_BYTES)
     for name in names:
         path = directory / name
         found = problem_with(path, bounds)
         if found is not None:
             warnings.append(f"Not copied: {found.message}")
-        elif path.is_file() and path.stat().st_size <= MOST_BYTES:
+        elif path.is_file() and size_of(path) <= MOST_BYTES:
             files[name] = _content(path)
     return files
 
@@ -230,50 +231,55 @@ def _asked_for(run: Run, warnings: list[str]) -> dict[str, bytes]:
     return files
 
 
-def _permitted(path: Path, bounds: Bounds) -> bytes:
+def _permitted(path: AnyPath, bounds: Bounds) -> bytes:
     found = problem_with(path, bounds)
     if found is not None:
         raise found
-    if path.stat().st_size > MOST_BYTES:
+    if size_of(path) > MOST_BYTES:
         raise SettingError(
-            f"copy: {path} has {path.stat().st_size:,} bytes, more than {MOST_BYTES:,}.",
+            f"copy: {path} has {size_of(path):,} bytes, more than {MOST_BYTES:,}.",
             hint="Copy it by hand once the result is there.",
         )
     return _content(path)
 
 
-def _content(path: Path) -> bytes:
+def _content(path: AnyPath) -> bytes:
     try:
-        return read_small(path, MOST_BYTES)
+        return storage_of(path).read_small(path, MOST_BYTES)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ReadError(f"{path} cannot be read: {why}.", hint="Check that you may read it.") from error
 
 
-def _names(directory: Path, checkpoint: Checkpoint, own: frozenset[str], *, wanted_only: bool) -> Iterator[str]:
+def _names(directory: AnyPath, checkpoint: Checkpoint, own: frozenset[str], *, wanted_only: bool) -> Iterator[str]:
     """Files of a checkpoint by relative path, sorted. Links to directories are not followed: they may form a circle."""
     count = 0
-    for folder, folders, files in os.walk(directory, onerror=_raise):
-        place = Path(folder).relative_to(directory)
-        if checkpoint.kind == "file" or len(place.parts) >= _DEEPEST:
-            folders.clear()
-        folders[:] = sorted(
-            name for name in folders if not wanted_only or _belongs(checkpoint, place / name, directory, own)
-        )
-        for name in sorted(files):
-            count += 1
-            if count > _MOST_FILES:
-                raise ReadError(
-                    f"{directory} holds more than {_MOST_FILES:,} files.",
-                    hint="Move what is no part of the model away.",
-                )
-            yield (place / name).as_posix()
+    try:
+        for where, folders, files in walk(directory):
+            place = PurePath(where)
+            if checkpoint.kind == "file" or len(place.parts) >= _DEEPEST:
+                folders.clear()
+            folders[:] = [
+                name for name in folders if not wanted_only or _belongs(checkpoint, place / name, directory, own)
+            ]
+            for name in files:
+                count += 1
+                if count > _MOST_FILES:
+                    raise ReadError(
+                        f"{directory} holds more than {_MOST_FILES:,} files.",
+                        hint="Move what is no part of the model away.",
+                    )
+                yield (place / name).as_posix()
+    except OSError as error:
+        raise ReadError(
+            f"{error.filename} cannot be read: {error.strerror}.", hint="Check that you may read it."
+        ) from error
 
 
-def _belongs(checkpoint: Checkpoint, place: Path, directory: Path, own: frozenset[str]) -> bool:
+def _belongs(checkpoint: Checkpoint, place: PurePath, directory: AnyPath, own: frozenset[str]) -> bool:
     """Whether a folder is of what is averaged, rather than of training, or another model that lies beside it."""
     leads_to_own = any(f"{folder}/".startswith(f"{place.as_posix()}/") for folder in checkpoint.folders)
-    return _may_be_wanted(place, own) and (leads_to_own or not holds_weights(directory / place))
+    return _may_be_wanted(place, own) and (leads_to_own or not holds_weights(directory / place.as_posix()))
 
 
 def _may_be_wanted(folder: PurePath, own: Collection[str]) -> bool:
@@ -281,12 +287,6 @@ def _may_be_wanted(folder: PurePath, own: Collection[str]) -> bool:
     name = folder.name
     is_state = is_training_state(name) and not (len(folder.parts) == 1 and name in own)
     return may_hold_model(name, len(folder.parts) - 1) and not (is_state or is_averaged(name))
-
-
-def _raise(error: OSError) -> None:
-    raise ReadError(
-        f"{error.filename} cannot be read: {error.strerror}.", hint="Check that you may read it."
-    ) from error
 
 
 def is_side_file(path: PurePath, own: Collection[str] = (), *, beside_a_run: bool = False) -> bool:
@@ -345,7 +345,7 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
     return changed
 
 
-def _index(index: Path, placed: Mapping[str, str], total_size: int) -> bytes:
+def _index(index: AnyPath, placed: Mapping[str, str], total_size: int) -> bytes:
     metadata = read_config({CONFIG: _content(index)}).get("metadata")
     stated = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total_size}
     return json.dumps({"metadata": stated, "weight_map": placed}, indent=2).encode() + b"\n"

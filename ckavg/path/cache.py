@@ -19,6 +19,7 @@ from ckavg.checkpoints.fingerprints import Fingerprints, fingerprint_run
 from ckavg.checkpoints.run import Run
 from ckavg.path.table import PathLength
 from ckavg.storage.atomic import cache_directory, resolved, write_bytes
+from ckavg.storage.base import AnyPath, RemotePath
 from ckavg.storage.untrusted import parse_json, read_small
 
 NAME = "path.json"
@@ -98,11 +99,13 @@ def cache_files(run: Run) -> tuple[Path, ...]:
 
     That of a run which is not on this machine, or whose results lie where a link leads, is kept in the cache alone.
     """
-    is_here = run.address == str(run.source)
-    name = os.fsencode(resolved(run.source)) if is_here else run.address.encode()
+    source = run.source
+    name = str(source).encode() if isinstance(source, RemotePath) else os.fsencode(resolved(source))
     in_cache = cache_directory() / f"path-{hashlib.sha256(name).hexdigest()[:24]}.json"
-    averaged = run.source / "averaged"
-    return (averaged / NAME, in_cache) if is_here and not averaged.is_symlink() else (in_cache,)
+    if isinstance(source, RemotePath):
+        return (in_cache,)
+    averaged = source / "averaged"
+    return (in_cache,) if averaged.is_symlink() else (averaged / NAME, in_cache)
 
 
 def _pair(before: str | None, after: str | None) -> str | None:
@@ -151,10 +154,14 @@ def _row(table: Mapping[str, Any], kind: str, key: str | None) -> dict[str, floa
     }
 
 
+def _absolute(path: AnyPath) -> str:
+    return str(path if isinstance(path, RemotePath) else path.absolute())
+
+
 def _merged(table: Mapping[str, Any], run: Run, path: PathLength, fingerprints: list[str | None]) -> dict[str, Any]:
     """The table with a run's path in it, and without what the same places held before."""
-    home = f"{run.place(run.source.absolute())}/"
-    places_of_run = [run.place(checkpoint.path.absolute()).removeprefix(home) for checkpoint in run.checkpoints]
+    home = f"{_absolute(run.source)}/"
+    places_of_run = [_absolute(checkpoint.path).removeprefix(home) for checkpoint in run.checkpoints]
     at = dict(zip(places_of_run, fingerprints, strict=True))
     stated = table.get("checkpoints")
     kept = {

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def resolved(path: Path) -> Path:
+def resolved(path: os.PathLike[str]) -> Path:
     """The path without links, as far as there are any that lead somewhere; a link in a circle stays as it is."""
     return Path(os.path.realpath(path))
 

@@ -6,12 +6,8 @@ import errno
 import json
 import os
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-
-from ckavg.errors import CkavgError, CorruptFileError, ReadError
-from ckavg.storage.atomic import resolved
 
 MOST_SMALL_BYTES = 100_000_000
 """What is read whole into memory is no larger than this."""
@@ -67,87 +63,3 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
-
-
-_MOST_VALUES = 2_000_000
-"""Values in a JSON file: some 200 bytes each, once they are parsed. Logs and indexes of real runs have a tenth."""
-
-_KINDS = (
-    (stat.S_ISDIR, "a directory"),
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """The directories in which the files of a checkpoint must lie, links followed.
-
-    They are the checkpoint itself, what the user named and, for a snapshot in the Hub's cache, the `blobs` beside
-    `snapshots`, into which all of its files are links.
-    """
-
-    roots: tuple[Path, ...]
-
-    @classmethod
-    def of(cls, checkpoint: Path, named: Path) -> Bounds:
-        """Those of a checkpoint in what the user named: the source, or the model given with `--init`."""
-        roots = [resolved(checkpoint), resolved(named)]
-        roots += [
-            above.parent / "blobs"
-            for above in (*roots[1].parents, roots[1])
-            if above.name == "snapshots" and above.parent
-        ]
-        return cls(tuple(dict.fromkeys(roots)))
-
-    def hold(self, path: Path) -> bool:
-        """Whether a path, links followed, lies in one of them."""
-        parents = resolved(path).parents
-        return any(root in parents for root in self.roots)
-
-
-def problem_with(path: Path, bounds: Bounds) -> CkavgError | None:
-    """Why a file of a checkpoint must not be opened: no plain file, or a link that leads out of it.
-
-    None where it may be, and where there is no such file: whoever opens it says so.
-    """
-    try:
-        mode = path.lstat().st_mode
-        if stat.S_ISREG(mode):
-            return None
-        if stat.S_ISLNK(mode):
-            mode = path.stat().st_mode
-            if stat.S_ISREG(mode) and not bounds.hold(path):
-                return ReadError(
-                    f"{path} is a link to {resolved(path)}, outside of the directory that was named: not followed.",
-                    hint="Put a copy of the file in its place, if you trust where the link came from.",
-                )
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        return ReadError(f"{path} cannot be read: {error.strerror}.", hint="Check that you may read it.")
-    if stat.S_ISREG(mode):
-        return None
-    return CorruptFileError(
-        f"{path} is {next((name for is_kind, name in _KINDS if is_kind(mode)), 'no file')}, expected a file.",
-        hint="Save the checkpoint again, or leave it out with --from-step, --to-step or --last.",
-    )
-
-
-def read_object(path: Path, most_bytes: int) -> dict[str, Any]:
-    """The JSON object in a small file; empty where it holds something else.
-
-    Raises:
-        OSError: there is no such file, or it cannot be read.
-        ValueError: it is no JSON, or too large, or nested too deeply.
-    """
-    text = read_small(path, most_bytes)
-    if text.count(b",") + text.count(b"[") + text.count(b"{") > _MOST_VALUES:
-        raise ValueError(f"{path} holds more than {_MOST_VALUES:,} values")
-    try:
-        parsed = json.loads(text)
-    except RecursionError as error:
-        raise ValueError(f"{path} is nested too deeply") from error
-    return parsed if isinstance(parsed, dict) else {}

@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from ckavg.checkpoints.checkpoint import read_checkpoint
 from ckavg.checkpoints.run import Checkpoint
-from ckavg.engine.context import OnProgress
 from ckavg.errors import CkavgError, CorruptFileError, SettingError
 from ckavg.output.record import Input
-from ckavg.output.side_files import MOST_BYTES
-from ckavg.remote.fetching import fetch_all
-from ckavg.remote.listing import INDEX, tree_at
-from ckavg.remote.mirror import Mirror
-from ckavg.remote.store import Tree
 from ckavg.storage.address import Address, address_of
+from ckavg.storage.remote import open_storage
+from ckavg.storage.tree import thread_map
 from ckavg.verify.findings import Finding
 
-
-@dataclass(frozen=True, slots=True)
-class Elsewhere:
-    """The checkpoints of a record that are not on this machine.
-
-    Attributes:
-        mirror: where they are shown.
-        checkpoints: by index; None for those that take no part, are on this machine, or are not what they were.
-        findings: why they are not.
-    """
-
-    mirror: Mirror
-    checkpoints: tuple[Checkpoint | None, ...]
-    findings: tuple[Finding, ...]
+_INDEX = ".safetensors.index"
 
 
 def is_elsewhere(recorded: Input) -> bool:
@@ -57,61 +39,50 @@ def places_of(inputs: Iterable[Input]) -> tuple[str, ...]:
     return tuple(f"{place} ({count} checkpoints)" for place, count in found.items())
 
 
-def open_elsewhere(inputs: Sequence[Input], *, first: int) -> Elsewhere:
+def open_elsewhere(inputs: Sequence[Input], *, first: int) -> tuple[list[Checkpoint | None], list[Finding]]:
     """Open the checkpoints that have addresses: their headers are fetched, none of their weights.
 
     Args:
         inputs: of the record.
         first: index of the first checkpoint that takes part.
+
+    Returns:
+        The checkpoints by index, None for those that take no part, are on this machine, or are not what they were; and
+        why they are not.
     """
-    mirror = Mirror("sources")
-    checkpoints: list[Checkpoint | None] = []
-    found: list[Finding] = []
-    for index, recorded in enumerate(inputs):
-        checkpoint = None
-        if index >= first:
-            try:
-                address = address_of(recorded.directory)
-                if address is not None:
-                    checkpoint = _opened(mirror, address, recorded, mirror.root / str(index))
-            except CkavgError as error:
-                found.append(Finding("sources", f"step {recorded.step}: {mirror.told(error.message)}"))
-        checkpoints.append(checkpoint)
-    mirror.seal()
-    identified = (None if each is None else mirror.identified(each) for each in checkpoints)
-    return Elsewhere(mirror, tuple(identified), tuple(found))
+
+    def open_writers(index: int) -> Checkpoint | CkavgError | None:
+        try:
+            address = address_of(inputs[index].directory) if index >= first else None
+            return None if address is None else _opened(address, inputs[index])
+        except CkavgError as error:
+            return error
+
+    outcomes = thread_map(open_writers, range(len(inputs)))
+    found = [
+        Finding("sources", f"step {recorded.step}: {outcome.message}")
+        for recorded, outcome in zip(inputs, outcomes, strict=True)
+        if isinstance(outcome, CkavgError)
+    ]
+    return [None if isinstance(outcome, CkavgError) else outcome for outcome in outcomes], found
 
 
-def fetch_elsewhere(elsewhere: Elsewhere, on_progress: OnProgress | None) -> None:
-    """Fetch all of their weights, for what reads single elements.
+def _opened(address: Address, recorded: Input) -> Checkpoint:
+    folders = {str(PurePosixPath(name).parent) for name in recorded.files}
 
-    Raises:
-        SettingError: there is no room for them.
-        HubError, ReadError: they could not be fetched.
-    """
-    here = [each for each in elsewhere.checkpoints if each is not None]
-    fetch_all(elsewhere.mirror, [shard.path for each in here for shard in each.shards], on_progress)
+    def is_shown(name: str) -> bool:
+        """Weights that were averaged, and what tells which of them are loaded as one: so the names of tensors begin."""
+        path = PurePosixPath(name)
+        is_index = _INDEX in path.name and str(path.parent) in folders
+        return name in recorded.files or name == "model_index.json" or is_index
 
-
-def _opened(mirror: Mirror, address: Address, recorded: Input, place: Path) -> Checkpoint:
-    tree = tree_at(address)
+    storage = open_storage(address, show=is_shown)
     for name, size in recorded.files.items():
-        there = tree.files.get(name)
+        there = storage.info(storage.root / name)
         if there is None:
             raise CorruptFileError(f"{address}/{name} is not there; it was averaged.")
-        if there.size != size:
+        if there.nbytes != size:
             raise CorruptFileError(
-                f"{address}/{name} is {there.size:,} bytes long; it was {size:,} when it was averaged."
+                f"{address}/{name} is {there.nbytes:,} bytes long; it was {size:,} when it was averaged."
             )
-    mirror.add(place, tree, recorded.files)
-    folders = {str(PurePosixPath(name).parent) for name in recorded.files}
-    mirror.bring(place, tree, [name for name in tree.files if _tells_parts(tree, name, folders)])
-    mirror.open_headers(place / name for name in recorded.files)
-    return read_checkpoint(place, recorded.step)
-
-
-def _tells_parts(tree: Tree, name: str, folders: Collection[str]) -> bool:
-    """Whether a file tells which weight files are loaded as one, and so how the names of their tensors begin."""
-    path = PurePosixPath(name)
-    tells = name == "model_index.json" or (INDEX in path.name and str(path.parent) in folders)
-    return tells and tree.files[name].size <= MOST_BYTES
+    return read_checkpoint(storage.root, recorded.step)

@@ -21,6 +21,8 @@ from ckavg.checkpoints.statistics import running_statistics
 from ckavg.engine.context import OnProgress, Progress
 from ckavg.output.digests import sha256_of
 from ckavg.path.table import fsum
+from ckavg.storage.base import AnyPath
+from ckavg.storage.remote import local_path
 from ckavg.verify.findings import Finding
 from ckavg.verify.health_statistics import TensorStatistics, measure_tensors
 
@@ -61,7 +63,7 @@ class Health:
 
 
 def examine(
-    source: Path,
+    source: AnyPath,
     checkpoints: Sequence[Checkpoint],
     *,
     sha256: bool = False,
@@ -72,7 +74,7 @@ def examine(
     Args:
         source: the directory that the names of files are relative to.
         checkpoints: ordered by step, the anchor first.
-        sha256: also hash every weight file, which reads it once more.
+        sha256: also hash every weight file, which reads it once more; those elsewhere must have been downloaded.
         on_progress: called in this thread now and then.
 
     Raises:
@@ -88,7 +90,7 @@ def examine(
 
 
 def _hashes(
-    source: Path, checkpoints: Sequence[Checkpoint], before: int, on_progress: OnProgress | None
+    source: AnyPath, checkpoints: Sequence[Checkpoint], before: int, on_progress: OnProgress | None
 ) -> dict[str, str]:
     """SHA-256 of every weight file, by the name it is known by."""
     shards = [shard for checkpoint in checkpoints for shard in checkpoint.shards]
@@ -96,13 +98,20 @@ def _hashes(
     hashes: dict[str, str] = {}
     for place in range(0, len(shards), _HASHED_TOGETHER):
         some = shards[place : place + _HASHED_TOGETHER]
-        for shard, digest in zip(some, sha256_of([shard.path for shard in some]), strict=True):
-            inside = shard.path.is_relative_to(source)
-            hashes[shard.path.relative_to(source).as_posix() if inside else str(shard.path)] = digest
+        paths = [local_path(shard.path) or Path(shard.path) for shard in some]
+        for shard, digest in zip(some, sha256_of(paths), strict=True):
+            hashes[_name_of(shard.path, source)] = digest
             before += shard.nbytes
         if on_progress is not None:
             on_progress(Progress("health", before, total))
     return hashes
+
+
+def _name_of(path: AnyPath, source: AnyPath) -> str:
+    try:
+        return path.relative_to(source).as_posix()
+    except ValueError:
+        return str(path)
 
 
 def _path_between(tensors: Sequence[TensorStatistics], before: int, after: int) -> float | None:

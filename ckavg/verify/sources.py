@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckavg.checkpoints.checkpoint import read_checkpoint
-from ckavg.checkpoints.run import Checkpoint, Remote, TensorInfo
+from ckavg.checkpoints.run import Checkpoint, TensorInfo
 from ckavg.errors import CkavgError, CorruptFileError, ReadError
 from ckavg.output.published import Local, read_local
 from ckavg.output.record import BASE_MODEL, Input, Record
 from ckavg.storage.untrusted import open_regular
-from ckavg.verify.elsewhere import Elsewhere, is_elsewhere, open_elsewhere
+from ckavg.verify.elsewhere import is_elsewhere, open_elsewhere
 from ckavg.verify.findings import Finding
 
 _ACTING = ("/net/", "/sys/", "/proc/")
@@ -36,12 +36,10 @@ class Sources:
     Attributes:
         checkpoints: by index; None for those that take no part, are not there, or are not what they were.
         findings: why they are not.
-        elsewhere: those that are not on this machine; None where all are.
     """
 
     checkpoints: tuple[Checkpoint | None, ...]
     findings: tuple[Finding, ...]
-    elsewhere: Elsewhere | None = None
 
 
 def find_sources(
@@ -67,14 +65,14 @@ def find_sources(
     """
     copied = frozenset(record.copied)
     checkpoints: list[Checkpoint | None] = []
-    remote = None
+    remote: list[Checkpoint | None] = []
+    found: list[Finding] = []
     if source is None and any(is_elsewhere(each) for each in record.inputs[first:]):
-        remote = open_elsewhere(record.inputs, first=first)
-    found: list[Finding] = [] if remote is None else list(remote.findings)
+        remote, found = open_elsewhere(record.inputs, first=first)
     places: dict[int, Place] = {}
     local = read_local(directory)
     for index, recorded in enumerate(record.inputs):
-        if index >= first and (remote is None or not is_elsewhere(recorded)):
+        if index >= first and (not remote or not is_elsewhere(recorded)):
             try:
                 places[index] = _found(
                     recorded, _places(record, index, directory, local, source=source, init=init), source
@@ -84,7 +82,7 @@ def find_sources(
     above = Counter(str(_directory(place).parent) for place in places.values())
     on_places([f"{place} ({count} checkpoints)" for place, count in above.items()])
     for index, recorded in enumerate(record.inputs):
-        checkpoint = remote.checkpoints[index] if remote else None
+        checkpoint = remote[index] if remote else None
         try:
             if index in places:
                 checkpoint = _opened(places[index], record, recorded)
@@ -96,7 +94,7 @@ def find_sources(
             found.append(Finding("sources", f"step {recorded.step}: {error.message}"))
             checkpoint = None
         checkpoints.append(checkpoint)
-    return Sources(tuple(checkpoints), tuple(found), remote)
+    return Sources(tuple(checkpoints), tuple(found))
 
 
 def check_checksums(
@@ -104,7 +102,6 @@ def check_checksums(
     checkpoints: Sequence[Checkpoint | None],
     names: Sequence[str],
     on_progress: Callable[[int, int], None],
-    remote: Remote | None = None,
 ) -> tuple[list[Finding], int]:
     """Read the averaged tensors of all checkpoints and compare their checksums with the record.
 
@@ -113,7 +110,6 @@ def check_checksums(
         checkpoints: by index; None for those that are not there.
         names: the averaged tensors.
         on_progress: called with the bytes done and the bytes to do.
-        remote: where those are that are not on this machine.
 
     Returns:
         What was found, and how many bytes were read.
@@ -150,12 +146,11 @@ def check_checksums(
 
         return digests
 
-    context = Context(on_progress=lambda news: on_progress(news.done, news.total), remote=remote)
+    context = Context(on_progress=lambda news: on_progress(news.done, news.total))
     streamed = stream("sources", read, blocks, make_worker, context)
     for (checkpoint, recorded), checksum in zip(here, checksums(read, blocks, streamed.results), strict=True):
         if checksum != recorded.checksum:
-            place = checkpoint.path if remote is None else remote.named(checkpoint.path)
-            told = f"step {recorded.step}: the weights in {place} are not those that were averaged"
+            told = f"step {recorded.step}: the weights in {checkpoint.path} are not those that were averaged"
             found.append(Finding("sources", f"{told}: their checksum is {checksum[:12]}…, it was {recorded.checksum}."))
     return found, streamed.bytes_read
 

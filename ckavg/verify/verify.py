@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ckavg import __version__
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
@@ -18,13 +17,11 @@ from ckavg.errors import CkavgError, SettingError, listed
 from ckavg.output.record import Output, Record, read_record
 from ckavg.storage.address import address_of
 from ckavg.storage.atomic import resolved
+from ckavg.storage.remote import storages_of
 from ckavg.verify.arithmetic import check_arithmetic
 from ckavg.verify.files import check_digests, check_others, find_files
 from ckavg.verify.findings import Check, Finding, Verified
 from ckavg.verify.weights import check_finite, open_weights
-
-if TYPE_CHECKING:
-    from ckavg.verify.elsewhere import Elsewhere
 
 ELEMENTS = 10_000
 
@@ -89,18 +86,18 @@ def verify_result(
     with work.told("weights"):
         work.check_weights(outputs)
     checks: list[Check] = ["record", "files", "weights"]
-    with work.reading_elsewhere():
-        if sources or replay:
-            work.find_sources(outputs, on_places or (lambda places: None))
-        if sources:
-            checks.append("sources")
-            with work.told("sources"):
-                work.check_sources(outputs)
-        if replay:
-            checks.append("replay")
-            seed = secrets.randbelow(2**32) if seed is None else seed
-            with work.told("replay"):
-                work.recompute(outputs, elements, seed)
+    if sources or replay:
+        work.find_sources(outputs, on_places or (lambda places: None))
+    if sources:
+        checks.append("sources")
+        with work.told("sources"):
+            work.check_sources(outputs)
+    if replay:
+        checks.append("replay")
+        seed = secrets.randbelow(2**32) if seed is None else seed
+        with work.told("replay"):
+            work.recompute(outputs, elements, seed)
+    work.remove_downloads()
     return Verified(
         result=directory,
         title=work.title,
@@ -132,7 +129,6 @@ class _Work:
     source: Path | None
     init: Path | None = None
     checkpoints: tuple[Checkpoint | None, ...] = ()
-    elsewhere: Elsewhere | None = None
     findings: list[Finding] = field(default_factory=list)
     files: int = 0
     bytes_read: int = 0
@@ -161,20 +157,10 @@ class _Work:
         except CkavgError as error:
             self.findings.append(Finding(check, error.message))
 
-    @contextmanager
-    def reading_elsewhere(self) -> Iterator[None]:
-        """Have nothing left of what shows the checkpoints that are not on this machine.
-
-        What was fetched of them goes, too, unless an error or an interrupt ends the work: then it is there for the
-        next time.
-        """
-        try:
-            yield
-            if self.elsewhere is not None:
-                self.elsewhere.mirror.release()
-        finally:
-            if self.elsewhere is not None:
-                self.elsewhere.mirror.close()
+    def remove_downloads(self) -> None:
+        """Remove what was downloaded of the checkpoints. After an error, it stays for the next time."""
+        for storage in storages_of(each.path for each in self.checkpoints if each is not None):
+            storage.remove_downloads()
 
     def places(self) -> dict[int, tuple[str, Path, Output]]:
         """The snapshots and the result: what stands before names, the directory, and the entry, by index."""
@@ -301,7 +287,6 @@ class _Work:
         )
         self.findings += found.findings
         self.checkpoints = found.checkpoints
-        self.elsewhere = found.elsewhere
 
     def check_sources(self, outputs: Outputs) -> None:
         """Are the checkpoints those that were averaged, every byte of them?"""
@@ -310,19 +295,16 @@ class _Work:
         like = [checkpoint for _, checkpoint in outputs.values()] or [each for each in self.checkpoints if each]
         entries = like[-1].entries if like else {}
         names = [name for name, entry in entries.items() if entry.is_floating and entry.numel]
-        remote = None if self.elsewhere is None else self.elsewhere.mirror
-        found, nbytes = check_checksums(self.record, self.checkpoints, names, self.listener("sources"), remote)
+        found, nbytes = check_checksums(self.record, self.checkpoints, names, self.listener("sources"))
         self.findings += found
         self.bytes_read += nbytes
 
     def recompute(self, outputs: Outputs, elements: int, seed: int) -> None:
         """Are elements that are drawn what the checkpoints give?"""
+        from ckavg.averaging.plan import fetch_all
         from ckavg.verify.replaying import check_elements
 
-        if self.elsewhere is not None:
-            from ckavg.verify.elsewhere import fetch_elsewhere
-
-            fetch_elsewhere(self.elsewhere, self.on_progress)
+        fetch_all([each for each in self.checkpoints if each is not None], self.on_progress)
         done = check_elements(
             self.record,
             outputs,

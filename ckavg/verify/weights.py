@@ -12,7 +12,7 @@ from ckavg.checkpoints.run import DTYPE_NAMES, Checkpoint, TensorInfo
 from ckavg.errors import CkavgError
 from ckavg.output.record import Output
 from ckavg.output.side_files import CONFIG, DTYPE_KEYS
-from ckavg.storage.untrusted import read_object
+from ckavg.storage.local import read_object
 from ckavg.verify.findings import Finding
 
 _INDEX = ".safetensors.index.json"

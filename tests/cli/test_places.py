@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ckavg
-from ckavg.remote import objects
+from ckavg.storage import objects
 from tests.cli.runner import run_cli
 from tests.runs import random_run, write_run
 
@@ -140,4 +140,4 @@ def test_no_word_of_a_driver_holds_a_password(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     said = told("inspect", "s3://bucket/run", "-v", status=1)
     assert "s3://bucket/run may not be read: https://store.example.org/run?X-Amz-Signature=…" in said
-    assert objects._told(ValueError(SECRET)) == "…"
+    assert objects._reason(ValueError(SECRET)) == "…"

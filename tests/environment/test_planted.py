@@ -18,9 +18,7 @@ from types import FrameType
 import pytest
 
 import ckavg
-from ckavg.remote.download import Partial, complete
-from ckavg.remote.kept import Kept
-from ckavg.remote.mirror import Mirror
+from ckavg.storage.download import Download, Downloads, complete
 from tests.cli.runner import run_cli
 from tests.hostile.contract import MODEL, check_text, sources, write_small_run
 
@@ -260,9 +258,7 @@ def test_what_has_a_name_like_a_leftover(run: Path, name: str, kind: str) -> Non
         check(run, run / "averaged" / name, *words, allowed=(0,))
 
 
-@pytest.mark.parametrize(
-    "name", ["views", "views/1-00000000", "views/thesis", "files", "files/thesis", "files/" + "0" * 32]
-)
+@pytest.mark.parametrize("name", ["files", "files/thesis", "files/" + "0" * 32])
 @pytest.mark.parametrize("kind", ["folder link", "folder"])
 def test_in_the_cache(run: Path, tmp_path: Path, name: str, kind: str) -> None:
     """What is there of other runs that are not here is removed once nobody holds its lock: ours alone."""
@@ -270,15 +266,13 @@ def test_in_the_cache(run: Path, tmp_path: Path, name: str, kind: str) -> None:
     os.utime(run / VICTIM / ".lock", (0, 0))
     place = tmp_path / "cache" / "ckavg" / name
     plant(place, kind, run)
-    if kind == "folder" and name in ("views/thesis", "files/thesis"):
+    if kind == "folder" and name == "files/thesis":
         (place / ".lock").touch()
         os.utime(place / ".lock", (0, 0))
     before, planted = sources(run), state(place)
-    with refused(place) if (name, kind) == ("views", "folder link") else contextlib.nullcontext():
-        Mirror("run").close()
-    Kept("s3://bucket/run").drop()
+    Downloads("s3://bucket/run").remove()
     assert sources(run) == before
-    if (name, kind) not in (("views", "folder"), ("files", "folder")):
+    if (name, kind) != ("files", "folder"):
         assert state(place) == planted
 
 
@@ -298,16 +292,16 @@ class Far:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["", ".lock", "inner", "incomplete"])
 def test_in_the_place_of_what_is_fetched(run: Path, name: str, kind: str) -> None:
-    kept = Kept(Far.url)
-    place = kept.place(MODEL, 1)
+    downloads = Downloads(Far.url)
+    place = downloads.target(MODEL, 1)
     planted = {"inner": place.parent, "incomplete": place.with_name(f"{MODEL}.incomplete")}.get(
         name, place.parent.parent / name
     )
     plant(planted, kind, run)
     before = sources(run)
     with contextlib.nullcontext() if kind == "folder" and name in ("", "inner") else refused(planted):
-        kept.hold(place)
-        complete(Partial(Far(), MODEL, 10, place), lambda _: None)
+        downloads.hold(place)
+        complete(Download(Far(), MODEL, 10, place), lambda _: None)
         assert place.read_bytes() == bytes(10)
     assert sources(run) == before
     assert os.path.lexists(planted)

@@ -89,7 +89,7 @@ def assert_close(got: Tensors, want: Tensors, terms: reference.Arrays, accumulat
 
 def terms_of(run: Run) -> reference.Arrays:
     """How large each weight gets in any checkpoint."""
-    checkpoints = [reference.load_floats(checkpoint.path) for checkpoint in run.checkpoints]
+    checkpoints = [reference.load_floats(Path(checkpoint.path)) for checkpoint in run.checkpoints]
     return {name: np.max([np.abs(each[name]) for each in checkpoints], axis=0) for name in checkpoints[0]}
 
 

@@ -219,7 +219,7 @@ def check_whole(directory: Path, device: str) -> None:
 def check_buffers(directory: Path, device: str) -> None:
     """With the arithmetic far behind the reading, no buffer is filled again before it is free."""
     run = large_run(directory, torch.bfloat16, numel=32 * CHUNK)
-    stored = [reference.load_floats(checkpoint.path)["large"] for checkpoint in run.checkpoints]
+    stored = [reference.load_floats(Path(checkpoint.path))["large"] for checkpoint in run.checkpoints]
     with Files(threads=1) as files:
         reader = TileReader(run.checkpoints, files, tile=CHUNK)
         reader.compute_on(device)

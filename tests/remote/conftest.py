@@ -13,8 +13,7 @@ from tests.hub.conftest import hub as hub
 from tests.hub.server import Hub, Repo
 from tests.remote import mirrors
 from tests.remote.outcome import wait_for_fetching
-from tests.remote.published import publish_revisions
-from tests.remote.questions import REPO
+from tests.remote.published import REPO, publish_revisions
 from tests.remote.stores import Store, fronting, storing
 from tests.runs import write_run
 

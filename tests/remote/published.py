@@ -11,6 +11,7 @@ from tests.hub.server import LARGE, Hub, Repo, Tree
 
 BY_STEP = "step{step}"
 BY_TOKENS = "stage1-step{step}-tokens{tokens}B"
+REPO = "lab/run"
 NOT_PUBLISHED = {"optimizer.pt", "trainer_state.json"}
 """Files that stay with whoever trained, where each checkpoint is published as a model of its own."""
 OF_A_MODEL: Tree = {

@@ -1,4 +1,4 @@
-"""What goes wrong between the Hub and a run that is read from it: at every stage, once, now and then, and for good."""
+"""What goes wrong between a place and a run that is read from it: at every stage, once, and for good."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from typing import Any
 import pytest
 
 import ckavg
+from ckavg.errors import ChangedError
+from ckavg.storage.atomic import cache_directory
+from ckavg.storage.tree import ShortAnswerError, exactly
 from tests.cli.runner import run_cli
-from tests.exhaustive import unless
 from tests.hub.server import Hub, Repo
-from tests.hub.wire import DROPPED, PORTAL, WHOLE, Broken
+from tests.hub.wire import DROPPED, PORTAL, WHOLE, Broken, Traffic
 from tests.remote.outcome import keeps_to_itself, refused, weights_of
-from tests.remote.published import publish_folders
-from tests.remote.questions import REPO
+from tests.remote.published import REPO, publish_folders
+from tests.remote.stores import Store
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
-FOREVER = 1_000
-STAGES = ("refs", "list", "head", "resolve", "fetch")
-"""What opening revisions and reading them asks. `info` is asked for where one revision holds folders."""
-PASSING: dict[str, Any] = {
+FOREVER = 10_000
+FAULTS: dict[str, Any] = {
+    "401": 401,
+    "403": 403,
     "429": 429,
     "503": 503,
     "dropped": DROPPED,
@@ -31,26 +33,23 @@ PASSING: dict[str, Any] = {
     "portal": PORTAL,
     "whole": WHOLE,
 }
-FAULTS = PASSING | {"401": 401, "403": 403, "404": 404}
-SAID = {name: f"({name})" for name in FAULTS if name.isdigit()}
-LATER = {"list": 2, "head": 2, "resolve": 5, "fetch": 5}
-"""How many requests are answered before a fault that comes later: those for headers come first."""
-LATER_OF_WEIGHTS = ("resolve", "fetch")
-"""Stages that are asked for while the run is averaged, too."""
+STAGES_OF_HUB = ("refs", "list", "head", "resolve", "fetch")
+"""What opening revisions and reading them asks."""
 
+LATER = {"hub": 5, "s3": 12}
+"""How many requests for files are answered before a fault that comes later: those for headers come first."""
 
-def occurs(stage: str, fault: Any) -> bool:
-    """Whether a fault shows at a stage: what has no body cannot break off, and ranges are asked for of files alone."""
-    if isinstance(fault, Broken):
-        return stage != "head"
-    return fault != WHOLE or stage in ("resolve", "fetch")
-
-
-LASTING = [
-    (stage, name) for stage in STAGES for name, fault in FAULTS.items() if fault != WHOLE and occurs(stage, fault)
+PASSING = [
+    *(("hub", stage, "503") for stage in STAGES_OF_HUB),
+    *(("hub", "fetch", fault) for fault in ("429", "dropped", "closed", "reset", "short", "portal", "whole")),
+    ("s3", "list", "503"),
+    *(("s3", "fetch", fault) for fault in ("503", "dropped", "closed", "short", "portal", "whole")),
 ]
-TYPICAL = ("503", "401", "closed")
-"""Of answers, refusals and connections, one each; the others are tried where all is."""
+LASTING = [
+    *(("hub", stage, fault, False) for stage in STAGES_OF_HUB for fault in ("401", "503")),
+    *(("hub", "fetch", fault, True) for fault in ("closed", "portal")),
+    *(("s3", stage, fault, stage == "fetch") for stage in ("list", "fetch") for fault in ("403", "503")),
+]
 
 
 @pytest.fixture
@@ -58,76 +57,76 @@ def expected(run: Path, tmp_path: Path) -> dict[str, bytes]:
     return weights_of(ckavg.average(ckavg.open_run(run), ckavg.PEMA(), out=tmp_path / "local").directory)
 
 
-@pytest.mark.parametrize(("max_disk", "when"), [(None, "first"), (0, "later")])
-@pytest.mark.parametrize(
-    ("stage", "fault"),
-    [
-        pytest.param(stage, name, marks=unless(name in TYPICAL))
-        for stage in STAGES
-        for name, each in PASSING.items()
-        if occurs(stage, each)
-    ],
-)
+def place(name: str, request: pytest.FixtureRequest, run: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Traffic, str]:
+    """The run on the Hub or in an object store: what is asked there, and its address."""
+    if name == "hub":
+        request.getfixturevalue("repo")
+        hub: Hub = request.getfixturevalue("hub")
+        hub.careless = True  # it repeats the token to whoever sent it
+        return hub, f"hf://{REPO}@step*"
+    pytest.importorskip("s3fs")
+    monkeypatch.setattr("ckavg.storage.hub_errors.time.sleep", lambda _seconds: None)
+    monkeypatch.setattr("s3fs.core.S3FileSystem.retries", 1)  # it asks again by itself, and pauses
+    store: Store = request.getfixturevalue("s3")
+    return store, store.upload(run, "team/run")
+
+
+@pytest.mark.parametrize(("where", "stage", "fault"), PASSING)
 def test_what_passes_costs_nothing(
-    hub: Hub,
-    repo: Repo,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    run: Path,
     expected: dict[str, bytes],
     tmp_path: Path,
+    where: str,
     stage: str,
     fault: str,
-    max_disk: int | None,
-    when: str,
 ) -> None:
-    before = 0 if when == "first" or stage == "refs" else LATER[stage]
-    hub.faults[stage], hub.passes_before[stage] = (PASSING[fault], 1), before
-    run = ckavg.open_run(f"hf://{REPO}@step*", max_disk=max_disk)
-    got = ckavg.average(run, ckavg.PEMA(), out=tmp_path / "remote")
-    assert weights_of(got.directory) == expected
-    assert hub.faults[stage][1] == 0
+    traffic, address = place(where, request, run, monkeypatch)
+    traffic.faults[stage] = FAULTS[fault], 1
+    opened = ckavg.open_run(address, max_disk=0 if fault in ("closed", "whole") else None)
+    assert weights_of(ckavg.average(opened, ckavg.PEMA(), out=tmp_path / "out").directory) == expected
+    assert traffic.faults[stage][1] == 0
+    assert not list((cache_directory() / "files").glob("*")), "nobody else knows of what was downloaded"
 
 
-@pytest.mark.parametrize(
-    ("stage", "fault", "when"),
-    [
-        pytest.param(*each, when, marks=unless(each[1] in TYPICAL))
-        for each in LASTING
-        for when in ("first", "later")
-        if when == "first" or each[0] in LATER_OF_WEIGHTS
-    ],
-)
+@pytest.mark.parametrize(("where", "stage", "fault", "is_later"), LASTING)
 def test_what_lasts_is_told_once(
-    hub: Hub, repo: Repo, expected: dict[str, bytes], tmp_path: Path, stage: str, fault: str, when: str
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    run: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    where: str,
+    stage: str,
+    fault: str,
+    is_later: bool,
 ) -> None:
     """Nothing is left under the name of the result, and the same command succeeds once it is over."""
-    hub.careless = True  # it repeats the token to whoever sent it
-    out = tmp_path / "remote"
-    command = ("pema", f"hf://{REPO}", "--revisions", "step*", "--out", str(out))
-    streamed = ("--max-disk", "0") if when == "later" else ()
-    before = 0 if when == "first" or stage == "refs" else LATER[stage]
-    hub.faults[stage], hub.passes_before[stage] = (FAULTS[fault], FOREVER), before
-    assert SAID.get(fault, "127.0.0.1") in refused(*command, *streamed, named=REPO)
+    traffic, address = place(where, request, run, monkeypatch)
+    out = tmp_path / "out"
+    command = ("pema", address, "--out", str(out), *(("--max-disk", "0") if is_later else ()))
+    traffic.faults[stage], traffic.passes_before[stage] = (FAULTS[fault], FOREVER), LATER[where] if is_later else 0
+    told = refused(*command, named=REPO if where == "hub" else address)
+    if where == "hub":
+        assert (f"({fault})" if fault.isdigit() else "127.0.0.1") in told
+    keeps_to_itself(told, also=[str(cache_directory())])
     assert not out.exists()
-    keeps_to_itself(run_cli(*command, *streamed, "-v").stderr.replace("Traceback", ""))
-    hub.faults.clear()
-    again = run_cli(*command, *streamed)
+    traffic.faults.clear()
+    again = run_cli(*command)
     assert again.exit_code == 0, again.output
     assert weights_of(out) == expected
     assert not list(tmp_path.glob(".*")), "what was interrupted is cleared away"
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_revision_of_folders(hub: Hub, run: Path, expected: dict[str, bytes], tmp_path: Path, fault: str) -> None:
+def test_the_revision_of_folders(hub: Hub, run: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     publish_folders(hub, REPO, run, revision="v2")
     source, out = f"hf://{REPO}@v2", tmp_path / "remote"
-    hub.faults["info"] = FAULTS[fault], FOREVER
-    if fault != "whole":
-        told = refused("pema", source, "--out", out, named=REPO)
-        assert "looking for its revision v2" in told
-        assert SAID.get(fault, "127.0.0.1") in told
-    if fault in PASSING:
-        hub.faults["info"] = FAULTS[fault], 1
-        assert run_cli("pema", source, "--out", out).exit_code == 0
-        assert weights_of(out) == expected
+    hub.faults["info"] = 503, FOREVER
+    assert "looking for its revision v2" in refused("pema", source, "--out", out, named=REPO)
+    hub.faults["info"] = 503, 1
+    assert run_cli("pema", source, "--out", out).exit_code == 0
+    assert weights_of(out) == expected
 
 
 @pytest.mark.parametrize("max_disk", [None, 0])
@@ -138,3 +137,48 @@ def test_a_hub_that_knows_no_ranges(
     hub.faults["fetch"] = WHOLE, FOREVER
     run = ckavg.open_run(f"hf://{REPO}@step*", max_disk=max_disk)
     assert weights_of(ckavg.average(run, ckavg.PEMA(), out=tmp_path / "remote").directory) == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "start", "stop", "got"),
+    [
+        (b"cd", 2, 4, b"cd"),
+        (b"abcdef", 2, 4, b"cd"),
+        (b"abcdef", 0, 6, b"abcdef"),
+        (b"c", 2, 4, None),
+        (b"cde", 2, 4, None),
+        (b"", 2, 4, None),
+    ],
+)
+def test_ranges_that_were_asked_for(data: bytes, start: int, stop: int, got: bytes | None) -> None:
+    """Of a file of six bytes."""
+    if got is None:
+        with pytest.raises(ShortAnswerError):
+            exactly(data, start, stop, 6)
+    else:
+        assert exactly(data, start, stop, 6) == got
+
+
+@pytest.mark.parametrize("max_disk", [None, 0])
+def test_an_object_that_changes_while_it_is_read(s3: Store, run: Path, tmp_path: Path, max_disk: int | None) -> None:
+    address, out = s3.upload(run, "team/run"), tmp_path / "out"
+    name = "checkpoint-20/model-00002-of-00002.safetensors"
+    opened = ckavg.open_run(address, max_disk=max_disk)
+    data = bytearray((run / name).read_bytes())
+    data[-1] ^= 0x40
+    s3.then["fetch"] = lambda: s3.put(f"team/run/{name}", bytes(data))
+    with pytest.raises(ChangedError, match=rf"^{address}/checkpoint-20/model-00002.* was changed or replaced while"):
+        ckavg.average(opened, ckavg.PEMA(), out=out)
+    assert not out.exists()
+    assert not list(tmp_path.glob(".*")), "what was made of two states is not kept"
+    assert ckavg.average(ckavg.open_run(address), ckavg.PEMA(), out=out).steps == (10, 20, 30)
+    assert not list((cache_directory() / "files").glob("*"))
+
+
+def test_an_object_that_goes_while_it_is_read(s3: Store, run: Path, tmp_path: Path) -> None:
+    address = s3.upload(run, "team/run")
+    opened = ckavg.open_run(address, max_disk=0)
+    s3.then["fetch"] = lambda: s3.delete("team/run/checkpoint-10/model.safetensors")
+    with pytest.raises(ckavg.CkavgError, match=rf"^{address}/checkpoint-10/model.safetensors"):
+        ckavg.average(opened, ckavg.PEMA(), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -16,6 +16,8 @@ import ckavg
 from ckavg.storage.atomic import cache_directory
 from tests.cli.runner import run_cli, visible
 from tests.hub.server import TOKEN, Hub
+from tests.remote.mirrors import Olah
+from tests.remote.outcome import nothing_is_busy
 from tests.remote.published import publish_folders, publish_revisions
 from tests.remote.stores import Store
 from tests.runs import write_run
@@ -247,3 +249,29 @@ def test_a_result_is_verified_against_checkpoints_elsewhere(hub: Hub, long_run: 
     verified = ckavg.verify_result(result, replay=True, sources=True, fetch=True)
     assert verified.problems == ()
     assert verified.elements == 10_000
+
+
+# --- a Hub that others wrote ---
+
+
+def assert_the_bytes_of_the_disk(olah: Olah, run: Path, tmp_path: Path, max_disk: int | None) -> None:
+    expected = weights_of(ckavg.average(ckavg.open_run(run), ckavg.PEMA(), out=tmp_path / "local").directory)
+    opened = ckavg.open_run(f"hf://{olah.name}", revisions=["step*"], max_disk=max_disk)
+    assert opened.steps == (10, 20, 30)
+    result = ckavg.average(opened, ckavg.PEMA(), out=tmp_path / "remote")
+    assert weights_of(result.directory) == expected
+    commits = [olah.branches[f"step{step}"] for step in (10, 20, 30)]
+    assert [str(each.directory) for each in result.inputs] == [f"hf://{olah.name}@{commit}" for commit in commits]
+    assert run_cli("verify", result.directory, "--fetch", "--sources").exit_code == 0
+    del opened
+    nothing_is_busy()
+
+
+@pytest.mark.parametrize("max_disk", [None, 0])
+def test_the_mirror_of_a_hub(hub: Hub, olah: Olah, run: Path, tmp_path: Path, max_disk: int | None) -> None:
+    assert_the_bytes_of_the_disk(olah, run, tmp_path, max_disk)
+
+
+@pytest.mark.parametrize("max_disk", [None, 0])
+def test_a_git_repository(olah_of_git: Olah, run: Path, tmp_path: Path, max_disk: int | None) -> None:
+    assert_the_bytes_of_the_disk(olah_of_git, run, tmp_path, max_disk)

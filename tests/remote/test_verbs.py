@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import csv
-import gc
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import ckavg
 from ckavg.storage.atomic import cache_directory
 from tests.cli.runner import run_cli
 from tests.hub.server import Hub, Repo
-from tests.hub.wire import HELD
-from tests.remote.outcome import keeps_to_itself, no_view_is_left, served_of, weights_of
-from tests.remote.questions import REPO
+from tests.remote.outcome import keeps_to_itself, nothing_is_busy, served_of, weights_of
+from tests.remote.published import REPO
 from tests.remote.stores import Store
 from tests.run.test_parts import write_sharded
 
@@ -35,7 +28,7 @@ def ran(*command: str | Path) -> str:
     keeps_to_itself(done.output)
     told = done.stdout
     del done
-    no_view_is_left()
+    nothing_is_busy()
     return told
 
 
@@ -75,7 +68,7 @@ def test_inspect(far: tuple[str, ...], run: Path) -> None:
 
 
 def test_inspect_deep(far: tuple[str, ...], run: Path) -> None:
-    there, here = (json.loads(ran("inspect", *words, "--sha256", "--json")) for words in (far, (run,)))
+    there, here = (json.loads(ran("inspect", *words, "--deep", "--json")) for words in (far, (run,)))
     digests = {name.partition("/")[2]: digest for name, digest in here["health"]["sha256"].items()}
     assert {name.partition("/")[2]: digest for name, digest in there["health"]["sha256"].items()} == digests
     assert there["health"]["findings"] == here["health"]["findings"]
@@ -139,41 +132,13 @@ def test_verify_tells_what_is_gone(hub: Hub, repo: Repo, tmp_path: Path) -> None
     assert "step 20" in done.output
     keeps_to_itself(done.output)
     del done
-    no_view_is_left()
+    nothing_is_busy()
     del hub.repos[REPO]
     done = run_cli("verify", tmp_path / "out", "--fetch", "--sources")
     assert done.exit_code == 1
     keeps_to_itself(done.output)
     del done
-    no_view_is_left()
-
-
-def test_a_view_goes_with_its_run(repo: Repo) -> None:
-    run = ckavg.open_run(FAR[0], revisions=["step*"])
-    (view,) = (cache_directory() / "views").iterdir()
-    other = ckavg.open_run(FAR[0], revisions=["step*"], last=2)
-    assert view.is_dir(), "it is in use"
-    assert len(list((cache_directory() / "views").iterdir())) == 2
-    del run
-    gc.collect()
-    assert not view.exists()
-    del other
-    no_view_is_left()
-
-
-def test_a_view_of_a_killed_process_goes_with_the_next_run(hub: Hub, repo: Repo) -> None:
-    hub.faults["fetch"], hub.passes_before["fetch"] = (HELD, 1_000), 2
-    code = f"import ckavg; ckavg.open_run('{FAR[0]}', revisions=['step*'])"
-    with subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ), stderr=subprocess.PIPE) as process:
-        assert hub.held.wait(60)
-        (view,) = (cache_directory() / "views").iterdir()
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert view.is_dir()
-    hub.faults.clear()
-    hub.released.set()
-    ran("inspect", *FAR)
-    assert not view.exists()
+    nothing_is_busy()
 
 
 def test_inspection_fetches_no_more_than_it_needs(hub: Hub, repo: Repo, run: Path) -> None:

@@ -165,7 +165,7 @@ def test_init_of_another_dtype_is_the_anchor(tmp_path: Path) -> None:
     source = write_run(tmp_path / "run", weights[1:], (10, 20))
     run = ckavg.open_run(source, init=tmp_path / "base" / "checkpoint-0")
     assert run.steps == (0, 10, 20)
-    checkpoints = [reference.load_floats(checkpoint.path) for checkpoint in run.checkpoints]
+    checkpoints = [reference.load_floats(Path(checkpoint.path)) for checkpoint in run.checkpoints]
     result = ckavg.average(run, ckavg.PEMA(), out=tmp_path / "out")
     want = reference.pema(checkpoints, (0, 10, 20))
     got = reference.load_floats(result.directory)

@@ -86,7 +86,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, content: str | bytes) -> None:
-    (checkpoint.path / TRAINER_STATE).write_bytes(content if isinstance(content, bytes) else content.encode())
+    Path(checkpoint.path, TRAINER_STATE).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def with_history(checkpoint: Checkpoint, history: Any) -> tuple[tuple[int, float], ...]:
@@ -159,12 +159,12 @@ def test_a_huge_file_is_not_read(checkpoint: Checkpoint) -> None:
 
 
 def test_what_is_no_file_is_not_opened(checkpoint: Checkpoint) -> None:
-    (checkpoint.path / TRAINER_STATE).unlink()
+    Path(checkpoint.path, TRAINER_STATE).unlink()
     assert learning_rates(checkpoint) == ()
     os.mkfifo(checkpoint.path / TRAINER_STATE)
     assert learning_rates(checkpoint) == ()
-    (checkpoint.path / TRAINER_STATE).unlink()
-    (checkpoint.path / TRAINER_STATE).mkdir()
+    Path(checkpoint.path, TRAINER_STATE).unlink()
+    Path(checkpoint.path, TRAINER_STATE).mkdir()
     assert learning_rates(checkpoint) == ()
 
 

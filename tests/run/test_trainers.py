@@ -209,6 +209,6 @@ def test_single_files_of_lora_trainers(tmp_path: Path, build: trainers.Build, st
     result = ckavg.average(run, ckavg.EMA())
     last = run.last.path
     tensors, header = loaded(result.directory / name)
-    assert header == (loaded(last)[1] or {"format": "pt"})
-    assert_average(tensors, [each.path for each in run.checkpoints], result.weights)
+    assert header == (loaded(Path(last))[1] or {"format": "pt"})
+    assert_average(tensors, [Path(each.path) for each in run.checkpoints], result.weights)
     assert (result.directory / "adapter_config.json").exists() == (name == "adapters.safetensors")

@@ -82,7 +82,7 @@ def of_inspect(run: Run, *, times: int = TIMES) -> dict[str, tuple[int, int]]:
     """
     usual = set(examine(run.source, run.checkpoints).findings)
     total, named, others = Counter[str](), Counter[str](), 0
-    files = {checkpoint.shards[0].path: checkpoint for checkpoint in run.checkpoints}
+    files = {Path(checkpoint.shards[0].path): checkpoint for checkpoint in run.checkpoints}
     for _, file, place in flips(list(files), times=times, seed=0):
         name, part = _hit(files[file], place)
         found = set(examine(run.source, ckavg.open_run(run.source).checkpoints).findings) - usual

@@ -24,9 +24,9 @@ def test_a_byte_of_a_result_or_of_its_sources(tmp_path: Path) -> None:
 def test_a_byte_of_a_run(tmp_path: Path) -> None:
     steps = range(0, 400, 50)
     run = ckavg.open_run(write_run(tmp_path / "run", sound_run(7, steps, torch.bfloat16), steps))
-    before = [shard.path.read_bytes() for checkpoint in run.checkpoints for shard in checkpoint.shards]
+    before = [Path(shard.path).read_bytes() for checkpoint in run.checkpoints for shard in checkpoint.shards]
     counts = of_inspect(run, times=12)
     named, total = counts["sign and exponent"]
     assert total // 3 <= named <= total
     assert counts["others"] == (0, 12)
-    assert before == [shard.path.read_bytes() for checkpoint in run.checkpoints for shard in checkpoint.shards]
+    assert before == [Path(shard.path).read_bytes() for checkpoint in run.checkpoints for shard in checkpoint.shards]

@@ -125,7 +125,7 @@ def test_tensors_that_differ_along_the_run(tmp_path: Path) -> None:
 
 def test_a_file_that_shrinks_or_goes_is_one_error(tmp_path: Path) -> None:
     run = ckavg.open_run(write_run(tmp_path, weights_of(torch.float32), STEPS))
-    path = run.checkpoints[2].shards[0].path
+    path = Path(run.checkpoints[2].shards[0].path)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(TruncatedShardError, match="checkpoint-50"):
         examine(run.source, run.checkpoints)

@@ -1,1 +1,0 @@
-"""Stage *remote*: a run that is not here. Small files and headers come at once, weights when they are read."""

@@ -1,0 +1,184 @@
+"""Bytes, wherever they are: what a storage can do, and paths that know theirs.
+
+Paths on this machine are `pathlib.Path`s. Those of a storage elsewhere are `RemotePath`s: taken apart and put together
+like any path, and shown as the address that a user would type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from ckavg.storage.remote import RemoteStorage
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What lies in a directory: names of files (and whatever else is no directory), and of directories, sorted."""
+
+    files: frozenset[str]
+    folders: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """One file, as its storage tells it.
+
+    Attributes:
+        nbytes: size in bytes.
+        state: inode and time of modification in nanoseconds; None elsewhere than on this machine.
+        identity: elsewhere, the same for the same content, as far as the storage tells: a hash, or what changes with
+            every change. None where nothing tells.
+        is_hash: whether the same identity in two places means the same content.
+    """
+
+    nbytes: int
+    state: tuple[int, int] | None = None
+    identity: str | None = None
+    is_hash: bool = False
+
+
+OnBytes = Callable[[int], None]
+"""Called with the number of bytes that have come since the last call."""
+
+Opened = tuple[FileInfo, Callable[[int], bytes]]
+"""A file that is read from its beginning: what it is, and what gives up to so many of its next bytes."""
+
+AnyPath_contra = TypeVar("AnyPath_contra", contravariant=True)
+
+
+class Storage(Protocol[AnyPath_contra]):
+    """Where files are. Elsewhere than on this machine, every method may raise HubError or ReadError, too."""
+
+    def list(self, directory: AnyPath_contra) -> Listing:
+        """The names in a directory.
+
+        Raises:
+            OSError: there is no such directory, or the system would not let us.
+        """
+        ...
+
+    def open(self, path: AnyPath_contra) -> AbstractContextManager[Opened]:
+        """Read a file from its beginning.
+
+        Raises:
+            OSError: there is no such file, it is no plain file, or the system would not let us read it.
+            ValueError: no file can have this name.
+        """
+        ...
+
+    def read(self, path: AnyPath_contra, start: int, stop: int) -> bytes:
+        """The bytes from `start` to `stop`.
+
+        Raises:
+            ReadError: they could not be read.
+        """
+        ...
+
+    def read_small(self, path: AnyPath_contra, most_bytes: int) -> bytes:
+        """All bytes of a small file.
+
+        Raises:
+            OSError: there is none, it is no plain file or too large, or the system would not let us read it.
+            ValueError: no file can have this name.
+        """
+        ...
+
+
+class RemotePath:
+    """A path within a storage that is elsewhere."""
+
+    __slots__ = ("inner", "storage")
+
+    def __init__(self, storage: RemoteStorage, inner: PurePosixPath = PurePosixPath()) -> None:  # noqa: B008 - a constant
+        self.storage = storage
+        self.inner = inner
+
+    @property
+    def name(self) -> str:
+        """As of any path; that of the root is the last part of its address."""
+        return self.inner.name or self.storage.name
+
+    @property
+    def stem(self) -> str:
+        """As of any path."""
+        return self.inner.stem
+
+    @property
+    def suffix(self) -> str:
+        """As of any path."""
+        return self.inner.suffix
+
+    @property
+    def parent(self) -> RemotePath:
+        """As of any path; that of the root is the root."""
+        return RemotePath(self.storage, self.inner.parent)
+
+    def __truediv__(self, name: str | PurePosixPath) -> RemotePath:
+        return RemotePath(self.storage, self.inner / name)
+
+    def relative_to(self, other: AnyPath) -> PurePosixPath:
+        """As of any path.
+
+        Raises:
+            ValueError: it does not lie below the other.
+        """
+        if not (isinstance(other, RemotePath) and self.is_relative_to(other)):
+            raise ValueError(f"{self} does not lie below {other}")
+        return self.inner.relative_to(other.inner)
+
+    def is_relative_to(self, other: AnyPath) -> bool:
+        """Whether it is the other path, or lies below it."""
+        return (
+            isinstance(other, RemotePath) and self.storage is other.storage and self.inner.is_relative_to(other.inner)
+        )
+
+    def exists(self) -> bool:
+        """Whether it is a file or a directory."""
+        return self.is_file() or self.is_dir()
+
+    def is_file(self) -> bool:
+        """Whether it is a file."""
+        return self.storage.info(self) is not None
+
+    def is_dir(self) -> bool:
+        """Whether it is a directory."""
+        try:
+            self.storage.list(self)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def iterdir(self) -> Iterator[RemotePath]:
+        """What lies in it.
+
+        Raises:
+            FileNotFoundError: it is no directory.
+        """
+        listing = self.storage.list(self)
+        return (self / name for name in (*listing.folders, *sorted(listing.files)))
+
+    def __str__(self) -> str:
+        return self.storage.address(self)
+
+    __fspath__ = __str__  # no file has such a name: whoever opens it as one gets an error
+
+    def __repr__(self) -> str:
+        return f"RemotePath({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePath) and self.storage is other.storage and self.inner == other.inner
+
+    def __hash__(self) -> int:
+        return hash((id(self.storage), self.inner))
+
+    def __lt__(self, other: RemotePath) -> bool:
+        return self.inner < other.inner
+
+
+AnyPath = Path | RemotePath
+"""A path wherever it is."""

@@ -1,0 +1,241 @@
+"""Revisions and files of a repository on the Hugging Face Hub, read with its own client.
+
+Branches and tags are taken as the commits they are at when they are listed, so that a branch that moves meanwhile
+changes nothing. What is downloaded goes into the client's own cache, where other programs find it.
+
+Ranges are asked for by themselves: where a mirror answers with a whole file, `HfFileSystem.cat_file` takes its first
+bytes for those in the middle that were asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+from ckavg.errors import HubError, ReadError
+from ckavg.storage.address import Address
+from ckavg.storage.atomic import open_own
+from ckavg.storage.base import FileInfo, OnBytes
+from ckavg.storage.download import Download, complete
+from ckavg.storage.hub_errors import ask, connect, is_disk_error
+from ckavg.storage.tree import exactly
+
+Value = TypeVar("Value")
+
+GO_ONLINE = "Unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, then run the command again."
+"""What to do where something is not in the cache, and nothing else may be read."""
+
+_LARGE, _SMALL = "sha256", "git"
+"""What files are known by: large ones by their SHA-256, small ones as git does. The cache names them so, too."""
+
+
+class Repository:
+    """A model repository, and what its client needs to read it. Looks at nothing before it is asked to."""
+
+    def __init__(self, repo: str) -> None:
+        from huggingface_hub import constants
+
+        self.name = repo
+        self.api = connect()
+        self.is_offline = bool(constants.HF_HUB_OFFLINE)
+        self.cache = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+
+    def revisions(self) -> Mapping[str, str]:
+        """The commit of every branch and tag. Offline, of those that the cache knows.
+
+        Raises:
+            HubError: the Hub refused, or cannot be reached.
+        """
+        if self.is_offline:
+            refs = self.cache / "refs"
+            paths = sorted(path for path in refs.rglob("*") if path.is_file()) if refs.is_dir() else []
+            return {path.relative_to(refs).as_posix(): path.read_text().strip() for path in paths}
+        found = self.ask("listing its revisions", lambda: self.api.list_repo_refs(self.name))
+        return {ref.name: ref.target_commit for ref in (*found.tags, *found.branches)}
+
+    def tree(self, revision: str, folder: str = "", *, commit: str | None = None) -> HubTree:
+        """The files of a revision.
+
+        Args:
+            revision: branch, tag or commit.
+            folder: where in the repository; empty for all of it.
+            commit: the commit that it is at, if that is known.
+
+        Raises:
+            HubError: there is no such revision, or the Hub refused, or cannot be reached.
+        """
+        if commit is None and self.is_offline:
+            commit = self.revisions().get(revision)
+            if commit is None and (self.cache / "snapshots" / revision).is_dir():
+                commit = revision
+            if commit is None:
+                raise self.not_in_cache(revision)
+        if commit is None:
+            info = self.ask(
+                f"looking for its revision {revision}", lambda: self.api.repo_info(self.name, revision=revision)
+            )
+            commit = str(info.sha)
+        return HubTree(self, revision, commit, folder)
+
+    def not_in_cache(self, revision: str) -> HubError:
+        """Offline, and not in the cache."""
+        return HubError(
+            f"{self.name}: revision {revision} is not in the cache at {self.cache.parent}, and huggingface_hub is in "
+            "offline mode.",
+            hint=GO_ONLINE,
+        )
+
+    def ask(self, doing: str, request: Callable[[], Value]) -> Value:
+        """What a request gives, which is made again where it fails for what may pass.
+
+        Raises:
+            HubError: the Hub refused, or cannot be reached.
+            ReadError: the cache cannot be written.
+        """
+
+        def unless_disk() -> Value:
+            try:
+                return request()
+            except Exception as error:
+                if not is_disk_error(error):
+                    raise
+                raise ReadError(
+                    f"{self.name}: {doing} failed: {error.filename or self.cache.parent}: {error.strerror}.",
+                    hint="Free some space, name a directory of yours with HF_HOME, or fetch less with --max-disk.",
+                ) from error
+
+        return ask(doing, self.name, self.api, unless_disk, right="read")
+
+
+class HubTree:
+    """The files of one commit, or of a folder in it; see `Tree`."""
+
+    is_shared = True
+
+    def __init__(self, repository: Repository, revision: str, commit: str, folder: str) -> None:
+        self._repository = repository
+        self._revision = revision
+        self._prefix = f"{folder}/" if folder else ""
+        self._is_remembered = revision == commit
+        self._commit = commit
+        self.url = str(Address("hf", repository.name, revision, folder))
+        self.pinned_url = str(Address("hf", repository.name, commit, folder))
+
+    @property
+    def is_offline(self) -> bool:
+        """See `Tree`."""
+        return self._repository.is_offline
+
+    @cached_property
+    def files(self) -> Mapping[str, FileInfo]:
+        """See `Tree`."""
+        if self._repository.is_offline:
+            return self._files_in_cache()
+        from huggingface_hub.hf_api import RepoFile
+
+        def list_files() -> Mapping[str, FileInfo]:
+            found = self._repository.api.list_repo_tree(
+                self._repository.name, self._prefix.rstrip("/") or None, recursive=True, revision=self._commit
+            )
+            files = (each for each in found if isinstance(each, RepoFile))
+            return {each.path.removeprefix(self._prefix): _info(each) for each in files}
+
+        place = f"{self._revision}/{self._prefix}".rstrip("/")
+        return self._repository.ask(f"listing the files of {place}", list_files)
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """See `Tree`."""
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
+
+        if self._repository.is_offline:
+            raise self._repository.not_in_cache(self._revision)
+        path = self._prefix + name
+        url = hf_hub_url(self._repository.name, path, revision=self._commit, endpoint=self._repository.api.endpoint)
+        headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+
+        def read_range() -> bytes:
+            response = http_backoff("GET", url, headers=headers, timeout=float(constants.HF_HUB_DOWNLOAD_TIMEOUT))
+            hf_raise_for_status(response)
+            return exactly(response.content, start, stop, self.files[name].nbytes)
+
+        return self._repository.ask(f"reading {path} of {self._revision}", read_range)
+
+    def read_whole(self, name: str) -> bytes:
+        """See `Tree`. It goes into the cache, for those who work offline later."""
+        return self.download(name, lambda _: None).read_bytes()
+
+    def local(self, name: str) -> Path | None:
+        """See `Tree`."""
+        path = self._repository.cache / "snapshots" / self._commit / self._prefix / name
+        return path if path.is_file() else None
+
+    def download(self, name: str, on_bytes: OnBytes) -> Path:
+        """See `Tree`."""
+        from huggingface_hub import hf_hub_download
+
+        if self._repository.is_offline:
+            found = self.local(name)
+            if found is None:
+                raise self._repository.not_in_cache(self._revision)
+            return found
+        info, path = self.files[name], self._prefix + name
+        kind, _, digest = (info.identity or "").partition(":")
+        if kind == _LARGE:  # the client would begin it anew after an interrupt; one that is there, it links to
+            target = self._repository.cache / "blobs" / digest
+            complete(Download(self, name, info.nbytes, target, digest), on_bytes)
+
+        def download() -> Path:
+            endpoint = self._repository.api.endpoint
+            return Path(str(hf_hub_download(self._repository.name, path, revision=self._commit, endpoint=endpoint)))
+
+        downloaded = self._repository.ask(f"fetching {path} of {self._revision}", download)
+        self._remember_revision()
+        return downloaded
+
+    @property
+    def directory(self) -> Path:
+        """See `Tree`."""
+        return self._repository.cache.parent
+
+    def remove_downloads(self) -> None:
+        """See `Tree`: the cache is there for others, too."""
+
+    def check_unchanged(self) -> None:
+        """See `Tree`: a commit does not change."""
+
+    def _remember_revision(self) -> None:
+        """Have the cache know which commit the revision is at, for those who work offline later."""
+        if self._is_remembered:
+            return
+        self._is_remembered = True
+        ref = self._repository.cache / "refs" / self._revision
+        with suppress(OSError):
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            with os.fdopen(open_own(ref, os.O_WRONLY | os.O_TRUNC), "w") as file:
+                file.write(self._commit)
+
+    def _files_in_cache(self) -> Mapping[str, FileInfo]:
+        root = self._repository.cache / "snapshots" / self._commit / self._prefix
+        found = {}
+        for path in sorted(root.rglob("*")):
+            if path.is_file():
+                blob = path.resolve()
+                identity = f"{_LARGE if len(blob.name) == 64 else _SMALL}:{blob.name}"
+                found[path.relative_to(root).as_posix()] = FileInfo(
+                    blob.stat().st_size, identity=identity, is_hash=True
+                )
+        if not found:
+            raise self._repository.not_in_cache(self._revision)
+        return found
+
+
+def _info(file: object) -> FileInfo:
+    size: int = getattr(file, "size", 0)
+    lfs, blob = getattr(file, "lfs", None), getattr(file, "blob_id", None)
+    identity = f"{_LARGE}:{lfs.sha256}" if lfs is not None else f"{_SMALL}:{blob}" if blob else None
+    return FileInfo(size, identity=identity, is_hash=identity is not None)

@@ -1,0 +1,194 @@
+"""Files of this machine, read with care, and how far a link inside what a user named may lead.
+
+What lies in a downloaded run may be anything: a pipe that never ends, a link to a secret, gigabytes of brackets.
+Nothing here waits for a writer, and nothing is parsed whose values would not fit in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from ckavg.errors import CkavgError, CorruptFileError, ReadError
+from ckavg.storage.atomic import resolved
+from ckavg.storage.base import AnyPath, FileInfo, Listing, Opened, RemotePath, Storage
+from ckavg.storage.untrusted import open_regular, read_small
+
+_MOST_VALUES = 2_000_000
+"""Values in a JSON file: some 200 bytes each, once they are parsed. Logs and indexes of real runs have a tenth."""
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+class LocalStorage:
+    """The file system of this machine; see `Storage`."""
+
+    def list(self, directory: Path) -> Listing:
+        """See `Storage`."""
+        files, folders = set(), []
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if _is_folder(entry):
+                    folders.append(entry.name)
+                else:
+                    files.add(entry.name)
+        return Listing(frozenset(files), tuple(sorted(folders)))
+
+    @contextmanager
+    def open(self, path: Path) -> Iterator[Opened]:
+        """See `Storage`."""
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
+            yield FileInfo(status.st_size, (status.st_ino, status.st_mtime_ns)), file.read
+
+    def read(self, path: Path, start: int, stop: int) -> bytes:
+        """See `Storage`."""
+        try:
+            with open_regular(path) as file:
+                file.seek(start)
+                return file.read(stop - start)
+        except OSError as error:
+            raise ReadError(f"{path} cannot be read: {error.strerror}.", hint="Check that you may read it.") from error
+
+    def read_small(self, path: Path, most_bytes: int) -> bytes:
+        """See `Storage`."""
+        return read_small(path, most_bytes)
+
+
+LOCAL = LocalStorage()
+
+
+def storage_of(path: AnyPath) -> Storage[AnyPath]:
+    """The storage that a path is of."""
+    return cast("Storage[AnyPath]", path.storage if isinstance(path, RemotePath) else LOCAL)
+
+
+def size_of(path: AnyPath) -> int:
+    """Size of a file in bytes.
+
+    Raises:
+        OSError: there is none, or the system would not let us look.
+    """
+    if not isinstance(path, RemotePath):
+        return path.stat().st_size
+    info = path.storage.info(path)
+    if info is None:
+        raise FileNotFoundError(f"{path} does not exist")
+    return info.nbytes
+
+
+def read_object(path: AnyPath, most_bytes: int) -> dict[str, Any]:
+    """The JSON object in a small file; empty where it holds something else.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is no JSON, or too large, or nested too deeply.
+    """
+    text = storage_of(path).read_small(path, most_bytes)
+    if text.count(b",") + text.count(b"[") + text.count(b"{") > _MOST_VALUES:
+        raise ValueError(f"{path} holds more than {_MOST_VALUES:,} values")
+    try:
+        parsed = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
+    return parsed if isinstance(parsed, dict) else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The directories in which the files of a checkpoint must lie, links followed.
+
+    They are the checkpoint itself, what the user named and, for a snapshot in the Hub's cache, the `blobs` beside
+    `snapshots`, into which all of its files are links. A storage elsewhere has no links.
+    """
+
+    roots: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, checkpoint: AnyPath, named: AnyPath) -> Bounds:
+        """Those of a checkpoint in what the user named: the source, or the model given with `--init`."""
+        if isinstance(checkpoint, RemotePath) or isinstance(named, RemotePath):
+            return cls(())
+        roots = [resolved(checkpoint), resolved(named)]
+        roots += [
+            above.parent / "blobs"
+            for above in (*roots[1].parents, roots[1])
+            if above.name == "snapshots" and above.parent
+        ]
+        return cls(tuple(dict.fromkeys(roots)))
+
+    def hold(self, path: Path) -> bool:
+        """Whether a path, links followed, lies in one of them."""
+        parents = resolved(path).parents
+        return any(root in parents for root in self.roots)
+
+
+def problem_with(path: AnyPath, bounds: Bounds) -> CkavgError | None:
+    """Why a file of a checkpoint must not be opened: no plain file, or a link that leads out of it.
+
+    None where it may be, and where there is no such file: whoever opens it says so.
+    """
+    if isinstance(path, RemotePath):
+        return None
+    try:
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode):
+            return None
+        if stat.S_ISLNK(mode):
+            mode = path.stat().st_mode
+            if stat.S_ISREG(mode) and not bounds.hold(path):
+                return ReadError(
+                    f"{path} is a link to {resolved(path)}, outside of the directory that was named: not followed.",
+                    hint="Put a copy of the file in its place, if you trust where the link came from.",
+                )
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return ReadError(f"{path} cannot be read: {error.strerror}.", hint="Check that you may read it.")
+    if stat.S_ISREG(mode):
+        return None
+    return CorruptFileError(
+        f"{path} is {next((name for is_kind, name in _KINDS if is_kind(mode)), 'no file')}, expected a file.",
+        hint="Save the checkpoint again, or leave it out with --from-step, --to-step or --last.",
+    )
+
+
+def is_link(path: AnyPath) -> bool:
+    """Whether a path is a symbolic link; a storage elsewhere has none."""
+    return not isinstance(path, RemotePath) and path.is_symlink()
+
+
+def walk(directory: AnyPath) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Folders, and what lies in each of them: its path relative to the directory, its folders, and its files.
+
+    Links to folders are left out. Who takes a folder out of the list is not shown what lies in it.
+
+    Raises:
+        OSError: the system would not let us list one of them.
+    """
+    left = [""]
+    while left:
+        place = left.pop()
+        listing = storage_of(directory).list(directory / place)
+        folders = [name for name in listing.folders if not is_link(directory / place / name)]
+        yield place, folders, sorted(listing.files)
+        left += [f"{place}/{name}" if place else name for name in reversed(folders)]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False

@@ -1,0 +1,371 @@
+"""A run elsewhere as a storage: its listing is taken once, its weights are fetched whole or read by ranges."""
+
+from __future__ import annotations
+
+import errno
+import secrets
+import shutil
+import struct
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from ckavg.errors import ReadError
+from ckavg.storage.address import Address
+from ckavg.storage.atomic import cache_directory
+from ckavg.storage.base import AnyPath, FileInfo, Listing, OnBytes, Opened, RemotePath
+from ckavg.storage.hub import Repository
+from ckavg.storage.objects import ObjectTree
+from ckavg.storage.tree import Tree, thread_map
+
+HEAD_BYTES = 64 << 10
+"""How much of a file is read for its header at first; most headers are shorter."""
+
+_LEFT_FREE = 1 << 30
+"""What is left of a disk whatever happens."""
+
+_LENGTH = struct.Struct("<Q")
+
+
+class Stopped(Exception):  # noqa: N818 - nothing is wrong with what it stops
+    """The work is over, whatever is left of it; raised in a thread of it, and seen by nobody else."""
+
+
+class RemoteStorage:
+    """The files of an address; see `Storage`.
+
+    Args:
+        address: what the user typed.
+        trees: the directories that it consists of, each under its name; one alone, under `""`, is the root.
+        max_disk: how many bytes may be downloaded; None: as many as there is room for.
+        show: which files there are, by path; the others are not seen.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        trees: Mapping[str, Tree],
+        *,
+        max_disk: int | None = None,
+        show: Callable[[str], bool] = lambda name: True,
+    ) -> None:
+        self.name = address.name
+        self.trees = trees
+        self.max_disk = max_disk
+        self._url = str(address)
+        self._show = show
+        self._listings: dict[int, Mapping[PurePosixPath, Listing]] = {}
+        self._small: dict[PurePosixPath, bytes] = {}
+        self._heads: dict[PurePosixPath, bytes] = {}
+
+    @property
+    def root(self) -> RemotePath:
+        """What the address names."""
+        return RemotePath(self)
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether nothing can be read but what was downloaded before."""
+        return any(tree.is_offline for tree in self.trees.values())
+
+    @property
+    def has_revisions(self) -> bool:
+        """Whether it consists of revisions of a repository, each of them a folder of the root."""
+        return "" not in self.trees
+
+    def list(self, directory: RemotePath) -> Listing:
+        """See `Storage`."""
+        if directory == self.root and self.has_revisions:
+            return Listing(frozenset(), tuple(sorted(self.trees)))
+        tree, inner = self._within(directory)
+        if id(tree) not in self._listings:
+            self._listings[id(tree)] = _list_folders(filter(self._show, tree.files))
+        found = self._listings[id(tree)].get(inner)
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, "there is no such directory", str(directory))
+        return found
+
+    def info(self, path: RemotePath) -> FileInfo | None:
+        """What a file is; None where there is none."""
+        try:
+            tree, name = self._file(path)
+        except FileNotFoundError:
+            return None
+        return tree.files[name]
+
+    @contextmanager
+    def open(self, path: RemotePath) -> Iterator[Opened]:
+        """See `Storage`. The first bytes are fetched at once, for a header begins there."""
+        tree, name = self._file(path)
+        info = tree.files[name]
+        head, done = self._heads.get(path.inner) or self._head(path), 0
+
+        def read(count: int) -> bytes:
+            nonlocal head, done
+            end = min(done + count, info.nbytes)
+            if end > len(head):
+                head += self._read(path, len(head), end)
+            data, done = head[done:end], end
+            return data
+
+        yield info, read
+
+    def read(self, path: RemotePath, start: int, stop: int) -> bytes:
+        """See `Storage`."""
+        tree, name = self._file(path)
+        stop = min(stop, tree.files[name].nbytes)
+        return self._read(path, start, stop) if start < stop else b""
+
+    def read_small(self, path: RemotePath, most_bytes: int) -> bytes:
+        """See `Storage`. It is fetched once."""
+        tree, name = self._file(path)
+        if tree.files[name].nbytes > most_bytes:
+            raise OSError(errno.EFBIG, f"larger than {most_bytes:,} bytes", str(path))
+        if path.inner not in self._small:
+            self._small[path.inner] = tree.read_whole(name)
+        return self._small[path.inner]
+
+    def local(self, path: RemotePath) -> Path | None:
+        """Where a file is on this machine, if it was downloaded."""
+        tree, name = self._file(path)
+        return tree.local(name)
+
+    def download(self, path: RemotePath, on_bytes: OnBytes) -> Path:
+        """Download a file, or what is missing of it; return where it is then."""
+        tree, name = self._file(path)
+        return tree.download(name, on_bytes)
+
+    def tree_of(self, path: RemotePath) -> Tree:
+        """The directory that a path lies in."""
+        return self._within(path)[0]
+
+    def address(self, path: RemotePath) -> str:
+        """What a user would type for a path."""
+        if not self.has_revisions or path.inner == PurePosixPath():
+            return _below(self._url, path.inner)
+        tree, inner = self._within(path)
+        return _below(tree.url, inner)
+
+    def pinned(self, path: RemotePath) -> str:
+        """The same, by what cannot come to mean something else: a commit instead of a branch, where there is one."""
+        if path.inner == PurePosixPath() and self.has_revisions:
+            return self._url
+        tree, inner = self._within(path)
+        return _below(tree.pinned_url, inner)
+
+    def identity(self, path: RemotePath) -> str:
+        """What tells the content of a file from any other; another one each time where nothing does."""
+        tree, name = self._file(path)
+        info = tree.files[name]
+        if info.identity is None:
+            return secrets.token_hex(16)
+        return info.identity if info.is_hash else f"{tree.url}/{name} {info.identity}"
+
+    def prefetch(self, paths: Iterable[RemotePath], *, heads: bool = False) -> None:
+        """Fetch several small files at the same time, so that they are here when they are read; or heads of weights."""
+        fetched, fetch = (self._heads, self._head) if heads else (self._small, self._read_whole)
+        wanted = [path for path in paths if path.inner not in fetched and path.is_file()]
+        fetched |= zip((path.inner for path in wanted), thread_map(fetch, wanted), strict=True)
+
+    def forget_heads(self) -> None:
+        """Give back the memory that the heads of weights take."""
+        self._heads.clear()
+
+    def check_unchanged(self) -> None:
+        """Raise ChangedError where a file is another one than when it was listed."""
+        for tree in self.trees.values():
+            tree.check_unchanged()
+
+    def remove_downloads(self) -> None:
+        """Remove what was downloaded and is of no use to anybody else."""
+        for tree in self.trees.values():
+            tree.remove_downloads()
+
+    def _within(self, path: RemotePath) -> tuple[Tree, PurePosixPath]:
+        """The directory of a path, and the path in it."""
+        if not self.has_revisions:
+            return self.trees[""], path.inner
+        first, *rest = path.inner.parts or ("",)
+        if first not in self.trees:
+            raise FileNotFoundError(errno.ENOENT, "there is no such directory", f"{self._url}/{path.inner}")
+        return self.trees[first], PurePosixPath(*rest)
+
+    def _file(self, path: RemotePath) -> tuple[Tree, str]:
+        tree, inner = self._within(path)
+        name = inner.as_posix()
+        if name not in tree.files or not self._show(name):
+            raise FileNotFoundError(errno.ENOENT, "there is no such file", str(path))
+        return tree, name
+
+    def _read_whole(self, path: RemotePath) -> bytes:
+        tree, name = self._file(path)
+        return tree.read_whole(name)
+
+    def _head(self, path: RemotePath) -> bytes:
+        tree, name = self._file(path)
+        return self._read(path, 0, min(HEAD_BYTES, tree.files[name].nbytes))
+
+    def _read(self, path: RemotePath, start: int, stop: int) -> bytes:
+        tree, name = self._file(path)
+        local = tree.local(name)
+        if local is None:
+            return tree.read(name, start, stop) if start < stop else b""
+        with local.open("rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+
+def _list_folders(names: Iterable[str]) -> Mapping[PurePosixPath, Listing]:
+    """All directories that files lie in, by path.
+
+    Raises:
+        ReadError: a name leads out of where it is listed.
+    """
+    files: dict[PurePosixPath, set[str]] = defaultdict(set)
+    folders: dict[PurePosixPath, set[str]] = defaultdict(set)
+    files[PurePosixPath()] = set()
+    for name in names:
+        path = PurePosixPath(name)
+        if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
+            raise ReadError(f"{name!r} is listed as a file of the run, and leads out of it.", hint="It is not trusted.")
+        files[path.parent].add(path.name)
+        for folder in path.parents[:-1]:
+            folders[folder.parent].add(folder.name)
+    return {each: Listing(frozenset(files[each]), tuple(sorted(folders[each]))) for each in {*files, *folders}}
+
+
+def _below(url: str, inner: PurePosixPath) -> str:
+    return url if inner == PurePosixPath() else f"{url}/{inner}"
+
+
+def open_storage(
+    address: Address, *, max_disk: int | None = None, show: Callable[[str], bool] = lambda name: True
+) -> RemoteStorage:
+    """The files of an address that names one place.
+
+    Args:
+        address: of the place.
+        max_disk, show: as of `RemoteStorage`.
+
+    Raises:
+        HubError: there is no such revision, or the Hub refused, or cannot be reached.
+    """
+    tree: Tree
+    if address.is_hub:
+        tree = Repository(address.place).tree(address.revision or "main", address.folder)
+    else:
+        tree = ObjectTree(address)
+    return RemoteStorage(address, {"": tree}, max_disk=max_disk, show=show)
+
+
+def local_path(path: AnyPath) -> Path | None:
+    """Where a file is on this machine; None where it is not."""
+    return path.storage.local(path) if isinstance(path, RemotePath) else path
+
+
+# --- what is downloaded whole ---
+
+
+@dataclass(frozen=True, slots=True)
+class Fetching:
+    """What is fetched of weights elsewhere, and how.
+
+    Attributes:
+        whole: files that are downloaded before they are read.
+        whole_bytes: size of these.
+        kept_bytes: size of those that are on this machine already.
+        streamed_bytes: what is fetched as it is read, and never written.
+        directory: where what is downloaded goes.
+        room: how many bytes there is room for, or was asked for at most.
+    """
+
+    whole: tuple[RemotePath, ...]
+    whole_bytes: int
+    kept_bytes: int
+    streamed_bytes: int
+    directory: Path
+    room: int
+
+
+def storages_of(paths: Iterable[AnyPath]) -> list[RemoteStorage]:
+    """The storages elsewhere that paths are of."""
+    return list({id(path.storage): path.storage for path in paths if isinstance(path, RemotePath)}.values())
+
+
+def plan_fetching(readings: Mapping[RemotePath, float], *, other_bytes: int) -> Fetching:
+    """Say what is downloaded: what a disk is of use for, as far as there is room.
+
+    It is of use where it saves a second reading, or where the file is of use to others, too. Without a bound, all of it
+    goes to the disk or nothing does: nobody asked to fill it.
+
+    Args:
+        readings: how often each weight file is read; less than once where only a sample is.
+        other_bytes: what else will be written to the disk.
+    """
+    of_path = {path: path.storage.tree_of(path) for path in readings}
+    sizes = {path: info.nbytes for path in readings if (info := path.storage.info(path)) is not None}
+    far = [path for path, count in readings.items() if count and path.storage.local(path) is None]
+    wanted = [path for path in far if readings[path] >= (1 if of_path[path].is_shared else 2)]
+    directory = next((tree.directory for tree in of_path.values()), cache_directory())
+    bounds = [storage.max_disk for storage in storages_of(readings) if storage.max_disk is not None]
+    room = min([_free_bytes(directory) - other_bytes - _LEFT_FREE, *bounds])
+    whole = _those_that_fit(wanted, sizes, room)
+    if not bounds and len(whole) < len(wanted):
+        whole = []
+    streamed = sum(sizes[path] * readings[path] for path in set(far).difference(whole))
+    return Fetching(
+        whole=tuple(whole),
+        whole_bytes=sum(sizes[path] for path in whole),
+        kept_bytes=sum(sizes[path] for path, count in readings.items() if count and path not in set(far)),
+        streamed_bytes=int(streamed),
+        directory=directory,
+        room=max(0, room),
+    )
+
+
+def download_all(paths: Collection[RemotePath], on_bytes: OnBytes) -> None:
+    """Download files, several at the same time; an earlier attempt is continued.
+
+    Args:
+        paths: the files.
+        on_bytes: called in this thread.
+
+    Raises:
+        HubError, ReadError: one could not be downloaded. What came of it stays.
+    """
+    came: deque[int] = deque()
+    over = threading.Event()
+
+    def count(nbytes: int) -> None:
+        if over.is_set():
+            raise Stopped
+        came.append(nbytes)
+
+    def tell() -> None:
+        while came:
+            on_bytes(came.popleft())
+
+    try:
+        thread_map(lambda path: path.storage.download(path, count), list(paths), meanwhile=tell)
+    finally:
+        over.set()
+
+
+def _free_bytes(directory: Path) -> int:
+    """How much room there is where a directory is, or will be."""
+    for each in (directory, *directory.parents):
+        with suppress(OSError):
+            return shutil.disk_usage(each).free
+    return 0
+
+
+def _those_that_fit(paths: Iterable[RemotePath], sizes: Mapping[RemotePath, int], room: int) -> list[RemotePath]:
+    fit: list[RemotePath] = []
+    for path in paths:
+        if sizes[path] <= room:
+            room -= sizes[path]
+            fit.append(path)
+    return fit
