@@ -47,7 +47,7 @@ def test_few_modules_know_the_client_of_the_hub() -> None:
         for path in PACKAGE.rglob("*.py")
         if any("huggingface_hub" in name for name in imports_of(path))
     }
-    assert users <= {"hub.py", "output/card.py", "output/origin.py", "remote/hub.py", "storage/hub_errors.py"}
+    assert users <= {"hub.py", "output/card.py", "output/origin.py", "storage/hub.py", "storage/hub_errors.py"}
 
 
 def test_importing_is_light() -> None:
