@@ -20,8 +20,8 @@ from ckavg.checkpoints.inspect import Inspection, as_run, inspect_run
 from ckavg.checkpoints.run import Checkpoint, Remote, Run, Selection
 from ckavg.checkpoints.select import selected
 from ckavg.errors import CkavgError, CombinedError, MissingShardError, NoCheckpointsError, SettingError
-from ckavg.output.leftovers import bring_back, bring_back_all
 from ckavg.output.side_files import CONFIGS, MOST_BYTES, is_side_file
+from ckavg.output.staging import bring_back, bring_back_all
 from ckavg.remote.address import Address, address_of, did_you_mean, parse_size
 from ckavg.remote.store import GO_ONLINE
 

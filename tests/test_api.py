@@ -19,10 +19,9 @@ STAGES = {
     "path": {"run", "engine"},
     "replay": {"run", "engine", "schemes"},
     "health": {"run", "engine", "path"},
-    "output": {"run", "schemes", "path", "result"},
-    "result": {"run", "schemes", "output"},
+    "output": {"run", "schemes"},
     "remote": {"run", "engine", "hub"},
-    "verify": {"run", "engine", "schemes", "path", "output", "result", "plan", "remote"},
+    "verify": {"run", "engine", "schemes", "path", "output", "plan", "remote"},
     "demo": {"engine"},
 }
 """Which stages each stage may import: the values passed to it, and the engine that the passes run on."""

@@ -24,8 +24,8 @@ from ckavg.checkpoints.statistics import averaged_statistics
 from ckavg.engine.context import OnProgress
 from ckavg.engine.distributed import ALONE, Ranks
 from ckavg.errors import SettingError
-from ckavg.output.leftovers import tidy
 from ckavg.output.record import Record, Seconds
+from ckavg.output.staging import remove_stale
 from ckavg.path.cache import remember
 from ckavg.path.plan import PathPlan, plan_path
 from ckavg.path.table import PathLength, ZeroSigma
@@ -206,7 +206,7 @@ def carry_out(
         check_same_plans(plans, ranks, accumulate, zero_sigma, allow_nonfinite)
         if ranks.is_first:
             for directory in {resolved(plan.out).parent for plan in plans}:
-                tidy(directory)
+                remove_stale(directory)
         fetch(run.remote, fetching_of(plans), on_progress)
         stagings = stage(plans, ranks, stack)
         compared = check_constant(run, context)

@@ -18,11 +18,11 @@ from ckavg.engine.distributed import worker_threads
 from ckavg.engine.window import WINDOW_BYTES
 from ckavg.errors import SettingError, raise_all
 from ckavg.output.layout import WeightPlan, plan_weights
-from ckavg.output.leftovers import bring_back
 from ckavg.output.origin import Origin, find_origin
+from ckavg.output.output_path import output_path_problems, path_within, space_problems
 from ckavg.output.owned import CARD
-from ckavg.output.place import place_in, place_problems, space_problems
 from ckavg.output.side_files import gather_side_files, name_of_weights
+from ckavg.output.staging import bring_back
 from ckavg.path.plan import PathPlan, check_sample, plan_path
 from ckavg.path.table import to_measure
 from ckavg.schemes import Scheme, Timeline
@@ -179,7 +179,7 @@ def _plan_averages(
     if dtype not in DTYPES:
         raise SettingError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
     check_sample(sample)
-    placed = [(scheme, place_of(run.home, scheme, out)) for scheme, out in wanted]
+    placed = [(scheme, output_path(run.home, scheme, out)) for scheme, out in wanted]
     weights = plan_weights(run.last, dtype, file_name=name_of_weights(run))
     beside = gather_side_files(run, weights)
     origin = find_origin(run, beside.files, card)
@@ -214,7 +214,7 @@ def _plan_averages(
     problems = [
         problem
         for plan in plans
-        for problem in place_problems(plan.out, run.source, run.checkpoints, force=force, files=plan.files)
+        for problem in output_path_problems(plan.out, run.source, run.checkpoints, force=force, files=plan.files)
     ]
     # Each by itself: those that do not fit together are refused where they are carried out together.
     problems += [problem for plan in plans for problem in space_problems([(plan.out, plan.write_bytes)])]
@@ -222,13 +222,13 @@ def _plan_averages(
     return plans
 
 
-def place_of(home: Path, scheme: Scheme, out: Path | str | None) -> Path:
+def output_path(home: Path, scheme: Scheme, out: Path | str | None) -> Path:
     """Where a result goes: where it was asked for, else under the scheme's name in `averaged` of the run's home.
 
     Raises:
         OutputError: nobody asked, and there is a link.
     """
-    return Path(out) if out is not None else place_in(home, "averaged", scheme.label)
+    return Path(out) if out is not None else path_within(home, "averaged", scheme.label)
 
 
 def checked(found: Inspection, places: Sequence[Path], *, force: bool = False) -> Run:
@@ -250,7 +250,7 @@ def checked(found: Inspection, places: Sequence[Path], *, force: bool = False) -
         return as_run(found)  # the plan says what is wrong with the places, and knows how much is written
     problems = list(found.problems)
     for place in places:
-        problems += place_problems(place, found.source, found.checkpoints, force=force)
+        problems += output_path_problems(place, found.source, found.checkpoints, force=force)
     if found.checkpoints:  # a result has about the size of the newest one
         problems += space_problems([(place, found.checkpoints[-1].nbytes) for place in places])
     raise_all(worst_first(problems))

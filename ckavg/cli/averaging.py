@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ckavg.averaging.pipeline import Done, carry_out
-from ckavg.averaging.plan import Plan, checked, fetching_of, place_of, plan_averages
+from ckavg.averaging.plan import Plan, checked, fetching_of, output_path, plan_averages
 from ckavg.checkpoints.run import Fetching, Run
 from ckavg.cli.commands import Command, joined
 from ckavg.cli.options import Averaging, Measuring
@@ -16,8 +16,8 @@ from ckavg.cli.push import check_push, complete_in, destination_of, push_shown
 from ckavg.cli.ranks import together
 from ckavg.cli.terminal import say, warn
 from ckavg.engine.distributed import Ranks
-from ckavg.output.leftovers import find_leftovers
-from ckavg.output.place import check_file
+from ckavg.output.output_path import check_file
+from ckavg.output.staging import find_leftovers
 from ckavg.report.text import printable
 from ckavg.schemes import Scheme
 from ckavg.sources import inspect_source
@@ -41,7 +41,7 @@ def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
 
     destination = destination_of(options)
     found = inspect_source(options.source, options.selection(scheme.every_from), max_disk=options.max_disk)
-    run = checked(found, [place_of(found.home, scheme, options.out)], force=options.force)
+    run = checked(found, [output_path(found.home, scheme, options.out)], force=options.force)
     check_plot(options, run)
     (plan,) = plans_of(run, [(scheme, options.out)], options)
     warn_of(plan.warnings)

@@ -15,7 +15,7 @@ from ckavg.cli.failures import FAILED, failures
 from ckavg.cli.options import Choice, Json, Quiet, Verbose
 from ckavg.cli.progress import show_progress
 from ckavg.engine.distributed import Ranks
-from ckavg.output.leftovers import find_leftovers
+from ckavg.output.staging import find_leftovers
 from ckavg.sources import inspect_source
 
 

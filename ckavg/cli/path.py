@@ -19,7 +19,7 @@ from ckavg.cli.commands import with_options
 from ckavg.cli.options import Measuring
 from ckavg.cli.progress import show_progress
 from ckavg.cli.ranks import together
-from ckavg.output.place import check_file
+from ckavg.output.output_path import check_file
 from ckavg.path.plan import plan_path
 from ckavg.sources import inspect_source
 

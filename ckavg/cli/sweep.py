@@ -23,7 +23,7 @@ from ckavg.engine.distributed import Ranks
 from ckavg.errors import HubError, SettingError, WriteError
 from ckavg.hub.destination import Destination
 from ckavg.hub.publish import continued
-from ckavg.output.place import place_in
+from ckavg.output.output_path import path_within
 from ckavg.output.record import Record
 from ckavg.report.text import printable
 from ckavg.schemes import SCHEMES, Scheme
@@ -80,8 +80,8 @@ def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -
             hint="Sweep each burn-in by itself.",
         )
     found = inspect_source(options.source, options.selection(origins.pop()), max_disk=options.max_disk)
-    base = options.out if options.out is not None else place_in(found.home, "averaged")
-    places = [place_in(base, scheme.label) for scheme in schemes]
+    base = options.out if options.out is not None else path_within(found.home, "averaged")
+    places = [path_within(base, scheme.label) for scheme in schemes]
     run = checked(found, places, force=options.force)
     check_plot(options, run)
     plans = plans_of(run, list(zip(schemes, places, strict=True)), options)

@@ -1,4 +1,4 @@
-"""Stage *write*: where a result may go. Looks, and refuses; creates nothing."""
+"""Where a result may go. Looks, and refuses; creates nothing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from ckavg.output.owned import check_names, foreign_files, is_record
 from ckavg.storage.atomic import resolved
 
 _MARGIN_BYTES = 16 << 20
-
-
 _CHOOSE = "Choose another place with --out."
 
 
-def place_in(directory: Path, *names: str) -> Path:
+def path_within(directory: Path, *names: str) -> Path:
     """A place in a directory that was named, by names of ours; none may be a link, for nobody named where that leads.
 
     Raises:
@@ -37,7 +35,7 @@ def place_in(directory: Path, *names: str) -> Path:
     return place
 
 
-def place_problems(
+def output_path_problems(
     out: Path, source: Path, checkpoints: Iterable[Checkpoint], *, force: bool, files: Collection[str] = ()
 ) -> list[CkavgError]:
     """Everything that speaks against putting a result at a place.
