@@ -161,7 +161,7 @@ def _rate(source: Path, device: str, tile: int, threads: int, number: int) -> fl
 
 
 class _Dropped:
-    """A sink that keeps nothing."""
+    """A writer that keeps nothing."""
 
     def put(self, name: str, offset: int, values: Tensor) -> None:
         pass

@@ -12,8 +12,14 @@ from pathlib import Path
 from ckavg.checkpoints.inspect import Inspection, as_run, inspect_run
 from ckavg.checkpoints.layouts import label_revisions, read_label
 from ckavg.checkpoints.run import Checkpoint, Run, Selection
-from ckavg.errors import MissingShardError, MixedOrderError, NoCheckpointsError, SettingError, listed
-from ckavg.output.leftovers import bring_back, bring_back_all
+from ckavg.errors import (
+    MissingShardError,
+    MixedOrderError,
+    NoCheckpointsError,
+    SettingError,
+    listed,
+)
+from ckavg.output.staging import bring_back, bring_back_all
 from ckavg.storage.address import Address, address_of, did_you_mean, is_pattern, parse_size
 from ckavg.storage.base import AnyPath, RemotePath
 from ckavg.storage.hub import GO_ONLINE, Repository

@@ -13,10 +13,10 @@ from ckavg.averaging.plan import Plan
 from ckavg.checkpoints.run import Run
 from ckavg.engine.distributed import Ranks
 from ckavg.engine.reader import usable_handles
-from ckavg.output.digests import sha256_of
+from ckavg.output.hashing import sha256_of
 from ckavg.output.owned import JOURNAL
-from ckavg.output.shard_files import ShardFiles, write_own_hashes
 from ckavg.output.staging import Staging
+from ckavg.output.weight_files import WeightFiles, write_own_hashes
 from ckavg.storage.journal import Journal
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def stage(plans: Sequence[Plan], ranks: Ranks, stack: ExitStack) -> list[Staging
     return stagings
 
 
-Writers = list[dict[int, ShardFiles]]
+Writers = list[dict[int, WeightFiles]]
 """The weight files of each plan, by the index of the checkpoint after which they are written."""
 
 
@@ -104,7 +104,7 @@ def open_writers(
         writers = [
             {
                 index: stack.enter_context(
-                    ShardFiles(
+                    WeightFiles(
                         staging.path / out.relative_to(plan.out),
                         plan.weights.shards,
                         create=create,

@@ -14,7 +14,7 @@ from ckavg.averaging.plan import Plan
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.errors import SettingError, WriteError
 from ckavg.output.card import write_card
-from ckavg.output.digests import sha256
+from ckavg.output.hashing import sha256
 from ckavg.output.owned import CARD, PICTURE
 from ckavg.output.published import published
 from ckavg.output.record import Evaluation, Record

@@ -24,8 +24,8 @@ from ckavg.checkpoints.run import Run
 from ckavg.checkpoints.statistics import averaged_statistics
 from ckavg.engine.context import Context, OnProgress
 from ckavg.engine.distributed import ALONE, Ranks
-from ckavg.output.leftovers import tidy
 from ckavg.output.record import Record, Seconds
+from ckavg.output.staging import remove_stale
 from ckavg.path.cache import save_path
 from ckavg.path.plan import PathPlan, plan_path
 from ckavg.path.table import PathLength, ZeroSigma
@@ -177,7 +177,7 @@ def carry_out(plans: Sequence[Plan], context: Context) -> Done:
         check_same_plans(plans, ranks)
         if ranks.is_first:
             for directory in {resolved(plan.out).parent for plan in plans}:
-                tidy(directory)
+                remove_stale(directory)
         fetch(fetching_of(plans), context.on_progress)
         stagings = stage(plans, ranks, stack)
         compared = check_constant(run, context)

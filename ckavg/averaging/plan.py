@@ -20,11 +20,11 @@ from ckavg.engine.distributed import worker_threads
 from ckavg.engine.remote import HELD_BYTES
 from ckavg.errors import SettingError, raise_all
 from ckavg.output.layout import WeightPlan, plan_weights
-from ckavg.output.leftovers import bring_back
 from ckavg.output.origin import Origin, find_origin
+from ckavg.output.output_path import output_path_problems, path_within, space_problems
 from ckavg.output.owned import CARD
-from ckavg.output.place import place_in, place_problems, space_problems
 from ckavg.output.side_files import gather_side_files, name_of_weights
+from ckavg.output.staging import bring_back
 from ckavg.path.plan import PathPlan, check_sample, plan_path
 from ckavg.path.table import ZeroSigma
 from ckavg.schemes import Scheme, Timeline
@@ -187,7 +187,7 @@ def plan_averages(
         plan = Plan(
             run=run,
             scheme=scheme,
-            out=place_of(run.home, scheme, out),
+            out=output_path(run.home, scheme, out),
             options=options,
             weights=weights,
             side_files=beside.files,
@@ -201,7 +201,9 @@ def plan_averages(
     problems = [
         problem
         for plan in plans
-        for problem in place_problems(plan.out, run.source, run.checkpoints, force=options.force, files=plan.files)
+        for problem in output_path_problems(
+            plan.out, run.source, run.checkpoints, force=options.force, files=plan.files
+        )
     ]
     # Each by itself: those that do not fit together are refused where they are carried out together.
     problems += [problem for plan in plans for problem in space_problems([(plan.out, plan.write_bytes)])]
@@ -209,13 +211,13 @@ def plan_averages(
     return plans
 
 
-def place_of(home: Path, scheme: Scheme, out: Path | str | None) -> Path:
+def output_path(home: Path, scheme: Scheme, out: Path | str | None) -> Path:
     """Where a result goes: where it was asked for, else under the scheme's name in `averaged` of the run's home.
 
     Raises:
         OutputError: nobody asked, and there is a link.
     """
-    return Path(out) if out is not None else place_in(home, "averaged", scheme.label)
+    return Path(out) if out is not None else path_within(home, "averaged", scheme.label)
 
 
 def checked(found: Inspection, places: Sequence[Path], *, force: bool = False) -> Run:
@@ -237,7 +239,7 @@ def checked(found: Inspection, places: Sequence[Path], *, force: bool = False) -
         return as_run(found)  # the plan says what is wrong with the places, and knows how much is written
     problems = list(found.problems)
     for place in places:
-        problems += place_problems(place, found.source, found.checkpoints, force=force)
+        problems += output_path_problems(place, found.source, found.checkpoints, force=force)
     if found.checkpoints:  # a result has about the size of the newest one
         problems += space_problems([(place, found.checkpoints[-1].nbytes) for place in places])
     raise_all(worst_first(problems))

@@ -12,7 +12,7 @@ from ckavg.averaging.plan import Plan
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.run import FLOATING, Run
 from ckavg.output.card import write_card
-from ckavg.output.digests import sha256
+from ckavg.output.hashing import sha256
 from ckavg.output.owned import CARD, LOCAL, PICTURE
 from ckavg.output.published import local_of, published
 from ckavg.output.record import Input, Output, Record, Seconds

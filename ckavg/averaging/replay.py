@@ -47,7 +47,7 @@ class Average:
     Attributes:
         coefficients: β and α of every checkpoint.
         dtypes: output dtype of every floating tensor, as a safetensors code.
-        sinks: take the average as it stands after a checkpoint, by the index of that checkpoint.
+        writers: take the average as it stands after a checkpoint, by the index of that checkpoint.
     """
 
     coefficients: Coefficients
@@ -115,7 +115,7 @@ def replay(
     Raises:
         NonFiniteError: a checkpoint holds NaN or infinity and may not, or a value does not fit the output dtype.
         TruncatedShardError, ReadError: a file changed or cannot be read.
-        OutputError: a sink could not take its bytes.
+        OutputError: a writer could not take its bytes.
     """
     context = context or Context()
     first = first_read(average.coefficients for average in averages)
@@ -333,7 +333,7 @@ class _NegativeZeros:
 
 
 class _CopyWorker:
-    """Copies what is not averaged, byte for byte: each checkpoint's to the sinks of that checkpoint."""
+    """Copies what is not averaged, byte for byte: each checkpoint's to the writers of that checkpoint."""
 
     def __init__(
         self,
@@ -345,13 +345,13 @@ class _CopyWorker:
     ) -> None:
         self._reader = reader
         self._entries = entries
-        self._sinks = writers
+        self._writers = writers
         self._tile = tile
 
     def __call__(self, block: Block) -> None:
         item = self._entries[block.name].item_bytes
         for start, stop in block.tiles(self._tile):
-            for index, writers in enumerate(self._sinks):
+            for index, writers in enumerate(self._writers):
                 stored = self._reader.raw(index, block.name, start * item, stop * item)
                 for writer in writers:
                     writer.put(block.name, start * item, stored)

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from ckavg.averaging.pipeline import Done, carry_out
-from ckavg.averaging.plan import Options, Plan, checked, fetching_of, memory_bytes, place_of, plan_averages
+from ckavg.averaging.plan import Options, Plan, checked, fetching_of, memory_bytes, output_path, plan_averages
 from ckavg.checkpoints.run import Run
 from ckavg.cli.errors import together
 from ckavg.cli.options import Averaging, Command, Measuring, with_options
@@ -34,9 +34,9 @@ from ckavg.engine.distributed import Ranks
 from ckavg.errors import printable
 from ckavg.hub import Destination, check_access
 from ckavg.output.commands import load_command
-from ckavg.output.leftovers import find_leftovers
-from ckavg.output.place import check_file
+from ckavg.output.output_path import check_file
 from ckavg.output.record import Record
+from ckavg.output.staging import find_leftovers
 from ckavg.schemes import SCHEMES, Scheme
 from ckavg.schemes.parse import Parameter, described, make_scheme, parameters_of, shown
 from ckavg.sources import inspect_source
@@ -78,7 +78,7 @@ def _option(parameter: Parameter) -> Any:
 
 def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
     destination = destination_of(options)
-    (plan,) = plans_of([scheme], options, ranks, destination, lambda home: [place_of(home, scheme, options.out)])
+    (plan,) = plans_of([scheme], options, ranks, destination, lambda home: [output_path(home, scheme, options.out)])
     if options.dry_run:
         print_plan(plan, as_json=options.as_json)
         return

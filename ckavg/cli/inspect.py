@@ -22,7 +22,7 @@ from ckavg.cli.text import MOST_ROWS, Output, as_bytes, as_count, plain_table, p
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import listed
 from ckavg.output.commands import as_options, shell_word
-from ckavg.output.leftovers import find_leftovers
+from ckavg.output.staging import find_leftovers
 from ckavg.sources import inspect_source
 from ckavg.storage.address import address_of
 from ckavg.storage.remote import storages_of

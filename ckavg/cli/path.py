@@ -37,7 +37,7 @@ from ckavg.cli.text import (
 )
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import WriteError
-from ckavg.output.place import check_file
+from ckavg.output.output_path import check_file
 from ckavg.path.plan import plan_path
 from ckavg.path.table import PathLength
 from ckavg.sources import inspect_source

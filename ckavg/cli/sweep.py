@@ -20,7 +20,7 @@ from ckavg.cli.text import Output, as_bytes, plain_table, print_json, quoted, sa
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import HubError, SettingError, WriteError, printable
 from ckavg.hub import Destination, continued
-from ckavg.output.place import place_in
+from ckavg.output.output_path import path_within
 from ckavg.output.record import Evaluation, Record
 from ckavg.schemes import Scheme
 from ckavg.schemes.parse import is_scheme, parse_schemes
@@ -86,8 +86,8 @@ def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -
         )
 
     def places_in(home: Path) -> list[Path]:
-        base = options.out if options.out is not None else place_in(home, "averaged")
-        return [place_in(base, scheme.label) for scheme in schemes]
+        base = options.out if options.out is not None else path_within(home, "averaged")
+        return [path_within(base, scheme.label) for scheme in schemes]
 
     plans = plans_of(schemes, options, ranks, destination, places_in)
     if options.dry_run:

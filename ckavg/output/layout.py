@@ -1,4 +1,4 @@
-"""Stage *plan*: where every byte of the result will lie. Pure: from the last checkpoint's shard cut to file offsets."""
+"""Where every byte of the result will lie. Pure: from the last checkpoint's shard cut to file offsets."""
 
 from __future__ import annotations
 

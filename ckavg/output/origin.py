@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckavg.checkpoints.run import Checkpoint, Run
+from ckavg.checkpoints.run import Run
 from ckavg.errors import ReadError, SettingError
 from ckavg.output.owned import CARD
 from ckavg.output.side_files import read_config
@@ -141,12 +141,15 @@ def find_origin(run: Run, side_files: Mapping[str, bytes], card: Path | str | No
     own = None if card is None else _read_own(Path(card))
     config, adapter = read_config(side_files), read_config(side_files, "adapter_config.json")
     warnings: list[str] = []
-    of_run = _first_card(_places_of_run(run), warnings)
+    of_trainer = [(run.last.directory, run.named(run.last)), (run.source, run.source)]  # where trainers save theirs
+    of_run = _first_card(of_trainer, warnings)
     inherited = _inherited(of_run, run)
     of_license = {key: inherited.pop(key) for key in _OF_LICENSE if key in inherited}
     if not of_license:
         init = run.checkpoints[0]
-        of_init = _inherited(_first_card([(init, run.named(init))], warnings), run) if run.anchor_is_init else {}
+        of_init = (
+            _inherited(_first_card([(init.directory, run.named(init))], warnings), run) if run.anchor_is_init else {}
+        )
         of_license = {key: of_init[key] for key in _OF_LICENSE if key in of_init} or _license_beside(side_files)
     base = _base_model(run, config, adapter, inherited.pop("base_model", None))
     relation = inherited.pop("base_model_relation", None)
@@ -333,24 +336,24 @@ def _check_closed(text: str) -> None:
 
 
 def _check_written(metadata: Mapping[str, Any]) -> None:
-    """Refuse fields that the Hub's library cannot write, such as a `model-index` without metrics."""
+    """Refuse fields that the Hub's library cannot write: a `model-index` without metrics, say."""
     from huggingface_hub.repocard_data import ModelCardData  # takes a while
 
     try:
         ModelCardData(**metadata).to_yaml()
-    except (TypeError, AttributeError, LookupError) as error:
-        raise ValueError(f"its front matter has fields that the Hub does not know: {error}") from error
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        named = "model-index" if "model-index" in metadata else "front matter"
+        raise ValueError(f"its {named} is not in the form that the Hub expects") from error
 
 
-def _places_of_run(run: Run) -> list[tuple[Checkpoint | None, AnyPath]]:
-    """Where a trainer saves its card: in the checkpoint, and in the directory above, beside the checkpoints."""
-    return [(run.last, run.named(run.last)), (None, run.source)]
+def _first_card(places: Sequence[tuple[AnyPath, AnyPath]], warnings: list[str]) -> Mapping[str, Any]:
+    """The metadata of the first card that has any; one that cannot be read is passed over with a warning.
 
-
-def _first_card(places: Sequence[tuple[Checkpoint | None, AnyPath]], warnings: list[str]) -> Mapping[str, Any]:
-    """The metadata of the first card that has any; one that cannot be read is passed over with a warning."""
-    for checkpoint, named in places:
-        directory = checkpoint.directory if checkpoint is not None else named
+    Args:
+        places: directories, each with that which the user named, and out of which no link may lead.
+        warnings: what a user should know is added.
+    """
+    for directory, named in places:
         path = directory / CARD
         found = problem_with(path, Bounds.of(directory, named))
         if found is not None:

@@ -1,4 +1,4 @@
-"""Stage *write*: which names in and beside a result are ckavg's own, and whether what has such a name is.
+"""Which names in and beside a result are ckavg's own, and whether what has such a name is.
 
 Nothing is filled, emptied, renamed or removed because of its name alone: a run from elsewhere may hold anything.
 """
@@ -126,7 +126,7 @@ def foreign_files(directory: Path, written: Collection[str] = ()) -> list[str]:
 def restore(out: Path) -> bool:
     """Give an earlier result its name back that a killed process had moved aside; whether it had.
 
-    This and `settle` are for whoever holds the lock on the result.
+    This and `clear_replaced` are for whoever holds the lock on the result.
 
     Raises:
         OSError: the system would not let us.
@@ -138,7 +138,7 @@ def restore(out: Path) -> bool:
     return True
 
 
-def settle(out: Path) -> None:
+def clear_replaced(out: Path) -> None:
     """The same, and remove an earlier result that was replaced. What is not ours stays.
 
     Raises:

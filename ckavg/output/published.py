@@ -1,4 +1,4 @@
-"""Stage *write*: a record as it may be uploaded, and what is kept of it for this machine alone."""
+"""A record as it may be uploaded, and what is kept of it for this machine alone."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import re
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,7 +19,7 @@ from typing import Annotated, Any, Literal
 from ckavg import __version__
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.errors import CkavgError, CombinedError, ReadError, RecordError, SettingError, raise_all
-from ckavg.output.leftovers import bring_back
+from ckavg.output.staging import bring_back
 from ckavg.schemes import SCHEMES, Scheme
 from ckavg.storage.untrusted import parse_json, read_small
 
@@ -362,25 +361,17 @@ def parse_fields(data: bytes) -> dict[str, Any]:
 
 def _read(directory: Path, path: Path) -> bytes:
     try:
-        if not directory.is_dir():
-            raise RecordError(f"{directory} is not a directory.", hint="Name the directory of a result.")
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise RecordError(f"{path} is not a file.", hint="Name the directory of a result.")
-        if status.st_size > MOST_BYTES:
-            raise RecordError(
-                f"{path} is {status.st_size:,} bytes long; a record is at most {MOST_BYTES:,}.",
-                hint="It is not the record of a result.",
-            )
         return read_small(path, MOST_BYTES)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise RecordError(
             f"{directory} is not a result of ckavg: it holds no {RESULT_RECORD}.",
             hint="Name the directory of a result, such as checkpoints/averaged/pema-gamma0.15.",
         ) from error
     except (OSError, ValueError) as error:
         told = error.strerror if isinstance(error, OSError) else error
-        raise ReadError(f"{path} cannot be read: {told}.", hint="Check that you may read it.") from error
+        raise ReadError(
+            f"{path} cannot be read: {told}.", hint="Check that it is a record, and that you may read it."
+        ) from error
 
 
 def _hint(version: str) -> str:

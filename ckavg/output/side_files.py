@@ -1,4 +1,4 @@
-"""Stage *write*: the files that make weights loadable, gathered from the last checkpoint. Reads small files only."""
+"""The files that make weights loadable, gathered from the last checkpoint. Reads small files only."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from ckavg.checkpoints.checkpoint import own_folders
+from ckavg.checkpoints.checkpoint import RESULT_RECORD, own_folders
 from ckavg.checkpoints.layouts import is_averaged, is_training_state, may_hold_model
 from ckavg.checkpoints.run import DTYPE_NAMES, Checkpoint, Run
 from ckavg.checkpoints.unsupported import OTHERS, PICKLES, foreign_weights
 from ckavg.checkpoints.weight_files import holds_weights
 from ckavg.errors import ReadError, SettingError, listed
 from ckavg.output.layout import WeightPlan
+from ckavg.output.owned import CARD, PICTURE
 from ckavg.storage.base import AnyPath, RemotePath
 from ckavg.storage.local import Bounds, problem_with, read_object, size_of, storage_of, walk
 
@@ -36,28 +37,19 @@ CONFIGS = frozenset(
 )  # fmt: skip
 """The files that tell a loader what the weights are."""
 
-_LEFT_OUT = frozenset({"zero_to_fp32.py", "ckavg.json", "latest", "latest_checkpointed_iteration.txt"})
+_LEFT_OUT = frozenset({"zero_to_fp32.py", "latest", "latest_checkpointed_iteration.txt"})
 _STEMS_LEFT_OUT = frozenset({"trainer_state", "training_args", "all_results"})
 _LOGS = (".log", ".out", ".err")
 _OTHER_WEIGHTS = (
-    ".safetensors",
-    ".index.json",
-    ".onnx",
-    ".tflite",
-    ".mlmodel",
-    ".pb",
-    ".ot",
-    ".pickle",
-    ".joblib",
-    ".engine",
-)
+    ".safetensors", ".index.json", ".onnx", ".tflite", ".mlmodel", ".pb", ".ot", ".pickle", ".joblib", ".engine",
+)  # fmt: skip
 _NOT_BESIDE_A_RUN = (
     ".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4", ".wav", ".csv", ".tsv", ".jsonl", ".parquet", ".html", ".ipynb",
     ".zip", ".gz", ".tar", ".toml", ".sh",
 )  # fmt: skip
 """What lies beside the checkpoints of a run without being of the model: samples, data, scripts."""
 
-_MADE_HERE = ("README.md", "ckavg.json", "ckavg.svg")
+_MADE_HERE = (CARD, RESULT_RECORD, PICTURE)
 MOST_BYTES = 200_000_000
 """Of a side file: larger ones are not copied."""
 
@@ -104,7 +96,7 @@ def gather_side_files(run: Run, weights: WeightPlan) -> SideFiles:
     for folder in last.folders:
         part = f"{folder}/" if folder else ""
         if f"{part}{CONFIG}" in files:
-            files[f"{part}{CONFIG}"] = _with_dtype(files[f"{part}{CONFIG}"], _dtypes(weights, part))
+            files[f"{part}{CONFIG}"] = _with_dtype(files[f"{part}{CONFIG}"], weights, part)
     for index in last.indexes:
         place = index.relative_to(last.directory)
         part = "" if place.parent == PurePath() else f"{place.parent.as_posix()}/"
@@ -316,13 +308,10 @@ def _is_weights(name: str) -> bool:
     return name.endswith((".safetensors", ".index.json")) or foreign_weights([name]) is not None
 
 
-def _dtypes(weights: WeightPlan, part: str) -> set[str]:
-    names = (name for shard in weights.of(part) for name in shard.offsets)
-    return {DTYPE_NAMES[weights.dtypes[name]] for name in names if name in weights.dtypes}
-
-
-def _with_dtype(config: bytes, dtypes: set[str]) -> bytes:
+def _with_dtype(config: bytes, weights: WeightPlan, part: str) -> bytes:
     """Unchanged to the byte where it agrees already, or where there is no one dtype to state."""
+    names = (name for shard in weights.of(part) for name in shard.offsets)
+    dtypes = {DTYPE_NAMES[weights.dtypes[name]] for name in names if name in weights.dtypes}
     parsed = read_config({CONFIG: config})
     try:
         if len(dtypes) != 1 or not _set_dtype(parsed, next(iter(dtypes))):

@@ -1,4 +1,7 @@
-"""Stage *write*: a directory that is filled under another name and appears complete or not at all."""
+"""A result is filled under another name and appears complete or not at all; what killed processes leave is found.
+
+What can be continued is told of; what is worthless is removed; an earlier result that was moved aside comes back.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,15 @@ import secrets
 import socket
 import stat
 import time
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ckavg.errors import OutputError, OutputExistsError, is_passing
+from ckavg.output.output_path import check_replaceable
 from ckavg.output.owned import (
     JOURNAL,
     MARK,
@@ -23,16 +28,19 @@ from ckavg.output.owned import (
     beside,
     check_names,
     check_unfinished,
+    clear_replaced,
     empty,
     remove,
-    settle,
+    restore,
 )
-from ckavg.output.place import check_replaceable
-from ckavg.output.shard_files import write_errors
+from ckavg.output.weight_files import write_errors
 from ckavg.storage.atomic import open_own, resolved
 from ckavg.storage.journal import Journal, is_of, read_journal
+from ckavg.storage.untrusted import open_regular
 
 _SECONDS_TO_SEE = 90.0
+_SECONDS_LEFT_ALONE = 3600
+"""Some network file systems keep locks to one machine: what another one has begun just now is not taken for left."""
 
 
 class Staging:
@@ -72,7 +80,7 @@ class Staging:
                 self._make_parents()
                 self.path.mkdir(exist_ok=True)
                 self._lock = _locked(self.path, self._files)
-                settle(self._out)
+                clear_replaced(self._out)
                 self._check_out()
             except BaseException:
                 self._clean_up()
@@ -222,20 +230,55 @@ class Staging:
             self._lock = None
 
 
-def _locked(directory: Path, files: Collection[str]) -> int:
-    """A handle that keeps others from a directory, once all of it is known to be ours."""
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+@contextmanager
+def _held(path: Path) -> Iterator[bool]:
+    """Whether nobody works on a directory; nobody can while this is entered. True where there is no such directory."""
+    try:
+        handle = lock_directory(path)
+    except OSError as error:
+        yield isinstance(error, FileNotFoundError)
+        return
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def lock_directory(path: Path) -> int | None:
+    """A handle of a directory that keeps others from it until it is closed; None where somebody has one.
+
+    The lock is on the directory itself. A lock file beside it would have to be opened under a name that something may
+    have been planted under, would stay behind, and would lock nothing once the directory has been renamed.
+
+    Raises:
+        OSError: there is no real directory, or the system would not let us open it.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(handle).st_ino == directory.lstat().st_ino:
-            check_unfinished(directory, files)
-            return handle
-    except (BlockingIOError, FileNotFoundError):
-        pass
+        return handle
+    except BlockingIOError:
+        os.close(handle)
+        return None
     except BaseException:
         os.close(handle)
         raise
-    os.close(handle)
+
+
+def _locked(directory: Path, files: Collection[str]) -> int:
+    """A handle that keeps others from a directory, once all of it is known to be ours."""
+    handle = lock_directory(directory)
+    if handle is not None:
+        try:
+            with suppress(FileNotFoundError):
+                if os.fstat(handle).st_ino == directory.lstat().st_ino:  # and not renamed meanwhile
+                    check_unfinished(directory, files)
+                    return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
     raise OutputError(
         f"Another ckavg is writing {directory.name.removeprefix('.').removesuffix(PARTIAL)} right now.",
         hint="Wait for it, or choose another place with --out.",
@@ -248,3 +291,107 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """An average that was interrupted, and that its command would continue: its directory, and its size in bytes."""
+
+    path: Path
+    nbytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} holds {self.nbytes / 1e6:,.0f} MB of an average that was interrupted. "
+            "Its command continues it; delete the directory otherwise."
+        )
+
+
+def find_leftovers(directory: Path, *, but: Iterable[Path] = ()) -> tuple[Leftover, ...]:
+    """Interrupted averages in a directory that nobody works on now. Changes nothing.
+
+    Args:
+        directory: where results are.
+        but: results whose own leftovers are not meant.
+    """
+    spared = {beside(resolved(out), PARTIAL).name for out in but}
+    found = []
+    for path in _named(directory, PARTIAL):
+        with _held(path) as free:
+            if free and path.name not in spared and _is_worth_continuing(path):
+                found.append(Leftover(path, _bytes_in(path)))
+    return tuple(found)
+
+
+def remove_stale(directory: Path) -> None:
+    """Remove what cannot be continued, and bring back results that were moved aside and never replaced."""
+    for path in _named(directory, PARTIAL):
+        with _held(path) as free, suppress(OSError, OutputExistsError):
+            if free and not _is_worth_continuing(path) and _age(path) > _SECONDS_LEFT_ALONE:
+                check_unfinished(path)
+                remove(path)
+    for out in _moved_aside(directory):
+        _while_held(clear_replaced, out)
+
+
+def bring_back(out: Path) -> None:
+    """Give an earlier result its name back, if a process was killed between moving it aside and replacing it."""
+    with suppress(ValueError):  # no file can have this name
+        out = resolved(out)
+        if os.path.lexists(beside(out, REPLACED)):
+            _while_held(restore, out)
+
+
+def bring_back_all(directory: Path) -> None:
+    """The same of all results in a directory, unless that is a link."""
+    if not os.path.islink(directory):  # noqa: PTH114 - never raises
+        for out in _moved_aside(directory):
+            bring_back(out)
+
+
+def _while_held(do: Callable[[Path], object], out: Path) -> None:
+    with _held(beside(out, PARTIAL)) as free, suppress(OSError):
+        if free:
+            do(out)
+
+
+def _moved_aside(directory: Path) -> list[Path]:
+    return [directory / path.name.removeprefix(".").removesuffix(REPLACED) for path in _named(directory, REPLACED)]
+
+
+def _named(directory: Path, ending: str) -> list[Path]:
+    """The real directories with a name of ours."""
+    try:
+        return sorted(
+            path
+            for path in directory.iterdir()
+            if path.name.startswith(".") and path.name.endswith(ending) and path.is_dir() and not path.is_symlink()
+        )
+    except (OSError, ValueError):
+        return []
+
+
+def _is_worth_continuing(path: Path) -> bool:
+    """Whether any block is noted as finished: a journal holds more than the line of its key."""
+    for journal in path.glob(f"{JOURNAL}*"):
+        with suppress(OSError), open_regular(journal, follow=False) as file:
+            if sum(line != b"\n" for line, _ in zip(file, range(9), strict=False)) > 1:
+                return True
+    return False
+
+
+def _age(path: Path) -> float:
+    """Seconds since anything in a directory was last written; 0 where that cannot be told."""
+    try:
+        return time.time() - max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
+    except OSError:
+        return 0.0
+
+
+def _bytes_in(path: Path) -> int:
+    total = 0
+    for folder, _, files in os.walk(path):
+        for name in files:
+            with suppress(OSError):
+                total += (Path(folder) / name).lstat().st_blocks * 512
+    return total

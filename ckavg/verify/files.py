@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.errors import ReadError
-from ckavg.output.digests import sha256_of
+from ckavg.output.hashing import sha256_of
 from ckavg.output.owned import CARD
 from ckavg.output.record import Output
 from ckavg.storage.atomic import resolved

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-CALLS = ("pwrite", "write", "fsync", "rename", "replace", "mkdir", "open", "truncate", "unlink", "rmdir", "chmod")
-"""What os offers and averaging uses, and `fallocate`, which it has from the C library."""
+CALLS = (
+    "pwrite", "write", "fsync", "rename", "replace", "mkdir", "open", "truncate", "unlink", "rmdir", "chmod",
+    "posix_fallocate",
+)  # fmt: skip
+"""What os offers and averaging uses."""
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS)
 
@@ -50,7 +52,6 @@ def faults(at: int | None, error: int, *, below: os.PathLike[str], lasting: bool
     """Within this, the system fails as `Faults` says. Reading is left alone, and so is what leads elsewhere."""
     state = Faults(at, error, below=os.fspath(below), lasting=lasting)
     real: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in CALLS}
-    library = ctypes.CDLL
 
     def failing(name: str) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -61,28 +62,10 @@ def faults(at: int | None, error: int, *, below: os.PathLike[str], lasting: bool
 
         return call
 
-    class Library(ctypes.CDLL):
-        def __getattr__(self, name: str) -> Any:
-            found = super().__getattr__(name)
-            if name != "fallocate":
-                return found
-
-            def fallocate(*arguments: Any) -> int:
-                try:
-                    state.meet(name, arguments)
-                except OSError as fault:
-                    ctypes.set_errno(fault.errno or 0)
-                    return -1
-                return int(found(*arguments))
-
-            return fallocate
-
     try:
         for name in CALLS:
             setattr(os, name, failing(name))
-        ctypes.CDLL = Library  # type: ignore[misc]
         yield state
     finally:
         for name in CALLS:
             setattr(os, name, real[name])
-        ctypes.CDLL = library  # type: ignore[misc]

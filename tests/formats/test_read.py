@@ -22,7 +22,7 @@ from tests.cli.runner import run_cli
 from tests.formats import laid_out, of_images, of_language, of_models, of_others
 from tests.formats.document import Cell, Row, table
 from tests.formats.trained import Build, Trained, mean
-from tests.result.test_loading import loaded_by
+from tests.output.test_loading import loaded_by
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("without_pictures")]
 

@@ -22,7 +22,7 @@ from ckavg.path.table import PathLength
 from ckavg.schemes import Scheme, Timeline
 from tests import reference
 from tests.runs import random_run, write_run
-from tests.sinks import Kept
+from tests.writers import Kept
 
 Tensors = Mapping[str, Tensor]
 
@@ -33,7 +33,7 @@ _ROUNDINGS = 4
 
 
 class Dropped:
-    """A sink that keeps nothing."""
+    """A writer that keeps nothing."""
 
     def put(self, name: str, offset: int, values: Tensor) -> None:
         pass
@@ -54,19 +54,19 @@ def formed(
     sizes = {name: entry.numel * TORCH_DTYPES[dtypes[name]].itemsize for name, entry in entries.items()}
     sizes |= {name: entry.nbytes for name, entry in run.tensors.items() if name not in entries}
     timeline = timeline_of(run, path or measure(run))
-    sinks = [Kept(sizes) for _ in schemes]
+    writers = [Kept(sizes) for _ in schemes]
     averages = [
-        Average(scheme.coefficients(timeline), dtypes, {len(run.steps) - 1: sink})
-        for scheme, sink in zip(schemes, sinks, strict=True)
+        Average(scheme.coefficients(timeline), dtypes, {len(run.steps) - 1: writer})
+        for scheme, writer in zip(schemes, writers, strict=True)
     ]
     replay(run, averages, wide=wide, context=context)
     return [
         {
             name: torch.frombuffer(data, dtype=TORCH_DTYPES[dtypes[name]])
-            for name, data in sink.tensors.items()
+            for name, data in writer.tensors.items()
             if name in entries
         }
-        for sink in sinks
+        for writer in writers
     ]
 
 

@@ -80,11 +80,6 @@ def test_an_adapter_is_an_adapter(tmp_path: Path) -> None:
     }
 
 
-def test_a_run_without_a_base_model_has_no_relation(source: Path) -> None:
-    fields = fields_of(card_of(source))
-    assert not {"base_model", "base_model_relation", "license"} & fields.keys()
-
-
 def test_the_card_beside_the_checkpoints_counts(source: Path) -> None:
     (source / "README.md").write_text(
         "---\nbase_model: [a/one, a/two]\nbase_model_relation: merge\nlicense: mit\n---\n"
@@ -170,6 +165,7 @@ def test_a_card_of_the_run_that_cannot_be_read_is_passed_over(source: Path) -> N
 @pytest.mark.parametrize(("scheme", "titles"), SCHEMES, ids=lambda value: getattr(value, "label", ""))
 def test_every_scheme_cites_its_papers(source: Path, scheme: Scheme, titles: list[str]) -> None:
     card = card_of(source, scheme)
+    assert not {"base_model", "base_model_relation", "license"} & fields_of(card).keys()
     bibtex = [text for kind, text in blocks(card) if kind == "fence"]
     assert len(bibtex) == (1 if titles else 0)
     for title in titles:
@@ -179,25 +175,21 @@ def test_every_scheme_cites_its_papers(source: Path, scheme: Scheme, titles: lis
         assert text.count("\n@") + text.startswith("@") == len(titles)
     assert scheme.title in card
     assert str(source) not in card
-    fields_of(card)
 
 
-def test_all_weights_of_a_short_run(source: Path) -> None:
-    result = ckavg.average(ckavg.open_run(source), ckavg.BEMA())
-    card = (result.directory / "README.md").read_text()
-    rows = re.findall(r"^\| (\d+) \|.*\| (-?[\d.]+) \|$", card, re.MULTILINE)
-    assert rows == [(str(s), f"{w:.4f}") for s, w in zip(result.steps, result.weights, strict=True)]
-
-
-def test_the_middle_of_a_long_run_is_summed(tmp_path: Path) -> None:
-    steps = tuple(range(0, 300, 10))
+@pytest.mark.parametrize("count", [4, 24, 30])
+def test_weights_are_listed_and_the_middle_of_a_long_run_is_summed(tmp_path: Path, count: int) -> None:
+    steps = tuple(range(0, 10 * count, 10))
     weights = [{"w": torch.full((2,), float(step))} for step in steps]
-    result = ckavg.average(ckavg.open_run(write_run(tmp_path / "run", weights, steps)), ckavg.EMA())
+    result = ckavg.average(ckavg.open_run(write_run(tmp_path / "run", weights, steps)), ckavg.BEMA())
     card = (result.directory / "README.md").read_text()
-    rows = re.findall(r"^\| (\d+|…) \|", card, re.MULTILINE)
-    assert rows == [*map(str, steps[:8]), "…", *map(str, steps[-16:])]
-    between = sum(result.weights[8:-16])
-    assert f"6 checkpoints in the middle are not shown; together they have the weight {between:.4f}." in card
+    rows = re.findall(r"^\| (\d+|…) \|.*\| (-?[\d.]+|…) \|$", card, re.MULTILINE)
+    listed = [(str(step), f"{weight:.4f}") for step, weight in zip(steps, result.weights, strict=True)]
+    assert rows == (listed if count <= 24 else [*listed[:8], ("…", "…"), *listed[-16:]])
+    between = (
+        f"checkpoints in the middle are not shown; together they have the weight {sum(result.weights[8:-16]):.4f}."
+    )
+    assert (f"{count - 24} {between}" in card) == (count > 24)
 
 
 def test_what_took_no_part_is_not_counted(source: Path, tmp_path: Path) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCardData
 from markdown_it import MarkdownIt
 
 import ckavg
+from ckavg.output.origin import parse_card
 from tests.cli.runner import run_cli
 from tests.output.cards import STEPS, averaged, card_of, configure, fields_of
 from tests.runs import CONFIG, random_run, write_run
@@ -61,14 +65,6 @@ def test_null_removes_a_field_and_another_base_model_is_related_anew(source: Pat
     assert (fields["base_model"], fields["base_model_relation"], fields["tags"]) == ("c/d", "finetune", ["mine"])
 
 
-def test_card_without_front_matter(source: Path, tmp_path: Path) -> None:
-    own = tmp_path / "own.md"
-    own.write_text("Words.\n")
-    card = card_of(source, card=str(own))
-    assert "---\n\nWords.\n\n## How the weights were averaged\n" in card
-    assert fields_of(card)["tags"] == ["checkpoint-averaging", "mean"]
-
-
 @pytest.mark.parametrize(
     ("content", "why"),
     [
@@ -84,6 +80,8 @@ def test_card_without_front_matter(source: Path, tmp_path: Path) -> None:
         (b"---\na: 2024-02-30\n---\n", "not what it seems to be"),
         (b"---\na: 99999999999999999999\n---\n", "beyond 64 bits"),
         (b"---\na: " + b"[" * 99 + b"]" * 99 + b"\n---\n", "nested more than 32 deep"),
+        (b"---\nmodel-index: 7\n---\n", "its model-index is not in the form that the Hub expects"),
+        (b"---\nto_yaml: 7\n---\n", "its front matter is not in the form that the Hub expects"),
         (b"# a\n\n```python\nx\n", "the code block or HTML that begins in line 3 of its text is never closed"),
         (b"a\n\n   ```\n> ```\n- ```\n", "the code block or HTML that begins in line 3"),
         (b"a\n\n<!-- b\n", "HTML that begins in line 3"),
@@ -102,6 +100,7 @@ def test_a_card_that_cannot_be_used_is_refused(source: Path, tmp_path: Path, con
 @pytest.mark.parametrize(
     "text",
     [
+        "Words.",
         "```\na\n```",
         "- ```py\n  x\n  ```\n\n```\nb\n```",
         "1. a\n\n    ```\n    x\n    ```",
@@ -140,3 +139,16 @@ def test_option(source: Path, tmp_path: Path) -> None:
     assert run_cli("mean", source, "--card", tmp_path / "none.md", "--force").exit_code == 1
     own.write_text("```\n")
     assert run_cli("mean", source, "--card", own, "--force").exit_code == 2
+
+
+ODD = ["a: b", "---", "\n---\n", '"', "\\", "\x00\x7f", "\U0001f600\U000e0041", "- x", "#", "no", "1e5", "{", "é"]
+NUMBERS: list[Any] = [0, -7, 1.0, 1e-7, 1e300, -2.5e22, math.inf, -math.inf, True, None, [], {}, [[{}]]]
+
+
+@pytest.mark.parametrize("value", [*ODD, *NUMBERS], ids=ascii)
+def test_front_matter_is_read_as_the_hub_writes_it(value: object) -> None:
+    fields: dict[str, Any] = {"a_b": [value]} | ({value: value} if isinstance(value, str) else {})
+    block = f"---\n{ModelCardData(**fields).to_yaml()}\n---"
+    card = parse_card(f"{block}\ntext".encode())
+    assert (dict(card.metadata), card.text) == (fields, "text")
+    assert card == parse_card(f"\n\n{block}\r\ntext".encode())

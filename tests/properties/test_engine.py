@@ -22,7 +22,7 @@ from ckavg.errors import ReadError, SettingError, TruncatedShardError, Unsupport
 from ckavg.path.measure import measure
 from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, Scheme, Timeline
 from tests.runs import random_run, write_run
-from tests.sinks import Kept
+from tests.writers import Kept
 
 TILES = [CHUNK << shift for shift in range(9)]
 STEPS = (0, 5, 6, 30)
@@ -45,18 +45,18 @@ MANY = (
 
 def averages(run: ckavg.Run, *schemes: Scheme) -> list[tuple[Average, Kept]]:
     sizes = {name: entry.nbytes for name, entry in run.tensors.items()}
-    sinks = [Kept(sizes) for _ in schemes]
+    writers = [Kept(sizes) for _ in schemes]
     dtypes = {name: entry.dtype for name, entry in run.tensors.items()}
     return [
-        (Average(scheme.coefficients(Timeline(run.steps)), dtypes, {len(run.steps) - 1: sink}), sink)
-        for scheme, sink in zip(schemes, sinks, strict=True)
+        (Average(scheme.coefficients(Timeline(run.steps)), dtypes, {len(run.steps) - 1: writer}), writer)
+        for scheme, writer in zip(schemes, writers, strict=True)
     ]
 
 
 def formed(run: ckavg.Run, settings: Context) -> dict[str, bytearray]:
-    ((average, sink),) = averages(run, BEMA())
+    ((average, writer),) = averages(run, BEMA())
     replay(run, [average], context=settings)
-    return sink.tensors
+    return writer.tensors
 
 
 def large_run(root: Path, dtype: torch.dtype) -> ckavg.Run:
@@ -130,9 +130,9 @@ def test_many_averages_from_one_reading_are_the_single_ones(run: ckavg.Run) -> N
     together = averages(run, *MANY)
     read = replay(run, [average for average, _ in together]).bytes_read
     for alone, scheme in zip(together, MANY, strict=True):
-        ((average, sink),) = averages(run, scheme)
+        ((average, writer),) = averages(run, scheme)
         assert replay(run, [average]).bytes_read <= read
-        assert sink.tensors == alone[1].tensors
+        assert writer.tensors == alone[1].tensors
 
 
 def test_a_path_of_zero_gives_the_last_checkpoint(tmp_path: Path) -> None:

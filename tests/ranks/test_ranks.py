@@ -41,7 +41,7 @@ STOPPED = NEXT_READ.format(act="os.kill(os.getpid(), signal.SIGTERM)")
 BROKEN = NEXT_READ.format(act="1 / 0")
 FULL_DISK = """
 import errno, os
-from ckavg.output import shard_files
+from ckavg.result import shard_files
 def full(handle, data, offset):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 shard_files._write_at = full

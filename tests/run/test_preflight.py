@@ -25,7 +25,7 @@ from ckavg.checkpoints.inspect import inspect_run
 from ckavg.checkpoints.run import Selection
 from ckavg.engine.distributed import MOST_THREADS, worker_threads
 from ckavg.errors import CombinedError, OutputExistsError, WriteError
-from ckavg.output import place
+from ckavg.output import output_path
 from tests.cli.runner import run_cli, snapshot
 from tests.runs import write_checkpoint, write_run
 
@@ -78,7 +78,7 @@ def test_all_problems_at_once_worst_first(source: Path, tmp_path: Path, verb: tu
 
 
 def test_a_full_disk_is_told_with_the_rest(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(place, "_MARGIN_BYTES", 1 << 60)
+    monkeypatch.setattr(output_path, "_MARGIN_BYTES", 1 << 60)
     out = source / "averaged" / "ema-gamma0.15"
     with pytest.raises(WriteError, match="GB free"):
         ckavg.plan_average(ckavg.open_run(source), ckavg.EMA())

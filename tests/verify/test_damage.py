@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ckavg
-from ckavg.output.digests import sha256
+from ckavg.output.hashing import sha256
 from tests.cli.runner import run_cli
 from tests.runs import random_run, write_run
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ckavg
-from ckavg.errors import RecordError
+from ckavg.errors import ReadError, RecordError
 from ckavg.output import record as record_module
 from ckavg.output.record import parse_fields, read_record
 from tests.cli.runner import run_cli
@@ -169,13 +169,13 @@ def test_a_record_that_is_too_large(
 ) -> None:
     monkeypatch.setattr(record_module, "MOST_BYTES", 1000)
     write(tmp_path, made[1])
-    with pytest.raises(RecordError, match="a record is at most 1,000"):
+    with pytest.raises(ReadError, match="larger than 1,000 bytes"):
         read_record(tmp_path)
 
 
 def test_a_record_that_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "ckavg.json")
-    with pytest.raises(RecordError, match="is not a file"):
+    with pytest.raises(ReadError, match="not a plain file"):
         read_record(tmp_path)
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import ckavg
-from ckavg.errors import RecordError, SettingError
+from ckavg.errors import ReadError, SettingError
 from ckavg.output.record import MOST_BYTES, MOST_VALUES, read_record
 from tests.cli.runner import run_cli, snapshot
 from tests.runs import random_run, write_run
@@ -303,5 +303,5 @@ def test_a_large_record_that_is_right_is_read(result: Path) -> None:
 def test_a_record_that_is_larger_is_not_read(result: Path) -> None:
     with (result / "ckavg.json").open("ab") as file:
         file.truncate(MOST_BYTES + 1)
-    with pytest.raises(RecordError, match="a record is at most"):
+    with pytest.raises(ReadError, match="larger than"):
         read_record(result)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ckavg
-from ckavg.output.digests import sha256
+from ckavg.output.hashing import sha256
 from ckavg.output.owned import LOCAL
 from ckavg.schemes import SCHEMES, Last, Scheme
 from tests.cli.runner import run_cli, snapshot

@@ -1,17 +1,15 @@
-"""Stage *write*: SHA-256 of whole files, several at a time."""
+"""SHA-256 of whole files, several at a time."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ckavg.errors import ReadError
 
-_PIECE = 1 << 20
 _MOST_THREADS = 8
 
 
@@ -31,26 +29,21 @@ def sha256_of(paths: Sequence[Path], *, beside: Sequence[Callable[[], None]] = (
         ReadError: the system would not let us read.
         Exception: whatever was raised beside it.
     """
-    stop = threading.Event()
     with ThreadPoolExecutor(min(_MOST_THREADS, (os.cpu_count() or 1) + len(beside))) as executor:
         try:
             others = [executor.submit(each) for each in beside]
-            digests = [executor.submit(_sha256_of, path, stop) for path in paths]
+            hashed = [executor.submit(_sha256_of_file, path) for path in paths]
             for each in others:
                 each.result()
-            return [each.result() for each in digests]
+            return [each.result() for each in hashed]
         except BaseException:
-            stop.set()
             executor.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _sha256_of(path: Path, stop: threading.Event) -> str:
-    digest = hashlib.sha256()
+def _sha256_of_file(path: Path) -> str:
     try:
         with path.open("rb", buffering=0) as file:
-            while not stop.is_set() and (piece := file.read(_PIECE)):
-                digest.update(piece)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ReadError(f"{path} cannot be read: {error.strerror}.", hint="Check the disk and the rights.") from error
-    return digest.hexdigest()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass
 class Kept:
-    """A sink that keeps the bytes of a result in memory."""
+    """A writer that keeps the bytes of a result in memory."""
 
     sizes: Mapping[str, int]
     tensors: dict[str, bytearray] = field(default_factory=dict)

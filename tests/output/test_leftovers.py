@@ -14,7 +14,7 @@ import torch
 
 import ckavg
 from ckavg.errors import ChangedError
-from ckavg.output.leftovers import find_leftovers, tidy
+from ckavg.output.staging import find_leftovers, remove_stale
 from ckavg.storage.journal import Journal
 from tests.cli.runner import run_cli, snapshot
 from tests.environment.process import ckavg as ckavg_process
@@ -76,18 +76,6 @@ def test_one_that_is_being_written_is_nobody_elses(source: Path) -> None:
     assert left.exists()
 
 
-def test_what_was_moved_aside_comes_back(source: Path) -> None:
-    result = ckavg.average(ckavg.open_run(source), ckavg.EMA()).directory
-    before = snapshot(result)
-    aside = result.parent / f".{result.name}.ckavg-replaced"
-    result.rename(aside)
-    refused = run_cli("ema", source)
-    assert refused.exit_code == 1
-    assert "already holds a result" in refused.stderr
-    assert snapshot(result) == before
-    assert not aside.exists()
-
-
 KILLED_BETWEEN_THE_RENAMES = """
 import os, signal
 def rename(source, target, real=os.rename):
@@ -120,6 +108,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("inspect", "."),
         ("inspect", "averaged/mean"),
         ("path", "."),
+        ("mean", "."),
         ("ema", ".", "--dry-run"),
         ("sweep", ".", "ema", "--dry-run"),
         ("ema", ".", "--init", "averaged/mean", "--init-step", "-1", "--dry-run"),
@@ -159,7 +148,7 @@ def test_what_was_replaced_goes(source: Path) -> None:
     aside = result.parent / f".{result.name}.ckavg-replaced"
     shutil.copytree(result, aside)
     (aside / "model.safetensors").unlink()  # what removed it was killed, too
-    tidy(result.parent)
+    remove_stale(result.parent)
     assert [path.name for path in result.parent.iterdir()] == [result.name]
     assert snapshot(result) == before
 

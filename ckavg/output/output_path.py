@@ -1,4 +1,4 @@
-"""Stage *write*: where a result may go. Looks, and refuses; creates nothing."""
+"""Where a result may go. Looks, and refuses; creates nothing."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ from ckavg.storage.atomic import resolved
 from ckavg.storage.base import AnyPath
 
 _MARGIN_BYTES = 16 << 20
-
-
 _CHOOSE = "Choose another place with --out."
 
 
-def place_in(directory: Path, *names: str) -> Path:
+def path_within(directory: Path, *names: str) -> Path:
     """A place in a directory that was named, by names of ours; none may be a link, for nobody named where that leads.
 
     Raises:
@@ -38,7 +36,7 @@ def place_in(directory: Path, *names: str) -> Path:
     return place
 
 
-def place_problems(
+def output_path_problems(
     out: Path, source: AnyPath, checkpoints: Iterable[Checkpoint], *, force: bool, files: Collection[str] = ()
 ) -> list[CkavgError]:
     """Everything that speaks against putting a result at a place.

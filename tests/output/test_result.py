@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import ckavg
 from ckavg.errors import OutputError, OutputExistsError, WriteError
-from ckavg.output import place
+from ckavg.output import output_path
 from tests.cli.runner import placeless, snapshot, visible
 from tests.runs import random_run, write_checkpoint, write_run
 
@@ -26,33 +26,21 @@ def source(tmp_path: Path) -> Path:
     return write_run(tmp_path / "run", random_run(seed=1, count=3, dtype=torch.bfloat16), STEPS, shards=(1, 1, 3))
 
 
-def test_files_are_those_of_the_last_checkpoint(source: Path) -> None:
+def test_files_and_shards_are_those_of_the_last_checkpoint(source: Path) -> None:
     result = ckavg.average(ckavg.open_run(source), ckavg.PEMA())
+    last, index = source / "checkpoint-20", "model.safetensors.index.json"
+    shards = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
     assert result.directory == source / "averaged" / "pema-gamma0.15"
     assert set(result.outputs[0].files) == visible(result.directory)
-    assert set(result.outputs[0].files) == {
-        "README.md",
-        "ckavg.json",
-        "ckavg.svg",
-        "config.json",
-        "tokenizer.json",
-        "model.safetensors.index.json",
-        *(f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)),
-    }
-
-
-def test_shards_are_cut_as_in_the_last_checkpoint(source: Path) -> None:
-    result = ckavg.average(ckavg.open_run(source), ckavg.EMA())
-    last = source / "checkpoint-20"
-    for file in sorted(last.glob("*.safetensors")):
-        with safe_open(result.directory / file.name, "pt") as opened:
+    made = {"README.md", "ckavg.json", "ckavg.svg"}
+    assert visible(result.directory) == made | {"config.json", "tokenizer.json", index, *shards}
+    for name in shards:
+        with safe_open(result.directory / name, "pt") as opened:
             assert opened.metadata() == {"format": "pt"}
-            assert set(opened.keys()) == set(load_file(file))
-        assert {name: (t.shape, t.dtype) for name, t in load_file(result.directory / file.name).items()} == {
-            name: (t.shape, t.dtype) for name, t in load_file(file).items()
+        assert {name: (t.shape, t.dtype) for name, t in load_file(result.directory / name).items()} == {
+            name: (t.shape, t.dtype) for name, t in load_file(last / name).items()
         }
-    name = "model.safetensors.index.json"
-    assert json.loads((result.directory / name).read_text()) == json.loads((last / name).read_text())
+    assert json.loads((result.directory / index).read_text()) == json.loads((last / index).read_text())
 
 
 def test_index_states_the_size_of_what_is_written(source: Path) -> None:
@@ -64,62 +52,31 @@ def test_index_states_the_size_of_what_is_written(source: Path) -> None:
 
 def test_tensors_are_aligned_to_their_items(tmp_path: Path) -> None:
     weights = {"a": torch.ones(3, dtype=torch.uint8), "b": torch.ones(5), "c": torch.ones(1, dtype=torch.int64)}
-    source = write_run(tmp_path, [weights, weights], (0, 1))
-    result = ckavg.average(ckavg.open_run(source), ckavg.EMA(), dtype="bfloat16")
+    result = ckavg.average(ckavg.open_run(write_run(tmp_path, [weights] * 2, (0, 1))), ckavg.EMA(), dtype="bfloat16")
     raw = (result.directory / "model.safetensors").read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
     assert (8 + length) % 8 == 0
-    items = {"a": 1, "b": 2, "c": 8}
-    assert all(header[name]["data_offsets"][0] % item == 0 for name, item in items.items())
+    assert all(header[name]["data_offsets"][0] % item == 0 for name, item in {"a": 1, "b": 2, "c": 8}.items())
     loaded = load_file(result.directory / "model.safetensors")
     assert all(torch.equal(loaded[name], weights[name].to(loaded[name].dtype)) for name in weights)
 
 
-def test_config_agrees_with_the_weights(source: Path) -> None:
-    config = {"model_type": "llama", "torch_dtype": "float32", "text_config": {"dtype": "float16", "width": 3}}
-    (source / "checkpoint-20" / "config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize(
+    ("config", "written"),
+    [
+        (
+            '{"torch_dtype": "float32", "text_config": {"dtype": "float16", "width": 3}}',
+            '{\n  "torch_dtype": "bfloat16",\n  "text_config": {\n    "dtype": "bfloat16",\n    "width": 3\n  }\n}\n',
+        ),
+        ('{ "torch_dtype" :"bfloat16"  }', '{ "torch_dtype" :"bfloat16"  }'),
+    ],
+    ids=["changed", "copied to the byte"],
+)
+def test_config_agrees_with_the_weights(source: Path, config: str, written: str) -> None:
+    (source / "checkpoint-20" / "config.json").write_text(config)
     result = ckavg.average(ckavg.open_run(source), ckavg.EMA())
-    written = json.loads((result.directory / "config.json").read_text())
-    assert written == {
-        "model_type": "llama",
-        "torch_dtype": "bfloat16",
-        "text_config": {"dtype": "bfloat16", "width": 3},
-    }
-
-
-def test_config_that_agrees_is_copied_to_the_byte(source: Path) -> None:
-    text = '{ "torch_dtype" :"bfloat16"  }'
-    (source / "checkpoint-20" / "config.json").write_text(text)
-    result = ckavg.average(ckavg.open_run(source), ckavg.EMA())
-    assert (result.directory / "config.json").read_text() == text
-
-
-def test_side_files(source: Path, tmp_path: Path) -> None:
-    last = source / "checkpoint-20"
-    wanted = (
-        "generation_config.json",
-        "tokenizer.model",
-        "chat_template.jinja",
-        "merges.txt",
-        "modeling_x.py",
-        "LICENSE",
-    )
-    unwanted = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "zero_to_fp32.py", "README.md")
-    for name in (*wanted, *unwanted):
-        (last / name).write_text(name)
-    (last / "additional_chat_templates").mkdir()
-    (last / "additional_chat_templates" / "rag.jinja").write_text("rag")
-    (last / "global_step20").mkdir()
-    (last / "global_step20" / "notes.txt").write_text("not wanted")
-    result = ckavg.average(ckavg.open_run(source), ckavg.EMA())
-    for name in wanted:
-        assert (result.directory / name).read_text() == name
-    assert (result.directory / "additional_chat_templates" / "rag.jinja").read_text() == "rag"
-    assert (result.directory / "README.md").read_text() != "README.md"
-    assert not any(
-        (result.directory / name).exists() for name in (*unwanted[:-1], "trainer_state.json", "global_step20")
-    )
+    assert (result.directory / "config.json").read_text() == written
 
 
 def test_side_files_that_the_run_lacks_come_from_init(tmp_path: Path) -> None:
@@ -193,40 +150,30 @@ def test_what_comes_into_an_earlier_result_meanwhile_is_not_removed(source: Path
     assert [path.name for path in result.parent.iterdir()] == [result.name]
 
 
-def test_anything_else_is_never_replaced(source: Path, tmp_path: Path) -> None:
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "thesis.tex").write_text("three years")
-    with pytest.raises(OutputExistsError, match="is not a result of ckavg"):
-        ckavg.average(ckavg.open_run(source), ckavg.EMA(), out=precious, force=True)
-    assert (precious / "thesis.tex").read_text() == "three years"
-
-
-def test_what_comes_to_be_there_meanwhile_is_left_alone(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_anything_else_is_never_replaced(source: Path, tmp_path: Path, meanwhile: bool) -> None:
     out = tmp_path / "out"
 
-    def intrude(news: ckavg.Progress) -> None:
-        if news.done == news.total:
+    def intrude(news: ckavg.Progress | None = None) -> None:
+        if not out.exists():
             out.mkdir()
             (out / "thesis.tex").write_text("three years")
 
+    if not meanwhile:
+        intrude()
     with pytest.raises(OutputExistsError, match="is not a result of ckavg"):
         ckavg.average(ckavg.open_run(source), ckavg.EMA(), out=out, force=True, on_progress=intrude)
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_an_empty_directory_is_used(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    result = ckavg.average(ckavg.open_run(source), ckavg.EMA(), out=tmp_path / "out")
-    assert (result.directory / "ckavg.json").exists()
-
-
-def test_leftovers_of_a_killed_run_are_cleared(source: Path) -> None:
+def test_an_empty_directory_and_the_leftovers_of_a_killed_run_are_used(source: Path) -> None:
     partial = source / "averaged" / ".ema-gamma0.15.ckavg-partial"
     (partial / "folder").mkdir(parents=True)
     (partial / "model-00001-of-00003.safetensors").write_bytes(b"half")
-    ckavg.average(ckavg.open_run(source), ckavg.EMA())
+    (source / "averaged" / "ema-gamma0.15").mkdir()
+    result = ckavg.average(ckavg.open_run(source), ckavg.EMA())
+    assert (result.directory / "ckavg.json").exists()
     assert sorted(path.name for path in (source / "averaged").iterdir()) == ["ema-gamma0.15"]
 
 
@@ -244,46 +191,30 @@ def test_two_writers_of_one_result(source: Path) -> None:
 
 
 def test_full_disk_is_noticed_before_reading(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(place, "_MARGIN_BYTES", 1 << 60)
+    monkeypatch.setattr(output_path, "_MARGIN_BYTES", 1 << 60)
     with pytest.raises(WriteError, match="GB free; the result needs"):
         ckavg.plan_average(ckavg.open_run(source), ckavg.EMA())
 
 
-def test_interruption_leaves_nothing(source: Path) -> None:
-    def interrupt(news: ckavg.Progress) -> None:
-        if news.stage == "replay" and news.done:
-            raise KeyboardInterrupt
-
-    before = snapshot(source)
-    with pytest.raises(KeyboardInterrupt):
-        ckavg.average(ckavg.open_run(source), ckavg.BEMA(), on_progress=interrupt)
-    assert snapshot(source) == before
-    assert not (source / "averaged").exists()
-
-
-def test_interruption_after_the_path_leaves_the_path_alone(source: Path) -> None:
-    def interrupt(news: ckavg.Progress) -> None:
-        if news.stage == "replay" and news.done:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        ckavg.average(ckavg.open_run(source), ckavg.PEMA(), on_progress=interrupt)
-    assert [path.name for path in (source / "averaged").iterdir()] == ["path.json"]
-    assert ckavg.measure_path(ckavg.open_run(source)).bytes_read == 0
-
-
-def test_an_interrupted_replacement_keeps_the_earlier_result(source: Path) -> None:
-    run = ckavg.open_run(source)
-    result = ckavg.average(run, ckavg.EMA())
-    before = snapshot(source)
-
-    def interrupt(news: ckavg.Progress) -> None:
+def interrupt(news: ckavg.Progress) -> None:
+    if news.stage == "replay" and news.done:
         raise KeyboardInterrupt
 
+
+def test_interruption_leaves_what_was_there(source: Path) -> None:
+    run, before = ckavg.open_run(source), snapshot(source)
+    with pytest.raises(KeyboardInterrupt):
+        ckavg.average(run, ckavg.BEMA(), on_progress=interrupt)
+    assert snapshot(source) == before
+    with pytest.raises(KeyboardInterrupt):
+        ckavg.average(run, ckavg.PEMA(), on_progress=interrupt)
+    assert [path.name for path in (source / "averaged").iterdir()] == ["path.json"]
+    assert ckavg.measure_path(ckavg.open_run(source)).bytes_read == 0
+    ckavg.average(run, ckavg.EMA())
+    before = snapshot(source)
     with pytest.raises(KeyboardInterrupt):
         ckavg.average(run, ckavg.EMA(), force=True, on_progress=interrupt)
     assert snapshot(source) == before
-    assert result.directory.is_dir()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
@@ -326,8 +257,8 @@ def test_card(source: Path) -> None:
     result = ckavg.average(ckavg.open_run(source, last=2), ckavg.PEMA())
     card = (result.directory / "README.md").read_text()
     assert card.startswith(
-        '---\nbase_model: "owner/base-model"\nbase_model_relation: "finetune"\nlibrary_name: "transformers"\n'
-        'tags: ["checkpoint-averaging", "pema"]\n---\n'
+        "---\nbase_model: owner/base-model\nlibrary_name: transformers\ntags:\n- checkpoint-averaging\n- pema\n"
+        "base_model_relation: finetune\n---\n"
     )
     assert "    ckavg pema --gamma 0.15 --last 2\n" in card
     assert f"| 20 | {result.path_length[-1]:.4f} | " in card if result.path_length else False

@@ -1,8 +1,7 @@
-"""Stage *write*: the weight files of a result, written tile by tile at their places."""
+"""The weight files of a result, written tile by tile at their places."""
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import json
@@ -26,7 +25,7 @@ _WRITE = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 _LEGACY_START, _LEGACY_BYTES = 1 << 20, 1 << 16
 
 
-class ShardFiles:
+class WeightFiles:
     """The weight files of a result, written tile by tile from several threads.
 
     Args:
@@ -67,7 +66,7 @@ class ShardFiles:
             with self._handle(path) as handle:
                 os.fsync(handle)
 
-    def __enter__(self) -> ShardFiles:
+    def __enter__(self) -> WeightFiles:
         return self
 
     def __exit__(
@@ -118,26 +117,30 @@ def write_own_hashes(path: Path, shard: ShardPlan) -> None:
 def _create(path: Path, shard: ShardPlan) -> None:
     handle = os.open(path, _WRITE | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        _reserve(handle, shard.nbytes)
+        _reserve(path, shard.nbytes)
+        os.truncate(handle, shard.nbytes)
         _write_at(handle, memoryview(shard.header), 0)
     finally:
         os.close(handle)
 
 
-def _reserve(handle: int, nbytes: int) -> None:
-    """Give a file its size, and the blocks for it where the file system can: writing into them is twice as fast.
+def _reserve(path: Path, nbytes: int) -> None:
+    """Have the file system keep blocks for a new file, where it can: writing into them is twice as fast.
 
-    `os.posix_fallocate` will not do: where the file system cannot, the C library writes every block.
+    Where it cannot, the C library would write to every block, unless the file was opened for appending.
 
     Raises:
         OSError: there is no room for it.
     """
-    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-    if fallocate is not None and nbytes:
-        failed = fallocate(handle, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes))
-        if failed and ctypes.get_errno() in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    os.truncate(handle, nbytes)
+    if nbytes and hasattr(os, "posix_fallocate"):
+        handle = os.open(path, _WRITE | os.O_APPEND)
+        try:
+            os.posix_fallocate(handle, 0, nbytes)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+        finally:
+            os.close(handle)
 
 
 def _write_at(handle: int, data: memoryview, offset: int) -> None:
