@@ -51,14 +51,14 @@ def open_elsewhere(inputs: Sequence[Input], *, first: int) -> tuple[list[Checkpo
         why they are not.
     """
 
-    def open_writers(index: int) -> Checkpoint | CkavgError | None:
+    def opened(index: int) -> Checkpoint | CkavgError | None:
         try:
             address = address_of(inputs[index].directory) if index >= first else None
             return None if address is None else _opened(address, inputs[index])
         except CkavgError as error:
             return error
 
-    outcomes = thread_map(open_writers, range(len(inputs)))
+    outcomes = thread_map(opened, range(len(inputs)))
     found = [
         Finding("sources", f"step {recorded.step}: {outcome.message}")
         for recorded, outcome in zip(inputs, outcomes, strict=True)

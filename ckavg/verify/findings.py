@@ -1,10 +1,15 @@
-"""Stage *verify*, its values: what a check found, and what all of them came to. Plain data."""
+"""What a check found, and what all checks of a result came to."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from ckavg.engine.context import OnProgress, Pass, Progress
+from ckavg.errors import CkavgError
 
 Check = Literal["record", "files", "weights", "sources", "replay"]
 """The checks of a result, in the order in which they are made."""
@@ -30,6 +35,45 @@ class Finding:
     is_problem: bool = True
     step: int | None = None
     tensor: str | None = None
+
+
+@dataclass(slots=True)
+class Report:
+    """What the checks of a result have found until now; each of them adds to it.
+
+    Attributes:
+        on_progress: who is told of the bytes done and to do.
+        findings: in the order of the checks.
+        files, bytes_read, elements, largest_deviation: as of `Verified`.
+    """
+
+    on_progress: OnProgress | None = None
+    findings: list[Finding] = field(default_factory=list)
+    files: int = 0
+    bytes_read: int = 0
+    elements: int = 0
+    largest_deviation: float = 0.0
+
+    def problem(self, check: Check, message: str) -> None:
+        """Add a finding for which the result cannot be relied on."""
+        self.findings.append(Finding(check, message))
+
+    def warning(self, check: Check, message: str) -> None:
+        """Add one that a user should know."""
+        self.findings.append(Finding(check, message, is_problem=False))
+
+    @contextmanager
+    def ending(self, check: Check) -> Iterator[None]:
+        """Have an error end this check alone, as one more problem."""
+        try:
+            yield
+        except CkavgError as error:
+            self.problem(check, error.message)
+
+    def listener(self, stage: Pass) -> Callable[[int, int], None]:
+        """What takes the bytes done and the bytes to do of a stage."""
+        listen = self.on_progress
+        return (lambda done, total: listen(Progress(stage, done, total))) if listen else (lambda done, total: None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

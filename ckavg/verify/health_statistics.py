@@ -6,6 +6,7 @@ holds NaN or infinity is measured once more in float64, without those elements.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ckavg.engine.blocks import TILE, Block, cut_blocks
 from ckavg.engine.context import Context, OnProgress, Progress
 from ckavg.engine.stream import by_tensor, stream
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader
+from ckavg.path.measure import EXTREME, scaled, times_power
 from ckavg.path.table import fsum
 
 _NAN, _INFINITE, _SIZE, _DISTANCE, _ACROSS = range(5)
@@ -66,11 +68,14 @@ class _Partial:
 
     Attributes:
         rows: (5, checkpoints) float64, numbered as above.
-        moments: count, Σ and Σ² of the finite elements of the first checkpoint less the first of them.
+        moments: count, Σ and Σ² of the finite elements of the first checkpoint less the first of them, in units of
+            2^exponent.
+        exponent: by the first of them.
     """
 
     rows: NDArray[np.float64]
     moments: NDArray[np.float64]
+    exponent: int = 0
 
     @property
     def is_finite(self) -> bool:
@@ -151,7 +156,7 @@ def _statistics(
         numel=numel,
         held=held,
         epsilon=max(torch.finfo(TORCH_DTYPES[dtype]).eps for dtype in dtypes),
-        sigma=_sigma([part.moments for part in parts]),
+        sigma=_sigma(parts),
         nan=tuple(map(int, rows[_NAN])),
         infinite=tuple(map(int, rows[_INFINITE])),
         size=tuple(rows[_SIZE]),
@@ -160,12 +165,19 @@ def _statistics(
     )
 
 
-def _sigma(moments: Sequence[NDArray[np.float64]]) -> float:
+def _sigma(parts: Sequence[_Partial]) -> float:
     """From moments about an element of the tensor: exactly 0 where all are equal."""
-    count, total, squares = (fsum(column) for column in zip(*moments, strict=True))
+    count, total, squares = (fsum(part.moments[place] for part in parts) for place in range(3))
     if count < 2 or not math.isfinite(squares):
         return 0.0 if count < 2 else math.inf
-    return math.sqrt(max(0.0, squares - total * total / count) / (count - 1))
+    sigma = math.sqrt(max(0.0, squares - total * total / count) / (count - 1))
+    return scaled(sigma, parts[0].exponent)
+
+
+def _exponent(first: float) -> int:
+    """Of the unit in which squares of float64 numbers are formed; 0 but for extreme ones, by the first of a tensor."""
+    exponent = math.frexp(first)[1]
+    return exponent if abs(exponent) > EXTREME else 0
 
 
 class _Worker:
@@ -186,7 +198,7 @@ class _Worker:
                 same = self._reader.same_infinities(block.name, start, stop)
                 part = self._measure(block.name, start, stop, torch.float64, same)
             whole = _Partial(whole.rows + part.rows, whole.moments + part.moments)
-        return whole
+        return dataclasses.replace(whole, exponent=_exponent(self._reader.first_finite(block.name)))
 
     def _measure(self, name: str, start: int, stop: int, dtype: torch.dtype, same: Tensor | None = None) -> _Partial:
         """The sums over elements `start` to `stop`.
@@ -216,7 +228,9 @@ class _Worker:
         return _Partial(rows, moments)
 
     def _moments(self, name: str, values: Tensor) -> NDArray[np.float64]:
-        shifted = values.to(torch.float64, copy=True).sub_(self._reader.first_finite(name))
+        first = self._reader.first_finite(name)
+        exponent = _exponent(first)
+        shifted = times_power(values.double(), -exponent).sub_(math.ldexp(first, -exponent))
         return np.array([len(shifted), float(shifted.sum()), float(shifted.square_().sum())])
 
     def _workspace(self, dtype: torch.dtype) -> Tensor:

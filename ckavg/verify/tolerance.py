@@ -1,4 +1,4 @@
-"""Stage *verify*: how far a right element may be from what float64 gives for it. Pure arithmetic, on numpy arrays.
+"""How far a right element may be from what float64 gives for it. Pure arithmetic, on numpy arrays.
 
     |got − expected| ≤ u/2 + e + ε_64 (4 K + 16) Σ_k g_k |θ_k|
 
@@ -17,9 +17,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckavg.schemes import Coefficients
-from ckavg.verify.sample import Array
+
+Array = NDArray[np.float64]
 
 _SIGNIFICAND = {"F64": (53, -1022), "F32": (24, -126), "F16": (11, -14), "BF16": (8, -126)}
 """Bits of the significand and least exponent of normal numbers, by safetensors code."""

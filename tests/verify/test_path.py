@@ -13,7 +13,7 @@ import ckavg
 from ckavg.averaging.rules import effective_weights
 from ckavg.checkpoints.fingerprints import fingerprint_run
 from ckavg.path.cache import save_path
-from ckavg.verify import replaying
+from ckavg.verify import replay
 from tests.runs import random_run, write_run
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -38,7 +38,7 @@ def test_an_edited_path_that_the_average_was_formed_with(
     """It was in the table of what was measured before, and everything follows from it."""
     honest = ckavg.measure_path(ckavg.open_run(source))
     run = ckavg.open_run(source)
-    monkeypatch.setattr(replaying, "_READ_WHOLE", whole)
+    monkeypatch.setattr(replay, "_READ_WHOLE", whole)
     assert problems(ckavg.average(run, ckavg.PEMA(scope=scope), out=source / "sound").directory) == ()
     edited = {
         name: type(tensor)(tensor.numel, tensor.sigma, tuple(3 * each for each in tensor.distances))
@@ -57,21 +57,16 @@ def test_an_edited_path_that_the_average_was_formed_with(
 @pytest.mark.parametrize("place", [1, 2, 3])
 def test_a_record_whose_path_is_not_that_of_the_sources(source: Path, place: int) -> None:
     """β, and the weights, are made to follow from it."""
-    done = ckavg.average(ckavg.open_run(source), ckavg.PEMA())
-    record = json.loads((done.directory / "ckavg.json").read_bytes())
+    result = ckavg.average(ckavg.open_run(source), ckavg.PEMA()).directory
+    record = json.loads((result / "ckavg.json").read_bytes())
     lengths = list(record["path_length"])
     lengths[place] = lengths[place - 1] + 0.999 * (lengths[place] - lengths[place - 1])
     coefficients = ckavg.PEMA().coefficients(ckavg.schemes.Timeline(STEPS, tuple(lengths)))
-    record |= {
-        "path_length": lengths,
-        "betas": list(coefficients.betas),
-        "weights": list(effective_weights(coefficients)),
-    }
-    (done.directory / "ckavg.json").write_text(json.dumps(record))
-    assert ckavg.verify_result(done.directory).problems == ()
-    assert any(
-        each.startswith(f"path_length is {lengths[place]} at step {STEPS[place]}") for each in problems(done.directory)
-    )
+    record |= {"path_length": lengths, "betas": coefficients.betas, "weights": effective_weights(coefficients)}
+    (result / "ckavg.json").write_text(json.dumps(record))
+    assert ckavg.verify_result(result).problems == ()
+    wrong = f"path_length is {lengths[place]} at step {STEPS[place]}"
+    assert any(each.startswith(wrong) for each in problems(result))
 
 
 @pytest.mark.parametrize("options", [{"sample": 0.2}, {"zero_sigma": "eps"}, {"path_exclude": ["t*"]}], ids=str)
@@ -79,7 +74,7 @@ def test_a_record_whose_path_is_not_that_of_the_sources(source: Path, place: int
 def test_a_path_that_is_right(
     source: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], whole: int
 ) -> None:
-    monkeypatch.setattr(replaying, "_READ_WHOLE", whole)
+    monkeypatch.setattr(replay, "_READ_WHOLE", whole)
     for scope in ("global", "tensor"):
         done = ckavg.average(ckavg.open_run(source), ckavg.PEMA(scope=scope), out=source / scope, **options)
         assert problems(done.directory) == ()

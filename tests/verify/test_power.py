@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import ckavg
 from ckavg.checkpoints.run import TensorInfo
 from ckavg.schemes import Scheme
-from ckavg.verify.sample import draw, where
+from ckavg.verify.elements import draw, where
 from tests.runs import random_run, write_run
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
