@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -52,9 +52,7 @@ class Verb(TyperCommand):
             function = getattr(import_module(f"ckavg.cli.{name}"), name)
         alone = typer.Typer(add_completion=False)
         alone.command(name)(function)
-        command = typer.main.get_command(alone)
-        assert isinstance(command, TyperCommand)  # noqa: S101 - what typer makes of a single function
-        return command
+        return cast(TyperCommand, typer.main.get_command(alone))
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
         """As of the verb itself."""

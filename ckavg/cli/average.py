@@ -8,25 +8,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.filesize import decimal
 
 from ckavg.averaging.pipeline import Done, carry_out
 from ckavg.averaging.plan import Options, Plan, checked, fetching_of, memory_bytes, output_path, plan_averages
 from ckavg.checkpoints.run import Run
-from ckavg.cli.errors import together
+from ckavg.cli.errors import interrupted_with, together
 from ckavg.cli.options import Averaging, Command, Measuring, with_options
 from ckavg.cli.progress import show_progress
-from ckavg.cli.push import complete_in, destination_of, print_pushed, push_shown
+from ckavg.cli.push import destination_of, print_pushed, push_shown, when_complete
 from ckavg.cli.text import (
-    MOST_ROWS,
     Output,
-    as_bytes,
     as_count,
-    bar,
-    plain_table,
     print_json,
     say,
-    shortened_rows,
+    table_by_step,
     warn_of,
 )
 from ckavg.engine.context import Context
@@ -80,13 +76,16 @@ def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
     destination = destination_of(options)
     (plan,) = plans_of([scheme], options, ranks, destination, lambda home: [output_path(home, scheme, options.out)])
     if options.dry_run:
-        print_plan(plan, as_json=options.as_json)
+        if options.as_json:
+            print_json(plan_to_dict(plan, fetching_of([plan])))
+        else:
+            print_plans([plan])
         return
     done = carry_out_shown([plan], options, ranks)
     if not ranks.is_first:
         return
     (result,) = done.records
-    with complete_in(result.directory, destination):
+    with interrupted_with(when_complete(result.directory, destination)):
         warn_of(result.warnings[len(plan.warnings) :])
         if options.as_json and destination is None:
             print_json(result.to_dict())
@@ -185,11 +184,11 @@ def fetching_lines(fetching: Fetching | None) -> list[str]:
     """What is fetched to the disk and what is not, in lines that begin with a verb, in one column."""
     if fetching is None:
         return []
-    room = f"with room for {as_bytes(fetching.room)}"
+    room = f"with room for {decimal(fetching.room)}"
     lines = {
-        f"find   {as_bytes(fetching.kept_bytes)} in {fetching.directory}": fetching.kept_bytes,
-        f"fetch  {as_bytes(fetching.whole_bytes)} to {fetching.directory}, {room}": fetching.whole_bytes,
-        f"fetch  {as_bytes(fetching.streamed_bytes)} as it is read, none of it to the disk": fetching.streamed_bytes,
+        f"find   {decimal(fetching.kept_bytes)} in {fetching.directory}": fetching.kept_bytes,
+        f"fetch  {decimal(fetching.whole_bytes)} to {fetching.directory}, {room}": fetching.whole_bytes,
+        f"fetch  {decimal(fetching.streamed_bytes)} as it is read, none of it to the disk": fetching.streamed_bytes,
     }
     return [line for line, count in lines.items() if count]
 
@@ -225,25 +224,26 @@ def plan_to_dict(plan: Plan, fetching: Fetching | None) -> dict[str, Any]:
     }
 
 
-def print_plan(plan: Plan, *, as_json: bool) -> None:
+def print_plans(plans: Sequence[Plan]) -> None:
     """Print what would be read and written."""
-    fetching = fetching_of([plan])
-    if as_json:
-        print_json(plan_to_dict(plan, fetching))
-        return
-    out, steps = Output(), plan.run.steps
-    out.line(f"{plan.scheme.title}: {len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}", style="bold")
-    if plan.path:
-        path = "nothing in pass 1: the path is cached" if not plan.path_bytes else None
-        out.line(f"would read   {path or f'{as_bytes(plan.path_bytes)} in pass 1, the path'}")
-    if plan.replay_bytes:
-        out.line(f"would read   {as_bytes(plan.replay_bytes)} in pass 2, the average")
-    for line in fetching_lines(fetching):
+    out, plan = Output(), plans[0]
+    steps = f"{len(plan.run.steps)} checkpoints, steps {plan.run.steps[0]} to {plan.run.steps[-1]}"
+    title = plan.scheme.title if len(plans) == 1 else f"{len(plans)} averages from one reading"
+    out.line(f"{title}: {steps}", style="bold")
+    path_bytes, replay_bytes = max(each.path_bytes for each in plans), max(each.replay_bytes for each in plans)
+    if any(each.path for each in plans):
+        cached = "nothing in pass 1: the path is cached"
+        out.line(f"would read   {f'{decimal(path_bytes)} in pass 1, the path' if path_bytes else cached}")
+    if replay_bytes:
+        out.line(f"would read   {decimal(replay_bytes)} in pass 2, the average")
+    for line in fetching_lines(fetching_of(plans)):
         out.line(f"would {line}")
-    out.line(f"would write  {as_bytes(plan.write_bytes)} to {plan.out}")
-    for name in (*plan.files, *(f"{place.name}/" for place in list(plan.outputs.values())[:-1])):
-        out.line(f"             {name}")
-    out.line(f"would need   about {as_bytes(memory_bytes([plan]))} of memory")
+    for each in plans:
+        out.line(f"would write  {decimal(each.write_bytes)} to {each.out}")
+    if len(plans) == 1:
+        for name in (*plan.files, *(f"{place.name}/" for place in list(plan.outputs.values())[:-1])):
+            out.line(f"             {name}")
+    out.line(f"would need   about {decimal(memory_bytes(plans))} of memory")
     out.line("Nothing was read or written.")
 
 
@@ -257,11 +257,11 @@ def print_summary(result: Record, plan: Plan) -> None:
     steps = f"steps {result.steps[0]} to {result.steps[-1]}"
     out.line(f"{len(result.steps)} checkpoints of {floating} parameters, {steps}{path}")
     out.line()
-    out.print(_weights_table(result))
+    out.print(table_by_step(result.columns(), result.weights, sums="weight"))
     out.line()
     rate = result.bytes_read / max(result.seconds.path + result.seconds.replay, 1e-9) / 1e9
     took = f"in {result.seconds.total:.1f} s ({rate:.1f} GB/s)"
-    out.line(f"read     {as_bytes(result.bytes_read)} {took}, wrote {as_bytes(plan.write_bytes)}")
+    out.line(f"read     {decimal(result.bytes_read)} {took}, wrote {decimal(plan.write_bytes)}")
     if len(result.outputs) > 1:
         snapshots = ", ".join(str(output.step) for output in result.outputs[:-1])
         out.line(f"also     checkpoint-STEP in it, the average as of step {snapshots}")
@@ -277,17 +277,3 @@ def path_shown(result: Record) -> str:
     if errors is not None:
         return f"{length} ± {errors[-1]:.4f}, from a sample of {100 * result.sample:g} %"
     return f"{length}, cached" if result.seconds.path == 0 else length
-
-
-def _weights_table(result: Record) -> Table:
-    columns = result.columns()
-    largest = max(abs(weight) for weight in result.weights)
-    columns[" "] = [bar(weight, largest) for weight in result.weights]
-    table = plain_table(*columns, left=(" ",))
-    head, middle, tail = shortened_rows(list(zip(*columns.values(), strict=True)), MOST_ROWS)
-    hidden = result.weights[middle]
-    left_out = {"step": "…", "weight": f"{sum(hidden):.4f}", " ": f"{len(hidden)} more"}
-    between = [tuple(left_out.get(name, "") for name in columns)] if hidden else []
-    for row in (*head, *between, *tail):
-        table.add_row(*row)
-    return table

@@ -32,11 +32,7 @@ _voice: list[int] = []
 
 @contextmanager
 def failures(*, verbose: bool) -> Iterator[None]:
-    """Turn errors that ckavg raises on purpose into a message and a status; a bug keeps its traceback.
-
-    Args:
-        verbose: show where the error came from, too.
-    """
+    """Turn errors that ckavg raises on purpose into a message and a status; a bug keeps its traceback."""
     try:
         yield
     except CkavgError as error:
@@ -114,11 +110,7 @@ def mute_others() -> None:
 
 @contextmanager
 def together(*, verbose: bool) -> Iterator[Ranks]:
-    """Join the other processes, if there are any. An error in one ends all of them, and is shown once; see `failures`.
-
-    Args:
-        verbose: show where an error came from, too.
-    """
+    """Join the other processes, if there are any. An error in one ends all of them, and is shown once."""
     from ckavg.engine.distributed import all_ranks
 
     with failures(verbose=verbose):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.filesize import decimal
 from rich.table import Table
 
 from ckavg.averaging.advice import about_anchor
@@ -18,7 +19,7 @@ from ckavg.checkpoints.run import Checkpoint
 from ckavg.cli.errors import FAILED, failures, message_of
 from ckavg.cli.options import Choice, Json, Quiet, Verbose, with_options
 from ckavg.cli.progress import show_progress
-from ckavg.cli.text import MOST_ROWS, Output, as_bytes, as_count, plain_table, plural, print_json, quoted
+from ckavg.cli.text import Output, as_count, plain_table, plural, print_json, quoted
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import listed
 from ckavg.output.commands import as_options, shell_word
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ckavg.verify.health import Health
 
 _MOST_FINDINGS = 20
+_MOST_FILES = 40
 _NAMED = 3
 _STEP = re.compile(r"\bsteps? (\d{1,18})\b", re.ASCII)
 
@@ -122,7 +124,7 @@ def print_inspection(out: Output, found: Inspection) -> None:
     if found.checkpoints:
         newest = found.checkpoints[-1]
         floating = as_count(sum(entry.numel for entry in newest.entries.values() if entry.is_floating))
-        total = as_bytes(sum(checkpoint.nbytes for checkpoint in found.checkpoints))
+        total = decimal(sum(checkpoint.nbytes for checkpoint in found.checkpoints))
         counted = f"{len(found.checkpoints)} checkpoints of {floating} parameters, {total}"
         out.line(f"{found.source}: {counted}", style="bold", wrap=True)
         out.line()
@@ -144,7 +146,7 @@ def _table(found: Inspection) -> Table:
             str(checkpoint.step),
             "" if before is None else f"{checkpoint.step - before:+d}",
             str(len(checkpoint.shards)),
-            as_bytes(checkpoint.nbytes),
+            decimal(checkpoint.nbytes),
             "+".join(checkpoint.dtypes) or "none",
             quoted(name + (" (anchor)" if place == 0 else "")),
         )
@@ -184,15 +186,15 @@ def print_health(out: Output, health: Health, *, seconds: float) -> None:
     if health.sha256:
         out.line()
         out.line("SHA-256 of the weight files", style="bold")
-        for file, digest in list(health.sha256.items())[:MOST_ROWS]:
+        for file, digest in list(health.sha256.items())[:_MOST_FILES]:
             out.line(f"{digest}  {file}")
-        if len(health.sha256) > MOST_ROWS:
-            out.line(f"… {len(health.sha256) - MOST_ROWS} more with --json")
+        if len(health.sha256) > _MOST_FILES:
+            out.line(f"… {len(health.sha256) - _MOST_FILES} more with --json")
     out.line()
     frozen = [each.tensor for each in health.findings if each.check == "frozen" and each.tensor]
     if frozen:
         out.line(f"frozen   {plural(len(frozen), 'tensor')} that never move ({listed(frozen, _NAMED)})")
-    out.line(f"read     {as_bytes(health.bytes_read)}, in {seconds:.1f} s")
+    out.line(f"read     {decimal(health.bytes_read)}, in {seconds:.1f} s")
 
 
 def _suspicions(health: Health) -> list[Finding]:

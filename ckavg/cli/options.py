@@ -53,9 +53,9 @@ def with_options(
     return decorate
 
 
-def option(panel: str, *names: str, help: str, shown: str | bool = True, **more: Any) -> Any:  # noqa: A002
+def option(panel: str, text: str, *names: str, shown: str | bool = True, **more: Any) -> Any:
     """An option in a panel of the help; `shown` is what the help says of the default."""
-    return typer.Option(*names, help=help, show_default=shown, rich_help_panel=panel, **more)
+    return typer.Option(*names, help=text, show_default=shown, rich_help_panel=panel, **more)
 
 
 choice = partial(option, "Which checkpoints")
@@ -73,17 +73,16 @@ Source = Annotated[
         readable=False,  # what cannot be read is no wrong usage, and is reported later
     ),
 ]
-Json = Annotated[bool, display("--json", help="One JSON object on stdout.")]
-Quiet = Annotated[bool, display("--quiet", "-q", help="No progress, no summary.")]
-Verbose = Annotated[bool, display("--verbose", "-v", help="Add a traceback to an error.")]
+Json = Annotated[bool, display("One JSON object on stdout.", "--json")]
+Quiet = Annotated[bool, display("No progress, no summary.", "--quiet", "-q")]
+Verbose = Annotated[bool, display("Add a traceback to an error.", "--verbose", "-v")]
 
 Private = Annotated[
-    bool | None,
-    hub("--private/--public", help="Who may see the repository.", shown="private, or unchanged"),
+    bool | None, hub("Who may see the repository.", "--private/--public", shown="private, or unchanged")
 ]
-Revision = Annotated[str | None, hub(metavar="BRANCH", help="Branch to upload to.", shown="main")]
-CommitMessage = Annotated[str | None, hub(metavar="TEXT", help="First line of the commit.", shown="names the average")]
-CreatePr = Annotated[bool, hub("--create-pr", help="Open a pull request.")]
+Revision = Annotated[str | None, hub("Branch to upload to.", metavar="BRANCH", shown="main")]
+CommitMessage = Annotated[str | None, hub("First line of the commit.", metavar="TEXT", shown="names the average")]
+CreatePr = Annotated[bool, hub("Open a pull request.", "--create-pr")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,49 +93,40 @@ class Choice:
     init: Annotated[
         Path | None,
         choice(
+            "The anchor θ_0: the base model's directory, file or hf://owner/name.",
             metavar="PATH",
-            help="The anchor θ_0: the base model's directory, file or hf://owner/name.",
             shown="the first checkpoint",
             readable=False,
         ),
     ] = None
-    init_step: Annotated[int, choice(metavar="N", help="Optimizer step of --init.")] = 0
+    init_step: Annotated[int, choice("Optimizer step of --init.", metavar="N")] = 0
     match: Annotated[
-        str | None,
-        choice(metavar="GLOB", help="Of several runs in one directory, those whose names match.", shown=False),
+        str | None, choice("Of several runs in one directory, those whose names match.", metavar="GLOB")
     ] = None
-    steps: Annotated[str | None, choice(metavar="N,N,...", help="Exactly these steps.", shown="all")] = None
-    skip_step: Annotated[list[int] | None, choice(metavar="N", help="Leave out step N (repeatable).", shown=False)] = (
-        None
-    )
+    steps: Annotated[str | None, choice("Exactly these steps.", metavar="N,N,...", shown="all")] = None
+    skip_step: Annotated[list[int] | None, choice("Leave out step N (repeatable).", metavar="N")] = None
     every: Annotated[
         int | None,
-        choice(metavar="F", min=1, help="Take a checkpoint every F optimizer steps only.", shown="every checkpoint"),
+        choice("Take a checkpoint every F optimizer steps only.", metavar="F", min=1, shown="every checkpoint"),
     ] = None
-    from_step: Annotated[int | None, choice(metavar="N", help="Leave out checkpoints before step N.")] = None
-    to_step: Annotated[int | None, choice(metavar="N", help="Leave out checkpoints after step N.")] = None
-    last: Annotated[int | None, choice(metavar="N", min=1, help="Take the newest N checkpoints only.")] = None
+    from_step: Annotated[int | None, choice("Leave out checkpoints before step N.", metavar="N")] = None
+    to_step: Annotated[int | None, choice("Leave out checkpoints after step N.", metavar="N")] = None
+    last: Annotated[int | None, choice("Take the newest N checkpoints only.", metavar="N", min=1)] = None
     revisions: Annotated[
         list[str] | None,
-        choice(
-            metavar="GLOB",
-            help="Revisions of hf://owner/name, each of which is a checkpoint (repeatable).",
-            shown=False,
-        ),
+        choice("Revisions of hf://owner/name, each of which is a checkpoint (repeatable).", metavar="GLOB"),
     ] = None
     max_disk: Annotated[
         str | None,
         choice(
+            "Fetch at most this much of a remote SOURCE to the disk, such as 50GB; stream the rest.",
             metavar="SIZE",
-            help="Fetch at most this much of a remote SOURCE to the disk, such as 50GB; stream the rest.",
             shown="all, if there is room",
         ),
     ] = None
-    skip_incomplete: Annotated[
-        bool, choice("--skip-incomplete", help="Leave out checkpoints that are not complete.")
-    ] = False
+    skip_incomplete: Annotated[bool, choice("Leave out incomplete checkpoints.", "--skip-incomplete")] = False
     common_only: Annotated[
-        bool, choice("--common-only", help="Average the tensors that all checkpoints have; copy the others.")
+        bool, choice("Average the tensors that all checkpoints have; copy the others.", "--common-only")
     ] = False
 
     def selection(self, every_from: int | None = None) -> Selection:
@@ -163,24 +153,19 @@ def _whole_numbers(text: str | None) -> tuple[int, ...]:
 class Measuring(Choice):
     """The options of every verb that may measure the path."""
 
-    device: Annotated[str, work(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto"
+    device: Annotated[str, work("auto, cpu, cuda or cuda:N.", metavar="DEVICE")] = "auto"
     path_exclude: Annotated[
-        list[str] | None,
-        work(metavar="GLOB", help="Tensors that do not count in the path length (repeatable).", shown=False),
+        list[str] | None, work("Tensors that do not count in the path length (repeatable).", metavar="GLOB")
     ] = None
     zero_sigma: Annotated[
-        Literal["exclude", "eps"], work(help="Tensors without spread: not counted, or divided by 1e-8.")
+        Literal["exclude", "eps"], work("Tensors without spread: not counted, or divided by 1e-8.")
     ] = "exclude"
     sample: Annotated[
-        float,
-        work(metavar="F", help="Estimate the path length from a fraction F of each tensor.", shown="1: exact"),
+        float, work("Estimate the path length from a fraction F of each tensor.", metavar="F", shown="1: exact")
     ] = 1.0
-    plot: Annotated[
-        Path | None,
-        display(metavar="FILE", help="Plot of path, β and weights: .png, .svg or .pdf.", shown=False),
-    ] = None
+    plot: Annotated[Path | None, display("Plot of path, β and weights: .png, .svg or .pdf.", metavar="FILE")] = None
     allow_nonfinite: Annotated[
-        bool, work("--allow-nonfinite", help="Continue where a checkpoint holds NaN or infinity.")
+        bool, work("Continue where a checkpoint holds NaN or infinity.", "--allow-nonfinite")
     ] = False
     as_json: Json = False
     quiet: Quiet = False
@@ -192,45 +177,32 @@ class Averaging(Measuring):
     """The options of every verb that forms an average."""
 
     out: Annotated[
-        Path | None,
-        result("--out", "-o", metavar="DIR", help="Where the result goes.", shown="SOURCE/averaged/NAME"),
+        Path | None, result("Where the result goes.", "--out", "-o", metavar="DIR", shown="SOURCE/averaged/NAME")
     ] = None
-    dtype: Annotated[Literal["source", "float32", "bfloat16", "float16"], result(help="Output dtype.")] = "source"
+    dtype: Annotated[Literal["source", "float32", "bfloat16", "float16"], result("Output dtype.")] = "source"
     snapshot_every: Annotated[
         int | None,
-        result(
-            metavar="F",
-            min=1,
-            help="Also write the average as of every F optimizer steps.",
-            shown="the final one only",
-        ),
+        result("Also write the average as of every F optimizer steps.", metavar="F", min=1, shown="the final one only"),
     ] = None
     copy: Annotated[
         list[str] | None,
-        result(
-            metavar="GLOB",
-            help="Further files of the last checkpoint to copy beside the weights (repeatable).",
-            shown=False,
-        ),
+        result("Further files of the last checkpoint to copy beside the weights (repeatable).", metavar="GLOB"),
     ] = None
     card: Annotated[
         Path | None,
         result(
+            "Markdown with front matter: its fields and its text come first in the model card.",
             metavar="FILE",
-            help="Markdown with front matter: its fields and its text come first in the model card.",
-            shown=False,
             readable=False,
         ),
     ] = None
-    force: Annotated[bool, result("--force", help="Replace an existing result.")] = False
-    dry_run: Annotated[bool, result("--dry-run", help="Show what would be read and written, and do neither.")] = False
+    force: Annotated[bool, result("Replace an existing result.", "--force")] = False
+    dry_run: Annotated[bool, result("Show what would be read and written, and do neither.", "--dry-run")] = False
     accumulate: Annotated[
         Literal["float32", "float64"],
-        work(help="Dtype of the running average.", shown="float32; float64 for float64 checkpoints"),
+        work("Dtype of the running average.", shown="float32; float64 for float64 checkpoints"),
     ] = "float32"
-    push_to_hub: Annotated[
-        str | None, hub(metavar="REPO", help="Upload the result to owner/name when it is done.", shown=False)
-    ] = None
+    push_to_hub: Annotated[str | None, hub("Upload the result to owner/name when it is done.", metavar="REPO")] = None
     private: Private = None
     revision: Revision = None
     commit_message: CommitMessage = None

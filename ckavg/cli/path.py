@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import RenderableType
+from rich.filesize import decimal
 from rich.table import Table
-from rich.text import Text
 
 from ckavg.averaging.advice import about_anchor, about_path
 from ckavg.averaging.pipeline import measure_path
@@ -23,18 +24,7 @@ from ckavg.cli.average import check_plot, say_fetching
 from ckavg.cli.errors import together
 from ckavg.cli.options import Measuring, with_options
 from ckavg.cli.progress import show_progress
-from ckavg.cli.text import (
-    MOST_ROWS,
-    Output,
-    as_bytes,
-    as_count,
-    bar,
-    plain_table,
-    print_json,
-    quoted,
-    shortened_rows,
-    warn_of,
-)
+from ckavg.cli.text import Output, as_count, bar, plain_table, print_json, quoted, table_by_step, warn_of
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import WriteError
 from ckavg.output.output_path import check_file
@@ -53,7 +43,7 @@ class MeasuringPath(Measuring):
 
     csv: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write ℓ by step and by tensor to FILE.", show_default=False),
+        typer.Option(metavar="FILE", help="Write ℓ by step and by tensor to FILE."),
     ] = None
 
 
@@ -161,48 +151,30 @@ def write_csv(path: PathLength, file: Path) -> None:
 
 
 def print_path(path: PathLength, *, seconds: float) -> None:
-    """Print ℓ by step, and which tensors travelled furthest and least.
-
-    Args:
-        path: what was measured.
-        seconds: how long it took.
-    """
+    """Print ℓ by step, and which tensors travelled furthest and least."""
     out = Output()
     counted = f"{len(path.steps)} checkpoints, steps {path.steps[0]} to {path.steps[-1]}"
     travelled = f"{as_count(path.parameters_counted)} parameters travelled ℓ(T) = {path.lengths[-1]:.4f}"
     out.line(f"{counted}: {travelled}", style="bold")
     out.line("ℓ is the mean distance that a parameter went, in units of its tensor's spread at the anchor.")
     out.line()
-    out.print(_by_step(path))
+    columns = {"step": [str(step) for step in path.steps], "ℓ": [f"{length:.4f}" for length in path.lengths]}
+    if path.standard_errors:
+        columns["±"] = [f"{error:.4f}" for error in path.standard_errors]
+    out.print(table_by_step(columns, path.lengths))
     out.line()
     out.print(_by_tensor(path))
     out.line()
     if path.sample < 1:
         out.line(f"estimated from {100 * path.sample:g} % of each tensor; ± is one standard error")
-    out.line(
-        f"read     {as_bytes(path.bytes_read)}, {f'in {seconds:.1f} s' if path.bytes_read else 'all of it cached'}"
-    )
-
-
-def _by_step(path: PathLength) -> Table:
-    columns = {"step": [str(step) for step in path.steps], "ℓ": [f"{length:.4f}" for length in path.lengths]}
-    if path.standard_errors:
-        columns["±"] = [f"{error:.4f}" for error in path.standard_errors]
-    columns[" "] = [bar(length, path.lengths[-1]) for length in path.lengths]
-    table = plain_table(*columns, left=(" ",))
-    head, middle, tail = shortened_rows(list(zip(*columns.values(), strict=True)), MOST_ROWS)
-    hidden = len(path.steps[middle])
-    between = [("…", *[""] * (len(columns) - 2), f"{hidden} more")] if hidden else []
-    for row in (*head, *between, *tail):
-        table.add_row(*row)
-    return table
+    out.line(f"read     {decimal(path.bytes_read)}, {f'in {seconds:.1f} s' if path.bytes_read else 'all of it cached'}")
 
 
 def _by_tensor(path: PathLength) -> Table:
     """The tensors that travelled furthest, and those that travelled least."""
     ends = {name: path.tensor_lengths(name)[-1] for name in path.counted}
     ordered = sorted(ends, key=lambda name: (-ends[name], name))
-    rows: list[tuple[Text | str, str, str]] = [
+    rows: list[tuple[RenderableType, ...]] = [
         (quoted(name), f"{ends[name]:.4f}", bar(ends[name], ends[ordered[0]])) for name in ordered
     ]
     hidden = len(rows) - 2 * _FURTHEST

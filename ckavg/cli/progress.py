@@ -34,12 +34,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 @contextmanager
 def show_progress(passes: int, *, quiet: bool) -> Iterator[OnProgress | None]:
-    """Yield a listener that shows how far each pass has come: bytes, GB/s, time left.
-
-    Args:
-        passes: how many passes there will be.
-        quiet: show nothing.
-    """
+    """Yield a listener that shows how far each of so many passes has come: bytes, GB/s, time left."""
     if quiet:
         yield None
     elif not stderr_is_terminal():
@@ -96,11 +91,7 @@ def _title(news: Progress, number: int, passes: int) -> str:
 
 @contextmanager
 def show_steps(title: str) -> Iterator[OnStep]:
-    """Yield a listener for a training run.
-
-    Args:
-        title: what is being trained.
-    """
+    """Yield a listener for a training run."""
     if stderr_is_terminal():
         from rich.progress import MofNCompleteColumn, TextColumn
 

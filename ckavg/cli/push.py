@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.filesize import decimal
 
 from ckavg.cli.errors import failures, interrupted_with
 from ckavg.cli.options import Averaging, CommitMessage, CreatePr, Json, Private, Quiet, Revision, Verbose
 from ckavg.cli.progress import show_progress
-from ckavg.cli.text import Output, as_bytes, print_json, stderr_is_terminal, warn_of
+from ckavg.cli.text import Output, print_json, stderr_is_terminal, warn_of
 from ckavg.errors import SettingError
 from ckavg.hub import Destination, Pushed, continued, plan_push
 from ckavg.hub import push as upload
@@ -49,7 +48,7 @@ def push(
 def print_pushed(pushed: Pushed) -> None:
     """Print where the result can be looked at."""
     out = Output()
-    out.line(f"uploaded {len(pushed.files)} files, {as_bytes(pushed.bytes)}, commit {pushed.commit[:8]}")
+    out.line(f"uploaded {len(pushed.files)} files, {decimal(pushed.bytes)}, commit {pushed.commit[:8]}")
     out.line(f"url      {pushed.url}")
 
 
@@ -59,38 +58,27 @@ def destination_of(options: Averaging) -> Destination | None:
     Raises:
         SettingError: there is none, and yet an option that goes with it.
     """
+    unset: dict[str, Any] = {"private": None, "revision": None, "commit_message": None, "create_pr": False}
+    settings = {name: getattr(options, name) for name in unset}
     if options.push_to_hub is not None:
-        return Destination(
-            repo=options.push_to_hub,
-            private=options.private,
-            revision=options.revision,
-            commit_message=options.commit_message,
-            create_pr=options.create_pr,
-        )
-    given = {
-        "--revision": options.revision is not None,
-        "--commit-message": options.commit_message is not None,
-        "--create-pr": options.create_pr,
-        "--private or --public": options.private is not None,
-    }
-    if any(given.values()):
-        name = next(name for name, is_given in given.items() if is_given)
-        raise SettingError(f"{name} goes with --push-to-hub.", hint="Name the repository: --push-to-hub REPO")
+        return Destination(repo=options.push_to_hub, **settings)
+    for name, value in settings.items():
+        if value != unset[name]:
+            given = "--private or --public" if name == "private" else f"--{name.replace('_', '-')}"
+            raise SettingError(f"{given} goes with --push-to-hub.", hint="Name the repository: --push-to-hub REPO")
     return None
 
 
-@contextmanager
-def complete_in(directory: Path, destination: Destination | None = None) -> Iterator[None]:
-    """Let an interrupt after the averaging say that the result is there, and how to continue with its upload."""
+def when_complete(directory: Path, destination: Destination | None) -> str:
+    """What an interrupt after the averaging says: that the result is there, and how to continue with its upload."""
     goes_on = "" if destination is None else f" {continued(directory, destination)}"
-    with interrupted_with(f"The result is complete in {directory}.{goes_on}"):
-        yield
+    return f"The result is complete in {directory}.{goes_on}"
 
 
 def push_shown(directory: Path, destination: Destination, *, quiet: bool) -> Pushed:
     """Upload a result and show how far it has come. An interrupt costs nothing but the rest of the upload."""
     show_bars = stderr_is_terminal() and not quiet  # huggingface_hub's own
-    with complete_in(directory, destination):
+    with interrupted_with(when_complete(directory, destination)):
         with show_progress(2, quiet=quiet) as on_progress:
             plan = plan_push(directory, destination, on_progress=on_progress)
             if not show_bars:

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.filesize import decimal
 
 from ckavg.averaging.evaluation import best, check_command, evaluate, record_evaluation
-from ckavg.averaging.plan import Plan, fetching_of, memory_bytes
-from ckavg.cli.average import carry_out_shown, fetching_lines, path_shown, plan_to_dict, plans_of, write_plot
+from ckavg.averaging.plan import Plan, fetching_of
+from ckavg.cli.average import carry_out_shown, path_shown, plan_to_dict, plans_of, print_plans, write_plot
 from ckavg.cli.errors import INTERRUPTED, interrupted_with, together
 from ckavg.cli.options import Averaging, result, with_options
 from ckavg.cli.push import destination_of, push_shown
-from ckavg.cli.text import Output, as_bytes, plain_table, print_json, quoted, say, sparkline, warn, warn_of
+from ckavg.cli.text import Output, plain_table, print_json, quoted, say, sparkline, warn, warn_of
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import HubError, SettingError, WriteError, printable
 from ckavg.hub import Destination, continued
@@ -43,14 +44,13 @@ class Sweeping(Averaging):
     eval_command: Annotated[
         str | None,
         result(
+            "Run COMMAND on each result, {dir} its directory; the last number that it prints counts.",
             "--eval",
             metavar="COMMAND",
-            help="Run COMMAND on each result, {dir} its directory; the last number that it prints counts.",
-            shown=False,
         ),
     ] = None
     eval_goal: Annotated[
-        Literal["min", "max"], result(help="Whether the best result has the least or the greatest number.")
+        Literal["min", "max"], result("Whether the best result has the least or the greatest number.")
     ] = "min"
 
 
@@ -91,7 +91,11 @@ def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -
 
     plans = plans_of(schemes, options, ranks, destination, places_in)
     if options.dry_run:
-        print_plans(plans, as_json=options.as_json)
+        if options.as_json:
+            fetching = fetching_of(plans)
+            print_json({"dry_run": True, "averages": [plan_to_dict(plan, fetching) for plan in plans]})
+        else:
+            print_plans(plans)
         return
     done = carry_out_shown(plans, options, ranks)
     if not ranks.is_first:
@@ -149,12 +153,7 @@ def _push_best(results: list[Record], winner: int | None, destination: Destinati
 
 
 def print_results(results: Sequence[Record], winner: int | None) -> None:
-    """Print the averages side by side: the weights of the checkpoints, first to last, and where each result is.
-
-    Args:
-        results: the averages.
-        winner: index of the best; None where nothing tells.
-    """
+    """Print the averages side by side, the best of which is number `winner`, and where the results are."""
     out, first = Output(), results[0]
     steps = f"steps {first.steps[0]} to {first.steps[-1]}"
     out.line(f"{len(results)} averages of {len(first.steps)} checkpoints, {steps}", style="bold")
@@ -174,7 +173,7 @@ def print_results(results: Sequence[Record], winner: int | None) -> None:
         table.add_row(quoted(record.outputs[-1].name), bars, *cells, style="bold" if place == winner else "")
     out.print(table)
     out.line()
-    out.line(f"read     {as_bytes(first.bytes_read)} in {first.seconds.total:.1f} s")
+    out.line(f"read     {decimal(first.bytes_read)} in {first.seconds.total:.1f} s")
     out.line(f"results  {first.directory.parent}" if winner is None else f"best     {results[winner].directory}")
 
 
@@ -182,21 +181,3 @@ def _value(evaluation: Evaluation | None) -> str:
     if evaluation is None:
         return ""
     return "failed" if evaluation.value is None else f"{evaluation.value:.6g}"
-
-
-def print_plans(plans: Sequence[Plan], *, as_json: bool) -> None:
-    """Print what would be read and written."""
-    fetching = fetching_of(plans)
-    if as_json:
-        print_json({"dry_run": True, "averages": [plan_to_dict(plan, fetching) for plan in plans]})
-        return
-    out = Output()
-    read = max(plan.path_bytes for plan in plans) + max(plan.replay_bytes for plan in plans)
-    out.line(f"{len(plans)} averages from one reading", style="bold")
-    out.line(f"would read   {as_bytes(read)}")
-    for line in fetching_lines(fetching):
-        out.line(f"would {line}")
-    for plan in plans:
-        out.line(f"would write  {as_bytes(plan.write_bytes)} to {plan.out}")
-    out.line(f"would need   about {as_bytes(memory_bytes(plans))} of memory")
-    out.line("Nothing was read or written.")

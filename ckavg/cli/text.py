@@ -7,28 +7,26 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import TypeVar
 
 import typer
+from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ckavg.errors import printable
 
-Row = TypeVar("Row")
-
-MOST_ROWS = 40
+_MOST_ROWS = 40
 """Rows of a table by checkpoint; of a longer one, those in the middle are left out."""
 
-BAR_WIDTH = 32
-_WIDTH_WITHOUT_TERMINAL = 120
+_BAR_WIDTH = 32
+_WIDTH = 120
+"""Columns where stdout is no terminal."""
+
 _COLOURS = {"error": typer.colors.RED, "warning": typer.colors.YELLOW, "interrupted": typer.colors.YELLOW}
-_EIGHTHS = " ▏▎▍▌▋▊▉█"
 _HEIGHTS = "▁▂▃▄▅▆▇█"
-_UNITS = ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB"))
 _COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
@@ -90,7 +88,7 @@ class Output(Console):
     def __init__(self) -> None:
         super().__init__(markup=False, highlight=False)
         if not self.is_terminal:
-            self.width = _WIDTH_WITHOUT_TERMINAL
+            self.width = _WIDTH
 
     def line(self, text: object = "", *, style: str = "", wrap: bool = False) -> None:
         """Print a line as it is, whatever its length: it may hold a command to copy. With `wrap`, a paragraph."""
@@ -99,7 +97,7 @@ class Output(Console):
     def problem(self, message: str, more: Iterable[str] = ()) -> None:
         """Print a problem, and what helps."""
         self.print(Text.assemble(("problem: ", "bold red"), quoted(message)))
-        for line in more:
+        for line in filter(None, more):
             self.line(line)
 
     def warning(self, message: str) -> None:
@@ -113,6 +111,27 @@ def plain_table(*columns: str, left: tuple[str, ...] = ()) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, justify="left" if column in left else "right", no_wrap=column not in left)
+    return table
+
+
+def table_by_step(columns: Mapping[str, Sequence[str]], values: Sequence[float], *, sums: str = "") -> Table:
+    """A table with a row for each checkpoint and a bar for its value; of a long one, without those in the middle.
+
+    Args:
+        columns: texts by title, the step first.
+        values: whose bars come last.
+        sums: title of the column that shows the sum of the values that are left out.
+    """
+    table = plain_table(*columns, " ", left=(" ",))
+    largest = max(map(abs, values))
+    rows = [(*texts, bar(value, largest)) for *texts, value in zip(*columns.values(), values, strict=True)]
+    hidden = slice(_MOST_ROWS // 4, len(rows) - _MOST_ROWS + _MOST_ROWS // 4)
+    if len(rows) > _MOST_ROWS:
+        left_out = {"step": "…", sums: f"{sum(values[hidden]):.4f}"}
+        count = f"{len(rows[hidden])} more"
+        rows[hidden] = [(*(left_out.get(title, "") for title in columns), count)]
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -133,26 +152,13 @@ def print_json(value: object) -> None:
     typer.echo(text)
 
 
-def as_bytes(count: int) -> str:
-    """A size in decimal units.
-
-    >>> as_bytes(490807608), as_bytes(17)
-    ('490.8 MB', '17 B')
-    """
-    return _scaled(count, _UNITS) or f"{count} B"
-
-
 def as_count(count: int) -> str:
     """A number of parameters, as models are named.
 
     >>> as_count(245366784), as_count(12)
     ('245.4M', '12')
     """
-    return _scaled(count, _COUNTS) or str(count)
-
-
-def _scaled(count: int, units: tuple[tuple[float, str], ...]) -> str:
-    return next((f"{count / size:.1f}{unit}" for size, unit in units if count >= size), "")
+    return next((f"{count / size:.1f}{unit}" for size, unit in _COUNTS if count >= size), str(count))
 
 
 def plural(count: int, noun: str) -> str:
@@ -164,15 +170,10 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def bar(value: float, largest: float) -> str:
-    """A bar whose length is `value` on a scale where `largest` fills 32 characters, to an eighth of one.
-
-    >>> bar(1.0, 8.0), bar(9.0, 256.0), bar(0.0, 1.0)
-    ('████', '█▏', '')
-    """
-    eighths = round(abs(value) / largest * BAR_WIDTH * 8) if largest > 0 else 0
-    whole, rest = divmod(eighths, 8)
-    return "█" * whole + _EIGHTHS[rest].strip()
+def bar(value: float, largest: float) -> Bar:
+    """A bar whose length is that of `value` on a scale up to `largest`, rounded to an eighth of a character."""
+    half_an_eighth = largest / (2 * 8 * _BAR_WIDTH)  # rich cuts off what is less than an eighth
+    return Bar(largest, 0, abs(value) + half_an_eighth, width=_BAR_WIDTH)
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -184,14 +185,3 @@ def sparkline(values: Sequence[float]) -> str:
     largest = max((abs(value) for value in values), default=0.0) or 1.0
     top = len(_HEIGHTS) - 1
     return "".join("-" if value < 0 else _HEIGHTS[math.ceil(value / largest * top)] for value in values)
-
-
-def shortened_rows(rows: Sequence[Row], most: int) -> tuple[Sequence[Row], slice, Sequence[Row]]:
-    """A long table in three parts: the rows at its head, the place of those in the middle that are left out, the rest.
-
-    >>> shortened_rows("abcdefghij", 4), shortened_rows("abc", 4)
-    (('a', slice(1, 7, None), 'hij'), ('abc', slice(3, 3, None), ''))
-    """
-    hidden = max(0, len(rows) - most)
-    middle = slice(most // 4, most // 4 + hidden) if hidden else slice(len(rows), len(rows))
-    return rows[: middle.start], middle, rows[middle.stop :]

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.filesize import decimal
 
 from ckavg.cli.errors import FAILED, failures
 from ckavg.cli.options import Json, Quiet, Verbose
 from ckavg.cli.progress import show_progress
-from ckavg.cli.text import Output, as_bytes, plural, print_json, say
+from ckavg.cli.text import Output, plural, print_json, say
 from ckavg.errors import SettingError, printable
 from ckavg.verify.findings import Verified
 from ckavg.verify.verify import ELEMENTS, verify_result
@@ -124,7 +125,7 @@ def _measured(verified: Verified, check: str) -> str:
 
 
 def _verdict(verified: Verified) -> str:
-    read = f"Read {as_bytes(verified.bytes_read)} in {verified.seconds:.1f} s."
+    read = f"Read {decimal(verified.bytes_read)} in {verified.seconds:.1f} s."
     if not verified.problems:
         return f"All as recorded. {read}"
     return f"{plural(len(verified.problems), 'problem')}: this result is not what its record says. {read}"

@@ -1,4 +1,4 @@
-"""What the averaging verbs print and write."""
+"""What the averaging verbs and `sweep` print and write: that of the library, however it is asked for."""
 
 from __future__ import annotations
 
@@ -7,137 +7,162 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 
 import ckavg
+from ckavg.cli.app import Verb, app
+from ckavg.schemes import Scheme
 from tests.cli.runner import placeless, run_cli, snapshot
-from tests.reference import load_floats
 from tests.runs import random_run, write_run
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
 STEPS = (0, 50, 100, 150)
-
 CONTRACT = {
-    "scheme",
-    "parameters",
-    "ckavg_version",
-    "steps",
-    "anchor_step",
-    "span",
-    "path_length",
-    "betas",
-    "alphas",
-    "weights",
-    "excluded_from_path",
-    "parameters_counted",
-    "warnings",
-    "outputs",
-    "bytes_read",
-    "seconds",
-}
+    "scheme", "parameters", "ckavg_version", "steps", "anchor_step", "span", "path_length", "betas", "alphas",
+    "weights", "excluded_from_path", "parameters_counted", "warnings", "outputs", "bytes_read", "seconds",
+}  # fmt: skip
 """The keys that scripts may rely on."""
+
+VOLATILE = {"outputs", "seconds", "bytes_read", "path_kernel"}
+CASES: dict[str, tuple[str, str, Scheme]] = {
+    "pema-gamma0.15": ("pema", "pema", ckavg.PEMA()),
+    "pema-gamma0.3": ("pema --gamma 0.3", "pema:gamma=0.3", ckavg.PEMA(gamma=0.3)),
+    "pema-gamma0.15-scopetensor-pairingnext-clockupdates": (
+        "pema --scope tensor --pairing next --clock updates",
+        "pema:scope=tensor,pairing=next,clock=updates",
+        ckavg.PEMA(scope="tensor", pairing="next", clock="updates"),
+    ),
+    "ema-gamma0.15": ("ema", "ema", ckavg.EMA()),
+    "ema-gamma1-tau5": ("ema --gamma 1 --tau 5", "ema:gamma=1,tau=5", ckavg.EMA(gamma=1.0, tau=5.0)),
+    "ema-momentum0.99": ("ema --momentum 0.99", "ema:momentum=0.99", ckavg.MomentumEMA(momentum=0.99)),
+    "ema-momentum0.9-momentum-perupdate-batch-scale2": (
+        "ema --momentum 0.9 --momentum-per update --batch-scale 2",
+        "ema:momentum=0.9,momentum-per=update,batch-scale=2",
+        ckavg.MomentumEMA(momentum=0.9, momentum_per="update", batch_scale=2.0),
+    ),
+    "bema-eta0.2": ("bema", "bema", ckavg.BEMA()),
+    "bema-eta0.4-kappa0.6-multiplier2-lag5-burn-in50": (
+        "bema --eta 0.4 --kappa 0.6 --multiplier 2 --lag 5 --burn-in 50",
+        "bema:eta=0.4,kappa=0.6,multiplier=2,lag=5,burn-in=50",
+        ckavg.BEMA(eta=0.4, kappa=0.6, multiplier=2.0, lag=5.0, burn_in=50),
+    ),
+    "bema-eta0.2-formauthor": ("bema --form author", "bema:form=author", ckavg.BEMA(form="author")),
+    "bema-etainf": ("bema --no-bias-correction", "bema:eta=inf", ckavg.BEMA(eta=math.inf)),
+    "ouema-eta0.3": ("ouema --eta 0.3", "ouema:eta=0.3", ckavg.OUEMA(eta=0.3)),
+    "dema-kappa0.5": ("dema", "dema", ckavg.DEMA()),
+    "mean": ("mean", "mean", ckavg.Mean()),
+    "mean-decayminus-sqrt": ("mean --decay minus-sqrt", "mean:decay=minus-sqrt", ckavg.Mean(decay="minus-sqrt")),
+}
+"""By the name of the result: the command, the word of a sweep, the scheme."""
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    return write_run(tmp_path / "checkpoints", random_run(seed=1, count=4, dtype=torch.float32), STEPS)
+    return write_run(tmp_path / "checkpoints", random_run(seed=1, count=4, dtype=torch.float32), STEPS, shards=(2,))
 
 
-@pytest.mark.parametrize(
-    ("verb", "options", "scheme", "name"),
-    [
-        ("pema", (), ckavg.PEMA(), "pema-gamma0.15"),
-        ("pema", ("--gamma", "0.3"), ckavg.PEMA(gamma=0.3), "pema-gamma0.3"),
-        ("ema", (), ckavg.EMA(), "ema-gamma0.15"),
-        ("ema", ("--gamma", "1", "--tau", "5"), ckavg.EMA(gamma=1.0, tau=5.0), "ema-gamma1-tau5"),
-        ("bema", (), ckavg.BEMA(), "bema-eta0.2"),
-        (
-            "bema",
-            ("--eta", "0.4", "--kappa", "0.6", "--multiplier", "2", "--lag", "5", "--burn-in", "50"),
-            ckavg.BEMA(eta=0.4, kappa=0.6, multiplier=2.0, lag=5.0, burn_in=50),
-            "bema-eta0.4-kappa0.6-multiplier2-lag5-burn-in50",
-        ),
-        ("bema", ("--form", "author"), ckavg.BEMA(form="author"), "bema-eta0.2-formauthor"),
-        ("bema", ("--no-bias-correction",), ckavg.BEMA(eta=math.inf), "bema-etainf"),
-        ("bema", ("--eta", "inf"), ckavg.BEMA(eta=math.inf), "bema-etainf"),
-        ("ema", ("--momentum", "0.99"), ckavg.MomentumEMA(momentum=0.99), "ema-momentum0.99"),
-        (
-            "ema",
-            ("--momentum", "0.9", "--momentum-per", "update", "--batch-scale", "2"),
-            ckavg.MomentumEMA(momentum=0.9, momentum_per="update", batch_scale=2.0),
-            "ema-momentum0.9-momentum-perupdate-batch-scale2",
-        ),
-        (
-            "pema",
-            ("--scope", "tensor", "--pairing", "next", "--clock", "updates"),
-            ckavg.PEMA(scope="tensor", pairing="next", clock="updates"),
-            "pema-gamma0.15-scopetensor-pairingnext-clockupdates",
-        ),
-        ("ouema", ("--eta", "0.3"), ckavg.OUEMA(eta=0.3), "ouema-eta0.3"),
-        ("dema", (), ckavg.DEMA(), "dema-kappa0.5"),
-        ("mean", (), ckavg.Mean(), "mean"),
-    ],
-)
-def test_command_is_the_library(
-    run: Path, tmp_path: Path, verb: str, options: tuple[str, ...], scheme: ckavg.EMA, name: str
-) -> None:
-    result = run_cli(verb, run, *options, "--json")
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is only read, or written into once."""
+    weights = random_run(seed=1, count=4, dtype=torch.bfloat16)
+    return write_run(tmp_path_factory.mktemp("own") / "checkpoints", weights, STEPS, shards=(2,))
+
+
+def of_library(own: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """The result that the library makes, and its record."""
+    out = own.parent / "library" / name
+    if not out.exists():
+        ckavg.average(ckavg.open_run(own), CASES[name][2], out=out)
+    return out, json.loads((out / "ckavg.json").read_text())
+
+
+def assert_same(record: dict[str, Any], name: str, own: Path) -> None:
+    """What a command printed and wrote is what the library makes, to the byte."""
+    (output,) = record["outputs"]
+    directory, (expected, known) = Path(output["directory"]), of_library(own, name)
+    assert placeless(json.loads((directory / "ckavg.json").read_text())) == placeless(record)
+    volatile = VOLATILE | {"inputs", "source"}
+    assert {key: value for key, value in record.items() if key not in volatile} == {
+        key: value for key, value in known.items() if key not in volatile
+    }
+    assert {file.name for file in directory.iterdir()} == {file.name for file in expected.iterdir()}
+    for file in expected.glob("*[!d].*[!d]"):
+        if not file.name.endswith(("ckavg.json", ".ckavg-local.json", ".md")):
+            assert (directory / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_command_makes_what_the_library_makes(own: Path, tmp_path: Path, name: str) -> None:
+    verb, *options = CASES[name][0].split()
+    result = run_cli(verb, own, *options, "--out", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.stderr
     record = json.loads(result.stdout)
-    expected = ckavg.average(ckavg.open_run(run), scheme, out=tmp_path / "expected")
-    volatile = {"outputs", "seconds", "bytes_read", "path_kernel"}
     assert record.keys() >= CONTRACT
-    assert {key: value for key, value in record.items() if key not in volatile} == {
-        key: value for key, value in json.loads(expected.to_json()).items() if key not in volatile
-    }
-    (output,) = record["outputs"]
-    assert output["name"] == name
-    assert output["step"] == 150
-    assert Path(output["directory"]) == run / "averaged" / name
-    written = (run / "averaged" / name / "model.safetensors").read_bytes()
-    assert written == (tmp_path / "expected" / "model.safetensors").read_bytes()
-    assert placeless(json.loads((run / "averaged" / name / "ckavg.json").read_text())) == placeless(record)
+    assert record["outputs"][0]["step"] == 150
     assert set(record["seconds"]) == {"path", "replay", "total"}
+    assert_same(record, name, own)
 
 
-def test_defaults_of_the_command_are_those_of_the_schemes(run: Path) -> None:
-    schemes = {"ouema": ckavg.OUEMA(), "dema": ckavg.DEMA(), "mean": ckavg.Mean()}
-    for verb, scheme in {"pema": ckavg.PEMA(), "ema": ckavg.EMA(), "bema": ckavg.BEMA(), **schemes}.items():
-        record = json.loads(run_cli(verb, run, "--json").stdout)
-        assert record["parameters"] == scheme.parameters()
+def test_a_sweep_makes_all_of_them_from_one_reading(own: Path) -> None:
+    (own / "averaged" / "path.json").unlink(missing_ok=True)
+    result = run_cli("sweep", own, *(word for _, word, _ in CASES.values()), "--json")
+    assert result.exit_code == 0, result.stderr
+    records = json.loads(result.stdout)["averages"]
+    assert [record["outputs"][0]["directory"] for record in records] == [str(own / "averaged" / name) for name in CASES]
+    for record, name in zip(records, CASES, strict=True):
+        assert_same(record, name, own)
+    (own / "averaged" / "path.json").unlink()
+    alone = json.loads(run_cli("pema", own, "--out", own.parent / "alone", "--json").stdout)
+    assert {record["bytes_read"] for record in records} == {alone["bytes_read"]}
 
 
-def test_pema_json(run: Path) -> None:
+def test_a_verb_is_made_from_its_schemes() -> None:
+    group: Any = typer.main.get_command(app)
+    for verb in group.commands.values():
+        assert isinstance(verb, Verb)
+        loaded = verb.load()
+        assert str(loaded.help).startswith(str(verb.help).partition("\n\n")[0]), "as ckavg --help says it"
+    shown = run_cli("pema", "--help").stdout
+    for part in (
+        "Pathwise EMA: forget by how far",
+        "β_k = (1 + T",
+        "Reads every checkpoint twice",
+        "larger values average",
+    ):
+        assert part in shown
+
+
+def test_json_of_pema_and_bema(run: Path) -> None:
     record = json.loads(run_cli("pema", run, "--json").stdout)
-    assert record["steps"] == list(STEPS)
-    assert record["path_length"][0] == 0
-    assert record["betas"][0] is None
+    assert (record["steps"], record["anchor_step"], record["span"]) == ([*STEPS], 0, 150)
+    assert (record["path_length"][0], record["betas"][0], record["alphas"]) == (0, None, None)
     assert len(record["betas"]) == len(record["weights"]) == 4
-    assert record["alphas"] is None
-    assert record["anchor_step"] == 0
-    assert record["span"] == 150
     assert record["excluded_from_path"] == ["norm", "scalar", "single"]
     assert any("norm" in warning for warning in record["warnings"])
-
-
-def test_bema_json(run: Path) -> None:
     record = json.loads(run_cli("bema", run, "--burn-in", "20", "--json").stdout)
-    assert record["path_length"] is None
-    assert record["anchor_step"] == 50
-    assert record["span"] == 100
+    assert (record["path_length"], record["anchor_step"], record["span"]) == (None, 50, 100)
     assert record["betas"][:2] == [None, None]
     assert record["alphas"][2:] == pytest.approx([110**-0.2, 160**-0.2])
     assert record["weights"][0] == 0
 
 
-def test_every_counts_from_the_burn_in(run: Path) -> None:
-    assert json.loads(run_cli("bema", run, "--burn-in", "50", "--every", "100", "--json").stdout)["steps"] == [
-        0,
-        50,
-        150,
-    ]
-    assert json.loads(run_cli("ema", run, "--every", "100", "--json").stdout)["steps"] == [0, 100]
+def test_selection(run: Path, tmp_path: Path) -> None:
+    def steps(*words: str) -> list[int]:
+        told = json.loads(run_cli(words[0], run, *words[1:], "--force", "--json").stdout)
+        return list(told["steps"])
+
+    assert steps("bema", "--burn-in", "50", "--every", "100") == [0, 50, 150], "counted from the burn-in"
+    assert steps("ema", "--every", "100") == [0, 100]
+    late = run_cli("pema", run, "--from-step", "50", "--dry-run")
+    assert "warning: The run begins at step 50: everything is measured from that checkpoint" in late.stderr
+    (run / "checkpoint-0").rename(tmp_path / "base")
+    record = json.loads(run_cli("mean", run, "--init", tmp_path / "base", "--json").stdout)
+    assert record["steps"] == list(STEPS)
+    assert record["weights"] == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3]), "the mean leaves the base model out"
 
 
 def test_summary(run: Path) -> None:
@@ -148,58 +173,20 @@ def test_summary(run: Path) -> None:
     assert lines[1].startswith("4 checkpoints of 106.7k parameters, steps 0 to 150, path length ℓ(T) = ")
     assert lines[3].split() == ["step", "ℓ", "β", "weight"]
     assert [line.split()[0] for line in lines[4:8]] == ["0", "50", "100", "150"]
-    longest = max(lines[4:8], key=lambda line: line.count("█"))
-    assert longest.count("█") == 32
+    assert max(line.count("█") for line in lines[4:8]) == 32
     assert any(line.startswith("result ") and "pema-gamma0.15" in line for line in lines)
     assert any(line.startswith("next ") and "LlamaForCausalLM" in line for line in lines)
     assert "\x1b" not in result.stdout
     assert "pass 1 of 2, measuring the path: 0.00 GB to read" in result.stderr
     assert "pass 2 of 2, averaging: 0.00 of 0.00 GB" in result.stderr
     assert "warning: No spread at the anchor" in result.stderr
-
-
-def test_quiet_says_nothing(run: Path) -> None:
-    result = run_cli("ema", run, "-q")
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
-    assert (run / "averaged" / "ema-gamma0.15" / "model.safetensors").exists()
-
-
-def test_late_start_is_said_before_the_reading(run: Path) -> None:
-    result = run_cli("pema", run, "--from-step", "50", "--dry-run")
-    assert "warning: The run begins at step 50: everything is measured from that checkpoint" in result.stderr
-
-
-def test_dry_run_reads_and_writes_nothing(run: Path) -> None:
-    before = snapshot(run)
-    result = run_cli("pema", run, "--dry-run")
-    assert result.exit_code == 0
-    assert "would read" in result.stdout
-    assert "Nothing was read or written." in result.stdout
-    plan = json.loads(run_cli("pema", run, "--dry-run", "--json").stdout)
-    assert snapshot(run) == before
-    done = json.loads(run_cli("pema", run, "--json").stdout)
-    assert plan["bytes_to_read"] == done["bytes_read"]
-    weights = (run / "averaged" / "pema-gamma0.15" / "model.safetensors").stat().st_size
-    assert plan["bytes_to_write"] == pytest.approx(weights, abs=5000)
-    assert plan["outputs"][0]["directory"] == done["outputs"][0]["directory"]
-
-
-def test_existing_result_needs_force(run: Path) -> None:
-    assert run_cli("ema", run).exit_code == 0
-    before = snapshot(run)
-    result = run_cli("ema", run)
-    assert result.exit_code == 1
-    assert "already holds a result" in result.stderr
-    assert "--force" in result.stderr
-    assert snapshot(run) == before
-    assert run_cli("ema", run, "--force").exit_code == 0
-
-
-def test_as_a_module_in_the_directory_of_the_run(run: Path) -> None:
-    command = [sys.executable, "-m", "ckavg", "bema", "--eta", "0.3"]
-    ran = subprocess.run(command, cwd=run, capture_output=True, text=True, check=True)
-    assert "Bias-corrected EMA (BEMA): eta 0.3" in ran.stdout
-    assert load_floats(run / "averaged" / "bema-eta0.3").keys() == load_floats(run / "checkpoint-0").keys()
+    negative = run_cli("bema", run, "--eta", "0", "--kappa", "0.1").stdout.splitlines()
+    first = next(line for line in negative if line.startswith("   0 "))
+    assert "-0." in first
+    assert "█" in first, "drawn by its size"
+    quiet = run_cli("ema", run, "-q")
+    assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
+    assert (run / "averaged/ema-gamma0.15/model-00001-of-00002.safetensors").exists()
 
 
 def test_many_checkpoints_are_summed_up(tmp_path: Path) -> None:
@@ -209,23 +196,75 @@ def test_many_checkpoints_are_summed_up(tmp_path: Path) -> None:
     assert "20 more" in hidden
 
 
-def test_names_cannot_reach_the_terminal_as_control_characters(tmp_path: Path) -> None:
-    weights = [{"\x1b[31mred[bold]": torch.ones(3) * step} for step in (0, float("nan"))]
-    result = run_cli("ema", write_run(tmp_path, weights, (0, 1)))
-    assert result.exit_code == 1
-    assert "\x1b" not in result.stderr
-    assert "\\x1b[31mred[bold]" in result.stderr
+def test_table_of_a_sweep(run: Path) -> None:
+    result = run_cli("sweep", run, "pema:gamma=0.1,0.3", "bema:eta=0,kappa=0.1", "last")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0] == "4 averages of 4 checkpoints, steps 0 to 150"
+    assert lines[1].startswith("path length ℓ(T) = ")
+    rows = {line.split()[0]: line.split()[1:] for line in lines[4:8]}
+    assert rows["last"] == ["▁▁▁█", "0.0000", "1.0000", "0.0000"]
+    assert rows["bema-eta0-kappa0.1"][0].startswith("-")
+    assert rows["pema-gamma0.1"][0].endswith("█")
 
 
-def test_mean_leaves_the_base_model_out(run: Path, tmp_path: Path) -> None:
-    (run / "checkpoint-0").rename(tmp_path / "base")
-    record = json.loads(run_cli("mean", run, "--init", tmp_path / "base", "--json").stdout)
-    assert record["steps"] == list(STEPS)
-    assert record["weights"] == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3])
+def test_dry_run_reads_and_writes_nothing(run: Path) -> None:
+    before = snapshot(run)
+    result = run_cli("pema", run, "--dry-run")
+    assert result.exit_code == 0
+    assert "would read" in result.stdout
+    assert "Nothing was read or written." in result.stdout
+    assert run_cli("sweep", run, "pema:gamma=0.1,0.3", "mean", "--dry-run").stdout.count("would write") == 3
+    assert len(json.loads(run_cli("sweep", run, "mean", "last", "--dry-run", "--json").stdout)["averages"]) == 2
+    plan = json.loads(run_cli("pema", run, "--dry-run", "--json").stdout)
+    assert snapshot(run) == before
+    done = json.loads(run_cli("pema", run, "--json").stdout)
+    assert plan["bytes_to_read"] == done["bytes_read"]
+    weights = sum(file.stat().st_size for file in (run / "averaged/pema-gamma0.15").glob("*.safetensors"))
+    assert plan["bytes_to_write"] == pytest.approx(weights, abs=5000)
+    assert plan["outputs"][0]["directory"] == done["outputs"][0]["directory"]
 
 
-def test_negative_weights_are_drawn_by_their_size(run: Path) -> None:
-    result = run_cli("bema", run, "--eta", "0", "--kappa", "0.1")
-    first = next(line for line in result.stdout.splitlines() if line.startswith("   0 "))
-    assert "-0." in first
-    assert "█" in first
+def test_existing_result_needs_force(run: Path) -> None:
+    assert run_cli("mean", run).exit_code == 0
+    before = snapshot(run)
+    for words in (("mean", run), ("sweep", run, "pema", "mean")):
+        result = run_cli(*words)
+        assert result.exit_code == 1
+        assert "mean already holds a result" in result.stderr
+        assert "--force" in result.stderr
+        assert snapshot(run) == before, "before anything is read"
+    assert run_cli("mean", run, "--force").exit_code == 0
+
+
+def test_places(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_cli("sweep", run, "mean", "last", "--out", tmp_path / "many", "-q").exit_code == 0
+    assert {path.name for path in (tmp_path / "many").iterdir()} == {"mean", "last"}
+    monkeypatch.chdir(run)
+    assert run_cli("sweep", "mean", "last", "-q").exit_code == 0
+    assert {path.name for path in (run / "averaged").iterdir()} == {"mean", "last"}
+    command = [sys.executable, "-m", "ckavg", "bema", "--eta", "0.3"]
+    ran = subprocess.run(command, cwd=run, capture_output=True, text=True, check=True)
+    assert "Bias-corrected EMA (BEMA): eta 0.3" in ran.stdout
+    assert (run / "averaged/bema-eta0.3/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("nonsense:x=1", "no scheme is named"),
+        ("mean nonsense:x=1", "there is no scheme 'nonsense'"),
+        ("mean mean", "mean is there twice"),
+        ("mean mean:decay=none", "mean is there twice"),
+        ("mean:decay=exponential", "decay is 'exponential'; it must be one of none, linear, cosine, minus-sqrt"),
+        ("bema:burn-in=0,50 --every 50", "begin at one burn-in"),
+        ("mean last --push-to-hub a/b", "uploads one average, and nothing tells which"),
+        ("mean --revision pema", "--revision goes with --push-to-hub"),
+    ],
+)
+def test_wrong_words_exit_2(run: Path, monkeypatch: pytest.MonkeyPatch, words: str, told: str) -> None:
+    monkeypatch.chdir(run)
+    result = run_cli("sweep", *words.split())
+    assert result.exit_code == 2
+    assert told in result.stderr
+    assert not (run / "averaged").exists()

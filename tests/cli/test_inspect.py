@@ -1,4 +1,4 @@
-"""What `ckavg inspect` shows."""
+"""What `ckavg inspect` shows, and what is said of runs whose tensors differ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.trainers import put
 WEIGHTS = {"w": torch.zeros(100, 10, dtype=torch.bfloat16), "ids": torch.arange(3)}
 
 
-def test_table(tmp_path: Path) -> None:
+def test_table_and_json(tmp_path: Path) -> None:
     run = write_run(tmp_path, [WEIGHTS] * 3, (0, 400, 1000), shards=(1, 2, 2))
     result = run_cli("inspect", run)
     assert result.exit_code == 0
@@ -28,20 +28,14 @@ def test_table(tmp_path: Path) -> None:
     assert table[2][1] == "+600"
     assert "(anchor)" in table[0]
     assert lines[-1].startswith("Nothing stands in the way. Next: ckavg pema")
-
-
-def test_json(tmp_path: Path) -> None:
-    run = write_run(tmp_path, [WEIGHTS] * 2, (0, 400), shards=(2,))
     record = json.loads(run_cli("inspect", run, "--json").stdout)
     assert record["problems"] == []
-    first = record["checkpoints"][0]
     files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    size = sum((run / "checkpoint-0" / file).stat().st_size for file in files)
-    assert first == {
-        "step": 0,
-        "directory": str(run / "checkpoint-0"),
+    assert record["checkpoints"][1] == {
+        "step": 400,
+        "directory": str(run / "checkpoint-400"),
         "files": files,
-        "bytes": size,
+        "bytes": sum((run / "checkpoint-400" / file).stat().st_size for file in files),
         "dtype": "bfloat16",
     }
 
@@ -52,18 +46,29 @@ def test_problems(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     result = run_cli("inspect", run)
     assert result.exit_code == 1
-    assert "problem: " in result.stdout
+    assert "\n\nproblem: " in result.stdout
     assert "checkpoint-400/model.safetensors is" in result.stdout.replace("\n", "")
     assert "1 problem to solve before averaging." in result.stdout
     record = json.loads(run_cli("inspect", run, "--json").stdout)
     assert [checkpoint["step"] for checkpoint in record["checkpoints"]] == [0, 1000]
     assert len(record["problems"]) == 1
+    quiet = run_cli("inspect", run, "-q")
+    assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (1, "", "")
 
 
 def test_help_and_version() -> None:
-    for arguments in (["--help"], ["pema", "--help"], ["--version"]):
-        ran = subprocess.run([sys.executable, "-m", "ckavg", *arguments], capture_output=True, text=True, check=True)
-        assert ran.stdout.strip()
+    """In a process of its own, which imports nothing for it that reads checkpoints."""
+    code = (
+        "import sys; from ckavg.cli.app import app\n"
+        "try: app({words!r})\n"
+        "except SystemExit as e: print(e.code, sorted({{'torch', 'ckavg.averaging.plan'}} & {{*sys.modules}}))"
+    )
+    for words, loaded in ((["--help"], "[]"), (["pema", "--help"], "['ckavg.averaging.plan']"), (["--version"], "[]")):
+        ran = subprocess.run(
+            [sys.executable, "-c", code.format(words=words)], capture_output=True, text=True, check=True
+        )
+        assert ran.stdout.splitlines()[-1] == f"0 {loaded}"
+        assert len(ran.stdout.splitlines()) > 1
         assert ran.stderr == ""
 
 
@@ -78,9 +83,6 @@ def test_warnings_are_counted_and_the_step_to_look_at_is_named(tmp_path: Path) -
     assert deep.exit_code == 0
     last = run_cli("inspect", run, "--deep").stdout.splitlines()[-1]
     assert last.startswith("4 warnings: look at step 60 first. Next: ckavg pema")  # two stale saves more
-
-
-# --- what is said of runs whose tensors differ ---
 
 
 def adapters(root: Path, *steps: int) -> Path:

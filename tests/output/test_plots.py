@@ -29,10 +29,7 @@ from tests.runs import random_run, write_run
 STEPS = (0, 10, 20, 40, 80)
 HOSTILE = "\x1b[31m$\\frac{a}{b}$\n_x漢字\u202e" + "y" * 300
 SIGNATURES = {".png": b"\x89PNG\r\n\x1a\n", ".svg": b"<?xml", ".pdf": b"%PDF-"}
-LLAMA = (
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
-    "mlp.down_proj", "input_layernorm", "post_attention_layernorm",
-)  # fmt: skip
+KINDS = ("input_layernorm", "mlp.down_proj", "mlp.up_proj", "self_attn.k_proj", "self_attn.q_proj")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +66,7 @@ def llama(layers: int) -> PathLength:
     lengths = {
         f"model.layers.{layer}.{kind}.weight": 0.1 + 0.01 * layer + 0.02 * place
         for layer in range(layers)
-        for place, kind in enumerate(LLAMA)
+        for place, kind in enumerate(KINDS)
     }
     return travelled(lengths | {"model.embed_tokens.weight": 0.2, "model.norm.weight": 0.05, "lm_head.weight": 0.4})
 
@@ -99,10 +96,6 @@ def heading(figure: Figure) -> list[str]:
 
 def boxes(axes: Axes) -> list[Rectangle]:
     return [patch for patch in axes.patches if isinstance(patch, Rectangle)]
-
-
-def names_in(directory: Path) -> list[str]:
-    return [file.name for file in directory.iterdir()]
 
 
 def labels(texts: Sequence[Text]) -> list[str]:
@@ -139,17 +132,7 @@ def test_axes_begin_at_zero_and_hold_every_value(pema: ckavg.Averaged, bema: cka
     assert high >= max(pema.path_length or ())
 
 
-def test_negative_weights_hang_below_zero_in_another_colour(bema: ckavg.Averaged) -> None:
-    axes = panel(averages_figure([bema]), "Weight")
-    below = [weight < 0 for weight in bema.weights]
-    assert any(below)
-    assert [bar.get_height() < 0 for bar in boxes(axes)] == below
-    colours = {negative: {to_hex(bar.get_facecolor()) for bar in boxes(axes) if (bar.get_height() < 0) == negative}
-               for negative in (True, False)}  # fmt: skip
-    assert colours[True].isdisjoint(colours[False])
-
-
-def test_a_correction_is_drawn_beside_beta(bema: ckavg.Averaged) -> None:
+def test_a_correction_is_drawn_beside_beta_and_negative_weights_hang_below_zero(bema: ckavg.Averaged) -> None:
     figure = averages_figure([bema])
     assert bema.alphas is not None
     assert lines(panel(figure, "β")) == [([*STEPS[2:]], [*bema.betas[2:]]), ([*STEPS[2:]], [*bema.alphas[2:]])]
@@ -159,6 +142,12 @@ def test_a_correction_is_drawn_beside_beta(bema: ckavg.Averaged) -> None:
         "Bias-corrected EMA (BEMA): eta 0.0, burn-in 10",
         "5 checkpoints, steps 0 to 80, span 70 from the anchor at step 10",
     ]
+    bars = boxes(panel(figure, "Weight"))
+    assert [bar.get_height() < 0 for bar in bars] == [weight < 0 for weight in bema.weights]
+    below = {to_hex(bar.get_facecolor()) for bar in bars if bar.get_height() < 0}
+    above = {to_hex(bar.get_facecolor()) for bar in bars if bar.get_height() >= 0}
+    assert below
+    assert below.isdisjoint(above)
 
 
 def test_several_averages_are_lines_of_their_own(pema: ckavg.Averaged, bema: ckavg.Averaged) -> None:
@@ -169,24 +158,16 @@ def test_several_averages_are_lines_of_their_own(pema: ckavg.Averaged, bema: cka
     assert lines(weights) == [([*STEPS], [*bema.weights]), ([*STEPS], [*pema.weights])]
     assert not weights.patches
     assert heading(figure)[2:] == [bema.directory.name, pema.directory.name]
+    for count in (2, 9, 32):
+        drawn = panel(averages_figure([pema] * count), "β").lines
+        assert len({to_hex(line.get_color()) for line in drawn}) == count
+        assert len({(line.get_marker(), line.get_linestyle()) for line in drawn}) == count, "without colours, too"
 
 
-@pytest.mark.parametrize("count", [2, 8, 9, 16, 32])
-def test_averages_can_be_told_apart(pema: ckavg.Averaged, count: int) -> None:
-    lines = panel(averages_figure([pema] * count), "β").lines
-    assert len({to_hex(line.get_color()) for line in lines}) == count
-    assert len({(line.get_marker(), line.get_linestyle()) for line in lines}) == count, "without colours, too"
-
-
-def test_the_measured_path_adds_its_error_and_the_tensors(pema: ckavg.Averaged, path: PathLength) -> None:
-    estimated = dataclasses.replace(
-        path,
-        sample=0.01,
-        tensors={
-            name: dataclasses.replace(tensor, variances=tuple(1e-4 * place for place in range(1, len(STEPS))))
-            for name, tensor in path.tensors.items()
-        },
-    )
+def test_an_estimate_has_a_band_of_its_error(pema: ckavg.Averaged, path: PathLength) -> None:
+    variances = tuple(1e-4 * place for place in range(1, len(STEPS)))
+    tensors = {name: dataclasses.replace(tensor, variances=variances) for name, tensor in path.tensors.items()}
+    estimated = dataclasses.replace(path, sample=0.01, tensors=tensors)
     assert estimated.standard_errors is not None
     for figure in (averages_figure([pema], estimated), path_figure(estimated)):
         axes = panel(figure, "Path length")
@@ -198,11 +179,8 @@ def test_the_measured_path_adds_its_error_and_the_tensors(pema: ckavg.Averaged, 
             assert {(step, length - error), (step, length + error)} <= corners
         assert axes.get_ylim()[1] > path.lengths[-1] + estimated.standard_errors[-1]
     assert not panel(averages_figure([pema], path), "Path length").collections
-
-
-def test_a_result_brings_the_error_of_its_path(pema: ckavg.Averaged) -> None:
-    estimated = dataclasses.replace(pema, sample=0.5, path_length_error=(0.0, 0.1, 0.2, 0.3, 0.4))
-    assert "at most 0.4" in panel(averages_figure([estimated]), "Path length").get_title(loc="left")
+    own = dataclasses.replace(pema, sample=0.5, path_length_error=(0.0, 0.1, 0.2, 0.3, 0.4))
+    assert "at most 0.4" in panel(averages_figure([own]), "Path length").get_title(loc="left")
 
 
 def test_a_path_shows_length_and_tensors(path: PathLength) -> None:
@@ -225,8 +203,8 @@ def test_layers_are_a_map_and_the_rest_are_bars() -> None:
     (mesh,) = layers.collections
     shown_lengths = mesh.get_array()
     assert shown_lengths is not None
-    assert labels(layers.get_yticklabels()) == sorted(LLAMA)
-    for row, kind in enumerate(sorted(LLAMA)):
+    assert labels(layers.get_yticklabels()) == sorted(KINDS)
+    for row, kind in enumerate(sorted(KINDS)):
         expected = [path.tensor_lengths(f"model.layers.{layer}.{kind}.weight")[-1] for layer in range(30)]
         assert [*shown_lengths[row]] == pytest.approx(expected, rel=1e-15)
     assert labels(layers.get_xticklabels()) == [str(layer) for layer in range(0, 30, 2)]
@@ -254,20 +232,15 @@ def test_labels_keep_clear_of_each_other() -> None:
         assert whole.x0 <= box.x0 <= box.x1 <= whole.x1 + 1
 
 
-def test_cells_without_a_tensor_are_marked() -> None:
-    lengths = {f"h.{layer}.{kind}": 0.5 for layer in range(3) for kind in "ab" if (layer, kind) != (1, "b")}
-    layers = panel(path_figure(travelled(lengths)), "ℓ of each")
+def test_cells_without_a_tensor_are_marked_and_large_ones_do_not_hide_the_others() -> None:
+    lengths = {f"h.{layer}.{kind}": 0.1 for layer in range(3) for kind in "abc" if (layer, kind) != (1, "b")}
+    layers = panel(path_figure(travelled(lengths | {"h.0.a": 30.0, "h.1.a": 0.0})), "ℓ of each")
     (mesh,) = layers.collections
     shown_lengths = mesh.get_array()
     assert isinstance(shown_lengths, np.ma.MaskedArray)
-    assert shown_lengths.mask.tolist() == [[False] * 3, [False, True, False]]
+    assert shown_lengths.mask.tolist() == [[False] * 3, [False, True, False], [False] * 3]
     assert layers.patch.get_hatch()
     assert "hatched" in layers.get_xlabel()
-
-
-def test_a_few_large_lengths_do_not_hide_the_others() -> None:
-    lengths = {f"h.{layer}.{kind}": 0.1 for layer in range(3) for kind in "abc"}
-    (mesh,) = panel(path_figure(travelled(lengths | {"h.0.a": 30.0, "h.1.a": 0.0})), "ℓ of each").collections
     assert isinstance(mesh.norm, AsinhNorm)
     assert mesh.norm(0.0) == 0
     assert mesh.norm(0.1) > 0.1
@@ -318,7 +291,6 @@ ODD = {
     "nothing moved": travelled({"h.0.a": 0.0, "h.1.a": 0.0, "b": 0.0}),
     "no tensor counts": PathLength(STEPS, {"norm": TensorPath(1, 0.0, (1.0,) * 4)}, "exclude", 0),
     "no tensor": PathLength(STEPS, {}, "exclude", 0),
-    "one tensor": travelled({"weight": 0.1}),
     "one update": travelled({"weight": 0.1}, steps=(0, 3)),
     "200 checkpoints": travelled({"h.0.a": 2.0, "h.1.a": 1.0}, steps=[place**2 for place in range(200)]),
     "tiny": travelled({"h.0.a": 1e-9, "h.1.a": 1e-12, "b": 1e-15}),
@@ -348,27 +320,19 @@ def test_odd_averages_can_be_drawn(pema: ckavg.Averaged, tmp_path: Path) -> None
     still = dataclasses.replace(pema, path_length=(0.0,) * 5)
     (bottom, top) = panel(averages_figure([still]), "Path length").get_ylim()
     assert bottom == 0 < top
+    steps, lengths = tuple(range(200)), tuple(0.1 * step for step in range(200))
     long = dataclasses.replace(
-        pema,
-        steps=tuple(range(200)),
-        path_length=tuple(0.1 * step for step in range(200)),
-        betas=(None, *(0.1,) * 199),
-        weights=(0.005,) * 200,
+        pema, steps=steps, path_length=lengths, betas=(None, *(0.1,) * 199), weights=(0.005,) * 200
     )
     assert len(panel(averages_figure([long]), "Weight").patches) == 200
     late = dataclasses.replace(long, betas=(*(None,) * 199, 0.5))
     (point,) = panel(averages_figure([late]), "β").lines
     assert point.get_marker() == "o", "where there are many, the line shows them; one alone would not be seen"
-    for place, results in enumerate(([last], [once], [still], [long], [last, still, once], [pema] * 40)):
+    for place, results in enumerate(([last], [once], [long], [last, still, once], [pema] * 40)):
         save_figure(averages_figure(results), tmp_path / f"{place}.png")
-
-
-def test_an_average_without_any_update_leaves_the_layout_whole(pema: ckavg.Averaged, tmp_path: Path) -> None:
-    """An empty line among the others took all room from them, once there were panels by layer, too."""
-    last = dataclasses.replace(pema, scheme="last", betas=(None,) * 5, weights=(0.0, 0.0, 0.0, 0.0, 1.0))
-    path = travelled({"h.0.a": 0.1, "h.1.a": 0.2, "b": 0.3})
-    save_figure(averages_figure([pema, last], path), tmp_path / "sweep.png")
-    assert len(panel(averages_figure([pema, last], path), "β").lines) == 1
+    layers = travelled({"h.0.a": 0.1, "h.1.a": 0.2, "b": 0.3})
+    save_figure(averages_figure([pema, last], layers), tmp_path / "sweep.png")
+    assert len(panel(averages_figure([pema, last], layers), "β").lines) == 1, "an empty line took all room once"
 
 
 def test_names_are_shown_as_they_are(pema: ckavg.Averaged, tmp_path: Path) -> None:
@@ -381,8 +345,7 @@ def test_names_are_shown_as_they_are(pema: ckavg.Averaged, tmp_path: Path) -> No
     figure = averages_figure(results)
     assert heading(figure)[2:] == ["_hidden", "$x^2$", label(HOSTILE, 40)]
     save_figure(averages_figure(results), tmp_path / "names.svg")
-    path = travelled(dict.fromkeys(names, 1.0))
-    bars = panel(path_figure(path), "ℓ of each")
+    bars = panel(path_figure(travelled(dict.fromkeys(names, 1.0))), "ℓ of each")
     assert {*labels(bars.get_yticklabels())} == {"_hidden", "$x^2$", label(HOSTILE, 36)}
     assert not any(text.get_parse_math() for text in bars.get_yticklabels())
     assert not any(text.get_parse_math() for text in figure.subfigs[0].legends[0].get_texts())
@@ -391,13 +354,14 @@ def test_names_are_shown_as_they_are(pema: ckavg.Averaged, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["a.png", "a.svg", "a.pdf", "A.PNG"])
 def test_files_are_what_their_names_say_and_always_the_same(name: str, pema: ckavg.Averaged, tmp_path: Path) -> None:
     file = tmp_path / name
-    file.write_text("an earlier picture")
+    check_plot_file(file)
+    file.write_text("an earlier plot")
     save_figure(averages_figure([pema]), file)
     first = file.read_bytes()
     assert first.startswith(SIGNATURES[file.suffix.lower()])
     save_figure(averages_figure([pema]), file)
     assert file.read_bytes() == first
-    assert names_in(tmp_path) == [name], "nothing else is left"
+    assert [path.name for path in tmp_path.iterdir()] == [name], "nothing else is left"
 
 
 def test_settings_of_the_user_do_not_matter_and_stay(pema: ckavg.Averaged, tmp_path: Path) -> None:
@@ -409,36 +373,22 @@ def test_settings_of_the_user_do_not_matter_and_stay(pema: ckavg.Averaged, tmp_p
     assert (tmp_path / "own.svg").read_bytes() == (tmp_path / "plain.svg").read_bytes()
 
 
-def test_a_write_that_fails_leaves_nothing(path: PathLength, tmp_path: Path) -> None:
-    with pytest.raises(WriteError, match="cannot be written"):
-        save_figure(path_figure(path), tmp_path / "missing" / "path.png")
-    (tmp_path / "taken.png").mkdir()
-    with pytest.raises(WriteError, match="cannot be written"):
-        save_figure(path_figure(path), tmp_path / "taken.png")
-    assert names_in(tmp_path) == ["taken.png"]
-
-
-def test_good_names_are_not_refused(tmp_path: Path) -> None:
-    for name in ("a.png", "a.svg", "a.pdf", "A.PDF"):
-        check_plot_file(tmp_path / name)
-    assert not names_in(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["plot", "plot.jpg", ".png", "plot.png.gz"])
-def test_other_endings_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"must end in \.png, \.svg or \.pdf"):
-        check_plot_file(tmp_path / name)
-
-
-def test_places_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(WriteError, match="missing is not a directory"):
-        check_plot_file(tmp_path / "missing" / "a.png")
+def test_places_that_cannot_be_written_are_refused(path: PathLength, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(WriteError, match="file is not a directory"):
-        check_plot_file(tmp_path / "file" / "a.png")
     (tmp_path / "a.png").mkdir()
-    with pytest.raises(WriteError, match=r"a\.png is a directory"):
-        check_plot_file(tmp_path / "a.png")
+    for name, told in (
+        ("missing/a.png", "missing is not a directory"),
+        ("file/a.png", "file is not a directory"),
+        ("a.png", r"a\.png is a directory"),
+    ):
+        with pytest.raises(WriteError, match=told):
+            check_plot_file(tmp_path / name)
+        with pytest.raises(WriteError, match="cannot be written"):
+            save_figure(path_figure(path), tmp_path / name)
+    for name in ("plot", "plot.jpg", ".png", "plot.png.gz"):
+        with pytest.raises(SettingError, match=r"must end in \.png, \.svg or \.pdf"):
+            check_plot_file(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "file"], "nothing is left"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
