@@ -16,3 +16,18 @@ def unless(is_typical: bool) -> tuple[pytest.MarkDecorator, ...]:
 def all_but(kept: Collection[Any], values: Iterable[Any]) -> list[Any]:
     """The values for a test, all but those kept marked as exhaustive."""
     return [pytest.param(value, marks=unless(value in kept)) for value in values]
+
+
+def thinned(first: Iterable[Any], second: Iterable[Any], *, every: int = 3) -> list[Any]:
+    """All pairs for a test of two arguments; each time one of so many is tried, in which each value has its turn."""
+    seconds = list(second)
+    return [
+        pytest.param(one, other, marks=unless((row + column) % every == 0))
+        for row, one in enumerate(first)
+        for column, other in enumerate(seconds)
+    ]
+
+
+def few_or_all(few: int, everything: int) -> list[Any]:
+    """How many examples a test draws."""
+    return [few, pytest.param(everything, marks=unless(is_typical=False))]

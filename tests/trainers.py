@@ -119,25 +119,6 @@ def lerobot(root: Path) -> None:
     (root / "last").symlink_to(f"{STEPS[-1]:06d}")
 
 
-def sentence_transformer_dense(root: Path) -> None:
-    """The transformer at the root, a Dense module with weights of its own in a folder."""
-    parts = ("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", "2_Dense")
-    modules = [
-        {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for place, (kind, path) in enumerate(parts)
-    ]
-    dense = {"in_features": 16, "out_features": 8, "bias": True}
-    for step in STEPS:
-        here = root / f"checkpoint-{step}"
-        put(here / "model.safetensors", drifting(8, step, {"embeddings.word_embeddings.weight": (40, 16)}), PT)
-        put(here / "2_Dense/model.safetensors", drifting(9, step, {"linear.weight": (8, 16), "linear.bias": (8,)}))
-        note(here / "config.json", {"model_type": "bert", "hidden_size": 16})
-        note(here / "1_Pooling/config.json", {"word_embedding_dimension": 16, "pooling_mode_mean_tokens": True})
-        note(here / "2_Dense/config.json", dense | {"activation_function": "torch.nn.modules.activation.Tanh"})
-        note(here / "modules.json", modules)
-        note(here / "trainer_state.json", {"global_step": step})
-
-
 def zero3_empty(root: Path) -> None:
     """ZeRO-3 saved without gathering: most tensors have no elements."""
     for step in STEPS:
@@ -156,24 +137,6 @@ def batch_norm(root: Path) -> None:
         }
         weights = drifting(11, step, {"fc.weight": (8, 8), "bn.weight": (8,), "bn.bias": (8,)})
         put(root / f"checkpoint-{step}/model.safetensors", weights | statistics, PT)
-
-
-def tied_head(root: Path) -> None:
-    """Tied embeddings; the last checkpoint alone stores the head as well, equal to the embedding."""
-    for step in STEPS:
-        tensors = drifting(12, step, {"model.embed_tokens.weight": (40, 16), "model.norm.weight": (16,)})
-        if step == STEPS[-1]:
-            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-        put(root / f"checkpoint-{step}/model.safetensors", tensors, PT)
-        note(root / f"checkpoint-{step}/config.json", {"model_type": "llama", "tie_word_embeddings": True})
-
-
-def constant_complex(root: Path) -> None:
-    """A buffer of a dtype that is not averaged, the same in every checkpoint."""
-    table = torch.polar(torch.ones(8, 4), torch.arange(32.0).view(8, 4))
-    for step in STEPS:
-        weights = drifting(13, step, {"q.weight": (16, 16)}) | {"freqs_cis": table}
-        put(root / f"checkpoint-{step}/model.safetensors", weights, PT)
 
 
 def accelerate_without_config(root: Path) -> None:
@@ -207,11 +170,3 @@ def onetrainer(root: Path) -> None:
     for place, step in enumerate((500, 1000, 1500)):
         name = f"mystyle2026-11-2{place}_12-3{place}-00-save-{step}-{place + 2}-{place}"
         put(root / f"{name}.safetensors", drifting(17, step, KOHYA))
-
-
-def open_rlhf(root: Path) -> None:
-    """Weights and config in a folder of each step."""
-    for step in STEPS:
-        here = root / f"step_{step}/huggingface"
-        put(here / "model.safetensors", drifting(18, step, {"score.weight": (2, 16)}), PT)
-        note(here / "config.json", {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]})

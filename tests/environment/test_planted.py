@@ -20,6 +20,7 @@ import pytest
 import ckavg
 from ckavg.storage.download import Download, Downloads, complete
 from tests.cli.runner import run_cli
+from tests.exhaustive import all_but, thinned
 from tests.hostile.contract import MODEL, check_text, sources, write_small_run
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -97,12 +98,9 @@ REFUSED = (
 """Without what is there no result can be written."""
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("name", "words"), REFUSED, ids=lambda value: "-".join([value] if isinstance(value, str) else value)
-)
-def test_in_the_place_of_a_result(run: Path, name: str, words: tuple[str, ...], kind: str) -> None:
-    verb, *schemes = words
+@pytest.mark.parametrize(("case", "kind"), thinned(REFUSED, KINDS), ids=str)
+def test_in_the_place_of_a_result(run: Path, case: tuple[str, tuple[str, ...]], kind: str) -> None:
+    name, (verb, *schemes) = case
     plant(run / name, kind, run)
     if name == "averaged" and kind == "folder":
         pytest.skip("that is a folder")
@@ -112,13 +110,13 @@ def test_in_the_place_of_a_result(run: Path, name: str, words: tuple[str, ...], 
         assert check(run, run / name, verb, run, *schemes, *more) == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", all_but(("folder link", "hard link"), KINDS))
 def test_in_a_directory_that_a_user_named(run: Path, kind: str) -> None:
     plant(run / "out" / "mean", kind, run)
     assert check(run, run / "out" / "mean", "sweep", run, "mean", "--force", "--out", run / "out") == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", all_but(("folder link", "hard link"), KINDS))
 def test_where_an_earlier_result_would_be_kept(run: Path, kind: str) -> None:
     assert run_cli("mean", run, "--quiet", "--last", "2").exit_code == 0
     earlier = {path.name: path.read_bytes() for path in (run / "averaged" / "mean").iterdir()}
@@ -142,8 +140,7 @@ INSIDE = (
 )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize(("name", "kind"), thinned(INSIDE, KINDS))
 def test_in_what_an_interrupted_average_has_left(
     run: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
 ) -> None:
@@ -168,8 +165,9 @@ def test_in_what_an_interrupted_average_has_left(
     check(run, partial / name, "ema", run, "--gamma", "0.2", allowed=(0,))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["averaged", "averaged/path.json", "averaged/.ckavg-partial.path.json"])
+@pytest.mark.parametrize(
+    ("name", "kind"), thinned(["averaged", "averaged/path.json", "averaged/.ckavg-partial.path.json"], KINDS)
+)
 def test_in_the_place_of_the_path(run: Path, name: str, kind: str) -> None:
     """It is kept in the cache then, or under another name for a moment."""
     plant(run / name, kind, run)
@@ -180,8 +178,7 @@ def test_in_the_place_of_the_path(run: Path, name: str, kind: str) -> None:
     assert ckavg.measure_path(ckavg.open_run(run)).bytes_read == 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(("old", "kind"), thinned([False, True], KINDS))
 def test_in_the_place_of_the_journal_of_the_path(
     run: Path, monkeypatch: pytest.MonkeyPatch, kind: str, old: bool
 ) -> None:
@@ -203,7 +200,7 @@ def test_in_the_place_of_the_journal_of_the_path(
     check(run, other, "path", run, "--every", "20", allowed=(0,))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", all_but(("folder link", "hard link"), KINDS))
 def test_beside_a_file_that_a_user_named(run: Path, kind: str) -> None:
     place = run / ".ckavg-partial.table.csv"
     plant(place, kind, run)
@@ -250,16 +247,17 @@ def test_a_link_that_a_user_named_is_followed(run: Path, tmp_path: Path) -> None
     assert check(run, tmp_path / "other", "mean", run, "--force", "--out", tmp_path / "other") == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [".thesis.ckavg-partial", ".thesis.ckavg-replaced"])
+@pytest.mark.parametrize(("name", "kind"), thinned([".thesis.ckavg-partial", ".thesis.ckavg-replaced"], KINDS))
 def test_what_has_a_name_like_a_leftover(run: Path, name: str, kind: str) -> None:
     plant(run / "averaged" / name, kind, run)
     for words in (("mean", run), ("inspect", run), ("path", run)):
         check(run, run / "averaged" / name, *words, allowed=(0,))
 
 
-@pytest.mark.parametrize("name", ["files", "files/thesis", "files/" + "0" * 32])
-@pytest.mark.parametrize("kind", ["folder link", "folder"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    thinned(["files", "files/thesis", "files/" + "0" * 32], ["folder link", "folder"], every=2),
+)
 def test_in_the_cache(run: Path, tmp_path: Path, name: str, kind: str) -> None:
     """What is there of other runs that are not here is removed once nobody holds its lock: ours alone."""
     (run / VICTIM / ".lock").touch()
@@ -289,8 +287,7 @@ class Far:
         return bytes(stop - start)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["", ".lock", "inner", "incomplete"])
+@pytest.mark.parametrize(("name", "kind"), thinned(["", ".lock", "inner", "incomplete"], KINDS))
 def test_in_the_place_of_what_is_fetched(run: Path, name: str, kind: str) -> None:
     downloads = Downloads(Far.url)
     place = downloads.target(MODEL, 1)

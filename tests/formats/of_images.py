@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests import trainers
@@ -180,13 +181,68 @@ def diffusers_lora(root: Path) -> Trained:
     return trained
 
 
+def of_linear_modules(places: list[str]) -> Any:
+    """A model for diffusers' loader, with linear modules in these places; it applies one after the other."""
+    from diffusers import ConfigMixin, ModelMixin
+    from diffusers.configuration_utils import register_to_config
+    from diffusers.loaders import PeftAdapterMixin
+    from torch import nn
+
+    class Model(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
+        @register_to_config  # type: ignore[untyped-decorator]
+        def __init__(self) -> None:
+            super().__init__()
+            for place in places:
+                above: nn.Module = self
+                *folders, name = place.split(".")
+                for folder in folders:
+                    if folder not in above._modules:
+                        above.add_module(folder, nn.Module())
+                    above = above.get_submodule(folder)
+                above.add_module(name, nn.Linear(16, 16, bias=False))
+
+        def forward(self, given: Tensor) -> Tensor:
+            for place in places:
+                given = self.get_submodule(place)(given)
+            return given
+
+    torch.manual_seed(0)
+    return Model()
+
+
+def kohya_epochs(root: Path) -> Trained:
+    """By epoch, with alphas that the loader of diffusers takes into account."""
+    from diffusers import StableDiffusionPipeline
+
+    name = "mylora.safetensors"
+    trained = of_files(trainers.kohya_epochs, "mylora-000001", "mylora-000002", "mylora-000003", "mylora")(root)
+
+    def also(out: Path) -> None:
+        stored = [load_file(each) for each in trained.checkpoints]
+        average = {tensor: mean([each[tensor] for each in stored]) for tensor in stored[0]}
+        places = [each.removesuffix(".lora_down.weight") for each in average if "lora_down" in each]
+        modules = [each.removeprefix("lora_unet_").replace("_", ".") for each in places]
+        model = of_linear_modules(modules)
+        given = torch.linspace(-1, 1, 48).view(3, 16)
+        expected, plain = given.double(), model(given)
+        for place, module in zip(places, modules, strict=True):
+            update = average[f"{place}.lora_up.weight"] @ average[f"{place}.lora_down.weight"]
+            scaled = average[f"{place}.alpha"] / 4 * update
+            expected = expected @ (model.get_submodule(module).weight.double() + scaled).T
+        state, alphas = StableDiffusionPipeline.lora_state_dict(out, weight_name=name)
+        model.load_lora_adapter(state, prefix="unet", network_alphas=alphas)
+        torch.testing.assert_close(model(given).double(), expected.detach(), rtol=1e-5, atol=1e-6)
+        assert (plain - expected).abs().max() > 1e-3
+
+    trained.also = also
+    return trained
+
+
 BUILDERS: dict[str, Build] = {
     "diffusers, text-to-image": example_script(unet, "unet", denoised),
     "diffusers, ControlNet": example_script(controlnet, "controlnet", controlled),
     "diffusers, a variant in shards": variant,
     "diffusers, whole pipelines": pipeline,
     "diffusers, LoRA": diffusers_lora,
-    "sd-scripts, musubi-tuner, by epoch": of_files(
-        trainers.kohya_epochs, "mylora-000001", "mylora-000002", "mylora-000003", "mylora"
-    ),
+    "sd-scripts, musubi-tuner, by epoch": kohya_epochs,
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.exhaustive import all_but
 from tests.gpu.checks import CHECKS
 
 
@@ -16,6 +17,9 @@ def test_on_a_gpu(name: str, tmp_path: Path) -> None:
     CHECKS[name](tmp_path, "cuda")
 
 
-@pytest.mark.parametrize("name", CHECKS)
+ALIKE = [f"{check}-{dtype}" for check in ("averages", "path", "tiles") for dtype in ("float16", "float32")]
+
+
+@pytest.mark.parametrize("name", all_but(CHECKS.keys() - ALIKE, CHECKS))
 def test_on_the_cpu(name: str, tmp_path: Path) -> None:
     CHECKS[name](tmp_path, "cpu")

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.exhaustive import few_or_all
 from tests.hostile.contract import (
     INDEX,
     MODEL,
@@ -27,7 +28,6 @@ from tests.hostile.values import spoilt
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
-EXAMPLES = 150
 LAST = f"checkpoint-{STEPS[-1]}"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 NAMED = {"w": SHARDS[0], "b": SHARDS[1], "ids": SHARDS[0]}
@@ -46,10 +46,11 @@ def check_result(run: Path) -> None:
     assert (index["weight_map"], index["metadata"]["total_size"]) == (NAMED, 80)
 
 
-def test_spoilt(run: Path) -> None:
+@pytest.mark.parametrize("examples", few_or_all(50, 150))
+def test_spoilt(run: Path, examples: int) -> None:
     seen: set[bytes] = set()
 
-    @settings(REPEATABLE, max_examples=EXAMPLES)
+    @settings(REPEATABLE, max_examples=examples)
     @given(spoilt(SOUND) | st.sampled_from(["metadata", "weight_map"]).flatmap(lambda part: spoilt(SOUND, (part,))))
     def check(text: bytes) -> None:
         seen.add(text)
@@ -63,7 +64,7 @@ def test_spoilt(run: Path) -> None:
 
     check()
     sys.stdout.write(f"{len(seen)} distinct examples\n")  # shown with -rP
-    assert len(seen) >= 130
+    assert len(seen) >= examples * 5 // 6
 
 
 PLACES = (
@@ -100,20 +101,6 @@ def test_pointing_elsewhere(run: Path, number: int) -> None:
 def test_tensor_names_in_messages(run: Path, name: str) -> None:
     (run / LAST / INDEX).write_text(json.dumps({"weight_map": NAMED | {name: SHARDS[0]}}))
     check_refusal(mean_of(run), run, "disagree about 1 tensors")
-
-
-def test_shards_that_are_links_are_read_within_the_run(run: Path) -> None:
-    data = (run / LAST / SHARDS[1]).read_bytes()
-    (run / LAST / SHARDS[1]).unlink()
-    (run.parent / "blob").write_bytes(data)
-    (run / LAST / SHARDS[1]).symlink_to("../../blob")
-    check_refusal(mean_of(run), run, "outside of the directory that was named: not followed")
-    (run / "blob").write_bytes(data)
-    (run / LAST / SHARDS[1]).unlink()
-    (run / LAST / SHARDS[1]).symlink_to("../blob")
-    assert mean_of(run).exit_code == 0
-    check_result(run)
-    assert not any(path.is_symlink() for path in (run / "averaged" / "mean").iterdir())
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "circle", "huge"])

@@ -54,7 +54,6 @@ def train(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     """Train a small Llama for a few steps and return the Trainer's output directory.
 
     Trainer saves no step 0, so the untrained model is: as a checkpoint with `anchor`, else beside the run as `init`.
-    With `adapt`, which makes a model with an adapter of the plain one, the latter is saved beside the run as `base`.
     """
     disable_progress_bar()
     tokens = tokenizer(TEXT)["input_ids"]
@@ -68,7 +67,6 @@ def train(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         callbacks: Sequence[object] = (),
         tied: bool = True,
         anchor: bool = True,
-        adapt: Callable[[Any], Any] | None = None,
     ) -> Path:
         run = tmp_path_factory.mktemp("run") / "output"
         set_seed(0)
@@ -87,9 +85,6 @@ def train(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[
                 eos_token_id=tokenizer.eos_token_id,
             )
         )
-        if adapt is not None:
-            model.save_pretrained(run.with_name("base"))
-            model = adapt(model)
         model.save_pretrained(run / "checkpoint-0" if anchor else run.with_name("init"))
         arguments = TrainingArguments(
             output_dir=str(run),

@@ -1,8 +1,6 @@
 """The offline average of a run's checkpoints is what `trl.BEMACallback` formed online, while the run was trained."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from transformers import AutoTokenizer
 from trl import BEMACallback
 
 import ckavg
+from tests.cli.runner import run_cli
 
 # Both sides do at most eight updates in float32 on weights of size 1 or so, each with a few roundings of 6e-8.
 TOLERANCE = 5e-6
@@ -137,15 +136,8 @@ def test_the_command_line_writes_the_same_bytes(trained: Trained, result: ckavg.
     case = trained.case
     options: dict[str, object] = {name.replace("_", "-"): value for name, value in case.options.items()}
     options |= {name: value for name, value in (("every", case.every), ("init", trained.init)) if value is not None}
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "ckavg", "bema", str(trained.run), "--json", "--out", str(tmp_path / "out")),
-            *(part for name, value in options.items() for part in (f"--{name}", str(value))),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    words = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    done = run_cli("bema", trained.run, "--json", "--out", tmp_path / "out", *words)
     assert tuple(json.loads(done.stdout)["steps"]) == case.visited
     theirs = (result.directory / "model.safetensors").read_bytes()
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == theirs

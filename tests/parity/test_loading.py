@@ -57,39 +57,29 @@ def stated_dtype(directory: Path) -> object:
     return json.loads((directory / "config.json").read_text())["dtype"]
 
 
-def test_shards(run: Path, averaged: dict[str, torch.Tensor], tmp_path: Path, load: Callable[[Path], Any]) -> None:
-    sharded = save_again(run, tmp_path / "run", max_shard_size="20KB")
-    out = tmp_path / "out"
-    assert_identical(average(sharded, out), averaged)
-    assert {file.name for file in out.glob("model*")} == {
-        file.name for file in (sharded / "checkpoint-20").glob("model*")
-    }
-    assert len(list(out.glob("*.safetensors"))) > 2
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    assert index == json.loads((sharded / "checkpoint-20" / "model.safetensors.index.json").read_text())
-    load(out)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_float32_run_written_in_16_bits(
-    dtype: str, run: Path, averaged: dict[str, torch.Tensor], tmp_path: Path, load: Callable[[Path], Any]
+@pytest.mark.parametrize(("dtype", "sharded"), [("source", True), ("bfloat16", True), ("float16", False)])
+def test_a_float32_run(
+    dtype: str,
+    sharded: bool,
+    run: Path,
+    averaged: dict[str, torch.Tensor],
+    tmp_path: Path,
+    load: Callable[[Path], Any],
 ) -> None:
-    expected: torch.dtype = getattr(torch, dtype)
-    rounded = average(run, tmp_path / "out", dtype=dtype)
+    """Written as it is or in 16 bits, in one file or in the shards of the last checkpoint."""
+    source = save_again(run, tmp_path / "run", max_shard_size="20KB") if sharded else run
+    expected = torch.float32 if dtype == "source" else getattr(torch, dtype)
+    rounded, out = average(source, tmp_path / "out", dtype=dtype), tmp_path / "out"
     assert_identical(rounded, {name: tensor.to(expected) for name, tensor in averaged.items()})
-    assert stated_dtype(tmp_path / "out") == dtype
-    assert load(tmp_path / "out").dtype == expected
-
-
-def test_shards_written_in_bfloat16(
-    run: Path, averaged: dict[str, torch.Tensor], tmp_path: Path, load: Callable[[Path], Any]
-) -> None:
-    sharded = save_again(run, tmp_path / "run", max_shard_size="20KB")
-    rounded = average(sharded, tmp_path / "out", dtype="bfloat16")
-    assert_identical(rounded, {name: tensor.bfloat16() for name, tensor in averaged.items()})
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in rounded.values())
-    assert load(tmp_path / "out").dtype == torch.bfloat16
+    assert stated_dtype(out) == str(expected).removeprefix("torch.")
+    assert load(out).dtype == expected
+    last = source / "checkpoint-20"
+    assert {file.name for file in out.glob("model*")} == {file.name for file in last.glob("model*")}
+    if sharded:
+        assert len(list(out.glob("*.safetensors"))) > 2
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in rounded.values())
+        assert dtype != "source" or index == json.loads((last / "model.safetensors.index.json").read_text())
 
 
 def test_a_bfloat16_run(run: Path, tmp_path: Path, load: Callable[[Path], Any]) -> None:
@@ -101,12 +91,6 @@ def test_a_bfloat16_run(run: Path, tmp_path: Path, load: Callable[[Path], Any]) 
     assert load(tmp_path / "out").dtype == torch.bfloat16
     assert stated_dtype(tmp_path / "wide") == "float32"
     assert load(tmp_path / "wide").dtype == torch.float32
-
-
-def test_an_untied_model(train: Callable[..., Path], tmp_path: Path, load: Callable[[Path], Any]) -> None:
-    untied = train(steps=STEPS[-1], save_steps=10, tied=False)
-    assert "lm_head.weight" in average(untied, tmp_path / "out", dtype="bfloat16")
-    load(tmp_path / "out")
 
 
 def test_the_tokenizer_is_that_of_the_run(run: Path, tmp_path: Path, warned: list[str]) -> None:

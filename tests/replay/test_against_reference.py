@@ -14,6 +14,7 @@ import ckavg
 from ckavg.errors import NonFiniteError
 from ckavg.schemes import Scheme
 from tests import reference
+from tests.exhaustive import thinned
 from tests.reference import Array, Arrays
 from tests.runs import random_run, write_run
 
@@ -88,8 +89,7 @@ SCHEMES: Mapping[str, tuple[Scheme, Reference]] = {
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(("name", "dtype"), thinned(SCHEMES, DTYPES, every=2))
 def test_result_is_the_reference_rounded_once(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     scheme, expected = SCHEMES[name]
     weights = random_run(seed=len(name), count=len(STEPS), dtype=dtype)

@@ -16,6 +16,7 @@ from ckavg.errors import NonFiniteError, UnsupportedFormatError
 from ckavg.path.measure import measure
 from ckavg.schemes import Last, Scheme
 from tests.cli.runner import run_cli
+from tests.exhaustive import thinned
 from tests.runs import write_run
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -79,8 +80,7 @@ def test_they_stay_what_they_are(tmp_path: Path, dtype: torch.dtype) -> None:
         assert ckavg.verify_result(done.directory, replay=True, sources=True).problems == ()
 
 
-@pytest.mark.parametrize("sample", [1.0, 0.2])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("sample", "dtype"), thinned([1.0, 0.2], DTYPES, every=2))
 def test_the_path_is_that_of_the_rest(tmp_path: Path, dtype: torch.dtype, sample: float) -> None:
     checkpoints = run_of(dtype)
     path = ckavg.measure_path(ckavg.open_run(write_run(tmp_path / "run", checkpoints, STEPS)), sample=sample)
@@ -106,8 +106,7 @@ def test_the_compiled_kernel_and_the_path_of_a_run_that_grew(tmp_path: Path) -> 
     assert measure(ckavg.open_run(source), context=context).lengths == pytest.approx(grown.lengths, rel=1e-6)
 
 
-@pytest.mark.parametrize("verb", ["ema", "pema", "bema", "mean"])
-@pytest.mark.parametrize("place", [0, 1, 3])
+@pytest.mark.parametrize(("verb", "place"), thinned(["ema", "pema", "bema", "mean"], [0, 1, 3]))
 def test_an_infinity_that_others_lack_is_an_error(tmp_path: Path, verb: str, place: int) -> None:
     checkpoints = run_of(torch.float32)
     checkpoints[place]["mask"][3, 2] = -torch.inf
@@ -132,8 +131,7 @@ def test_nan_is_no_constant(tmp_path: Path) -> None:
     assert run_cli("mean", source, "--allow-nonfinite").exit_code == 0
 
 
-@pytest.mark.parametrize("name", ["freqs_cis", "f8.table"])
-@pytest.mark.parametrize("at", [0, -1])
+@pytest.mark.parametrize(("name", "at"), thinned(["freqs_cis", "f8.table"], [0, -1], every=2))
 def test_what_cannot_be_averaged_is_compared_in_full(tmp_path: Path, name: str, at: int) -> None:
     """A difference beyond what is looked at when a run is opened; nothing is left of the result."""
     checkpoints = run_of(torch.float32)

@@ -19,6 +19,7 @@ from ckavg.errors import NonFiniteError
 from ckavg.path.measure import measure
 from ckavg.schemes import Scheme, Timeline
 from tests.cli.runner import run_cli
+from tests.exhaustive import thinned
 from tests.runs import write_run
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -65,8 +66,10 @@ def float_exponent(value: Fraction) -> int:
     return value.numerator.bit_length() - value.denominator.bit_length()
 
 
-@pytest.mark.parametrize("scale", [1e-307, 1e-200, 1e-160, 1e-121, 1.0, 1e121, 1e155, 1e160, 1e200, 1e303])
-@pytest.mark.parametrize("sample", [1.0, 0.3])
+@pytest.mark.parametrize(
+    ("scale", "sample"),
+    thinned([1e-307, 1e-200, 1e-160, 1e-121, 1.0, 1e121, 1e155, 1e160, 1e200, 1e303], [1.0, 0.3], every=2),
+)
 def test_spreads(tmp_path: Path, scale: float, sample: float) -> None:
     checkpoints = walk(scale, torch.float64)
     path = ckavg.measure_path(ckavg.open_run(write_run(tmp_path / "run", checkpoints, STEPS)), sample=sample)
@@ -162,8 +165,7 @@ def test_schemes_with_a_correction_where_it_fits(tmp_path: Path) -> None:
             assert ckavg.verify_result(done.directory, replay=True).problems == ()
 
 
-@pytest.mark.parametrize("dtype", LARGEST, ids=str)
-@pytest.mark.parametrize("scale", ["tiny", "large"])
+@pytest.mark.parametrize(("dtype", "scale"), thinned(LARGEST, ["tiny", "large"], every=2))
 def test_inspect_deep(tmp_path: Path, dtype: torch.dtype, scale: str) -> None:
     size = (
         LARGEST[dtype] / (2000 if dtype == torch.float64 else 20)

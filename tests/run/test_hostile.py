@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,35 +46,25 @@ def linked(path: Path, target: Path) -> None:
 
 
 def test_a_link_to_weights_outside_is_refused(source: Path, tmp_path: Path) -> None:
-    linked(source / "checkpoint-20" / MODEL, tmp_path / "elsewhere" / MODEL)
-    done = run_cli("ema", source)
-    assert done.exit_code == 1
-    assert f"checkpoint-20/{MODEL} is a link to {tmp_path}/elsewhere/{MODEL}, outside of the directory" in done.stderr
-
-
-def test_a_link_to_an_index_or_shard_outside_is_refused(source: Path, tmp_path: Path) -> None:
-    for step, name in ((40, INDEX), (50, "model-00002-of-00002.safetensors")):
+    for step in (40, 50):
         write_checkpoint(source / f"checkpoint-{step}", weights(step), shards=2)
+    for step, name in ((20, MODEL), (40, INDEX), (50, "model-00002-of-00002.safetensors")):
         linked(source / f"checkpoint-{step}" / name, tmp_path / "elsewhere" / name)
-        with pytest.raises(CkavgError, match=f"{name} is a link to "):
-            ckavg.open_run(source, from_step=step - 20, to_step=step)
+        told = f"checkpoint-{step}/{name} is a link to {tmp_path}/elsewhere/{name}, outside of the directory"
+        with pytest.raises(CkavgError, match=re.escape(told)):
+            ckavg.open_run(source, steps=(10, step))
 
 
-def test_links_within_the_source_are_followed(source: Path) -> None:
+def test_links_that_are_followed(source: Path, tmp_path: Path) -> None:
+    """Within the source; and whoever collects the checkpoints of a run in one directory links them."""
     linked(source / "checkpoint-20" / MODEL, source / "store" / "a")
     linked(source / "checkpoint-30" / "config.json", source / "store" / "b")
-    plan = ckavg.plan_average(ckavg.open_run(source), ckavg.EMA())
-    assert "config.json" in plan.side_files
-
-
-def test_a_checkpoint_that_is_itself_a_link_is_followed(source: Path, tmp_path: Path) -> None:
-    """Whoever collects the checkpoints of a run in one directory links them."""
-    linked(source / "checkpoint-30", tmp_path / "elsewhere" / "checkpoint-30")
+    assert "config.json" in ckavg.plan_average(ckavg.open_run(source), ckavg.EMA()).side_files
+    linked(source / "checkpoint-10", tmp_path / "elsewhere" / "checkpoint-10")
     (tmp_path / "flat").mkdir()
     for step in STEPS:
         (tmp_path / "flat" / f"step_{step}.safetensors").symlink_to(source / f"checkpoint-{step}" / MODEL)
     assert ckavg.open_run(source).steps == ckavg.open_run(tmp_path / "flat").steps == STEPS
-    assert "config.json" in ckavg.plan_average(ckavg.open_run(source), ckavg.EMA()).side_files
 
 
 @pytest.mark.parametrize("as_init", [False, True])
@@ -129,73 +119,35 @@ def test_links_in_a_circle_end(source: Path) -> None:
 # --- what is no file ---
 
 
-def _pipe(path: Path) -> None:
-    os.mkfifo(path)
+def make(kind: str, path: Path) -> None:
+    """Something that is no file, in the place of one."""
+    path.unlink(missing_ok=True)
+    if kind == "a named pipe":
+        os.mkfifo(path)
+    elif kind == "a directory":
+        path.mkdir()
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    else:
+        before = Path.cwd()
+        os.chdir(path.parent)  # the path of a socket may be 107 bytes long
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(path.name)
+        os.chdir(before)
 
 
-def _directory(path: Path) -> None:
-    path.mkdir()
+KINDS = ("a named pipe", "a directory", "a socket", "a device")
 
 
-def _socket(path: Path) -> None:
-    before = Path.cwd()
-    os.chdir(path.parent)  # the path of a socket may be 107 bytes long
-    with socket.socket(socket.AF_UNIX) as made:
-        made.bind(path.name)
-    os.chdir(before)
-
-
-def _device(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
-KINDS: dict[Callable[[Path], None], str] = {
-    _pipe: "a named pipe",
-    _directory: "a directory",
-    _socket: "a socket",
-    _device: "a device",
-}
-
-
-@pytest.mark.parametrize("make", KINDS)
-def test_no_file_in_the_place_of_weights(source: Path, make: Callable[[Path], None]) -> None:
-    (source / "checkpoint-20" / MODEL).unlink()
-    make(source / "checkpoint-20" / MODEL)
-    with pytest.raises(CkavgError, match=f"{MODEL} is {KINDS[make]}, expected a file"):
-        ckavg.open_run(source)
-
-
-@pytest.mark.parametrize("make", KINDS)
-def test_no_file_in_the_place_of_a_flat_checkpoint(tmp_path: Path, make: Callable[[Path], None]) -> None:
-    for step in (10, 20):
-        write_checkpoint(tmp_path / "made", weights(step)) if step == 10 else None
-        (tmp_path / "made" / MODEL).rename(tmp_path / "step_10.safetensors") if step == 10 else make(
-            tmp_path / "step_20.safetensors"
-        )
-    with pytest.raises(CkavgError, match=f"step_20.safetensors is {KINDS[make]}, expected a file"):
-        ckavg.open_run(tmp_path)
-
-
-@pytest.mark.parametrize("make", KINDS)
-def test_no_file_in_the_place_of_an_index(source: Path, make: Callable[[Path], None]) -> None:
-    write_checkpoint(source / "checkpoint-40", weights(40), shards=2)
-    (source / "checkpoint-40" / INDEX).unlink()
-    make(source / "checkpoint-40" / INDEX)
-    if make is _directory:  # of that name, it is no index, and the shards count by themselves
-        assert ckavg.open_run(source).steps == (*STEPS, 40)
-        return
-    with pytest.raises(CkavgError, match=f"{INDEX} is {KINDS[make]}, expected a file"):
-        ckavg.open_run(source)
-
-
-@pytest.mark.parametrize("make", KINDS)
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "trainer_state.json", "modeling.py", "optimizer.pt"])
-def test_no_file_in_the_place_of_a_side_file(source: Path, name: str, make: Callable[[Path], None]) -> None:
-    (source / "checkpoint-30" / name).unlink(missing_ok=True)
-    make(source / "checkpoint-30" / name)
-    plan = ckavg.plan_average(ckavg.open_run(source), ckavg.EMA())
-    assert plan.run.steps == STEPS
-    assert name not in plan.side_files
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_file_in_the_place_of_weights(source: Path, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "flat").mkdir()
+    (source / "checkpoint-10" / MODEL).rename(tmp_path / "flat" / "step_10.safetensors")
+    places = source / "checkpoint-20" / MODEL, tmp_path / "flat" / "step_20.safetensors"
+    for place in places:
+        make(kind, place)
+        with pytest.raises(CkavgError, match=f"{place.name} is {kind}, expected a file"):
+            ckavg.open_run(tmp_path / "flat" if place.parent.name == "flat" else source, to_step=20)
 
 
 # --- huge and deep files ---
@@ -229,9 +181,6 @@ def test_huge_and_deep_json_takes_no_memory(source: Path) -> None:
         ("[" * 200_000, "nested too deeply"),
         ('{"weight_map": {"w": "m.safetensors", "b": ' + "9" * 5000 + "}}", "is not a shard index"),
         ('{"weight_map": [' + "0," * 2_100_000 + "0]}", "more than 2,000,000 values"),
-        ('{"weight_map": {"w": "/etc/passwd"}}', "shards must be safetensors files beside their index"),
-        ('{"weight_map": {"w": "../../x.safetensors"}}', "shards must be safetensors files beside their index"),
-        ('{"weight_map": {"w": "a\\u0000.safetensors"}}', "shards must be safetensors files beside their index"),
         ('{"weight_map": {}}', "lists no tensors"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -35,62 +35,49 @@ def source(tmp_path: Path) -> Path:
 # --- incomplete checkpoints ---
 
 
-def _truncated(checkpoint: Path) -> str:
-    os.truncate(checkpoint / MODEL, 100)
-    return f"{MODEL} is 100 bytes long"
+INDEX, SHARD = "model.safetensors.index.json", "model-00001-of-00002.safetensors"
+INCOMPLETE = {
+    "cut short": f"{MODEL} is 100 bytes long",
+    "empty": "is 0 bytes long",
+    "no weights": "holds no weights",
+    "no shard": f"{SHARD} does not exist",
+    "no shard and no index": f"{SHARD} does not exist",
+    "empty index": "index.json is empty",
+}
 
 
-def _empty(checkpoint: Path) -> str:
-    (checkpoint / MODEL).write_bytes(b"")
-    return "is 0 bytes long"
+def damage(checkpoint: Path, how: str) -> None:
+    """Leave a checkpoint as an interrupted save does."""
+    if "shard" in how or "index" in how:
+        step = int(checkpoint.name.partition("-")[2])
+        shutil.rmtree(checkpoint)
+        write_checkpoint(checkpoint, weights(step), shards=2)
+        (checkpoint / SHARD).unlink()
+    if how in ("cut short", "empty"):
+        os.truncate(checkpoint / MODEL, 100 if how == "cut short" else 0)
+    elif how == "no weights":
+        (checkpoint / MODEL).unlink()
+    elif how == "no shard and no index":
+        (checkpoint / INDEX).unlink()
+    elif how == "empty index":
+        (checkpoint / INDEX).write_bytes(b"")
 
 
-def _no_weights(checkpoint: Path) -> str:
-    (checkpoint / MODEL).unlink()
-    return "holds no weights"
-
-
-def _no_shard(checkpoint: Path) -> str:
-    step = int(checkpoint.name.partition("-")[2])
-    for path in checkpoint.iterdir():
-        path.unlink()
-    checkpoint.rmdir()
-    write_checkpoint(checkpoint, weights(step), shards=2)
-    (checkpoint / "model-00001-of-00002.safetensors").unlink()
-    return "model-00001-of-00002.safetensors does not exist"
-
-
-def _no_index_yet(checkpoint: Path) -> str:
-    told = _no_shard(checkpoint)
-    (checkpoint / "model.safetensors.index.json").unlink()
-    return told
-
-
-def _empty_index(checkpoint: Path) -> str:
-    _no_shard(checkpoint)
-    (checkpoint / "model.safetensors.index.json").write_bytes(b"")
-    return "index.json is empty"
-
-
-INCOMPLETE = (_truncated, _empty, _no_weights, _no_shard, _no_index_yet, _empty_index)
-
-
-@pytest.mark.parametrize("damage", INCOMPLETE)
-@pytest.mark.parametrize("step", [10, 20, 40])
-def test_incomplete_checkpoints_are_left_out(source: Path, damage: Callable[[Path], str], step: int) -> None:
-    told = damage(source / f"checkpoint-{step}")
-    with pytest.raises(ckavg.CkavgError, match=told):
+@pytest.mark.parametrize(("how", "step"), [*((how, 20) for how in INCOMPLETE), ("empty", 10), ("no shard", 40)])
+def test_incomplete_checkpoints_are_left_out(source: Path, how: str, step: int) -> None:
+    damage(source / f"checkpoint-{step}", how)
+    with pytest.raises(ckavg.CkavgError, match=INCOMPLETE[how]):
         ckavg.open_run(source)
     run = ckavg.open_run(source, skip_incomplete=True)
     assert run.steps == tuple(each for each in STEPS if each != step)
     (warning,) = run.warnings
     assert warning.startswith(f"checkpoint-{step} is incomplete and left out: ")
-    assert told in warning
+    assert INCOMPLETE[how] in warning
 
 
 def test_last_counts_the_complete_ones(source: Path) -> None:
-    _no_weights(source / "checkpoint-40")
-    _empty(source / "checkpoint-20")
+    damage(source / "checkpoint-40", "no weights")
+    damage(source / "checkpoint-20", "empty")
     assert ckavg.open_run(source, last=2, skip_incomplete=True).steps == (10, 30)
 
 
@@ -102,13 +89,13 @@ def test_damage_is_no_incompleteness(source: Path) -> None:
 
 def test_an_incomplete_anchor_is_refused(source: Path, tmp_path: Path) -> None:
     base = write_checkpoint(tmp_path / "base", weights(0))
-    _no_weights(base)
+    damage(base, "no weights")
     with pytest.raises(MissingShardError, match="base holds no weights"):
         ckavg.open_run(source, init=base, skip_incomplete=True)
 
 
 def test_skipping_is_recorded_and_reproduced(source: Path) -> None:
-    _truncated(source / "checkpoint-40")
+    damage(source / "checkpoint-40", "cut short")
     done = run_cli("ema", source, "--skip-incomplete", "--json")
     assert done.exit_code == 0, done.stderr
     told = json.loads(done.stdout)
@@ -228,15 +215,9 @@ def test_what_is_never_copied(source: Path, pattern: str, told: str) -> None:
         ckavg.plan_average(ckavg.open_run(source, copy=(pattern,)), ckavg.EMA())
 
 
-def test_weights_among_what_is_copied_are_said(source: Path) -> None:
-    plan = ckavg.plan_average(ckavg.open_run(source, copy=("*",)), ckavg.EMA())
-    assert any(
-        warning == f"Weights are never copied, though --copy * matches them: {MODEL}." for warning in plan.warnings
-    )
-
-
-def test_custom_code_is_copied_and_said(source: Path) -> None:
+def test_what_is_copied_and_said(source: Path) -> None:
     (source / "checkpoint-40" / "modeling_mine.py").write_text("import os")
-    plan = ckavg.plan_average(ckavg.open_run(source), ckavg.EMA())
+    plan = ckavg.plan_average(ckavg.open_run(source, copy=("*",)), ckavg.EMA())
+    assert f"Weights are never copied, though --copy * matches them: {MODEL}." in plan.warnings
     assert plan.side_files["modeling_mine.py"] == b"import os"
     assert any("Custom code is copied with the weights: modeling_mine.py." in warning for warning in plan.warnings)

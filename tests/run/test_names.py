@@ -22,6 +22,13 @@ def weights(place: int) -> dict[str, torch.Tensor]:
 
 
 ONE_RUN: Mapping[str, tuple[Sequence[str], Sequence[int]]] = {
+    "numbers": (("5", "10", "100"), (5, 10, 100)),
+    "steps": (("step_5", "step_10", "step_100"), (5, 10, 100)),
+    "steps with a hyphen": (("step-5", "step-10"), (5, 10)),
+    "steps without": (("step5", "step10"), (5, 10)),
+    "global steps": (("global_step_5", "global_step_10"), (5, 10)),
+    "DeepSpeed": (("global_step5", "global_step10"), (5, 10)),
+    "a model": (("my.model-step-5", "my.model-step-10"), (5, 10)),
     "sd-scripts, epochs": (("a-000001", "a-000002", "a-000010"), (1, 2, 10)),
     "sd-scripts, steps": (("a-step00000500", "a-step00001000"), (500, 1000)),
     "ai-toolkit": (("a_000000250", "a_000000500"), (250, 500)),

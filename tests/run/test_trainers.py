@@ -11,15 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 import ckavg
 from ckavg.errors import MismatchError, MixedOrderError, UnsupportedFormatError
-from tests import reference, trainers
+from tests import trainers
 from tests.cli.runner import run_cli
-from tests.trainers import STEPS, drifting, put
+from tests.trainers import drifting, put
 
 
 def opened(build: trainers.Build, root: Path, **selection: object) -> ckavg.Run:
@@ -39,15 +38,6 @@ def assert_average(got: dict[str, Tensor], paths: Sequence[Path], weights: Seque
     for name, tensor in got.items():
         expected = sum(w * each[name].double().numpy() for w, each in zip(weights, of_all, strict=True))
         np.testing.assert_allclose(tensor.double().numpy(), expected, rtol=1e-6, atol=1e-7)
-
-
-def test_diffusers_lora_keeps_its_alpha(tmp_path: Path) -> None:
-    run = opened(trainers.diffusers_lora, tmp_path / "run")
-    result = ckavg.average(run, ckavg.EMA())
-    name = "pytorch_lora_weights.safetensors"
-    tensors, header = loaded(result.directory / name)
-    assert header == loaded(tmp_path / f"run/checkpoint-300/{name}")[1]
-    assert_average(tensors, [tmp_path / f"run/checkpoint-{step}/{name}" for step in STEPS], result.weights)
 
 
 def test_an_alpha_that_differs_is_refused(tmp_path: Path) -> None:
@@ -125,63 +115,11 @@ def test_two_runs_by_their_headers_are_refused(tmp_path: Path) -> None:
     assert ckavg.open_run(tmp_path, steps=(100, 300)).steps == (100, 300)
 
 
-def test_lerobot_averages_the_model_alone(tmp_path: Path) -> None:
-    run = opened(trainers.lerobot, tmp_path)
-    assert run.steps == STEPS
-    assert any(each.endswith("neither averaged nor copied: training_state/.") for each in run.warnings)
-    result = ckavg.average(run, ckavg.PEMA(), out=tmp_path / "out")
-    models = [tmp_path / f"{step:06d}/pretrained_model/model.safetensors" for step in STEPS]
-    assert_average(loaded(tmp_path / "out/pretrained_model/model.safetensors")[0], models, result.weights)
-    whole = [{name: t.double().numpy() for name, t in loaded(path)[0].items()} for path in models]
-    assert result.path_length == pytest.approx(reference.path_length(whole)[0], rel=1e-6)
-    assert result.parameters_counted == 16 * 8 + 16
-    here, last = tmp_path / "out/pretrained_model", tmp_path / "000300/pretrained_model"
-    assert {path.name for path in here.iterdir()} == {path.name for path in last.iterdir()}
-    for path in last.glob("policy_*"):
-        if path.suffix == ".json":
-            assert (here / path.name).read_bytes() == path.read_bytes()
-        else:
-            normalizer, want = loaded(here / path.name)[0], loaded(path)[0]
-            assert all(torch.equal(normalizer[name], want[name]) for name in want)
-    assert not (tmp_path / "out/training_state").exists()
-    assert ckavg.verify_result(tmp_path / "out", replay=True, sources=True).problems == ()
-
-
-def test_modules_in_folders_are_parts_of_the_model(tmp_path: Path) -> None:
-    run = opened(trainers.sentence_transformer_dense, tmp_path)
-    result = ckavg.average(run, ckavg.BEMA(), out=tmp_path / "out")
-    for name in ("model.safetensors", "2_Dense/model.safetensors"):
-        paths = [tmp_path / f"checkpoint-{step}" / name for step in STEPS]
-        assert_average(loaded(tmp_path / "out" / name)[0], paths, result.weights)
-    for name in ("modules.json", "config.json", "1_Pooling/config.json", "2_Dense/config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "checkpoint-300" / name).read_bytes()
-    assert ckavg.verify_result(tmp_path / "out", replay=True, sources=True).problems == ()
-
-
 def test_tensors_without_elements_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedFormatError, match=r"2 tensors without elements, of 3: embed.weight") as met:
         opened(trainers.zero3_empty, tmp_path)
     assert "zero_to_fp32.py" in met.value.hint
     assert run_cli("inspect", tmp_path).exit_code == 1
-
-
-def test_a_tied_head_that_one_checkpoint_stores_is_left_out(tmp_path: Path) -> None:
-    trainers.tied_head(tmp_path)
-    for common_only in (False, True):
-        run = ckavg.open_run(tmp_path, common_only=common_only)
-        assert any("'lm_head.weight' is stored at step 300 alone" in each for each in run.warnings)
-        result = ckavg.average(run, ckavg.EMA(), out=tmp_path / f"out-{common_only}")
-        assert set(loaded(result.directory / "model.safetensors")[0]) == {
-            "model.embed_tokens.weight",
-            "model.norm.weight",
-        }
-
-
-def test_a_constant_table_is_copied(tmp_path: Path) -> None:
-    run = opened(trainers.constant_complex, tmp_path)
-    result = ckavg.average(run, ckavg.PEMA())
-    table = loaded(tmp_path / "checkpoint-100/model.safetensors")[0]["freqs_cis"]
-    assert torch.equal(loaded(result.directory / "model.safetensors")[0]["freqs_cis"], table)
 
 
 def test_config_and_tokenizer_beside_the_checkpoints(tmp_path: Path) -> None:
@@ -193,22 +131,3 @@ def test_config_and_tokenizer_beside_the_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").unlink()
     plan = ckavg.plan_average(ckavg.open_run(tmp_path), ckavg.Mean())
     assert any("has no config" in each and "--init" in each for each in plan.warnings)
-
-
-@pytest.mark.parametrize(
-    ("build", "steps", "name"),
-    [
-        (trainers.ai_toolkit, (250, 500, 600), "portrait.safetensors"),
-        (trainers.mlx_lm, (100, 200), "adapters.safetensors"),
-        (trainers.onetrainer, (500, 1000, 1500), "mystyle.safetensors"),
-    ],
-)
-def test_single_files_of_lora_trainers(tmp_path: Path, build: trainers.Build, steps: Sequence[int], name: str) -> None:
-    run = opened(build, tmp_path / "run")
-    assert run.steps == steps
-    result = ckavg.average(run, ckavg.EMA())
-    last = run.last.path
-    tensors, header = loaded(result.directory / name)
-    assert header == (loaded(Path(last))[1] or {"format": "pt"})
-    assert_average(tensors, [Path(each.path) for each in run.checkpoints], result.weights)
-    assert (result.directory / "adapter_config.json").exists() == (name == "adapters.safetensors")
