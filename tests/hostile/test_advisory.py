@@ -98,6 +98,7 @@ def test_trainer_states(run: Path, examples: int) -> None:
 @pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
 def test_configs(run: Path, name: str, examples: int) -> None:
     seen: set[bytes] = set()
+    others: set[bytes] = set()
 
     @settings(REPEATABLE, max_examples=examples)
     @given(spoilt(CONFIG) | spoilt(CONFIG, ("text_config",)))
@@ -105,7 +106,10 @@ def test_configs(run: Path, name: str, examples: int) -> None:
         seen.add(text)
         (run / LAST / name).write_bytes(text)
         result = mean_of(run, "--dtype", "bfloat16")
-        assert result.exit_code == 0, result.stderr
+        if result.exit_code:  # a model of another kind
+            check_refusal(result, run, f"step {STEPS[-1]}: config.json states ")
+            others.add(text)
+            return
         copied = (run / "averaged" / "mean" / name).read_bytes()
         card = (run / "averaged" / "mean" / "README.md").read_text()
         assert card.startswith("---\n")
@@ -119,6 +123,7 @@ def test_configs(run: Path, name: str, examples: int) -> None:
     check()
     sys.stdout.write(f"{len(seen)} distinct examples\n")  # shown with -rP
     assert len(seen) >= examples * 3 // 4
+    assert len(others) <= examples // 5
 
 
 def _as_bfloat16(text: bytes) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.exhaustive import all_but, thinned
 from tests.ranks.launch import SECONDS, environment, free_port, start
 
 SOON = """
@@ -53,8 +54,7 @@ def said(process: subprocess.Popen[str], pattern: str) -> str:
 # --- nobody else comes ---
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "sent"), thinned([0, 1], [signal.SIGINT, signal.SIGTERM], every=2))
 def test_what_a_shell_remembers_of_another_job(
     jobs: list[subprocess.Popen[str]], run: Path, rank: int, sent: signal.Signals
 ) -> None:
@@ -108,7 +108,7 @@ def test_the_wait_has_an_end(jobs: list[subprocess.Popen[str]], run: Path) -> No
 # --- one that has come is stopped, or its storage hangs ---
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", all_but((1,), [0, 1]))
 def test_a_stopped_process_is_named_and_given_up(jobs: list[subprocess.Popen[str]], run: Path, stopped: int) -> None:
     """By the other one, muted or not."""
     port = free_port()
@@ -142,7 +142,7 @@ def test_an_interrupt_is_heard_while_a_process_is_stopped(jobs: list[subprocess.
     assert [path.name for path in run.iterdir() if "averaged" in path.name] == []
 
 
-@pytest.mark.parametrize("hung", [0, 1])
+@pytest.mark.parametrize("hung", all_but((0,), [0, 1]))
 def test_one_whose_storage_hangs_is_named_and_waited_for(
     jobs: list[subprocess.Popen[str]], run: Path, hung: int
 ) -> None:
