@@ -20,16 +20,15 @@ STAGES = {
     "replay": {"run", "engine", "schemes"},
     "health": {"run", "engine", "path"},
     "result": {"run", "schemes"},
-    "remote": {"run", "engine", "hub"},
-    "verify": {"run", "engine", "schemes", "path", "result", "plan", "remote"},
+    "verify": {"run", "engine", "schemes", "path", "result", "plan", "fetching"},
     "demo": {"engine"},
 }
 """Which stages each stage may import: the values passed to it, and the engine that the passes run on."""
 
-ALWAYS = {"atomic", "cache", "errors", "journal", "redaction", "untrusted", "version"}
+ALWAYS = {"atomic", "cache", "errors", "journal", "redaction", "storage", "untrusted", "version"}
 VALUES_OF_RUN = {
     f"ckavg.run.{name}"
-    for name in ("values", "checkpoint", "layouts", "files", "contents", "foreign", "metadata", "stamps", "statistics")
+    for name in ("values", "checkpoint", "layouts", "contents", "foreign", "metadata", "stamps", "statistics")
 }
 
 
@@ -77,7 +76,7 @@ def test_stages_know_only_the_values_passed_to_them(stage: str) -> None:
                 continue
             other = module.split(".")[1]
             assert other in STAGES[stage] | ALWAYS | {stage}, f"{path.name} of {stage} imports {module}"
-            if other == "run" and stage not in ("run", "remote"):  # which finds runs, too
+            if other == "run" and stage != "run":
                 assert module in VALUES_OF_RUN, f"{path.name} of {stage} imports {module}"
 
 
@@ -102,7 +101,7 @@ def test_few_modules_know_the_client_of_the_hub() -> None:
         for path in PACKAGE.rglob("*.py")
         if any("huggingface_hub" in name for name in imports_of(path))
     }
-    assert users == {"hub/client.py", "hub/sending.py", "hub/transfer.py", "remote/hub.py"}
+    assert users == {"hub/client.py", "hub/sending.py", "hub/transfer.py", "storage/hub.py", "storage/hub_errors.py"}
 
 
 def test_importing_is_light() -> None:
