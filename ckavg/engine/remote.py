@@ -2,7 +2,8 @@
 
 What a pass will read of such files is cut into pieces of some megabytes, in the order in which it is read. A few
 connections fetch them, as many as fit into memory; a piece goes when all of it that is needed has been read. A worker
-that is ahead of the connections fetches by itself what it needs.
+that needs a piece which is not there yet has it fetched next. It never waits for a request itself, since one may take
+long to fail, and the end of the work does not wait for that.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 from bisect import bisect_right
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -44,10 +46,6 @@ class _Piece:
     error: BaseException | None = None
     is_asked: bool = False
 
-    @property
-    def size(self) -> int:
-        return self.end - self.begin
-
 
 class RemoteReader:
     """What is fetched of the files of a pass that are not here; shared by its threads. A context.
@@ -78,7 +76,9 @@ class RemoteReader:
         self._pieces = _cut(needed, largest)
         self._begins = {path: [piece.begin for piece in pieces] for path, pieces in self._pieces.items()}
         self._ahead = _in_order(self._pieces, self._begins, needed)
-        self._held = 0
+        self._urgent: deque[_Piece] = deque()
+        self._held: OrderedDict[int, _Piece] = OrderedDict()
+        self._bytes = 0
         self._changed = threading.Condition()
         self._ended = False
         for _ in range(connections if far else 0):
@@ -87,7 +87,7 @@ class RemoteReader:
     @property
     def held_bytes(self) -> int:
         """How much is held, or on its way."""
-        return self._held
+        return self._bytes
 
     def has(self, path: AnyPath) -> bool:
         """Whether a file is read here, rather than from this machine."""
@@ -106,8 +106,12 @@ class RemoteReader:
             at, end = offset + filled, offset + len(buffer)
             piece = self._piece_at(path, at)
             stop = end if piece is None else min(end, piece.end)
-            data = None if piece is None else self._take(piece, at, stop)
-            buffer[filled : filled + stop - at] = path.storage.read(path, at, stop) if data is None else data
+            if piece is None or piece.left <= 0:  # not of the plan, or read before
+                buffer[filled : filled + stop - at] = path.storage.read(path, at, stop)
+            else:
+                data = self._wait_for(piece)
+                buffer[filled : filled + stop - at] = data[at - piece.begin : stop - piece.begin]
+                self._used(piece, stop - at)
             filled += stop - at
 
     def close(self) -> None:
@@ -129,65 +133,71 @@ class RemoteReader:
         place = bisect_right(self._begins[path], at) - 1 if pieces else -1
         return pieces[place] if pieces and place >= 0 and at < pieces[place].end else None
 
-    def _take(self, piece: _Piece, at: int, stop: int) -> memoryview | None:
-        """The bytes from `at` to `stop`, once they are here; None where the caller is to read them by itself."""
-        with self._changed:
-            if piece.left <= 0:  # read before
-                return None
-            is_own = not piece.is_asked
-            if is_own and self._held >= 2 * self._nbytes:  # workers hold on to far more than was meant
-                if at == piece.begin:
-                    piece.begin = stop
-                piece.left -= stop - at
-                return None
-            if is_own:
-                self._ask(piece)
-        if is_own:
-            self._fetch(piece)
+    def _wait_for(self, piece: _Piece) -> bytes:
         with self._changed:
             while piece.data is None and piece.error is None:
                 if self._stopped() or self._ended:
                     raise Stopped
+                if not piece.is_asked:
+                    piece.is_asked = True
+                    self._urgent.append(piece)
+                    self._changed.notify_all()
                 self._changed.wait(_SECONDS_BETWEEN_LOOKS)
             if piece.data is None:
                 raise piece.error or Stopped
-            data = memoryview(piece.data)[at - piece.begin : stop - piece.begin]
-            piece.left -= stop - at
+            return piece.data
+
+    def _used(self, piece: _Piece, nbytes: int) -> None:
+        with self._changed:
+            piece.left -= nbytes
             if piece.left <= 0:
-                piece.data = None
-                self._held -= piece.size
-                self._changed.notify_all()
-            return data
+                self._drop(piece)
+            elif id(piece) in self._held:
+                self._held.move_to_end(id(piece))
+
+    def _drop(self, piece: _Piece) -> None:
+        if self._held.pop(id(piece), None) is not None:
+            piece.data, piece.is_asked = None, False
+            self._bytes -= piece.end - piece.begin
+            self._changed.notify_all()
 
     def _run(self) -> None:
         while (piece := self._next()) is not None:
-            self._fetch(piece)
+            try:
+                data: bytes | None = piece.path.storage.read(piece.path, piece.begin, piece.end)
+                error = None
+            except Exception as failure:  # whoever waits for it raises it
+                data, error = None, failure
+            with self._changed:
+                piece.data, piece.error = data, error
+                self._changed.notify_all()
 
     def _next(self) -> _Piece | None:
         """The piece to fetch now, as soon as there is room for it; None at the end."""
         with self._changed:
             while not (self._ended or self._stopped()):
-                if self._held < self._nbytes:
-                    piece = next((each for each in self._ahead if not each.is_asked and each.left > 0), None)
-                    if piece is not None:
-                        self._ask(piece)
+                piece = self._urgent.popleft() if self._urgent else self._upcoming()
+                if piece is not None:
+                    piece.is_asked = True
+                    self._held[id(piece)] = piece
+                    self._bytes += piece.end - piece.begin
+                    self._make_room(but=piece)
                     return piece
                 self._changed.wait(_SECONDS_BETWEEN_LOOKS)
             return None
 
-    def _ask(self, piece: _Piece) -> None:
-        piece.is_asked = True
-        self._held += piece.size
+    def _upcoming(self) -> _Piece | None:
+        if self._bytes >= self._nbytes:
+            return None
+        return next((piece for piece in self._ahead if not piece.is_asked and piece.left > 0), None)
 
-    def _fetch(self, piece: _Piece) -> None:
-        try:
-            data: bytes | None = piece.path.storage.read(piece.path, piece.begin, piece.end)
-            error = None
-        except Exception as failure:  # whoever waits for it raises it
-            data, error = None, failure
-        with self._changed:
-            piece.data, piece.error = data, error
-            self._changed.notify_all()
+    def _make_room(self, *, but: _Piece) -> None:
+        """Drop what was used longest ago where workers hold on to far more than was meant; it is fetched again."""
+        for piece in list(self._held.values()):
+            if self._bytes <= 2 * self._nbytes:
+                return
+            if piece.data is not None and piece is not but:
+                self._drop(piece)
 
 
 def far_files(checkpoints: Iterable[Checkpoint]) -> frozenset[RemotePath]:

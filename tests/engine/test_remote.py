@@ -164,7 +164,7 @@ def test_each_byte_is_fetched_once_and_within_the_window(nbytes: int) -> None:
             most = max(most, window.held_bytes)
     assert sum(stop - start for _, start, stop in far.asked) == 2 * 2 * sum(sizes)
     assert most <= 2 * nbytes
-    assert len(far.asked) <= 2 * 2 * sum(sizes) / (1 << 20) * (4 if nbytes < 10 << 20 else 1) + 8
+    assert len(far.asked) <= 2 * 2 * sum(sizes) / (1 << 20) + 8
 
 
 def test_work_in_another_order_than_the_files_holds_little() -> None:

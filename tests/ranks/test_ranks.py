@@ -42,7 +42,7 @@ STOPPED = NEXT_READ.format(act="os.kill(os.getpid(), signal.SIGTERM)")
 BROKEN = NEXT_READ.format(act="1 / 0")
 FULL_DISK = """
 import errno, os
-from ckavg.result import shard_files
+from ckavg.output import shard_files
 def full(handle, data, offset):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 shard_files._write_at = full
@@ -56,7 +56,7 @@ with ckavg.all_ranks() as ranks:
 assert result.path_length == path.lengths
 assert result.directory.is_dir()
 """
-IMPATIENT = "from ckavg.result import staging; staging._SECONDS_TO_SEE = 0.1"
+IMPATIENT = "from ckavg.output import staging; staging._SECONDS_TO_SEE = 0.1"
 
 
 def weights() -> list[dict[str, torch.Tensor]]:
