@@ -82,10 +82,10 @@ def _by_command(words: Sequence[str]) -> int:
 def _by_library(words: Sequence[str]) -> int:
     from ckavg.averaging.pipeline import carry_out
     from ckavg.averaging.plan import plan_average
+    from ckavg.averaging.sources import open_run
     from ckavg.engine.context import Context
     from ckavg.schemes import Mean, Scheme
     from ckavg.schemes.parse import parse_schemes
-    from ckavg.sources import open_run
 
     verb, source, *rest = words
     options = rest[rest.index("--out") :]
@@ -143,10 +143,10 @@ def passes(run: Path, names: Sequence[str]) -> int:
 
 def _rate(source: Path, device: str, tile: int, threads: int, number: int) -> float:
     from ckavg.averaging.replay import Average, replay
+    from ckavg.averaging.sources import open_run
     from ckavg.engine.context import Context
     from ckavg.path.measure import measure
     from ckavg.schemes import EMA, Timeline
-    from ckavg.sources import open_run
 
     run = open_run(source)
     context = Context(device=device, tile=tile, threads=threads)

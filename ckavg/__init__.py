@@ -20,13 +20,13 @@ from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, MomentumEMA
 if TYPE_CHECKING:
     from ckavg.averaging.pipeline import average, measure_path
     from ckavg.averaging.plan import plan_average
+    from ckavg.averaging.sources import open_run
     from ckavg.checkpoints.run import Run
     from ckavg.engine.context import Progress
     from ckavg.engine.distributed import all_ranks
     from ckavg.hub import Pushed, push_result
     from ckavg.output.record import Record as Averaged
     from ckavg.path.table import PathLength
-    from ckavg.sources import open_run
     from ckavg.verify.findings import Verified
     from ckavg.verify.verify import verify_result
 
@@ -66,7 +66,7 @@ _MODULES = {
     "all_ranks": "engine.distributed",
     "average": "averaging.pipeline",
     "measure_path": "averaging.pipeline",
-    "open_run": "sources",
+    "open_run": "averaging.sources",
     "plan_average": "averaging.plan",
     "push_result": "hub",
     "verify_result": "verify.verify",

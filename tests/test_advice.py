@@ -332,7 +332,8 @@ def test_before_of_a_plain_run(tmp_path: Path) -> None:
 def test_before_needs_no_torch(tmp_path: Path) -> None:
     root = write_run(tmp_path, [WEIGHTS] * 2, (0, 100))
     code = (
-        "import sys; from ckavg import advice; from ckavg.sources import open_run; from ckavg.schemes import PEMA; "
+        "import sys; from ckavg.averaging import advice; from ckavg.averaging.sources import open_run; "
+        "from ckavg.schemes import PEMA; "
         f"advice.before(open_run({str(root)!r}), PEMA()); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

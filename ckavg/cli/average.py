@@ -12,6 +12,7 @@ from rich.filesize import decimal
 
 from ckavg.averaging.pipeline import Done, carry_out
 from ckavg.averaging.plan import Options, Plan, checked, fetching_of, memory_bytes, output_path, plan_averages
+from ckavg.averaging.sources import inspect_source
 from ckavg.checkpoints.run import Run
 from ckavg.cli.errors import interrupted_with, together
 from ckavg.cli.options import Averaging, Command, Measuring, with_options
@@ -35,7 +36,6 @@ from ckavg.output.record import Record
 from ckavg.output.staging import find_leftovers
 from ckavg.schemes import SCHEMES, Scheme
 from ckavg.schemes.parse import Parameter, described, make_scheme, parameters_of, shown
-from ckavg.sources import inspect_source
 from ckavg.storage.remote import Fetching
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ckavg.averaging.pipeline import average
+from ckavg.averaging.sources import open_run
 from ckavg.cli.errors import failures
 from ckavg.cli.options import Json, Verbose
 from ckavg.cli.progress import show_steps
@@ -16,7 +17,6 @@ from ckavg.engine.distributed import Ranks
 from ckavg.errors import SettingError
 from ckavg.output.record import Record
 from ckavg.schemes import BEMA, EMA, PEMA
-from ckavg.sources import open_run
 
 DEFAULT_DIRECTORY = Path("ckavg-demo")
 

@@ -14,6 +14,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from ckavg.averaging.advice import about_anchor
+from ckavg.averaging.sources import inspect_source
 from ckavg.checkpoints.inspect import Inspection
 from ckavg.checkpoints.run import Checkpoint
 from ckavg.cli.errors import FAILED, failures, message_of
@@ -24,7 +25,6 @@ from ckavg.engine.distributed import Ranks
 from ckavg.errors import listed
 from ckavg.output.commands import as_options, shell_word
 from ckavg.output.staging import find_leftovers
-from ckavg.sources import inspect_source
 from ckavg.storage.address import address_of
 from ckavg.storage.remote import storages_of
 

@@ -18,6 +18,7 @@ from ckavg.averaging.advice import about_anchor, about_path
 from ckavg.averaging.pipeline import measure_path
 from ckavg.averaging.plan import fetching_of_path
 from ckavg.averaging.record import left_out_of_path
+from ckavg.averaging.sources import inspect_source
 from ckavg.checkpoints.inspect import as_run
 from ckavg.checkpoints.run import Run
 from ckavg.cli.average import check_plot, say_fetching
@@ -30,7 +31,6 @@ from ckavg.errors import WriteError
 from ckavg.output.output_path import check_file
 from ckavg.path.plan import plan_path
 from ckavg.path.table import PathLength
-from ckavg.sources import inspect_source
 from ckavg.storage.atomic import write_bytes
 
 _FURTHEST = 8

@@ -42,10 +42,10 @@ STOPPED = NEXT_READ.format(act="os.kill(os.getpid(), signal.SIGTERM)")
 BROKEN = NEXT_READ.format(act="1 / 0")
 FULL_DISK = """
 import errno, os
-from ckavg.output import shard_files
+from ckavg.output import weight_files
 def full(handle, data, offset):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-shard_files._write_at = full
+weight_files._write_at = full
 """
 LIBRARY = """
 import ckavg

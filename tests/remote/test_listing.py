@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save, save_file
 
 import ckavg
+from ckavg.averaging.sources import inspect_source
 from ckavg.checkpoints.run import Selection
 from ckavg.errors import (
     CkavgError,
@@ -21,7 +22,6 @@ from ckavg.errors import (
     SettingError,
     TruncatedShardError,
 )
-from ckavg.sources import inspect_source
 from tests.cli.runner import run_cli
 from tests.hub.server import Hub, Repo, Tree, entry_of
 from tests.remote.outcome import nothing_is_busy, refused, served_of, weights_of

@@ -164,7 +164,7 @@ def test_huge_and_deep_json_takes_no_memory(source: Path) -> None:
     (source / "checkpoint-20" / "config.json").touch()
     os.truncate(source / "checkpoint-20" / "config.json", 1 << 40)
     code = (
-        "import resource, sys, ckavg; from ckavg.plan import plan_average\n"
+        "import resource, sys, ckavg; from ckavg.averaging.plan import plan_average\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 600_000_000,) * 2)\n"
         "run = ckavg.open_run(sys.argv[1]); print(run.steps, sorted(plan_average(run, ckavg.EMA()).side_files))"
