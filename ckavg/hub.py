@@ -25,7 +25,7 @@ from ckavg.output.record import Record, read_record
 from ckavg.storage.address import as_repository
 from ckavg.storage.hub_errors import ask, connect, endpoint_of, hub_errors, may_pass, retry, status_of
 from ckavg.storage.redaction import shown_address
-from ckavg.verify.files import check_digests, find_files
+from ckavg.verify.files import check_hashes, find_files
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -275,7 +275,7 @@ def _check_files(
         if on_progress:
             on_progress(Progress("files", done, total))
 
-    found = [*present.findings, *check_digests(directory, output, present.sizes, on_done=report)]
+    found = [*present.findings, *check_hashes(directory, output, present.sizes, on_done=report)]
     problems = [each.message for each in found if each.is_problem]
     if problems:
         more = f" And {len(problems) - 1} more." if len(problems) > 1 else ""

@@ -113,7 +113,7 @@ def _output(run: Path) -> None:
 
 
 def _ranks(run: Path) -> None:
-    Ranks.of_environment()
+    Ranks.from_environment()
 
 
 def _hub(run: Path) -> None:

@@ -36,7 +36,7 @@ def check_same_run(run: Run, ranks: Ranks, *options: object) -> None:
         RanksError: they differ.
     """
     if ranks.world > 1:
-        ranks.check_same({"checkpoints": _digest_of(run), "options": repr(options)})
+        ranks.check_same({"checkpoints": _hash_run(run), "options": repr(options)})
 
 
 def check_same_plans(plans: Sequence[Plan], ranks: Ranks) -> None:
@@ -159,10 +159,10 @@ def finalize(
                     write_own_hashes(of_plan[out.relative_to(plan.out) / shard.name], shard)
     ranks.wait()
     own = of_all[ranks.rank :: ranks.world]
-    digests: dict[Path, str] = {}
+    hashes: dict[Path, str] = {}
     for part in ranks.gather(dict(zip(own, sha256_of(own, beside=syncs), strict=True))):
-        digests |= part
-    return [{name: digests[path] for name, path in of_plan.items()} for of_plan in paths]
+        hashes |= part
+    return [{name: hashes[path] for name, path in of_plan.items()} for of_plan in paths]
 
 
 def _continued(plans: Sequence[Plan], stagings: Sequence[Staging], key: str) -> dict[int, Any]:
@@ -185,7 +185,7 @@ def _journal(staging: Staging, key: str, ranks: Ranks) -> Journal | None:
     return None
 
 
-def _digest_of(run: Run) -> str:
+def _hash_run(run: Run) -> str:
     digest = hashlib.sha256()
     for checkpoint in run.checkpoints:
         digest.update(

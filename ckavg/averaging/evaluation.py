@@ -15,7 +15,7 @@ from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.errors import SettingError, WriteError
 from ckavg.output.card import write_card
 from ckavg.output.hashing import sha256
-from ckavg.output.owned import CARD, PICTURE
+from ckavg.output.owned import CARD, PLOT
 from ckavg.output.published import published
 from ckavg.output.record import Evaluation, Record
 from ckavg.storage.atomic import write_bytes
@@ -27,7 +27,7 @@ _NUMBER = re.compile(
     re.IGNORECASE,
 )
 
-_OF_A_JOB = re.compile(
+_JOB_VARIABLES = re.compile(
     r"(?:(?:LOCAL_|GROUP_|ROLE_|NODE_)?(?:RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(?:ADDR|PORT)|TORCHELASTIC_.*"
     r"|(?:OMPI_COMM_WORLD|PMI|PMIX|MV2_COMM_WORLD)_(?:LOCAL_)?(?:RANK|SIZE))"
 )
@@ -65,7 +65,8 @@ def evaluate(directory: Path, command: str) -> Evaluation:
             stdout=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             check=False,
-            env={name: value for name, value in os.environ.items() if not _OF_A_JOB.fullmatch(name)} | {_PATH: path},
+            env={name: value for name, value in os.environ.items() if not _JOB_VARIABLES.fullmatch(name)}
+            | {_PATH: path},
         )
     except (OSError, ValueError) as error:
         return Evaluation(command, None, f"it could not be run: {error}")
@@ -124,7 +125,7 @@ def _with_card(evaluated: Record, plan: Plan) -> Record:
     path = output.directory / CARD
     if sha256(path.read_bytes()) != output.sha256[CARD]:
         return evaluated
-    picture = PICTURE if PICTURE in output.files else None
+    picture = PLOT if PLOT in output.files else None
     card = write_card(published(evaluated), plan.scheme, plan.origin, picture=picture).encode()
     write_bytes(path, card, follow=False)
     output = dataclasses.replace(output, sha256=output.sha256 | {CARD: sha256(card)})

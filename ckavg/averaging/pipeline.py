@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from ckavg import __version__
 from ckavg.averaging.distributed import check_same_plans, check_same_run, finalize, open_writers, stage
-from ckavg.averaging.plan import Options, Plan, check_together, fetch, fetching_of, fetching_of_path, plan_averages
+from ckavg.averaging.plan import Options, Plan, check_compatible, fetch, fetching_of, fetching_of_path, plan_averages
 from ckavg.averaging.record import Work, completed, record_of
 from ckavg.checkpoints.fingerprints import Fingerprints, check_unchanged, fingerprint_run
 from ckavg.checkpoints.run import Run
@@ -172,7 +172,7 @@ def carry_out(plans: Sequence[Plan], context: Context) -> Done:
     begun = time.perf_counter()
     run, options, ranks = plans[0].run, plans[0].options, context.ranks
     with ranks.fail_together(), ExitStack() as stack:
-        check_together(plans)
+        check_compatible(plans)
         context = tuned(context, averages=len(plans))
         check_same_plans(plans, ranks)
         if ranks.is_first:

@@ -284,7 +284,7 @@ def _snapshots(run: Run, start: int, every: int | None) -> tuple[int, ...]:
     return chosen
 
 
-def check_together(plans: Sequence[Plan]) -> None:
+def check_compatible(plans: Sequence[Plan]) -> None:
     """Refuse plans that cannot be carried out together, each sound by itself.
 
     Raises:
@@ -368,7 +368,7 @@ def _readings(run: Run, path: PathPlan | None, start: int) -> dict[RemotePath, f
 _LIBRARIES = 235_000_000
 """Python, torch and the other libraries, before anything is read: measured on Linux with torch for the CPU."""
 
-_PICTURE = 45_000_000
+_PLOT = 45_000_000
 """matplotlib, and what it takes for the picture in a card."""
 
 _PER_ENTRY = 450
@@ -402,5 +402,5 @@ def memory_bytes(plans: Sequence[Plan]) -> int:
     headers = sum(len(shard.header) for shard in plans[0].weights.shards)
     fetching = fetching_of(plans)
     window = min(HELD_BYTES, fetching.streamed_bytes) if fetching is not None else 0
-    libraries = _LIBRARIES + (_PICTURE if find_spec("matplotlib") else 0)
+    libraries = _LIBRARIES + (_PLOT if find_spec("matplotlib") else 0)
     return libraries + buffers + known + 2 * (beside + headers) + window

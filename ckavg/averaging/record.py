@@ -13,7 +13,7 @@ from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.run import FLOATING, Run
 from ckavg.output.card import write_card
 from ckavg.output.hashing import sha256
-from ckavg.output.owned import CARD, LOCAL, PICTURE
+from ckavg.output.owned import CARD, LOCAL, PLOT
 from ckavg.output.published import local_of, published
 from ckavg.output.record import Input, Output, Record, Seconds
 from ckavg.path.table import PathLength
@@ -142,18 +142,18 @@ def completed(
     files: dict[str, bytes] = {}
     of_outputs: list[Record] = []
     for output, (index, out) in zip(record.outputs, plan.outputs.items(), strict=True):
-        own, drawn = record, {PICTURE: picture} if picture is not None else {}
+        own, plots = record, {PLOT: picture} if picture is not None else {}
         if index in plan.snapshots:
             own = dataclasses.replace(record, weights=effective_weights(coefficients, index), outputs=(output,))
-            drawn = {}  # there may be very many of them
-        output = dataclasses.replace(output, files=tuple(sorted({*output.files, *drawn})))
-        card = write_card(published(own), plan.scheme, plan.origin, picture=PICTURE if drawn else None)
+            plots = {}  # there may be very many of them
+        output = dataclasses.replace(output, files=tuple(sorted({*output.files, *plots})))
+        card = write_card(published(own), plan.scheme, plan.origin, picture=PLOT if plots else None)
         place = out.relative_to(plan.out)
-        beside = plan.side_files | drawn | {CARD: card.encode()}
+        beside = plan.side_files | plots | {CARD: card.encode()}
         files |= {str(place / name): data for name, data in beside.items()}
-        digests = {shard.name: of_weights[place / shard.name] for shard in plan.weights.shards}
-        digests |= {name: sha256(data) for name, data in beside.items()}
-        of_outputs.append(dataclasses.replace(own, outputs=(dataclasses.replace(output, sha256=digests),)))
+        hashes = {shard.name: of_weights[place / shard.name] for shard in plan.weights.shards}
+        hashes |= {name: sha256(data) for name, data in beside.items()}
+        of_outputs.append(dataclasses.replace(own, outputs=(dataclasses.replace(output, sha256=hashes),)))
     record = dataclasses.replace(record, outputs=tuple(own.outputs[0] for own in of_outputs))
     for own, (index, out) in zip(of_outputs, plan.outputs.items(), strict=True):
         of_output = own if index in plan.snapshots else record

@@ -78,19 +78,19 @@ class BlockResult:
     checkpoints are not, and how many elements are the same infinity in all.
     """
 
-    digests: tuple[str, ...]
+    hashes: tuple[str, ...]
     nonfinite: tuple[int, ...]
     infinite: int = 0
 
     def to_json(self) -> list[Any]:
         """The same as JSON values."""
-        return [list(self.digests), list(self.nonfinite), self.infinite]
+        return [list(self.hashes), list(self.nonfinite), self.infinite]
 
     @classmethod
     def from_json(cls, values: list[Any]) -> BlockResult:
         """The same from such values."""
-        digests, nonfinite, *infinite = values
-        return cls(tuple(digests), tuple(nonfinite), *infinite)
+        hashes, nonfinite, *infinite = values
+        return cls(tuple(hashes), tuple(nonfinite), *infinite)
 
 
 def replay(
@@ -140,14 +140,14 @@ def replay(
         quiet = dataclasses.replace(context, on_progress=None)
         of_written = [run.checkpoints[index] for index in written]
         nbytes += stream("replay", of_written, cut_blocks(copied), copy_worker, quiet).bytes_read
-    digests = [block_result.digests for block_result in averaged.results]
+    hashes = [block_result.hashes for block_result in averaged.results]
     nonfinite = [
         sum(block_result.nonfinite[place] for block_result in averaged.results) for place in range(len(averages))
     ]
     infinite = sorted(
         {block.name for block, block_result in zip(blocks, averaged.results, strict=True) if block_result.infinite}
     )
-    return Replayed(nbytes, (None,) * first + checksums(read, blocks, digests), tuple(nonfinite), tuple(infinite))
+    return Replayed(nbytes, (None,) * first + checksums(read, blocks, hashes), tuple(nonfinite), tuple(infinite))
 
 
 def check_constant(run: Run, context: Context) -> int:
@@ -226,7 +226,7 @@ class _AverageWorker:
         self._nonfinite, self._infinite = [0] * len(self._averages), 0
         for start, stop in block.tiles(self._tile):
             self._average_tile(block.name, start, stop, buffer[: stop - start], states)
-        return BlockResult(sums.digests(), tuple(self._nonfinite), self._infinite)
+        return BlockResult(sums.hashes(), tuple(self._nonfinite), self._infinite)
 
     def _average_tile(self, name: str, start: int, stop: int, theta: Tensor, states: Sequence[State]) -> None:
         last = len(self._run.checkpoints) - 1

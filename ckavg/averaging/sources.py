@@ -131,7 +131,7 @@ def inspect_source(source: AnyPath | str, selection: Selection, *, max_disk: int
         raise
     remote = storages_of([found.source, *(checkpoint.path for checkpoint in found.checkpoints)])
     for each in remote:
-        each.forget_heads()
+        each.forget_headers()
     for problem in found.problems:
         if isinstance(problem, MissingShardError) and any(each.is_offline for each in remote):
             problem.hint = f"It is not in the cache, or not all of it. {GO_ONLINE}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ckavg.checkpoints.headers import SHARDED, Header, read_header
 from ckavg.checkpoints.run import Checkpoint, Kind, Shard, TensorInfo
-from ckavg.checkpoints.unsupported import holds_foreign, refused, refused_slices
+from ckavg.checkpoints.unsupported import holds_unsupported, refused, refused_slices
 from ckavg.checkpoints.weight_files import WEIGHTS, LeftOut, Weights, beside, by_family, find_weights
 from ckavg.errors import (
     CkavgError,
@@ -88,7 +88,7 @@ def read_checkpoint(path: AnyPath, step: int, *, within: AnyPath | None = None) 
 def _read_file(path: AnyPath, step: int) -> Checkpoint:
     found = problem_with(path, Bounds((Path("/"),)))  # named by itself, a link may lead anywhere
     raise_all([] if found is None else [found])
-    if path.suffix != WEIGHTS and path.is_file() and holds_foreign(path):
+    if path.suffix != WEIGHTS and path.is_file() and holds_unsupported(path):
         raise _no_weights(path, [])
     if isinstance(path, Path) and path.is_symlink() and not path.exists():
         raise MissingShardError(

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ckavg.storage.base import AnyPath
 
-OF_TRAINING = (
+TRAINING_STATE = (
     "(^|[^a-z])(optim(?!al)|opts?($|[^a-z])|sched|scaler|(data_?)?loader|sampler|rng|random_state|"
     "(ema|swa|avg|averaged|shadow)($|[^a-z]))"
 )
@@ -30,7 +30,7 @@ import argparse, json, os, re, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 
-OF_TRAINING = re.compile("(?i)@OF_TRAINING")
+TRAINING_STATE = re.compile("(?i)@TRAINING_STATE")
 MODELS = "state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "student"
 
 def flat(tensors, before=""):
@@ -42,7 +42,7 @@ def flat(tensors, before=""):
 
 def weights(saved, top=True):
     held = {str(name): value for name, value in saved.items() if any(flat({name: value}))}
-    kept = [name for name in held if "." in name or not OF_TRAINING.search(name)]
+    kept = [name for name in held if "." in name or not TRAINING_STATE.search(name)]
     parts = [name for name in kept if isinstance(held[name], dict)]
     loose = [name for name in kept if torch.is_tensor(held[name]) and (held[name].ndim or not parts)]
     known = [name for name in MODELS if name in parts]
@@ -102,7 +102,7 @@ def load(reader):
     tensors = {
         name: torch.empty(each.size, dtype=each.properties.dtype)
         for name, each in stored.state_dict_metadata.items()
-        if hasattr(each, "size") and not (places.get(name, ())[1:] and OF_TRAINING.search(str(places[name][0])))
+        if hasattr(each, "size") and not (places.get(name, ())[1:] and TRAINING_STATE.search(str(places[name][0])))
     }
     dcp.load(tensors, storage_reader=reader, no_dist=True)
     for name, tensor in tensors.items():
@@ -192,7 +192,7 @@ def _in_octal(char: str) -> str:
 
 
 def _program(source: str, paths: Iterable[AnyPath]) -> str:
-    lines = source.replace("@OF_TRAINING", OF_TRAINING).replace("    ", " ").splitlines()
+    lines = source.replace("@TRAINING_STATE", TRAINING_STATE).replace("    ", " ").splitlines()
     text = json.dumps("\n".join(filter(None, lines)))
     return f"{interpreter(ours=True)} -c {shlex.quote(f'exec({text})')} {_words(paths)}"
 

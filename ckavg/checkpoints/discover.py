@@ -29,7 +29,7 @@ from ckavg.checkpoints.layouts import (
 )
 from ckavg.checkpoints.same import same_weights
 from ckavg.checkpoints.trainer_log import TRAINER_STATE, contradiction, logged_losses, read_trainer_state
-from ckavg.checkpoints.unsupported import conversion, foreign_weights, holds_foreign, stem
+from ckavg.checkpoints.unsupported import conversion, holds_unsupported, stem, unsupported_weights
 from ckavg.checkpoints.weight_files import WEIGHTS, find_weights, holds_weights, list_folder
 from ckavg.errors import (
     CkavgError,
@@ -190,7 +190,7 @@ def _beginning(names: Sequence[str]) -> str:
     return "".join(first[0] for first in itertools.takewhile(lambda each: len(set(each)) == 1, columns))
 
 
-def foreign_logs(candidates: Iterable[Candidate]) -> list[CkavgError]:
+def unrelated_logs(candidates: Iterable[Candidate]) -> list[CkavgError]:
     """An error where the trainers' logs tell that the candidates are of more than one run."""
     of_log: dict[int, list[str]] = defaultdict(list)
     for candidate in candidates:
@@ -313,7 +313,7 @@ def _holds_safetensors(path: AnyPath) -> bool:
 def _holds_any(path: AnyPath) -> bool:
     """The same for weights of any kind."""
     try:
-        return _holds_safetensors(path) or holds_foreign(path)
+        return _holds_safetensors(path) or holds_unsupported(path)
     except OSError:
         return True
 
@@ -347,7 +347,7 @@ def _files_of_runs(found: Sequence[Candidate], twins: set[AnyPath], warnings: li
     by_stem: dict[str, list[Candidate]] = defaultdict(list)
     for candidate in found:
         by_stem[candidate.label.stem].append(candidate)
-    return [each for of_run in by_stem.values() for each in _once(_on_one_clock(of_run), twins, warnings)]
+    return [each for of_run in by_stem.values() for each in _without_twins(_on_one_clock(of_run), twins, warnings)]
 
 
 def _on_one_clock(files: Sequence[Candidate]) -> list[Candidate]:
@@ -355,7 +355,7 @@ def _on_one_clock(files: Sequence[Candidate]) -> list[Candidate]:
     stated = {each: stated_step(peek_metadata(each.path, STATING)) for each in files}
     numbered = [each for each in files if each.label.number is not None]
     if all(step is not None for step in stated.values()):
-        _check_headers_agree([(each, stated[each] or 0) for each in numbered])
+        _check_headers_consistent([(each, stated[each] or 0) for each in numbered])
         return [_stating(each, step) for each, step in stated.items()]
     clocks = {each.label.clock for each in numbered}
     kept = [each for each in numbered if len(clocks) == 1 or each.label.clock == "step"]
@@ -377,7 +377,7 @@ def _stating(file: Candidate, step: int | None) -> Candidate:
     return file if step is None else dataclasses.replace(file, step=step, stated=True)
 
 
-def _check_headers_agree(numbered: Sequence[tuple[Candidate, int]]) -> None:
+def _check_headers_consistent(numbered: Sequence[tuple[Candidate, int]]) -> None:
     """Refuse headers that order the files of one clock in another way than their names."""
     by_number = sorted(numbered, key=lambda each: (each[0].label.clock, each[0].label.number or 0))
     for (before, first), (after, second) in itertools.pairwise(by_number):
@@ -389,7 +389,7 @@ def _check_headers_agree(numbered: Sequence[tuple[Candidate, int]]) -> None:
             )
 
 
-def _once(files: Sequence[Candidate], twins: set[AnyPath], warnings: list[str]) -> list[Candidate]:
+def _without_twins(files: Sequence[Candidate], twins: set[AnyPath], warnings: list[str]) -> list[Candidate]:
     """The files without those that hold the weights of another one: the last of a run is often saved twice."""
     kept: list[Candidate] = []
     for each in sorted(files, key=lambda each: (each.step, each.label.number is None)):
@@ -514,7 +514,7 @@ def _nothing_found(source: AnyPath, match: str | None) -> CkavgError:
         )
     if holds_weights(source) or any((source / name).is_file() for name in ("model_index.json", "modules.json")):
         return _one_checkpoint(source)
-    foreign = [name for name in names if foreign_weights([name])]
+    foreign = [name for name in names if unsupported_weights([name])]
     found = conversion(_numbered(source, foreign))
     if found is not None:
         more = f" and {len(foreign) - 1} more like it" if len(foreign) > 1 else ""

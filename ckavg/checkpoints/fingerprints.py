@@ -42,7 +42,7 @@ def fingerprint(checkpoint: Checkpoint) -> str | None:
             status = shard.path.stat()
         except OSError:
             return None
-        if not _settled(status.st_ctime_ns):
+        if not _is_old_enough(status.st_ctime_ns):
             return None
         parts.append([status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns])
     parts += [
@@ -81,7 +81,7 @@ def _change_of(shard: Shard) -> CkavgError | None:
     )
 
 
-def _settled(changed: int) -> bool:
+def _is_old_enough(changed: int) -> bool:
     """Whether another change from now on would get another time; it is worth a short wait, not a long one."""
     age, tick = time.time_ns() - changed, _tick(changed)
     if 0 <= age < tick <= _FINE_CLOCK_NS:

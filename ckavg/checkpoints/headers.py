@@ -121,9 +121,9 @@ def contradictions(
     hashes: set[str] = set()
     last = checkpoints[-1]
     for part in last.parts:
-        of_last = _of_part(last, part)
+        of_last = _metadata_in(last, part)
         for checkpoint in checkpoints[:-1]:
-            other = _of_part(checkpoint, part)
+            other = _metadata_in(checkpoint, part)
             from_elsewhere = anchor_is_init and checkpoint is checkpoints[0]
             keys = other.keys() & of_last.keys() if from_elsewhere else other.keys() | of_last.keys()
             differing = sorted(key for key in keys if not _alike(other.get(key), of_last.get(key)))
@@ -148,7 +148,7 @@ def without(checkpoint: Checkpoint, entries: frozenset[str]) -> Checkpoint:
     return dataclasses.replace(checkpoint, shards=shards)
 
 
-def _of_part(checkpoint: Checkpoint, part: str) -> dict[str, str]:
+def _metadata_in(checkpoint: Checkpoint, part: str) -> dict[str, str]:
     return {key: value for shard in checkpoint.shards if shard.part == part for key, value in shard.metadata.items()}
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from ckavg.checkpoints import headers as metadata
 from ckavg.checkpoints.check_consistent import common_part, differences, ungathered
 from ckavg.checkpoints.configs import contradictions, quantized, read_facts, ties_embeddings
-from ckavg.checkpoints.discover import Scan, duplicate_steps, foreign_logs, scan, several_runs
-from ckavg.checkpoints.loader import Reading
+from ckavg.checkpoints.discover import Scan, duplicate_steps, scan, several_runs, unrelated_logs
+from ckavg.checkpoints.loader import Loader
 from ckavg.checkpoints.run import Checkpoint, Run, Selection, WhyLeftOut
 from ckavg.checkpoints.same import changing, constant_parts, tied_copies
 from ckavg.checkpoints.unsupported import refused, refused_slices
@@ -85,15 +85,15 @@ def inspect_run(source: AnyPath, selection: Selection) -> Inspection:
         NoCheckpointsError, MixedOrderError, ReadError, SettingError: there is nothing to inspect.
     """
     found = scan(source, match=selection.match)
-    reading = Reading(found, selection)
-    while not reading.is_done():
-        reading.go_on()
-    candidates, checkpoints = reading.candidates, reading.checkpoints
+    loader = Loader(found, selection)
+    while not loader.is_done():
+        loader.go_on()
+    candidates, checkpoints = loader.candidates, loader.checkpoints
     with_init = selection.init is not None
     of_several = several_runs(candidates) or metadata.several_runs(checkpoints[with_init:])
     twice = [] if of_several else duplicate_steps(candidates)
-    problems = [*reading.problems, *twice, *foreign_logs(candidates), *of_several]
-    warnings = [*found.warnings, *reading.warnings, *_about_count(found, selection)]
+    problems = [*loader.problems, *twice, *unrelated_logs(candidates), *of_several]
+    warnings = [*found.warnings, *loader.warnings, *_about_count(found, selection)]
     if len(candidates) + with_init < 2:
         problems.append(_too_few(found, len(candidates), checkpoints))
     if checkpoints and not of_several:

@@ -272,7 +272,7 @@ _TRAINING_STATE = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 _NO_WEIGHTS_IN = (".", "runs", "logs", "wandb", "averaged", "__pycache__", "pytorch_model_fsdp_")
-_PLACE = re.compile(r"\d{1,4}", re.ASCII)
+_NUMBERED = re.compile(r"\d{1,4}", re.ASCII)
 
 
 def is_half_written(name: str) -> bool:
@@ -308,4 +308,4 @@ def may_hold_model(folder: str, depth: int = 0) -> bool:
     """
     if folder.startswith(_NO_WEIGHTS_IN):
         return False
-    return read_label(folder) is None or (depth > 0 and _PLACE.fullmatch(folder) is not None)
+    return read_label(folder) is None or (depth > 0 and _NUMBERED.fullmatch(folder) is not None)

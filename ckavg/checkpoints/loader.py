@@ -29,7 +29,7 @@ MOST_CHECKPOINTS = 10_000
 _INCOMPLETE = (MissingShardError, TruncatedShardError)
 
 
-class Reading:
+class Loader:
     """Chooses checkpoints and reads them; again, where some that were chosen turned out to be incomplete."""
 
     def __init__(self, found: Scan, selection: Selection) -> None:

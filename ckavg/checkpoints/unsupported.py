@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from ckavg.checkpoints.conversion import OF_TRAINING, for_each, from_distributed, from_pickles, interpreter, word
+from ckavg.checkpoints.conversion import TRAINING_STATE, for_each, from_distributed, from_pickles, interpreter, word
 from ckavg.errors import UnsupportedFormatError
 from ckavg.storage.base import AnyPath
 from ckavg.storage.local import storage_of, walk
@@ -23,7 +23,7 @@ _NOT_WEIGHTS = re.compile(
     r"optimizer.*|scheduler.*|scaler.*|rng_state.*|training_args.*|random_states.*|sampler.*|dl_state.*|"
     r"custom_checkpoint.*|.*_optim_states\.pt|common\.pt"
 )
-_STATE = re.compile(rf"{OF_TRAINING}|^(?:train(?:er|ing)?(?:_state)?|recipe_state|meta)[.]", re.IGNORECASE)
+_STATE = re.compile(rf"{TRAINING_STATE}|^(?:train(?:er|ing)?(?:_state)?|recipe_state|meta)[.]", re.IGNORECASE)
 _ZERO = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_(?:model|optim)_states\.pt")
 _RANK = re.compile(r"mp_rank_\d+_model_states\.pt")
 _MOST_NAMES = 2000
@@ -35,7 +35,7 @@ _BESIDE = f"{_CONVERTS} and changes nothing that is there:"
 
 
 @dataclass(frozen=True, slots=True)
-class Foreign:
+class Unsupported:
     """Weights of one or several checkpoints that are not read.
 
     Attributes:
@@ -51,13 +51,13 @@ class Foreign:
     command: str
 
 
-def foreign_weights(names: Iterable[str]) -> str | None:
+def unsupported_weights(names: Iterable[str]) -> str | None:
     """The first of the files that holds weights in a format that is not read; None where there is none.
 
-    >>> foreign_weights(["config.json", "optimizer.pt", "pytorch_model.bin"])
+    >>> unsupported_weights(["config.json", "optimizer.pt", "pytorch_model.bin"])
     'pytorch_model.bin'
     """
-    return next(iter(sorted(name for name in names if _is_foreign(name))), None)
+    return next(iter(sorted(name for name in names if _is_unsupported(name))), None)
 
 
 def stem(name: str) -> str:
@@ -70,12 +70,12 @@ def stem(name: str) -> str:
     return name.removesuffix(ending)
 
 
-def holds_foreign(path: AnyPath) -> bool:
+def holds_unsupported(path: AnyPath) -> bool:
     """Whether a directory, or a file, holds weights in a format that is not read."""
-    return bool(_foreign_names(path))
+    return bool(_unsupported_names(path))
 
 
-def conversion(paths: Iterable[AnyPath]) -> Foreign | None:
+def conversion(paths: Iterable[AnyPath]) -> Unsupported | None:
     """What to do with all checkpoints whose weights are in formats that are not read; None where there are none.
 
     Args:
@@ -83,12 +83,12 @@ def conversion(paths: Iterable[AnyPath]) -> Foreign | None:
     """
     groups: dict[tuple[object, ...], _Group] = {}
     for path in paths:
-        found = _foreign_names(path)
+        found = _unsupported_names(path)
         for form in _FORMATS:
             name = next((name for name in found if form.pattern.fullmatch(name)), None)
             if name is not None:
                 laid_out = (path.parent, path.suffix, _numberless(name.rpartition("/")[0]))
-                key = (form,) if form.advise is _of_pickles else (form, *laid_out)
+                key = (form,) if form.advise is _find_pickles else (form, *laid_out)
                 group = groups.setdefault(key, _Group(form))
                 group.found[path] = found
                 group.names.append(name)
@@ -97,7 +97,7 @@ def conversion(paths: Iterable[AnyPath]) -> Foreign | None:
         return None
     is_here = all(isinstance(path, Path) for group in groups.values() for path in group.found)
     advised = [group.form.advise(group) for group in groups.values()] if is_here else [(DOWNLOAD_FIRST, "")]
-    return Foreign(
+    return Unsupported(
         " and ".join(dict.fromkeys(group.form.kind for group in groups.values())),
         {path: file for group in groups.values() for path, file in zip(group.found, group.files, strict=True)},
         " ".join(dict.fromkeys(told for told, _ in advised)),
@@ -137,7 +137,7 @@ def refused_slices(directories: Sequence[AnyPath]) -> UnsupportedFormatError:
     )
 
 
-def _is_foreign(name: str) -> bool:
+def _is_unsupported(name: str) -> bool:
     return name.endswith(PICKLES + OTHERS) and _NOT_WEIGHTS.fullmatch(name.rpartition("/")[2]) is None
 
 
@@ -146,10 +146,10 @@ def _is_state(name: str) -> bool:
     return any(_STATE.search(part) for part in PurePosixPath(name).parts)
 
 
-def _foreign_names(path: AnyPath) -> list[str]:
+def _unsupported_names(path: AnyPath) -> list[str]:
     """What is not read of a directory, by relative path, weights of the model before the rest; of a file its name."""
     names = _names_below(path) if path.is_dir() else [path.name]
-    found = [name for name in names if _is_foreign(name) or _ZERO.fullmatch(name.rpartition("/")[2])]
+    found = [name for name in names if _is_unsupported(name) or _ZERO.fullmatch(name.rpartition("/")[2])]
     return sorted(found, key=lambda name: (_is_state(name), name))
 
 
@@ -214,27 +214,27 @@ class _Group:
         return f"{_CONVERTS}, in {out}{note}:", for_each(self.found, command.replace("$o", f"{word(out)}/{name}"))
 
 
-def _of_pickles(group: _Group) -> tuple[str, str]:
+def _find_pickles(group: _Group) -> tuple[str, str]:
     pickles = [(path, name) for path, names in group.found.items() for name in names if name.endswith(PICKLES)]
     weights = [each for each in pickles if not (_is_state(each[1]) or _is_beside_weights(*each))]
     return _BESIDE, from_pickles(_file(path, name) for path, name in weights or pickles)
 
 
-def _of_torch_distributed(group: _Group) -> tuple[str, str]:
+def _find_torch_distributed(group: _Group) -> tuple[str, str]:
     if "policy/weights/" in group.names[0]:
         return group.for_each(
             'uv run examples/converters/convert_dcp_to_hf.py --config="$d"/config.yaml '
             '--dcp-ckpt-path="$d"/policy/weights --hf-ckpt-path=$o'
         )
     if group.first.name.startswith("iter_"):
-        return _of_megatron(group)
+        return _find_megatron(group)
     if group.folders[0].name.startswith("pytorch_model_fsdp"):
         return _BESIDE, for_each(group.folders, f'accelerate merge-weights "$d" {_above(group.depth)}')
     checkpoint = f"path.parents[{group.depth - 1}]" if group.depth else "path"
     return _BESIDE, from_distributed(group.folders, _target(checkpoint, group.first))
 
 
-def _of_megatron(group: _Group) -> tuple[str, str]:
+def _find_megatron(group: _Group) -> tuple[str, str]:
     code = "from megatron.bridge import AutoBridge as B; B.from_hf_pretrained('BASE_MODEL').export_ckpt(*sys.argv[1:])"
     return group.for_each(
         f'{interpreter(ours=False)} -c "import sys; {code}" "$d" $o',
@@ -242,7 +242,7 @@ def _of_megatron(group: _Group) -> tuple[str, str]:
     )
 
 
-def _of_zero(group: _Group) -> tuple[str, str]:
+def _find_zero(group: _Group) -> tuple[str, str]:
     """DeepSpeed's script lies beside the folder with the pieces: in the checkpoint, or beside all of them."""
     python = interpreter(ours=False)
     if group.first.suffix == ".ckpt":
@@ -256,7 +256,7 @@ def _of_zero(group: _Group) -> tuple[str, str]:
     return _BESIDE, for_each(group.folders, command.replace("$o", _above(group.depth)))
 
 
-def _of_ranks(group: _Group) -> tuple[str, str]:
+def _find_ranks(group: _Group) -> tuple[str, str]:
     if sum(_RANK.fullmatch(name.rpartition("/")[2]) is not None for name in group.found[group.first]) == 1:
         return _BESIDE, from_pickles(group.files, _target(f"path.parents[{group.depth}]", group.first))
     return group.for_each(
@@ -266,14 +266,14 @@ def _of_ranks(group: _Group) -> tuple[str, str]:
     )
 
 
-def _of_verl(group: _Group) -> tuple[str, str]:
+def _find_verl(group: _Group) -> tuple[str, str]:
     folder = "".join(f"/{word(part)}" for part in PurePosixPath(group.names[0]).parts[:-1])
     return group.for_each(
         f'{interpreter(ours=False)} -m verl.model_merger merge --backend fsdp --local_dir "$d"{folder} --target_dir $o'
     )
 
 
-def _of_nemo(group: _Group) -> tuple[str, str]:
+def _find_nemo(group: _Group) -> tuple[str, str]:
     return group.for_each(
         f"{interpreter(ours=False)} scripts/checkpoint_converters/convert_llama_nemo_to_hf.py --input_name_or_path "
         f'"$d"{"/*.nemo" if group.first.is_dir() else ""} --output_path pytorch_model.bin --hf_input_path BASE_MODEL '
@@ -283,7 +283,7 @@ def _of_nemo(group: _Group) -> tuple[str, str]:
     )
 
 
-def _of_others(group: _Group) -> tuple[str, str]:
+def _find_others(group: _Group) -> tuple[str, str]:
     return "Save the checkpoints as safetensors; ckavg reads nothing else.", ""
 
 
@@ -325,14 +325,14 @@ class _Format:
 _FORMATS = tuple(
     _Format(kind, re.compile(f"(?:.*/)?{pattern}"), advise)
     for kind, pattern, advise in (
-        ("files of Megatron", r"mp_rank_\d+(?:_\d+)*/(?:model_optim_rng|model_rng)\.pt", _of_megatron),
-        ("files of DeepSpeed", _ZERO.pattern, _of_zero),
-        ("files of DeepSpeed", _RANK.pattern, _of_ranks),
-        ("files of torch.distributed", r"[^/]+\.distcp", _of_torch_distributed),
-        ("files of verl", r"model_world_size_\d+_rank_\d+\.pt", _of_verl),
-        ("NeMo archives", r"[^/]+\.nemo", _of_nemo),
-        ("pickles", rf"[^/]+(?:{'|'.join(map(re.escape, PICKLES))})", _of_pickles),
-        ("weights in other formats", r"[^/]+", _of_others),
+        ("files of Megatron", r"mp_rank_\d+(?:_\d+)*/(?:model_optim_rng|model_rng)\.pt", _find_megatron),
+        ("files of DeepSpeed", _ZERO.pattern, _find_zero),
+        ("files of DeepSpeed", _RANK.pattern, _find_ranks),
+        ("files of torch.distributed", r"[^/]+\.distcp", _find_torch_distributed),
+        ("files of verl", r"model_world_size_\d+_rank_\d+\.pt", _find_verl),
+        ("NeMo archives", r"[^/]+\.nemo", _find_nemo),
+        ("pickles", rf"[^/]+(?:{'|'.join(map(re.escape, PICKLES))})", _find_pickles),
+        ("weights in other formats", r"[^/]+", _find_others),
     )
 )
 """The most telling first."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ckavg.checkpoints.layouts import is_averaged, is_training_state, may_hold_model
 from ckavg.checkpoints.run import Kind, WhyLeftOut
-from ckavg.checkpoints.unsupported import PICKLES, conversion, foreign_weights
+from ckavg.checkpoints.unsupported import PICKLES, conversion, unsupported_weights
 from ckavg.errors import UnsupportedFormatError
 from ckavg.storage.base import AnyPath, Listing
 from ckavg.storage.local import is_link, storage_of
@@ -27,7 +27,7 @@ _MODELS = ("model", "diffusion_pytorch_model")
 _INDEX = re.compile(r".+\.safetensors\.index(?:\.[\w-]+)?\.json", re.ASCII)
 _WHOLE = re.compile(r"(?:ft-)?model.*|consolidated.*|.*-\d+-of-\d+\.safetensors", re.ASCII)
 _PICKLED = re.compile(r"(?:diffusion_)?pytorch_model.*\.bin", re.ASCII)
-_OF_COUNT = re.compile(r"-\d+-of-\d+$", re.ASCII)
+_COUNTED = re.compile(r"-\d+-of-\d+$", re.ASCII)
 _CONSOLIDATED = re.compile(r"consolidated(?:[-_.]\d+)?", re.ASCII)
 _SECOND = re.compile(r"model_\d+", re.ASCII)
 _VARIANT = re.compile(
@@ -97,7 +97,7 @@ def find_weights(directory: AnyPath, own: Iterable[str] = ()) -> tuple[list[Weig
         names = frozenset(name for name in files if name.endswith(WEIGHTS))
         excluded = {name: why for name in names if (why := _not_of_model(name)) is not None}
         weights = choose(folder, names - excluded.keys(), files)
-        pickles = sorted(name for name in files if foreign_weights([name]) is not None)
+        pickles = sorted(name for name in files if unsupported_weights([name]) is not None)
         if weights is None and folder != directory:
             pickled += [place + name for name in pickles if _PICKLED.fullmatch(name)][:1]
         found += [] if weights is None else [weights]
@@ -183,12 +183,12 @@ def by_family(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """
     families: dict[str, list[str]] = defaultdict(list)
     for name in sorted(names):
-        families[_OF_COUNT.sub("", name.removesuffix(WEIGHTS))].append(name)
+        families[_COUNTED.sub("", name.removesuffix(WEIGHTS))].append(name)
     return {stem: tuple(of_stem) for stem, of_stem in families.items()}
 
 
 def _not_of_model(name: str) -> WhyLeftOut | None:
-    stem = _OF_COUNT.sub("", name.removesuffix(WEIGHTS))
+    stem = _COUNTED.sub("", name.removesuffix(WEIGHTS))
     if is_training_state(stem):
         return "training state"
     return "average" if is_averaged(stem) else None

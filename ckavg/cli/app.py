@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from ckavg import __version__
-from ckavg.cli.errors import FAILED, INTERRUPTED, mute_others, of_system
+from ckavg.cli.errors import FAILED, INTERRUPTED, mute_others, system_error
 from ckavg.cli.text import Stdout, warn
 from ckavg.errors import printable
 from ckavg.schemes import SCHEMES
@@ -132,7 +132,7 @@ def main() -> None:
     except KeyboardInterrupt:
         _leave(INTERRUPTED)
     except OSError as error:  # from --help or --version; verbs look after theirs
-        warn("error", of_system(error))
+        warn("error", system_error(error))
         _leave(FAILED)
 
 
@@ -175,7 +175,7 @@ def _leave(status: str | int | None) -> NoReturn:
         status = status or FAILED
     except OSError as error:
         if not status:  # else it was said before
-            warn("error", of_system(error))
+            warn("error", system_error(error))
         status = status or FAILED
     with suppress(OSError):
         if sys.stderr is not None:

@@ -14,7 +14,7 @@ from ckavg.averaging.pipeline import Done, carry_out
 from ckavg.averaging.plan import Options, Plan, checked, fetching_of, memory_bytes, output_path, plan_averages
 from ckavg.averaging.sources import inspect_source
 from ckavg.checkpoints.run import Run
-from ckavg.cli.errors import interrupted_with, together
+from ckavg.cli.errors import distributed, interrupted_with
 from ckavg.cli.options import Averaging, Command, Measuring, with_options
 from ckavg.cli.progress import show_progress
 from ckavg.cli.push import destination_of, print_pushed, push_shown, when_complete
@@ -48,7 +48,7 @@ def scheme_verb(name: str) -> Command:
     def verb(options: Averaging) -> None:
         values = {each.name: getattr(options, each.name) for each in own}
         stated = {each.name: values[each.name] for each in own if values[each.name] != each.default}
-        with together(verbose=options.verbose) as ranks:
+        with distributed(verbose=options.verbose) as ranks:
             _average(make_scheme(name, stated), options, ranks)
 
     verb.__name__, verb.__doc__ = name, help_of(name)
@@ -105,7 +105,7 @@ def plans_of(
     options: Averaging,
     ranks: Ranks,
     destination: Destination | None,
-    places_in: Callable[[Path], list[Path]],
+    paths_in: Callable[[Path], list[Path]],
 ) -> list[Plan]:
     """Plan averages by the options of their verb, and warn of what can be told before anything is read.
 
@@ -117,7 +117,7 @@ def plans_of(
         places_in: from the home of the run to the place of each result.
     """
     found = inspect_source(options.source, options.selection(schemes[0].every_from), max_disk=options.max_disk)
-    places = places_in(found.home)
+    places = paths_in(found.home)
     run = checked(found, places, force=options.force)
     check_plot(options, run)
     plans = plan_averages(

@@ -36,7 +36,7 @@ def demo(
     manual, byte by byte; its checkpoints are saved as the Hugging Face Trainer saves them.
     """
     with failures(verbose=verbose):
-        if Ranks.of_environment().world > 1:
+        if Ranks.from_environment().world > 1:
             raise SettingError("demo: this is work for one process.", hint="Start it without torchrun.")
         from ckavg.demo import held_out_loss, remove_earlier, train
 

@@ -44,7 +44,7 @@ def failures(*, verbose: bool) -> Iterator[None]:
     except OSError as error:  # of the environment rather than a bug: a path that is too long, a right that is missing
         _trace(error, verbose=verbose)
         if not isinstance(error, BrokenPipeError):  # nobody reads stdout any more, and so nobody misses it
-            warn("error", of_system(error))
+            warn("error", system_error(error))
         raise typer.Exit(FAILED) from error
     except MemoryError as error:
         _trace(error, verbose=verbose)
@@ -82,7 +82,7 @@ def message_of(error: CkavgError) -> tuple[str, str, str]:
     return "\n".join(lines), *own
 
 
-def of_system(error: OSError) -> str:
+def system_error(error: OSError) -> str:
     """What the system refused, and with which file or stream."""
     why = error.strerror or error
     if error.filename == Stdout.NAME:
@@ -97,7 +97,7 @@ def mute_others() -> None:
     from ckavg.engine.distributed import Ranks
 
     try:
-        if Ranks.of_environment().is_first:
+        if Ranks.from_environment().is_first:
             return
     except RanksError:  # raised again by the verb, and shown then
         return
@@ -109,7 +109,7 @@ def mute_others() -> None:
 
 
 @contextmanager
-def together(*, verbose: bool) -> Iterator[Ranks]:
+def distributed(*, verbose: bool) -> Iterator[Ranks]:
     """Join the other processes, if there are any. An error in one ends all of them, and is shown once."""
     from ckavg.engine.distributed import all_ranks
 

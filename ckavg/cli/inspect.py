@@ -87,7 +87,7 @@ def _warnings(found: Inspection) -> tuple[str, ...]:
 
 def _examine(found: Inspection, options: Inspecting) -> Health | None:
     """Read the weights of the checkpoints that can be read; in one process of a job alone."""
-    if not Ranks.of_environment().is_first:
+    if not Ranks.from_environment().is_first:
         return None
     from ckavg.averaging.plan import fetch_all
     from ckavg.verify.health import examine

@@ -22,7 +22,7 @@ from ckavg.averaging.sources import inspect_source
 from ckavg.checkpoints.inspect import as_run
 from ckavg.checkpoints.run import Run
 from ckavg.cli.average import check_plot, say_fetching
-from ckavg.cli.errors import together
+from ckavg.cli.errors import distributed
 from ckavg.cli.options import Measuring, with_options
 from ckavg.cli.progress import show_progress
 from ckavg.cli.text import Output, as_count, bar, plain_table, print_json, quoted, table_by_step, warn_of
@@ -53,7 +53,7 @@ def path(options: MeasuringPath) -> None:
 
     The table is kept in SOURCE/averaged/path.json, so that ckavg pema need not read the checkpoints for it again.
     """
-    with together(verbose=options.verbose) as ranks:
+    with distributed(verbose=options.verbose) as ranks:
         run = as_run(inspect_source(options.source, options.selection(), max_disk=options.max_disk))
         check_plot(options, run)
         if options.csv is not None:

@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from ckavg.averaging.evaluation import best, check_command, evaluate, record_evaluation
 from ckavg.averaging.plan import Plan, fetching_of
 from ckavg.cli.average import carry_out_shown, path_shown, plan_to_dict, plans_of, print_plans, write_plot
-from ckavg.cli.errors import INTERRUPTED, interrupted_with, together
+from ckavg.cli.errors import INTERRUPTED, distributed, interrupted_with
 from ckavg.cli.options import Averaging, result, with_options
 from ckavg.cli.push import destination_of, push_shown
 from ckavg.cli.text import Output, plain_table, print_json, quoted, say, sparkline, warn, warn_of
@@ -62,7 +62,7 @@ def sweep(options: Sweeping) -> None:
     of them is best.
     """
     words = list(options.words)
-    with together(verbose=options.verbose) as ranks:
+    with distributed(verbose=options.verbose) as ranks:
         if words and not is_scheme(words[0]):
             options = dataclasses.replace(options, source=Path(words.pop(0)))
         if not words:
@@ -85,11 +85,11 @@ def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -
             hint="Sweep each burn-in by itself.",
         )
 
-    def places_in(home: Path) -> list[Path]:
+    def paths_in(home: Path) -> list[Path]:
         base = options.out if options.out is not None else path_within(home, "averaged")
         return [path_within(base, scheme.label) for scheme in schemes]
 
-    plans = plans_of(schemes, options, ranks, destination, places_in)
+    plans = plans_of(schemes, options, ranks, destination, paths_in)
     if options.dry_run:
         if options.as_json:
             fetching = fetching_of(plans)

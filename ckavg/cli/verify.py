@@ -66,7 +66,7 @@ def verify(
                 hint="Add --replay or --sources.",
             )
 
-        def say_places(places: Sequence[str]) -> None:
+        def say_addresses(places: Sequence[str]) -> None:
             if fetch or not quiet:
                 for place in places:
                     say(printable(f"reading {place}"))
@@ -82,7 +82,7 @@ def verify(
                 elements=elements,
                 seed=seed,
                 on_progress=on_progress,
-                on_places=say_places,
+                on_addresses=say_addresses,
             )
         if as_json:
             print_json(verified.to_dict())

@@ -56,14 +56,14 @@ class BlockSums:
             tail[:rest] = data[chunks * width :]
             sums[first + chunks] = torch.frombuffer(tail, dtype=torch.int64).sum()
 
-    def digests(self) -> tuple[str, ...]:
+    def hashes(self) -> tuple[str, ...]:
         """The hash of the block's chunk sums, of each checkpoint."""
         chunks = -(-(self._block.stop - self._block.start) // CHUNK)
         return tuple(hashlib.sha256(row[:chunks].numpy().astype("<i8")).hexdigest()[:32] for row in self._sums)
 
 
 def checksums(
-    checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], digests: Sequence[tuple[str, ...]]
+    checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], hashes: Sequence[tuple[str, ...]]
 ) -> tuple[str, ...]:
     """The checksum of each checkpoint, over the tensors that were cut into blocks.
 
@@ -73,14 +73,14 @@ def checksums(
         digests: of every block, in the order of `blocks`: the hash for each checkpoint.
     """
     return tuple(
-        _checksum(checkpoint, {block: of_block[index] for block, of_block in zip(blocks, digests, strict=True)})
+        _checksum(checkpoint, {block: of_block[index] for block, of_block in zip(blocks, hashes, strict=True)})
         for index, checkpoint in enumerate(checkpoints)
     )
 
 
-def _checksum(checkpoint: Checkpoint, digests: Mapping[Block, str]) -> str:
+def _checksum(checkpoint: Checkpoint, hashes: Mapping[Block, str]) -> str:
     whole = hashlib.sha256()
-    for block in sorted(digests, key=lambda each: (each.name, each.start)):
+    for block in sorted(hashes, key=lambda each: (each.name, each.start)):
         entry = checkpoint.entries[block.name]
-        whole.update(json.dumps([block.name, entry.dtype, entry.shape, block.start, digests[block]]).encode())
+        whole.update(json.dumps([block.name, entry.dtype, entry.shape, block.start, hashes[block]]).encode())
     return whole.hexdigest()

@@ -53,7 +53,7 @@ class Ranks:
     _links: Links | None = None
 
     @classmethod
-    def of_environment(cls) -> Ranks:
+    def from_environment(cls) -> Ranks:
         """What torchrun tells a process in its environment, with no connection yet; elsewhere, one process alone."""
         names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
         if any(name not in os.environ for name in names):
@@ -212,7 +212,7 @@ def all_ranks(on_wait: Callable[[str], None] | None = None) -> Iterator[Ranks]:
     Raises:
         RanksError: the others do not come.
     """
-    ranks = Ranks.of_environment()
+    ranks = Ranks.from_environment()
     if ranks.world == 1:
         yield ranks
         return

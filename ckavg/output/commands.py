@@ -108,12 +108,12 @@ def _code(directory: Path, files: Mapping[str, bytes], weights: Sequence[str]) -
         place, prefix = directory / folder, f"{folder}/" if folder else ""
         adapter = _object(files, f"{prefix}adapter_config.json")
         if "peft_type" in adapter:
-            return _of_adapter(place, adapter)
+            return _load_adapter(place, adapter)
         config = _object(files, f"{prefix}config.json")
         if _is_class(config.get("_class_name")):
             return _from_pretrained("diffusers", config["_class_name"], place, variant)
         if "model_type" in config:
-            return _of_transformers(place, config, variant)
+            return _load_transformers(place, config, variant)
     first = directory / weights[0]
     if len(weights) == 1 or f"{weights[0]}.index.json" in files:
         return f"from safetensors.torch import load_file as f; f({_string(first)})"
@@ -125,7 +125,7 @@ def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     return read_config(files, name) if name in files else {}
 
 
-def _of_adapter(place: Path, config: Mapping[str, Any]) -> str:
+def _load_adapter(place: Path, config: Mapping[str, Any]) -> str:
     name = _ADAPTERS.get(str(config.get("task_type")))
     if name is None and config.get("auto_mapping"):
         name = "AutoPeftModel"
@@ -139,7 +139,7 @@ def _variant(weight: str) -> str:
     return "" if found is None else f', variant="{found[1]}"'
 
 
-def _of_transformers(place: Path, config: Mapping[str, Any], variant: str) -> str:
+def _load_transformers(place: Path, config: Mapping[str, Any], variant: str) -> str:
     own = config.get("auto_map")
     if isinstance(own, dict):
         name = next((key for key in own if key.startswith("AutoModelFor") and _is_class(key)), "AutoModel")

@@ -51,7 +51,7 @@ _TEXTS = {
 }
 """The fields of a run's card that hold for its average, and the form that the Hub expects of their values."""
 
-_OF_LICENSE = ("license", "license_name", "license_link")
+_LICENSE_FIELDS = ("license", "license_name", "license_link")
 _TASKS = {
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
@@ -144,13 +144,13 @@ def find_origin(run: Run, side_files: Mapping[str, bytes], card: Path | str | No
     of_trainer = [(run.last.directory, run.named(run.last)), (run.source, run.source)]  # where trainers save theirs
     of_run = _first_card(of_trainer, warnings)
     inherited = _inherited(of_run, run)
-    of_license = {key: inherited.pop(key) for key in _OF_LICENSE if key in inherited}
+    of_license = {key: inherited.pop(key) for key in _LICENSE_FIELDS if key in inherited}
     if not of_license:
         init = run.checkpoints[0]
         of_init = (
             _inherited(_first_card([(init.directory, run.named(init))], warnings), run) if run.anchor_is_init else {}
         )
-        of_license = {key: of_init[key] for key in _OF_LICENSE if key in of_init} or _license_beside(side_files)
+        of_license = {key: of_init[key] for key in _LICENSE_FIELDS if key in of_init} or _license_beside(side_files)
     base = _base_model(run, config, adapter, inherited.pop("base_model", None))
     relation = inherited.pop("base_model_relation", None)
     repository = _repository(str(run.source))
@@ -389,7 +389,7 @@ def _inherited(card: Mapping[str, Any], run: Run) -> dict[str, Any]:
         if isinstance(value, str) and len(value) <= _LONGEST and pattern.fullmatch(value):
             found[name] = value
     if "license" not in found:
-        return {name: value for name, value in found.items() if name not in _OF_LICENSE}
+        return {name: value for name, value in found.items() if name not in _LICENSE_FIELDS}
     return found
 
 

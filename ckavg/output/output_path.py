@@ -11,7 +11,7 @@ from pathlib import Path
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.run import Checkpoint, Run
 from ckavg.errors import CkavgError, OutputError, OutputExistsError, WriteError, listed
-from ckavg.output.owned import check_names, foreign_files, is_record
+from ckavg.output.owned import check_names, is_record, unknown_files
 from ckavg.storage.atomic import resolved
 from ckavg.storage.base import AnyPath
 
@@ -157,7 +157,7 @@ def check_replaceable(out: Path, *, force: bool, files: Collection[str] = ()) ->
         raise OutputExistsError(
             f"{out} already holds a result.", hint="Replace it with --force, or choose another place with --out."
         )
-    if foreign := foreign_files(out, files):
+    if foreign := unknown_files(out, files):
         raise OutputExistsError(
             f"{out} holds what is not of the result, and would be lost: {listed(foreign)}.",
             hint="It is left alone. Move what is yours away, or choose another place with --out.",

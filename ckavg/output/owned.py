@@ -18,7 +18,7 @@ from ckavg.errors import OutputExistsError, listed
 from ckavg.storage.atomic import check_own
 from ckavg.storage.untrusted import parse_json, read_small
 
-CARD, PICTURE = "README.md", "ckavg.svg"
+CARD, PLOT = "README.md", "ckavg.svg"
 """The model card, and the picture of the weights that it shows, beside it."""
 
 LOCAL = ".ckavg-local.json"
@@ -29,7 +29,7 @@ PARTIAL, REPLACED = ".ckavg-partial", ".ckavg-replaced"
 
 JOURNAL = ".ckavg-journal-"
 MARK = "." + "[0-9a-f]" * 32
-_KEPT_BESIDE = (f"{JOURNAL}*", f"{PARTIAL}.*", LOCAL, MARK, ".DS_Store")
+_CACHE_FILES = (f"{JOURNAL}*", f"{PARTIAL}.*", LOCAL, MARK, ".DS_Store")
 """Names in a result that no record lists: our own, and what a desktop leaves wherever it looks."""
 
 _LEAVE = "It is left alone. Remove it if you know what it is, or choose another place with --out."
@@ -50,7 +50,7 @@ def check_names(out: Path) -> None:
         _check_own(beside(out, ending), directory=True)
 
 
-def check_unfinished(directory: Path, files: Collection[str] = ()) -> None:
+def check_partial(directory: Path, files: Collection[str] = ()) -> None:
     """Refuse to fill or empty a directory, unless all of it is an unfinished result of ours.
 
     Args:
@@ -62,13 +62,13 @@ def check_unfinished(directory: Path, files: Collection[str] = ()) -> None:
         OSError: the system would not let us look.
     """
     _check_own(directory, directory=True)
-    known = {*files, *_recorded(directory), RESULT_RECORD, PICTURE}
+    known = {*files, *_recorded(directory), RESULT_RECORD, PLOT}
     has_journal = any(path.is_file() for path in directory.glob(f"{JOURNAL}*"))
     strange = []
     for path, is_directory in _all_in(directory):
         name = path.relative_to(directory).as_posix()
         of_snapshot = name.partition("/")[2]
-        is_ours = name in known or of_snapshot in known or _is_kept_beside(path.name)
+        is_ours = name in known or of_snapshot in known or _is_cache_file(path.name)
         _check_own(path, directory=is_directory and not is_ours)
         if not (is_ours or is_directory or (has_journal and path.suffix == ".safetensors")):
             strange.append(name)
@@ -108,7 +108,7 @@ def is_record(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def foreign_files(directory: Path, written: Collection[str] = ()) -> list[str]:
+def unknown_files(directory: Path, written: Collection[str] = ()) -> list[str]:
     """What lies in a result without being of it, by relative path, sorted.
 
     Args:
@@ -118,9 +118,9 @@ def foreign_files(directory: Path, written: Collection[str] = ()) -> list[str]:
     Raises:
         OSError: the system would not let us look.
     """
-    known = _recorded(directory) or {*written, PICTURE}
+    known = _recorded(directory) or {*written, PLOT}
     files = (path.relative_to(directory) for path, is_directory in _all_in(directory) if not is_directory)
-    return sorted(str(path) for path in files if path.as_posix() not in known and not _is_kept_beside(path.name))
+    return sorted(str(path) for path in files if path.as_posix() not in known and not _is_cache_file(path.name))
 
 
 def restore(out: Path) -> bool:
@@ -145,7 +145,7 @@ def clear_replaced(out: Path) -> None:
         OSError: the system would not let us.
     """
     aside = beside(out, REPLACED)
-    if not restore(out) and is_result(out) and check_own(aside, directory=True) and not foreign_files(aside):
+    if not restore(out) and is_result(out) and check_own(aside, directory=True) and not unknown_files(aside):
         remove(aside)
 
 
@@ -168,8 +168,8 @@ def _all_in(directory: Path) -> Iterator[tuple[Path, bool]]:
         yield from found
 
 
-def _is_kept_beside(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, each) for each in _KEPT_BESIDE)
+def _is_cache_file(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, each) for each in _CACHE_FILES)
 
 
 def _check_own(path: Path, *, directory: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import socket
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from ckavg.errors import RecordError
 from ckavg.output.owned import LOCAL
 from ckavg.output.record import BASE_MODEL, RUN, Record, Text, Texts, as_json, is_address, parse_fields
 from ckavg.storage.atomic import resolved
-from ckavg.storage.redaction import HIDDEN, without_places, without_secrets
+from ckavg.storage.redaction import HIDDEN, without_paths, without_secrets
 from ckavg.storage.untrusted import read_small
 
 _COMMON = frozenset({"root", "user", "home", "ubuntu", "admin", "runner", "nobody", "localhost"})
@@ -30,12 +30,12 @@ def published(record: Record) -> Record:
     Checkpoints are named as seen from the run; the run as seen from the result, where it holds that, else `RUN`; a base
     model that lies elsewhere is `BASE_MODEL`. Addresses stay.
     """
-    places = dict(_places(record))
+    places = dict(_paths(record))
 
     def told(text: Any) -> Any:
         if isinstance(text, tuple):
             return tuple(map(told, text))
-        return without_places(without_secrets(text), places.items()) if isinstance(text, str) else text
+        return without_paths(without_secrets(text), places.items()) if isinstance(text, str) else text
 
     selection = {name: told(value) for name, value in record.selection.items()}
     if "init" in selection:
@@ -107,14 +107,14 @@ def _run_from(record: Record) -> str:
     return way if set(Path(way).parts) == {os.pardir} else RUN
 
 
-def _places(record: Record) -> Iterator[tuple[str, str]]:
+def _paths(record: Record) -> Iterator[tuple[str, str]]:
     """Texts that name something on this machine, and what stands for each; the more telling ones last."""
     home, here = Path("~").expanduser() if "HOME" in os.environ else Path(), Path.cwd()
     known: list[tuple[object, str]] = [(home, "~"), (here, "."), (record.directory, "RESULT")]
     known += [(record.selection["init"], BASE_MODEL)] if "init" in record.selection else []
     known.append((record.source, RUN))
     local = [(Path(str(place)), name) for place, name in known if not is_address(place)]
-    for name in (socket.gethostname(), os.environ.get("USER", ""), os.environ.get("LOGNAME", ""), home.name):
+    for name in (platform.node(), os.environ.get("USER", ""), os.environ.get("LOGNAME", ""), home.name):
         if len(name) >= _LEAST and name not in _COMMON:
             yield name, HIDDEN
     for place, name in local:

@@ -34,7 +34,7 @@ MOST_VALUES = 1_000_000
 
 _LARGEST = 2**63
 _SHOWN = 60
-_TOLD = {"missing": "missing", "tuple_type": "a list", "dict_type": "an object", "dataclass_type": "an object"}
+_MESSAGES = {"missing": "missing", "tuple_type": "a list", "dict_type": "an object", "dataclass_type": "an object"}
 """What pydantic says by other words, by the types of its errors."""
 
 _BEYOND_ASCII = re.compile("[^\n -~]")
@@ -388,7 +388,7 @@ def _validated(fields: dict[str, Any]) -> Record:
         record = TypeAdapter(Record).validate_python(fields)
     except ValidationError as error:
         found = error.errors(include_input=False)  # which would be a copy of the whole record, time and again
-        wrong = [_wrong(fields, each["loc"], _TOLD.get(each["type"], each["msg"])) for each in found]
+        wrong = [_wrong(fields, each["loc"], _MESSAGES.get(each["type"], each["msg"])) for each in found]
         raise wrong[0] if len(wrong) == 1 else CombinedError(wrong) from error
     raise_all([RecordError(message) for is_wrong, message in _inconsistencies(record) if is_wrong])
     return record

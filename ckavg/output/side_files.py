@@ -13,17 +13,17 @@ from typing import Any
 from ckavg.checkpoints.checkpoint import RESULT_RECORD, own_folders
 from ckavg.checkpoints.layouts import is_averaged, is_training_state, may_hold_model
 from ckavg.checkpoints.run import DTYPE_NAMES, Checkpoint, Run
-from ckavg.checkpoints.unsupported import OTHERS, PICKLES, foreign_weights
+from ckavg.checkpoints.unsupported import OTHERS, PICKLES, unsupported_weights
 from ckavg.checkpoints.weight_files import holds_weights
 from ckavg.errors import ReadError, SettingError, listed
 from ckavg.output.layout import WeightPlan
-from ckavg.output.owned import CARD, PICTURE
+from ckavg.output.owned import CARD, PLOT
 from ckavg.storage.base import AnyPath, RemotePath
 from ckavg.storage.local import Bounds, problem_with, read_object, size_of, storage_of, walk
 
 CONFIG = "config.json"
 PIPELINE_CONFIG = "model_index.json"
-OF_FOLDERS = {PIPELINE_CONFIG, "modules.json"}
+FOLDER_CONFIGS = {PIPELINE_CONFIG, "modules.json"}
 """The files that list the folders of a model: of use beside these alone."""
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -49,7 +49,7 @@ _NOT_BESIDE_A_RUN = (
 )  # fmt: skip
 """What lies beside the checkpoints of a run without being of the model: samples, data, scripts."""
 
-_MADE_HERE = (CARD, RESULT_RECORD, PICTURE)
+_MADE_HERE = (CARD, RESULT_RECORD, PLOT)
 MOST_BYTES = 200_000_000
 """Of a side file: larger ones are not copied."""
 
@@ -159,7 +159,7 @@ def read_config(files: Mapping[str, bytes], name: str = CONFIG) -> dict[str, Any
 def _gather(checkpoint: Checkpoint, named: AnyPath, warnings: list[str]) -> dict[str, bytes]:
     directory = checkpoint.directory
     skipped = {"adapter_config.json"} if any(why == "adapter" for why, _ in checkpoint.left_out) else set()
-    skipped |= OF_FOLDERS if checkpoint.kind == "file" else set()
+    skipped |= FOLDER_CONFIGS if checkpoint.kind == "file" else set()
     own = own_folders(directory) if checkpoint.kind != "file" else frozenset()
     names = [
         name
@@ -174,7 +174,7 @@ def _beside_checkpoints(run: Run, warnings: list[str]) -> dict[str, bytes]:
     names = sorted(
         name
         for name in storage_of(run.source).list(run.source).files
-        if name not in OF_FOLDERS and is_side_file(PurePath(name), beside_a_run=True)
+        if name not in FOLDER_CONFIGS and is_side_file(PurePath(name), beside_a_run=True)
     )
     return _contents(run.source, names, Bounds.of(run.source, run.source), warnings)
 
@@ -305,7 +305,7 @@ def is_side_file(path: PurePath, own: Collection[str] = (), *, beside_a_run: boo
 
 
 def _is_weights(name: str) -> bool:
-    return name.endswith((".safetensors", ".index.json")) or foreign_weights([name]) is not None
+    return name.endswith((".safetensors", ".index.json")) or unsupported_weights([name]) is not None
 
 
 def _with_dtype(config: bytes, weights: WeightPlan, part: str) -> bytes:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
 import secrets
-import socket
 import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -27,7 +27,7 @@ from ckavg.output.owned import (
     REPLACED,
     beside,
     check_names,
-    check_unfinished,
+    check_partial,
     clear_replaced,
     empty,
     remove,
@@ -163,7 +163,7 @@ class Staging:
         while not (self.path / mark).exists():
             if time.monotonic() > end:
                 raise OutputError(
-                    f"{self._out.parent} on {socket.gethostname()} is not the same directory as on the first machine.",
+                    f"{self._out.parent} on {platform.node()} is not the same directory as on the first machine.",
                     hint="Choose a place with --out on a file system that all machines share.",
                 )
             time.sleep(0.05)
@@ -273,7 +273,7 @@ def _locked(directory: Path, files: Collection[str]) -> int:
         try:
             with suppress(FileNotFoundError):
                 if os.fstat(handle).st_ino == directory.lstat().st_ino:  # and not renamed meanwhile
-                    check_unfinished(directory, files)
+                    check_partial(directory, files)
                     return handle
         except BaseException:
             os.close(handle)
@@ -328,7 +328,7 @@ def remove_stale(directory: Path) -> None:
     for path in _named(directory, PARTIAL):
         with _held(path) as free, suppress(OSError, OutputExistsError):
             if free and not _is_worth_continuing(path) and _age(path) > _SECONDS_LEFT_ALONE:
-                check_unfinished(path)
+                check_partial(path)
                 remove(path)
     for out in _moved_aside(directory):
         _while_held(clear_replaced, out)

@@ -42,7 +42,7 @@ class WeightFiles:
         self, directory: Path, shards: tuple[ShardPlan, ...], *, create: bool = True, keep_open: bool = True
     ) -> None:
         self._paths = {directory / shard.name: shard for shard in shards}
-        self._places = {
+        self._positions = {
             name: (path, offset) for path, shard in self._paths.items() for name, offset in shard.offsets.items()
         }
         self._open: dict[Path, int] = {}
@@ -56,7 +56,7 @@ class WeightFiles:
 
     def put(self, name: str, offset: int, values: Tensor) -> None:
         """Write the bytes of tensor `name` from byte `offset` on: (n,) uint8 in CPU memory."""
-        path, start = self._places[name]
+        path, start = self._positions[name]
         with self._handle(path) as handle:
             _write_at(handle, values.numpy().data, start + offset)
 

@@ -31,7 +31,7 @@ Value = TypeVar("Value")
 
 _PREFIX, _SUFFIX = ".path-", ".ckavg-partial"
 _NAME = re.compile(rf"{re.escape(_PREFIX)}[0-9a-f]{{16}}-[0-9a-f]{{16}}-\d+{re.escape(_SUFFIX)}")
-_SECONDS_KEPT = 7 * 24 * 3600
+_SECONDS_CACHED = 7 * 24 * 3600
 
 
 class PathJournal:
@@ -45,7 +45,7 @@ class PathJournal:
     """
 
     def __init__(self, run: Run, fingerprints: Fingerprints, ranks: Ranks) -> None:
-        self._places = [place.parent for place in cache_files(run)]
+        self._paths = [place.parent for place in cache_files(run)]
         self._of_run = None if None in fingerprints else _hash(__version__, fingerprints)
         self._ranks = ranks
         self._key = ""
@@ -95,7 +95,7 @@ class PathJournal:
 
         What another process is writing now stays.
         """
-        for directory in self._places:
+        for directory in self._paths:
             for path in _journals(directory, ""):
                 with contextlib.suppress(OSError):
                     check_own(path)
@@ -108,11 +108,11 @@ class PathJournal:
 
     def _is_done_with(self, path: Path) -> bool:
         ours = self._of_run is not None and path.name.startswith(f"{_PREFIX}{self._of_run}-")
-        return ours or time.time() - path.stat().st_mtime > _SECONDS_KEPT
+        return ours or time.time() - path.stat().st_mtime > _SECONDS_CACHED
 
     def _recovered(self) -> dict[int, Any]:
         done: dict[int, Any] = {}
-        for directory in self._places:
+        for directory in self._paths:
             for path in _journals(directory, self._key):
                 done |= read_journal(path, self._key)
         return done
@@ -126,11 +126,11 @@ class PathJournal:
                 self._keeps = True
             except OSError:  # a full disk, say: the measuring itself needs none
                 self._journal.close()
-                self._journal, self._places = None, []
+                self._journal, self._paths = None, []
 
     def _open(self) -> None:
         name = f"{_PREFIX}{self._key}-{self._ranks.rank}{_SUFFIX}"
-        for directory in self._places:
+        for directory in self._paths:
             with contextlib.suppress(OSError):
                 existed = directory.exists()
                 directory.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ class PathJournal:
                 self._journal, self._path = journal, directory / name
                 self._made = None if existed else directory
                 return
-        self._places = []
+        self._paths = []
 
 
 def _journals(directory: Path, key: str) -> list[Path]:

@@ -69,7 +69,7 @@ class Coefficients:
         corrects = self.rule == "dema" or any(self.alphas or ())
         return dataclasses.replace(self, uncorrected=tuple(sorted(names))) if corrects else self
 
-    def of_tensor(self, name: str) -> Coefficients:
+    def for_tensor(self, name: str) -> Coefficients:
         """Those of a single tensor."""
         own = dataclasses.replace(self, betas=self.tensor_betas.get(name, self.betas))
         return Coefficients("ema", self.start, own.betas) if name in self.uncorrected else own

@@ -15,7 +15,7 @@ SCHEMES = ("hf", "s3", "gs", "gcs", "abfs", "abfss", "az")
 
 _ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?P<rest>[^/].*)", re.DOTALL)
 _ONE_SLASH = re.compile(r"\A(?!file:|local:)([A-Za-z][A-Za-z0-9+.-]+):/(?=[^/])")
-_OF_OTHERS = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*::.*:/.*|[A-Za-z][A-Za-z0-9+.-]+:/{3}.*)", re.DOTALL)
+_OTHER_ADDRESSES = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*::.*:/.*|[A-Za-z][A-Za-z0-9+.-]+:/{3}.*)", re.DOTALL)
 _HUB = re.compile(r"(?P<repo>[^/@]+(?:/[^/@]+)?)(?:@(?P<revision>[^/]+))?(?:/(?P<folder>.+))?")
 _OTHER_KINDS = ("datasets", "spaces", "buckets", "kernels")
 _PATTERN = re.compile(r"[*?\[]")
@@ -80,7 +80,7 @@ def address_of(source: Path | str) -> Address | None:
     """
     text = _ONE_SLASH.sub(r"\1://", str(source))
     match = _ADDRESS.fullmatch(text)
-    if match is None and not _OF_OTHERS.fullmatch(text):
+    if match is None and not _OTHER_ADDRESSES.fullmatch(text):
         return None
     if match is None or match["scheme"].lower() not in SCHEMES or "::" in text:
         raise _not_read(text)

@@ -31,7 +31,7 @@ PIECE_BYTES = 16 << 20
 
 _LOCK = ".lock"
 _NAME = re.compile("[0-9a-f]{32}")
-_SECONDS_KEPT = 7 * 24 * 3600
+_SECONDS_CACHED = 7 * 24 * 3600
 """For how long an interrupted attempt may be continued."""
 
 
@@ -165,7 +165,7 @@ class Downloads:
                 _remove_unused(self._directory, held[2][0])
         for other in downloads_directory().iterdir():
             with suppress(OSError):
-                if _NAME.fullmatch(other.name) and time.time() - (other / _LOCK).lstat().st_mtime > _SECONDS_KEPT:
+                if _NAME.fullmatch(other.name) and time.time() - (other / _LOCK).lstat().st_mtime > _SECONDS_CACHED:
                     check_own(other, directory=True)
                     _remove_unused(other, open_own(other / _LOCK, os.O_RDWR))
 

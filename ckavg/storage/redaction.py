@@ -73,14 +73,14 @@ def shown_address(text: str) -> str:
     return _QUERY.sub(r"\g<address>", without_secrets(text))
 
 
-def without_places(text: str, places: Iterable[tuple[str, str]]) -> str:
+def without_paths(text: str, places: Iterable[tuple[str, str]]) -> str:
     """A text without paths of this machine, its users and its hosts; of any other path its last part is left.
 
     Args:
         text: the text.
         places: paths that are known, and what stands for each.
 
-    >>> without_places("cd /data/my run/a; python /home/me/eval.py me@box:x {dir}", [("/data/my run", "RUN")])
+    >>> without_paths("cd /data/my run/a; python /home/me/eval.py me@box:x {dir}", [("/data/my run", "RUN")])
     'cd RUN/a; python …/eval.py …x {dir}'
     """
     for path, name in sorted(places, key=lambda place: -len(place[0])):

@@ -170,7 +170,7 @@ class RemoteStorage:
         wanted = [path for path in paths if path.inner not in fetched and path.is_file()]
         fetched |= zip((path.inner for path in wanted), thread_map(fetch, wanted), strict=True)
 
-    def forget_heads(self) -> None:
+    def forget_headers(self) -> None:
         """Give back the memory that the heads of weights take."""
         self._heads.clear()
 

@@ -21,7 +21,7 @@ from ckavg.verify.arithmetic import weights_of
 from ckavg.verify.findings import Report
 from ckavg.verify.tolerance import Array, allowed, rounding, size_of_unit
 
-_OF_EACH_TENSOR = 8
+_PER_TENSOR = 8
 """Elements drawn of each tensor, where it has as many and the budget allows."""
 
 _BATCH = 100_000
@@ -47,7 +47,7 @@ Stored = NDArray[np.generic]
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class Sampled:
     """Elements of one tensor: their places in row-major order, ascending."""
 
     name: str
@@ -87,11 +87,11 @@ class Comparison:
             TruncatedShardError, ReadError: a file became shorter meanwhile, or cannot be read.
         """
         read = [each for each in self.checkpoints if each is not None] + [each for _, each in self.outputs.values()]
-        drawn = draw(read[-1].entries, elements, seed)
-        total = sum(bytes_to_gather(each, one) for each in read for one in drawn if one.name in each.entries)
+        sampled = draw(read[-1].entries, elements, seed)
+        total = sum(bytes_to_gather(each, one) for each in read for one in sampled if one.name in each.entries)
         tallies = {index: _Tally() for index in self.outputs}
         listen, done = report.listener("elements"), 0
-        for batch in _batches(drawn):
+        for batch in _batches(sampled):
             stored: list[Mapping[str, Stored]] = []
             for values, nbytes in _gathered(read, batch):
                 stored.append(values)
@@ -106,7 +106,9 @@ class Comparison:
         for index, tally in tallies.items():
             tally.add_to(report, self.outputs[index][0])
 
-    def _compare_tensor(self, index: int, one: Drawn, sources: Sequence[Stored], result: Stored, tally: _Tally) -> None:
+    def _compare_tensor(
+        self, index: int, one: Sampled, sources: Sequence[Stored], result: Stored, tally: _Tally
+    ) -> None:
         """Compare elements of one tensor of one output. `sources` begins with the checkpoint where the average does."""
         entry, start = self.outputs[index][1].entries[one.name], self.coefficients.start
         if not entry.is_floating:
@@ -116,7 +118,7 @@ class Comparison:
         taken = [each for each in self.checkpoints[start : index + 1] if each is not None]
         wide = self.wide or any(each is not None and each.entries[one.name].dtype == "F64" for each in self.checkpoints)
         accumulated = "F64" if wide else "F32"
-        coefficients = self.coefficients.of_tensor(one.name)
+        coefficients = self.coefficients.for_tensor(one.name)
         weights = weights_of(coefficients, index)[start : index + 1]
         magnitudes = weights_of(coefficients, index, magnitudes=True)[start : index + 1]
         thetas = [widened(stored, each.entries[one.name].dtype) for stored, each in zip(sources, taken, strict=False)]
@@ -158,7 +160,9 @@ class _Tally:
         self._wrong: dict[str, int] = {}
         self._examples: list[str] = []
 
-    def add(self, one: Drawn, entry: TensorInfo, got: Stored, want: Stored, check_same_run: NDArray[np.bool_]) -> None:
+    def add(
+        self, one: Sampled, entry: TensorInfo, got: Stored, want: Stored, check_same_run: NDArray[np.bool_]
+    ) -> None:
         self.compared += len(one.places)
         wrong = np.flatnonzero(~check_same_run)
         if len(wrong):
@@ -177,7 +181,7 @@ class _Tally:
             report.problem("replay", f"{prefix}{elements}, are not what the sources give: {examples}.")
 
 
-def draw(entries: Mapping[str, TensorInfo], elements: int, seed: int) -> list[Drawn]:
+def draw(entries: Mapping[str, TensorInfo], elements: int, seed: int) -> list[Sampled]:
     """Draw elements at random, without repetition: some of every tensor, the others by its size.
 
     Args:
@@ -191,12 +195,12 @@ def draw(entries: Mapping[str, TensorInfo], elements: int, seed: int) -> list[Dr
     if len(sizes) > elements:
         sizes = {name: sizes[name] for name in sorted(generator.sample(list(sizes), elements))}
     counts = _counts(sizes, elements)
-    return [Drawn(name, tuple(sorted(generator.sample(range(sizes[name]), count)))) for name, count in counts.items()]
+    return [Sampled(name, tuple(sorted(generator.sample(range(sizes[name]), count)))) for name, count in counts.items()]
 
 
 def _counts(sizes: Mapping[str, int], elements: int) -> dict[str, int]:
     """How many elements of each tensor."""
-    each = min(_OF_EACH_TENSOR, elements // max(1, len(sizes)))
+    each = min(_PER_TENSOR, elements // max(1, len(sizes)))
     counts = {name: min(size, each) for name, size in sizes.items()}
     left = {name: size - counts[name] for name, size in sizes.items()}
     while (budget := elements - sum(counts.values())) > 0 and any(left.values()):
@@ -211,11 +215,11 @@ def _counts(sizes: Mapping[str, int], elements: int) -> dict[str, int]:
     return counts
 
 
-def _batches(drawn: Sequence[Drawn]) -> Iterator[list[Drawn]]:
-    batch: list[Drawn] = []
-    for one in drawn:
+def _batches(sampled: Sequence[Sampled]) -> Iterator[list[Sampled]]:
+    batch: list[Sampled] = []
+    for one in sampled:
         for start in range(0, len(one.places), _BATCH):
-            batch.append(Drawn(one.name, one.places[start : start + _BATCH]))
+            batch.append(Sampled(one.name, one.places[start : start + _BATCH]))
             if sum(len(each.places) for each in batch) >= _BATCH:
                 yield batch
                 batch = []
@@ -223,7 +227,7 @@ def _batches(drawn: Sequence[Drawn]) -> Iterator[list[Drawn]]:
         yield batch
 
 
-def _gathered(read: Sequence[Checkpoint], batch: Sequence[Drawn]) -> Iterator[tuple[Mapping[str, Stored], int]]:
+def _gathered(read: Sequence[Checkpoint], batch: Sequence[Sampled]) -> Iterator[tuple[Mapping[str, Stored], int]]:
     """The drawn elements of each checkpoint by tensor, and how many bytes were read; several at the same time."""
 
     def gather_all(checkpoint: Checkpoint) -> tuple[Mapping[str, Stored], int]:
@@ -235,26 +239,26 @@ def _gathered(read: Sequence[Checkpoint], batch: Sequence[Drawn]) -> Iterator[tu
         yield from executor.map(gather_all, read)
 
 
-def bytes_to_gather(checkpoint: Checkpoint, drawn: Drawn) -> int:
+def bytes_to_gather(checkpoint: Checkpoint, sampled: Sampled) -> int:
     """How much is read: a small tensor whole, since storage would read most of its pages for single elements anyway."""
-    entry = checkpoint.entries[drawn.name]
-    whole = entry.nbytes <= min(_PAGE * len(drawn.places), _MOST_WHOLE)
-    return entry.nbytes if whole else entry.item_bytes * len(drawn.places)
+    entry = checkpoint.entries[sampled.name]
+    whole = entry.nbytes <= min(_PAGE * len(sampled.places), _MOST_WHOLE)
+    return entry.nbytes if whole else entry.item_bytes * len(sampled.places)
 
 
-def _gather(files: Files, checkpoint: Checkpoint, drawn: Drawn) -> Stored:
+def _gather(files: Files, checkpoint: Checkpoint, sampled: Sampled) -> Stored:
     """Read elements of a tensor of a checkpoint.
 
     Raises:
         TruncatedShardError, ReadError: the bytes are not there.
     """
-    entry = checkpoint.entries[drawn.name]
+    entry = checkpoint.entries[sampled.name]
     path, dtype = checkpoint.shards[entry.shard].path, _NUMPY_DTYPES[entry.dtype]
-    buffer = bytearray(bytes_to_gather(checkpoint, drawn))
+    buffer = bytearray(bytes_to_gather(checkpoint, sampled))
     if len(buffer) == entry.nbytes:
         files.read_into(path, entry.offset, memoryview(buffer), on_miss=lambda: None)
-        return np.frombuffer(buffer, dtype=dtype)[list(drawn.places)]
-    offsets = [entry.offset + place * entry.item_bytes for place in drawn.places]
+        return np.frombuffer(buffer, dtype=dtype)[list(sampled.places)]
+    offsets = [entry.offset + place * entry.item_bytes for place in sampled.places]
     announced = False
 
     def announce() -> None:

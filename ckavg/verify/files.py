@@ -65,7 +65,7 @@ def find_files(directory: Path, output: Output, *, within: Path, prefix: str = "
     return Present(sizes, tuple(found))
 
 
-def check_digests(
+def check_hashes(
     directory: Path, output: Output, names: Collection[str], *, on_done: Callable[[str], None], prefix: str = ""
 ) -> list[Finding]:
     """Compare the SHA-256 of files with the record. An edited card is worth a warning, any other change is a problem.
@@ -79,7 +79,7 @@ def check_digests(
     hashed = [name for name in output.files if name in names and name != RESULT_RECORD]
     for place in range(0, len(hashed), _HASHED_TOGETHER):
         some = hashed[place : place + _HASHED_TOGETHER]
-        for name, digest in zip(some, _digests([directory / name for name in some]), strict=True):
+        for name, digest in zip(some, _hashes([directory / name for name in some]), strict=True):
             on_done(name)
             if isinstance(digest, ReadError):
                 found.append(Finding("files", f"{prefix}{name}: {digest.message}"))
@@ -89,12 +89,12 @@ def check_digests(
     return found
 
 
-def _digests(paths: list[Path]) -> list[str | ReadError]:
+def _hashes(paths: list[Path]) -> list[str | ReadError]:
     """The SHA-256 of each file, or why it cannot be read."""
     try:
         return list(sha256_of(paths))
     except ReadError as error:
-        return [error] if len(paths) == 1 else [digest for path in paths for digest in _digests([path])]
+        return [error] if len(paths) == 1 else [digest for path in paths for digest in _hashes([path])]
 
 
 def check_others(directory: Path, output: Output, folders: Collection[str], *, prefix: str = "") -> list[Finding]:

@@ -14,8 +14,8 @@ from ckavg.path.table import PathLength, to_measure
 from ckavg.schemes import PEMA, Timeline
 from ckavg.verify.arithmetic import coefficients_of
 from ckavg.verify.elements import Comparison
-from ckavg.verify.elsewhere import is_elsewhere
 from ckavg.verify.findings import Report
+from ckavg.verify.remote import is_remote
 
 _PATH_TOLERANCE = 1e-5
 """Relative difference of ℓ between kernels and devices, which add in different orders; in practice 1e-7."""
@@ -112,7 +112,7 @@ def _measured(record: Record, run: Run, *, per_tensor: bool) -> tuple[PathLength
     entries = to_measure(run.tensors, exclude)
     nbytes = sum(each.entries[name].nbytes for each in run.checkpoints for name in entries)
     if record.sample < 1:
-        few, fraction = is_elsewhere(record.inputs[-1]), record.sample
+        few, fraction = is_remote(record.inputs[-1]), record.sample
     elif nbytes <= _READ_WHOLE:
         fresh = plan_path(run, exclude=exclude, cached=CachedPath.empty(run))
         path = measure(run, fresh, zero_sigma=zero_sigma, allow_nonfinite=nonfinite)

@@ -19,8 +19,8 @@ from ckavg.errors import CkavgError, CorruptFileError, ReadError
 from ckavg.output.published import Local, read_local
 from ckavg.output.record import BASE_MODEL, Input, Record
 from ckavg.storage.untrusted import open_regular
-from ckavg.verify.elsewhere import is_elsewhere, open_elsewhere
 from ckavg.verify.findings import Report
+from ckavg.verify.remote import is_remote, open_remote
 
 _ACTING = ("/net/", "/sys/", "/proc/")
 """To look below `/net` is to mount what another machine offers; files of the kernel act when they are read."""
@@ -52,7 +52,7 @@ def find_sources(
     first: int,
     source: Path | None,
     init: Path | None,
-    on_places: Callable[[Sequence[str]], None],
+    on_addresses: Callable[[Sequence[str]], None],
 ) -> Sources:
     """Find the checkpoints of a result and read their headers; sizes are compared before a file is opened.
 
@@ -64,23 +64,23 @@ def find_sources(
         first: index of the first checkpoint that takes part.
         source: where the run is now; None: where it was.
         init: where the anchor given with `--init` is now.
-        on_places: called with the directories in which they are read, before a file there is opened.
+        on_addresses: called with the directories in which they are read, before a file there is opened.
     """
     remote: list[Checkpoint | None] = []
-    if source is None and any(is_elsewhere(each) for each in record.inputs[first:]):
-        remote, found = open_elsewhere(record.inputs, first=first)
+    if source is None and any(is_remote(each) for each in record.inputs[first:]):
+        remote, found = open_remote(record.inputs, first=first)
         report.findings += found
     local = read_local(directory)
     places: dict[int, Place] = {}
     for index, recorded in enumerate(record.inputs):
-        if index >= first and (not remote or not is_elsewhere(recorded)):
+        if index >= first and (not remote or not is_remote(recorded)):
             candidates = _candidates(record, index, directory, local, source=source, init=init)
             try:
                 places[index] = _first_match(recorded, candidates, is_trusted=source is not None)
             except CkavgError as error:
                 report.problem("sources", f"step {recorded.step}: {error.message}")
     above = Counter(str(_directory(place).parent) for place in places.values())
-    on_places([f"{place} ({count} checkpoints)" for place, count in above.items()])
+    on_addresses([f"{place} ({count} checkpoints)" for place, count in above.items()])
     checkpoints: list[Checkpoint | None] = []
     for index, recorded in enumerate(record.inputs):
         checkpoint = remote[index] if remote else None
@@ -251,15 +251,15 @@ def check_checksums(report: Report, record: Record, sources: Sources, outputs: S
     blocks = cut_blocks({name: read[-1].entries[name] for name in names})
 
     def make_worker(reader: TileReader) -> Callable[[Block], tuple[str, ...]]:
-        def digests(block: Block) -> tuple[str, ...]:
+        def hashes(block: Block) -> tuple[str, ...]:
             sums = reader.sum_up(block)
             for start, stop in block.tiles(TILE):
                 for index, checkpoint in enumerate(read):
                     item = checkpoint.entries[block.name].item_bytes
                     reader.raw(index, block.name, start * item, stop * item)
-            return sums.digests()
+            return sums.hashes()
 
-        return digests
+        return hashes
 
     listen = report.listener("sources")
     context = Context(on_progress=lambda news: listen(news.done, news.total))

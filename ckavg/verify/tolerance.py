@@ -82,11 +82,11 @@ def allowed(
     terms = sum((size * np.abs(theta) for size, theta in zip(magnitudes, thetas, strict=True)), start=0.0)
     computed = 2.0**-53 * (4 * (len(thetas) - 1) + 16) * terms
     tiny = 8 * len(thetas) * unit(np.zeros(1), accumulated)  # where numbers are too small to have all their bits
-    updates = _of_updates(thetas, coefficients, index, own, max(beta_error, _POWERS))
+    updates = _update_error(thetas, coefficients, index, own, max(beta_error, _POWERS))
     return np.asarray(rounding(got, expected, dtype, accumulated) + _SPARE * updates + computed + tiny)
 
 
-def _of_updates(
+def _update_error(
     thetas: Sequence[Array], coefficients: Coefficients, index: int, own: float, beta_error: float
 ) -> Array:
     """(n,) e, as above."""

@@ -18,7 +18,7 @@ from ckavg.storage.address import address_of
 from ckavg.storage.atomic import resolved
 from ckavg.storage.remote import storages_of
 from ckavg.verify.arithmetic import check_arithmetic
-from ckavg.verify.files import check_digests, check_finite, check_others, find_files, open_weights
+from ckavg.verify.files import check_finite, check_hashes, check_others, find_files, open_weights
 from ckavg.verify.findings import Check, Report, Verified
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Part(NamedTuple):
     output: Output
 
 
-OnPlaces = Callable[[Sequence[str]], None]
+OnAddresses = Callable[[Sequence[str]], None]
 
 Outputs = Mapping[int, tuple[str, Checkpoint]]
 """The result and its snapshots as checkpoints, by the index after which each was written; see `Comparison`."""
@@ -52,7 +52,7 @@ def verify_result(
     elements: int = ELEMENTS,
     seed: int | None = None,
     on_progress: OnProgress | None = None,
-    on_places: OnPlaces | None = None,
+    on_addresses: OnAddresses | None = None,
 ) -> Verified:
     """Read a result again and check it against its record and, where that is asked for, against its sources.
 
@@ -69,7 +69,7 @@ def verify_result(
         elements: how many elements `replay` computes, in the result and in each of its snapshots.
         seed: which elements; None: others each time.
         on_progress: called now and then in this thread.
-        on_places: called with the places where checkpoints will be read, before anything there is opened.
+        on_addresses: called with the places where checkpoints will be read, before anything there is opened.
 
     Returns:
         What is not as it was recorded. There is a result that can be relied on where `problems` is empty.
@@ -90,9 +90,9 @@ def verify_result(
             raise SettingError(f"{name} is {address}; it must be on this machine.", hint="Fetch it, and name the copy.")
     directory, record, report = Path(result), read_record(Path(result)), Report(on_progress)
     source, init = Path(source) if source else None, Path(init) if init else None
-    on_places = on_places or (lambda places: None)
+    on_addresses = on_addresses or (lambda places: None)
     if (sources or replay) and source is None:
-        _ask_places(record, on_places, fetch=fetch)
+        _ask_addresses(record, on_addresses, fetch=fetch)
     parts = _parts(directory, record)
     _check_record(report, record, parts)
     outputs = _check_files(report, directory, record, parts)
@@ -107,7 +107,7 @@ def verify_result(
         tensors = list(outputs.values())[-1][1].entries if outputs else {}
         first = _first(record)
         found = find_sources(
-            report, record, directory, tensors, first=first, source=source, init=init, on_places=on_places
+            report, record, directory, tensors, first=first, source=source, init=init, on_addresses=on_addresses
         )
         if sources:
             checks.append("sources")
@@ -149,11 +149,11 @@ def _first(record: Record) -> int:
     return min(next(took_part, 0), record.steps.index(record.anchor_step))
 
 
-def _ask_places(record: Record, on_places: OnPlaces, *, fetch: bool) -> None:
+def _ask_addresses(record: Record, on_addresses: OnAddresses, *, fetch: bool) -> None:
     """Tell whom the record has us ask for checkpoints, and refuse it unless that was asked for."""
-    from ckavg.verify.elsewhere import places_of
+    from ckavg.verify.remote import addresses_in
 
-    places = places_of(record.inputs[_first(record) :])
+    places = addresses_in(record.inputs[_first(record) :])
     if places and not fetch:
         raise SettingError(
             f"The checkpoints are not on this machine; the record names {listed(places)}.",
@@ -161,7 +161,7 @@ def _ask_places(record: Record, on_places: OnPlaces, *, fetch: bool) -> None:
             "--source.",
         )
     if places:
-        on_places(places)
+        on_addresses(places)
 
 
 def _parts(directory: Path, record: Record) -> dict[int, Part]:
@@ -225,7 +225,7 @@ def _check_files(report: Report, directory: Path, record: Record, parts: Mapping
 
         report.findings += present[index].findings
         report.findings += check_others(place, output, () if prefix else snapshots, prefix=prefix)
-        report.findings += check_digests(place, output, sizes, on_done=hashed, prefix=prefix)
+        report.findings += check_hashes(place, output, sizes, on_done=hashed, prefix=prefix)
         if all(name in sizes for name in output.files if name.endswith(".safetensors")):
             checkpoint, found = open_weights(place, output, sizes, prefix=prefix)
             report.findings += found

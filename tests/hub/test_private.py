@@ -12,7 +12,7 @@ import torch
 
 import ckavg
 from ckavg.output.owned import LOCAL
-from ckavg.storage.redaction import without_places, without_secrets
+from ckavg.storage.redaction import without_paths, without_secrets
 from tests.cli.runner import run_cli
 from tests.exhaustive import all_but
 from tests.hub.server import Hub
@@ -113,7 +113,7 @@ def test_nothing_of_the_machine_is_uploaded(
 
 @pytest.mark.parametrize("kind", SECRETS)
 def test_secrets_of_a_command(places: dict[str, Path], kind: str) -> None:
-    shown = without_places(without_secrets(f": {{dir}} {SECRETS[kind]}; echo 7"), [])
+    shown = without_paths(without_secrets(f": {{dir}} {SECRETS[kind]}; echo 7"), [])
     assert_private({kind: shown.encode()})
     assert shown.startswith(": {dir} ")
     assert shown.endswith("; echo 7")
@@ -142,7 +142,7 @@ def test_no_secret_of_a_command_is_uploaded(hub: Hub, places: dict[str, Path]) -
     ],
 )
 def test_a_command_that_holds_no_secret_stays(command: str) -> None:
-    assert without_places(without_secrets(command), []) == command
+    assert without_paths(without_secrets(command), []) == command
 
 
 def test_a_base_model_is_no_path(places: dict[str, Path]) -> None:

@@ -217,12 +217,12 @@ def test_progress_is_done_when_all_are() -> None:
 def test_what_torchrun_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
-    assert Ranks.of_environment() == Ranks(5, 8, 1, 4)
+    assert Ranks.from_environment() == Ranks(5, 8, 1, 4)
     monkeypatch.setenv("LOCAL_RANK", "one")
     with pytest.raises(RanksError, match="not all numbers"):
-        Ranks.of_environment()
+        Ranks.from_environment()
     monkeypatch.delenv("LOCAL_RANK")  # as where a cluster tells of its machines, and not of processes
-    assert Ranks.of_environment() == Ranks()
+    assert Ranks.from_environment() == Ranks()
     with ckavg.all_ranks() as ranks:
         assert ranks == Ranks()
 

@@ -497,7 +497,7 @@ SHAPES: dict[str, tuple[dict[Any, Any], set[str]]] = {
 def test_what_the_model_is(case: str) -> None:
     saved, expected = SHAPES[case]
     program: dict[str, Any] = {}
-    exec(conversion._WRITE.replace("@OF_TRAINING", conversion.OF_TRAINING), program)
+    exec(conversion._WRITE.replace("@TRAINING_STATE", conversion.TRAINING_STATE), program)
     found = dict(program["flat"](program["weights"](saved)))
     assert found.keys() == expected
     assert all(tensor.any() for tensor in found.values())

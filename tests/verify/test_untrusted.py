@@ -154,7 +154,7 @@ def test_places_are_shown_before_they_are_asked(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ckavg.verify_result(result, sources=True, fetch=True, on_places=see)
+        ckavg.verify_result(result, sources=True, fetch=True, on_addresses=see)
     assert asked == []
 
 

@@ -19,7 +19,7 @@ from ckavg.verify.findings import Finding
 _INDEX = ".safetensors.index"
 
 
-def is_elsewhere(recorded: Input) -> bool:
+def is_remote(recorded: Input) -> bool:
     """Whether a checkpoint is known by an address, be it of a kind that is read or not."""
     try:
         return address_of(recorded.directory) is not None
@@ -27,7 +27,7 @@ def is_elsewhere(recorded: Input) -> bool:
         return True
 
 
-def places_of(inputs: Iterable[Input]) -> tuple[str, ...]:
+def addresses_in(inputs: Iterable[Input]) -> tuple[str, ...]:
     """The repositories and buckets that checkpoints lie in, each with their number. Asks none of them."""
     found: Counter[str] = Counter()
     for recorded in inputs:
@@ -39,7 +39,7 @@ def places_of(inputs: Iterable[Input]) -> tuple[str, ...]:
     return tuple(f"{place} ({count} checkpoints)" for place, count in found.items())
 
 
-def open_elsewhere(inputs: Sequence[Input], *, first: int) -> tuple[list[Checkpoint | None], list[Finding]]:
+def open_remote(inputs: Sequence[Input], *, first: int) -> tuple[list[Checkpoint | None], list[Finding]]:
     """Open the checkpoints that have addresses: their headers are fetched, none of their weights.
 
     Args:
