@@ -37,15 +37,15 @@ def load_kernel() -> Distances | None:
     if importlib.util.find_spec("numba") is None:
         return None
     try:
-        of_bfloat16, of_float32 = _compiled()
+        add_bfloat16, add_float32 = _compiled()
     except Exception:  # an optional speed-up must never be in the way, whatever is wrong with it
         return None
 
     def distances(before: Tensor, after: Tensor, out: Tensor) -> None:
         if before.dtype == torch.bfloat16:  # which numpy does not know
-            of_bfloat16(before.view(torch.uint16).numpy(), after.view(torch.uint16).numpy(), out.numpy())
+            add_bfloat16(before.view(torch.uint16).numpy(), after.view(torch.uint16).numpy(), out.numpy())
         else:
-            of_float32(before.numpy(), after.numpy(), out.numpy())
+            add_float32(before.numpy(), after.numpy(), out.numpy())
 
     return distances
 
@@ -54,7 +54,7 @@ def _compiled() -> tuple[Any, Any]:
     import numba
     import numpy as np
 
-    def of_bfloat16(before, after, out):  # type: ignore[no-untyped-def]
+    def add_bfloat16(before, after, out):  # type: ignore[no-untyped-def]
         lanes = np.empty(_LANES, np.float32)
         old_bits, new_bits = np.empty(_LANES, np.uint32), np.empty(_LANES, np.uint32)
         old, new = old_bits.view(np.float32), new_bits.view(np.float32)
@@ -74,7 +74,7 @@ def _compiled() -> tuple[Any, Any]:
                 total += lanes[lane]
             out[chunk] = total
 
-    def of_float32(before, after, out):  # type: ignore[no-untyped-def]
+    def add_float32(before, after, out):  # type: ignore[no-untyped-def]
         lanes = np.empty(_LANES, np.float64)
         for chunk in range(out.shape[0]):
             lanes[:] = 0
@@ -95,6 +95,6 @@ def _compiled() -> tuple[Any, Any]:
             return numba.njit(signature, nogil=True, error_model="numpy")(function)
 
     return (
-        compiled(of_bfloat16, "void(uint16[::1], uint16[::1], float64[::1])"),
-        compiled(of_float32, "void(float32[::1], float32[::1], float64[::1])"),
+        compiled(add_bfloat16, "void(uint16[::1], uint16[::1], float64[::1])"),
+        compiled(add_float32, "void(float32[::1], float32[::1], float64[::1])"),
     )

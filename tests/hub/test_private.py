@@ -52,7 +52,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     (found["run"] / "eval.py").write_text("print(0.5)\n")
     monkeypatch.setenv("HOME", str(found["home"]))
     monkeypatch.setenv("USER", "zqxuser")
-    monkeypatch.setattr("socket.gethostname", lambda: "zqxhost")
+    monkeypatch.setattr("platform.node", lambda: "zqxhost")
     monkeypatch.setenv("MY_PLAIN_TOKEN", "plainword77")
     monkeypatch.chdir(found["cwd"])
     return found
