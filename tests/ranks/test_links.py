@@ -20,7 +20,7 @@ from ckavg.engine.blocks import Block
 from ckavg.engine.context import Progress
 from ckavg.engine.distributed import Ranks
 from ckavg.engine.links import Links
-from ckavg.engine.partition import GlobalProgress, partition
+from ckavg.engine.stream import GlobalProgress, partition
 from ckavg.errors import NonFiniteError, RanksError, SettingError
 from tests.cli.runner import run_cli
 
