@@ -16,7 +16,7 @@ import torch
 from ckavg.checkpoints.run import Checkpoint
 from ckavg.engine.blocks import Block, check_tile, sizes_of
 from ckavg.engine.context import Context, OnProgress, Pass, Progress
-from ckavg.engine.distributed import worker_threads
+from ckavg.engine.distributed import Ranks, worker_threads
 from ckavg.engine.prefetch import Prefetch, announcer
 from ckavg.engine.reader import Files
 from ckavg.engine.remote import RemoteReader, far_files
