@@ -134,7 +134,7 @@ def print_inspection(out: Output, found: Inspection) -> None:
     for problem in found.problems:
         out.line()
         message, *more = message_of(problem)
-        out.problem(message, more)
+        out.problem(message, more, wrap=True)
 
 
 def _table(found: Inspection) -> Table:
@@ -180,7 +180,7 @@ def print_health(out: Output, health: Health, *, seconds: float) -> None:
     """Print what the weights told: findings, then hashes."""
     for message in _shortened([each for each in health.findings if each.is_problem]):
         out.line()
-        out.problem(message)
+        out.problem(message, wrap=True)
     for message in _shortened(_suspicions(health)):
         out.warning(message)
     if health.sha256:

@@ -94,9 +94,9 @@ class Output(Console):
         """Print a line as it is, whatever its length: it may hold a command to copy. With `wrap`, a paragraph."""
         self.print(quoted(text), style=style, soft_wrap=not wrap)
 
-    def problem(self, message: str, more: Iterable[str] = ()) -> None:
-        """Print a problem, and what helps."""
-        self.print(Text.assemble(("problem: ", "bold red"), quoted(message)))
+    def problem(self, message: str, more: Iterable[str] = (), *, wrap: bool = False) -> None:
+        """Print a problem, and what helps; with `wrap`, the problem as a paragraph."""
+        self.print(Text.assemble(("problem: ", "bold red"), quoted(message)), soft_wrap=not wrap)
         for line in filter(None, more):
             self.line(line)
 
