@@ -186,7 +186,8 @@ def test_configs_and_side_files(tmp_path: Path, name: str) -> None:
     check_text(card)
     front = card.split("\n---\n")[0]
     assert re.fullmatch(
-        r'---\n(?:base_model: "a/[\w.-]+"\nbase_model_relation: "adapter"\n)?library_name: "peft"\ntags: \[[^\n]*\]',
+        r"---\n(?:base_model: a/[\w.-]+\n)?library_name: peft\ntags:\n(?:- [\w-]+\n)*- [\w-]+"
+        r"(?:\nbase_model_relation: adapter)?",
         front,
     )
 

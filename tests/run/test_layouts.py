@@ -100,8 +100,8 @@ def test_adapters(tmp_path: Path, name: str) -> None:
     result = ckavg.average(run, ckavg.EMA())
     assert {"adapter_config.json", name} <= set(result.outputs[0].files)
     card = (result.directory / "README.md").read_text()
-    assert 'base_model: "owner/base"' in card
-    assert 'library_name: "peft"' in card
+    assert "base_model: owner/base" in card
+    assert "library_name: peft" in card
 
 
 def test_mixed_kinds_are_refused(run: Path) -> None:

@@ -125,7 +125,7 @@ def test_files_of_a_component_load_by_themselves(tmp_path: Path, sharded: bool) 
             assert index["weight_map"] == dict(zip(tensors, SHARDS, strict=True))
     assert torch.equal(found["position_ids"], torch.arange(3) + 2)
     assert json.loads((result.directory / "text_encoder" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert 'library_name: "diffusers"' in (result.directory / "README.md").read_text()
+    assert "library_name: diffusers" in (result.directory / "README.md").read_text()
 
 
 def test_a_component_can_be_left_out_of_the_path(tmp_path: Path) -> None:
