@@ -20,8 +20,7 @@ from ckavg.averaging.distributed import check_same_plans, check_same_run, finali
 from ckavg.averaging.plan import Options, Plan, check_compatible, fetch, fetching_of, fetching_of_path, plan_averages
 from ckavg.averaging.record import Work, completed, record_of
 from ckavg.checkpoints.fingerprints import Fingerprints, check_unchanged, fingerprint_run
-from ckavg.checkpoints.run import Run
-from ckavg.checkpoints.statistics import averaged_statistics
+from ckavg.checkpoints.run import Run, averaged_statistics
 from ckavg.engine.context import Context, OnProgress
 from ckavg.engine.distributed import ALONE, Ranks
 from ckavg.output.record import Record, Seconds

@@ -11,8 +11,7 @@ from typing import Any
 from ckavg.averaging import advice
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.inspect import Inspection, as_run, worst_first
-from ckavg.checkpoints.run import Checkpoint, Run
-from ckavg.checkpoints.statistics import averaged_statistics
+from ckavg.checkpoints.run import Checkpoint, Run, averaged_statistics
 from ckavg.checkpoints.trainer_log import learning_rates
 from ckavg.engine.blocks import TILE
 from ckavg.engine.context import OnProgress, Progress

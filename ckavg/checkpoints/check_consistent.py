@@ -1,4 +1,8 @@
-"""Stage *discover*: do all checkpoints hold the same tensors? Compares headers, and reports every difference."""
+"""Stage *discover*: do all checkpoints hold the same tensors? Compares headers, and reports every difference.
+
+Reads weights, only where nothing else tells: two files of one step, a head that may be the embedding, small files that
+training does not touch.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,18 @@ import dataclasses
 import itertools
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from ckavg.checkpoints.run import Checkpoint, TensorInfo
+from ckavg.checkpoints.run import FLOATING, Checkpoint, not_constant
 from ckavg.errors import CkavgError, MismatchError, UnsupportedFormatError, listed
+from ckavg.storage.local import storage_of
 
 _SHOWN = 8
 _EMPTY = 10
 """One tensor without elements in so many is more than chance."""
 
+_AT_ONCE, _PEEK = 1 << 20, 1 << 16
+_SMALL = 16 << 20
+"""Bytes of a part of the model that is looked at whole, in every checkpoint."""
 
 _KINDS = {"model": "a whole model", "file": "a whole model", "adapter": "an adapter", "pipeline": "models in folders"}
 
@@ -33,22 +40,13 @@ def differences(
     errors: list[CkavgError] = []
     for place, (before, after) in enumerate(itertools.pairwise(checkpoints)):
         if _KINDS[before.kind] != _KINDS[after.kind]:
-            errors.append(
-                MismatchError(
-                    f"step {after.step} is {_KINDS[after.kind]}, but step {before.step} is {_KINDS[before.kind]}.",
-                    hint=_hint(checkpoints, place, anchor_is_init=anchor_is_init),
-                )
-            )
-            continue
-        lines = _compare(before, after, any_float=anchor_is_init and place == 0, common_only=common_only)
+            lines = [f"step {after.step} is {_KINDS[after.kind]}, but step {before.step} is {_KINDS[before.kind]}"]
+        else:
+            lines = _compare(before, after, any_float=anchor_is_init and place == 0, common_only=common_only)
         if lines:
             more = [f"and {len(lines) - _SHOWN} more tensors"] if len(lines) > _SHOWN else []
-            errors.append(
-                MismatchError(
-                    "; ".join(lines[:_SHOWN] + more) + ".",
-                    hint=_hint(checkpoints, place, anchor_is_init=anchor_is_init),
-                )
-            )
+            hint = _hint(checkpoints, place, anchor_is_init=anchor_is_init)
+            errors.append(MismatchError("; ".join(lines[:_SHOWN] + more) + ".", hint=hint))
     return errors
 
 
@@ -71,44 +69,91 @@ def ungathered(checkpoints: Sequence[Checkpoint]) -> list[CkavgError]:
     return []
 
 
-@dataclass(frozen=True, slots=True)
-class Common:
-    """Checkpoints whose tensors are those that are averaged, and those of the last one that are copied.
+def common_part(checkpoints: Sequence[Checkpoint]) -> tuple[list[Checkpoint], list[CkavgError], list[str]]:
+    """Leave out of the average what not every checkpoint has. What the last one has of it is marked to be copied.
 
-    Attributes:
-        checkpoints: in the order given.
-        copied: tensors of the last checkpoint that not all of them have.
-        dropped: tensors that not all of them have, nor the last.
-        averaged: how many floating tensors are left to average.
+    Returns:
+        The checkpoints; an error where nothing is left to average; warnings about what is copied or left out.
     """
-
-    checkpoints: tuple[Checkpoint, ...]
-    copied: tuple[str, ...]
-    dropped: tuple[str, ...]
-    averaged: int
-
-
-def common_part(checkpoints: Sequence[Checkpoint]) -> Common:
-    """Leave out of the average what not every checkpoint has. What the last one has of it is marked to be copied."""
     last = checkpoints[-1].entries
     in_all = {name for name in last if all(name in each.entries for each in checkpoints)}
-    everywhere = {name for each in checkpoints for name in each.entries}
-    dropped = tuple(sorted(everywhere - last.keys()))
-    copied = tuple(sorted(last.keys() - in_all))
+    copied = sorted(last.keys() - in_all)
+    dropped = sorted({name for each in checkpoints for name in each.entries} - last.keys())
     if copied or dropped:
         checkpoints = [
-            dataclasses.replace(
-                each,
-                entries={
-                    name: entry if name in in_all else dataclasses.replace(entry, kept=True)
-                    for name, entry in each.entries.items()
-                    if name in last
-                },
-            )
+            dataclasses.replace(each, entries={name: entry for name, entry in each.entries.items() if name in last})
             for each in checkpoints
         ]
-    averaged = sum(checkpoints[-1].entries[name].is_floating for name in in_all)
-    return Common(tuple(checkpoints), copied, dropped, averaged)
+    errors: list[CkavgError] = []
+    if not any(last[name].is_floating for name in in_all):
+        hint = "Choose others with --steps or --skip-step."
+        errors.append(MismatchError("No floating tensor is in all checkpoints.", hint=hint))
+    step = checkpoints[-1].step
+    told = (
+        (copied, f"Not in every checkpoint, so not averaged but copied from step {step}"),
+        (dropped, f"Not in every checkpoint, nor at step {step}, so left out"),
+    )
+    warnings = [
+        f"{text}: {len(names)} tensor{'s' if len(names) > 1 else ''} ({listed(names)})."
+        for names, text in told
+        if names
+    ]
+    return [each.with_copied(copied) for each in checkpoints], errors, warnings
+
+
+def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two checkpoints hold the same tensors, bit for bit."""
+    return one.entries.keys() == other.entries.keys() and all(_same(one, name, other, name) for name in one.entries)
+
+
+def tied_copies(checkpoints: Sequence[Checkpoint], tied: Sequence[bool | None]) -> dict[str, str]:
+    """Tensors that only some checkpoints store, as copies of another one: heads that are tied to the embedding.
+
+    Args:
+        checkpoints: ordered by step.
+        tied: whether the config of each ties them; None where it does not say.
+
+    Returns:
+        The tensor of which each is a copy, by name.
+    """
+    if any(each is False for each in tied) or len({id(each.entries) for each in checkpoints}) == 1:
+        return {}
+    everywhere = {name for name in checkpoints[-1].entries if all(name in each.entries for each in checkpoints)}
+    found = {}
+    for name in sorted({name for each in checkpoints for name in each.entries} - everywhere):
+        holders = [each for each in checkpoints if name in each.entries]
+        if any(each.entries[name].numel <= 1 for each in holders):
+            continue
+        for original in sorted(everywhere):
+            if all(_same(holder, name, holder, original) for holder in holders):
+                found[name] = original
+                break
+    return found
+
+
+def constant_parts(checkpoints: Sequence[Checkpoint]) -> frozenset[str]:
+    """The floating tensors of small parts beside the model that are the same in every checkpoint: normalizers, say."""
+    last, *others = checkpoints[::-1]
+    names: set[str] = set()
+    for part in last.parts:
+        of_part = [name for name, entry in last.entries.items() if last.shards[entry.shard].part == part]
+        if not part.endswith(".safetensors/") or sum(last.entries[name].nbytes for name in of_part) > _SMALL:
+            continue
+        if all(_same(last, name, other, name) for other in others for name in of_part):
+            names |= {name for name in of_part if last.entries[name].dtype in FLOATING}
+    return frozenset(names)
+
+
+def changing(checkpoints: Sequence[Checkpoint]) -> list[CkavgError]:
+    """An error where a tensor that can only be copied begins otherwise in one checkpoint than in another."""
+    names = [name for name, entry in checkpoints[-1].entries.items() if entry.must_be_constant]
+    for name in names:
+        holders = [each for each in checkpoints if name in each.entries]
+        last = holders[-1]
+        for other in holders[:-1]:
+            if not _same(other, name, last, name, most=_PEEK):
+                return [not_constant(name, other, last)]
+    return []
 
 
 def _hint(checkpoints: Sequence[Checkpoint], place: int, *, anchor_is_init: bool) -> str:
@@ -136,13 +181,6 @@ def _compare(before: Checkpoint, after: Checkpoint, *, any_float: bool, common_o
         )
     ):
         return []
-    prefix = _prefix_between(before, after)
-    if prefix is not None:
-        longer, shorter = (after, before) if prefix[1] else (before, after)
-        return [
-            f"step {longer.step}: the names of all tensors begin with {prefix[0]!r}, and are those of step "
-            f"{shorter.step} otherwise: a trainer has wrapped the model"
-        ]
     lines: list[str] = []
     if not common_only:
         lines += [
@@ -161,23 +199,20 @@ def _compare(before: Checkpoint, after: Checkpoint, *, any_float: bool, common_o
         old = before.entries[name]
         if old.shape != new.shape:
             lines.append(f"step {after.step}: tensor {name!r} is {new.shape}, but {old.shape} at step {before.step}")
-        elif not _compatible(old, new, any_float=any_float):
+        elif old.dtype != new.dtype and not (any_float and old.is_floating and new.is_floating):
             lines.append(f"step {after.step}: tensor {name!r} is {new.dtype}, but {old.dtype} at step {before.step}")
     return lines
 
 
-def _prefix_between(before: Checkpoint, after: Checkpoint) -> tuple[str, bool] | None:
-    """What the names of one checkpoint begin with, and those of the other do not, where they are alike but for that;
-    and whether it is the later one whose names are longer.
-    """
-    for shorter, longer, is_after in ((before, after, True), (after, before, False)):
-        first = max(shorter.entries, key=len)
-        for name in longer.entries:
-            prefix = name.removesuffix(first)
-            if prefix and name.endswith(first) and {prefix + each for each in shorter.entries} == longer.entries.keys():
-                return prefix, is_after
-    return None
-
-
-def _compatible(old: TensorInfo, new: TensorInfo, *, any_float: bool) -> bool:
-    return old.dtype == new.dtype or (any_float and old.is_floating and new.is_floating)
+def _same(one: Checkpoint, name: str, other: Checkpoint, its_name: str, *, most: int | None = None) -> bool:
+    first, second = one.entries.get(name), other.entries.get(its_name)
+    if first is None or second is None or (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    paths = one.shards[first.shard].path, other.shards[second.shard].path
+    end = first.nbytes if most is None else min(most, first.nbytes)
+    return all(
+        storage_of(paths[0]).read(paths[0], first.offset + start, first.offset + stop)
+        == storage_of(paths[1]).read(paths[1], second.offset + start, second.offset + stop)
+        for start in range(0, end, _AT_ONCE)
+        for stop in (min(start + _AT_ONCE, end),)
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,12 +44,7 @@ _WAIT = (
 
 
 def read_checkpoint(path: AnyPath, step: int, *, within: AnyPath | None = None) -> Checkpoint:
-    """Read the headers of one checkpoint.
-
-    Args:
-        path: a checkpoint directory, or a single safetensors file.
-        step: the optimizer step at which it was saved.
-        within: the directory that the user named, in which links may lead; None: the checkpoint itself.
+    """Read the headers of one checkpoint, a directory or a single safetensors file, whose links may lead into `within`.
 
     Raises:
         MissingShardError: a shard is not there, or the directory holds no weights.
@@ -162,7 +157,7 @@ def _weight_map(index: AnyPath, bounds: Bounds) -> Mapping[str, str]:
 def _assemble(
     path: AnyPath, step: int, kind: Kind, groups: Sequence[_Group], left_out: Sequence[LeftOut]
 ) -> Checkpoint:
-    """Merge the headers of all files into one table; every damaged file is reported, not only the first."""
+    """Merge the headers of all files into one table; every damaged file is reported."""
     shards: list[Shard] = []
     entries: dict[str, TensorInfo] = {}
     errors: list[CkavgError] = []
@@ -174,22 +169,22 @@ def _assemble(
             errors += error.errors if isinstance(error, CombinedError) else (error,)
             continue
         if any(SHARDED in header.metadata for header in headers.values()):
-            whole = group.folder / "consolidated"
-            if group.part.endswith(f"{WEIGHTS}/") or any(
-                each.folder == whole for each in groups
-            ):  # put together already
+            whole = group.folder / "consolidated"  # put together already
+            if group.part.endswith(f"{WEIGHTS}/") or any(each.folder == whole for each in groups):
                 left_out += [("copy", file.relative_to(path).as_posix()) for file in group.files]
             else:
                 errors.append(refused_slices([group.folder]))
             continue
-        if kind != "file" and _is_of_optimizer(headers.values()):
+        names = [name for header in headers.values() for name in header.entries]
+        if kind != "file" and 2 * sum(_MOMENT.search(name) is not None for name in names) >= len(names) > 0:
             left_out += [("training state", file.relative_to(path).as_posix()) for file in group.files]
             continue
         parts = _parts(group, headers)
         for file, header in headers.items():
             part = parts[file]
             entries.update((part + name, entry) for name, entry in header.entries.items())
-            shards.append(_shard(file, header, part))
+            identity = file.storage.identity(file) if isinstance(file, RemotePath) else None
+            shards.append(Shard(file, header.info.nbytes, header.info.state, identity, part, header.metadata))
         if len(entries) > MOST_TENSORS:
             raise CorruptFileError(f"{path} holds more than {MOST_TENSORS:,} tensors.", hint=_REWRITE)
     raise_all(errors)
@@ -199,11 +194,6 @@ def _assemble(
         raise CorruptFileError(f"{path} holds no tensors.", hint=_REWRITE)
     indexes = tuple(group.folder / group.index for group in groups if group.index)
     return Checkpoint(step, path, kind, tuple(shards), indexes, entries, tuple(sorted(left_out)))
-
-
-def _shard(file: AnyPath, header: Header, part: str) -> Shard:
-    identity = file.storage.identity(file) if isinstance(file, RemotePath) else None
-    return Shard(file, header.info.nbytes, header.info.state, identity, part=part, metadata=header.metadata)
 
 
 def _headers(group: _Group, *, first: int) -> dict[AnyPath, Header]:
@@ -216,7 +206,11 @@ def _headers(group: _Group, *, first: int) -> dict[AnyPath, Header]:
             errors.append(error)
     if not errors and group.placed is not None:
         found = {name: file.name for file, header in headers.items() for name in header.entries}
-        errors += _disagreement(group.folder / group.index, group.placed, found)
+        wrong = [name for name in {**group.placed, **found} if group.placed.get(name) != found.get(name)]
+        if wrong:
+            index = group.folder / group.index
+            what = f"{index} and its shards disagree about {len(wrong)} tensors, such as {wrong[0]!r}."
+            errors.append(CorruptFileError(what, hint=_REWRITE))
     raise_all(errors)
     return headers
 
@@ -250,23 +244,6 @@ def _parts(group: _Group, headers: Mapping[AnyPath, Header]) -> dict[AnyPath, st
     return families
 
 
-def _is_of_optimizer(headers: Iterable[Header]) -> bool:
-    """Whether most tensors are moments that an optimizer keeps."""
-    names = [name for header in headers for name in header.entries]
-    return 2 * sum(_MOMENT.search(name) is not None for name in names) >= len(names) > 0
-
-
-def _disagreement(index: AnyPath, stated: Mapping[str, str], found: Mapping[str, str]) -> list[CkavgError]:
-    wrong = [name for name in {**stated, **found} if stated.get(name) != found.get(name)]
-    if not wrong:
-        return []
-    return [
-        CorruptFileError(
-            f"{index} and its shards disagree about {len(wrong)} tensors, such as {wrong[0]!r}.", hint=_REWRITE
-        )
-    ]
-
-
 def _missing(path: AnyPath, names: Sequence[str], present: frozenset[str]) -> list[CkavgError]:
     absent = [name for name in names if name not in present]
     if not absent:
@@ -279,18 +256,13 @@ def _missing_of_count(path: AnyPath, files: Sequence[str]) -> list[CkavgError]:
     """Shards named `…-00002-of-00003` state how many there should be."""
     present = frozenset(files)
     errors: list[CkavgError] = []
-    seen: set[tuple[str, str]] = set()
-    for file in files:
-        match = _SHARD_OF.fullmatch(file)
-        if match is None:
-            continue
-        start, rest, width = file[: match.start(1)], file[match.end(1) :], len(match[1])
-        if (start, rest) in seen or len(match[2]) > len(str(MOST_SHARDS)) or int(match[2]) > MOST_SHARDS:
-            continue
-        seen.add((start, rest))
-        first = 0 if f"{start}{0:0{width}d}{rest}" in present else 1
-        expected = [f"{start}{number:0{width}d}{rest}" for number in range(first, first + int(match[2]))]
-        errors += _missing(path, expected, present)
+    counted = [match for file in sorted(files) if (match := _SHARD_OF.fullmatch(file))]
+    for match in {(each.string[: each.start(1)], each.string[each.end(1) :]): each for each in counted}.values():
+        start, rest, width = match.string[: match.start(1)], match.string[match.end(1) :], len(match[1])
+        if len(match[2]) <= len(str(MOST_SHARDS)) and int(match[2]) <= MOST_SHARDS:
+            first = 0 if f"{start}{0:0{width}d}{rest}" in present else 1
+            expected = [f"{start}{number:0{width}d}{rest}" for number in range(first, first + int(match[2]))]
+            errors += _missing(path, expected, present)
     return errors
 
 

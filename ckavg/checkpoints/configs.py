@@ -1,24 +1,29 @@
-"""Stage *discover*: what the configs beside the weights say. Are they of one model, and can it be averaged?
+"""Stage *discover*: what configs and headers say. Are they of one model, and can it be averaged?
 
-Reads `config.json` and `adapter_config.json`, and trusts neither; opens no weight file.
+Trainers write into headers what no other file tells: the alpha of an adapter, the steps it was trained for, the name of
+the run. Reads `config.json` and `adapter_config.json`, and trusts neither; opens no weight file.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import itertools
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckavg.checkpoints.conversion import dequantized
+from ckavg.checkpoints.headers import KNOWN_HASHES
 from ckavg.checkpoints.run import FLOATING, Checkpoint, TensorInfo
+from ckavg.checkpoints.unsupported import dequantized
 from ckavg.checkpoints.weight_files import ADAPTERS
-from ckavg.errors import CkavgError, MismatchError, UnsupportedFormatError
+from ckavg.errors import CkavgError, MismatchError, MixedOrderError, UnsupportedFormatError, listed
 from ckavg.storage.base import AnyPath
 from ckavg.storage.local import read_object
+from ckavg.storage.untrusted import parse_json
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -33,15 +38,8 @@ _BEHAVIOUR = (
 """What changes the function of the same weights: the result is run with that of the last checkpoint."""
 
 _ADAPTER_IDENTITY = (
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "fan_in_fan_out",
-)
+    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+)  # fmt: skip
 _PACKED = re.compile(
     r"(?:.*[./:])?(?:\w+_)?(?:qweight|weight_packed|qdata|Qidxs\w*|W_q|trellis|dense_weights)|.*\.quant_state\.bitsandbytes__.*",
     re.ASCII,
@@ -102,9 +100,7 @@ def quantized(checkpoints: Sequence[Checkpoint], facts: Sequence[Facts]) -> list
         return []
     first, sign = found[0]
     more = f", and so are {len(found) - 1} more checkpoints" if len(found) > 1 else ""
-    loadable = [
-        checkpoint.path for checkpoint, _ in found if checkpoint.kind == "model" and isinstance(checkpoint.path, Path)
-    ]
+    loadable = [each.path for each, _ in found if each.kind == "model" and isinstance(each.path, Path)]
     return [
         UnsupportedFormatError(
             f"{first.path} is quantized ({sign}){more}.",
@@ -118,12 +114,8 @@ def quantized(checkpoints: Sequence[Checkpoint], facts: Sequence[Facts]) -> list
 def contradictions(
     checkpoints: Sequence[Checkpoint], facts: Sequence[Facts], *, anchor_is_init: bool
 ) -> tuple[list[CkavgError], list[str]]:
-    """Errors where two checkpoints are of different models, and warnings where they may be.
-
-    Args:
-        checkpoints: ordered by step.
-        facts: of each.
-        anchor_is_init: the first one was named apart from the run, and may be a model without its head.
+    """Errors where two checkpoints are of different models, and warnings where they may be. An anchor apart from the
+    run may be a model without its head.
     """
     errors: list[CkavgError] = []
     warnings: list[str] = []
@@ -134,7 +126,11 @@ def contradictions(
             one, other = before.configs[part], after.configs[part]
             where = f"{part}/{CONFIG}" if part else CONFIG
             errors += _different(steps, where, one, other, identity)
-            warnings += [_behaves_differently(steps, where, key) for key in _changed(one, other, _BEHAVIOUR)]
+            warnings += [
+                f"{where} states another {key} at {steps[0]} than at {steps[1]}; the result takes that of the last "
+                "checkpoint."
+                for key in _changed(one, other, _BEHAVIOUR)
+            ]
         for part in before.adapters.keys() & after.adapters.keys():
             one, other = before.adapters[part], after.adapters[part]
             errors += _different(steps, ADAPTER_CONFIG, one, other, _ADAPTER_IDENTITY)
@@ -145,14 +141,18 @@ def contradictions(
 
 
 def _read(path: AnyPath) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):
         return read_object(path, _MOST_BYTES)
     return {}
 
 
 def _sign_of_quantization(checkpoint: Checkpoint, facts: Facts) -> str | None:
     others = {name: entry for name, entry in checkpoint.entries.items() if entry.dtype not in FLOATING}
-    beside = _beside_codes(checkpoint.entries) if others else {}
+    beside: dict[str, list[frozenset[str]]] = defaultdict(list)  # what may belong to codes, by module
+    for name in checkpoint.entries if others else ():
+        module, last = _split(name)
+        if _words(last) & _BESIDE_CODES:
+            beside[module].append(_words(last))
     for name, entry in others.items():
         if _is_packed(name, entry, checkpoint.entries, beside):
             return f"tensor {name!r} holds {entry.dtype} codes"
@@ -164,18 +164,7 @@ def _sign_of_quantization(checkpoint: Checkpoint, facts: Facts) -> str | None:
     return None
 
 
-_Named = Mapping[str, Sequence[frozenset[str]]]
-
-
-def _beside_codes(entries: Mapping[str, TensorInfo]) -> _Named:
-    """What may belong to codes, by module: the words of the last part of each name."""
-    found: dict[str, list[frozenset[str]]] = {}
-    for name in entries:
-        module, last = _split(name)
-        words = _words(last)
-        if words & _BESIDE_CODES:
-            found.setdefault(module, []).append(words)
-    return found
+_Words = Mapping[str, Sequence[frozenset[str]]]
 
 
 def _words(name: str) -> frozenset[str]:
@@ -188,7 +177,7 @@ def _split(name: str) -> tuple[str, str]:
     return name[: max(place, 0)], name[place + 1 :]
 
 
-def _is_packed(name: str, entry: TensorInfo, entries: Mapping[str, TensorInfo], beside: _Named) -> bool:
+def _is_packed(name: str, entry: TensorInfo, entries: Mapping[str, TensorInfo], beside: _Words) -> bool:
     """Whether a tensor that is not averaged holds codes, by its name or by scales or codebooks beside it."""
     if _PACKED.fullmatch(name) or (name.endswith("_blocks") and f"{name.removesuffix('blocks')}scales" in entries):
         return True
@@ -218,10 +207,11 @@ def _about_adapters(
     steps: tuple[str, str], before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> tuple[list[CkavgError], list[str]]:
     key = "base_model_name_or_path"
+    one, other = (str(each.get(key)).rstrip("/").rpartition("/")[2].lower() for each in (before, after))
     errors: list[CkavgError] = []
     warnings: list[str] = []
     if _changed(before, after, (key,)):
-        if _last_part(before[key]) == _last_part(after[key]):
+        if one == other:
             warnings.append(
                 f"{steps[0]} names its base model {_short(after[key])}, {steps[1]} {_short(before[key])}. They are "
                 "taken to be one model in two places."
@@ -237,12 +227,6 @@ def _about_adapters(
     return errors, warnings
 
 
-def _behaves_differently(steps: tuple[str, str], where: str, key: str) -> str:
-    return (
-        f"{where} states another {key} at {steps[0]} than at {steps[1]}; the result takes that of the last checkpoint."
-    )
-
-
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     """The keys that both have, with different values."""
     return [
@@ -250,12 +234,141 @@ def _changed(before: Mapping[str, Any], after: Mapping[str, Any], keys: Sequence
     ]
 
 
-def _last_part(path: object) -> str:
-    return str(path).rstrip("/").rpartition("/")[2].lower()
-
-
 def _as_set(value: object) -> object:
     return {str(each) for each in value} if isinstance(value, list) else value
+
+
+# --- headers ---
+
+_RUN_NAME = "ss_output_name"
+"""Under which sd-scripts and its kin keep the name of a run."""
+
+_HEADER_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", re.ASCII)
+_PROGRESS = frozenset(
+    {
+        "batches", "date", "duration", "elapsed", "end", "ended", "epoch", "epochs", "finished", "images", "info",
+        "iteration", "iterations", "loss", "progress", "samples", "session", "start", "started", "step", "steps",
+        "time", "timestamp", "tokens",
+    }
+)  # fmt: skip
+"""Words of what changes while a run goes on."""
+
+_MEANING = frozenset(
+    {
+        "adapter", "alpha", "alphas", "arch", "architecture", "base", "class", "config", "dim", "dims", "dtype",
+        "format", "layers", "lora", "metadata", "model", "module", "modules", "network", "parameterization", "pattern",
+        "peft", "prediction", "quantization", "r", "rank", "ranks", "rslora", "scale", "scaling", "target", "targets",
+        "type", "v",
+    }
+)  # fmt: skip
+"""Words of what a loader needs to make the right model of the same tensors."""
+
+_HASH = frozenset({"checksum", "crc", "digest", "hash", "md", "sha", "sha1", "sha256", "sha512"})
+
+
+def several_named_runs(checkpoints: Sequence[Checkpoint]) -> list[CkavgError]:
+    """An error where headers name more than one run."""
+    of_run: dict[str, list[str]] = {}
+    for checkpoint in checkpoints:
+        for name in {shard.metadata[_RUN_NAME] for shard in checkpoint.shards if _RUN_NAME in shard.metadata}:
+            of_run.setdefault(name, []).append(checkpoint.path.name)
+    if len(of_run) < 2:
+        return []
+    named = "; ".join(f"{_short(name)} ({listed(names)})" for name, names in of_run.items())
+    return [
+        MixedOrderError(
+            f"The checkpoints are of {len(of_run)} runs, by {_RUN_NAME} in their headers: {named}.",
+            hint="Choose those of one run by their names with --match, or by their steps with --steps.",
+        )
+    ]
+
+
+def contradicting_headers(
+    checkpoints: Sequence[Checkpoint], *, anchor_is_init: bool
+) -> tuple[list[CkavgError], list[str], frozenset[str]]:
+    """Errors where headers make different models of the same tensors, warnings where they may, and the entries that
+    hold for one file alone. What the header of an anchor apart from the run lacks is no difference.
+    """
+    errors: list[CkavgError] = []
+    warnings: list[str] = []
+    hashes: set[str] = set()
+    last = checkpoints[-1]
+    for part in last.parts:
+        of_last = _metadata_in(last, part)
+        for checkpoint in checkpoints[:-1]:
+            other = _metadata_in(checkpoint, part)
+            from_elsewhere = anchor_is_init and checkpoint is checkpoints[0]
+            keys = other.keys() & of_last.keys() if from_elsewhere else other.keys() | of_last.keys()
+            differing = sorted(key for key in keys if not _alike(other.get(key), of_last.get(key)))
+            hashes |= {key for key in differing if _is_hash(key)}
+            meant = [key for key in differing if _changes_meaning(key)]
+            if meant:
+                errors.append(_different_headers(checkpoint, last, meant, other, of_last))
+            if not from_elsewhere:
+                warnings += [
+                    f"The headers of the weights state different values of {_short(key)}; the result takes that of the "
+                    "last one."
+                    for key in differing
+                    if not _changes_meaning(key) and _is_doubtful(key)
+                ]
+    return errors[:1], list(dict.fromkeys(warnings)), frozenset(hashes)
+
+
+def without_entries(checkpoint: Checkpoint, entries: frozenset[str]) -> Checkpoint:
+    """The checkpoint whose headers lack some entries, those apart that are computed anew."""
+    dropped = entries - KNOWN_HASHES.keys()
+    if not any(dropped & shard.metadata.keys() for shard in checkpoint.shards):
+        return checkpoint
+    shards = tuple(
+        dataclasses.replace(shard, metadata={key: value for key, value in shard.metadata.items() if key not in dropped})
+        for shard in checkpoint.shards
+    )
+    return dataclasses.replace(checkpoint, shards=shards)
+
+
+def _metadata_in(checkpoint: Checkpoint, part: str) -> dict[str, str]:
+    return {key: value for shard in checkpoint.shards if shard.part == part for key, value in shard.metadata.items()}
+
+
+def _different_headers(
+    checkpoint: Checkpoint, last: Checkpoint, keys: Sequence[str], other: Mapping[str, str], of_last: Mapping[str, str]
+) -> MismatchError:
+    told = ", ".join(
+        f"{key} is {_short(of_last.get(key, 'not there'))}, but {_short(other.get(key, 'not there'))}"
+        for key in keys[:4]
+    )
+    return MismatchError(
+        f"step {last.step}: in the header of the weights, {told} at step {checkpoint.step}.",
+        hint="The same tensors mean different models there. Choose checkpoints that agree, with --from-step, --to-step "
+        "or --skip-step.",
+    )
+
+
+def _header_words(key: str) -> set[str]:
+    return {word.lower() for word in _HEADER_WORDS.findall(key)}
+
+
+def _is_hash(key: str) -> bool:
+    return bool(_header_words(key) & _HASH)
+
+
+def _changes_meaning(key: str) -> bool:
+    return _is_doubtful(key) and bool(_header_words(key) & _MEANING)
+
+
+def _is_doubtful(key: str) -> bool:
+    return not _header_words(key) & (_PROGRESS | _HASH) and key not in (_RUN_NAME, "format")
+
+
+def _alike(one: str | None, other: str | None) -> bool:
+    """Whether two values are the same, as texts or as what they say in JSON."""
+    if one == other:
+        return True
+    if one is None or other is None:
+        return False
+    with suppress(ValueError, RecursionError):
+        return bool(parse_json(one) == parse_json(other))
+    return False
 
 
 def _short(value: object) -> str:

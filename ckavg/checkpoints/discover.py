@@ -12,10 +12,11 @@ import string
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from ckavg.checkpoints.check_consistent import same_weights
 from ckavg.checkpoints.checkpoint import RESULT_RECORD, read_checkpoint
-from ckavg.checkpoints.headers import STATING, peek_metadata, stated_step
+from ckavg.checkpoints.headers import stated_step
 from ckavg.checkpoints.layouts import (
     Clock,
     Label,
@@ -27,14 +28,12 @@ from ckavg.checkpoints.layouts import (
     read_label,
     read_labels,
 )
-from ckavg.checkpoints.same import same_weights
-from ckavg.checkpoints.trainer_log import TRAINER_STATE, contradiction, logged_losses, read_trainer_state
-from ckavg.checkpoints.unsupported import conversion, holds_unsupported, stem, unsupported_weights
+from ckavg.checkpoints.trainer_log import TRAINER_STATE, Logs, read_trainer_state
+from ckavg.checkpoints.unsupported import holds_unsupported, refused, stem, unsupported_weights
 from ckavg.checkpoints.weight_files import WEIGHTS, find_weights, holds_weights, list_folder
 from ckavg.errors import (
     CkavgError,
     DuplicateStepError,
-    MismatchError,
     MixedOrderError,
     NoCheckpointsError,
     ReadError,
@@ -48,7 +47,6 @@ from ckavg.storage.remote import storages_of
 
 _LARGEST_STEP = 10**18
 _LOOKED_INTO = 50
-_NAMED = 4
 _PROBES, _PROBE = 32, 4096
 _NOT_RUNS = frozenset({"averaged", "runs", "logs", "wandb"})
 
@@ -92,11 +90,7 @@ class Scan:
 
 
 def scan(source: AnyPath, *, match: str | None = None) -> Scan:
-    """Find the checkpoints in a directory, in numeric order of their steps.
-
-    Args:
-        source: the directory.
-        match: shell pattern of the names that count; None: all.
+    """Find the checkpoints in a directory whose names match a shell pattern, in numeric order of their steps.
 
     Raises:
         NoCheckpointsError: it is no directory, or holds no checkpoint.
@@ -107,14 +101,14 @@ def scan(source: AnyPath, *, match: str | None = None) -> Scan:
         return _scan_revisions(source, match)
     warnings: list[str] = []
     children = [path for path in _children(source) if match is None or _matches(path, match)]
-    logs = _Logs()
+    logs = Logs()
     labels = _labels(source, children)
     _prefetch(labels)
     found = [_candidate(path, label, logs, warnings) for path, label in labels.items()]
     directories = [candidate for candidate in found if not candidate.is_file]
     twins: set[AnyPath] = set()
     files = [candidate for candidate in found if candidate.is_file]
-    if files and not any(_holds_safetensors(candidate.path) for candidate in directories):
+    if files and not any(_holds_weights(candidate.path) for candidate in directories):
         directories = []  # of another format, or nothing
     candidates = _without_derived(directories or _files_of_runs(files, twins, warnings))
     if not candidates:
@@ -127,7 +121,7 @@ def scan(source: AnyPath, *, match: str | None = None) -> Scan:
 
 
 def _scan_revisions(source: RemotePath, match: str | None) -> Scan:
-    """The revisions of a repository by the steps in their names alone: none of them is looked into."""
+    """The revisions of a repository, by their names alone."""
     labels = label_revisions([path.name for path in source.iterdir()])
     found = [Candidate(source / name, label.number or 0, label, stated=False) for name, label in labels.items()]
     candidates = _without_derived([each for each in found if match is None or _matches(each.path, match)])
@@ -169,6 +163,11 @@ def several_runs(candidates: Iterable[Candidate]) -> list[CkavgError]:
     ]
 
 
+def _beginning(names: Sequence[str]) -> str:
+    columns = zip(*names, strict=False)
+    return "".join(first[0] for first in itertools.takewhile(lambda each: len(set(each)) == 1, columns))
+
+
 def _pattern(of_stem: Mapping[str, Sequence[str]]) -> str:
     """A pattern of the names of the run with most checkpoints, and of no others."""
     stem, names = max(of_stem.items(), key=lambda item: len(item[1]))
@@ -182,51 +181,6 @@ def _pattern(of_stem: Mapping[str, Sequence[str]]) -> str:
         and not any(fnmatch.fnmatchcase(name, pattern) for name in others)
     )
     return next(fitting, "GLOB")
-
-
-def _beginning(names: Sequence[str]) -> str:
-    """What all of them begin with."""
-    columns = zip(*names, strict=False)
-    return "".join(first[0] for first in itertools.takewhile(lambda each: len(set(each)) == 1, columns))
-
-
-def unrelated_logs(candidates: Iterable[Candidate]) -> list[CkavgError]:
-    """An error where the trainers' logs tell that the candidates are of more than one run."""
-    of_log: dict[int, list[str]] = defaultdict(list)
-    for candidate in candidates:
-        if candidate.log is not None:
-            of_log[candidate.log].append(candidate.path.name)
-    if len(of_log) < 2:
-        return []
-    named = " and ".join(_shown(names) for names in of_log.values())
-    return [
-        MismatchError(
-            f"The checkpoints are of {len(of_log)} runs: by their {TRAINER_STATE}, {named} logged different losses for "
-            "the same steps.",
-            hint="Some are left from an earlier run in the same directory. Leave them out with --from-step, --to-step, "
-            "--steps or --skip-step.",
-        )
-    ]
-
-
-@dataclass(slots=True)
-class _Logs:
-    """The logs seen so far, each by the latest checkpoint that has it; checkpoints of one run share one."""
-
-    known: list[dict[int, set[float]]] = field(default_factory=list)
-
-    def number(self, losses: dict[int, set[float]]) -> int | None:
-        """Which log this is, or goes on with; None where it shares no step with any."""
-        if not losses:
-            return None
-        for number, log in enumerate(self.known):
-            if log.keys() & losses.keys() and contradiction(log, losses) is None:
-                self.known[number] = losses if len(losses) > len(log) else log
-                return number
-        if any(log.keys() & losses.keys() for log in self.known) or not self.known:
-            self.known.append(losses)
-            return len(self.known) - 1
-        return None
 
 
 # --- what lies in the source ---
@@ -243,13 +197,9 @@ def _prefetch(paths: Iterable[AnyPath]) -> None:
 
 def _children(source: AnyPath) -> list[AnyPath]:
     """What lies in the source, in the order of the numbers in the names."""
-    if not source.exists():
-        raise NoCheckpointsError(f"{source} does not exist.", hint="Name the directory that holds the checkpoints.")
     if not source.is_dir():
-        raise NoCheckpointsError(
-            f"{source} is a file, not a directory of checkpoints.",
-            hint="Name the directory that holds the checkpoints.",
-        )
+        what = "is a file, not a directory of checkpoints" if source.exists() else "does not exist"
+        raise NoCheckpointsError(f"{source} {what}.", hint="Name the directory that holds the checkpoints.")
     try:
         children = [path for path in source.iterdir() if not path.name.startswith(".")]
     except OSError as error:
@@ -272,7 +222,9 @@ def _labels(source: AnyPath, children: Sequence[AnyPath]) -> dict[AnyPath, Label
     files = {path.name: path for path in children if path.suffix == WEIGHTS}
     is_one_model = any((source / name).is_file() for name in ("model_index.json", "modules.json"))
     stems = [path.stem for path in files.values()]
-    labels = label_run(folders, stems, lambda name: _holds_any(folders[name]), is_one_model=is_one_model)
+    labels = label_run(
+        folders, stems, lambda name: _holds_weights(folders[name], of_any_kind=True), is_one_model=is_one_model
+    )
     return {(folders | files)[name]: label for name, label in labels.items()}
 
 
@@ -283,16 +235,16 @@ def _may_be_checkpoint(path: AnyPath) -> bool:
     return (path.is_dir() and not _is_result(path)) or (is_link(path) and not path.exists())
 
 
-def _candidate(path: AnyPath, label: Label, logs: _Logs, warnings: list[str]) -> Candidate:
+def _candidate(path: AnyPath, label: Label, logs: Logs, warnings: list[str]) -> Candidate:
     if path.suffix == WEIGHTS:
         return Candidate(path, label.number or 0, label, stated=False)
-    state = _trainer_state(path, warnings)
-    stated = _stated_step(path, state, warnings)
-    number = label.number or 0
-    if stated is not None and label.clock == "step" and stated != number:
+    state, stated = _trainer_state(path, warnings)
+    log = logs.number(state)
+    if stated is None:
+        return Candidate(path, label.number or 0, label, stated=False, log=log)
+    if label.clock == "step" and stated != label.number:
         warnings.append(f"{path.name}: {TRAINER_STATE} says step {stated}; that is used, not the number in the name.")
-    log = logs.number(logged_losses(state or {}))
-    return Candidate(path, number if stated is None else stated, label, stated=stated is not None, log=log)
+    return Candidate(path, stated, label, stated=True, log=log)
 
 
 def _is_result(path: AnyPath) -> bool:
@@ -302,41 +254,30 @@ def _is_result(path: AnyPath) -> bool:
         return False
 
 
-def _holds_safetensors(path: AnyPath) -> bool:
-    """Whether a directory holds weights that are read, in it or in its folders."""
+def _holds_weights(path: AnyPath, *, of_any_kind: bool = False) -> bool:
+    """Whether a directory holds weights, in it or in its folders: those that are read, or any."""
     try:
-        return holds_weights(path) or bool(find_weights(path)[0])
+        return holds_weights(path) or bool(find_weights(path)[0]) or (of_any_kind and holds_unsupported(path))
     except (OSError, UnsupportedFormatError):
         return True  # whoever reads it says what is wrong
 
 
-def _holds_any(path: AnyPath) -> bool:
-    """The same for weights of any kind."""
+def _trainer_state(path: AnyPath, warnings: list[str]) -> tuple[Mapping[str, object], int | None]:
+    """What a trainer wrote beside a checkpoint, and the step that it states."""
+    why = "states no global_step"
+    state: Mapping[str, object] = {}
     try:
-        return _holds_safetensors(path) or holds_unsupported(path)
-    except OSError:
-        return True
-
-
-def _trainer_state(path: AnyPath, warnings: list[str]) -> Mapping[str, object] | None:
-    try:
-        return read_trainer_state(path)
+        state = read_trainer_state(path)
     except FileNotFoundError:
-        return None
+        return {}, None
     except (OSError, ValueError):
-        if path.exists():
-            warnings.append(f"{path.name}: {TRAINER_STATE} cannot be read; the step is taken from the name.")
-        return None
-
-
-def _stated_step(path: AnyPath, state: Mapping[str, object] | None, warnings: list[str]) -> int | None:
-    if state is None:
-        return None
+        why = "cannot be read"
     step = state.get("global_step")
     if type(step) is int and 0 <= step < _LARGEST_STEP:
-        return step
-    warnings.append(f"{path.name}: {TRAINER_STATE} states no global_step; the step is taken from the name.")
-    return None
+        return state, step
+    if path.exists():
+        warnings.append(f"{path.name}: {TRAINER_STATE} {why}; the step is taken from the name.")
+    return state, None
 
 
 # --- single files: their clocks, and the one without a number ---
@@ -352,7 +293,7 @@ def _files_of_runs(found: Sequence[Candidate], twins: set[AnyPath], warnings: li
 
 def _on_one_clock(files: Sequence[Candidate]) -> list[Candidate]:
     """The files of a run whose steps have a common order: by their headers if all tell, else those that count steps."""
-    stated = {each: stated_step(peek_metadata(each.path, STATING)) for each in files}
+    stated = {each: stated_step(each.path) for each in files}
     numbered = [each for each in files if each.label.number is not None]
     if all(step is not None for step in stated.values()):
         _check_headers_consistent([(each, stated[each] or 0) for each in numbered])
@@ -427,7 +368,7 @@ def _without_derived(candidates: Sequence[Candidate]) -> list[Candidate]:
         runs[candidate.label.stem, candidate.clock].append(candidate)
     kept = [of_run for (stem, _), of_run in runs.items() if not is_averaged(stem)] or [*runs.values()]
     if len(kept) > 1:
-        readable = [of_run for of_run in kept if any(each.is_file or _holds_safetensors(each.path) for each in of_run)]
+        readable = [of_run for of_run in kept if any(each.is_file or _holds_weights(each.path) for each in of_run)]
         kept = readable or kept
     left = [candidate for of_run in kept for candidate in of_run]
     return [each for each in left if not any(_is_derived(each, other) for other in left)]
@@ -452,17 +393,17 @@ def _passed_over(children: Iterable[AnyPath], candidates: Sequence[Candidate]) -
                 unstated.append(path.name)
         elif path.is_dir() and is_half_written(path.name):
             half.append(path.name)
-        elif path.is_dir() and not _is_result(path) and _holds_safetensors(path):
+        elif path.is_dir() and not _is_result(path) and _holds_weights(path):
             unstated.append(path.name)
     told = []
     if unstated:
         like = "step_500.safetensors" if flat else "step_500"
         told.append(
-            f"Left out, for the name states no step: {_shown(unstated)}. To have one take part, give it a name such as "
+            f"Left out, for the name states no step: {listed(unstated)}. To have one take part, give it a name such as "
             f"{like}."
         )
     if half:
-        told.append(f"Skipped, for a trainer names checkpoints so while it writes them: {_shown(half)}.")
+        told.append(f"Skipped, for a trainer names checkpoints so while it writes them: {listed(half)}.")
     return told
 
 
@@ -483,10 +424,6 @@ def _is_in(file: AnyPath, checkpoint: AnyPath) -> bool:
     return False
 
 
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
-
-
 def _check_clocks(source: AnyPath, candidates: Sequence[Candidate]) -> list[str]:
     """Refuse what counts different things; return warnings about clocks that do not count optimizer steps."""
     examples = {candidate.clock: candidate.path.name for candidate in candidates}
@@ -495,12 +432,11 @@ def _check_clocks(source: AnyPath, candidates: Sequence[Candidate]) -> list[str]
             f"{source} mixes names that count different things: {', '.join(sorted(examples.values()))}.",
             hint="Steps, epochs and numbered saves have no common order. Choose one kind by its names: --match GLOB",
         )
-    told = {
-        "save": "The names count saves, not optimizer steps, and so do the steps shown and used here.",
-        "epoch": "The names count epochs, not optimizer steps, and so do the steps shown and used here.",
-        "number": "The names do not say what their numbers count. They are taken for optimizer steps.",
-    }
-    return [told[clock] for clock in examples if clock in told]
+    (clock,) = examples
+    if clock == "number":
+        return ["The names do not say what their numbers count. They are taken for optimizer steps."]
+    told = f"The names count {clock}s, not optimizer steps, and so do the steps shown and used here."
+    return [] if clock == "step" else [told]
 
 
 # --- where there is nothing ---
@@ -515,12 +451,12 @@ def _nothing_found(source: AnyPath, match: str | None) -> CkavgError:
     if holds_weights(source) or any((source / name).is_file() for name in ("model_index.json", "modules.json")):
         return _one_checkpoint(source)
     foreign = [name for name in names if unsupported_weights([name])]
-    found = conversion(_numbered(source, foreign))
+    found = refused(_numbered(source, foreign))
     if found is not None:
         more = f" and {len(foreign) - 1} more like it" if len(foreign) > 1 else ""
         return NoCheckpointsError(
             f"{source} holds no safetensors checkpoints, only {foreign[0]}{more}.",
-            hint=found.advice,
+            hint=found.hint,
             command=found.command,
         )
     folders = _folders(source)
@@ -529,7 +465,7 @@ def _nothing_found(source: AnyPath, match: str | None) -> CkavgError:
         return NoCheckpointsError(
             f"{source} holds no checkpoints, but {inside[0].name} in it seems to.", hint=f"Try {inside[0]}"
         )
-    seen = [f"{path.name}/" for path in folders if _holds_safetensors(path)]
+    seen = [f"{path.name}/" for path in folders if _holds_weights(path)]
     told = f" It holds weights in {listed(seen)}, whose names state no step." if seen else ""
     return NoCheckpointsError(
         f"{source} holds no checkpoints.{told}",

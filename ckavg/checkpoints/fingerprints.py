@@ -15,12 +15,14 @@ import json
 import time
 from collections.abc import Iterable
 
-from ckavg.checkpoints.run import Checkpoint, Run, Shard
+from ckavg.checkpoints.run import Checkpoint, Run
 from ckavg.errors import ChangedError, CkavgError, ReadError, raise_all
 from ckavg.storage.base import RemotePath
 
 _FINE_CLOCK_NS = 20_000_000
 _COARSE_CLOCK_NS = 2_000_000_000
+
+_RUN_AGAIN = "Run again once nothing writes to the checkpoints any more, or leave this one out with --to-step."
 
 Fingerprints = tuple[str | None, ...]
 """Of each checkpoint of a run; None where a later change could not be told from the last one."""
@@ -60,36 +62,27 @@ def check_unchanged(checkpoints: Iterable[Checkpoint]) -> None:
         ReadError: some cannot be looked at any more.
         CombinedError: more than one of these.
     """
-    shards = [shard for checkpoint in checkpoints for shard in checkpoint.shards]
-    raise_all([found for shard in shards if (found := _change_of(shard)) is not None])
-
-
-def _change_of(shard: Shard) -> CkavgError | None:
-    if isinstance(shard.path, RemotePath):  # its storage is asked
-        return None
-    try:
-        status = shard.path.stat()
-    except OSError as error:
-        return ReadError(
-            f"{shard.path} cannot be read: {error.strerror}.", hint="It was there when the run was opened."
-        )
-    if shard.state is None or (shard.nbytes, *shard.state) == (status.st_size, status.st_ino, status.st_mtime_ns):
-        return None
-    return ChangedError(
-        f"{shard.path} was changed or replaced while it was read.",
-        hint="Run again once nothing writes to the checkpoints any more, or leave this one out with --to-step.",
-    )
+    errors: list[CkavgError] = []
+    for shard in (shard for checkpoint in checkpoints for shard in checkpoint.shards):
+        if isinstance(shard.path, RemotePath):  # its storage is asked
+            continue
+        try:
+            status = shard.path.stat()
+        except OSError as error:
+            what = f"{shard.path} cannot be read: {error.strerror}."
+            errors.append(ReadError(what, hint="It was there when the run was opened."))
+            continue
+        if shard.state and (shard.nbytes, *shard.state) != (status.st_size, status.st_ino, status.st_mtime_ns):
+            what = f"{shard.path} was changed or replaced while it was read."
+            errors.append(ChangedError(what, hint=_RUN_AGAIN))
+    raise_all(errors)
 
 
 def _is_old_enough(changed: int) -> bool:
     """Whether another change from now on would get another time; it is worth a short wait, not a long one."""
-    age, tick = time.time_ns() - changed, _tick(changed)
+    tick = _FINE_CLOCK_NS if changed % 1_000_000 else _COARSE_CLOCK_NS  # of the clock that gave a file this time
+    age = time.time_ns() - changed
     if 0 <= age < tick <= _FINE_CLOCK_NS:
         time.sleep((tick - age) / 1e9)
         return True
     return age >= tick
-
-
-def _tick(changed: int) -> int:
-    """How coarsely the clock ticks that gave a file this time, in nanoseconds."""
-    return _FINE_CLOCK_NS if changed % 1_000_000 else _COARSE_CLOCK_NS

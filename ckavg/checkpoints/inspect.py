@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from ckavg.checkpoints import headers as metadata
-from ckavg.checkpoints.check_consistent import common_part, differences, ungathered
-from ckavg.checkpoints.configs import contradictions, quantized, read_facts, ties_embeddings
-from ckavg.checkpoints.discover import Scan, duplicate_steps, scan, several_runs, unrelated_logs
+from ckavg.checkpoints.check_consistent import (
+    changing,
+    common_part,
+    constant_parts,
+    differences,
+    tied_copies,
+    ungathered,
+)
+from ckavg.checkpoints.configs import (
+    contradicting_headers,
+    contradictions,
+    quantized,
+    read_facts,
+    several_named_runs,
+    ties_embeddings,
+    without_entries,
+)
+from ckavg.checkpoints.discover import Scan, duplicate_steps, scan, several_runs
 from ckavg.checkpoints.loader import Loader
 from ckavg.checkpoints.run import Checkpoint, Run, Selection, WhyLeftOut
-from ckavg.checkpoints.same import changing, constant_parts, tied_copies
+from ckavg.checkpoints.trainer_log import unrelated_logs
 from ckavg.checkpoints.unsupported import refused, refused_slices
 from ckavg.errors import (
     CkavgError,
@@ -32,7 +45,7 @@ from ckavg.errors import (
     listed,
     raise_all,
 )
-from ckavg.storage.base import AnyPath, RemotePath
+from ckavg.storage.base import AnyPath
 
 _WORST_FIRST = (
     ReadError, UnsupportedFormatError, MixedOrderError, DuplicateStepError, CorruptFileError, TruncatedShardError,
@@ -45,27 +58,12 @@ _LISTED = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Inspection:
-    """What was found in a source, good or bad.
-
-    Attributes:
-        source: the directory that was named.
-        selection: what was chosen of it.
-        checkpoints: the selected ones whose headers are sound, ordered by step, the anchor first.
-        problems: what stands in the way of averaging them.
-        warnings: what does not, but should be known.
+class Inspection(Run):
+    """What was found in a source, good or bad: the checkpoints chosen whose headers are sound, and what stands in the
+    way of averaging them.
     """
 
-    source: AnyPath
-    selection: Selection
-    checkpoints: tuple[Checkpoint, ...]
     problems: tuple[CkavgError, ...]
-    warnings: tuple[str, ...]
-
-    @property
-    def home(self) -> Path:
-        """Where results go by default: the directory that was named; the current one for a run that is not here."""
-        return Path() if isinstance(self.source, RemotePath) else self.source
 
 
 def as_run(found: Inspection) -> Run:
@@ -77,37 +75,31 @@ def as_run(found: Inspection) -> Run:
 def inspect_run(source: AnyPath, selection: Selection) -> Inspection:
     """Look at a source and return its problems beside what is sound, instead of raising them.
 
-    Args:
-        source: a directory, or what an address names.
-        selection: what is chosen of it.
-
     Raises:
         NoCheckpointsError, MixedOrderError, ReadError, SettingError: there is nothing to inspect.
     """
     found = scan(source, match=selection.match)
     loader = Loader(found, selection)
-    while not loader.is_done():
-        loader.go_on()
+    loader.load()
     candidates, checkpoints = loader.candidates, loader.checkpoints
     with_init = selection.init is not None
-    of_several = several_runs(candidates) or metadata.several_runs(checkpoints[with_init:])
+    of_several = several_runs(candidates) or several_named_runs(checkpoints[with_init:])
     twice = [] if of_several else duplicate_steps(candidates)
-    problems = [*loader.problems, *twice, *unrelated_logs(candidates), *of_several]
-    warnings = [*found.warnings, *loader.warnings, *_about_count(found, selection)]
+    of_logs = unrelated_logs((candidate.path.name, candidate.log) for candidate in candidates)
+    problems = [*loader.problems, *twice, *of_logs, *of_several]
+    warnings = [*found.warnings, *loader.warnings]
+    if (selection.last or 0) > len(found.candidates):
+        warnings.append(f"--last {selection.last} asks for more checkpoints than there are: {len(found.candidates)}.")
     if len(candidates) + with_init < 2:
         problems.append(_too_few(found, len(candidates), checkpoints))
     if checkpoints and not of_several:
         checkpoints = _compared(checkpoints, selection, problems, warnings)
-    return Inspection(
-        found.source, selection, tuple(checkpoints), worst_first(_first_of_kind(problems)), tuple(warnings)
-    )
+    told = worst_first(_first_of_kind(problems))
+    return Inspection(found.source, selection, tuple(checkpoints), tuple(warnings), told)
 
 
 def _compared(
-    checkpoints: list[Checkpoint],
-    selection: Selection,
-    problems: list[CkavgError],
-    warnings: list[str],
+    checkpoints: list[Checkpoint], selection: Selection, problems: list[CkavgError], warnings: list[str]
 ) -> list[Checkpoint]:
     """The checkpoints as parts of one run, with what is averaged of them; what speaks against it is added."""
     with_init = selection.init is not None
@@ -116,31 +108,31 @@ def _compared(
     problems += ungathered(checkpoints)
     problems += quantized(checkpoints, facts)
     different, doubtful = contradictions(checkpoints, facts, anchor_is_init=with_init)
-    in_headers, also_doubtful, hashes = metadata.contradictions(checkpoints, anchor_is_init=with_init)
+    in_headers, also_doubtful, hashes = contradicting_headers(checkpoints, anchor_is_init=with_init)
     problems += different + in_headers
     warnings += [*doubtful, *also_doubtful, *_about_left_out(checkpoints)]
-    checkpoints[-1] = metadata.without(checkpoints[-1], hashes)
+    checkpoints[-1] = without_entries(checkpoints[-1], hashes)
     checkpoints = _without_copies(checkpoints, [ties_embeddings(each) for each in facts], warnings)
     mismatches = differences(checkpoints, anchor_is_init=with_init, common_only=selection.common_only)
     problems += mismatches
     if selection.common_only:
-        checkpoints = _common(checkpoints, problems, warnings)
+        checkpoints, nothing, not_everywhere = common_part(checkpoints)
+        problems += nothing
+        warnings += not_everywhere
     elif not mismatches:
         problems += changing(checkpoints)
-        checkpoints = _with_copied(checkpoints, constant_parts(checkpoints))
+        constant = constant_parts(checkpoints)
+        tables = {id(each.entries): each.with_copied(constant).entries for each in checkpoints}  # shared as before
+        checkpoints = [dataclasses.replace(each, entries=tables[id(each.entries)]) for each in checkpoints]
     problems += [] if problems else _nothing_to_average(checkpoints[-1])
     return checkpoints
 
 
 def worst_first(problems: Sequence[CkavgError]) -> tuple[CkavgError, ...]:
     """The problems in the order in which they are told; those of one kind as they come."""
+    ranks = {kind: rank for rank, kind in enumerate(_WORST_FIRST)}
     return tuple(
-        sorted(
-            problems,
-            key=lambda problem: next(
-                (rank for rank, kind in enumerate(_WORST_FIRST) if isinstance(problem, kind)), len(_WORST_FIRST)
-            ),
-        )
+        sorted(problems, key=lambda problem: min(ranks.get(kind, len(ranks)) for kind in type(problem).__mro__))
     )
 
 
@@ -152,19 +144,10 @@ def _with_common_parts(checkpoints: list[Checkpoint], *, with_init: bool) -> lis
     if not own:
         return checkpoints
     common = set(own[-1].parts).intersection(*(each.parts for each in own))
-    if {each.kind == "pipeline" for each in own} == {False}:
-        own = [_with_parts(each, common) for each in own]
+    if common and not any(each.kind == "pipeline" for each in own):
+        own = [each.with_parts(common, why="not everywhere") for each in own]
     wanted = set(own[-1].parts)
     return [each.with_parts(wanted) if wanted & set(each.parts) else each for each in init] + own
-
-
-def _with_parts(checkpoint: Checkpoint, parts: set[str]) -> Checkpoint:
-    told: tuple[tuple[WhyLeftOut, str], ...] = tuple(
-        ("not everywhere", shard.path.relative_to(checkpoint.directory).as_posix())
-        for shard in checkpoint.shards
-        if shard.part not in parts
-    )
-    return checkpoint.with_parts(parts).leaving_out(told) if told and parts else checkpoint
 
 
 def _without_copies(
@@ -186,13 +169,6 @@ def _without_copies(
     ]
 
 
-def _with_copied(checkpoints: list[Checkpoint], names: Collection[str]) -> list[Checkpoint]:
-    """The checkpoints with tensors to be copied; they share their tables, as before."""
-    tables: dict[int, Checkpoint] = {}
-    copied = [tables.setdefault(id(each.entries), each.with_copied(names)) for each in checkpoints]
-    return [dataclasses.replace(each, entries=like.entries) for each, like in zip(checkpoints, copied, strict=True)]
-
-
 def _nothing_to_average(last: Checkpoint) -> list[CkavgError]:
     if any(entry.is_floating and entry.numel for entry in last.entries.values()):
         return []
@@ -205,26 +181,6 @@ def _nothing_to_average(last: Checkpoint) -> list[CkavgError]:
             "the checkpoints before quantizing them.",
         )
     ]
-
-
-def _common(checkpoints: list[Checkpoint], problems: list[CkavgError], warnings: list[str]) -> list[Checkpoint]:
-    common = common_part(checkpoints)
-    if not common.averaged:
-        problems.append(
-            MismatchError(
-                "No floating tensor is in all checkpoints.", hint="Choose others with --steps or --skip-step."
-            )
-        )
-    if common.copied:
-        warnings.append(
-            f"Not in every checkpoint, so not averaged but copied from step {checkpoints[-1].step}: "
-            f"{_counted(common.copied)}."
-        )
-    if common.dropped:
-        warnings.append(
-            f"Not in every checkpoint, nor at step {checkpoints[-1].step}, so left out: {_counted(common.dropped)}."
-        )
-    return list(common.checkpoints)
 
 
 def _first_of_kind(problems: Sequence[CkavgError]) -> list[CkavgError]:
@@ -245,10 +201,6 @@ def _first_of_kind(problems: Sequence[CkavgError]) -> list[CkavgError]:
         f"{len(rest)} more checkpoints are in a format that is not read.", hint="They are to be converted likewise."
     )
     return [problem for problem in problems if problem not in rest] + [counted]
-
-
-def _counted(names: Sequence[str]) -> str:
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({listed(names)})"
 
 
 def _about_left_out(checkpoints: Sequence[Checkpoint]) -> list[str]:
@@ -276,20 +228,12 @@ def _about_left_out(checkpoints: Sequence[Checkpoint]) -> list[str]:
     return told + [f"{text}: {listed(by_why[why], _LISTED)}." for why, text in texts.items() if by_why[why]]
 
 
-def _about_count(found: Scan, selection: Selection) -> list[str]:
-    count = len(found.candidates)
-    if selection.last is None or selection.last <= count:
-        return []
-    return [f"--last {selection.last} asks for more checkpoints than there are: {count}."]
-
-
 def _too_few(found: Scan, kept: int, checkpoints: Sequence[Checkpoint]) -> CkavgError:
-    steps = ", ".join(str(candidate.step) for candidate in found.candidates[:12])
-    more = ", …" if len(found.candidates) > 12 else ""
+    steps = listed([str(candidate.step) for candidate in found.candidates], _LISTED)
     if len(found.candidates) > kept:
         return TooFewCheckpointsError(
             f"The selection leaves {kept} of the {len(found.candidates)} checkpoints in {found.source} "
-            f"(steps {steps}{more}).",
+            f"(steps {steps}).",
             hint="Averaging needs at least two. Widen --steps, --from-step, --to-step, --last or --every.",
         )
     of_adapter = any(each.kind == "adapter" for each in checkpoints)

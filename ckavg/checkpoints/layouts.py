@@ -295,11 +295,8 @@ def is_training_state(name: str) -> bool:
 
 
 def may_hold_model(folder: str, depth: int = 0) -> bool:
-    """Whether a folder of a checkpoint may belong to the model, by its name.
-
-    Args:
-        folder: its name.
-        depth: how many folders lie between it and the checkpoint; below the first, a number is that of a layer.
+    """Whether a folder of a checkpoint may belong to the model, by its name. Where `depth` folders lie between it and
+    the checkpoint, a number is that of a layer.
 
     >>> [may_hold_model(folder) for folder in ("unet", "tokenizer", "global_step500", "runs", ".cache", "0")]
     [True, True, False, False, False, False]

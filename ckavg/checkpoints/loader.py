@@ -9,7 +9,6 @@ from ckavg.checkpoints.checkpoint import read_checkpoint
 from ckavg.checkpoints.configs import read_facts
 from ckavg.checkpoints.discover import Candidate, Scan
 from ckavg.checkpoints.run import Checkpoint, Selection, TensorInfo
-from ckavg.checkpoints.select import selected
 from ckavg.checkpoints.weight_files import WEIGHTS
 from ckavg.errors import (
     CkavgError,
@@ -19,18 +18,69 @@ from ckavg.errors import (
     MissingShardError,
     ReadError,
     RunError,
+    SettingError,
     TruncatedShardError,
+    listed,
 )
 from ckavg.storage.base import AnyPath, RemotePath
 from ckavg.storage.tree import thread_map
 
 MOST_CHECKPOINTS = 10_000
 
-_INCOMPLETE = (MissingShardError, TruncatedShardError)
+
+def select_steps(steps: Sequence[int], selection: Selection) -> list[int]:
+    """Indices into `steps`, which ascend, of the checkpoints that a selection chooses, in order.
+
+    What is named by its step comes first, then the range, `last`, and the update frequency: with t_0 the step of the
+    anchor, checkpoint k is visited where (t_k − t_0) mod `every` = 0. Where `every` is counted from another step, the
+    first checkpoint at or after that is visited, too (the burn-in of BEMA).
+
+    Raises:
+        SettingError: `every` or `last` is less than 1, or a step that is named is not there.
+
+    >>> select_steps([0, 50, 100, 150, 200], Selection(every=100))
+    [0, 2, 4]
+    >>> select_steps([500, 1000, 1500, 2000], Selection(last=3, every=1000))
+    [1, 3]
+    >>> select_steps([50, 100, 150, 200], Selection(every=100, every_from=150))
+    [0, 2]
+    >>> select_steps([50, 100, 150, 200], Selection(steps=(50, 150, 200), skip_step=(150,)))
+    [0, 3]
+    """
+    for option, named in (("steps", selection.steps), ("skip-step", selection.skip_step)):
+        absent = [str(step) for step in named if step not in steps]
+        if absent:
+            raise SettingError(
+                f"--{option} names {listed(absent)}, where there is no checkpoint.",
+                hint=f"There are steps {listed([str(step) for step in steps], 12)}.",
+            )
+    for name, value in (("every", selection.every), ("last", selection.last)):
+        if value is not None and value < 1:
+            raise SettingError(f"--{name} is {value}; it must be at least 1.")
+    kept = [
+        index
+        for index, step in enumerate(steps)
+        if (step in selection.steps or not selection.steps)
+        and step not in selection.skip_step
+        and (selection.from_step is None or step >= selection.from_step)
+        and (selection.to_step is None or step <= selection.to_step)
+    ]
+    kept = kept[-(selection.last or 0) :]
+    if selection.every is None or not kept:
+        return kept
+    first, origin = ([], selection.init_step) if selection.init is not None else (kept[:1], steps[kept[0]])
+    if selection.every_from is not None:
+        origin = selection.every_from
+        first += [index for index in kept if steps[index] >= origin][:1]
+    return [
+        index
+        for index in kept
+        if index in first or (steps[index] >= origin and (steps[index] - origin) % selection.every == 0)
+    ]
 
 
 class Loader:
-    """Chooses checkpoints and reads them; again, where some that were chosen turned out to be incomplete."""
+    """Chooses checkpoints and reads them; chooses again, where some turned out to be incomplete."""
 
     def __init__(self, found: Scan, selection: Selection) -> None:
         self._found = found
@@ -39,7 +89,6 @@ class Loader:
         self._texts: dict[str, str] = {}
         self._table: Mapping[str, TensorInfo] = {}
         self._incomplete: dict[AnyPath, CkavgError] = {}
-        self._done = False
         self.candidates: list[Candidate] = []
         self.checkpoints: list[Checkpoint] = []
         self.problems: list[CkavgError] = []
@@ -47,52 +96,52 @@ class Loader:
     @property
     def warnings(self) -> list[str]:
         """One for each checkpoint that was left out."""
-        return [f"{path.name} is incomplete and left out: {_why(why)}" for path, why in self._incomplete.items()]
+        told = []
+        for path, why in self._incomplete.items():
+            first = why.errors[0] if isinstance(why, CombinedError) else why
+            told.append(f"{path.name} is incomplete and left out: {first.message}")
+        return told
 
-    def is_done(self) -> bool:
-        """Whether every checkpoint that is chosen has been read."""
-        return self._done
+    def load(self) -> None:
+        """Choose among what is not known to be incomplete, and read it, until all that is chosen is complete."""
+        while True:
+            self._load_chosen()
+            if not any(candidate.path in self._incomplete for candidate in self.candidates):
+                return
 
-    def go_on(self) -> None:
-        """Choose among what is not known to be incomplete, and read what is not read yet."""
-        init, init_step = self._selection.init, self._selection.init_step
-        self.candidates = self._choose()
+    def _load_chosen(self) -> None:
+        complete = [candidate for candidate in self._found.candidates if candidate.path not in self._incomplete]
+        chosen = select_steps([candidate.step for candidate in complete], self._selection)
+        self.candidates = [complete[index] for index in chosen]
         if len(self.candidates) > MOST_CHECKPOINTS:
             raise RunError(
                 f"{len(self.candidates):,} checkpoints are chosen, more than {MOST_CHECKPOINTS:,}.",
                 hint="Choose fewer with --every, --last, --from-step or --to-step.",
             )
         places = [(candidate.path, candidate.step) for candidate in self.candidates]
-        stems = {candidate.path: candidate.label.stem for candidate in self.candidates if candidate.is_file}
-        self.problems = []
-        if init is not None:
-            places.insert(0, (init, init_step))
+        self.checkpoints, self.problems = [], []
+        if self._selection.init is not None:
+            places.insert(0, (self._selection.init, self._selection.init_step))
             self.problems += _check_anchor(places)
-        self.checkpoints = []
         self._read_all(places)
+        stems = {candidate.path: candidate.label.stem for candidate in self.candidates if candidate.is_file}
         for path, step in places:
             outcome = self._read[path, step]
-            if isinstance(outcome, Checkpoint):
-                if path in stems:
-                    outcome = dataclasses.replace(outcome, saved_as=f"{stems[path] or 'model'}{WEIGHTS}")
-                self.checkpoints.append(outcome)
+            if isinstance(outcome, CkavgError):
+                self._keep(path, outcome)
+            elif path in stems:
+                self.checkpoints.append(dataclasses.replace(outcome, saved_as=f"{stems[path] or 'model'}{WEIGHTS}"))
             else:
-                self._tell(path, outcome)
-        self._done = not any(candidate.path in self._incomplete for candidate in self.candidates)
+                self.checkpoints.append(outcome)
 
-    def _tell(self, path: AnyPath, error: CkavgError) -> None:
-        """Keep what is wrong with a checkpoint, as a problem or as the reason to leave it out."""
+    def _keep(self, path: AnyPath, error: CkavgError) -> None:
+        """As a problem, or as the reason to leave a checkpoint out."""
         each = error.errors if isinstance(error, CombinedError) else (error,)
         may_skip = self._selection.skip_incomplete and path != self._selection.init
-        if may_skip and all(isinstance(one, _INCOMPLETE) for one in each):
+        if may_skip and all(isinstance(one, MissingShardError | TruncatedShardError) for one in each):
             self._incomplete[path] = error
         else:
             self.problems += each
-
-    def _choose(self) -> list[Candidate]:
-        complete = [candidate for candidate in self._found.candidates if candidate.path not in self._incomplete]
-        kept = selected([candidate.step for candidate in complete], self._selection)
-        return [complete[index] for index in kept]
 
     def _read_all(self, places: Sequence[tuple[AnyPath, int]]) -> None:
         """Read those that are not read yet; elsewhere, several at the same time."""
@@ -129,10 +178,6 @@ class Loader:
         if checkpoint.entries != table:
             self._table = table = checkpoint.entries
         return dataclasses.replace(checkpoint, shards=shards, entries=table)
-
-
-def _why(error: CkavgError) -> str:
-    return error.errors[0].message if isinstance(error, CombinedError) else error.message
 
 
 def _check_anchor(places: list[tuple[AnyPath, int]]) -> list[CkavgError]:

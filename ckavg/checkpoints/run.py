@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -168,12 +169,8 @@ class Checkpoint:
         places = {shard.path.parent for shard in self.shards}
         return tuple(sorted("" if each == self.directory else self._within(each) for each in places))
 
-    def leaving_out(self, more: tuple[tuple[WhyLeftOut, str], ...]) -> Checkpoint:
-        """The same, with more that is told to be left out."""
-        return dataclasses.replace(self, left_out=(*self.left_out, *more))
-
-    def with_parts(self, parts: Collection[str]) -> Checkpoint:
-        """The same without the weights of all other parts."""
+    def with_parts(self, parts: Collection[str], *, why: WhyLeftOut | None = None) -> Checkpoint:
+        """The same without the weights of all other parts, which are told to be left out where it is said why."""
         if set(parts) >= set(self.parts):
             return self
         kept = [place for place, shard in enumerate(self.shards) if shard.part in parts]
@@ -186,7 +183,9 @@ class Checkpoint:
         shards = tuple(self.shards[place] for place in kept)
         folders = {shard.path.parent for shard in shards}
         indexes = tuple(index for index in self.indexes if index.parent in folders)
-        return dataclasses.replace(self, shards=shards, indexes=indexes, entries=entries)
+        others = [self._within(shard.path) for shard in self.shards if shard.part not in parts]
+        left_out = self.left_out + (() if why is None else tuple((why, name) for name in others))
+        return dataclasses.replace(self, shards=shards, indexes=indexes, entries=entries, left_out=left_out)
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -312,3 +311,35 @@ def not_constant(name: str, other: Checkpoint, last: Checkpoint) -> CkavgError:
         hint="Such tensors are copied where all checkpoints hold the same. Quantized weights do not average: average "
         "the checkpoints before quantizing them.",
     )
+
+
+_ALONE = re.compile(
+    r"_*(running|moving|ema)_\w+|_*(cluster_size|num_batches_tracked)|(?!.*log)(\w*_)?(var|variance|std|stddev|sq)"
+)
+"""Components of names that say it by themselves: a kind of average, or what cannot be negative but by its logarithm."""
+
+_BESIDE = re.compile(r"(\w*_)?(mean|avg|sum|count|min|max|embed|embedding|codebook)")
+"""Those that do where the same module holds one of the others: a mean beside its variance, a codebook and its sizes."""
+
+
+def running_statistics(names: Iterable[str]) -> frozenset[str]:
+    """The running statistics among the tensors of a model: of normalization layers, normalizers, codebooks.
+
+    A variance that a correction takes below zero makes every output NaN. So they take the average without it, and count
+    in no path length. Names alone tell them; what is taken for one by mistake is averaged all the same.
+
+    >>> sorted(running_statistics(["bn.weight", "bn.running_mean", "obs.mean", "obs.var", "vae.mean", "pi.log_std"]))
+    ['bn.running_mean', 'obs.mean', 'obs.var']
+    """
+    cuts = {name: max(name.rfind("."), name.rfind("/")) + 1 for name in names}
+    words = {name[cut:] for name, cut in cuts.items()}  # few, however many tensors there are
+    alone, beside = ({word for word in words if kind.fullmatch(word)} for kind in (_ALONE, _BESIDE))
+    modules = {name[:cut] for name, cut in cuts.items() if name[cut:] in alone}
+    return frozenset(
+        name for name, cut in cuts.items() if name[cut:] in alone or (name[cut:] in beside and name[:cut] in modules)
+    )
+
+
+def averaged_statistics(entries: Mapping[str, TensorInfo]) -> frozenset[str]:
+    """Those among the tensors of a checkpoint that are averaged rather than copied."""
+    return frozenset(name for name in running_statistics(entries) if entries[name].is_floating)

@@ -1,15 +1,15 @@
-"""Stage *discover*: what a trainer wrote beside a checkpoint. Reads one small JSON file and does not trust it; opens no
-weight file.
-"""
+"""Stage *discover*: what a trainer wrote beside a checkpoint. Reads one small JSON file and does not trust it."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
-from typing import Any, TypeGuard
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ckavg.checkpoints.run import Checkpoint
+from ckavg.errors import CkavgError, MismatchError, listed
 from ckavg.storage.base import AnyPath
 from ckavg.storage.local import read_object
 
@@ -30,24 +30,52 @@ def read_trainer_state(directory: AnyPath) -> dict[str, Any]:
     return read_object(directory / TRAINER_STATE, LARGEST)
 
 
-def logged_losses(state: Mapping[str, Any]) -> dict[int, set[float]]:
-    """The losses of a log by optimizer step; a run that was resumed may have logged a step twice."""
-    losses: dict[int, set[float]] = {}
-    history = state.get("log_history")
-    for entry in history if isinstance(history, list) else ():
-        if isinstance(entry, dict):
-            step, loss = entry.get("step"), entry.get("loss")
-            if type(step) is int and type(loss) is float and math.isfinite(loss):
-                losses.setdefault(step, set()).add(loss)
-    return losses
+class Logs:
+    """The logs of the trainers seen so far, each by the latest checkpoint that has it; those of one run share one."""
+
+    def __init__(self) -> None:
+        self._known: list[dict[int, set[float]]] = []
+
+    def number(self, state: Mapping[str, Any]) -> int | None:
+        """Which log a state holds, or goes on with; None where it shares no step with any.
+
+        A trainer keeps its log from one checkpoint to the next: of one run, the later one holds all of the earlier. So
+        two that have no loss in common for one step are of two runs.
+        """
+        losses: dict[int, set[float]] = {}
+        for step, loss in _logged(state, "loss"):
+            if type(loss) is float and math.isfinite(loss):
+                losses.setdefault(step, set()).add(loss)  # a run that was resumed may have logged a step twice
+        is_new = not self._known
+        for number, log in enumerate(self._known):
+            shared = log.keys() & losses.keys()
+            if shared and all(log[step] & losses[step] for step in shared):
+                self._known[number] = max(log, losses, key=len)
+                return number
+            is_new = is_new or bool(shared)
+        if not losses or not is_new:
+            return None
+        self._known.append(losses)
+        return len(self._known) - 1
 
 
-def contradiction(before: Mapping[int, set[float]], after: Mapping[int, set[float]]) -> int | None:
-    """The first step at which two logs have no loss in common, so that they are of two runs; None if there is none.
-
-    A trainer keeps its log from one checkpoint to the next: of one run, the later log holds all of the earlier one.
-    """
-    return min((step for step in before.keys() & after.keys() if not before[step] & after[step]), default=None)
+def unrelated_logs(checkpoints: Iterable[tuple[str, int | None]]) -> list[CkavgError]:
+    """An error where checkpoints, each with its name and the number of its log, are of more than one run."""
+    of_log: dict[int, list[str]] = defaultdict(list)
+    for name, log in checkpoints:
+        if log is not None:
+            of_log[log].append(name)
+    if len(of_log) < 2:
+        return []
+    named = " and ".join(listed(names) for names in of_log.values())
+    return [
+        MismatchError(
+            f"The checkpoints are of {len(of_log)} runs: by their {TRAINER_STATE}, {named} logged different losses for "
+            "the same steps.",
+            hint="Some are left from an earlier run in the same directory. Leave them out with --from-step, --to-step, "
+            "--steps or --skip-step.",
+        )
+    ]
 
 
 def learning_rates(checkpoint: Checkpoint) -> tuple[tuple[int, float], ...]:
@@ -60,20 +88,19 @@ def learning_rates(checkpoint: Checkpoint) -> tuple[tuple[int, float], ...]:
     if checkpoint.kind == "file":
         return ()
     try:
-        history = read_trainer_state(checkpoint.path).get("log_history")
+        logged = _logged(read_trainer_state(checkpoint.path), "learning_rate")
     except (OSError, ValueError):
         return ()
-    if not isinstance(history, list):
-        return ()
-    rates: dict[int, float] = {}
-    for entry in history:
-        if isinstance(entry, dict):
-            step, rate = entry.get("step"), entry.get("learning_rate")
-            if type(step) is int and step >= 0 and _is_rate(rate):
-                rates[step] = float(rate)
+    rates = {
+        step: float(rate)
+        for step, rate in logged
+        if step >= 0 and type(rate) in (int, float) and 0 <= rate <= sys.float_info.max  # JSON has NaN and 10**400
+    }
     return tuple(sorted(rates.items()))
 
 
-def _is_rate(value: object) -> TypeGuard[int | float]:
-    """Whether it is finite and not negative; JSON as Python reads it knows NaN, infinity and integers of any size."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+def _logged(state: Mapping[str, Any], key: str) -> list[tuple[int, Any]]:
+    """What a log says under a key, with the step of each."""
+    history = state.get("log_history")
+    entries = [each for each in history if isinstance(each, dict)] if isinstance(history, list) else []
+    return [(each["step"], each.get(key)) for each in entries if type(each.get("step")) is int]

@@ -1,18 +1,24 @@
 """Stage *discover*: weights in formats that are not read, and the command that converts them. Looks at names alone.
 
-Nothing is ever unpickled here. The commands load pickles with `weights_only=True` (`conversion.py`), or are the
-trainer's own.
+Nothing is unpickled here, and nothing is run. A command is one line for a shell: the trainer's own tool, or a program
+of ours. That is written below as one would write it into a file, and is the argument of `exec` in the command. It needs
+torch and safetensors, and lets torch load tensors alone (`weights_only=True`).
 """
 
 from __future__ import annotations
 
+import glob
+import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import shlex
+import shutil
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from ckavg.checkpoints.conversion import TRAINING_STATE, for_each, from_distributed, from_pickles, interpreter, word
 from ckavg.errors import UnsupportedFormatError
 from ckavg.storage.base import AnyPath
 from ckavg.storage.local import storage_of, walk
@@ -23,6 +29,12 @@ _NOT_WEIGHTS = re.compile(
     r"optimizer.*|scheduler.*|scaler.*|rng_state.*|training_args.*|random_states.*|sampler.*|dl_state.*|"
     r"custom_checkpoint.*|.*_optim_states\.pt|common\.pt"
 )
+TRAINING_STATE = (
+    "(^|[^a-z])(optim(?!al)|opts?($|[^a-z])|sched|scaler|(data_?)?loader|sampler|rng|random_state|"
+    "(ema|swa|avg|averaged|shadow)($|[^a-z]))"
+)
+"""In the name of a file, or of a part of one: no weights, but a trainer's state or an average that training made."""
+
 _STATE = re.compile(rf"{TRAINING_STATE}|^(?:train(?:er|ing)?(?:_state)?|recipe_state|meta)[.]", re.IGNORECASE)
 _ZERO = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_(?:model|optim)_states\.pt")
 _RANK = re.compile(r"mp_rank_\d+_model_states\.pt")
@@ -31,24 +43,8 @@ _DEEPEST = 5
 
 _CONVERTS = "ckavg never unpickles. This command converts them to safetensors"
 DOWNLOAD_FIRST = "ckavg never unpickles. Download the run; ckavg inspect of the copy has a command that converts it."
+_NO_COMMAND = "Save the checkpoints as safetensors; ckavg reads nothing else."
 _BESIDE = f"{_CONVERTS} and changes nothing that is there:"
-
-
-@dataclass(frozen=True, slots=True)
-class Unsupported:
-    """Weights of one or several checkpoints that are not read.
-
-    Attributes:
-        kind: what the files are.
-        files: by checkpoint, the file that gives them away.
-        advice: what to do, in a sentence; where there is a command, it says what that does.
-        command: one line for a shell that converts all of them; empty where there is none.
-    """
-
-    kind: str
-    files: Mapping[AnyPath, AnyPath]
-    advice: str
-    command: str
 
 
 def unsupported_weights(names: Iterable[str]) -> str | None:
@@ -75,19 +71,15 @@ def holds_unsupported(path: AnyPath) -> bool:
     return bool(_unsupported_names(path))
 
 
-def conversion(paths: Iterable[AnyPath]) -> Unsupported | None:
-    """What to do with all checkpoints whose weights are in formats that are not read; None where there are none.
-
-    Args:
-        paths: the checkpoints, directories or files.
-    """
+def refused(paths: Iterable[AnyPath]) -> UnsupportedFormatError | None:
+    """One error for all checkpoints whose weights are in formats that are not read; None where there are none."""
     groups: dict[tuple[object, ...], _Group] = {}
     for path in paths:
         found = _unsupported_names(path)
         for form in _FORMATS:
             name = next((name for name in found if form.pattern.fullmatch(name)), None)
             if name is not None:
-                laid_out = (path.parent, path.suffix, _numberless(name.rpartition("/")[0]))
+                laid_out = (path.parent, path.suffix, re.sub(r"\d+", "0", name.rpartition("/")[0]))
                 key = (form,) if form.advise is _find_pickles else (form, *laid_out)
                 group = groups.setdefault(key, _Group(form))
                 group.found[path] = found
@@ -95,35 +87,24 @@ def conversion(paths: Iterable[AnyPath]) -> Unsupported | None:
                 break
     if not groups:
         return None
-    is_here = all(isinstance(path, Path) for group in groups.values() for path in group.found)
-    advised = [group.form.advise(group) for group in groups.values()] if is_here else [(DOWNLOAD_FIRST, "")]
-    return Unsupported(
-        " and ".join(dict.fromkeys(group.form.kind for group in groups.values())),
-        {path: file for group in groups.values() for path, file in zip(group.found, group.files, strict=True)},
-        " ".join(dict.fromkeys(told for told, _ in advised)),
-        " && ".join(command for _, command in advised if command),
-    )
-
-
-def refused(paths: Iterable[AnyPath]) -> UnsupportedFormatError | None:
-    """One error for all checkpoints whose weights are in formats that are not read; None where there are none."""
-    found = conversion(paths)
-    if found is None:
-        return None
-    path, file = next(iter(found.files.items()))
-    if len(found.files) > 1:
-        what = f"{len(found.files)} checkpoints hold {found.kind}, such as {file}, not safetensors."
+    unread = {path: file for each in groups.values() for path, file in zip(each.found, each.files, strict=True)}
+    path, file = next(iter(unread.items()))
+    if len(unread) > 1:
+        kinds = " and ".join(dict.fromkeys(group.form.kind for group in groups.values()))
+        what = f"{len(unread)} checkpoints hold {kinds}, such as {file}, not safetensors."
     else:
         what = f"{path} {'is' if file == path else f'holds {file.relative_to(path)},'} not safetensors."
-    return UnsupportedFormatError(what, hint=found.advice, command=found.command, unread=tuple(found.files))
+    if all(isinstance(path, Path) for path in unread):
+        advised = [group.form.advise(group) for group in groups.values()]
+    else:
+        advised = [(DOWNLOAD_FIRST, "")]
+    hint = " ".join(dict.fromkeys(told for told, _ in advised))
+    command = " && ".join(command for _, command in advised if command)
+    return UnsupportedFormatError(what, hint=hint, command=command, unread=tuple(unread))
 
 
 def refused_slices(directories: Sequence[AnyPath]) -> UnsupportedFormatError:
-    """One error for safetensors that hold slices of tensors, as torch.distributed.checkpoint writes them.
-
-    Args:
-        directories: where the slices lie, one directory for each checkpoint.
-    """
+    """One error for safetensors that hold slices of tensors, by the directory of each checkpoint in which they lie."""
     here = [directory for directory in directories if isinstance(directory, Path)]
     is_inside = all(directory.name == "sharded" for directory in directories)  # torch's name for it, in a checkpoint
     more = f", and so do {len(directories) - 1} more checkpoints" if len(directories) > 1 else ""
@@ -167,10 +148,6 @@ def _names_below(path: AnyPath) -> Iterator[str]:
             return
 
 
-def _numberless(name: str) -> str:
-    return re.sub(r"\d+", "0", name)
-
-
 # --- what converts each ---
 
 
@@ -200,7 +177,7 @@ class _Group:
 
     @property
     def folders(self) -> list[AnyPath]:
-        """Where the weights of each checkpoint lie."""
+        """Where the weights of each lie."""
         return [file.parent for file in self.files]
 
     @property
@@ -208,10 +185,32 @@ class _Group:
         """How many folders below the checkpoint that is."""
         return self.names[0].count("/")
 
-    def for_each(self, command: str, *, name: str = '"${d##*/}"', note: str = "") -> tuple[str, str]:
+    def for_each(self, command: str, note: str = "", *, ending: str = "") -> tuple[str, str]:
         """Convert each checkpoint, `$d` in the command, to `$o`, in a run of its own beside this one."""
         out = f"{os.path.abspath(self.first.parent)}-safetensors"  # noqa: PTH100 - links stay as they are
-        return f"{_CONVERTS}, in {out}{note}:", for_each(self.found, command.replace("$o", f"{word(out)}/{name}"))
+        name = f'"$(basename "$d" {ending})"' if ending else '"${d##*/}"'
+        command = command.replace("$python", interpreter(ours=False)).replace("$o", f"{word(out)}/{name}")
+        return f"{_CONVERTS}, in {out}{note}:", for_each(self.found, command)
+
+
+_NEMO_RL = (
+    'uv run examples/converters/convert_dcp_to_hf.py --config="$d"/config.yaml '
+    '--dcp-ckpt-path="$d"/policy/weights --hf-ckpt-path=$o'
+)
+_MEGATRON = (
+    '$python -c "import sys; from megatron.bridge import AutoBridge as B; '
+    """B.from_hf_pretrained('BASE_MODEL').export_ckpt(*sys.argv[1:])" "$d" $o""",
+    ", with Megatron Bridge, and needs the base model for BASE_MODEL",
+)
+_NEOX = (
+    '$python tools/ckpts/convert_neox_to_hf.py --input_dir "$d" --config_file CONFIG.yml --output_dir $o',
+    "; it is GPT-NeoX's, for only the program that trained a model can join its tensor-parallel pieces",
+)
+_NEMO = (
+    '$python scripts/checkpoint_converters/convert_llama_nemo_to_hf.py --input_name_or_path "$d"$archive '
+    "--output_path pytorch_model.bin --hf_input_path BASE_MODEL --hf_output_path $o",
+    "; NeMo has one such script for each family of models, and needs the base model for BASE_MODEL",
+)
 
 
 def _find_pickles(group: _Group) -> tuple[str, str]:
@@ -222,69 +221,41 @@ def _find_pickles(group: _Group) -> tuple[str, str]:
 
 def _find_torch_distributed(group: _Group) -> tuple[str, str]:
     if "policy/weights/" in group.names[0]:
-        return group.for_each(
-            'uv run examples/converters/convert_dcp_to_hf.py --config="$d"/config.yaml '
-            '--dcp-ckpt-path="$d"/policy/weights --hf-ckpt-path=$o'
-        )
+        return group.for_each(_NEMO_RL)
     if group.first.name.startswith("iter_"):
-        return _find_megatron(group)
+        return group.for_each(*_MEGATRON)
     if group.folders[0].name.startswith("pytorch_model_fsdp"):
         return _BESIDE, for_each(group.folders, f'accelerate merge-weights "$d" {_above(group.depth)}')
     checkpoint = f"path.parents[{group.depth - 1}]" if group.depth else "path"
     return _BESIDE, from_distributed(group.folders, _target(checkpoint, group.first))
 
 
-def _find_megatron(group: _Group) -> tuple[str, str]:
-    code = "from megatron.bridge import AutoBridge as B; B.from_hf_pretrained('BASE_MODEL').export_ckpt(*sys.argv[1:])"
-    return group.for_each(
-        f'{interpreter(ours=False)} -c "import sys; {code}" "$d" $o',
-        note=", with Megatron Bridge, and needs the base model for BASE_MODEL",
-    )
-
-
 def _find_zero(group: _Group) -> tuple[str, str]:
     """DeepSpeed's script lies beside the folder with the pieces: in the checkpoint, or beside all of them."""
-    python = interpreter(ours=False)
     if group.first.suffix == ".ckpt":
-        return group.for_each(
-            f'{python} "$d"/zero_to_fp32.py "$d" $o --safe_serialization --tag {word(group.folders[0].name)}',
-            name='"$(basename "$d" .ckpt)"',
-        )
-    command = f'{python} "${{d%/*}}"/zero_to_fp32.py "${{d%/*}}" $o --safe_serialization --tag "${{d##*/}}"'
+        tag = word(group.folders[0].name)
+        return group.for_each(f'$python "$d"/zero_to_fp32.py "$d" $o --safe_serialization --tag {tag}', ending=".ckpt")
+    command = '$python "${d%/*}"/zero_to_fp32.py "${d%/*}" $o --safe_serialization --tag "${d##*/}"'
     if group.depth == 0:
         return group.for_each(command)
-    return _BESIDE, for_each(group.folders, command.replace("$o", _above(group.depth)))
+    command = command.replace("$python", interpreter(ours=False)).replace("$o", _above(group.depth))
+    return _BESIDE, for_each(group.folders, command)
 
 
 def _find_ranks(group: _Group) -> tuple[str, str]:
     if sum(_RANK.fullmatch(name.rpartition("/")[2]) is not None for name in group.found[group.first]) == 1:
         return _BESIDE, from_pickles(group.files, _target(f"path.parents[{group.depth}]", group.first))
-    return group.for_each(
-        f'{interpreter(ours=False)} tools/ckpts/convert_neox_to_hf.py --input_dir "$d" --config_file CONFIG.yml '
-        "--output_dir $o",
-        note="; it is GPT-NeoX's, for only the program that trained a model can join its tensor-parallel pieces",
-    )
+    return group.for_each(*_NEOX)
 
 
 def _find_verl(group: _Group) -> tuple[str, str]:
     folder = "".join(f"/{word(part)}" for part in PurePosixPath(group.names[0]).parts[:-1])
-    return group.for_each(
-        f'{interpreter(ours=False)} -m verl.model_merger merge --backend fsdp --local_dir "$d"{folder} --target_dir $o'
-    )
+    return group.for_each(f'$python -m verl.model_merger merge --backend fsdp --local_dir "$d"{folder} --target_dir $o')
 
 
 def _find_nemo(group: _Group) -> tuple[str, str]:
-    return group.for_each(
-        f"{interpreter(ours=False)} scripts/checkpoint_converters/convert_llama_nemo_to_hf.py --input_name_or_path "
-        f'"$d"{"/*.nemo" if group.first.is_dir() else ""} --output_path pytorch_model.bin --hf_input_path BASE_MODEL '
-        "--hf_output_path $o",
-        name='"$(basename "$d" .nemo)"',
-        note="; NeMo has one such script for each family of models, and needs the base model for BASE_MODEL",
-    )
-
-
-def _find_others(group: _Group) -> tuple[str, str]:
-    return "Save the checkpoints as safetensors; ckavg reads nothing else.", ""
+    command, note = _NEMO
+    return group.for_each(command.replace("$archive", "/*.nemo" * group.first.is_dir()), note, ending=".nemo")
 
 
 def _file(path: AnyPath, name: str) -> AnyPath:
@@ -304,11 +275,8 @@ def _above(levels: int) -> str:
 
 
 def _target(checkpoint: str, example: AnyPath = Path()) -> str:
-    """Where ckavg finds the weights: in the checkpoint, or beside a directory that is named as a file would be.
-
-    Args:
-        checkpoint: an expression of Python.
-        example: the path of one.
+    """Where ckavg finds the weights, an expression of Python: in the checkpoint, or beside a directory that is named as
+    a file would be, as the example is.
     """
     return f'{checkpoint}.with_suffix(".safetensors")' if example.suffix else f'{checkpoint} / "model.safetensors"'
 
@@ -325,14 +293,195 @@ class _Format:
 _FORMATS = tuple(
     _Format(kind, re.compile(f"(?:.*/)?{pattern}"), advise)
     for kind, pattern, advise in (
-        ("files of Megatron", r"mp_rank_\d+(?:_\d+)*/(?:model_optim_rng|model_rng)\.pt", _find_megatron),
+        (
+            "files of Megatron",
+            r"mp_rank_\d+(?:_\d+)*/(?:model_optim_rng|model_rng)\.pt",
+            lambda group: group.for_each(*_MEGATRON),
+        ),
         ("files of DeepSpeed", _ZERO.pattern, _find_zero),
         ("files of DeepSpeed", _RANK.pattern, _find_ranks),
         ("files of torch.distributed", r"[^/]+\.distcp", _find_torch_distributed),
         ("files of verl", r"model_world_size_\d+_rank_\d+\.pt", _find_verl),
         ("NeMo archives", r"[^/]+\.nemo", _find_nemo),
         ("pickles", rf"[^/]+(?:{'|'.join(map(re.escape, PICKLES))})", _find_pickles),
-        ("weights in other formats", r"[^/]+", _find_others),
+        ("weights in other formats", r"[^/]+", lambda group: (_NO_COMMAND, "")),
     )
 )
 """The most telling first."""
+
+
+# --- programs of ours ---
+
+_WRITE = """
+import argparse, json, os, re, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+
+TRAINING_STATE = re.compile("(?i)@TRAINING_STATE")
+MODELS = "state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "student"
+
+def flat(tensors, before=""):
+    for name, value in tensors.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{before}{name}.")
+        elif torch.is_tensor(value):
+            yield f"{before}{name}", value
+
+def weights(saved, top=True):
+    held = {str(name): value for name, value in saved.items() if any(flat({name: value}))}
+    kept = [name for name in held if "." in name or not TRAINING_STATE.search(name)]
+    parts = [name for name in kept if isinstance(held[name], dict)]
+    loose = [name for name in kept if torch.is_tensor(held[name]) and (held[name].ndim or not parts)]
+    known = [name for name in MODELS if name in parts]
+    alone = len(parts) == 1 and not loose
+    is_wrapped = top and (known or alone) or known and alone and len(saved) > 1
+    chosen = (known or parts)[:1] if is_wrapped else parts + loose if top else [*held]
+    if len(chosen) < len(held):
+        print("left out:", *held.keys() - {*chosen})
+    return weights(held[chosen[0]], False) if is_wrapped else {name: held[name] for name in chosen}
+
+def write(saved, source, target):
+    found = flat(weights(saved)) if isinstance(saved, dict) else ()
+    found = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in found}
+    if found:
+        part = target.with_name(f".{target.name}.part")
+        part.unlink(missing_ok=True)
+        save_file(found, part, dict(format="pt"))
+        os.replace(part, target)
+    print(f"wrote {target}" if found else f"no weights in {source}")
+    return bool(found)
+"""
+"""Of what a trainer saved, `{"model": …, "optimizer": …, "ema": …, "epoch": 3}`, writes the tensors of the model.
+
+What has the name of a model is it, or what alone holds tensors; all that is no trainer's state, where there is neither.
+Below it only a further wrapper is taken off, so that the names of its tensors stay whole.
+"""
+
+_FROM_PICKLES = """
+def renamed(name):
+    return re.sub("^pytorch_model", "model", re.sub("([.](bin|pt|pth|th|ckpt|pkl|tar))+$", "", name)) + ".safetensors"
+
+def load(path):
+    with path.open("rb") as file:
+        can_map = file.read(2) == b"PK"
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
+
+torch.serialization.add_safe_globals([argparse.Namespace])
+paths = [*map(Path, sys.argv[1:])]
+done = [write(load(path), path, @TARGET) for path in paths]
+"""
+
+_INDEXES = """
+for index in {index for path in paths for index in path.parent.glob("*.bin.index.json")}:
+    stated = json.loads(index.read_text())
+    stated["weight_map"] = {name: renamed(file) for name, file in stated["weight_map"].items()}
+    other = index.with_name(renamed(index.name[:-11]) + ".index.json")
+    other.unlink(missing_ok=True)
+    other.write_text(json.dumps(stated, indent=2))
+"""
+
+_FROM_DISTRIBUTED = """
+import torch.distributed.checkpoint as dcp
+
+def load(reader):
+    stored, saved = reader.read_metadata(), {}
+    places = stored.planner_data or {}
+    tensors = {
+        name: torch.empty(each.size, dtype=each.properties.dtype)
+        for name, each in stored.state_dict_metadata.items()
+        if hasattr(each, "size") and not (places.get(name, ())[1:] and TRAINING_STATE.search(str(places[name][0])))
+    }
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    for name, tensor in tensors.items():
+        *above, last = places.get(name, (name,))
+        place = saved
+        for part in above:
+            place = place.setdefault(part, {})
+        place[last] = tensor
+    return saved
+
+for path in map(Path, sys.argv[1:]):
+    target = @TARGET
+    if not target.exists():
+        write(load(dcp.@READER(path)), path, target)
+"""
+
+
+_DEQUANTIZE = """
+import sys
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+for path in map(Path, sys.argv[1:]):
+    target = path.parent.with_name(path.parent.name + "-dequantized") / path.name
+    AutoModelForCausalLM.from_pretrained(path).dequantize().save_pretrained(target)
+"""
+
+
+def from_pickles(paths: Iterable[AnyPath], target: str = "path.with_name(renamed(path.name))") -> str:
+    """Convert files that `torch.save` wrote, and the indexes beside them; `target` is Python about `path`, one file."""
+    paths = list(paths)
+    indexes = _INDEXES if any("-of-" in path.name for path in paths) else ""
+    return _program(f"{_WRITE}{_FROM_PICKLES}{indexes}sys.exit(not any(done))".replace("@TARGET", target), paths)
+
+
+def from_distributed(paths: Iterable[AnyPath], target: str, reader: str = "FileSystemReader") -> str:
+    """Convert directories that torch.distributed.checkpoint wrote; what is there already is left as it is."""
+    return _program(_WRITE + _FROM_DISTRIBUTED.replace("@TARGET", target).replace("@READER", reader), paths)
+
+
+def dequantized(paths: Iterable[AnyPath]) -> str:
+    """Have transformers write quantized models anew, into a directory beside that of the run."""
+    return _program(_DEQUANTIZE, paths)
+
+
+def for_each(paths: Iterable[AnyPath], command: str) -> str:
+    """Run a command for each path, `$d` in it, until one fails."""
+    return f"(for d in {_words(paths)}; do {command} || exit; done)"
+
+
+def interpreter(*, ours: bool) -> str:
+    """What to type for Python: whatever the user's `python` is, or `ours`, which has torch and safetensors."""
+    found = shutil.which("python")
+    if found is not None and not (ours and Path(found).parent != Path(sys.executable).parent):
+        return "python"
+    return word(sys.executable or "python")
+
+
+def word(text: str) -> str:
+    r"""The text as a word of any shell's command line, without a character that a terminal would obey.
+
+    >>> print(word("run"), word("it's a run"), word("a\nb"))
+    run 'it'"'"'s a run' "$(printf 'a\012b')"
+    """
+    if text.isprintable():
+        return shlex.quote(text)
+    plain = (
+        char if char.isprintable() and char not in "\\%'" else "".join(f"\\{byte:03o}" for byte in os.fsencode(char))
+        for char in text
+    )
+    return f"\"$(printf '{''.join(plain)}')\""
+
+
+def _program(source: str, paths: Iterable[AnyPath]) -> str:
+    lines = source.replace("@TRAINING_STATE", TRAINING_STATE).replace("    ", " ").splitlines()
+    text = json.dumps("\n".join(filter(None, lines)))
+    return f"{interpreter(ours=True)} -c {shlex.quote(f'exec({text})')} {_words(paths)}"
+
+
+def _words(paths: Iterable[AnyPath]) -> str:
+    """Words that name exactly these paths: patterns, where they match nothing else."""
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for path in map(str, paths):
+        path = f"./{path}" if path.startswith("-") or "/" not in path else path  # no option; `${d%/*}` is above it
+        alike[re.sub(r"\d+", "0", path)].append(path)
+    return " ".join(_pattern(group) or " ".join(map(word, group)) for group in alike.values())
+
+
+def _pattern(paths: list[str]) -> str | None:
+    """A pattern for paths that differ in numbers alone; None where it would match others, too."""
+    columns = zip(*(re.split(r"(\d+)", path) for path in paths), strict=True)
+    parts = "".join(column[0] if len(set(column)) == 1 else "\0" for column in columns).split("\0")
+    for star in ("*", "[0-9]*"):
+        if len(paths) > 1 and sorted(glob.glob(star.join(map(glob.escape, parts)))) == sorted(paths):  # noqa: PTH207
+            return star.join(word(part) if part else "" for part in parts)
+    return None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ckavg.checkpoints.layouts import is_averaged, is_training_state, may_hold_model
 from ckavg.checkpoints.run import Kind, WhyLeftOut
-from ckavg.checkpoints.unsupported import PICKLES, conversion, unsupported_weights
+from ckavg.checkpoints.unsupported import PICKLES, refused, unsupported_weights
 from ckavg.errors import UnsupportedFormatError
 from ckavg.storage.base import AnyPath, Listing
 from ckavg.storage.local import is_link, storage_of
@@ -96,7 +96,7 @@ def find_weights(directory: AnyPath, own: Iterable[str] = ()) -> tuple[list[Weig
         place = "" if folder == directory else f"{folder.relative_to(directory).as_posix()}/"
         names = frozenset(name for name in files if name.endswith(WEIGHTS))
         excluded = {name: why for name in names if (why := _not_of_model(name)) is not None}
-        weights = choose(folder, names - excluded.keys(), files)
+        weights = _choose(folder, names - excluded.keys(), files)
         pickles = sorted(name for name in files if unsupported_weights([name]) is not None)
         if weights is None and folder != directory:
             pickled += [place + name for name in pickles if _PICKLED.fullmatch(name)][:1]
@@ -104,29 +104,21 @@ def find_weights(directory: AnyPath, own: Iterable[str] = ()) -> tuple[list[Weig
         left_out += [(why, place + name) for name, why in sorted(excluded.items())]
         left_out += [("pickle" if name.endswith(PICKLES) else "other format", place + name) for name in pickles]
     in_root = any(each.folder == directory for each in found)
-    if found and pickled and not in_root and (foreign := conversion([directory])) is not None:
+    if found and pickled and not in_root and (foreign := refused([directory])) is not None:
         raise UnsupportedFormatError(
             f"{directory} holds models as safetensors, but {pickled[0]} is a pickle.",
-            hint=foreign.advice,
+            hint=foreign.hint,
             command=foreign.command,
             unread=(directory,),
         )
     return found, left_out
 
 
-def choose(folder: AnyPath, weights: frozenset[str], names: frozenset[str]) -> Weights | None:
+def _choose(folder: AnyPath, weights: frozenset[str], names: frozenset[str]) -> Weights | None:
     """The weights that a loader would take from the files of a folder; None where there are none.
 
     `model.safetensors` comes before an index, as for those who load them, and both before files without an index. An
     adapter beside a whole model is not read.
-
-    Args:
-        folder: where they lie.
-        weights: names of the weight files that may be of the model.
-        names: names of all files.
-
-    Raises:
-        UnsupportedFormatError: it holds several models, and none has the name that loaders look for.
     """
     for stem in _MODELS:
         if f"{stem}{WEIGHTS}" in weights:
@@ -151,11 +143,8 @@ def choose(folder: AnyPath, weights: frozenset[str], names: frozenset[str]) -> W
 
 
 def beside(weights: Weights, used: Collection[str]) -> tuple[dict[str, tuple[str, ...]], list[tuple[WhyLeftOut, str]]]:
-    """The further parts of the model in a folder, by name, each with its files; and what is left out, and why.
-
-    Args:
-        weights: of the folder.
-        used: the files that its loader takes.
+    """The further parts of the model beside the files that its loader takes, each with its files; and what is left out,
+    and why.
     """
     stems = set(by_family(used))
     parts: dict[str, tuple[str, ...]] = {}
@@ -166,8 +155,8 @@ def beside(weights: Weights, used: Collection[str]) -> tuple[dict[str, tuple[str
             why = "adapter"
         elif _SECOND.fullmatch(stem) and "model" in stems:
             why = "second model"
-        elif _is_copy(stem, stems):
-            why = "copy"
+        elif _CONSOLIDATED.fullmatch(stem) or _without_variant(stem) in [re.split(r"[-_.]", each) for each in stems]:
+            why = "copy"  # in another dtype, in one piece, or from an earlier save
         if why is None:
             parts[stem + WEIGHTS] = names
         else:
@@ -192,12 +181,6 @@ def _not_of_model(name: str) -> WhyLeftOut | None:
     if is_training_state(stem):
         return "training state"
     return "average" if is_averaged(stem) else None
-
-
-def _is_copy(stem: str, stems: Collection[str]) -> bool:
-    """Whether files hold what others beside them do: in another dtype, in one piece, or from an earlier save."""
-    words = _without_variant(stem)
-    return bool(_CONSOLIDATED.fullmatch(stem)) or any(words == re.split(r"[-_.]", other) for other in stems)
 
 
 def _without_variant(name: str) -> list[str]:

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ckavg.checkpoints.run import TensorInfo
-from ckavg.checkpoints.statistics import running_statistics
+from ckavg.checkpoints.run import TensorInfo, running_statistics
 from ckavg.errors import NonFiniteError
 
 ZeroSigma = Literal["exclude", "eps"]

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckavg.checkpoints.fingerprints import check_unchanged
-from ckavg.checkpoints.run import Checkpoint
-from ckavg.checkpoints.statistics import running_statistics
+from ckavg.checkpoints.run import Checkpoint, running_statistics
 from ckavg.engine.context import OnProgress, Progress
 from ckavg.output.hashing import sha256_of
 from ckavg.path.table import fsum

@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ckavg.checkpoints.run import Checkpoint, Run, Selection
-from ckavg.checkpoints.statistics import averaged_statistics
+from ckavg.checkpoints.run import Checkpoint, Run, Selection, averaged_statistics
 from ckavg.errors import CkavgError, CorruptFileError, listed
 from ckavg.output.record import Record
 from ckavg.path.table import PathLength, to_measure

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ckavg
-from ckavg.checkpoints import conversion
+from ckavg.checkpoints import unsupported
 from ckavg.checkpoints.unsupported import refused_slices
 from tests.cli.runner import run_cli, snapshot
 from tests.exhaustive import all_but
@@ -430,8 +430,8 @@ def test_the_interpreter_is_one_that_has_torch(tmp_path: Path, monkeypatch: pyte
         (tmp_path / "python").write_text("#!/bin/sh\n")
         (tmp_path / "python").chmod(0o755)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent if place == "ours" else tmp_path))
-    assert conversion.interpreter(ours=True) == ("python" if place == "ours" else sys.executable)
-    assert conversion.interpreter(ours=False) == (sys.executable if place == "none" else "python")
+    assert unsupported.interpreter(ours=True) == ("python" if place == "ours" else sys.executable)
+    assert unsupported.interpreter(ours=False) == (sys.executable if place == "none" else "python")
 
 
 # --- what cannot be converted ---
@@ -497,7 +497,7 @@ SHAPES: dict[str, tuple[dict[Any, Any], set[str]]] = {
 def test_what_the_model_is(case: str) -> None:
     saved, expected = SHAPES[case]
     program: dict[str, Any] = {}
-    exec(conversion._WRITE.replace("@TRAINING_STATE", conversion.TRAINING_STATE), program)
+    exec(unsupported._WRITE.replace("@TRAINING_STATE", unsupported.TRAINING_STATE), program)
     found = dict(program["flat"](program["weights"](saved)))
     assert found.keys() == expected
     assert all(tensor.any() for tensor in found.values())

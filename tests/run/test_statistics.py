@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ckavg
-from ckavg.checkpoints.statistics import running_statistics
+from ckavg.checkpoints.run import running_statistics
 from ckavg.output.hashing import sha256
 from ckavg.schemes import Scheme
 from tests.cli.runner import run_cli
