@@ -25,7 +25,8 @@ from ckavg.output.record import Record, read_record
 from ckavg.storage.address import as_repository
 from ckavg.storage.hub_errors import ask, connect, endpoint_of, hub_errors, may_pass, retry, status_of
 from ckavg.storage.redaction import shown_address
-from ckavg.verify.files import check_hashes, find_files
+from ckavg.verify.files import Part, check_files
+from ckavg.verify.findings import Report
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -265,18 +266,9 @@ def _check_files(
     directory: Path, record: Record, on_progress: OnProgress | None
 ) -> tuple[dict[str, int], tuple[str, ...]]:
     """Read a result's files, and return the sizes of those to be uploaded, and what should be known of them."""
-    output = record.output
-    present = find_files(directory, output, within=directory)
-    done, total = 0, sum(present.sizes.values())
-
-    def report(name: str) -> None:
-        nonlocal done
-        done += present.sizes[name]
-        if on_progress:
-            on_progress(Progress("files", done, total))
-
-    found = [*present.findings, *check_hashes(directory, output, present.sizes, on_done=report)]
-    problems = [each.message for each in found if each.is_problem]
+    output, report = record.output, Report(on_progress)
+    (sizes,) = check_files(report, [Part(directory, output)], within=directory)
+    problems = [each.message for each in report.findings if each.is_problem]
     if problems:
         more = f" And {len(problems) - 1} more." if len(problems) > 1 else ""
         raise RecordError(
@@ -284,10 +276,10 @@ def _check_files(
             hint=f"See all of it with: ckavg verify {shell_word(str(directory))}",
         )
     hidden = [name for name in output.files if any(part.startswith(".") for part in PurePosixPath(name).parts)]
-    warnings = [each.message for each in found]
+    warnings = [each.message for each in report.findings]
     if output.directory.is_absolute():
         warnings.append(f"{RESULT_RECORD} is as earlier versions wrote it: it names directories of this machine.")
-    return {name: present.sizes[name] for name in output.files if name not in hidden}, tuple(warnings)
+    return {name: sizes[name] for name in output.files if name not in hidden}, tuple(warnings)
 
 
 # --- rights ---

@@ -16,16 +16,8 @@ from ckavg.averaging.sources import inspect_source
 from ckavg.checkpoints.run import Run
 from ckavg.cli.errors import distributed, interrupted_with
 from ckavg.cli.options import Averaging, Command, Measuring, with_options
-from ckavg.cli.progress import show_progress
 from ckavg.cli.push import destination_of, print_pushed, push_shown, when_complete
-from ckavg.cli.text import (
-    Output,
-    as_count,
-    print_json,
-    say,
-    table_by_step,
-    warn_of,
-)
+from ckavg.cli.text import Output, as_count, print_json, say, show_progress, table_by_step, warn_of
 from ckavg.engine.context import Context
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import printable
@@ -46,20 +38,14 @@ def scheme_verb(name: str) -> Command:
     options_class = dataclasses.make_dataclass(name, fields, bases=(Averaging,), frozen=True, slots=True)
 
     def verb(options: Averaging) -> None:
-        values = {each.name: getattr(options, each.name) for each in own}
-        stated = {each.name: values[each.name] for each in own if values[each.name] != each.default}
+        stated = {each.name: getattr(options, each.name) for each in own if getattr(options, each.name) != each.default}
         with distributed(verbose=options.verbose) as ranks:
             _average(make_scheme(name, stated), options, ranks)
 
-    verb.__name__, verb.__doc__ = name, help_of(name)
-    return with_options(options_class)(verb)
-
-
-def help_of(name: str) -> str:
-    """What the command of a scheme says of itself."""
     needs_path = any(scheme.needs_path for scheme in SCHEMES if scheme.name == name)
     reading = "twice: first for the path length ℓ, then for the average" if needs_path else "once"
-    return f"{described(name)}\n\nReads every checkpoint {reading}."
+    verb.__name__, verb.__doc__ = name, f"{described(name)}\n\nReads every checkpoint {reading}."
+    return with_options(options_class)(verb)
 
 
 def _option(parameter: Parameter) -> Any:
@@ -74,30 +60,24 @@ def _option(parameter: Parameter) -> Any:
 
 def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
     destination = destination_of(options)
-    (plan,) = plans_of([scheme], options, ranks, destination, lambda home: [output_path(home, scheme, options.out)])
+    plans = plans_of([scheme], options, ranks, destination, lambda home: [output_path(home, scheme, options.out)])
     if options.dry_run:
-        if options.as_json:
-            print_json(plan_to_dict(plan, fetching_of([plan])))
-        else:
-            print_plans([plan])
+        show_plans(plans, options)
         return
-    done = carry_out_shown([plan], options, ranks)
+    done = carry_out_shown(plans, options, ranks)
     if not ranks.is_first:
         return
-    (result,) = done.records
+    (result,), (plan,) = done.records, plans
     with interrupted_with(when_complete(result.directory, destination)):
-        warn_of(result.warnings[len(plan.warnings) :])
-        if options.as_json and destination is None:
-            print_json(result.to_dict())
-        elif not (options.as_json or options.quiet):
+        warn_of(new_warnings(done, plans))
+        if not (options.as_json or options.quiet):
             print_summary(result, plan)
         write_plot(done, options)
-        if destination is not None:
-            pushed = push_shown(result.directory, destination, quiet=options.quiet)
-            if options.as_json:
-                print_json(result.to_dict() | {"url": pushed.url})
-            elif not options.quiet:
-                print_pushed(pushed)
+        pushed = None if destination is None else push_shown(result.directory, destination, quiet=options.quiet)
+        if options.as_json:
+            print_json(result.to_dict() | ({} if pushed is None else {"url": pushed.url}))
+        elif pushed is not None and not options.quiet:
+            print_pushed(pushed)
 
 
 def plans_of(
@@ -114,27 +94,15 @@ def plans_of(
         options: of the verb.
         ranks: the processes of the job.
         destination: where a result is uploaded; whether that will be let in is found out, before hours of reading.
-        places_in: from the home of the run to the place of each result.
+        paths_in: from the home of the run to the place of each result.
     """
     found = inspect_source(options.source, options.selection(schemes[0].every_from), max_disk=options.max_disk)
     places = paths_in(found.home)
     run = checked(found, places, force=options.force)
     check_plot(options, run)
-    plans = plan_averages(
-        run,
-        list(zip(schemes, places, strict=True)),
-        Options(
-            dtype=options.dtype,
-            accumulate=options.accumulate,
-            path_exclude=tuple(options.path_exclude or ()),
-            zero_sigma=options.zero_sigma,
-            sample=options.sample,
-            snapshot_every=options.snapshot_every,
-            card=options.card,
-            allow_nonfinite=options.allow_nonfinite,
-            force=options.force,
-        ),
-    )
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
+    given["path_exclude"] = tuple(options.path_exclude or ())
+    plans = plan_averages(run, list(zip(schemes, places, strict=True)), Options(**given))
     warn_of(warning for plan in plans for warning in plan.warnings)
     for directory in {place.parent: None for place in places}:
         warn_of(map(str, find_leftovers(directory, but=places)))
@@ -154,6 +122,12 @@ def carry_out_shown(plans: Sequence[Plan], options: Averaging, ranks: Ranks) -> 
     passes += fetching is not None and bool(fetching.whole)
     with show_progress(passes, quiet=quiet) as on_progress:
         return carry_out(plans, Context(device=options.device, on_progress=on_progress, ranks=ranks))
+
+
+def new_warnings(done: Done, plans: Sequence[Plan]) -> list[str]:
+    """What results warn of beside what was said when they were planned."""
+    said = {warning for plan in plans for warning in plan.warnings}
+    return [warning for record in done.records for warning in record.warnings if warning not in said]
 
 
 def check_plot(options: Measuring, run: Run) -> None:
@@ -193,16 +167,14 @@ def fetching_lines(fetching: Fetching | None) -> list[str]:
     return [line for line, count in lines.items() if count]
 
 
-def _fetching_to_dict(fetching: Fetching | None) -> dict[str, Any] | None:
-    if fetching is None:
-        return None
-    return {
-        "to_disk_bytes": fetching.whole_bytes,
-        "on_disk_bytes": fetching.kept_bytes,
-        "streamed_bytes": fetching.streamed_bytes,
-        "directory": str(fetching.directory),
-        "room_bytes": fetching.room,
-    }
+def show_plans(plans: Sequence[Plan], options: Averaging, *, of_sweep: bool = False) -> None:
+    """Show what would be read and written, as `--dry-run` asks for."""
+    if not options.as_json:
+        print_plans(plans)
+        return
+    fetching = fetching_of(plans)
+    as_dicts = [plan_to_dict(plan, fetching) for plan in plans]
+    print_json({"dry_run": True, "averages": as_dicts} if of_sweep else as_dicts[0])
 
 
 def plan_to_dict(plan: Plan, fetching: Fetching | None) -> dict[str, Any]:
@@ -215,7 +187,14 @@ def plan_to_dict(plan: Plan, fetching: Fetching | None) -> dict[str, Any]:
         "bytes_to_read": plan.path_bytes + plan.replay_bytes,
         "bytes_to_write": plan.write_bytes,
         "memory_bytes": memory_bytes([plan]),
-        "fetch": _fetching_to_dict(fetching),
+        "fetch": fetching
+        and {
+            "to_disk_bytes": fetching.whole_bytes,
+            "on_disk_bytes": fetching.kept_bytes,
+            "streamed_bytes": fetching.streamed_bytes,
+            "directory": str(fetching.directory),
+            "room_bytes": fetching.room,
+        },
         "warnings": list(plan.warnings + plan.foreseen),
         "outputs": [
             {"name": out.name, "step": plan.run.steps[index], "directory": str(out), "files": list(plan.files)}

@@ -11,8 +11,7 @@ from ckavg.averaging.pipeline import average
 from ckavg.averaging.sources import open_run
 from ckavg.cli.errors import failures
 from ckavg.cli.options import Json, Verbose
-from ckavg.cli.progress import show_steps
-from ckavg.cli.text import Output, plain_table, print_json, quoted
+from ckavg.cli.text import Output, plain_table, print_json, quoted, say
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import SettingError
 from ckavg.output.record import Record
@@ -42,8 +41,7 @@ def demo(
 
         if force:
             remove_earlier(directory)
-        with show_steps("training a small language model") as on_progress:
-            train(directory, on_progress=on_progress)
+        train(directory, on_progress=_say_tenths)
         run = open_run(directory)
         results = [average(run, scheme, force=True) for scheme in (EMA(), PEMA(), BEMA())]
         losses = {"last checkpoint": held_out_loss(Path(run.last.path))}
@@ -52,6 +50,12 @@ def demo(
             print_json({"held_out_loss": losses, "averages": [result.to_dict() for result in results]})
         else:
             print_comparison(directory, losses, results)
+
+
+def _say_tenths(done: int, total: int, loss: float) -> None:
+    """Say how far the training has come, at every tenth of its steps."""
+    if done * 10 // total > (done - 1) * 10 // total:
+        say(f"training a small language model: step {done} of {total}, loss {loss:.3f}")
 
 
 def print_comparison(run: Path, losses: dict[str, float], results: list[Record]) -> None:

@@ -35,21 +35,19 @@ def failures(*, verbose: bool) -> Iterator[None]:
     """Turn errors that ckavg raises on purpose into a message and a status; a bug keeps its traceback."""
     try:
         yield
-    except CkavgError as error:
-        _trace(error, verbose=verbose)
-        message, *rest = message_of(error)
-        say_labelled("error", message)
-        _say_all(*rest, *_notes(error))
-        raise typer.Exit(USAGE if isinstance(error, SettingError) else FAILED) from error
-    except OSError as error:  # of the environment rather than a bug: a path that is too long, a right that is missing
-        _trace(error, verbose=verbose)
-        if not isinstance(error, BrokenPipeError):  # nobody reads stdout any more, and so nobody misses it
+    except (CkavgError, OSError, MemoryError) as error:
+        if verbose:
+            with suppress(OSError, ValueError):
+                traceback.print_exception(error, file=sys.stderr)
+        if isinstance(error, CkavgError):
+            message, *rest = message_of(error)
+            say_labelled("error", message)
+            _say_all(*rest, *_notes(error))
+        elif isinstance(error, MemoryError):
+            warn("error", f"There is not enough memory. {_AS_IT_WAS}")
+        elif not isinstance(error, BrokenPipeError):  # nobody reads stdout any more, and so nobody misses it
             warn("error", system_error(error))
-        raise typer.Exit(FAILED) from error
-    except MemoryError as error:
-        _trace(error, verbose=verbose)
-        warn("error", f"There is not enough memory. {_AS_IT_WAS}")
-        raise typer.Exit(FAILED) from error
+        raise typer.Exit(USAGE if isinstance(error, SettingError) else FAILED) from error
     except KeyboardInterrupt as error:
         warn("interrupted", _AS_IT_WAS)
         _say_all(*_notes(error))
@@ -169,9 +167,3 @@ def _notes(error: BaseException) -> list[str]:
 def _say_all(*lines: str) -> None:
     for line in filter(None, lines):
         say(line)
-
-
-def _trace(error: BaseException, *, verbose: bool) -> None:
-    if verbose:
-        with suppress(OSError, ValueError):
-            traceback.print_exception(error, file=sys.stderr)

@@ -16,11 +16,9 @@ from rich.table import Table
 from ckavg.averaging.advice import about_anchor
 from ckavg.averaging.sources import inspect_source
 from ckavg.checkpoints.inspect import Inspection
-from ckavg.checkpoints.run import Checkpoint
 from ckavg.cli.errors import FAILED, failures, message_of
 from ckavg.cli.options import Choice, Json, Quiet, Verbose, with_options
-from ckavg.cli.progress import show_progress
-from ckavg.cli.text import Output, as_count, plain_table, plural, print_json, quoted
+from ckavg.cli.text import Output, as_count, plain_table, plural, print_json, quoted, show_progress
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import listed
 from ckavg.output.commands import as_options, shell_word
@@ -140,26 +138,24 @@ def print_inspection(out: Output, found: Inspection) -> None:
 def _table(found: Inspection) -> Table:
     table = plain_table("step", "interval", "shards", "size", "dtype", "directory", left=("dtype", "directory"))
     before: int | None = None
-    for place, checkpoint in enumerate(found.checkpoints):
-        name = str(checkpoint.path) if place == 0 and found.selection.init else _name(found, checkpoint)
+    for checkpoint in found.checkpoints:
+        is_anchor = before is None
+        address = address_of(str(checkpoint.path))
+        name = checkpoint.path.name
+        if is_anchor and found.selection.init:
+            name = str(checkpoint.path)
+        elif address is not None and address.revision is not None and not address.folder:
+            name = address.revision
         table.add_row(
             str(checkpoint.step),
             "" if before is None else f"{checkpoint.step - before:+d}",
             str(len(checkpoint.shards)),
             decimal(checkpoint.nbytes),
             "+".join(checkpoint.dtypes) or "none",
-            quoted(name + (" (anchor)" if place == 0 else "")),
+            quoted(name + (" (anchor)" if is_anchor else "")),
         )
         before = checkpoint.step
     return table
-
-
-def _name(found: Inspection, checkpoint: Checkpoint) -> str:
-    """Within the run: of its directory or file, or of its revision."""
-    address = address_of(str(checkpoint.path))
-    if address is None or address.revision is None or address.folder:
-        return checkpoint.path.name
-    return address.revision
 
 
 def health_to_dict(health: Health, *, seconds: float) -> dict[str, Any]:
@@ -197,8 +193,9 @@ def print_health(out: Output, health: Health, *, seconds: float) -> None:
     out.line(f"read     {decimal(health.bytes_read)}, in {seconds:.1f} s")
 
 
-def _suspicions(health: Health) -> list[Finding]:
-    return [each for each in health.findings if not each.is_problem and each.check != "frozen"]
+def _suspicions(health: Health | None) -> list[Finding]:
+    findings = () if health is None else health.findings
+    return [each for each in findings if not each.is_problem and each.check != "frozen"]
 
 
 def _shortened(findings: Sequence[Finding]) -> list[str]:
@@ -217,16 +214,12 @@ def _verdict(found: Inspection, health: Health | None) -> str:
         return f"NaN or infinity in {where}: leave them out with {options}, or save them again."
     if found.problems:
         return f"{plural(len(found.problems), 'problem')} to solve before averaging."
-    more = [] if health is None else _suspicions(health)
-    steps = [each.step for each in more if each.step is not None] + _steps_named(found)
+    more = _suspicions(health)
+    known = {checkpoint.step for checkpoint in found.checkpoints}
+    named = [int(step) for text in found.warnings for step in _STEP.findall(text)]
+    steps = [each.step for each in more if each.step is not None] + [step for step in named if step in known]
     verdict = "Nothing stands in the way."
     if count := len(_warnings(found)) + len(more):
         verdict = f"{plural(count, 'warning')}{f': look at step {steps[0]} first' if steps else ''}."
     options = as_options(found.selection.stated)
     return f"{verdict} Next: ckavg pema {shell_word(str(found.source))} {options}".rstrip()
-
-
-def _steps_named(found: Inspection) -> list[int]:
-    """The steps of checkpoints that warnings speak of, in the order of the warnings."""
-    steps = {checkpoint.step for checkpoint in found.checkpoints}
-    return [step for text in found.warnings for step in map(int, _STEP.findall(text)) if step in steps]

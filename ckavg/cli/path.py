@@ -24,8 +24,7 @@ from ckavg.checkpoints.run import Run
 from ckavg.cli.average import check_plot, say_fetching
 from ckavg.cli.errors import distributed
 from ckavg.cli.options import Measuring, with_options
-from ckavg.cli.progress import show_progress
-from ckavg.cli.text import Output, as_count, bar, plain_table, print_json, quoted, table_by_step, warn_of
+from ckavg.cli.text import Output, as_count, bar, plain_table, print_json, quoted, show_progress, table_by_step, warn_of
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import WriteError
 from ckavg.output.output_path import check_file
@@ -133,10 +132,9 @@ def write_csv(path: PathLength, file: Path) -> None:
     Raises:
         WriteError: the system would not let us write.
     """
-    errors = path.standard_errors
-    columns: list[tuple[str, tuple[float, ...]]] = [("path_length", path.lengths)]
-    if errors is not None:
-        columns.append(("standard_error", errors))
+    columns = [("path_length", path.lengths)]
+    if path.standard_errors is not None:
+        columns.append(("standard_error", path.standard_errors))
     columns += [(name, path.tensor_lengths(name)) for name in path.counted]  # whatever their names, "step" included
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

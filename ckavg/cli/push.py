@@ -10,8 +10,7 @@ from rich.filesize import decimal
 
 from ckavg.cli.errors import failures, interrupted_with
 from ckavg.cli.options import Averaging, CommitMessage, CreatePr, Json, Private, Quiet, Revision, Verbose
-from ckavg.cli.progress import show_progress
-from ckavg.cli.text import Output, print_json, stderr_is_terminal, warn_of
+from ckavg.cli.text import Output, print_json, show_progress, stderr_is_terminal, warn_of
 from ckavg.errors import SettingError
 from ckavg.hub import Destination, Pushed, continued, plan_push
 from ckavg.hub import push as upload

@@ -12,8 +12,8 @@ import typer
 from rich.filesize import decimal
 
 from ckavg.averaging.evaluation import best, check_command, evaluate, record_evaluation
-from ckavg.averaging.plan import Plan, fetching_of
-from ckavg.cli.average import carry_out_shown, path_shown, plan_to_dict, plans_of, print_plans, write_plot
+from ckavg.averaging.plan import Plan
+from ckavg.cli.average import carry_out_shown, new_warnings, path_shown, plans_of, show_plans, write_plot
 from ckavg.cli.errors import INTERRUPTED, distributed, interrupted_with
 from ckavg.cli.options import Averaging, result, with_options
 from ckavg.cli.push import destination_of, push_shown
@@ -22,7 +22,7 @@ from ckavg.engine.distributed import Ranks
 from ckavg.errors import HubError, SettingError, WriteError, printable
 from ckavg.hub import Destination, continued
 from ckavg.output.output_path import path_within
-from ckavg.output.record import Evaluation, Record
+from ckavg.output.record import Record
 from ckavg.schemes import Scheme
 from ckavg.schemes.parse import is_scheme, parse_schemes
 
@@ -91,19 +91,14 @@ def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -
 
     plans = plans_of(schemes, options, ranks, destination, paths_in)
     if options.dry_run:
-        if options.as_json:
-            fetching = fetching_of(plans)
-            print_json({"dry_run": True, "averages": [plan_to_dict(plan, fetching) for plan in plans]})
-        else:
-            print_plans(plans)
+        show_plans(plans, options, of_sweep=True)
         return
     done = carry_out_shown(plans, options, ranks)
     if not ranks.is_first:
         return
     goes_on = "" if destination is None else f" {continued(Path('DIR'), destination)}"
     with interrupted_with(f"All averages are complete in {plans[0].out.parent}.{goes_on}"):
-        told = {warning for plan in plans for warning in plan.warnings}
-        warn_of(each for record in done.records for each in record.warnings if each not in told)
+        warn_of(new_warnings(done, plans))
         results, interrupted = list(done.records), False
         if options.eval_command is not None:
             interrupted = not _evaluate_all(results, plans, options.eval_command, quiet=options.quiet)
@@ -169,15 +164,11 @@ def print_results(results: Sequence[Record], winner: int | None) -> None:
         bars = sparkline(weights) if len(weights) <= _MOST_BARS else ""
         cells = [f"{weight:.4f}" for weight in (weights[0], weights[-1], min(weights))]
         if evaluated:
-            cells += [_value(record.evaluation), "best" if place == winner else ""]
+            value = record.evaluation and record.evaluation.value
+            shown = f"{value:.6g}" if value is not None else "failed" if record.evaluation else ""
+            cells += [shown, "best" if place == winner else ""]
         table.add_row(quoted(record.outputs[-1].name), bars, *cells, style="bold" if place == winner else "")
     out.print(table)
     out.line()
     out.line(f"read     {decimal(first.bytes_read)} in {first.seconds.total:.1f} s")
     out.line(f"results  {first.directory.parent}" if winner is None else f"best     {results[winner].directory}")
-
-
-def _value(evaluation: Evaluation | None) -> str:
-    if evaluation is None:
-        return ""
-    return "failed" if evaluation.value is None else f"{evaluation.value:.6g}"

@@ -1,4 +1,4 @@
-"""What goes to stdout and stderr: messages, tables, and numbers as text."""
+"""What goes to stdout and stderr: messages, tables, numbers as text, progress."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 import typer
 from rich.bar import Bar
@@ -16,7 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ckavg.engine.context import OnProgress, Progress
 from ckavg.errors import printable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
 
 _MOST_ROWS = 40
 """Rows of a table by checkpoint; of a longer one, those in the middle are left out."""
@@ -28,6 +35,20 @@ _WIDTH = 120
 _COLOURS = {"error": typer.colors.RED, "warning": typer.colors.YELLOW, "interrupted": typer.colors.YELLOW}
 _HEIGHTS = "▁▂▃▄▅▆▇█"
 _COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+_TITLES = {
+    "path": "measuring the path",
+    "replay": "averaging",
+    "health": "examining",
+    "files": "hashing the files",
+    "weights": "looking for NaN",
+    "elements": "computing elements again",
+    "sources": "reading the sources",
+    "fetch": "fetching",
+    "upload": "uploading",
+}
+_TO_DO = {"upload": "to send", "fetch": "to fetch"}
+_SECONDS_BETWEEN_LINES = 5.0
 
 
 def say(line: str) -> None:
@@ -67,16 +88,18 @@ class Stdout(io.TextIOWrapper):
 
     def write(self, text: str) -> int:
         """As of any text stream."""
-        try:
+        with self._naming():
             return super().write(text)
-        except OSError as error:
-            error.filename = self.NAME
-            raise
 
     def flush(self) -> None:
         """As of any text stream."""
-        try:
+        with self._naming():
             super().flush()
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             error.filename = self.NAME
             raise
@@ -185,3 +208,65 @@ def sparkline(values: Sequence[float]) -> str:
     largest = max((abs(value) for value in values), default=0.0) or 1.0
     top = len(_HEIGHTS) - 1
     return "".join("-" if value < 0 else _HEIGHTS[math.ceil(value / largest * top)] for value in values)
+
+
+@contextmanager
+def show_progress(passes: int, *, quiet: bool) -> Iterator[OnProgress | None]:
+    """Yield a listener that shows how far each of so many passes has come: bytes, GB/s, time left.
+
+    A bar for each in a terminal, plain lines elsewhere.
+    """
+    if quiet:
+        yield None
+    elif not stderr_is_terminal():
+        yield _Lines(passes)
+    else:
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import Progress as Bars
+
+        columns = (BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Bars(TextColumn("{task.description}"), *columns, console=Console(stderr=True), transient=True) as bars:
+            yield _bar_listener(bars, passes)
+
+
+def _bar_listener(bars: Bars, passes: int) -> OnProgress:
+    starting = bars.add_task("starting", total=None)
+    tasks: dict[str, TaskID] = {}
+
+    def listen(news: Progress) -> None:
+        if news.stage not in tasks:
+            bars.update(starting, visible=False)
+            tasks[news.stage] = bars.add_task(_title(news, len(tasks) + 1, passes), total=news.total)
+        bars.update(tasks[news.stage], completed=news.done)
+
+    return listen
+
+
+class _Lines:
+    """A line at the beginning and the end of each pass, and every few seconds between."""
+
+    def __init__(self, passes: int) -> None:
+        self._passes = passes
+        self._begun: dict[str, float] = {}
+        self._shown = 0.0
+
+    def __call__(self, news: Progress) -> None:
+        now = time.monotonic()
+        is_new = news.stage not in self._begun
+        begun = self._begun.setdefault(news.stage, now)
+        if not is_new and news.done != news.total and now - self._shown < _SECONDS_BETWEEN_LINES:
+            return
+        self._shown = now
+        title = _title(news, len(self._begun), self._passes)
+        if is_new:
+            kept = f"; {news.kept / 1e9:.2f} GB more were done before it was interrupted" if news.kept else ""
+            say(f"{title}: {news.total / 1e9:.2f} GB {_TO_DO.get(news.stage, 'to read')}{kept}")
+            return
+        rate = news.done / max(now - begun, 1e-9)
+        left = "done" if news.done == news.total else f"{(news.total - news.done) / rate:.0f} s left"
+        say(f"{title}: {news.done / 1e9:.2f} of {news.total / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s, {left}")
+
+
+def _title(news: Progress, number: int, passes: int) -> str:
+    title = f"continuing {_TITLES[news.stage]}" if news.kept else _TITLES[news.stage]
+    return f"pass {number} of {passes}, {title}" if passes > 1 else title

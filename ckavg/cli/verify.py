@@ -11,8 +11,7 @@ from rich.filesize import decimal
 
 from ckavg.cli.errors import FAILED, failures
 from ckavg.cli.options import Json, Quiet, Verbose
-from ckavg.cli.progress import show_progress
-from ckavg.cli.text import Output, plural, print_json, say
+from ckavg.cli.text import Output, plural, print_json, say, show_progress
 from ckavg.errors import SettingError, printable
 from ckavg.verify.findings import Verified
 from ckavg.verify.verify import ELEMENTS, verify_result

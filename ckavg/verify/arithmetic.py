@@ -1,7 +1,18 @@
-"""Stage *verify*: do the numbers of a record follow from its steps, its path and its scheme? Pure arithmetic.
+"""What the numbers of a record must be, and how far a right element may be from what float64 gives. Pure arithmetic.
 
 The effective weights are not formed as the replay forms them, forwards on one-hot vectors, but backwards: from the
-output to the checkpoints, by the chain rule. For K checkpoints that takes K steps and not K².
+output to the checkpoints, by the chain rule. For K checkpoints that takes K steps and not K². An element may differ by
+
+    |got − expected| ≤ u/2 + e + ε_64 (4 K + 16) Σ_k g_k |θ_k|
+
+u is the unit of the last place of the output dtype, where that is narrower than what was accumulated in. e bounds the
+roundings of the updates. It follows them: with ε the half of the unit of 1 in the accumulation dtype,
+
+    E ← E + β (θ − E)        e ← (1 − β) e + β e_θ + 3 ε β |θ − E| + ε |E|
+
+for the roundings of β itself, of the difference, of the product and of the sum; e_θ is that of OUEMA's corrected θ, or
+of DEMA's e_1. β = 1 copies. The last sum is what this computation itself rounds; g_k is the size of all terms into
+which checkpoint k comes.
 """
 
 from __future__ import annotations
@@ -9,15 +20,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ckavg.errors import CkavgError
 from ckavg.output.record import Record
 from ckavg.schemes import Coefficients, Timeline
-from ckavg.verify.findings import Finding
+
+Array = NDArray[np.float64]
+Numbers = Sequence[float | None]
 
 TOLERANCE = 1e-9
 """Relative difference from the formulas that another processor's powers and sums may make, and much less than a
 digit that somebody changed.
 """
+
+_SIGNIFICAND = {"F64": (53, -1022), "F32": (24, -126), "F16": (11, -14), "BF16": (8, -126)}
+"""Bits of the significand and least exponent of normal numbers, by safetensors code."""
+
+_SPARE = 1.01
+"""For products of roundings, which the bound leaves out."""
+
+_POWERS = 2.0**-50
+"""Relative error of β that another processor's powers make."""
 
 
 def coefficients_of(record: Record) -> Coefficients:
@@ -32,45 +57,60 @@ def coefficients_of(record: Record) -> Coefficients:
     )
 
 
-def check_arithmetic(record: Record) -> list[Finding]:
-    """Compare β, α, the weights, the anchor and the span of a record with what the formulas give."""
+def check_arithmetic(record: Record) -> list[str]:
+    """What is wrong with β, α, the weights, the anchor, the span and the path of a record, by the formulas."""
     try:
         coefficients = coefficients_of(record)
     except (CkavgError, ArithmeticError) as error:
-        told = error.message if isinstance(error, CkavgError) else str(error)
-        return [Finding("record", f"the parameters do not fit the recorded steps: {told}")]
+        return [f"the parameters do not fit the recorded steps: {getattr(error, 'message', error)}"]
     last = record.output_index
     if last < coefficients.start:
-        return [Finding("record", f"step {record.output.step} comes before the average begins.")]
-    weights = weights_of(coefficients, last)
+        return [f"step {record.output.step} comes before the average begins."]
     scale = max(1.0, max(weights_of(coefficients, last, magnitudes=True)))
-    found = [
-        *_compared(record, "betas", record.betas, coefficients.betas),
-        *_compared(record, "alphas", record.alphas, coefficients.alphas),
-        *_compared(record, "weights", record.weights, weights, scale=scale),
-        *_about_path(record),
+    wrong = [
+        _compare(record, "betas", record.betas, coefficients.betas),
+        _compare(record, "alphas", record.alphas, coefficients.alphas),
+        _compare(record, "weights", record.weights, weights_of(coefficients, last), scale=scale),
     ]
+    lengths = record.path_length or (0.0,)
+    if lengths[0] != 0:
+        wrong.append(f"path_length begins with {lengths[0]}; it must begin with 0.")
+    elif record.sample == 1 and list(lengths) != sorted(lengths):
+        wrong.append("path_length falls from one checkpoint to the next; a path only grows.")
     total = math.fsum(record.weights)
     if abs(total - 1) > TOLERANCE * scale:
-        found.append(Finding("record", f"the weights sum to {total!r}, not to 1."))
+        wrong.append(f"the weights sum to {total!r}, not to 1.")
     anchor = record.steps[coefficients.start]
-    if (record.anchor_step, record.span) != (anchor, record.steps[-1] - anchor):
-        found.append(
-            Finding(
-                "record",
-                f"anchor_step and span are {record.anchor_step} and {record.span}; "
-                f"by the steps they are {anchor} and {record.steps[-1] - anchor}.",
-            )
+    span = record.steps[-1] - anchor
+    if (record.anchor_step, record.span) != (anchor, span):
+        recorded = f"{record.anchor_step} and {record.span}"
+        wrong.append(f"anchor_step and span are {recorded}; by the steps they are {anchor} and {span}.")
+    return list(filter(None, wrong))
+
+
+def _compare(record: Record, name: str, recorded: Numbers | None, expected: Numbers | None, scale: float = 0.0) -> str:
+    if recorded is None or expected is None:
+        if recorded is expected:
+            return ""
+        return (
+            f"{name} are {'null, but the scheme has some' if recorded is None else 'there, but the scheme has none'}."
         )
-    return found
+    wrong = [
+        place
+        for place, (got, want) in enumerate(zip(recorded, expected, strict=True))
+        if (got is None) != (want is None)
+        or not math.isclose(got or 0.0, want or 0.0, rel_tol=TOLERANCE, abs_tol=TOLERANCE * scale)
+    ]
+    if not wrong:
+        return ""
+    place = wrong[0]
+    return (
+        f"{name}: {len(wrong)} of {len(expected)} do not follow from the steps, the path and the parameters; at "
+        f"step {record.steps[place]} the record has {recorded[place]}, the formula gives {expected[place]}."
+    )
 
 
-def weights_of(
-    coefficients: Coefficients,
-    last: int,
-    *,
-    magnitudes: bool = False,
-) -> tuple[float, ...]:
+def weights_of(coefficients: Coefficients, last: int, *, magnitudes: bool = False) -> tuple[float, ...]:
     """The weight of each checkpoint in the average as it stands after checkpoint `last`.
 
     Args:
@@ -99,57 +139,100 @@ def weights_of(
         weights[place] = share
         first *= 1 - beta
     weights[start] += first + second
-    if rule == "bema" and last > start:
-        weights[last] += _alpha(coefficients, last)
-        weights[start] += minus * _alpha(coefficients, last)
+    if rule == "bema" and last > start and coefficients.alphas is not None:
+        alpha = coefficients.alphas[last] or 0.0
+        weights[last] += alpha
+        weights[start] += minus * alpha
     return tuple(weights)
 
 
-def _alpha(coefficients: Coefficients, place: int) -> float:
-    return (coefficients.alphas[place] or 0.0) if coefficients.alphas is not None else 0.0
+def unit(values: Array, dtype: str) -> Array:
+    """The unit of the last place of a dtype at the size of each value; that of the smallest numbers at 0.
+
+    >>> float(unit(np.zeros(1), "F32")[0]) == 2.0**-149
+    True
+    """
+    bits, least = _SIGNIFICAND[dtype]
+    _, exponent = np.frexp(np.abs(values))
+    return np.asarray(np.ldexp(1.0, np.maximum(np.where(values == 0, least, exponent - 1), least) - bits + 1))
 
 
-def _compared(
-    record: Record,
-    name: str,
-    recorded: Sequence[float | None] | None,
-    expected: Sequence[float | None] | None,
+def rounding(got: Array, expected: Array, dtype: str, accumulated: str) -> Array:
+    """Half a unit of the output dtype, where that is narrower than what was accumulated in; 0 otherwise."""
+    if _SIGNIFICAND[dtype][0] >= _SIGNIFICAND[accumulated][0]:
+        return np.zeros_like(expected)
+    largest = np.maximum(np.abs(got), np.abs(expected))  # a value just below a power of 2 may be rounded up to it
+    return np.asarray(unit(largest, dtype) / 2)
+
+
+def allowed(
+    got: Array,
+    expected: Array,
+    thetas: Sequence[Array],
+    coefficients: Coefficients,
+    magnitudes: Sequence[float],
     *,
-    scale: float = 0.0,
-) -> list[Finding]:
-    if recorded is None or expected is None:
-        if recorded is expected:
-            return []
-        told = "null, but the scheme has some" if recorded is None else "there, but the scheme has none"
-        return [Finding("record", f"{name} are {told}.")]
-    wrong = [
-        place
-        for place, (got, want) in enumerate(zip(recorded, expected, strict=True))
-        if (got is None) != (want is None)
-        or (got is not None and want is not None and not _close(got, want, scale=scale))
-    ]
-    if not wrong:
-        return []
-    place = wrong[0]
-    return [
-        Finding(
-            "record",
-            f"{name}: {len(wrong)} of {len(expected)} do not follow from the steps, the path and the parameters; at "
-            f"step {record.steps[place]} the record has {recorded[place]}, the formula gives {expected[place]}.",
-        )
-    ]
+    index: int,
+    dtype: str,
+    accumulated: str,
+    beta_error: float = 0.0,
+) -> Array:
+    """The largest difference that roundings explain, for each element.
+
+    Args:
+        got: (n,) what the result holds.
+        expected: (n,) what float64 gives.
+        thetas: the (n,) values of each checkpoint that takes part, in order.
+        coefficients: of this tensor.
+        magnitudes: g_k of each.
+        index: of the last of them.
+        dtype: of the output, as a safetensors code.
+        accumulated: `F32` or `F64`.
+        beta_error: relative error of β.
+    """
+    own = 2.0 ** -_SIGNIFICAND[accumulated][0]
+    terms = sum((size * np.abs(theta) for size, theta in zip(magnitudes, thetas, strict=True)), start=0.0)
+    computed = 2.0**-53 * (4 * (len(thetas) - 1) + 16) * terms
+    tiny = 8 * len(thetas) * unit(np.zeros(1), accumulated)  # where numbers are too small to have all their bits
+    updates = _update_error(thetas, coefficients, index, own, max(beta_error, _POWERS))
+    return np.asarray(rounding(got, expected, dtype, accumulated) + _SPARE * updates + computed + tiny)
 
 
-def _close(got: float, want: float, *, scale: float) -> bool:
-    return math.isclose(got, want, rel_tol=TOLERANCE, abs_tol=TOLERANCE * scale)
+def _update_error(
+    thetas: Sequence[Array], coefficients: Coefficients, index: int, own: float, beta_error: float
+) -> Array:
+    """(n,) e, as above."""
+
+    def step(at: Array, error: Array, to: Array, its_error: Array, beta: float) -> tuple[Array, Array]:
+        if beta == 1:
+            return to, its_error
+        after = at + beta * (to - at)
+        rounded = (3 * own + beta_error) * beta * np.abs(to - at) + own * np.abs(after)
+        return after, (1 - beta) * error + beta * its_error + rounded
+
+    rule, anchor, none = coefficients.rule, thetas[0], np.zeros_like(thetas[0])
+    first, error, second, its_error = anchor, none, anchor, none
+    for place, theta in enumerate(thetas[1:], start=coefficients.start + 1):
+        beta, taken, of_taken = coefficients.betas[place] or 0.0, theta, none
+        if rule == "ouema":
+            away = (theta - anchor) / coefficients.complement(place)
+            taken, of_taken = anchor + away, own * (4 * np.abs(away) + np.abs(anchor + away))
+        first, error = step(first, error, taken, of_taken, beta)
+        if rule == "dema":
+            second, its_error = step(second, its_error, first, error, beta)
+    if rule == "dema":
+        return 2 * error + its_error + own * (np.abs(first - second) + np.abs(2 * first - second))
+    if rule == "bema" and len(thetas) > 1:
+        away = (1 - coefficients.complement(index)) * (thetas[-1] - anchor)
+        return error + own * (3 * np.abs(away) + np.abs(first + away))
+    return error
 
 
-def _about_path(record: Record) -> list[Finding]:
-    lengths = record.path_length
-    if lengths is None:
-        return []
-    if lengths[0] != 0:
-        return [Finding("record", f"path_length begins with {lengths[0]}; it must begin with 0.")]
-    if record.sample == 1 and list(lengths) != sorted(lengths):
-        return [Finding("record", "path_length falls from one checkpoint to the next; a path only grows.")]
-    return []
+def size_of_unit(
+    expected: Array, thetas: Sequence[Array], weights: Sequence[float], *, dtype: str, accumulated: str
+) -> Array:
+    """What deviations are told in: a unit of the output dtype or, where terms cancel, of the accumulation dtype."""
+    terms = np.zeros_like(expected)
+    for theta, weight in zip(thetas, weights, strict=True):
+        terms += abs(weight) * np.abs(theta)
+    return np.asarray(np.maximum(unit(expected, dtype), unit(terms, accumulated)))

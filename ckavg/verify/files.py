@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from ckavg.checkpoints.checkpoint import RESULT_RECORD, read_checkpoint
 from ckavg.checkpoints.run import DTYPE_NAMES, Checkpoint, TensorInfo
+from ckavg.engine.context import Context, OnProgress, Progress
 from ckavg.errors import CkavgError, ReadError
 from ckavg.output.hashing import sha256_of
 from ckavg.output.owned import CARD
@@ -19,148 +21,153 @@ from ckavg.output.record import Output
 from ckavg.output.side_files import CONFIG, DTYPE_KEYS
 from ckavg.storage.atomic import resolved
 from ckavg.storage.local import read_object
-from ckavg.verify.findings import Finding, Report
+from ckavg.verify.findings import Report
 
 _INDEX = ".safetensors.index.json"
+_SINGLE = ".safetensors/"
 _MOST_BYTES_OF_JSON = 1 << 28
 _HASHED_TOGETHER = 8
 _SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Present:
-    """The files of an output that can be read, with their sizes in bytes, and what is wrong with the others."""
+class Part:
+    """A result, or a snapshot in it.
 
-    sizes: dict[str, int]
-    findings: tuple[Finding, ...]
+    Attributes:
+        directory: where its files are.
+        output: its entry in the record.
+        prefix: what stands before the names of its files and tensors in messages.
+    """
+
+    directory: Path
+    output: Output
+    prefix: str = ""
 
 
-def find_files(directory: Path, output: Output, *, within: Path, prefix: str = "") -> Present:
-    """Look for the files of an output; opens none.
+def check_files(report: Report, parts: Sequence[Part], *, within: Path) -> list[dict[str, int]]:
+    """Look for the files of some parts, and compare their SHA-256 with the record.
+
+    An edited card is worth a warning, any other change is a problem.
 
     Args:
-        directory: of the output.
-        output: its entry in the record.
+        report: to add to.
+        parts: a result and its snapshots.
         within: the directory of the result, out of which no link may lead.
-        prefix: what stands before the names of its files in messages.
+
+    Returns:
+        The files of each part that can be read, with their sizes in bytes.
     """
+    present = [_find_files(report, part, within) for part in parts]
+    hashed = [{name: size for name, size in sizes.items() if name != RESULT_RECORD} for sizes in present]
+    listen, done, total = report.listener("files"), 0, sum(sum(sizes.values()) for sizes in hashed)
+    for part, sizes in zip(parts, hashed, strict=True):
+        for name, digest in zip(sizes, hashes(part.directory / name for name in sizes), strict=True):
+            if isinstance(digest, ReadError):
+                report.problem("files", f"{part.prefix}{name}: {digest.message}")
+            elif digest != (recorded := part.output.sha256[name]):
+                changed = f"was changed: its SHA-256 is {digest[:12]}…, it was {recorded[:12]}…."
+                report.add("files", f"{part.prefix}{name} {changed}", is_problem=name != CARD)
+            done += sizes[name]
+            listen(done, total)
+    report.files += sum(map(len, present))
+    report.bytes_read += done
+    return present
+
+
+def _find_files(report: Report, part: Part, within: Path) -> dict[str, int]:
+    """The sizes of the files that can be read; opens none."""
     sizes: dict[str, int] = {}
-    found: list[Finding] = []
     inside = resolved(within)
-    for name in output.files:
-        path = directory / name
+    for name in part.output.files:
+        path = part.directory / name
         try:
             status = path.stat()
         except (FileNotFoundError, NotADirectoryError):
-            found.append(Finding("files", f"{prefix}{name} is not there."))
+            wrong = "is not there."
         except (OSError, ValueError) as error:
-            found.append(Finding("files", f"{prefix}{name} cannot be looked at: {error}."))
+            wrong = f"cannot be looked at: {error}."
         else:
             if inside not in resolved(path).parents:
-                found.append(Finding("files", f"{prefix}{name} is a link that leads out of the result."))
+                wrong = "is a link that leads out of the result."
             elif not stat.S_ISREG(status.st_mode):
-                found.append(Finding("files", f"{prefix}{name} is not a plain file."))
+                wrong = "is not a plain file."
             else:
                 sizes[name] = status.st_size
-    return Present(sizes, tuple(found))
+                continue
+        report.problem("files", f"{part.prefix}{name} {wrong}")
+    return sizes
 
 
-def check_hashes(
-    directory: Path, output: Output, names: Collection[str], *, on_done: Callable[[str], None], prefix: str = ""
-) -> list[Finding]:
-    """Compare the SHA-256 of files with the record. An edited card is worth a warning, any other change is a problem.
+def hashes(paths: Iterable[Path]) -> Iterator[str | ReadError]:
+    """The SHA-256 of each file, or why it cannot be read; several are read at a time."""
 
-    Args:
-        directory, output, prefix: as of `find_files`.
-        names: the files to read.
-        on_done: called with the name of each file that was read.
-    """
-    found: list[Finding] = []
-    hashed = [name for name in output.files if name in names and name != RESULT_RECORD]
-    for place in range(0, len(hashed), _HASHED_TOGETHER):
-        some = hashed[place : place + _HASHED_TOGETHER]
-        for name, digest in zip(some, _hashes([directory / name for name in some]), strict=True):
-            on_done(name)
-            if isinstance(digest, ReadError):
-                found.append(Finding("files", f"{prefix}{name}: {digest.message}"))
-            elif digest != (recorded := output.sha256[name]):
-                changed = f"was changed: its SHA-256 is {digest[:12]}…, it was {recorded[:12]}…."
-                found.append(Finding("files", f"{prefix}{name} {changed}", is_problem=name != CARD))
-    return found
+    def hash_file(path: Path) -> str | ReadError:
+        try:
+            return sha256_of([path])[0]
+        except ReadError as error:
+            return error
+
+    with ThreadPoolExecutor(_HASHED_TOGETHER) as executor:
+        yield from executor.map(hash_file, paths)
 
 
-def _hashes(paths: list[Path]) -> list[str | ReadError]:
-    """The SHA-256 of each file, or why it cannot be read."""
-    try:
-        return list(sha256_of(paths))
-    except ReadError as error:
-        return [error] if len(paths) == 1 else [digest for path in paths for digest in _hashes([path])]
-
-
-def check_others(directory: Path, output: Output, folders: Collection[str], *, prefix: str = "") -> list[Finding]:
+def check_others(report: Report, part: Part, folders: Collection[str]) -> None:
     """Name the files that are there but not in the record, somebody's notes perhaps; hidden ones are skipped.
 
     Args:
-        directory, output, prefix: as of `find_files`.
+        report: to add to.
+        part: whose directory is looked at.
         folders: of the snapshots in it, which have records of their own.
     """
     others: list[str] = []
-    for folder, inner, names in os.walk(directory):
-        place = Path(folder).relative_to(directory)
+    for folder, inner, names in os.walk(part.directory):
+        place = Path(folder).relative_to(part.directory)
         inner[:] = sorted(name for name in inner if not name.startswith(".") and str(place / name) not in folders)
         others += [str(place / name) for name in sorted(names) if not name.startswith(".")]
-    others = [name for name in others if name not in output.files]
-    if not others:
-        return []
-    more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
-    names_shown = ", ".join(prefix + name for name in others[:_SHOWN])
-    return [Finding("files", f"Not in the record, and not checked: {names_shown}{more}.", is_problem=False)]
+    others = [part.prefix + name for name in others if name not in part.output.files]
+    if others:
+        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+        report.warning("files", f"Not in the record, and not checked: {', '.join(others[:_SHOWN])}{more}.")
 
 
-def open_weights(
-    directory: Path, output: Output, names: Collection[str], *, prefix: str = ""
-) -> tuple[Checkpoint | None, list[Finding]]:
+def open_weights(report: Report, part: Part, names: Collection[str]) -> Checkpoint | None:
     """Read the headers of a result as a loader would, and compare them with its indexes and configs.
 
     Args:
-        directory, output, prefix: as of `find_files`.
+        report: to add to.
+        part: the result, or a snapshot.
         names: its files that can be read.
-
-    Returns:
-        The result as a checkpoint, None where it is none; and what is wrong with it.
     """
+    directory, output, prefix = part.directory, part.output, part.prefix
     try:
         special = next((path.name for path in directory.glob("*.safetensors") if not path.is_file()), None)
         if special is not None:  # in the words that are used of any other file
             raise ReadError(f"{special} is not a plain file.")
         checkpoint = read_checkpoint(directory, output.step)
     except CkavgError as error:
-        return None, [Finding("weights", f"{prefix}the weights cannot be loaded: {error.message}")]
+        report.problem("weights", f"{prefix}the weights cannot be loaded: {error.message}")
+        return None
     recorded = {name for name in output.files if name.endswith(".safetensors")}
     loaded = {str(shard.path.relative_to(directory)) for shard in checkpoint.shards}
-    found: list[Finding] = []
     if loaded != recorded:
         other = ", ".join(sorted(loaded ^ recorded)[:_SHOWN])
-        found.append(Finding("weights", f"{prefix}the weights that would be loaded are not those recorded: {other}."))
-    for name in output.files:
+        report.problem("weights", f"{prefix}the weights that would be loaded are not those recorded: {other}.")
+    for name in filter(names.__contains__, output.files):
         path = directory / name
-        if name not in names or not (name.endswith(_INDEX) or path.name == CONFIG):
-            continue
-        wrong = (_wrong_in_index if name.endswith(_INDEX) else _wrong_in_config)(
-            _json_object(path), _entries_of(checkpoint, path.parent)
-        )
-        if wrong is not None:
-            found.append(Finding("weights", f"{prefix}{name} {wrong}"))
-    return checkpoint, found
+        if name.endswith(_INDEX) or path.name == CONFIG:
+            check = _wrong_in_index if name.endswith(_INDEX) else _wrong_in_config
+            with suppress(OSError, ValueError):  # no JSON object: its SHA-256 shows that already
+                wrong = check(read_object(path, _MOST_BYTES_OF_JSON), _entries_in(checkpoint, path.parent))
+                if wrong is not None:
+                    report.problem("weights", f"{prefix}{name} {wrong}")
+    return checkpoint
 
 
-def _entries_of(checkpoint: Checkpoint, folder: Path) -> list[TensorInfo]:
+def _entries_in(checkpoint: Checkpoint, folder: Path) -> list[TensorInfo]:
     """The tensors that a loader takes from a folder: of its index and its config, not of the files beside them."""
-    inside = {
-        place
-        for place, shard in enumerate(checkpoint.shards)
-        if shard.path.parent == folder and not shard.part.endswith(".safetensors/")
-    }
+    shards = enumerate(checkpoint.shards)
+    inside = {place for place, shard in shards if shard.path.parent == folder and not shard.part.endswith(_SINGLE)}
     return [entry for entry in checkpoint.entries.values() if entry.shard in inside]
 
 
@@ -192,13 +199,6 @@ def _stated_dtypes(config: Mapping[str, Any]) -> Iterator[str]:
                 yield value
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where the file is none, which its SHA-256 shows already."""
-    with suppress(OSError, ValueError):
-        return read_object(path, _MOST_BYTES_OF_JSON)
-    return {}
-
-
 def check_finite(report: Report, outputs: Iterable[tuple[str, Checkpoint]], *, infinite: Collection[str]) -> None:
     """Look for NaN and infinity in all averaged tensors.
 
@@ -214,21 +214,20 @@ def check_finite(report: Report, outputs: Iterable[tuple[str, Checkpoint]], *, i
     before, total = 0, sum(checkpoint.nbytes for _, checkpoint in outputs)
     for prefix, checkpoint in outputs:
 
-        def tell(done: int, before: int = before) -> None:
-            listen(before + done, total)
+        def tell(news: Progress, before: int = before) -> None:
+            listen(before + news.done, total)
 
         for name, count in _count_nonfinite(checkpoint, tell, infinite).items():
-            wrong = f"{prefix}tensor {name!r} holds NaN or infinity: {count:,} of its elements."
-            report.problem("weights", wrong)
+            if count:
+                report.problem("weights", f"{prefix}tensor {name!r} holds NaN or infinity: {count:,} of its elements.")
         before += checkpoint.nbytes
         listen(before, total)
     report.bytes_read += before
 
 
-def _count_nonfinite(checkpoint: Checkpoint, tell: Callable[[int], None], infinite: Collection[str]) -> dict[str, int]:
-    """How many elements are NaN or infinite, of the tensors that hold any."""
+def _count_nonfinite(checkpoint: Checkpoint, tell: OnProgress, infinite: Collection[str]) -> dict[str, int]:
+    """How many elements of each tensor are NaN, or infinite where they may not be."""
     from ckavg.engine.blocks import TILE, Block, cut_blocks
-    from ckavg.engine.context import Context
     from ckavg.engine.stream import by_tensor, stream
     from ckavg.engine.tiles import TORCH_DTYPES, TileReader, all_finite
 
@@ -247,6 +246,5 @@ def _count_nonfinite(checkpoint: Checkpoint, tell: Callable[[int], None], infini
 
         return count
 
-    streamed = stream("weights", [checkpoint], blocks, make_worker, Context(on_progress=lambda news: tell(news.done)))
-    counts = {name: sum(parts) for name, parts in by_tensor(blocks, streamed.results).items()}
-    return {name: count for name, count in counts.items() if count}
+    streamed = stream("weights", [checkpoint], blocks, make_worker, Context(on_progress=tell))
+    return {name: sum(parts) for name, parts in by_tensor(blocks, streamed.results).items()}

@@ -54,13 +54,17 @@ class Report:
     elements: int = 0
     largest_deviation: float = 0.0
 
+    def add(self, check: Check, message: str, *, is_problem: bool) -> None:
+        """Add a problem, for which the result cannot be relied on, or a warning, which a user should know."""
+        self.findings.append(Finding(check, message, is_problem))
+
     def problem(self, check: Check, message: str) -> None:
-        """Add a finding for which the result cannot be relied on."""
-        self.findings.append(Finding(check, message))
+        """Add a problem."""
+        self.add(check, message, is_problem=True)
 
     def warning(self, check: Check, message: str) -> None:
-        """Add one that a user should know."""
-        self.findings.append(Finding(check, message, is_problem=False))
+        """Add a warning."""
+        self.add(check, message, is_problem=False)
 
     @contextmanager
     def ending(self, check: Check) -> Iterator[None]:
@@ -118,15 +122,12 @@ class Verified:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values."""
+        numbers = ("elements", "largest_deviation", "seed", "bytes_read", "seconds")
         return {
             "result": str(self.result),
             "ckavg_version": self.ckavg_version,
             "checks": list(self.checks),
             "problems": list(self.problems),
             "warnings": list(self.warnings),
-            "elements": self.elements,
-            "largest_deviation": self.largest_deviation,
-            "seed": self.seed,
-            "bytes_read": self.bytes_read,
-            "seconds": self.seconds,
+            **{name: getattr(self, name) for name in numbers},
         }

@@ -3,27 +3,40 @@
 Four checks: NaN and infinity, saves that hold what the one before holds, tensors that never move, and checkpoints that
 stand out. Nothing is compared with an absolute size, so that neither a warm-up, nor a decaying learning rate, nor
 uneven intervals, nor the rounding of 16-bit weights count as damage.
+
+Differences are taken in float32 (float64 where any checkpoint is) and summed by tile, then in float64. A tile that
+holds NaN or infinity is measured once more in float64, without those elements.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
 from ckavg.checkpoints.fingerprints import check_unchanged
-from ckavg.checkpoints.run import Checkpoint, running_statistics
-from ckavg.engine.context import OnProgress, Progress
-from ckavg.output.hashing import sha256_of
+from ckavg.checkpoints.run import Checkpoint, TensorInfo, running_statistics
+from ckavg.engine.blocks import TILE, Block, cut_blocks
+from ckavg.engine.context import Context, OnProgress, Progress
+from ckavg.engine.stream import by_tensor, stream
+from ckavg.engine.tiles import TORCH_DTYPES, TileReader
+from ckavg.errors import ReadError
+from ckavg.path.measure import EXTREME, scaled, times_power
 from ckavg.path.table import fsum
 from ckavg.storage.base import AnyPath
 from ckavg.storage.remote import local_path
+from ckavg.verify.files import hashes
 from ckavg.verify.findings import Finding
-from ckavg.verify.health_statistics import TensorStatistics, measure_tensors
 
 _DETOUR = 8.0
 """How many times the way past a checkpoint the way to it must be, from both sides, for it to stand out. In units of the
@@ -39,7 +52,8 @@ _FEWEST_INTERVALS = 3
 _MOST_TENSORS = 0.5
 """Part of the tensors in which a checkpoint must stand out to be named as a whole."""
 
-_HASHED_TOGETHER = 8
+_TIMES = "times as far from the checkpoints beside it as is usual"
+_NAN, _INFINITE, _SIZE, _DISTANCE, _ACROSS = range(5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +75,61 @@ class Health:
     bytes_read: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorStatistics:
+    """What was measured of a floating tensor. Every tuple has one number for each checkpoint that holds it.
+
+    Elements that are NaN or infinite in either of two checkpoints add nothing to the distance between them.
+
+    Attributes:
+        name: the tensor's name.
+        numel: its number of elements.
+        held: index of each checkpoint that holds it, in this shape.
+        epsilon: distance from 1 to the next number of the coarsest dtype in which it is stored.
+        sigma: standard deviation of its finite elements in the first of them, ddof = 1; 0 of fewer than two.
+        nan: how many elements are NaN.
+        infinite: how many are infinite, but for those that are the same infinity in all checkpoints.
+        size: ‖θ_k‖₁.
+        distance: ‖θ_k − θ_{k−1}‖₁; 0 at the first.
+        across: ‖θ_{k+1} − θ_{k−1}‖₁; 0 at both ends.
+    """
+
+    name: str
+    numel: int
+    held: tuple[int, ...]
+    epsilon: float
+    sigma: float
+    nan: tuple[int, ...]
+    infinite: tuple[int, ...]
+    size: tuple[float, ...]
+    distance: tuple[float, ...]
+    across: tuple[float, ...]
+
+    def is_finite(self, *places: int) -> bool:
+        """Whether neither NaN nor infinity was found in the checkpoints at some places of `held`; none: in all."""
+        return not any(self.nan[place] or self.infinite[place] for place in places or range(len(self.held)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Partial:
+    """Sums over some elements.
+
+    Attributes:
+        rows: (5, checkpoints) float64, numbered as above.
+        moments: count, Σ and Σ² of the finite elements of the first checkpoint less the first of them, in units of
+            2^exponent.
+        exponent: by the first of them.
+    """
+
+    rows: NDArray[np.float64]
+    moments: NDArray[np.float64]
+    exponent: int = 0
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(np.isfinite(self.rows).all())
+
+
 def examine(
     source: AnyPath,
     checkpoints: Sequence[Checkpoint],
@@ -79,38 +148,23 @@ def examine(
     Raises:
         ChangedError, TruncatedShardError, ReadError: a file changed or cannot be read.
     """
-    to_hash = sum(checkpoint.nbytes for checkpoint in checkpoints) if sha256 else 0
-    tensors, bytes_read = measure_tensors(checkpoints, on_progress=on_progress, more_bytes=to_hash)
-    hashes = _hashes(source, checkpoints, bytes_read, on_progress) if sha256 else {}
+    shards = [shard for checkpoint in checkpoints for shard in checkpoint.shards] if sha256 else []
+    tensors, done = measure_tensors(checkpoints, on_progress, more_bytes=sum(shard.nbytes for shard in shards))
+    bytes_read = done + sum(shard.nbytes for shard in shards)
+    named: dict[str, str] = {}
+    files = (local_path(shard.path) or Path(shard.path) for shard in shards)
+    for shard, digest in zip(shards, hashes(files), strict=True):
+        if isinstance(digest, ReadError):
+            raise digest
+        inside = shard.path.is_relative_to(source)
+        named[shard.path.relative_to(source).as_posix() if inside else str(shard.path)] = digest
+        done += shard.nbytes
+        if on_progress is not None:
+            on_progress(Progress("health", done, bytes_read))
     check_unchanged(checkpoints)
     steps = tuple(checkpoint.step for checkpoint in checkpoints)
     path = tuple(_path_between(tensors, *pair) for pair in itertools.pairwise(range(len(steps))))
-    return Health(steps, find(steps, tensors), path, hashes, bytes_read + to_hash)
-
-
-def _hashes(
-    source: AnyPath, checkpoints: Sequence[Checkpoint], before: int, on_progress: OnProgress | None
-) -> dict[str, str]:
-    """SHA-256 of every weight file, by the name it is known by."""
-    shards = [shard for checkpoint in checkpoints for shard in checkpoint.shards]
-    total = before + sum(shard.nbytes for shard in shards)
-    hashes: dict[str, str] = {}
-    for place in range(0, len(shards), _HASHED_TOGETHER):
-        some = shards[place : place + _HASHED_TOGETHER]
-        paths = [local_path(shard.path) or Path(shard.path) for shard in some]
-        for shard, digest in zip(some, sha256_of(paths), strict=True):
-            hashes[_name_of(shard.path, source)] = digest
-            before += shard.nbytes
-        if on_progress is not None:
-            on_progress(Progress("health", before, total))
-    return hashes
-
-
-def _name_of(path: AnyPath, source: AnyPath) -> str:
-    try:
-        return path.relative_to(source).as_posix()
-    except ValueError:
-        return str(path)
+    return Health(steps, find(steps, tensors), path, named, bytes_read)
 
 
 def _path_between(tensors: Sequence[TensorStatistics], before: int, after: int) -> float | None:
@@ -131,12 +185,7 @@ def _path_between(tensors: Sequence[TensorStatistics], before: int, after: int) 
 
 
 def find(steps: Sequence[int], tensors: Sequence[TensorStatistics]) -> tuple[Finding, ...]:
-    """All findings: what is not finite first, then by kind, each in the order of the steps. Pure.
-
-    Args:
-        steps: optimizer step of every checkpoint.
-        tensors: what was measured of each tensor.
-    """
+    """All findings: what is not finite first, then by kind, each in the order of the steps. Pure."""
     nonfinite = [finding for tensor in tensors for finding in _nonfinite(steps, tensor)]
     return (
         *sorted(nonfinite, key=lambda finding: finding.step or 0),
@@ -149,9 +198,8 @@ def find(steps: Sequence[int], tensors: Sequence[TensorStatistics]) -> tuple[Fin
 def _nonfinite(steps: Sequence[int], tensor: TensorStatistics) -> Iterator[Finding]:
     for index, nan, infinite in zip(tensor.held, tensor.nan, tensor.infinite, strict=True):
         if nan or infinite:
-            counts = " and ".join(
-                f"{count:,} {what}" for count, what in ((nan, "NaN"), (infinite, "infinite")) if count
-            )
+            kinds = {"NaN": nan, "infinite": infinite}
+            counts = " and ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
             message = f"step {steps[index]}: tensor {tensor.name!r} holds {counts} of {tensor.numel:,}."
             yield Finding("nonfinite", message, step=steps[index], tensor=tensor.name)
 
@@ -193,16 +241,14 @@ def _standing_out(steps: Sequence[int], tensors: Sequence[TensorStatistics]) -> 
         step = steps[index]
         if len(named) >= max(2, _MOST_TENSORS * len(comparable)):
             where = f", in {len(named)} of {len(comparable)} tensors"
-            message = f"step {step}: the checkpoint stands out: {_far(statistics.median(named.values()))}{where}."
+            message = (
+                f"step {step}: the checkpoint stands out: {statistics.median(named.values()):.3g} {_TIMES}{where}."
+            )
             yield Finding("foreign", message, is_problem=False, step=step)
             continue
         for name, factor in sorted(named.items()):
-            message = f"step {step}: tensor {name!r} stands out: {_far(factor)}."
+            message = f"step {step}: tensor {name!r} stands out: {factor:.3g} {_TIMES}."
             yield Finding("foreign", message, is_problem=False, step=step, tensor=name)
-
-
-def _far(factor: float) -> str:
-    return f"{factor:.3g} times as far from the checkpoints beside it as is usual"
 
 
 def _detour(steps: Sequence[int], tensor: TensorStatistics, place: int) -> float:
@@ -236,3 +282,149 @@ def _interval_at_end(steps: Sequence[int], tensor: TensorStatistics, place: int)
     if len(usual) < _FEWEST_INTERVALS:
         return 0.0, 0.0
     return tensor.distance[own + 1], max(usual)
+
+
+def measure_tensors(
+    checkpoints: Sequence[Checkpoint], on_progress: OnProgress | None = None, *, more_bytes: int = 0
+) -> tuple[list[TensorStatistics], int]:
+    """Measure every floating tensor of some checkpoints; they need not hold the same ones.
+
+    Args:
+        checkpoints: ordered by step.
+        on_progress: called now and then in this thread.
+        more_bytes: what will be read after this, for the total of the progress.
+
+    Returns:
+        The statistics of each tensor, and how many bytes were read.
+
+    Raises:
+        TruncatedShardError, ReadError: a file changed or cannot be read.
+    """
+    groups = _groups(checkpoints)
+    total = more_bytes + sum(
+        checkpoints[index].entries[name].nbytes
+        for held, tensors in groups.items()
+        for index in held
+        for name in tensors
+    )
+    measured: list[TensorStatistics] = []
+    bytes_read = 0
+    for held, tensors in groups.items():
+
+        def tell(news: Progress, before: int = bytes_read) -> None:
+            if on_progress is not None:
+                on_progress(Progress("health", before + news.done, total))
+
+        some, blocks = [checkpoints[index] for index in held], cut_blocks(tensors)
+
+        def make_worker(reader: TileReader, some: Sequence[Checkpoint] = some) -> Callable[[Block], _Partial]:
+            return _Worker(some, reader)
+
+        streamed = stream("health", some, blocks, make_worker, Context(on_progress=tell))
+        for name, parts in by_tensor(blocks, streamed.results).items():
+            dtypes = [each.entries[name].dtype for each in some]
+            measured.append(_statistics(name, tensors[name].numel, held, dtypes, parts))
+        bytes_read += streamed.bytes_read
+    return measured, bytes_read
+
+
+def _groups(checkpoints: Sequence[Checkpoint]) -> dict[tuple[int, ...], dict[str, TensorInfo]]:
+    """The floating tensors with elements, by the checkpoints that hold them in one shape; one group in a sound run."""
+    held: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for index, checkpoint in enumerate(checkpoints):
+        for name, entry in checkpoint.entries.items():
+            if entry.is_floating and entry.numel:
+                held.setdefault((name, entry.shape), []).append(index)
+    groups: dict[tuple[int, ...], dict[str, TensorInfo]] = {}
+    for (name, _), indices in held.items():
+        groups.setdefault(tuple(indices), {})[name] = checkpoints[indices[-1]].entries[name]
+    return groups
+
+
+def _statistics(
+    name: str, numel: int, held: tuple[int, ...], dtypes: Sequence[str], parts: Sequence[_Partial]
+) -> TensorStatistics:
+    rows = sum((part.rows for part in parts[1:]), start=parts[0].rows).tolist()
+    return TensorStatistics(
+        name=name,
+        numel=numel,
+        held=held,
+        epsilon=max(torch.finfo(TORCH_DTYPES[dtype]).eps for dtype in dtypes),
+        sigma=_sigma(parts),
+        nan=tuple(map(int, rows[_NAN])),
+        infinite=tuple(map(int, rows[_INFINITE])),
+        size=tuple(rows[_SIZE]),
+        distance=tuple(rows[_DISTANCE]),
+        across=tuple(rows[_ACROSS]),
+    )
+
+
+def _sigma(parts: Sequence[_Partial]) -> float:
+    """From moments about an element of the tensor: exactly 0 where all are equal."""
+    count, total, squares = (fsum(part.moments[place] for part in parts) for place in range(3))
+    if count < 2 or not math.isfinite(squares):
+        return 0.0 if count < 2 else math.inf
+    sigma = math.sqrt(max(0.0, squares - total * total / count) / (count - 1))
+    return scaled(sigma, parts[0].exponent)
+
+
+def _exponent(first: float) -> int:
+    """Of the unit in which squares of float64 numbers are formed; 0 but for extreme ones, by the first of a tensor."""
+    exponent = math.frexp(first)[1]
+    return exponent if abs(exponent) > EXTREME else 0
+
+
+class _Worker:
+    """Measures one block after another, in one thread. Memory does not grow with the number of checkpoints."""
+
+    def __init__(self, checkpoints: Sequence[Checkpoint], reader: TileReader) -> None:
+        self._checkpoints = checkpoints
+        self._reader = reader
+        self._buffer = torch.empty(4 * TILE, dtype=torch.float64)
+
+    def __call__(self, block: Block) -> _Partial:
+        is_wide = any(each.entries[block.name].dtype == "F64" for each in self._checkpoints)
+        dtype = torch.float64 if is_wide else torch.float32
+        whole = _Partial(np.zeros((5, len(self._checkpoints))), np.zeros(3))
+        for start, stop in block.tiles(TILE):
+            part = self._measure(block.name, start, stop, dtype)
+            if not part.is_finite:  # NaN or infinity, or a sum that is beyond float32
+                same = self._reader.same_infinities(block.name, start, stop)
+                part = self._measure(block.name, start, stop, torch.float64, same)
+            whole = _Partial(whole.rows + part.rows, whole.moments + part.moments)
+        return dataclasses.replace(whole, exponent=_exponent(self._reader.first_finite(block.name)))
+
+    def _measure(self, name: str, start: int, stop: int, dtype: torch.dtype, same: Tensor | None = None) -> _Partial:
+        """The sums over elements `start` to `stop`, computed in a dtype.
+
+        Where some are not finite, `same` (n,) has the infinities that are the same in all checkpoints.
+        """
+        rows = np.zeros((5, len(self._checkpoints)))
+        moments = np.zeros(3)
+        *thetas, spare = self._buffer.view(dtype).view(4, -1)[:, : stop - start]
+        for place in range(len(self._checkpoints)):
+            now, before, earlier = (thetas[(place - back) % 3] for back in range(3))
+            self._reader.load(place, name, start, now)
+            if same is not None:
+                rows[_NAN, place] = int(now.isnan().sum())
+                rows[_INFINITE, place] = int((now.isinf() & (now != same)).sum())
+                now.masked_fill_(now.isinf(), math.nan)
+            if place == 0:
+                moments = self._moments(name, now if same is None else now[~now.isnan()])
+            rows[_SIZE, place] = _sum(torch.abs(now, out=spare), same)
+            if place > 0:
+                rows[_DISTANCE, place] = _sum(torch.sub(now, before, out=spare).abs_(), same)
+            if place > 1:
+                rows[_ACROSS, place - 1] = _sum(torch.sub(now, earlier, out=spare).abs_(), same)
+        return _Partial(rows, moments)
+
+    def _moments(self, name: str, values: Tensor) -> NDArray[np.float64]:
+        first = self._reader.first_finite(name)
+        exponent = _exponent(first)
+        shifted = times_power(values.double(), -exponent).sub_(math.ldexp(first, -exponent))
+        return np.array([len(shifted), float(shifted.sum()), float(shifted.square_().sum())])
+
+
+def _sum(values: Tensor, same: Tensor | None) -> float:
+    """Their sum; where some may be NaN, of the others."""
+    return float(values.sum() if same is None else values.nansum())

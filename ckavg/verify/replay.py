@@ -1,20 +1,35 @@
-"""`verify --replay`: β and α are found again, the path measured again where they need it, then elements compared."""
+"""`verify --replay`: elements drawn at random are computed again from the checkpoints, and compared with the result.
+
+Shares nothing with the averaging but the formulas of β and α, from a path that is measured again: Σ_k w_k θ_k is formed
+in float64, with weights that `arithmetic.py` finds in its own way. Reads single elements, so that it takes seconds
+whatever the size of the model.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ckavg.checkpoints.run import Checkpoint, Run, Selection, averaged_statistics
+import numpy as np
+from numpy.typing import NDArray
+
+from ckavg.checkpoints.run import Checkpoint, Run, Selection, TensorInfo, averaged_statistics
+from ckavg.engine.reader import Files
 from ckavg.errors import CkavgError, CorruptFileError, listed
 from ckavg.output.record import Record
+from ckavg.path.cache import CachedPath
+from ckavg.path.estimate import estimate
+from ckavg.path.measure import measure
+from ckavg.path.plan import plan_path
 from ckavg.path.table import PathLength, to_measure
-from ckavg.schemes import PEMA, Timeline
-from ckavg.verify.arithmetic import coefficients_of
-from ckavg.verify.elements import Comparison
+from ckavg.schemes import PEMA, Coefficients, Timeline
+from ckavg.verify.arithmetic import Array, allowed, coefficients_of, rounding, size_of_unit, weights_of
 from ckavg.verify.findings import Report
-from ckavg.verify.remote import is_remote
+from ckavg.verify.sources import Sources, is_remote
 
 _PATH_TOLERANCE = 1e-5
 """Relative difference of ℓ between kernels and devices, which add in different orders; in practice 1e-7."""
@@ -31,27 +46,45 @@ _SAMPLED = 1 << 22
 _STANDARD_ERRORS, _PART_OF_SAMPLE = 8.0, 0.02
 """Standard errors, and part of ℓ, by which a path may differ from an estimate."""
 
+_PER_TENSOR = 8
+"""Elements drawn of each tensor, where it has as many and the budget allows."""
+
+_BATCH = 100_000
+"""Elements that are read and compared together, so that memory does not grow with their number."""
+
+_PAGE = 4096
+_MOST_WHOLE = 16 << 20
+"""Bytes of the largest tensor that is read whole instead of element by element."""
+
+_THREADS = 8
+_EXAMPLES = 8
+_LARGE = 2.0**900
+
+_NUMPY_DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "<u1", "BOOL": "<u1",
+    "C64": "<u8", "F8_E4M3": "<u1", "F8_E5M2": "<u1", "F8_E8M0": "<u1", "F8_E4M3FNUZ": "<u1", "F8_E5M2FNUZ": "<u1",
+}  # fmt: skip
+"""As bits where numpy has no such numbers."""
+
+Stored = NDArray[np.generic]
+"""(n,) elements as they are stored."""
+
+Places = Mapping[str, tuple[int, ...]]
+"""Elements by the name of their tensor: their places in row-major order, ascending."""
+
 
 def check_elements(
     report: Report,
     record: Record,
     outputs: Mapping[int, tuple[str, Checkpoint]],
-    checkpoints: Sequence[Checkpoint | None],
+    checkpoints: Sources,
     *,
     source: Path | None,
     elements: int,
     seed: int,
 ) -> None:
-    """Find β, then compute elements again.
-
-    Args:
-        report: to add to.
-        record: of the result.
-        outputs: as of `Comparison`, as far as they can be read.
-        checkpoints: the sources by index; None where they are not what they were, or take no part.
-        source: where the run is now, if the user named it.
-        elements, seed: as of `Comparison.compare`.
-    """
+    """Find β, then compute elements again; `source` is where the run is now, if the user named it."""
     scheme = record.to_scheme()
     per_tensor = isinstance(scheme, PEMA) and scheme.scope == "tensor"
     try:
@@ -65,11 +98,11 @@ def check_elements(
         if scheme.needs_path:
             selection = Selection(init=taken[0].path if record.anchor_is_init else None)
             run = Run(source or taken[-1].directory.parent, selection, tuple(taken), ())
-            path, used = _measured(record, run, per_tensor=per_tensor)
+            path = _measured(record, run, whole=per_tensor)
             report.bytes_read += path.bytes_read
             _check_path(report, record, path)
             if per_tensor:
-                own = {name: used.tensor_lengths(name) for name in used.counted}
+                own = {name: path.tensor_lengths(name) for name in path.counted}
                 timeline = Timeline(record.steps, record.path_length, own, record.anchor_is_init)
                 coefficients = scheme.coefficients(timeline)
     except (CkavgError, ArithmeticError) as error:
@@ -96,33 +129,22 @@ def check_elements(
     comparison.compare(report, elements, seed)
 
 
-def _measured(record: Record, run: Run, *, per_tensor: bool) -> tuple[PathLength, PathLength]:
-    """The path of the sources as they are now, from nothing that is cached; and that which the average was formed with.
+def _measured(record: Record, run: Run, *, whole: bool) -> PathLength:
+    """The path of the sources as they are now, from nothing that is cached.
 
-    The first is measured as it was, where that takes little reading, otherwise estimated from a sample. The second
-    differs where each tensor has its own β, which needs the exact path: then cached distances are taken.
+    It is measured as it was, where that takes little reading or the whole of it is needed, otherwise estimated.
     """
-    from ckavg.path.cache import CachedPath
-    from ckavg.path.estimate import estimate
-    from ckavg.path.measure import measure
-    from ckavg.path.plan import plan_path
-
     exclude, zero_sigma, nonfinite = record.path_exclude, record.zero_sigma, record.allow_nonfinite
     entries = to_measure(run.tensors, exclude)
     nbytes = sum(each.entries[name].nbytes for each in run.checkpoints for name in entries)
     if record.sample < 1:
         few, fraction = is_remote(record.inputs[-1]), record.sample
-    elif nbytes <= _READ_WHOLE:
+    elif whole or nbytes <= _READ_WHOLE:
         fresh = plan_path(run, exclude=exclude, cached=CachedPath.empty(run))
-        path = measure(run, fresh, zero_sigma=zero_sigma, allow_nonfinite=nonfinite)
-        return path, path
+        return measure(run, fresh, zero_sigma=zero_sigma, allow_nonfinite=nonfinite)
     else:
         few, fraction = True, min(0.5, _SAMPLED / sum(entry.numel for entry in entries.values()))
-    path = estimate(run, fraction, exclude=exclude, zero_sigma=zero_sigma, allow_nonfinite=nonfinite, few=few)
-    if record.sample < 1 or not per_tensor:
-        return path, path
-    cached = plan_path(run, exclude=exclude)
-    return path, measure(run, cached, zero_sigma=zero_sigma, allow_nonfinite=nonfinite)
+    return estimate(run, fraction, exclude=exclude, zero_sigma=zero_sigma, allow_nonfinite=nonfinite, few=few)
 
 
 def _check_path(report: Report, record: Record, path: PathLength) -> None:
@@ -136,3 +158,241 @@ def _check_path(report: Report, record: Record, path: PathLength) -> None:
             at = f"path_length is {got} at step {record.steps[place]}"
             report.problem("replay", f"{at}; the path of the sources is {expected}.")
             return
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What is computed again, and compared with what.
+
+    Attributes:
+        coefficients: β and α, of single tensors, too.
+        checkpoints: the sources by index; None before the average begins.
+        outputs: the results, by the index of the checkpoint after which each was written, with what stands before the
+            names of its tensors in messages.
+        wide: whether everything was accumulated in float64; tensors that are float64 in a checkpoint were in any case.
+        allow_nonfinite: whether NaN and infinity were let through.
+        beta_error: relative error of β, where it follows from a path that was measured again.
+    """
+
+    coefficients: Coefficients
+    checkpoints: Sequence[Checkpoint | None]
+    outputs: Mapping[int, tuple[str, Checkpoint]]
+    wide: bool
+    allow_nonfinite: bool
+    beta_error: float = 0.0
+
+    def compare(self, report: Report, elements: int, seed: int) -> None:
+        """Draw so many elements of each output, compute them again, and compare.
+
+        Raises:
+            TruncatedShardError, ReadError: a file became shorter meanwhile, or cannot be read.
+        """
+        read = [each for each in self.checkpoints if each is not None] + [each for _, each in self.outputs.values()]
+        drawn = draw(read[-1].entries, elements, seed)
+        total = sum(
+            bytes_to_gather(each.entries[name], places)
+            for each in read
+            for name, places in drawn.items()
+            if name in each.entries
+        )
+        tallies = {index: _Tally(prefix) for index, (prefix, _) in self.outputs.items()}
+        listen, done = report.listener("elements"), 0
+        for batch in _batches(drawn):
+            stored: list[Mapping[str, Stored]] = []
+            for values, nbytes in _gather_all(read, batch):
+                stored.append(values)
+                done += nbytes
+                listen(done, total)
+            results = dict(zip(self.outputs, stored[-len(self.outputs) :], strict=True))
+            for name, places in batch.items():
+                sources = [each.get(name, np.empty(0)) for each in stored[: -len(self.outputs)]]
+                for index, result in results.items():
+                    self._compare_tensor(index, name, places, sources, result[name], tallies[index])
+        report.bytes_read += done
+        for tally in tallies.values():
+            tally.add_to(report)
+
+    def _compare_tensor(
+        self,
+        index: int,
+        name: str,
+        places: tuple[int, ...],
+        sources: Sequence[Stored],
+        result: Stored,
+        tally: _Tally,
+    ) -> None:
+        """Compare elements of one tensor of one output. `sources` begins with the checkpoint where the average does."""
+        entry, start = self.outputs[index][1].entries[name], self.coefficients.start
+        if not entry.is_floating:
+            source = sources[index - start]
+            tally.add(name, entry, places, result, source, _bits(result) == _bits(source))
+            return
+        dtypes = [each.entries[name].dtype for each in self.checkpoints[start:] if each is not None]
+        accumulated = "F64" if self.wide or "F64" in dtypes else "F32"
+        coefficients = self.coefficients.for_tensor(name)
+        weights = weights_of(coefficients, index)[start : index + 1]
+        magnitudes = weights_of(coefficients, index, magnitudes=True)[start : index + 1]
+        thetas = [widened(*each) for each in zip(sources[: index + 1 - start], dtypes, strict=False)]
+        last, got = thetas[-1], widened(result, entry.dtype)
+        same = np.logical_and.reduce([theta == thetas[0] for theta in thetas])  # those stay what they are
+        thetas = [theta if size else np.zeros_like(theta) for theta, size in zip(thetas, magnitudes, strict=True)]
+        unit = 2.0**-64 if max(np.abs(theta).max(initial=0.0) for theta in thetas) > _LARGE else 1.0
+        thetas, got, last = [theta * unit for theta in thetas], got * unit, last * unit  # so that no sum overflows
+        with np.errstate(all="ignore"):
+            want = np.asarray(sum((weight * theta for weight, theta in zip(weights, thetas, strict=True)), start=0.0))
+            want = np.where(same, last, want)
+            most = allowed(
+                got,
+                want,
+                thetas,
+                coefficients,
+                magnitudes,
+                index=index,
+                dtype=entry.dtype,
+                accumulated=accumulated,
+                beta_error=self.beta_error,
+            )
+            most = np.where(same, rounding(got, want, entry.dtype, accumulated), most)
+            apart = np.where(got == want, 0.0, np.abs(got - want))
+            is_right = apart <= most
+            if self.allow_nonfinite:
+                is_right |= ~np.isfinite(got) & ~np.isfinite(want)
+            units = apart / size_of_unit(want, thetas, weights, dtype=entry.dtype, accumulated=accumulated)
+        tally.largest_deviation = float(max(tally.largest_deviation, units[np.isfinite(units)].max(initial=0.0)))
+        tally.add(name, entry, places, got / unit, want / unit, is_right)
+
+
+@dataclass(slots=True)
+class _Tally:
+    """How many elements of one output are right, and which are not."""
+
+    prefix: str
+    compared: int = 0
+    largest_deviation: float = 0.0
+    wrong: dict[str, int] = field(default_factory=dict)
+    examples: list[str] = field(default_factory=list)
+
+    def add(
+        self,
+        name: str,
+        entry: TensorInfo,
+        places: tuple[int, ...],
+        got: Stored,
+        want: Stored,
+        is_right: NDArray[np.bool_],
+    ) -> None:
+        self.compared += len(places)
+        wrong = np.flatnonzero(~is_right)
+        if len(wrong):
+            self.wrong[name] = self.wrong.get(name, 0) + len(wrong)
+        for place in wrong[: max(0, _EXAMPLES - len(self.examples))]:
+            element = f"{name!r}{where(entry, places[place])}"
+            self.examples.append(f"{element} is {got[place]}, expected {want[place]}")
+
+    def add_to(self, report: Report) -> None:
+        report.elements += self.compared
+        report.largest_deviation = max(report.largest_deviation, self.largest_deviation)
+        count = sum(self.wrong.values())
+        if count:
+            elements = f"{count:,} of {self.compared:,} elements, in {len(self.wrong)} of the tensors"
+            examples = "; ".join(self.examples) + ("; …" if count > len(self.examples) else "")
+            report.problem("replay", f"{self.prefix}{elements}, are not what the sources give: {examples}.")
+
+
+def draw(entries: Mapping[str, TensorInfo], elements: int, seed: int) -> Places:
+    """Draw elements at random, without repetition: some of every tensor, the others by its size.
+
+    Args:
+        entries: the tensors.
+        elements: how many in all; fewer where there are not as many. Where there are more tensors than that, one of
+            each of as many tensors.
+        seed: the same seed draws the same elements of the same tensors.
+    """
+    generator = random.Random(seed)  # noqa: S311 - it guards nothing
+    sizes = {name: entry.numel for name, entry in sorted(entries.items()) if entry.numel}
+    if len(sizes) > elements:
+        sizes = {name: sizes[name] for name in sorted(generator.sample(list(sizes), elements))}
+    counts = _counts(sizes, elements)
+    return {name: tuple(sorted(generator.sample(range(sizes[name]), count))) for name, count in counts.items()}
+
+
+def _counts(sizes: Mapping[str, int], elements: int) -> dict[str, int]:
+    """How many elements of each tensor."""
+    each = min(_PER_TENSOR, elements // max(1, len(sizes)))
+    counts = {name: min(size, each) for name, size in sizes.items()}
+    left = {name: size - counts[name] for name, size in sizes.items()}
+    while (budget := elements - sum(counts.values())) > 0 and any(left.values()):
+        total = sum(left.values())
+        # At least one more in each round, so that it comes to an end.
+        for name in sorted(left, key=lambda name: -left[name]):
+            more = min(left[name], max(1, left[name] * budget // total), elements - sum(counts.values()))
+            counts[name] += more
+            left[name] -= more
+            if sum(counts.values()) == elements:
+                break
+    return counts
+
+
+def _batches(drawn: Places) -> Iterator[Places]:
+    batch: dict[str, tuple[int, ...]] = {}
+    for name, places in drawn.items():
+        for start in range(0, len(places), _BATCH):
+            batch[name] = places[start : start + _BATCH]
+            if sum(map(len, batch.values())) >= _BATCH:
+                yield batch
+                batch = {}
+    if batch:
+        yield batch
+
+
+def _gather_all(read: Sequence[Checkpoint], batch: Places) -> Iterator[tuple[Mapping[str, Stored], int]]:
+    """These elements of each checkpoint by tensor, and how many bytes were read; several at the same time."""
+
+    def gather(checkpoint: Checkpoint) -> tuple[Mapping[str, Stored], int]:
+        with Files(threads=_THREADS) as files:
+            held = [name for name in batch if name in checkpoint.entries]  # what is copied need not be everywhere
+            return {name: _gather(files, checkpoint, name, batch[name]) for name in held}, files.bytes_read
+
+    with ThreadPoolExecutor(_THREADS) as executor:
+        yield from executor.map(gather, read)
+
+
+def bytes_to_gather(entry: TensorInfo, places: tuple[int, ...]) -> int:
+    """How much is read: a small tensor whole, since storage would read most of its pages for single elements anyway."""
+    whole = entry.nbytes <= min(_PAGE * len(places), _MOST_WHOLE)
+    return entry.nbytes if whole else entry.item_bytes * len(places)
+
+
+def _gather(files: Files, checkpoint: Checkpoint, name: str, places: tuple[int, ...]) -> Stored:
+    entry = checkpoint.entries[name]
+    path, dtype = checkpoint.shards[entry.shard].path, _NUMPY_DTYPES[entry.dtype]
+    buffer = bytearray(bytes_to_gather(entry, places))
+    if len(buffer) == entry.nbytes:
+        files.read_into(path, entry.offset, memoryview(buffer), on_miss=lambda: None)
+        return np.frombuffer(buffer, dtype=dtype)[list(places)]
+    offsets = [entry.offset + place * entry.item_bytes for place in places]
+    pending = list(offsets)
+
+    def announce() -> None:
+        for offset in pending:  # all of them at the first that is not in memory, so that they are fetched together
+            files.announce(path, offset, entry.item_bytes)
+        pending.clear()
+
+    files.read_each(path, offsets, memoryview(buffer), on_miss=announce)
+    return np.frombuffer(buffer, dtype=dtype)
+
+
+def widened(stored: Stored, dtype: str) -> Array:
+    """Floating elements in float64, exactly."""
+    if dtype == "BF16":
+        stored = (stored.astype(np.uint32) << 16).view(np.float32)
+    return np.asarray(stored.astype(np.float64))
+
+
+def where(entry: TensorInfo, place: int) -> str:
+    """The index of an element, as one types it: `[3, 0]`; nothing for a scalar."""
+    return str([int(each) for each in np.unravel_index(place, entry.shape)]) if entry.shape else ""
+
+
+def _bits(values: Stored) -> Stored:
+    return values.view(f"<u{values.dtype.itemsize}")

@@ -1,7 +1,7 @@
 """`verify --sources` and `--replay`: where the checkpoints are now, and whether they are what was averaged.
 
 A record says where they were. A run that was moved is looked for beside the result, where it was before, and where the
-user says that it is.
+user says that it is. Of what has an address, headers are fetched.
 """
 
 from __future__ import annotations
@@ -9,38 +9,57 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
 from ckavg.checkpoints.checkpoint import read_checkpoint
 from ckavg.checkpoints.run import Checkpoint, TensorInfo
-from ckavg.errors import CkavgError, CorruptFileError, ReadError
-from ckavg.output.published import Local, read_local
+from ckavg.errors import CkavgError, CorruptFileError, ReadError, SettingError
+from ckavg.output.published import read_local
 from ckavg.output.record import BASE_MODEL, Input, Record
+from ckavg.storage.address import Address, address_of
+from ckavg.storage.remote import open_storage
+from ckavg.storage.tree import thread_map
 from ckavg.storage.untrusted import open_regular
 from ckavg.verify.findings import Report
-from ckavg.verify.remote import is_remote, open_remote
 
 _ACTING = ("/net/", "/sys/", "/proc/")
 """To look below `/net` is to mount what another machine offers; files of the kernel act when they are read."""
 
+_INDEX = ".safetensors.index"
 _LENGTH = 8
 """Bytes that state the length of a header."""
 
 Place = Mapping[str, Path]
 """Where the weight files of a checkpoint may be, by their names in the record."""
 
+Sources = Sequence[Checkpoint | None]
+"""The checkpoints by index; None for those that take no part, are not there, or are not what they were."""
 
-@dataclass(frozen=True, slots=True)
-class Sources:
-    """The checkpoints of a result.
 
-    Attributes:
-        checkpoints: by index; None for those that take no part, are not there, or are not what they were.
-    """
+def is_remote(recorded: Input) -> bool:
+    """Whether a checkpoint is known by an address, be it of a kind that is read or not."""
+    try:
+        return address_of(recorded.directory) is not None
+    except SettingError:
+        return True
 
-    checkpoints: tuple[Checkpoint | None, ...] = ()
+
+def addresses_in(inputs: Iterable[Input]) -> tuple[str, ...]:
+    """The repositories and buckets that checkpoints lie in, each with their number. Asks none of them."""
+    found: Counter[str] = Counter()
+    for recorded in inputs:
+        with suppress(SettingError):  # of a kind that is not read: said in its turn
+            address = address_of(recorded.directory)
+            if address is not None:
+                parts = address.place.split("/")[: 3 if address.scheme == "hf" else 1]  # a repository, or a bucket
+                found[str(Address(address.scheme, "/".join(parts)))] += 1
+    return _with_counts(found)
+
+
+def _with_counts(places: Counter[str]) -> tuple[str, ...]:
+    return tuple(f"{place} ({count} checkpoints)" for place, count in places.items())
 
 
 def find_sources(
@@ -66,82 +85,50 @@ def find_sources(
         init: where the anchor given with `--init` is now.
         on_addresses: called with the directories in which they are read, before a file there is opened.
     """
-    remote: list[Checkpoint | None] = []
-    if source is None and any(is_remote(each) for each in record.inputs[first:]):
-        remote, found = open_remote(record.inputs, first=first)
-        report.findings += found
-    local = read_local(directory)
-    places: dict[int, Place] = {}
+    located: dict[int, Place | Address] = {}
     for index, recorded in enumerate(record.inputs):
-        if index >= first and (not remote or not is_remote(recorded)):
-            candidates = _candidates(record, index, directory, local, source=source, init=init)
+        if index >= first:
             try:
-                places[index] = _first_match(recorded, candidates, is_trusted=source is not None)
+                located[index] = _locate(record, index, directory, source=source, init=init)
             except CkavgError as error:
                 report.problem("sources", f"step {recorded.step}: {error.message}")
-    above = Counter(str(_directory(place).parent) for place in places.values())
-    on_addresses([f"{place} ({count} checkpoints)" for place, count in above.items()])
-    checkpoints: list[Checkpoint | None] = []
-    for index, recorded in enumerate(record.inputs):
-        checkpoint = remote[index] if remote else None
+    above = (str(_directory(each).parent) for each in located.values() if not isinstance(each, Address))
+    on_addresses(_with_counts(Counter(above)))
+
+    def opened(index: int) -> Checkpoint | CkavgError:
+        place, recorded = located[index], record.inputs[index]
         try:
-            if index in places:
-                checkpoint = _opened(places[index], record, recorded)
-            if checkpoint is not None:
-                checkpoint = checkpoint.with_copied(frozenset(record.copied))
-                is_last = index == len(record.inputs) - 1
-                _check_tensors(checkpoint, tensors, skipped=() if is_last else record.copied)
+            if isinstance(place, Address):
+                checkpoint = _open_remote(place, recorded)
+            else:
+                checkpoint = _open_local(place, record, recorded)
+            checkpoint = checkpoint.with_copied(frozenset(record.copied))
+            _check_tensors(checkpoint, tensors, skipped=record.copied if index < len(record.inputs) - 1 else ())
         except CkavgError as error:
-            report.problem("sources", f"step {recorded.step}: {error.message}")
-            checkpoint = None
-        checkpoints.append(checkpoint)
-    return Sources(tuple(checkpoints))
+            return error
+        return checkpoint
+
+    checkpoints: list[Checkpoint | None] = [None] * len(record.inputs)
+    for index, outcome in zip(located, thread_map(opened, list(located)), strict=True):
+        if isinstance(outcome, CkavgError):
+            report.problem("sources", f"step {record.inputs[index].step}: {outcome.message}")
+        else:
+            checkpoints[index] = outcome
+    return checkpoints
 
 
-def _candidates(
-    record: Record, index: int, directory: Path, local: Local, *, source: Path | None, init: Path | None
-) -> list[Place]:
-    """Where a checkpoint may be, the likeliest first; one place alone where the user has named it."""
-    recorded, output = record.inputs[index], record.output.directory
-    was, is_init = Path(recorded.directory), index == 0 and record.anchor_is_init
-    is_published = output == Path()  # such a record names checkpoints as seen from the run
-    if is_init and init is not None:
-        if init.is_file() and len(recorded.files) == 1:
-            return [dict.fromkeys(recorded.files, init)]
-        directories = [init]
-    elif not is_init and source is not None:
-        directories = [source / (was if is_published else _below(was, Path(record.source)))]
-    elif is_published and was == Path(BASE_MODEL):
-        directories = [Path(local.init)] if local.init else []
-    elif is_published:
-        upwards = directory if os.pardir in was.parts else None  # as older records have it, from the result itself
-        run = Path(local.source) if local.source else None
-        directories = [root / was for root in (run, directory / record.source, upwards) if root]
-    elif was.is_absolute():
-        directories = [was, directory / os.path.relpath(was, output)] if output.is_absolute() else [was]
-    else:
-        directories = [was] if output.is_absolute() else [directory / os.path.relpath(was, output), was]
-    return [{name: place / name for name in recorded.files} for place in directories]
-
-
-def _directory(place: Place) -> Path:
-    name, path = next(iter(place.items()))
-    return Path(str(path).removesuffix(name))
-
-
-def _below(directory: Path, source: Path) -> Path:
-    return directory.relative_to(source) if directory.is_relative_to(source) else Path(directory.name)
-
-
-def _first_match(recorded: Input, candidates: Sequence[Place], *, is_trusted: bool) -> Place:
-    """The first place where the files of a checkpoint have the sizes they had. Opens nothing.
+def _locate(record: Record, index: int, directory: Path, *, source: Path | None, init: Path | None) -> Place | Address:
+    """The address of a checkpoint, or the first place where its files have the sizes they had. Opens nothing.
 
     Raises:
         CkavgError: there is none; of the likeliest place, what is wrong there.
     """
+    recorded = record.inputs[index]
+    if source is None and (address := address_of(recorded.directory)) is not None:
+        return address
     errors: list[CkavgError] = []
-    for place in candidates:
-        wrong = None if is_trusted else _refused(place)
+    for place in _candidates(record, index, directory, source=source, init=init):
+        wrong = None if source is not None else _refused(place)
         wrong = wrong or _wrong_size(place, recorded)
         if wrong is None:
             return place
@@ -149,6 +136,29 @@ def _first_match(recorded: Input, candidates: Sequence[Place], *, is_trusted: bo
     if not errors:
         raise CorruptFileError("the record does not tell where it is; name it with --init or --source.")
     raise errors[0]
+
+
+def _candidates(record: Record, index: int, directory: Path, *, source: Path | None, init: Path | None) -> list[Place]:
+    """Where a checkpoint may be, the likeliest first; one place alone where the user has named it."""
+    recorded, local = record.inputs[index], read_local(directory)
+    was, is_init = Path(recorded.directory), index == 0 and record.anchor_is_init
+    if is_init and init is not None:
+        if init.is_file() and len(recorded.files) == 1:
+            return [dict.fromkeys(recorded.files, init)]
+        directories = [init]
+    elif not is_init and source is not None:
+        inside = was.relative_to(record.source) if was.is_relative_to(record.source) else Path(was.name)
+        directories = [source / (inside if is_remote(recorded) else was)]
+    elif was == Path(BASE_MODEL):
+        directories = [Path(local.init)] if local.init else []
+    else:
+        directories = [root / was for root in (local.source and Path(local.source), directory / record.source) if root]
+    return [{name: place / name for name in recorded.files} for place in directories]
+
+
+def _directory(place: Place) -> Path:
+    name, path = next(iter(place.items()))
+    return Path(str(path).removesuffix(name))
 
 
 def _refused(place: Place) -> CkavgError | None:
@@ -175,7 +185,29 @@ def _wrong_size(place: Place, recorded: Input) -> CkavgError | None:
     return None
 
 
-def _opened(place: Place, record: Record, recorded: Input) -> Checkpoint:
+def _open_remote(address: Address, recorded: Input) -> Checkpoint:
+    """Open a checkpoint that has an address: its headers are fetched, none of its weights."""
+    folders = {str(PurePosixPath(name).parent) for name in recorded.files}
+
+    def is_shown(name: str) -> bool:
+        """Weights that were averaged, and what tells which of them are loaded as one: so the names of tensors begin."""
+        path = PurePosixPath(name)
+        is_index = _INDEX in path.name and str(path.parent) in folders
+        return name in recorded.files or name == "model_index.json" or is_index
+
+    storage = open_storage(address, show=is_shown)
+    for name, size in recorded.files.items():
+        there = storage.info(storage.root / name)
+        if there is None:
+            raise CorruptFileError(f"{address}/{name} is not there; it was averaged.")
+        if there.nbytes != size:
+            raise CorruptFileError(
+                f"{address}/{name} is {there.nbytes:,} bytes long; it was {size:,} when it was averaged."
+            )
+    return read_checkpoint(storage.root, recorded.step)
+
+
+def _open_local(place: Place, record: Record, recorded: Input) -> Checkpoint:
     """The checkpoint that these files are: all or some parts of their directory, or a single file among others."""
     directory, files = _directory(place), set(place.values())
     for each in files:  # before anything beside it is looked at
@@ -241,7 +273,7 @@ def check_checksums(report: Report, record: Record, sources: Sources, outputs: S
     if unread:
         no_part = "took no part in the average" + (", and have no checksums" if len(unread) > 1 else "")
         report.warning("sources", f"Not read, then and now: step {', '.join(unread)} {no_part}.")
-    pairs = zip(sources.checkpoints, record.inputs, strict=True)
+    pairs = zip(sources, record.inputs, strict=True)
     here = [(each, recorded) for each, recorded in pairs if each is not None and recorded.checksum is not None]
     read = [checkpoint for checkpoint, _ in here]
     like = (*read, *outputs)[-1].entries if here or outputs else {}

@@ -6,9 +6,9 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 from ckavg import __version__
+from ckavg.averaging.plan import fetch_all
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.run import Checkpoint
 from ckavg.engine.context import OnProgress
@@ -18,21 +18,11 @@ from ckavg.storage.address import address_of
 from ckavg.storage.atomic import resolved
 from ckavg.storage.remote import storages_of
 from ckavg.verify.arithmetic import check_arithmetic
-from ckavg.verify.files import check_finite, check_hashes, check_others, find_files, open_weights
+from ckavg.verify.files import Part, check_files, check_finite, check_others, open_weights
 from ckavg.verify.findings import Check, Report, Verified
-
-if TYPE_CHECKING:
-    from ckavg.verify.sources import Sources
+from ckavg.verify.sources import addresses_in, check_checksums, find_sources
 
 ELEMENTS = 10_000
-
-
-class Part(NamedTuple):
-    """A snapshot, or the result itself: what stands before names in messages, its directory, its entry."""
-
-    prefix: str
-    directory: Path
-    output: Output
 
 
 OnAddresses = Callable[[Sequence[str]], None]
@@ -91,8 +81,17 @@ def verify_result(
     directory, record, report = Path(result), read_record(Path(result)), Report(on_progress)
     source, init = Path(source) if source else None, Path(init) if init else None
     on_addresses = on_addresses or (lambda places: None)
-    if (sources or replay) and source is None:
-        _ask_addresses(record, on_addresses, fetch=fetch)
+    took_part = (index for index, each in enumerate(record.inputs) if each.checksum)
+    first = min(next(took_part, 0), record.steps.index(record.anchor_step))
+    addresses = addresses_in(record.inputs[first:]) if (sources or replay) and source is None else ()
+    if addresses and not fetch:
+        raise SettingError(
+            f"The checkpoints are not on this machine; the record names {listed(addresses)}.",
+            hint="If you trust these places, have them read with --fetch; or name the directory of a copy with "
+            "--source.",
+        )
+    if addresses:
+        on_addresses(addresses)
     parts = _parts(directory, record)
     _check_record(report, record, parts)
     outputs = _check_files(report, directory, record, parts)
@@ -101,23 +100,25 @@ def verify_result(
             check_finite(report, outputs.values(), infinite=record.infinite)
     checks: list[Check] = ["record", "files", "weights"]
     if sources or replay:
-        seed = secrets.randbelow(2**32) if seed is None else seed
-        from ckavg.verify.sources import check_checksums, find_sources
+        from ckavg.verify.replay import check_elements
 
-        tensors = list(outputs.values())[-1][1].entries if outputs else {}
-        first = _first(record)
+        seed = secrets.randbelow(2**32) if seed is None else seed
+        outputs_only = [checkpoint for _, checkpoint in outputs.values()]
+        tensors = outputs_only[-1].entries if outputs else {}
         found = find_sources(
             report, record, directory, tensors, first=first, source=source, init=init, on_addresses=on_addresses
         )
         if sources:
             checks.append("sources")
             with report.ending("sources"):
-                check_checksums(report, record, found, [checkpoint for _, checkpoint in outputs.values()])
+                check_checksums(report, record, found, outputs_only)
+        present = [each for each in found if each is not None]
         if replay:
             checks.append("replay")
             with report.ending("replay"):
-                _check_elements(report, record, outputs, found, source=source, elements=elements, seed=seed)
-        for storage in storages_of(each.path for each in found.checkpoints if each is not None):
+                fetch_all(present, on_progress)
+                check_elements(report, record, outputs, found, source=source, elements=elements, seed=seed)
+        for storage in storages_of(each.path for each in present):
             storage.remove_downloads()  # after an error they stay, for the next time
     return Verified(
         result=directory,
@@ -143,34 +144,13 @@ def _title(record: Record) -> str:
     return f"{scheme.title}: {f'{stated[:-2]}; ' if stated else ''}{steps}{snapshot}"
 
 
-def _first(record: Record) -> int:
-    """Index of the first checkpoint that took part."""
-    took_part = (index for index, each in enumerate(record.inputs) if each.checksum)
-    return min(next(took_part, 0), record.steps.index(record.anchor_step))
-
-
-def _ask_addresses(record: Record, on_addresses: OnAddresses, *, fetch: bool) -> None:
-    """Tell whom the record has us ask for checkpoints, and refuse it unless that was asked for."""
-    from ckavg.verify.remote import addresses_in
-
-    places = addresses_in(record.inputs[_first(record) :])
-    if places and not fetch:
-        raise SettingError(
-            f"The checkpoints are not on this machine; the record names {listed(places)}.",
-            hint="If you trust these places, have them read with --fetch; or name the directory of a copy with "
-            "--source.",
-        )
-    if places:
-        on_addresses(places)
-
-
 def _parts(directory: Path, record: Record) -> dict[int, Part]:
     """The snapshots and the result, by the index after which each was written; links that lead out are left out."""
-    parts = {record.output_index: Part("", directory, record.output)}
+    parts = {record.output_index: Part(directory, record.output)}
     for output in record.outputs[:-1]:
         place = directory / output.name
         if resolved(directory) in resolved(place).parents:
-            parts[record.steps.index(output.step)] = Part(f"{output.name}/", place, output)
+            parts[record.steps.index(output.step)] = Part(place, output, f"{output.name}/")
     return dict(sorted(parts.items()))
 
 
@@ -179,24 +159,25 @@ def _check_record(report: Report, record: Record, parts: Mapping[int, Part]) -> 
     if record.ckavg_version != __version__:
         version = f"It was made with ckavg {record.ckavg_version}, and is checked with {__version__}."
         report.warning("record", version)
-    report.findings += check_arithmetic(record)
-    inside = {output.name for _, _, output in parts.values()}
+    for each in check_arithmetic(record):
+        report.problem("record", each)
+    inside = {part.output.name for part in parts.values()}
     for output in record.outputs:
         if output.name not in inside:
             report.problem("files", f"{output.name} is a link that leads out of the result.")
-    for prefix, directory, output in parts.values():
-        if not prefix or not directory.is_dir():
+    for part in parts.values():
+        if not part.prefix or not part.directory.is_dir():
             continue  # that it is not there shows with its files
         try:
-            own = read_record(directory)
+            own = read_record(part.directory)
         except CkavgError as error:
             wrong = [f": {error.message}"]
         else:
-            wrong = [f": {each.message}" for each in check_arithmetic(own)]
-            if _identity(own, own.output) != _identity(record, output):
+            wrong = [f": {each}" for each in check_arithmetic(own)]
+            if _identity(own, own.output) != _identity(record, part.output):
                 wrong.append(" is not of the same average as that of the result.")
         for each in wrong:
-            report.problem("record", f"{prefix}{RESULT_RECORD}{each}")
+            report.problem("record", f"{part.prefix}{RESULT_RECORD}{each}")
 
 
 def _identity(record: Record, output: Output) -> tuple[object, ...]:
@@ -207,52 +188,20 @@ def _identity(record: Record, output: Output) -> tuple[object, ...]:
 
 def _check_files(report: Report, directory: Path, record: Record, parts: Mapping[int, Part]) -> Outputs:
     """Are all files there and as they were, and would the weights load? Returns those that would."""
-    present = {
-        index: find_files(place, output, within=directory, prefix=prefix)
-        for index, (prefix, place, output) in parts.items()
-    }
     snapshots = [each.name for each in record.outputs[:-1]]
-    listen, done = report.listener("files"), 0
-    total = sum(sum(each.sizes.values()) for each in present.values())
-    opened: dict[int, tuple[str, Checkpoint]] = {}
-    for index, (prefix, place, output) in parts.items():
-        sizes = present[index].sizes
-
-        def hashed(name: str, sizes: Mapping[str, int] = sizes) -> None:
-            nonlocal done
-            done += sizes[name]
-            listen(done, total)
-
-        report.findings += present[index].findings
-        report.findings += check_others(place, output, () if prefix else snapshots, prefix=prefix)
-        report.findings += check_hashes(place, output, sizes, on_done=hashed, prefix=prefix)
-        if all(name in sizes for name in output.files if name.endswith(".safetensors")):
-            checkpoint, found = open_weights(place, output, sizes, prefix=prefix)
-            report.findings += found
-            if checkpoint is not None:
-                opened[index] = prefix, checkpoint
-        report.files += len(sizes)
-    report.bytes_read += done
-    return _with_copied(report, record, opened)
-
-
-def _with_copied(report: Report, record: Record, opened: Outputs) -> Outputs:
-    """With the tensors that were copied rather than averaged, which must be tensors of the result."""
-    for _, checkpoint in list(opened.values())[-1:]:
-        floating = {name for name, entry in checkpoint.entries.items() if entry.is_floating}
-        unknown = [name for name in record.copied if name not in floating]
-        if unknown:
-            report.problem("record", f"copied names {unknown[0]!r}, which is no floating tensor of the result.")
+    for part in parts.values():
+        check_others(report, part, () if part.prefix else snapshots)
+    present = check_files(report, list(parts.values()), within=directory)
     copied = frozenset(record.copied)
-    return {index: (prefix, each.with_copied(copied)) for index, (prefix, each) in opened.items()}
-
-
-def _check_elements(
-    report: Report, record: Record, outputs: Outputs, sources: Sources, *, source: Path | None, elements: int, seed: int
-) -> None:
-    """Are elements that are drawn what the checkpoints give?"""
-    from ckavg.averaging.plan import fetch_all
-    from ckavg.verify.replay import check_elements
-
-    fetch_all([each for each in sources.checkpoints if each is not None], report.on_progress)
-    check_elements(report, record, outputs, sources.checkpoints, source=source, elements=elements, seed=seed)
+    opened: dict[int, tuple[str, Checkpoint]] = {}
+    unknown: list[str] = []
+    for (index, part), sizes in zip(parts.items(), present, strict=True):
+        if all(name in sizes for name in part.output.files if name.endswith(".safetensors")):
+            checkpoint = open_weights(report, part, sizes)
+            if checkpoint is not None:
+                floating = {name for name, entry in checkpoint.entries.items() if entry.is_floating}
+                unknown = sorted(copied - floating)
+                opened[index] = part.prefix, checkpoint.with_copied(copied)
+    if unknown:
+        report.problem("record", f"copied names {unknown[0]!r}, which is no floating tensor of the result.")
+    return opened

@@ -17,8 +17,7 @@ from ckavg.checkpoints.inspect import inspect_run
 from ckavg.checkpoints.run import Selection
 from ckavg.engine.blocks import TILE
 from ckavg.errors import ReadError, TruncatedShardError
-from ckavg.verify.health import examine
-from ckavg.verify.health_statistics import TensorStatistics, measure_tensors
+from ckavg.verify.health import TensorStatistics, examine, measure_tensors
 from tests.runs import random_run, write_run
 
 STEPS = (0, 7, 50, 51)

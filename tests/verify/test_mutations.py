@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ckavg
 from ckavg.schemes import Scheme
-from ckavg.verify.tolerance import unit
+from ckavg.verify.arithmetic import unit
 from tests import reference
 from tests.runs import write_run
 from tests.verify.honest import false_alarms

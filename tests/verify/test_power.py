@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import ckavg
 from ckavg.checkpoints.run import TensorInfo
 from ckavg.schemes import Scheme
-from ckavg.verify.elements import draw, where
+from ckavg.verify.replay import draw, where
 from tests.runs import random_run, write_run
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -51,14 +51,14 @@ def damaged(path: Path, name: str, place: int, mask: int) -> None:
 def test_the_budget_is_used_and_kept(numels: list[int], elements: int) -> None:
     entries = entries_of(numels)
     drawn = draw(entries, elements, seed=5)
-    assert sum(len(each.places) for each in drawn) == min(elements, sum(numels))
-    assert len({each.name for each in drawn}) == min(elements, sum(numel > 0 for numel in numels))
-    for each in drawn:
-        assert list(each.places) == sorted(set(each.places))
-        assert each.places[0] >= 0
-        assert each.places[-1] < entries[each.name].numel
+    assert sum(map(len, drawn.values())) == min(elements, sum(numels))
+    assert len(drawn) == min(elements, sum(numel > 0 for numel in numels))
+    for name, places in drawn.items():
+        assert list(places) == sorted(set(places))
+        assert places[0] >= 0
+        assert places[-1] < entries[name].numel
     if elements >= 8 * len(numels):
-        assert all(len(each.places) >= min(8, entries[each.name].numel) for each in drawn)
+        assert all(len(places) >= min(8, entries[name].numel) for name, places in drawn.items())
     assert draw(entries, elements, seed=5) == drawn
 
 
@@ -66,8 +66,8 @@ def test_every_element_is_as_likely() -> None:
     """Of 1,000 draws of 100 out of 1,000, an element is in 100 or so: 6 deviations of the binomial are 57."""
     counts = np.zeros(1000)
     for seed in range(1000):
-        (drawn,) = draw(entries_of([1000]), 100, seed)
-        counts[list(drawn.places)] += 1
+        (places,) = draw(entries_of([1000]), 100, seed).values()
+        counts[list(places)] += 1
     assert counts.sum() == 100_000
     assert np.abs(counts - 100).max() < 57
 
