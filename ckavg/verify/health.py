@@ -19,7 +19,7 @@ from ckavg.checkpoints.fingerprints import check_unchanged
 from ckavg.checkpoints.run import Checkpoint
 from ckavg.checkpoints.statistics import running_statistics
 from ckavg.engine.context import OnProgress, Progress
-from ckavg.output.hashing import sha256_of
+from ckavg.output.weight_files import sha256_of
 from ckavg.path.table import fsum
 from ckavg.storage.base import AnyPath
 from ckavg.storage.remote import local_path
