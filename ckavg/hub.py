@@ -20,7 +20,7 @@ from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.engine.context import OnProgress, Progress
 from ckavg.errors import HubError, RecordError, SettingError, listed
 from ckavg.output.commands import as_options, shell_word
-from ckavg.output.owned import CARD
+from ckavg.output.output_path import CARD
 from ckavg.output.record import Record, read_record
 from ckavg.storage.address import as_repository
 from ckavg.storage.hub_errors import ask, connect, endpoint_of, hub_errors, may_pass, retry, status_of
@@ -131,16 +131,7 @@ class Pushed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushPlan:
-    """A result whose rights and files were checked.
-
-    Attributes:
-        directory, destination: what goes where.
-        repo: full name of the repository.
-        sizes: bytes of every file to upload, by name.
-        sha256: of every file, by name.
-        message: first line of the commit.
-        warnings: what a user should know.
-    """
+    """A result whose rights and files were checked: what goes where, and bytes and SHA-256 of every file by name."""
 
     directory: Path
     destination: Destination
@@ -219,12 +210,19 @@ def push(plan: PushPlan, *, on_progress: OnProgress | None = None, show_bars: bo
 
     api, repo, destination = connect(token=True, show_bars=show_bars), plan.repo, plan.destination
     operations = {name: CommitOperationAdd(name, str(plan.directory / name)) for name in plan.sizes}
+    total = sum(plan.sizes.values())
     with _continuing(plan.directory, destination):
         _create(api, repo, destination)
-        _send_large(api, plan, operations, on_progress, at_once=show_bars)
+        done = 0
+        for name in (name for name, size in plan.sizes.items() if size >= _LARGE):
+            if on_progress:
+                on_progress(Progress("upload", done, total))
+            _send(api, plan, name, operations[name])
+            done += plan.sizes[name]
+        if on_progress:
+            on_progress(Progress("upload", done, total))
         oid, pull_request = _commit(api, plan, operations)
         _check_commit(api, plan, oid)
-    total = sum(plan.sizes.values())
     if on_progress:
         on_progress(Progress("upload", total, total))
     branch = "" if destination.branch == MAIN else f"/tree/{destination.branch}"
@@ -242,15 +240,15 @@ def push(plan: PushPlan, *, on_progress: OnProgress | None = None, show_bars: bo
 
 def continued(directory: Path, destination: Destination) -> str:
     """How to go on after a failure, as a command to type."""
-    settings: dict[str, object] = {}
-    if destination.private is not None:
-        settings["private" if destination.private else "public"] = True
-    for name in ("revision", "commit_message", "create_pr"):
-        if value := getattr(destination, name):
-            settings[name] = value
-    options = as_options(settings)
-    command = f"ckavg push {shell_word(str(directory))} {destination.repo}{f' {options}' if options else ''}"
-    return f"Continue with: {command}"
+    settings: dict[str, object] = {
+        "private": destination.private,
+        "public": destination.private is False,
+        "revision": destination.revision,
+        "commit_message": destination.commit_message,
+        "create_pr": destination.create_pr,
+    }
+    options = as_options({name: value for name, value in settings.items() if value})
+    return f"Continue with: ckavg push {shell_word(str(directory))} {destination.repo} {options}".rstrip()
 
 
 @contextmanager
@@ -286,11 +284,7 @@ def _check_files(
 
 
 def check_access(destination: Destination, names: Collection[str] = ()) -> str:
-    """Find out whether an upload would be let in, change nothing, and return the full name of the repository.
-
-    Args:
-        destination: where it would go.
-        names: of the files that would be uploaded.
+    """Find out whether an upload of files of these names would be let in, and return the full name of the repository.
 
     Raises:
         HubError: there is no token; it may not write there; the repository is not private, or not public, as it was
@@ -299,8 +293,7 @@ def check_access(destination: Destination, names: Collection[str] = ()) -> str:
     api = connect(token=True)
     with hub_errors("checking the token", destination.repo, api):
         me = retry(api.whoami)
-        user = me["name"]
-    repo = destination.repo if "/" in destination.repo else f"{user}/{destination.repo}"
+    repo = destination.repo if "/" in destination.repo else f"{me['name']}/{destination.repo}"
     url = endpoint_of(api)
     check_token(me, repo, url, create_pr=destination.create_pr)
     private = ask("looking at the repository", repo, api, lambda: _is_private(api, repo))
@@ -316,22 +309,14 @@ def check_access(destination: Destination, names: Collection[str] = ()) -> str:
 
 
 def check_token(me: dict[str, Any], repo: str, url: str, *, create_pr: bool) -> None:
-    """Refuse a token that may write nowhere or, if it is fine-grained, not there.
+    """Refuse a token that may write nowhere or, if it is fine-grained, not there, by the Hub's answer to `whoami`.
 
-    Args:
-        me: what the Hub answers to `whoami`. A kind of token that is not known is left to the Hub.
-        repo: `owner/name`.
-        url: address of the Hub.
-        create_pr: whether a pull request is enough.
-
-    Raises:
-        HubError: it may not.
+    With `create_pr`, the right to open a pull request is enough. A kind of token that is not known is left to the Hub.
     """
     token = (me.get("auth") or {}).get("accessToken") or {}
-    role = token.get("role")
-    if role == "read":
+    if token.get("role") == "read":
         raise _may_not_write(repo, url, "it is a read token")
-    if role != "fineGrained":
+    if token.get("role") != "fineGrained":
         return
     needed = ("repo.write", "discussion.write") if create_pr else ("repo.write",)
     fine = token.get("fineGrained") or {}
@@ -344,22 +329,17 @@ def check_token(me: dict[str, Any], repo: str, url: str, *, create_pr: bool) -> 
 
 
 def check_owner(me: dict[str, Any], repo: str, url: str) -> None:
-    """Refuse to create a repository whose owner is not the token's user, nor an organization that lets the user write.
-
-    Raises:
-        HubError: it may not be created.
-    """
+    """Refuse to create a repository whose owner is neither the user nor an organization that lets them write."""
     user, owner = str(me["name"]), _owner(repo)
-    if owner == user.lower():
-        return
     roles = {str(each.get("name", "")).lower(): each.get("roleInOrg") for each in me.get("orgs") or ()}
-    if owner not in roles:
+    role = roles.get(owner)
+    if owner != user.lower() and owner not in roles:
         raise HubError(
             f"{repo} does not exist, and {user} may not create it: {user} is not {owner}, nor a member of it.",
             hint="Check the name, and who is logged in: hf auth whoami",
         )
-    if roles[owner] not in (None, *_ROLES_THAT_WRITE):
-        raise _may_not_write(repo, url, f"{user} has the role {roles[owner]} in {owner}")
+    if owner != user.lower() and role not in (None, *_ROLES_THAT_WRITE):
+        raise _may_not_write(repo, url, f"{user} has the role {role} in {owner}")
 
 
 def _owner(repo: str) -> str:
@@ -440,26 +420,11 @@ def _create(api: HfApi, repo: str, destination: Destination) -> None:
         ask(f"creating the branch {branch}", repo, api, create_branch)
 
 
-def _send_large(
-    api: HfApi, plan: PushPlan, operations: Operations, on_progress: OnProgress | None, *, at_once: bool
-) -> None:
-    """Upload the large files: all at once, or one after the other. The client itself repeats what fails."""
-    large = [name for name, size in plan.sizes.items() if size >= _LARGE]
-    batches = [large] if at_once and large else [[name] for name in large]
-    done, total = 0, sum(plan.sizes.values())
-    for names in batches:
-        if on_progress:
-            on_progress(Progress("upload", done, total))
-        with hub_errors(f"uploading {listed(names)}", plan.repo, api):
-            api.preupload_lfs_files(
-                plan.repo,
-                [operations[name] for name in names],
-                revision=plan.destination.branch,
-                create_pr=plan.destination.create_pr,
-            )
-        done += sum(plan.sizes[name] for name in names)
-    if on_progress:
-        on_progress(Progress("upload", done, total))
+def _send(api: HfApi, plan: PushPlan, name: str, operation: CommitOperationAdd) -> None:
+    """Upload a large file. The client itself repeats what fails."""
+    revision, create_pr = plan.destination.branch, plan.destination.create_pr
+    with hub_errors(f"uploading {name}", plan.repo, api):
+        api.preupload_lfs_files(plan.repo, [operation], revision=revision, create_pr=create_pr)
 
 
 def _commit(api: HfApi, plan: PushPlan, operations: Operations) -> tuple[str, str | None]:
@@ -525,10 +490,8 @@ def _missing(api: HfApi, plan: PushPlan, revision: str) -> str | None:
         file = found.get(name)
         if not isinstance(file, RepoFile) or file.size != size:
             return name
-        if file.lfs is None:
-            is_same = file.blob_id == git_hash((plan.directory / name).read_bytes())
-        else:
-            is_same = file.lfs.sha256 == plan.sha256[name]
-        if not is_same:
+        if file.lfs is None and file.blob_id != git_hash((plan.directory / name).read_bytes()):
+            return name
+        if file.lfs is not None and file.lfs.sha256 != plan.sha256[name]:
             return name
     return None

@@ -13,10 +13,9 @@ from ckavg.averaging.plan import Plan
 from ckavg.checkpoints.run import Run
 from ckavg.engine.distributed import Ranks
 from ckavg.engine.reader import usable_handles
-from ckavg.output.hashing import sha256_of
-from ckavg.output.owned import JOURNAL
+from ckavg.output.output_path import JOURNAL
 from ckavg.output.staging import Staging
-from ckavg.output.weight_files import WeightFiles, write_own_hashes
+from ckavg.output.weight_files import WeightFiles, sha256_of, write_own_hashes
 from ckavg.storage.journal import Journal
 
 if TYPE_CHECKING:

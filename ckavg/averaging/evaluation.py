@@ -14,10 +14,10 @@ from ckavg.averaging.plan import Plan
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.errors import SettingError, WriteError
 from ckavg.output.card import write_card
-from ckavg.output.hashing import sha256
-from ckavg.output.owned import CARD, PLOT
+from ckavg.output.output_path import CARD, PLOT
 from ckavg.output.published import published
 from ckavg.output.record import Evaluation, Record
+from ckavg.output.weight_files import sha256
 from ckavg.storage.atomic import write_bytes
 
 DIRECTORY = "{dir}"

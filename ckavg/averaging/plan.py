@@ -18,12 +18,11 @@ from ckavg.engine.context import OnProgress, Progress
 from ckavg.engine.distributed import worker_threads
 from ckavg.engine.remote import HELD_BYTES
 from ckavg.errors import SettingError, raise_all
-from ckavg.output.layout import WeightPlan, plan_weights
 from ckavg.output.origin import Origin, find_origin
-from ckavg.output.output_path import output_path_problems, path_within, space_problems
-from ckavg.output.owned import CARD
+from ckavg.output.output_path import CARD, output_path_problems, path_within, space_problems
 from ckavg.output.side_files import gather_side_files, name_of_weights
 from ckavg.output.staging import bring_back
+from ckavg.output.weight_files import WeightPlan, plan_weights
 from ckavg.path.plan import PathPlan, check_sample, plan_path
 from ckavg.path.table import ZeroSigma
 from ckavg.schemes import Scheme, Timeline

@@ -12,10 +12,10 @@ from ckavg.averaging.plan import Plan
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.run import FLOATING, Run
 from ckavg.output.card import write_card
-from ckavg.output.hashing import sha256
-from ckavg.output.owned import CARD, LOCAL, PLOT
+from ckavg.output.output_path import CARD, LOCAL, PLOT
 from ckavg.output.published import local_of, published
 from ckavg.output.record import Input, Output, Record, Seconds
+from ckavg.output.weight_files import sha256
 from ckavg.path.table import PathLength
 from ckavg.schemes import Coefficients
 from ckavg.storage.base import AnyPath, RemotePath

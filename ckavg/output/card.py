@@ -214,10 +214,9 @@ def _evaluation(record: Record, level: str) -> str:
     told = record.evaluation
     if told is None or told.value is None:
         return ""
-    of_weights = "with the directory of these weights in the place of `{dir}`"
     return (
-        f"{level}# Evaluation\n\nThis command, {of_weights}, printed **{told.value:.10g}**:\n\n"
-        f"    {_in_one_line(told.command)}\n\n"
+        f"{level}# Evaluation\n\nThis command, with the directory of these weights in the place of `{{dir}}`, printed "
+        f"**{told.value:.10g}**:\n\n    {_in_one_line(told.command)}\n\n"
     )
 
 
@@ -240,10 +239,10 @@ def _path(record: Record) -> str:
     if record.path_length is None:
         return ""
     told = f"; normalized path length ℓ(T) = {record.path_length[-1]:.4f}"
-    if record.path_length_error is None:
-        return told
-    error = f"standard error {record.path_length_error[-1]:.4f}"
-    return f"{told}, estimated from {100 * record.sample:g} % of each tensor, {error}"
+    if record.path_length_error is not None:
+        told += f", estimated from {100 * record.sample:g} % of each tensor"
+        told += f", standard error {record.path_length_error[-1]:.4f}"
+    return told
 
 
 def _table(record: Record) -> str:
@@ -252,15 +251,14 @@ def _table(record: Record) -> str:
     rows = list(zip(*columns.values(), strict=True))
     told = ""
     if len(rows) > _MOST_ROWS:
-        first, last = _FIRST_ROWS, len(rows) - (_MOST_ROWS - _FIRST_ROWS)
-        between = sum(record.weights[first:last])
-        rows[first:last] = [("…",) * len(columns)]
+        between = slice(_FIRST_ROWS, _FIRST_ROWS - _MOST_ROWS)
+        left_out = record.weights[between]
+        rows[between] = [("…",) * len(columns)]
         told = (
-            f"\n\n{last - first} checkpoints in the middle are not shown; together they have the weight {between:.4f}. "
-            "`ckavg.json` lists all."
+            f"\n\n{len(left_out)} checkpoints in the middle are not shown; together they have the weight "
+            f"{sum(left_out):.4f}. `ckavg.json` lists all."
         )
-    table = "\n".join(f"| {' | '.join(row)} |" for row in [tuple(columns), ("---:",) * len(columns), *rows])
-    return table + told
+    return "\n".join(f"| {' | '.join(row)} |" for row in [tuple(columns), ("---:",) * len(columns), *rows]) + told
 
 
 def _again(record: Record, scheme: Scheme, base: object) -> str:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ckavg.output.record import BASE_MODEL, Record, is_address
-from ckavg.output.side_files import PIPELINE_CONFIG, read_config
+from ckavg.output.side_files import CONFIG, PIPELINE_CONFIG, read_config
 from ckavg.schemes import Scheme
 
-_ESCAPED = re.compile(r"[\\']")
 _ADAPTERS = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
@@ -52,13 +51,9 @@ def shell_word(text: str) -> str:
     """
     if text.isprintable():
         return shlex.quote(text)
-    escaped = "".join(char if char.isprintable() else _as_bytes(char) for char in _ESCAPED.sub(r"\\\g<0>", text))
-    return f"$'{escaped}'"
-
-
-def _as_bytes(char: str) -> str:
-    """In octal, which takes three digits at most, whatever follows."""
-    return "\\n" if char == "\n" else "".join(f"\\{byte:03o}" for byte in os.fsencode(char))
+    octal = {char: "".join(f"\\{byte:03o}" for byte in os.fsencode(char)) for char in text if not char.isprintable()}
+    octal |= {"\n": "\\n", "\\": r"\\", "'": r"\'"}
+    return f"$'{''.join(octal.get(char, char) for char in text)}'"
 
 
 def reproduce(record: Record, scheme: Scheme) -> str:
@@ -67,20 +62,18 @@ def reproduce(record: Record, scheme: Scheme) -> str:
     settings.pop("every_from", None)  # follows from --burn-in
     if "init" in settings and not is_address(settings["init"]):
         settings["init"] = BASE_MODEL  # a local path, and nobody else's
-    if record.dtype != "source":
-        settings["dtype"] = record.dtype
-    if record.accumulate != "float32":
-        settings["accumulate"] = record.accumulate
-    if record.allow_nonfinite:
-        settings["allow_nonfinite"] = True
-    if record.output.step < record.steps[-1]:
-        settings["snapshot_every"] = record.output.step
-    if record.sample < 1:
-        settings["sample"] = record.sample
-    if record.path_length is not None:
-        settings["path_exclude"] = record.path_exclude
-        if record.zero_sigma != "exclude":
-            settings["zero_sigma"] = record.zero_sigma
+    snapshot = record.output.step if record.output.step < record.steps[-1] else None
+    measured = record.path_length is not None
+    others: dict[str, tuple[object, object]] = {
+        "dtype": (record.dtype, "source"),
+        "accumulate": (record.accumulate, "float32"),
+        "allow_nonfinite": (record.allow_nonfinite, False),
+        "snapshot_every": (snapshot, None),
+        "sample": (record.sample, 1),
+        "path_exclude": (record.path_exclude if measured else (), ()),
+        "zero_sigma": (record.zero_sigma if measured else "exclude", "exclude"),
+    }
+    settings |= {name: value for name, (value, default) in others.items() if value != default}
     source = f" {shell_word(str(record.source))}" if is_address(record.source) else ""
     return f"ckavg {record.scheme}{source} {as_options(settings)}".rstrip()
 
@@ -100,16 +93,16 @@ def _code(directory: Path, files: Mapping[str, bytes], weights: Sequence[str]) -
     if PIPELINE_CONFIG in files:
         return _from_pretrained("diffusers", "DiffusionPipeline", directory, _variant(weights[0]))
     if "modules.json" in files:
-        stated = _object(files, "config_sentence_transformers.json").get("model_type")
+        stated = read_config(files, "config_sentence_transformers.json").get("model_type")
         name = stated if _is_class(stated) else "SentenceTransformer"  # as its loader has it
         return f"from sentence_transformers import {name} as M; M({_string(directory)})"
     for weight in weights:
         folder, variant = weight.rpartition("/")[0], _variant(weight)
         place, prefix = directory / folder, f"{folder}/" if folder else ""
-        adapter = _object(files, f"{prefix}adapter_config.json")
+        adapter = read_config(files, f"{prefix}adapter_config.json")
+        config = read_config(files, f"{prefix}{CONFIG}") if f"{prefix}{CONFIG}" in files else {}
         if "peft_type" in adapter:
             return _load_adapter(place, adapter)
-        config = _object(files, f"{prefix}config.json")
         if _is_class(config.get("_class_name")):
             return _from_pretrained("diffusers", config["_class_name"], place, variant)
         if "model_type" in config:
@@ -121,33 +114,25 @@ def _code(directory: Path, files: Mapping[str, bytes], weights: Sequence[str]) -
     return f"from pathlib import Path; from safetensors.torch import load_file as f; [f(p) for p in {glob}]"
 
 
-def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    return read_config(files, name) if name in files else {}
-
-
 def _load_adapter(place: Path, config: Mapping[str, Any]) -> str:
-    name = _ADAPTERS.get(str(config.get("task_type")))
-    if name is None and config.get("auto_mapping"):
-        name = "AutoPeftModel"
-    if name is None or not config.get("base_model_name_or_path"):  # no class knows the model that it is an adapter to
+    name = _ADAPTERS.get(str(config.get("task_type")), "AutoPeftModel" if config.get("auto_mapping") else "")
+    if not name or not config.get("base_model_name_or_path"):  # no class knows the model that it is an adapter to
         return f"from peft.utils import load_peft_weights as f; f({_string(place)})"
     return _from_pretrained("peft", name, place)
+
+
+def _load_transformers(place: Path, config: Mapping[str, Any], variant: str) -> str:
+    own, named = config.get("auto_map"), config.get("architectures")
+    if isinstance(own, dict):
+        name = next((key for key in own if key.startswith("AutoModelFor") and _is_class(key)), "AutoModel")
+        return _from_pretrained("transformers", name, place, f"{variant}, trust_remote_code=True")
+    name = named[0] if isinstance(named, list) and named and _is_class(named[0]) else "AutoModel"
+    return _from_pretrained("transformers", name, place, variant)
 
 
 def _variant(weight: str) -> str:
     found = _VARIANT.fullmatch(weight)
     return "" if found is None else f', variant="{found[1]}"'
-
-
-def _load_transformers(place: Path, config: Mapping[str, Any], variant: str) -> str:
-    own = config.get("auto_map")
-    if isinstance(own, dict):
-        name = next((key for key in own if key.startswith("AutoModelFor") and _is_class(key)), "AutoModel")
-        return _from_pretrained("transformers", name, place, f"{variant}, trust_remote_code=True")
-    architectures = config.get("architectures")
-    named = isinstance(architectures, list) and architectures and _is_class(architectures[0])
-    name = architectures[0] if named else "AutoModel"  # type: ignore[index]
-    return _from_pretrained("transformers", name, place, variant)
 
 
 def _from_pretrained(library: str, name: str, place: Path, more: str = "") -> str:

@@ -7,16 +7,15 @@ the same run, unless it was measured: evaluation results are not taken over.
 from __future__ import annotations
 
 import datetime
-import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ckavg.checkpoints.run import Run
 from ckavg.errors import ReadError, SettingError
-from ckavg.output.owned import CARD
+from ckavg.output.output_path import CARD
 from ckavg.output.side_files import read_config
 from ckavg.storage.atomic import resolved
 from ckavg.storage.base import AnyPath, RemotePath
@@ -78,20 +77,6 @@ _TEXT_TO_IMAGE = frozenset(
 )
 
 _LICENSE_FILES = ("LICENSE", "LICENSE.md")
-_LICENSES = (
-    (
-        "apache-2.0",
-        "Apache License",
-        "END OF TERMS",
-        "d5e4c8942091934e8f11f49efe6055366918b8034549dbfffc2e71a2c4f5de32",
-    ),
-    ("mit", "Permission is hereby", "", "fe2a9817987f862eaced948f0468c7f51d2fedfc48c5c505b246a49a3870e9a5"),
-)
-"""Identifier, the words with which the terms begin and before which they end, and their SHA-256, each word apart by one
-space."""
-
-_APPENDIX = "END OF TERMS AND CONDITIONS APPENDIX: How to apply the Apache License to your work."
-_APPENDIX_CHARACTERS, _TITLE_CHARACTERS = 1_400, 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,36 +121,36 @@ def find_origin(run: Run, side_files: Mapping[str, bytes], card: Path | str | No
 
     Raises:
         ReadError: `card` cannot be read.
-        SettingError: its front matter is not valid, or a code block in it is never closed.
+        SettingError: its front matter is not valid.
     """
     own = None if card is None else _read_own(Path(card))
     config, adapter = read_config(side_files), read_config(side_files, "adapter_config.json")
     warnings: list[str] = []
     of_trainer = [(run.last.directory, run.named(run.last)), (run.source, run.source)]  # where trainers save theirs
-    of_run = _first_card(of_trainer, warnings)
-    inherited = _inherited(of_run, run)
-    of_license = {key: inherited.pop(key) for key in _LICENSE_FIELDS if key in inherited}
-    if not of_license:
+    inherited = _inherited(_first_card(of_trainer, warnings), run)
+    if "license" not in inherited and run.anchor_is_init:
         init = run.checkpoints[0]
-        of_init = (
-            _inherited(_first_card([(init.directory, run.named(init))], warnings), run) if run.anchor_is_init else {}
-        )
-        of_license = {key: of_init[key] for key in _LICENSE_FIELDS if key in of_init} or _license_beside(side_files)
-    base = _base_model(run, config, adapter, inherited.pop("base_model", None))
+        of_init = _inherited(_first_card([(init.directory, run.named(init))], warnings), run)
+        inherited |= {name: of_init[name] for name in _LICENSE_FIELDS if name in of_init}
+    file = next((name for name in _LICENSE_FILES if name in side_files), None)
+    if "license" not in inherited and file is not None:
+        inherited |= {"license": "other", "license_link": file}
+    base = _base_model(run, config, adapter, inherited.pop("base_model", []))
     relation = inherited.pop("base_model_relation", None)
     repository = _repository(str(run.source))
-    metadata: dict[str, Any] = {}
-    if base:
-        metadata["base_model"] = base
-        if relation and not adapter:
-            metadata["base_model_relation"] = relation
-    elif repository:
-        metadata |= {"base_model": repository, "base_model_relation": "merge"}
-    library, pipeline = library_of(config, adapter), pipeline_of(config, adapter)
-    metadata |= {"library_name": library} if library else {}
-    metadata |= {"pipeline_tag": pipeline} if pipeline else {}
-    metadata |= of_license
-    return Origin(metadata | inherited, own, bool(adapter), repository, tuple(dict.fromkeys(warnings)))
+    if not base:
+        base, relation = repository, "merge" if repository else None
+    elif adapter:
+        relation = None
+    found = {
+        "base_model": base,
+        "base_model_relation": relation,
+        "library_name": library_of(config, adapter),
+        "pipeline_tag": pipeline_of(config, adapter),
+    }
+    found |= {name: inherited.get(name) for name in _LICENSE_FIELDS}
+    metadata = {name: value for name, value in found.items() if value} | inherited
+    return Origin(metadata, own, bool(adapter), repository, tuple(dict.fromkeys(warnings)))
 
 
 def parse_card(content: bytes) -> Card:
@@ -203,12 +188,14 @@ def _parsed(block: str) -> dict[str, Any]:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST:
                 raise ValueError(f"its front matter is nested more than {_DEEPEST} deep")
-        _check_keys(yaml.compose(block, Loader=loader), yaml)
-        parsed = _constructed(block, loader)
+        _check_keys(yaml.compose(block, Loader=loader))
+        parsed = yaml.load(block, Loader=loader)  # noqa: S506 - one of the two safe ones
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 2})" if mark is not None else ""
         raise ValueError(f"its front matter is not valid YAML{where}") from error
+    except (TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        raise ValueError("its front matter holds a value that is not what it seems to be") from error
     if parsed is None:
         return {}
     if not isinstance(parsed, dict):
@@ -217,29 +204,16 @@ def _parsed(block: str) -> dict[str, Any]:
     return parsed
 
 
-def _constructed(block: str, loader: Any) -> Any:
-    import yaml
-
-    try:
-        return yaml.load(block, Loader=loader)  # noqa: S506 - one of the two safe ones
-    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:  # such as a 30th of February
-        raise ValueError("its front matter holds a value that is not what it seems to be") from error
-
-
-def _check_keys(node: Any, yaml: Any) -> None:
+def _check_keys(node: Any) -> None:
     """Refuse a field that is stated twice: of the two, any parser would silently take another."""
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise ValueError(f"its front matter states {key.value!r} twice")
-                seen.add(key.value)
-        for _, value in node.value:
-            _check_keys(value, yaml)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _check_keys(value, yaml)
+    values = node.value if node is not None and not isinstance(node.value, str) else []
+    if node is not None and node.id == "mapping":
+        keys = [key.value for key, _ in values if isinstance(key.value, str)]
+        if twice := next((key for place, key in enumerate(keys) if key in keys[:place]), None):
+            raise ValueError(f"its front matter states {twice!r} twice")
+        values = [value for _, value in values]
+    for value in values:
+        _check_keys(value)
 
 
 def _check_plain(value: object) -> None:
@@ -292,21 +266,6 @@ def pipeline_of(config: Mapping[str, Any], adapter_config: Mapping[str, Any]) ->
     return next((task for end, task in _TASKS.items() if name.isidentifier() and name.endswith(end)), "")
 
 
-def license_of_text(text: str) -> str:
-    """The identifier of a licence that is given in full and alone; empty for all but the two most common ones."""
-    words = " ".join(text.split())
-    for name, begin, end, digest in _LICENSES:
-        before, found, terms = words.partition(begin)
-        terms, _, after = (found + terms).partition(end) if end else (found + terms, "", "")
-        rest = end + after
-        whole = len(before) < _TITLE_CHARACTERS and (
-            not end or rest == _APPENDIX.partition(" APPENDIX")[0] or rest.startswith(_APPENDIX)
-        )
-        if whole and len(rest) < _APPENDIX_CHARACTERS and hashlib.sha256(terms.encode()).hexdigest() == digest:
-            return name
-    return ""
-
-
 def _read_own(path: Path) -> Card:
     try:
         content = read_small(path, _MOST_BYTES)
@@ -315,7 +274,6 @@ def _read_own(path: Path) -> Card:
         raise ReadError(f"card: {path} cannot be read: {why}.", hint="Name a Markdown file with --card.") from error
     try:
         card = parse_card(content)
-        _check_closed(card.text)
         _check_written(card.metadata)
     except ValueError as error:
         raise SettingError(
@@ -323,16 +281,6 @@ def _read_own(path: Path) -> Card:
             hint="Between two lines of --- it may have fields, such as 'license: mit'; below them, any Markdown.",
         ) from error
     return card
-
-
-def _check_closed(text: str) -> None:
-    """Refuse a text with something in it that is never closed, and would take in what follows: code, or a comment."""
-    from markdown_it import MarkdownIt  # takes a while, and most runs have no card
-
-    *_, last = MarkdownIt().parse(f"{text}\n\n# End")
-    if last.type != "heading_close":
-        begun = last.map[0] + 1 if last.map else 1
-        raise ValueError(f"the code block or HTML that begins in line {begun} of its text is never closed")
 
 
 def _check_written(metadata: Mapping[str, Any]) -> None:
@@ -393,36 +341,21 @@ def _inherited(card: Mapping[str, Any], run: Run) -> dict[str, Any]:
     return found
 
 
-def _license_beside(side_files: Mapping[str, bytes]) -> dict[str, Any]:
-    """That of the licence file which is copied with the weights; `other`, with a link to it, where it is not known."""
-    name = next((name for name in _LICENSE_FILES if name in side_files), None)
-    if name is None:
-        return {}
-    known = license_of_text(side_files[name].decode(errors="replace"))
-    return {"license": known} if known else {"license": "other", "license_link": name}
-
-
-def _base_model(
-    run: Run, config: Mapping[str, Any], adapter: Mapping[str, Any], stated: list[str] | None
-) -> str | list[str]:
+def _base_model(run: Run, config: Mapping[str, Any], adapter: Mapping[str, Any], of_card: list[str]) -> str | list[str]:
     """The base model on the Hub; empty where none is known. A directory of that name makes it no model of the Hub."""
     of_cache = ""
     if run.selection.init is not None:
         named = resolved(run.selection.init)
         cached = next((found for each in named.parts if (found := _IN_CACHE.fullmatch(each))), None)
         of_cache = f"{cached['owner']}/{cached['name']}" if cached else _repository(str(run.selection.init))
-    of_card = [each for each in stated or [] if not _is_local(each, run)]
-    candidates: Iterator[object] = iter((adapter.get("base_model_name_or_path"), config.get("_name_or_path"), of_cache))
-    if adapter:
-        first = next(candidates)
-        if isinstance(first, str) and is_hub_id(first) and not _is_local(first, run):
-            return first
-    if of_card:
+    of_configs = [adapter.get("base_model_name_or_path"), config.get("_name_or_path"), of_cache]
+    known = [
+        each if isinstance(each, str) and is_hub_id(each) and not _is_local(each, run) else "" for each in of_configs
+    ]
+    of_card = [each for each in of_card if not _is_local(each, run)]
+    if of_card and not known[0]:
         return of_card[0] if len(of_card) == 1 else of_card
-    for each in candidates:
-        if isinstance(each, str) and is_hub_id(each) and not _is_local(each, run):
-            return each
-    return ""
+    return next(filter(None, known), "")
 
 
 def _repository(address: str) -> str:

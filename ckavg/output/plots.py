@@ -1,12 +1,10 @@
-"""Stage *report*: plots of averages and of the path length, for `--plot` and for model cards.
+"""Plots of averages and of the path length, for `--plot` and for model cards.
 
-The only user of matplotlib, which is optional and so imported where it is used: without a display, without pyplot, and
-without the user's settings for it.
+matplotlib is optional, and so imported where it is used: without a display, pyplot, and the user's settings for it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import itertools
 import logging
@@ -17,21 +15,19 @@ import statistics
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckavg.errors import SettingError, WriteError, printable
+from ckavg.errors import RecordError, SettingError, WriteError, printable
 from ckavg.output.record import Record
 from ckavg.path.table import PathLength
-from ckavg.schemes import SCHEMES
 from ckavg.storage.atomic import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     Plot = Callable[[Axes], None]
@@ -83,12 +79,13 @@ def check_plot_file(file: Path) -> None:
         raise SettingError(
             "Pictures need matplotlib, which is not installed.", hint="Install it: pip install 'ckavg[plot]'"
         ) from error
-    if not file.parent.is_dir():
-        raise WriteError(f"{file.parent} is not a directory.", hint="Make it, or choose another place with --plot.")
-    if not os.access(file.parent, os.W_OK | os.X_OK):
-        raise WriteError(f"{file.parent} may not be written to.", hint="Choose another place with --plot.")
-    if file.is_dir():
-        raise WriteError(f"{file} is a directory.", hint="Choose another name with --plot.")
+    for is_wrong, told in (
+        (not file.parent.is_dir(), f"{file.parent} is not a directory"),
+        (not os.access(file.parent, os.W_OK | os.X_OK), f"{file.parent} may not be written to"),
+        (file.is_dir(), f"{file} is a directory"),
+    ):
+        if is_wrong:
+            raise WriteError(f"{told}.", hint="Choose another place with --plot.")
 
 
 def save_figure(figure: Figure, file: Path) -> None:
@@ -198,12 +195,12 @@ def find_layers(path: PathLength) -> tuple[list[int], dict[str, list[float]], di
 
         ℓ = Σ_p numel_p · ℓ_p / Σ_p numel_p
 
-    What the names of all stacks of layers have in common is left out: `encoder.block.0.q` is of the kind `encoder.q`
-    where there is a `decoder.block`, and of the kind `q` where there is not.
+    What all stacks of layers have in common is left out: `encoder.block.0.q` is of the kind `encoder.q` beside a
+    `decoder.block`, and of the kind `q` elsewhere.
 
     Returns:
-        The numbers of the layers, rising. ℓ by kind, then by layer; NaN where a layer has no counted tensor of that
-        kind. ℓ of the tensors outside the layers by name, the longest first: of all where no kind is in two layers.
+        The numbers of the layers, rising. ℓ by kind, then by layer; NaN where there is no such counted tensor. ℓ of the
+        tensors outside the layers by name, the longest first: of all where no kind is in two layers.
     """
     lengths = {name: path.tensor_lengths(name)[-1] for name in path.counted}
     matches = {name: match for name in lengths if (match := _LAYER.fullmatch(name))}
@@ -230,11 +227,10 @@ def find_layers(path: PathLength) -> tuple[list[int], dict[str, list[float]], di
 
 def _title(result: Record) -> str:
     """The scheme and what is stated of it, as the summary has it."""
-    values: dict[str, Any] = {name: math.inf if value == "inf" else value for name, value in result.parameters.items()}
     title, stated = result.scheme, result.parameters
-    for scheme in SCHEMES:
-        if scheme.name == result.scheme and {field.name for field in dataclasses.fields(scheme)} == {*values}:
-            title, stated = scheme.title, scheme(**values).stated
+    with suppress(RecordError):  # a scheme of another version
+        scheme = result.to_scheme()
+        title, stated = scheme.title, dict(scheme.stated)
     settings = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in stated.items())
     return f"{title}: {settings}" if settings else title
 
@@ -247,11 +243,9 @@ def _compose(
     by_tensor: Mapping[Plot, float],
     names: Sequence[str] = (),
 ) -> Figure:
-    """Plots below each other, under a title, a subtitle that ends with `more`, and a key.
+    """Plots below each other, under a title, a subtitle that ends with `more`, and a key of `names`, if there are any.
 
-    Args:
-        by_tensor: with heights in inches; they get margins of their own, since their labels are long.
-        names: of the lines in the last plot by step, where there are several.
+    Those by tensor come with heights in inches; they get margins of their own, since their labels are long.
     """
     from matplotlib.figure import Figure
 
@@ -375,14 +369,18 @@ def _tensor_plots(path: PathLength | None) -> dict[Plot, float]:
 
 
 def _plot_layers(numbers: Sequence[int], kinds: Mapping[str, list[float]], title: str, hidden: int, axis: Axes) -> None:
+    from matplotlib.colors import AsinhNorm, Normalize
     from matplotlib.ticker import StrMethodFormatter
 
-    norm, ticks, uneven = _shades([length for row in kinds.values() for length in row if length > 0] or [1.0])
+    lengths = [length for row in kinds.values() for length in row if length > 0] or [1.0]
+    middle, top = statistics.median(lengths), max(lengths)
+    uneven = top > 10 * middle  # a few would hide all others
+    norm = AsinhNorm(linear_width=middle, vmin=0, vmax=top) if uneven else Normalize(0, top)
     mesh = axis.pcolormesh([*kinds.values()], norm=norm, cmap="viridis")
-    aspect, tick_format = max(1.5 * len(kinds), 5), StrMethodFormatter("{x:g}")
-    bar = axis.figure.colorbar(mesh, ax=axis, ticks=ticks, format=tick_format, pad=0.02, aspect=aspect)
+    aspect, tick_format = max(1.5 * len(kinds), 5), StrMethodFormatter("{x:.3g}")
+    bar = axis.figure.colorbar(mesh, ax=axis, format=tick_format, pad=0.02, aspect=aspect)
     bar.minorticks_off()
-    bar.set_label(f"{_UNIT}{uneven}", size="small")
+    bar.set_label(f"{_UNIT}\nlogarithmic above {middle:.2g}" if uneven else _UNIT, size="small")
     gaps = any(math.isnan(length) for row in kinds.values() for length in row)
     axis.patch.set(hatch="////" if gaps else None, edgecolor="0.75")
     every = math.ceil(len(numbers) * (len(str(numbers[-1])) + 1) / 66)  # there is room for so many letters
@@ -394,19 +392,6 @@ def _plot_layers(numbers: Sequence[int], kinds: Mapping[str, list[float]], title
     axis.spines[:].set_visible(False)
     rest = f"\n{hidden} kinds that moved less are left out" if hidden else ""
     axis.set(title=title, xlabel="layer" + " (hatched: no such tensor, or not counted)" * gaps + rest)
-
-
-def _shades(lengths: Sequence[float]) -> tuple[Normalize, list[float] | None, str]:
-    """Even shades from 0 to the largest ℓ; uneven ones, and words that say so, where a few would hide all others."""
-    from matplotlib.colors import AsinhNorm, Normalize
-
-    middle, top = statistics.median(lengths), max(lengths)
-    if top <= 10 * middle:
-        return Normalize(0, top), None, ""
-    decades = range(math.floor(math.log10(middle)), math.ceil(math.log10(top)))
-    marks = [digit * 10.0**decade for decade in decades for digit in ((1, 2, 5) if len(decades) < 4 else (1,))]
-    ticks = [0.0, *(mark for mark in marks if middle / 2 <= mark <= top)]
-    return AsinhNorm(linear_width=middle, vmin=0, vmax=top), ticks, f"\nlogarithmic above {middle:.2g}"
 
 
 def _plot_tensors(bars: Mapping[str, float], title: str, hidden: int, axis: Axes) -> None:

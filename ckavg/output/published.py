@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ckavg.errors import RecordError
-from ckavg.output.owned import LOCAL
+from ckavg.output.output_path import LOCAL
 from ckavg.output.record import BASE_MODEL, RUN, Record, Text, Texts, as_json, is_address, parse_fields
 from ckavg.storage.atomic import resolved
 from ckavg.storage.redaction import HIDDEN, without_paths, without_secrets
@@ -38,21 +37,17 @@ def published(record: Record) -> Record:
         return without_paths(without_secrets(text), places.items()) if isinstance(text, str) else text
 
     selection = {name: told(value) for name, value in record.selection.items()}
-    if "init" in selection:
+    if record.anchor_is_init:
         selection["init"] = str(_in_run(record, record.selection["init"]))
-    evaluation = record.evaluation and dataclasses.replace(
-        record.evaluation, command=told(record.evaluation.command), problem=told(record.evaluation.problem)
-    )
-    return dataclasses.replace(
+    return replace(
         record,
         source=record.source if is_address(record.source) else _run_from(record),
         selection=selection,
         warnings=told(record.warnings),
-        evaluation=evaluation,
-        inputs=tuple(dataclasses.replace(each, directory=_in_run(record, each.directory)) for each in record.inputs),
-        outputs=tuple(
-            dataclasses.replace(each, directory=each.directory.relative_to(record.directory)) for each in record.outputs
-        ),
+        evaluation=(said := record.evaluation)
+        and replace(said, command=told(said.command), problem=told(said.problem)),
+        inputs=tuple(replace(each, directory=_in_run(record, each.directory)) for each in record.inputs),
+        outputs=tuple(replace(each, directory=each.directory.relative_to(record.directory)) for each in record.outputs),
     )
 
 
@@ -72,7 +67,7 @@ class Local:
 
     def to_bytes(self) -> bytes:
         """The same as a file: `.ckavg-local.json`."""
-        return as_json(dataclasses.asdict(self)).encode() + b"\n"
+        return as_json(asdict(self)).encode() + b"\n"
 
 
 def local_of(record: Record) -> Local:

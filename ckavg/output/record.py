@@ -40,6 +40,13 @@ _MESSAGES = {"missing": "missing", "tuple_type": "a list", "dict_type": "an obje
 _BEYOND_ASCII = re.compile("[^\n -~]")
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a text holds no NUL, and a number is finite, and no whole one of more than 64 bits."""
+    if isinstance(value, str):
+        return "\0" not in value
+    return isinstance(value, list) or (abs(value) < _LARGEST if type(value) is int else math.isfinite(value))
+
+
 @dataclass(frozen=True, slots=True)
 class _Must:
     """What a value that is read must be, for people and as a test. pydantic, which asks, is imported when one is."""
@@ -52,7 +59,7 @@ class _Must:
         from pydantic_core import core_schema
 
         def check(value: object) -> object:
-            if type(value) not in self.kinds or not self.passes(value):
+            if type(value) not in self.kinds or not _is_plain(value) or not self.passes(value):
                 raise ValueError
             return value
 
@@ -71,36 +78,19 @@ class _ToFirstError:
 def _is_plain_path(name: str) -> bool:
     """Whether this is a file inside a directory: relative, without `..`, in one way of writing it."""
     path = PurePosixPath(name)
-    odd = path.is_absolute() or ".." in path.parts or str(path) != name or name == "." or "\\" in name
-    return not odd and "\0" not in name
+    return not (path.is_absolute() or ".." in path.parts or str(path) != name or name == "." or "\\" in name)
 
 
-def _is_text(value: str) -> bool:
-    return "\0" not in value
-
-
-def _is_bounded(value: float) -> bool:
-    return abs(value) < _LARGEST
-
-
-def _is_finite(value: float) -> bool:
-    return math.isfinite(value) if isinstance(value, float) else _is_bounded(value)
-
-
-def _is_parameter(value: float | str) -> bool:
-    return _is_text(value) if isinstance(value, str) else _is_finite(value)
-
-
-Text = Annotated[str, _Must("a text", (str,), _is_text)]
+Text = Annotated[str, _Must("a text", (str,))]
 Flag = Annotated[bool, _Must("true or false", (bool,))]
-Whole = Annotated[int, _Must("a whole number", (int,), _is_bounded)]
-Count = Annotated[int, _Must("a whole number, 0 or more", (int,), lambda value: 0 <= value < _LARGEST)]
-Number = Annotated[float, _Must("a finite number", (int, float), _is_finite)]
+Whole = Annotated[int, _Must("a whole number", (int,))]
+Count = Annotated[int, _Must("a whole number, 0 or more", (int,), lambda value: value >= 0)]
+Number = Annotated[float, _Must("a finite number", (int, float))]
 Digest = Annotated[str, _Must("64 hexadecimal digits", (str,), re.compile("[0-9a-f]{64}").fullmatch)]
 FileName = Annotated[str, _Must("the plain path of a file inside its directory", (str,), _is_plain_path)]
-Directory = Annotated[Path, _Must("a text", (str,), _is_text)]
-Place = Annotated[Path | str, _Must("a text", (str,), _is_text)]
-Parameter = Annotated[float | int | str, _Must("a finite number or a text", (float, int, str), _is_parameter)]
+Directory = Annotated[Path, _Must("a text", (str,))]
+Place = Annotated[Path | str, _Must("a text", (str,))]
+Parameter = Annotated[float | int | str, _Must("a finite number or a text", (float, int, str))]
 Selected = Annotated[bool | int | str | tuple[int | str, ...], _Must("what an option takes", (bool, int, str, list))]
 Accumulated = Annotated[str, _Must("float32 or float64", (str,), {"float32", "float64"}.__contains__)]
 ZeroSigma = Annotated[Literal["exclude", "eps"], _Must("exclude or eps", (str,))]
@@ -280,14 +270,12 @@ class Record:
 
     def columns(self) -> dict[str, list[str]]:
         """The numbers of each checkpoint as text, by column: step, ℓ and α where there are any, β, weight."""
-        columns = {"step": [str(step) for step in self.steps]}
-        if self.path_length is not None:
-            columns["ℓ"] = [f"{length:.4f}" for length in self.path_length]
-        columns["β"] = ["" if beta is None else f"{beta:.4f}" for beta in self.betas]
-        if self.alphas is not None:
-            columns["α"] = ["" if alpha is None else f"{alpha:.4f}" for alpha in self.alphas]
-        columns["weight"] = [f"{weight:.4f}" for weight in self.weights]
-        return columns
+        numbers = {"ℓ": self.path_length, "β": self.betas, "α": self.alphas, "weight": self.weights}
+        return {"step": [str(step) for step in self.steps]} | {
+            name: ["" if value is None else f"{value:.4f}" for value in values]
+            for name, values in numbers.items()
+            if values is not None
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain JSON values."""
@@ -331,15 +319,28 @@ def read_record(directory: Path) -> Record:
     """
     for place in (directory.parent, directory):  # the result, perhaps, of which this is a snapshot
         bring_back(place)
-    path = directory / RESULT_RECORD
-    data = _read(directory, path)
-    version = __version__
+    path, version = directory / RESULT_RECORD, __version__
+    try:
+        data = read_small(path, MOST_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RecordError(
+            f"{directory} is not a result of ckavg: it holds no {RESULT_RECORD}.",
+            hint="Name the directory of a result, such as checkpoints/averaged/pema-gamma0.15.",
+        ) from error
+    except (OSError, ValueError) as error:
+        told = error.strerror if isinstance(error, OSError) else error
+        raise ReadError(
+            f"{path} cannot be read: {told}.", hint="Check that it is a record, and that you may read it."
+        ) from error
     try:
         fields = parse_fields(data)
         version = str(fields.get("ckavg_version", version))
         return _validated(fields)
     except CkavgError as error:
-        raise RecordError(f"{path}: {error.message}", hint=_hint(version)) from error
+        hint = "The record was damaged or edited. Take it from a copy, or form the average again."
+        if version != __version__:
+            hint = f"It was made with ckavg {version}; this is {__version__}. Verify it with that version."
+        raise RecordError(f"{path}: {error.message}", hint=hint) from error
 
 
 def parse_fields(data: bytes) -> dict[str, Any]:
@@ -357,28 +358,6 @@ def parse_fields(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RecordError("is not a JSON object.")
     return value
-
-
-def _read(directory: Path, path: Path) -> bytes:
-    try:
-        return read_small(path, MOST_BYTES)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise RecordError(
-            f"{directory} is not a result of ckavg: it holds no {RESULT_RECORD}.",
-            hint="Name the directory of a result, such as checkpoints/averaged/pema-gamma0.15.",
-        ) from error
-    except (OSError, ValueError) as error:
-        told = error.strerror if isinstance(error, OSError) else error
-        raise ReadError(
-            f"{path} cannot be read: {told}.", hint="Check that it is a record, and that you may read it."
-        ) from error
-
-
-def _hint(version: str) -> str:
-    """Another version may keep another record."""
-    if version == __version__:
-        return "The record was damaged or edited. Take it from a copy, or form the average again."
-    return f"It was made with ckavg {version}; this is {__version__}. Verify it with that version."
 
 
 def _validated(fields: dict[str, Any]) -> Record:
@@ -403,16 +382,13 @@ def _wrong(fields: dict[str, Any], place: tuple[int | str, ...], message: str) -
     value: Any = fields
     for each in place:
         value = value[each] if each != "[key]" else place[-2]
-    return RecordError(f"{where} is {_shown(value)}; it must be {message}.")
-
-
-def _shown(value: object) -> str:
     if isinstance(value, dict | list):
-        return "a list" if isinstance(value, list) else "an object"
-    if type(value) is int and abs(value) >= _LARGEST:
-        return "a huge number"
-    shown = json.dumps(value)
-    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
+        shown = "a list" if isinstance(value, list) else "an object"
+    elif type(value) is int and abs(value) >= _LARGEST:
+        shown = "a huge number"
+    else:
+        shown = json.dumps(value)
+    return RecordError(f"{where} is {shown if len(shown) <= _SHOWN else f'{shown[:_SHOWN]}…'}; it must be {message}.")
 
 
 def _inconsistencies(record: Record) -> list[tuple[bool, str]]:

@@ -16,8 +16,8 @@ from ckavg.checkpoints.run import DTYPE_NAMES, Checkpoint, Run
 from ckavg.checkpoints.unsupported import OTHERS, PICKLES, unsupported_weights
 from ckavg.checkpoints.weight_files import holds_weights
 from ckavg.errors import ReadError, SettingError, listed
-from ckavg.output.layout import WeightPlan
-from ckavg.output.owned import CARD, PLOT
+from ckavg.output.output_path import CARD, PLOT
+from ckavg.output.weight_files import WeightPlan
 from ckavg.storage.base import AnyPath, RemotePath
 from ckavg.storage.local import Bounds, problem_with, read_object, size_of, storage_of, walk
 
@@ -62,12 +62,7 @@ _DEEPEST = 8
 
 @dataclass(frozen=True, slots=True)
 class SideFiles:
-    """What goes beside the weights.
-
-    Attributes:
-        files: content by relative path.
-        warnings: what of it a user should know.
-    """
+    """What goes beside the weights, content by relative path, and what of it a user should know."""
 
     files: dict[str, bytes]
     warnings: tuple[str, ...]
@@ -157,14 +152,14 @@ def read_config(files: Mapping[str, bytes], name: str = CONFIG) -> dict[str, Any
 
 
 def _gather(checkpoint: Checkpoint, named: AnyPath, warnings: list[str]) -> dict[str, bytes]:
-    directory = checkpoint.directory
+    directory, is_file = checkpoint.directory, checkpoint.kind == "file"
     skipped = {"adapter_config.json"} if any(why == "adapter" for why, _ in checkpoint.left_out) else set()
-    skipped |= FOLDER_CONFIGS if checkpoint.kind == "file" else set()
-    own = own_folders(directory) if checkpoint.kind != "file" else frozenset()
+    skipped |= FOLDER_CONFIGS if is_file else set()
+    own = frozenset() if is_file else own_folders(directory)
     names = [
         name
         for name in _names(directory, checkpoint, own, wanted_only=True)
-        if is_side_file(PurePath(name), own, beside_a_run=checkpoint.kind == "file") and name not in skipped
+        if is_side_file(PurePath(name), own, beside_a_run=is_file) and name not in skipped
     ]
     return _contents(directory, names, Bounds.of(directory, named), warnings)
 
@@ -217,9 +212,7 @@ def _asked_for(run: Run, warnings: list[str]) -> dict[str, bytes]:
             raise SettingError(f"copy: {pattern!r} matches weights alone ({listed(weights)}), which are never copied.")
         if weights:
             warnings.append(f"Weights are never copied, though --copy {pattern} matches them: {listed(weights)}.")
-        for name in matched:
-            if name not in weights:
-                files[name] = _permitted(last.directory / name, bounds)
+        files |= {name: _permitted(last.directory / name, bounds) for name in matched if name not in weights}
     return files
 
 
@@ -249,19 +242,19 @@ def _names(directory: AnyPath, checkpoint: Checkpoint, own: frozenset[str], *, w
     try:
         for where, folders, files in walk(directory):
             place = PurePath(where)
-            if checkpoint.kind == "file" or len(place.parts) >= _DEEPEST:
-                folders.clear()
+            is_deep = checkpoint.kind == "file" or len(place.parts) >= _DEEPEST
             folders[:] = [
-                name for name in folders if not wanted_only or _belongs(checkpoint, place / name, directory, own)
+                name
+                for name in folders
+                if not is_deep and (not wanted_only or _belongs(checkpoint, place / name, directory, own))
             ]
-            for name in files:
-                count += 1
-                if count > _MOST_FILES:
-                    raise ReadError(
-                        f"{directory} holds more than {_MOST_FILES:,} files.",
-                        hint="Move what is no part of the model away.",
-                    )
-                yield (place / name).as_posix()
+            count += len(files)
+            if count > _MOST_FILES:
+                raise ReadError(
+                    f"{directory} holds more than {_MOST_FILES:,} files.",
+                    hint="Move what is no part of the model away.",
+                )
+            yield from ((place / name).as_posix() for name in files)
     except OSError as error:
         raise ReadError(
             f"{error.filename} cannot be read: {error.strerror}.", hint="Check that you may read it."
@@ -276,9 +269,9 @@ def _belongs(checkpoint: Checkpoint, place: PurePath, directory: AnyPath, own: f
 
 def _may_be_wanted(folder: PurePath, own: Collection[str]) -> bool:
     """Whether a folder may hold side files, by its name."""
-    name = folder.name
-    is_state = is_training_state(name) and not (len(folder.parts) == 1 and name in own)
-    return may_hold_model(name, len(folder.parts) - 1) and not (is_state or is_averaged(name))
+    name, depth = folder.name, len(folder.parts) - 1
+    is_state = is_training_state(name) and not (depth == 0 and name in own)
+    return may_hold_model(name, depth) and not (is_state or is_averaged(name))
 
 
 def is_side_file(path: PurePath, own: Collection[str] = (), *, beside_a_run: bool = False) -> bool:
@@ -313,14 +306,11 @@ def _with_dtype(config: bytes, weights: WeightPlan, part: str) -> bytes:
     names = (name for shard in weights.of(part) for name in shard.offsets)
     dtypes = {DTYPE_NAMES[weights.dtypes[name]] for name in names if name in weights.dtypes}
     parsed = read_config({CONFIG: config})
-    try:
-        if len(dtypes) != 1 or not _set_dtype(parsed, next(iter(dtypes))):
-            return config
-        return json.dumps(parsed, indent=2, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # an escape that stands for no character
-        return json.dumps(parsed, indent=2).encode() + b"\n"
-    except RecursionError:  # deeper than any config that a loader could read
-        return config
+    with contextlib.suppress(RecursionError):  # deeper than any config that a loader could read
+        if len(dtypes) == 1 and _set_dtype(parsed, next(iter(dtypes))):
+            text = json.dumps(parsed, indent=2, ensure_ascii=False)
+            return text.encode(errors="backslashreplace") + b"\n"  # as JSON escapes what stands for no character
+    return config
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> bool:

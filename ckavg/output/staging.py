@@ -15,12 +15,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from ckavg.errors import OutputError, OutputExistsError, is_passing
-from ckavg.output.output_path import check_replaceable
-from ckavg.output.owned import (
+from ckavg.output.output_path import (
     JOURNAL,
     MARK,
     PARTIAL,
@@ -28,6 +26,7 @@ from ckavg.output.owned import (
     beside,
     check_names,
     check_partial,
+    check_replaceable,
     clear_replaced,
     empty,
     remove,
@@ -79,7 +78,12 @@ class Staging:
                 check_names(self._out)
                 self._make_parents()
                 self.path.mkdir(exist_ok=True)
-                self._lock = _locked(self.path, self._files)
+                self._lock = _lock(self.path, self._files)
+                if self._lock is None:
+                    raise OutputError(
+                        f"Another ckavg is writing {self._out.name} right now.",
+                        hint="Wait for it, or choose another place with --out.",
+                    )
                 clear_replaced(self._out)
                 self._check_out()
             except BaseException:
@@ -87,9 +91,7 @@ class Staging:
                 raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and self._keeps and not self._committed and is_passing(error):
             error.add_note(
                 f"What was finished is kept in {self.path}: the same command continues from there. "
@@ -100,19 +102,14 @@ class Staging:
             self._clean_up()
 
     def holds(self, key: str, sizes: Mapping[Path, int]) -> bool:
-        """Whether an interrupted attempt at this very work has left its weight files here.
-
-        Args:
-            key: of the work.
-            sizes: bytes of every weight file, by relative path.
-        """
+        """Whether an interrupted attempt at the work of this key has left its weight files here, of these bytes."""
         if not is_of(self.path / f"{JOURNAL}0", key):
             return False
         try:
-            states = {name: (self.path / name).lstat() for name in sizes}
+            states = [((self.path / name).lstat(), size) for name, size in sizes.items()]
         except OSError:
             return False
-        return all(stat.S_ISREG(states[name].st_mode) and states[name].st_size == size for name, size in sizes.items())
+        return all(stat.S_ISREG(state.st_mode) and state.st_size == size for state, size in states)
 
     def finished(self, key: str) -> dict[int, Any]:
         """What the journals of an interrupted attempt say is done; where it is anything, it is worth keeping."""
@@ -157,7 +154,7 @@ class Staging:
         """Wait until this process sees what another has made; network file systems take up to a minute to show it.
 
         Raises:
-            OutputError: it does not come, so that the two cannot be filling one directory.
+            OutputError: it does not come: the two are not filling one directory.
         """
         end = time.monotonic() + _SECONDS_TO_SEE
         while not (self.path / mark).exists():
@@ -208,8 +205,7 @@ class Staging:
         return True
 
     def _make_parents(self) -> None:
-        missing = [parent for parent in self._out.parents if not parent.exists()]
-        for parent in reversed(missing):
+        for parent in reversed([parent for parent in self._out.parents if not parent.exists()]):
             parent.mkdir()
             self._made.append(parent)
 
@@ -217,11 +213,9 @@ class Staging:
         if not self._committed:
             if self._lock is not None:
                 remove(self.path)
-            for parent in reversed(self._made):
-                try:
+            with suppress(OSError):
+                for parent in reversed(self._made):
                     parent.rmdir()
-                except OSError:
-                    break
         self._close()
 
     def _close(self) -> None:
@@ -234,7 +228,7 @@ class Staging:
 def _held(path: Path) -> Iterator[bool]:
     """Whether nobody works on a directory; nobody can while this is entered. True where there is no such directory."""
     try:
-        handle = lock_directory(path)
+        handle = _lock(path)
     except OSError as error:
         yield isinstance(error, FileNotFoundError)
         return
@@ -245,44 +239,29 @@ def _held(path: Path) -> Iterator[bool]:
             os.close(handle)
 
 
-def lock_directory(path: Path) -> int | None:
+def _lock(path: Path, files: Collection[str] | None = None) -> int | None:
     """A handle of a directory that keeps others from it until it is closed; None where somebody has one.
 
     The lock is on the directory itself. A lock file beside it would have to be opened under a name that something may
     have been planted under, would stay behind, and would lock nothing once the directory has been renamed.
 
     Raises:
+        OutputExistsError: with `files`, those of the result that is to come: not all of it is ours.
         OSError: there is no real directory, or the system would not let us open it.
     """
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if files is not None:
+            if os.fstat(handle).st_ino != path.lstat().st_ino:
+                raise BlockingIOError
+            check_partial(path, files)
         return handle
-    except BlockingIOError:
+    except BaseException as error:
         os.close(handle)
-        return None
-    except BaseException:
-        os.close(handle)
+        if isinstance(error, BlockingIOError | FileNotFoundError):  # or renamed, or removed
+            return None
         raise
-
-
-def _locked(directory: Path, files: Collection[str]) -> int:
-    """A handle that keeps others from a directory, once all of it is known to be ours."""
-    handle = lock_directory(directory)
-    if handle is not None:
-        try:
-            with suppress(FileNotFoundError):
-                if os.fstat(handle).st_ino == directory.lstat().st_ino:  # and not renamed meanwhile
-                    check_partial(directory, files)
-                    return handle
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
-    raise OutputError(
-        f"Another ckavg is writing {directory.name.removeprefix('.').removesuffix(PARTIAL)} right now.",
-        hint="Wait for it, or choose another place with --out.",
-    )
 
 
 def _sync(path: Path) -> None:
@@ -308,18 +287,14 @@ class Leftover:
 
 
 def find_leftovers(directory: Path, *, but: Iterable[Path] = ()) -> tuple[Leftover, ...]:
-    """Interrupted averages in a directory that nobody works on now. Changes nothing.
-
-    Args:
-        directory: where results are.
-        but: results whose own leftovers are not meant.
-    """
+    """Interrupted averages in a directory that nobody works on now, but those of some results. Changes nothing."""
     spared = {beside(resolved(out), PARTIAL).name for out in but}
     found = []
     for path in _named(directory, PARTIAL):
-        with _held(path) as free:
+        with _held(path) as free, suppress(OSError):
             if free and path.name not in spared and _is_worth_continuing(path):
-                found.append(Leftover(path, _bytes_in(path)))
+                nbytes = sum(each.lstat().st_blocks * 512 for each in path.rglob("*"))
+                found.append(Leftover(path, nbytes))
     return tuple(found)
 
 
@@ -344,9 +319,8 @@ def bring_back(out: Path) -> None:
 
 def bring_back_all(directory: Path) -> None:
     """The same of all results in a directory, unless that is a link."""
-    if not os.path.islink(directory):  # noqa: PTH114 - never raises
-        for out in _moved_aside(directory):
-            bring_back(out)
+    for out in [] if os.path.islink(directory) else _moved_aside(directory):  # noqa: PTH114 - never raises
+        bring_back(out)
 
 
 def _while_held(do: Callable[[Path], object], out: Path) -> None:
@@ -361,14 +335,9 @@ def _moved_aside(directory: Path) -> list[Path]:
 
 def _named(directory: Path, ending: str) -> list[Path]:
     """The real directories with a name of ours."""
-    try:
-        return sorted(
-            path
-            for path in directory.iterdir()
-            if path.name.startswith(".") and path.name.endswith(ending) and path.is_dir() and not path.is_symlink()
-        )
-    except (OSError, ValueError):
-        return []
+    with suppress(OSError, ValueError):
+        return sorted(path for path in directory.glob(f".*{ending}") if path.is_dir() and not path.is_symlink())
+    return []
 
 
 def _is_worth_continuing(path: Path) -> bool:
@@ -386,12 +355,3 @@ def _age(path: Path) -> float:
         return time.time() - max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
     except OSError:
         return 0.0
-
-
-def _bytes_in(path: Path) -> int:
-    total = 0
-    for folder, _, files in os.walk(path):
-        for name in files:
-            with suppress(OSError):
-                total += (Path(folder) / name).lstat().st_blocks * 512
-    return total

@@ -1,4 +1,4 @@
-"""The weight files of a result, written tile by tile at their places."""
+"""The weight files of a result: where every byte will lie, how tiles get there from several threads, and SHA-256."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
-from types import TracebackType
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from ckavg.checkpoints.headers import KNOWN_HASHES
-from ckavg.errors import WriteError
-from ckavg.output.layout import ShardPlan, encode_header
+from ckavg.checkpoints.run import DTYPE_NAMES, ITEM_BYTES, Checkpoint, TensorInfo
+from ckavg.errors import ReadError, WriteError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +24,114 @@ if TYPE_CHECKING:
 # Never for reading: a network file system then writes the bytes it is given, and not their whole pages.
 _WRITE = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 
+_CODES = {name: code for code, name in DTYPE_NAMES.items()}
+_ALIGNMENT = 8
+_FLAT_NAME = "model.safetensors"
 _LEGACY_START, _LEGACY_BYTES = 1 << 20, 1 << 16
+_MOST_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One safetensors file to write.
+
+    Attributes:
+        name: its path in the result.
+        header: its first bytes, length prefix included.
+        offsets: where each tensor begins in the file, in bytes.
+        nbytes: its size.
+        part: of the model; see `Shard`.
+        metadata: what its header says besides the tensors.
+    """
+
+    name: str
+    header: bytes
+    offsets: Mapping[str, int]
+    nbytes: int
+    part: str
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPlan:
+    """All weight files of a result.
+
+    Attributes:
+        shards: the files, in the order of the last checkpoint's.
+        dtypes: output dtype of every floating tensor, as a safetensors code.
+    """
+
+    shards: tuple[ShardPlan, ...]
+    dtypes: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    def of(self, part: str = "") -> list[ShardPlan]:
+        """The files of a part."""
+        return [shard for shard in self.shards if shard.part == part]
+
+    def index_of(self, part: str = "") -> tuple[dict[str, str], int]:
+        """What a shard index states of a part: the file of every tensor, and the bytes of all of them."""
+        shards = self.of(part)
+        placed = {name.removeprefix(part): PurePath(shard.name).name for shard in shards for name in shard.offsets}
+        return dict(sorted(placed.items())), sum(shard.nbytes - len(shard.header) for shard in shards)
+
+
+def plan_weights(like: Checkpoint, dtype: str = "source", *, file_name: str = "") -> WeightPlan:
+    """Lay out the result with the file names, the shard cut and the header entries of a checkpoint.
+
+    Args:
+        like: the last checkpoint.
+        dtype: `source`, or the dtype for all floating tensors: `float32`, `bfloat16`, `float16` or `float64`.
+        file_name: of the result, where the checkpoints are single files.
+    """
+    out = {
+        name: entry.dtype if dtype == "source" or not entry.is_floating else _CODES[dtype]
+        for name, entry in like.entries.items()
+    }
+    by_shard: list[dict[str, TensorInfo]] = [{} for _ in like.shards]
+    for name, entry in like.entries.items():
+        by_shard[entry.shard][name] = entry
+    names = (file_name or _FLAT_NAME,) if like.kind == "file" else like.names
+    shards = tuple(
+        _plan_shard(name, entries, out, part=shard.part, metadata=shard.metadata)
+        for name, entries, shard in zip(names, by_shard, like.shards, strict=True)
+    )
+    floating = {name: code for name, code in out.items() if like.entries[name].is_floating}
+    return WeightPlan(shards, floating)
+
+
+def _plan_shard(
+    file: str, entries: Mapping[str, TensorInfo], dtypes: Mapping[str, str], *, part: str, metadata: Mapping[str, str]
+) -> ShardPlan:
+    """Lay out one file; in it, tensors have their names without that of the part."""
+    # Widest items first, as the safetensors library lays them out: every tensor is aligned to its item size.
+    in_order = sorted(entries, key=lambda name: (-ITEM_BYTES[dtypes[name]], entries[name].offset, name))
+    to_come = {key: "0" * digits for key, digits in KNOWN_HASHES.items() if key in metadata}
+    metadata = {**metadata, **to_come} or {"format": "pt"}
+    declared: dict[str, object] = {"__metadata__": metadata}
+    starts: dict[str, int] = {}
+    end = 0
+    for name in in_order:
+        starts[name], end = end, end + entries[name].numel * ITEM_BYTES[dtypes[name]]
+        declared[name.removeprefix(part)] = {
+            "dtype": dtypes[name],
+            "shape": list(entries[name].shape),
+            "data_offsets": [starts[name], end],
+        }
+    header = _encode_header(declared)
+    offsets = {name: len(header) + start for name, start in starts.items()}
+    return ShardPlan(file, header, offsets, len(header) + end, part, metadata)
+
+
+def _encode_header(declared: Mapping[str, object]) -> bytes:
+    """The first bytes of a safetensors file, as the safetensors library writes them."""
+    text = json.dumps(declared, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
 
 
 class WeightFiles:
@@ -69,9 +178,7 @@ class WeightFiles:
     def __enter__(self) -> WeightFiles:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -101,46 +208,39 @@ def write_own_hashes(path: Path, shard: ShardPlan) -> None:
         return
     declared = json.loads(shard.header[8:])
     of_training = {key: value for key, value in shard.metadata.items() if key.startswith("ss_")}
-    head = encode_header(declared | {"__metadata__": of_training})
+    head = _encode_header(declared | {"__metadata__": of_training})
     with write_errors(path), os.fdopen(os.open(path, _WRITE & ~os.O_WRONLY | os.O_RDWR), "r+b") as file:
         file.seek(len(shard.header))
         whole = hashlib.file_digest(file, "sha256").hexdigest()
         piece = head[_LEGACY_START : _LEGACY_START + _LEGACY_BYTES]
         file.seek(len(shard.header) + max(0, _LEGACY_START - len(head)))
         piece += file.read(_LEGACY_BYTES - len(piece))
-        hashes = {"sshs_model_hash": whole, "sshs_legacy_hash": hashlib.sha256(piece).hexdigest()[:8]}
+        hashes = {"sshs_model_hash": whole, "sshs_legacy_hash": sha256(piece)[:8]}
         stated = {key: hashes.get(key, value) for key, value in shard.metadata.items()}
         file.seek(0)
-        file.write(encode_header(declared | {"__metadata__": stated}))
+        file.write(_encode_header(declared | {"__metadata__": stated}))
 
 
 def _create(path: Path, shard: ShardPlan) -> None:
-    handle = os.open(path, _WRITE | os.O_CREAT | os.O_EXCL, 0o666)
+    # For appending: where the file system keeps no blocks, the C library would otherwise write to every one.
+    handle = os.open(path, _WRITE | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
     try:
-        _reserve(path, shard.nbytes)
-        os.truncate(handle, shard.nbytes)
         _write_at(handle, memoryview(shard.header), 0)
+        _reserve(handle, shard.nbytes)
+        os.truncate(handle, shard.nbytes)
     finally:
         os.close(handle)
 
 
-def _reserve(path: Path, nbytes: int) -> None:
-    """Have the file system keep blocks for a new file, where it can: writing into them is twice as fast.
-
-    Where it cannot, the C library would write to every block, unless the file was opened for appending.
-
-    Raises:
-        OSError: there is no room for it.
-    """
-    if nbytes and hasattr(os, "posix_fallocate"):
-        handle = os.open(path, _WRITE | os.O_APPEND)
-        try:
-            os.posix_fallocate(handle, 0, nbytes)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-        finally:
-            os.close(handle)
+def _reserve(handle: int, nbytes: int) -> None:
+    """Have the file system keep blocks for a file, where it can: writing into them is twice as fast."""
+    try:
+        os.posix_fallocate(handle, 0, nbytes)
+    except AttributeError:
+        pass  # another system
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
 
 
 def _write_at(handle: int, data: memoryview, offset: int) -> None:
@@ -154,11 +254,7 @@ def _write_at(handle: int, data: memoryview, offset: int) -> None:
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """What the system says against writing `path`, as an error of ours.
-
-    Raises:
-        WriteError: it said something.
-    """
+    """Turn what the system says against writing `path` into a `WriteError`."""
     try:
         yield
     except OSError as error:
@@ -166,3 +262,39 @@ def write_errors(path: Path) -> Iterator[None]:
             f"{path} cannot be written: {error.strerror or error}.",
             hint="Nothing was left under the final name. Choose another place with --out, or free some space.",
         ) from error
+
+
+def sha256(data: bytes) -> str:
+    """SHA-256 in hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of(paths: Sequence[Path], *, beside: Sequence[Callable[[], None]] = ()) -> list[str]:
+    """SHA-256 of files, several at a time, in hexadecimal digits.
+
+    Args:
+        paths: the files.
+        beside: what is done at the same time, such as waiting for a disk.
+
+    Raises:
+        ReadError: the system would not let us read.
+        Exception: whatever was raised beside it.
+    """
+    with ThreadPoolExecutor(min(_MOST_THREADS, (os.cpu_count() or 1) + len(beside))) as executor:
+        try:
+            others = [executor.submit(each) for each in beside]
+            hashed = [executor.submit(_sha256_of_file, path) for path in paths]
+            for each in others:
+                each.result()
+            return [each.result() for each in hashed]
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _sha256_of_file(path: Path) -> str:
+    try:
+        with path.open("rb", buffering=0) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ReadError(f"{path} cannot be read: {error.strerror}.", hint="Check the disk and the rights.") from error

@@ -15,10 +15,10 @@ from ckavg.checkpoints.checkpoint import RESULT_RECORD, read_checkpoint
 from ckavg.checkpoints.run import DTYPE_NAMES, Checkpoint, TensorInfo
 from ckavg.engine.context import Context, OnProgress, Progress
 from ckavg.errors import CkavgError, ReadError
-from ckavg.output.hashing import sha256_of
-from ckavg.output.owned import CARD
+from ckavg.output.output_path import CARD
 from ckavg.output.record import Output
 from ckavg.output.side_files import CONFIG, DTYPE_KEYS
+from ckavg.output.weight_files import sha256_of
 from ckavg.storage.atomic import resolved
 from ckavg.storage.local import read_object
 from ckavg.verify.findings import Report

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import ckavg
-from ckavg.output.owned import LOCAL
+from ckavg.output.output_path import LOCAL
 from ckavg.schemes import Scheme
 from tests import reference
 from tests.cli.runner import placeless, run_cli, snapshot, visible

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from ckavg.output import plots
-from ckavg.output.owned import LOCAL
+from ckavg.output.output_path import LOCAL
 from tests.cli.runner import run_cli
 from tests.environment.faults import ERRORS, faults
 from tests.environment.process import check_message, ckavg

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ckavg
-from ckavg.output.owned import LOCAL
+from ckavg.output.output_path import LOCAL
 from ckavg.storage.redaction import without_paths, without_secrets
 from tests.cli.runner import run_cli
 from tests.exhaustive import all_but

@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 import ckavg
 from ckavg.errors import HubError
 from ckavg.hub import check_owner, check_token
-from ckavg.output.owned import LOCAL
+from ckavg.output.output_path import LOCAL
 from tests.cli.runner import placeless, run_cli
 from tests.hub.server import TOKEN, Hub
 from tests.ranks.launch import Job, run_jobs

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCardData
-from markdown_it import MarkdownIt
 
 import ckavg
 from ckavg.output.origin import parse_card
@@ -77,16 +76,11 @@ def test_null_removes_a_field_and_another_base_model_is_related_anew(source: Pat
         (b"---\n1: a\n---\n", "no short text: '1'"),
         (b"---\na: !!binary aGk=\n---\n", "of the kind bytes"),
         (b"---\na: !!python/object/apply:os.getcwd []\n---\n", "is not valid YAML"),
-        (b"---\na: 2024-02-30\n---\n", "not what it seems to be"),
+        (b"---\na: 2024-02-30\n---\n", "day is out of range for month"),
         (b"---\na: 99999999999999999999\n---\n", "beyond 64 bits"),
         (b"---\na: " + b"[" * 99 + b"]" * 99 + b"\n---\n", "nested more than 32 deep"),
         (b"---\nmodel-index: 7\n---\n", "its model-index is not in the form that the Hub expects"),
         (b"---\nto_yaml: 7\n---\n", "its front matter is not in the form that the Hub expects"),
-        (b"# a\n\n```python\nx\n", "the code block or HTML that begins in line 3 of its text is never closed"),
-        (b"a\n\n   ```\n> ```\n- ```\n", "the code block or HTML that begins in line 3"),
-        (b"a\n\n<!-- b\n", "HTML that begins in line 3"),
-        (b"<script>\n\n", "HTML that begins in line 1"),
-        (b"~~~~\n```\n~~~\n", "the code block or HTML that begins in line 1"),
     ],
 )
 def test_a_card_that_cannot_be_used_is_refused(source: Path, tmp_path: Path, content: bytes, why: str) -> None:
@@ -95,29 +89,6 @@ def test_a_card_that_cannot_be_used_is_refused(source: Path, tmp_path: Path, con
     with pytest.raises(ckavg.errors.SettingError, match=re.escape(why)):
         averaged(source, card=own)
     assert not (source / "averaged").exists()
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "Words.",
-        "```\na\n```",
-        "- ```py\n  x\n  ```\n\n```\nb\n```",
-        "1. a\n\n    ```\n    x\n    ```",
-        "> ```\n> open to the end of the quotation\n\nwords",
-        "````\n```\n````",
-        "    ```\n\n```\na\n```",
-        "``` a ` b",
-        "~~~ a ` b\n~~~",
-        "<!-- a\n\nb -->\n<p>c",
-    ],
-)
-def test_code_blocks_that_end(source: Path, tmp_path: Path, text: str) -> None:
-    own = tmp_path / "own.md"
-    own.write_text(text)
-    card = card_of(source, card=own)
-    tokens = MarkdownIt().parse(card.split("\n---\n", 1)[1])
-    assert "How the weights were averaged" in [token.content for token in tokens if token.type == "inline"]
 
 
 def test_a_card_that_is_not_there(source: Path, tmp_path: Path) -> None:
@@ -137,7 +108,7 @@ def test_option(source: Path, tmp_path: Path) -> None:
         assert fields_of(card)["license"] == "mit"
         assert "\nWords.\n" in card
     assert run_cli("mean", source, "--card", tmp_path / "none.md", "--force").exit_code == 1
-    own.write_text("```\n")
+    own.write_text("---\n- a\n---\n")
     assert run_cli("mean", source, "--card", own, "--force").exit_code == 2
 
 

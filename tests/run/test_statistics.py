@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ckavg
 from ckavg.checkpoints.run import running_statistics
-from ckavg.output.hashing import sha256
+from ckavg.output.weight_files import sha256
 from ckavg.schemes import Scheme
 from tests.cli.runner import run_cli
 from tests.runs import write_run

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ckavg
-from ckavg.output.hashing import sha256
-from ckavg.output.owned import LOCAL
+from ckavg.output.output_path import LOCAL
+from ckavg.output.weight_files import sha256
 from tests.cli.runner import run_cli
 from tests.runs import random_run, write_run
 

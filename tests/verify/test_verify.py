@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ckavg
-from ckavg.output.owned import LOCAL
+from ckavg.output.output_path import LOCAL
 from ckavg.schemes import SCHEMES, Last, Scheme
 from tests.cli.runner import run_cli, snapshot
 from tests.runs import random_run, write_checkpoint, write_run
