@@ -16,7 +16,7 @@ from typing import Any
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.errors import OutputExistsError, listed
 from ckavg.storage.atomic import check_own
-from ckavg.storage.untrusted import parse_json, read_small
+from ckavg.storage.local import parse_json, read_small
 
 CARD, PLOT = "README.md", "ckavg.svg"
 """The model card, and the picture of the weights that it shows, beside it."""

@@ -12,8 +12,8 @@ from ckavg.checkpoints.run import Checkpoint
 from ckavg.errors import CkavgError, CorruptFileError, SettingError
 from ckavg.output.record import Input
 from ckavg.storage.address import Address, address_of
+from ckavg.storage.download import thread_map
 from ckavg.storage.remote import open_storage
-from ckavg.storage.tree import thread_map
 from ckavg.verify.findings import Finding
 
 _INDEX = ".safetensors.index"

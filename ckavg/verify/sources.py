@@ -18,7 +18,7 @@ from ckavg.checkpoints.run import Checkpoint, TensorInfo
 from ckavg.errors import CkavgError, CorruptFileError, ReadError
 from ckavg.output.published import Local, read_local
 from ckavg.output.record import BASE_MODEL, Input, Record
-from ckavg.storage.untrusted import open_regular
+from ckavg.storage.local import open_regular
 from ckavg.verify.findings import Report
 from ckavg.verify.remote import is_remote, open_remote
 

@@ -316,7 +316,7 @@ def test_sizes_that_cannot_be(hub: Hub, repo: Repo, monkeypatch: pytest.MonkeyPa
             entry["size"] = entry["lfs"]["size"] = 10**18
         return entry
 
-    monkeypatch.setattr("tests.hub.reading.entry_of", lying)
+    monkeypatch.setattr("tests.hub.server.entry_of", lying)
     told = refused("ema", FAR, "--revisions", "step*", named=f"{FAR}@step10")
     assert "model.safetensors" in told
 
