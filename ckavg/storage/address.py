@@ -29,7 +29,6 @@ _REPO_ID = re.compile(
     rf"(?P<hf>hf:/{{0,2}})?(?P<repo>{_PART}/{_PART})(?P<revision>@[^/]+)?(?P<folder>(?(hf)|(?(revision)|(?!)))(?:/[^/]+)+)?/?",
     re.ASCII,
 )
-_FILE_VIEWS = ("blob", "resolve", "raw")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +119,7 @@ def as_address(text: str) -> str:
     link = _LINK.fullmatch(text)
     if link is not None:
         revision, *folders = [part for part in (link["rest"] or "").split("/") if part] or [""]
-        folders = folders[:-1] if link["view"] in _FILE_VIEWS else folders
+        folders = folders[:-1] if link["view"] in ("blob", "resolve", "raw") else folders
         at = f"@{revision}" if revision else ""
         return "/".join([f"hf://{link['kind'] or ''}{link['repo']}{at}", *folders])
     found = _REPO_ID.fullmatch(text)

@@ -119,7 +119,9 @@ def replacing(path: Path, *, follow: bool = True) -> Iterator[Path]:
     with _held(path) as partial:
         try:
             yield partial
-            partial.chmod(_usual_mode())
+            umask = os.umask(0)
+            os.umask(umask)
+            partial.chmod(0o666 & ~umask)  # that of any new file; this one was made for its owner alone
             partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -167,13 +169,6 @@ def _lock(path: Path) -> int | None:
         pass
     os.close(handle)
     return None
-
-
-def _usual_mode() -> int:
-    """The mode of a new file; temporary ones are made for their owner alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
 
 
 def cache_directory() -> Path:

@@ -20,9 +20,6 @@ from ckavg.errors import CkavgError, CorruptFileError, ReadError
 from ckavg.storage.atomic import resolved
 from ckavg.storage.base import AnyPath, FileInfo, Listing, Opened, RemotePath, Storage
 
-MOST_SMALL_BYTES = 100_000_000
-"""What is read whole into memory is no larger than this."""
-
 _MOST_VALUES = 2_000_000
 """Values in a JSON file: some 200 bytes each, once they are parsed. Logs and indexes of real runs have a tenth."""
 
@@ -51,7 +48,7 @@ def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
     return os.fdopen(handle, "rb")
 
 
-def read_small(path: Path, most: int = MOST_SMALL_BYTES, *, follow: bool = True) -> bytes:
+def read_small(path: Path, most: int = 100_000_000, *, follow: bool = True) -> bytes:
     """The bytes of a plain file of at most `most` bytes; `follow` as of `open_regular`.
 
     Raises:

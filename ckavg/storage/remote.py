@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import secrets
 import shutil
-import struct
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -26,8 +25,6 @@ HEAD_BYTES = 64 << 10
 
 _LEFT_FREE = 1 << 30
 """What is left of a disk whatever happens."""
-
-_LENGTH = struct.Struct("<Q")
 
 
 class Stopped(Exception):  # noqa: N818 - nothing is wrong with what it stops
