@@ -99,7 +99,7 @@ def record_of(
 
 def _pinned(path: AnyPath) -> str:
     """A path by what cannot come to mean something else."""
-    return path.storage.pinned(path) if isinstance(path, RemotePath) else str(path)
+    return path.storage.address(path, is_pinned=True) if isinstance(path, RemotePath) else str(path)
 
 
 def _selection(run: Run) -> dict[str, int | str | tuple[int | str, ...]]:

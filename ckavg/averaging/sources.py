@@ -6,23 +6,18 @@ import dataclasses
 import fnmatch
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ckavg.checkpoints.inspect import Inspection, as_run, inspect_run
 from ckavg.checkpoints.layouts import label_revisions, read_label
 from ckavg.checkpoints.run import Checkpoint, Run, Selection
-from ckavg.errors import (
-    MissingShardError,
-    MixedOrderError,
-    NoCheckpointsError,
-    SettingError,
-    listed,
-)
+from ckavg.errors import MissingShardError, MixedOrderError, NoCheckpointsError, SettingError, listed
 from ckavg.output.staging import bring_back, bring_back_all
 from ckavg.storage.address import Address, address_of, did_you_mean, is_pattern, parse_size
 from ckavg.storage.base import AnyPath, RemotePath
-from ckavg.storage.hub import GO_ONLINE, Repository
+from ckavg.storage.hub import Repository
+from ckavg.storage.hub_errors import GO_ONLINE
 from ckavg.storage.remote import RemoteStorage, open_storage, storages_of
 
 _NUMBER = re.compile(r"\d+(?:[-_]tokens[\w.]+)?$", re.ASCII)
@@ -122,7 +117,9 @@ def inspect_source(source: AnyPath | str, selection: Selection, *, max_disk: int
         storage, told = _open(address, selection.revisions, limit)
         place = storage.root
     if base is not None:
-        selection = dataclasses.replace(selection, init=_open_init(base, limit))
+        if base.revision is not None and is_pattern(base.revision):
+            raise SettingError(f"--init {base} may be several revisions.", hint="Name one: hf://owner/name@REVISION")
+        selection = dataclasses.replace(selection, init=open_storage(base, max_disk=limit).root)
     try:
         found = inspect_run(place, selection)
     except NoCheckpointsError as error:
@@ -130,8 +127,6 @@ def inspect_source(source: AnyPath | str, selection: Selection, *, max_disk: int
             error.hint = _revisions_to_try(address) or error.hint
         raise
     remote = storages_of([found.source, *(checkpoint.path for checkpoint in found.checkpoints)])
-    for each in remote:
-        each.forget_headers()
     for problem in found.problems:
         if isinstance(problem, MissingShardError) and any(each.is_offline for each in remote):
             problem.hint = f"It is not in the cache, or not all of it. {GO_ONLINE}"
@@ -156,19 +151,15 @@ def _open(address: Address, revisions: Sequence[str], max_disk: int | None) -> t
             f"{address} names one revision, and --revisions others.",
             hint="Leave one of them out: @REVISION or --revisions.",
         )
-    return _open_revisions(address, patterns, max_disk) if patterns else (open_storage(address, max_disk=max_disk), ())
+    if not patterns:
+        return open_storage(address, max_disk=max_disk), ()
+    storage, unstated = _open_revisions(address, patterns, max_disk)
+    told = f"Passed over, for the name of the revision states no step: {listed(unstated)}."
+    return storage, (told,) if unstated else ()
 
 
-def _open_init(address: Address, max_disk: int | None) -> RemotePath:
-    if address.revision is not None and is_pattern(address.revision):
-        raise SettingError(f"--init {address} may be several revisions.", hint="Name one: hf://owner/name@REVISION")
-    return open_storage(address, max_disk=max_disk).root
-
-
-def _open_revisions(
-    address: Address, patterns: Sequence[str], max_disk: int | None
-) -> tuple[RemoteStorage, tuple[str, ...]]:
-    """Revisions of a repository as folders of one storage. Asks for their names alone."""
+def _open_revisions(address: Address, patterns: Sequence[str], max_disk: int | None) -> tuple[RemoteStorage, list[str]]:
+    """Revisions of a repository as folders of one storage, and those whose names state no step."""
     repository = Repository(address.place)
     known = repository.revisions()
     matched = [name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
@@ -185,28 +176,23 @@ def _open_revisions(
             f"{address}: no revision that matches states a step: {listed(unstated)}.",
             hint="Expected names such as step1000 or stage1-step1000-tokens5B.",
         )
-    _check_stages(address, {label.stem for label in labels.values()})
+    stems = sorted({label.stem for label in labels.values()})
+    if len(stems) > 1:
+        raise MixedOrderError(
+            f"{address}: the revisions mix stages ({', '.join(stem or 'none' for stem in stems)}), whose steps have no "
+            "common order.",
+            hint=f"Choose those of one stage: --revisions '{next(filter(None, stems))}*'",
+        )
     trees = {
         _as_folder(name): repository.tree(name, address.folder, commit=known[name])
         for name in matched
         if name not in unstated
     }
-    told = f"Passed over, for the name of the revision states no step: {listed(unstated)}."
-    return RemoteStorage(address, trees, max_disk=max_disk), (told,) if unstated else ()
+    return RemoteStorage(address, trees, max_disk=max_disk), unstated
 
 
 def _as_folder(revision: str) -> str:
     return revision.replace("/", "--")
-
-
-def _check_stages(address: Address, stems: Collection[str]) -> None:
-    """Refuse revisions of several runs or stages, in words that a repository is chosen from."""
-    if len(stems) > 1:
-        named = ", ".join(stem or "none" for stem in sorted(stems))
-        raise MixedOrderError(
-            f"{address}: the revisions mix stages ({named}), whose steps have no common order.",
-            hint=f"Choose those of one stage: --revisions '{next(filter(None, sorted(stems)))}*'",
-        )
 
 
 def _revisions_to_try(address: Address) -> str:

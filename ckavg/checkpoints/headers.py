@@ -23,8 +23,7 @@ from ckavg.errors import (
     UnsupportedFormatError,
 )
 from ckavg.storage.base import AnyPath, FileInfo
-from ckavg.storage.local import storage_of
-from ckavg.storage.untrusted import parse_json
+from ckavg.storage.local import parse_json, storage_of
 
 KNOWN_HASHES = {"sshs_model_hash": 64, "sshs_legacy_hash": 8}
 """Hashes of a file's tensors that are computed anew for a result, and their digits."""

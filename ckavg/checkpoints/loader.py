@@ -23,7 +23,7 @@ from ckavg.errors import (
     listed,
 )
 from ckavg.storage.base import AnyPath, RemotePath
-from ckavg.storage.tree import thread_map
+from ckavg.storage.download import thread_map
 
 MOST_CHECKPOINTS = 10_000
 

@@ -14,7 +14,6 @@ from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 from ckavg.checkpoints.run import Checkpoint
 from ckavg.engine.blocks import Block
@@ -74,20 +73,15 @@ class RemoteReader:
         largest = min(_LARGEST_PIECE, max(_SMALLEST_PIECE, nbytes // (4 * max(1, len(far)))))
         needed = [_needed(self._far, far, block) for block in blocks]
         self._pieces = _cut(needed, largest)
-        self._begins = {path: [piece.begin for piece in pieces] for path, pieces in self._pieces.items()}
-        self._ahead = _in_order(self._pieces, self._begins, needed)
+        self._ahead = _in_order(self._pieces, needed)
         self._urgent: deque[_Piece] = deque()
         self._held: OrderedDict[int, _Piece] = OrderedDict()
-        self._bytes = 0
+        self.held_bytes = 0
+        """How much is held, or on its way."""
         self._changed = threading.Condition()
         self._ended = False
         for _ in range(connections if far else 0):
             threading.Thread(target=self._run, name="ckavg-fetch", daemon=True).start()
-
-    @property
-    def held_bytes(self) -> int:
-        """How much is held, or on its way."""
-        return self._bytes
 
     def has(self, path: AnyPath) -> bool:
         """Whether a file is read here, rather than from this machine."""
@@ -114,24 +108,19 @@ class RemoteReader:
                 self._used(piece, stop - at)
             filled += stop - at
 
-    def close(self) -> None:
+    def __enter__(self) -> RemoteReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Fetch nothing more. Connections that are busy end by themselves."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
 
-    def __enter__(self) -> RemoteReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _piece_at(self, path: RemotePath, at: int) -> _Piece | None:
-        pieces = self._pieces.get(path)
-        place = bisect_right(self._begins[path], at) - 1 if pieces else -1
-        return pieces[place] if pieces and place >= 0 and at < pieces[place].end else None
+        pieces = self._pieces.get(path, [])
+        place = _place_of(at, pieces)
+        return pieces[place] if place >= 0 and at < pieces[place].end else None
 
     def _wait_for(self, piece: _Piece) -> bytes:
         with self._changed:
@@ -158,7 +147,7 @@ class RemoteReader:
     def _drop(self, piece: _Piece) -> None:
         if self._held.pop(id(piece), None) is not None:
             piece.data, piece.is_asked = None, False
-            self._bytes -= piece.end - piece.begin
+            self.held_bytes -= piece.end - piece.begin
             self._changed.notify_all()
 
     def _run(self) -> None:
@@ -180,21 +169,21 @@ class RemoteReader:
                 if piece is not None:
                     piece.is_asked = True
                     self._held[id(piece)] = piece
-                    self._bytes += piece.end - piece.begin
+                    self.held_bytes += piece.end - piece.begin
                     self._make_room(but=piece)
                     return piece
                 self._changed.wait(_SECONDS_BETWEEN_LOOKS)
             return None
 
     def _upcoming(self) -> _Piece | None:
-        if self._bytes >= self._nbytes:
+        if self.held_bytes >= self._nbytes:
             return None
         return next((piece for piece in self._ahead if not piece.is_asked and piece.left > 0), None)
 
     def _make_room(self, *, but: _Piece) -> None:
         """Drop what was used longest ago where workers hold on to far more than was meant; it is fetched again."""
         for piece in list(self._held.values()):
-            if self._bytes <= 2 * self._nbytes:
+            if self.held_bytes <= 2 * self._nbytes:
                 return
             if piece.data is not None and piece is not but:
                 self._drop(piece)
@@ -246,17 +235,19 @@ def _pieces(path: RemotePath, ranges: Sequence[tuple[int, int]], largest: int) -
         yield _Piece(path, begin, end, left)
 
 
-def _in_order(
-    pieces: Mapping[RemotePath, list[_Piece]], begins: Mapping[RemotePath, list[int]], needed: Iterable[_Ranges]
-) -> Iterator[_Piece]:
+def _place_of(at: int, pieces: Sequence[_Piece]) -> int:
+    """The last piece that does not begin after this byte; -1 where none does."""
+    return bisect_right(pieces, at, key=lambda piece: piece.begin) - 1
+
+
+def _in_order(pieces: Mapping[RemotePath, list[_Piece]], needed: Iterable[_Ranges]) -> Iterator[_Piece]:
     """The pieces in the order in which workers will want them: by place in a block, then by checkpoint."""
     seen: set[int] = set()
     for ranges in needed:
-        of_ranges = []
-        for path, begin, end in ranges:
-            first = bisect_right(begins[path], begin) - 1
-            stop = bisect_right(begins[path], end - 1)
-            of_ranges.append(pieces[path][first:stop])
+        of_ranges = [
+            pieces[path][_place_of(begin, pieces[path]) : _place_of(end - 1, pieces[path]) + 1]
+            for path, begin, end in ranges
+        ]
         for row in itertools.zip_longest(*of_ranges):
             for piece in row:
                 if piece is not None and id(piece) not in seen:

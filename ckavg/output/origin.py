@@ -19,8 +19,7 @@ from ckavg.output.output_path import CARD
 from ckavg.output.side_files import read_config
 from ckavg.storage.atomic import resolved
 from ckavg.storage.base import AnyPath, RemotePath
-from ckavg.storage.local import Bounds, problem_with, storage_of
-from ckavg.storage.untrusted import read_small
+from ckavg.storage.local import Bounds, problem_with, read_small, storage_of
 
 _MOST_BYTES = 4_000_000
 _MOST_CHARACTERS = 1_000_000

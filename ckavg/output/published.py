@@ -14,8 +14,8 @@ from ckavg.errors import RecordError
 from ckavg.output.output_path import LOCAL
 from ckavg.output.record import BASE_MODEL, RUN, Record, Text, Texts, as_json, is_address, parse_fields
 from ckavg.storage.atomic import resolved
+from ckavg.storage.local import read_small
 from ckavg.storage.redaction import HIDDEN, without_paths, without_secrets
-from ckavg.storage.untrusted import read_small
 
 _COMMON = frozenset({"root", "user", "home", "ubuntu", "admin", "runner", "nobody", "localhost"})
 _MOST_BYTES_OF_LOCAL = 10_000_000

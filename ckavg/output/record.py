@@ -21,7 +21,7 @@ from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.errors import CkavgError, CombinedError, ReadError, RecordError, SettingError, raise_all
 from ckavg.output.staging import bring_back
 from ckavg.schemes import SCHEMES, Scheme
-from ckavg.storage.untrusted import parse_json, read_small
+from ckavg.storage.local import parse_json, read_small
 
 RUN, BASE_MODEL = "RUN", "BASE_MODEL"
 """What stands in a record for a run, and for the model it began with, that lie elsewhere on the machine."""

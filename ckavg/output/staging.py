@@ -35,7 +35,7 @@ from ckavg.output.output_path import (
 from ckavg.output.weight_files import write_errors
 from ckavg.storage.atomic import open_own, resolved
 from ckavg.storage.journal import Journal, is_of, read_journal
-from ckavg.storage.untrusted import open_regular
+from ckavg.storage.local import open_regular
 
 _SECONDS_TO_SEE = 90.0
 _SECONDS_LEFT_ALONE = 3600

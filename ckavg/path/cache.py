@@ -20,7 +20,7 @@ from ckavg.checkpoints.run import Run
 from ckavg.path.table import PathLength
 from ckavg.storage.atomic import cache_directory, resolved, write_bytes
 from ckavg.storage.base import AnyPath, RemotePath
-from ckavg.storage.untrusted import parse_json, read_small
+from ckavg.storage.local import parse_json, read_small
 
 NAME = "path.json"
 

@@ -13,12 +13,10 @@ from ckavg.storage.redaction import shown_address
 SCHEMES = ("hf", "s3", "gs", "gcs", "abfs", "abfss", "az")
 """What addresses may begin with. fsspec has drivers for more: some run what they read, others ask any host."""
 
-_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?P<rest>[^/].*)", re.DOTALL)
+_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>/+|:.*:/)(?P<rest>[^/].*)", re.DOTALL)
 _ONE_SLASH = re.compile(r"\A(?!file:|local:)([A-Za-z][A-Za-z0-9+.-]+):/(?=[^/])")
-_OTHER_ADDRESSES = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*::.*:/.*|[A-Za-z][A-Za-z0-9+.-]+:/{3}.*)", re.DOTALL)
 _HUB = re.compile(r"(?P<repo>[^/@]+(?:/[^/@]+)?)(?:@(?P<revision>[^/]+))?(?:/(?P<folder>.+))?")
 _OTHER_KINDS = ("datasets", "spaces", "buckets", "kernels")
-_PATTERN = re.compile(r"[*?\[]")
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?:(?P<prefix>[KMGT])(?P<binary>i?)B?|B)?", re.IGNORECASE)
 _POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
 _PART = r"[A-Za-z0-9][\w.-]*"
@@ -31,7 +29,6 @@ _REPO_ID = re.compile(
     rf"(?P<hf>hf:/{{0,2}})?(?P<repo>{_PART}/{_PART})(?P<revision>@[^/]+)?(?P<folder>(?(hf)|(?(revision)|(?!)))(?:/[^/]+)+)?/?",
     re.ASCII,
 )
-_FILE_VIEWS = ("blob", "resolve", "raw")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +77,14 @@ def address_of(source: Path | str) -> Address | None:
     """
     text = _ONE_SLASH.sub(r"\1://", str(source))
     match = _ADDRESS.fullmatch(text)
-    if match is None and not _OTHER_ADDRESSES.fullmatch(text):
+    if match is None:
         return None
-    if match is None or match["scheme"].lower() not in SCHEMES or "::" in text:
-        raise _not_read(text)
+    if match["scheme"].lower() not in SCHEMES or match["slashes"] not in ("/", "//") or "::" in text:
+        kinds = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+        raise SettingError(
+            f"{shown_address(text)} is no address that is read: expected a directory, or one of {kinds}, without '::'.",
+            hint=did_you_mean(text) or "Fetch the run, and name the directory.",
+        )
     if (shown := shown_address(text)) != text:
         raise SettingError(
             f"{shown} holds a password or a key, which no address may.",
@@ -98,14 +99,6 @@ def address_of(source: Path | str) -> Address | None:
         raise SettingError(f"{source} names no repository.", hint="For example: hf://owner/name@revision")
     revision = found["revision"]
     return Address(scheme, found["repo"], unquote(revision) if revision else None, found["folder"] or "")
-
-
-def _not_read(text: str) -> SettingError:
-    kinds = ", ".join(f"{scheme}://" for scheme in SCHEMES)
-    return SettingError(
-        f"{shown_address(text)} is no address that is read: expected a directory, or one of {kinds}, without '::'.",
-        hint=did_you_mean(text) or "Fetch the run, and name the directory.",
-    )
 
 
 def did_you_mean(text: str) -> str:
@@ -126,13 +119,11 @@ def as_address(text: str) -> str:
     link = _LINK.fullmatch(text)
     if link is not None:
         revision, *folders = [part for part in (link["rest"] or "").split("/") if part] or [""]
-        folders = folders[:-1] if link["view"] in _FILE_VIEWS else folders
+        folders = folders[:-1] if link["view"] in ("blob", "resolve", "raw") else folders
         at = f"@{revision}" if revision else ""
         return "/".join([f"hf://{link['kind'] or ''}{link['repo']}{at}", *folders])
     found = _REPO_ID.fullmatch(text)
-    if found is None:
-        return ""
-    return f"hf://{found['repo']}{found['revision'] or ''}{found['folder'] or ''}"
+    return f"hf://{found['repo']}{found['revision'] or ''}{found['folder'] or ''}" if found else ""
 
 
 def as_repository(text: str) -> tuple[str, str]:
@@ -147,14 +138,11 @@ def as_repository(text: str) -> tuple[str, str]:
 
 def is_pattern(revision: str) -> bool:
     """Whether it may match several revisions."""
-    return _PATTERN.search(revision) is not None
+    return not {*"*?["}.isdisjoint(revision)
 
 
 def parse_size(text: str | int) -> int:
-    """A number of bytes, such as `50GB`, `512MiB` or `0`.
-
-    Raises:
-        SettingError: it is none.
+    """A number of bytes, such as `50GB`, `512MiB` or `0`; SettingError where it is none.
 
     >>> parse_size("1.5GB"), parse_size("2 MiB"), parse_size("100")
     (1500000000, 2097152, 100)

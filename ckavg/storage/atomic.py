@@ -27,7 +27,6 @@ def check_own(path: Path, *, directory: bool = False) -> bool:
 
     Raises:
         FileExistsError: something else is there.
-        OSError: the system would not let us look.
     """
     try:
         _check(path, path.lstat(), directory=directory)
@@ -57,7 +56,6 @@ def make_own_directory(path: Path) -> None:
 
     Raises:
         FileExistsError: something else is there.
-        OSError: the system would not let us make it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -67,16 +65,10 @@ def make_own_directory(path: Path) -> None:
 
 
 def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
-    """A handle of a new file, or of a plain file of this user without another name.
-
-    Args:
-        path: its name, which no link may have.
-        flags: as of `os.open`; it is made where it is not there.
-        mode: of a new file.
+    """A handle of a new file, or of a plain file of this user without another name; see `os.open`.
 
     Raises:
         FileExistsError: something else is there.
-        OSError: the system would not let us open it.
     """
     flags |= os.O_CLOEXEC | os.O_NOFOLLOW
     while True:
@@ -127,7 +119,9 @@ def replacing(path: Path, *, follow: bool = True) -> Iterator[Path]:
     with _held(path) as partial:
         try:
             yield partial
-            partial.chmod(_usual_mode())
+            umask = os.umask(0)
+            os.umask(umask)
+            partial.chmod(0o666 & ~umask)  # that of any new file; this one was made for its owner alone
             partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -135,15 +129,7 @@ def replacing(path: Path, *, follow: bool = True) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes, *, follow: bool = True) -> None:
-    """Write a file whole, on the disk before it has its name.
-
-    Args:
-        path, follow: as of `replacing`.
-        data: what it is to hold.
-
-    Raises:
-        OSError: the system would not let us; `path` is as it was.
-    """
+    """Write a file whole, on the disk before it has its name; see `replacing`."""
     with replacing(path, follow=follow) as partial, partial.open("wb") as file:
         file.write(data)
         file.flush()
@@ -183,13 +169,6 @@ def _lock(path: Path) -> int | None:
         pass
     os.close(handle)
     return None
-
-
-def _usual_mode() -> int:
-    """The mode of a new file; temporary ones are made for their owner alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
 
 
 def cache_directory() -> Path:

@@ -6,7 +6,7 @@ like any path, and shown as the address that a user would type.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -52,41 +52,60 @@ AnyPath_contra = TypeVar("AnyPath_contra", contravariant=True)
 
 
 class Storage(Protocol[AnyPath_contra]):
-    """Where files are. Elsewhere than on this machine, every method may raise HubError or ReadError, too."""
+    """Where files are. OSError where there is no such file or directory, or the system would not let us; ValueError
+    where none can have this name; elsewhere than on this machine HubError or ReadError, too.
+    """
 
     def list(self, directory: AnyPath_contra) -> Listing:
-        """The names in a directory.
-
-        Raises:
-            OSError: there is no such directory, or the system would not let us.
-        """
-        ...
+        """The names in a directory."""
 
     def open(self, path: AnyPath_contra) -> AbstractContextManager[Opened]:
-        """Read a file from its beginning.
-
-        Raises:
-            OSError: there is no such file, it is no plain file, or the system would not let us read it.
-            ValueError: no file can have this name.
-        """
-        ...
+        """Read a plain file from its beginning."""
 
     def read(self, path: AnyPath_contra, start: int, stop: int) -> bytes:
-        """The bytes from `start` to `stop`.
-
-        Raises:
-            ReadError: they could not be read.
-        """
-        ...
+        """The bytes from `start` to `stop`; ReadError where they could not be read."""
 
     def read_small(self, path: AnyPath_contra, most_bytes: int) -> bytes:
-        """All bytes of a small file.
+        """All bytes of a plain file; OSError where there are more than `most_bytes`."""
 
-        Raises:
-            OSError: there is none, it is no plain file or too large, or the system would not let us read it.
-            ValueError: no file can have this name.
-        """
-        ...
+
+class Tree(Protocol):
+    """What the Hub and object stores have in common: a directory whose files do not change while they are read.
+
+    Every method raises HubError or ReadError where it is refused, or cannot be reached.
+
+    Attributes:
+        url: its address, as a user may type it.
+        pinned_url: its address by what cannot come to mean something else, where there is such a thing.
+        is_shared: whether what is downloaded goes into a cache that other programs share, and stays there.
+        is_offline: whether nothing can be read but what was downloaded before.
+        directory: where what is downloaded goes.
+    """
+
+    url: str
+    pinned_url: str
+    is_shared: bool
+    is_offline: bool
+    directory: Path
+
+    @property
+    def files(self) -> Mapping[str, FileInfo]:
+        """All files in it, by relative path; listed once."""
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """The bytes from `start` to `stop` of a file: all of them, or an error."""
+
+    def local(self, name: str) -> Path | None:
+        """Where a file is on this machine, if it was downloaded."""
+
+    def download(self, name: str, on_bytes: OnBytes) -> Path:
+        """Download a file, or what is missing of it; return where it is then."""
+
+    def remove_downloads(self) -> None:
+        """Remove what was downloaded, where nobody else knows of it."""
+
+    def check_unchanged(self) -> None:
+        """Raise ChangedError where a file is another one than when it was listed."""
 
 
 class RemotePath:
@@ -122,20 +141,10 @@ class RemotePath:
         return RemotePath(self.storage, self.inner / name)
 
     def relative_to(self, other: AnyPath) -> PurePosixPath:
-        """As of any path.
-
-        Raises:
-            ValueError: it does not lie below the other.
-        """
-        if not (isinstance(other, RemotePath) and self.is_relative_to(other)):
+        """As of any path; ValueError where it does not lie below the other."""
+        if not (isinstance(other, RemotePath) and self.storage is other.storage):
             raise ValueError(f"{self} does not lie below {other}")
         return self.inner.relative_to(other.inner)
-
-    def is_relative_to(self, other: AnyPath) -> bool:
-        """Whether it is the other path, or lies below it."""
-        return (
-            isinstance(other, RemotePath) and self.storage is other.storage and self.inner.is_relative_to(other.inner)
-        )
 
     def exists(self) -> bool:
         """Whether it is a file or a directory."""
@@ -154,11 +163,7 @@ class RemotePath:
         return True
 
     def iterdir(self) -> Iterator[RemotePath]:
-        """What lies in it.
-
-        Raises:
-            FileNotFoundError: it is no directory.
-        """
+        """What lies in it; FileNotFoundError where it is no directory."""
         listing = self.storage.list(self)
         return (self / name for name in (*listing.folders, *sorted(listing.files)))
 

@@ -12,22 +12,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
-from ckavg.errors import HubError, ReadError
+from ckavg.errors import HubError
 from ckavg.storage.address import Address
 from ckavg.storage.atomic import open_own
 from ckavg.storage.base import FileInfo, OnBytes
-from ckavg.storage.download import Download, complete
-from ckavg.storage.hub_errors import ask, connect, is_disk_error
-from ckavg.storage.tree import exactly
+from ckavg.storage.download import complete, exactly
+from ckavg.storage.hub_errors import GO_ONLINE, ask, connect
 
 Value = TypeVar("Value")
-
-GO_ONLINE = "Unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, then run the command again."
-"""What to do where something is not in the cache, and nothing else may be read."""
 
 _LARGE, _SMALL = "sha256", "git"
 """What files are known by: large ones by their SHA-256, small ones as git does. The cache names them so, too."""
@@ -57,27 +53,26 @@ class Repository:
         found = self.ask("listing its revisions", lambda: self.api.list_repo_refs(self.name))
         return {ref.name: ref.target_commit for ref in (*found.tags, *found.branches)}
 
-    def tree(self, revision: str, folder: str = "", *, commit: str | None = None) -> HubTree:
+    def tree(self, revision: str | None, folder: str = "", *, commit: str | None = None) -> HubTree:
         """The files of a revision.
 
         Args:
-            revision: branch, tag or commit.
+            revision: branch, tag or commit; None: `main`.
             folder: where in the repository; empty for all of it.
             commit: the commit that it is at, if that is known.
 
         Raises:
             HubError: there is no such revision, or the Hub refused, or cannot be reached.
         """
+        name = revision or "main"
         if commit is None and self.is_offline:
-            commit = self.revisions().get(revision)
-            if commit is None and (self.cache / "snapshots" / revision).is_dir():
-                commit = revision
+            commit = self.revisions().get(name)
+            if commit is None and (self.cache / "snapshots" / name).is_dir():
+                commit = name
             if commit is None:
-                raise self.not_in_cache(revision)
+                raise self.not_in_cache(name)
         if commit is None:
-            info = self.ask(
-                f"looking for its revision {revision}", lambda: self.api.repo_info(self.name, revision=revision)
-            )
+            info = self.ask(f"looking for its revision {name}", lambda: self.api.repo_info(self.name, revision=name))
             commit = str(info.sha)
         return HubTree(self, revision, commit, folder)
 
@@ -90,25 +85,8 @@ class Repository:
         )
 
     def ask(self, doing: str, request: Callable[[], Value]) -> Value:
-        """What a request gives, which is made again where it fails for what may pass.
-
-        Raises:
-            HubError: the Hub refused, or cannot be reached.
-            ReadError: the cache cannot be written.
-        """
-
-        def unless_disk() -> Value:
-            try:
-                return request()
-            except Exception as error:
-                if not is_disk_error(error):
-                    raise
-                raise ReadError(
-                    f"{self.name}: {doing} failed: {error.filename or self.cache.parent}: {error.strerror}.",
-                    hint="Free some space, name a directory of yours with HF_HOME, or fetch less with --max-disk.",
-                ) from error
-
-        return ask(doing, self.name, self.api, unless_disk, right="read")
+        """What a request gives; see `ckavg.storage.hub_errors.ask`."""
+        return ask(doing, self.name, self.api, request, right="read")
 
 
 class HubTree:
@@ -116,24 +94,21 @@ class HubTree:
 
     is_shared = True
 
-    def __init__(self, repository: Repository, revision: str, commit: str, folder: str) -> None:
+    def __init__(self, repository: Repository, revision: str | None, commit: str, folder: str) -> None:
         self._repository = repository
-        self._revision = revision
-        self._prefix = f"{folder}/" if folder else ""
-        self._is_remembered = revision == commit
+        self._revision = revision or "main"
         self._commit = commit
+        self._prefix = f"{folder}/" if folder else ""
+        self._snapshot = repository.cache / "snapshots" / commit / folder
         self.url = str(Address("hf", repository.name, revision, folder))
         self.pinned_url = str(Address("hf", repository.name, commit, folder))
-
-    @property
-    def is_offline(self) -> bool:
-        """See `Tree`."""
-        return self._repository.is_offline
+        self.is_offline = repository.is_offline
+        self.directory = repository.cache.parent
 
     @cached_property
     def files(self) -> Mapping[str, FileInfo]:
         """See `Tree`."""
-        if self._repository.is_offline:
+        if self.is_offline:
             return self._files_in_cache()
         from huggingface_hub.hf_api import RepoFile
 
@@ -152,7 +127,7 @@ class HubTree:
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
 
-        if self._repository.is_offline:
+        if self.is_offline:
             raise self._repository.not_in_cache(self._revision)
         path = self._prefix + name
         url = hf_hub_url(self._repository.name, path, revision=self._commit, endpoint=self._repository.api.endpoint)
@@ -165,20 +140,16 @@ class HubTree:
 
         return self._repository.ask(f"reading {path} of {self._revision}", read_range)
 
-    def read_whole(self, name: str) -> bytes:
-        """See `Tree`. It goes into the cache, for those who work offline later."""
-        return self.download(name, lambda _: None).read_bytes()
-
     def local(self, name: str) -> Path | None:
         """See `Tree`."""
-        path = self._repository.cache / "snapshots" / self._commit / self._prefix / name
+        path = self._snapshot / name
         return path if path.is_file() else None
 
     def download(self, name: str, on_bytes: OnBytes) -> Path:
         """See `Tree`."""
         from huggingface_hub import hf_hub_download
 
-        if self._repository.is_offline:
+        if self.is_offline:
             found = self.local(name)
             if found is None:
                 raise self._repository.not_in_cache(self._revision)
@@ -187,7 +158,8 @@ class HubTree:
         kind, _, digest = (info.identity or "").partition(":")
         if kind == _LARGE:  # the client would begin it anew after an interrupt; one that is there, it links to
             target = self._repository.cache / "blobs" / digest
-            complete(Download(self, name, info.nbytes, target, digest), on_bytes)
+            url = f"{self.url}: {name}"
+            complete(partial(self.read, name), info.nbytes, target, on_bytes, url=url, sha256=digest)
 
         def download() -> Path:
             endpoint = self._repository.api.endpoint
@@ -197,11 +169,6 @@ class HubTree:
         self._remember_revision()
         return downloaded
 
-    @property
-    def directory(self) -> Path:
-        """See `Tree`."""
-        return self._repository.cache.parent
-
     def remove_downloads(self) -> None:
         """See `Tree`: the cache is there for others, too."""
 
@@ -210,9 +177,8 @@ class HubTree:
 
     def _remember_revision(self) -> None:
         """Have the cache know which commit the revision is at, for those who work offline later."""
-        if self._is_remembered:
+        if self._revision == self._commit:
             return
-        self._is_remembered = True
         ref = self._repository.cache / "refs" / self._revision
         with suppress(OSError):
             ref.parent.mkdir(parents=True, exist_ok=True)
@@ -220,15 +186,11 @@ class HubTree:
                 file.write(self._commit)
 
     def _files_in_cache(self) -> Mapping[str, FileInfo]:
-        root = self._repository.cache / "snapshots" / self._commit / self._prefix
         found = {}
-        for path in sorted(root.rglob("*")):
-            if path.is_file():
-                blob = path.resolve()
-                identity = f"{_LARGE if len(blob.name) == 64 else _SMALL}:{blob.name}"
-                found[path.relative_to(root).as_posix()] = FileInfo(
-                    blob.stat().st_size, identity=identity, is_hash=True
-                )
+        for path in sorted(each for each in self._snapshot.rglob("*") if each.is_file()):
+            blob = path.resolve()
+            identity = f"{_LARGE if len(blob.name) == 64 else _SMALL}:{blob.name}"
+            found[path.relative_to(self._snapshot).as_posix()] = FileInfo(blob.stat().st_size, None, identity, True)
         if not found:
             raise self._repository.not_in_cache(self._revision)
         return found

@@ -1,7 +1,7 @@
 """The Hugging Face Hub: its client, one retry, and one table of what its answers, or their absence, mean.
 
-Errors are told apart by the status of a response or by the name of their class: the HTTP library below huggingface_hub
-differs from version to version. An error whose text holds a token or a key is not kept.
+Errors are told apart by the status of a response or by the names of their classes: the HTTP library below
+huggingface_hub differs from version to version. An error whose text holds a token or a key is not kept.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ import json
 import os
 import re
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
-from urllib.parse import unquote
 
-from ckavg.errors import CkavgError, HubError
-from ckavg.storage.redaction import HIDDEN
+from ckavg.errors import CkavgError, HubError, ReadError
+from ckavg.storage.redaction import shown_address, without_secrets
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -34,67 +32,79 @@ LONGEST_WAIT = 60.0
 _CLIENT_RETRIES_SECONDS = 20
 """An attempt that took this long has been repeated by the client itself."""
 
+GO_ONLINE = "Unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, then run the command again."
+"""What to do where something is not in the cache, and nothing else may be read."""
+
 _LOGIN = "Log in with: hf auth login --force. HF_TOKEN, where it is set, takes precedence over the stored token."
-_ANSWERS: dict[str, tuple[str, str]] = {
-    "offline": (
-        "huggingface_hub is in offline mode",
-        "Unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, then run the command again.",
+_CLIENT = r"\b(huggingface_hub|httpx2?|httpcore|requests|urllib3|hf_xet)\."
+_FINAL = re.compile(r"\.(OfflineModeIsEnabled|LocalTokenNotFoundError|HFValidationError)\b")
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+_ANSWERS: tuple[tuple[str, str, str], ...] = (
+    (r".*\.OfflineModeIsEnabled\b", "huggingface_hub is in offline mode", GO_ONLINE),
+    (
+        r".*\.LocalTokenNotFoundError\b",
+        "there is no token for {endpoint}",
+        "Log in with: hf auth login, or set HF_TOKEN.",
     ),
-    "no token": ("there is no token for {endpoint}", "Log in with: hf auth login, or set HF_TOKEN."),
-    "timeout": (
+    (
+        r"40[13].*\.GatedRepoError\b",
+        "the repository is gated, and the token's user has no access ({status}){words}",
+        "Ask for access at {endpoint}/{repo}, and log in: hf auth login --force",
+    ),
+    # The Hub does not tell a stranger whether a repository exists.
+    (
+        "401 read",
+        "{endpoint} has no such repository, or shows it only with another token (401){words}",
+        f"Check the name. {_LOGIN}",
+    ),
+    ("401", "{endpoint} does not accept the token (401){words}", _LOGIN),
+    (
+        "(402|403|413).*(storage limit|quota)",
+        "the storage quota of the account is used up ({status}){words}",
+        "Free some storage, or extend it at {endpoint}/settings/billing, then run the command again.",
+    ),
+    (
+        "403",
+        "the token has no {right} access (403){words}",
+        "Make a token with {right} access at {endpoint}/settings/tokens, then: hf auth login --force",
+    ),
+    (
+        "404",
+        "{endpoint} does not have it, or the token may not see it (404){words}",
+        "Check the name and the revision, and who is logged in: hf auth whoami",
+    ),
+    ("409", "it conflicts with what is there (409){words}", "Choose another name."),
+    (
+        "412",
+        "somebody else has changed the branch meanwhile (412){words}",
+        "Look at the change, then run the command again.",
+    ),
+    ("429", "{endpoint} takes no more requests for now (429){words}", "Try again {when}."),
+    (
+        r"[5-9]\d\d",
+        "{endpoint} has an internal error ({status}){words}",
+        "Try again in some minutes; https://status.huggingface.co lists known faults.",
+    ),
+    (r"\d", "{endpoint} refused it ({status}){words}", "Change what it refuses, then run the command again."),
+    (
+        r"none \w+ [^;]*builtins\.(ValueError|KeyError)\b",
+        "the answer of {endpoint} is not that of a Hub{words}",
+        "Check HF_ENDPOINT, and that no proxy answers in its place: curl -I {endpoint}",
+    ),
+    (
+        r".*\w*Timeout\w*[ ;]",
         "{endpoint} did not answer in time",
         "Run the command again, with HF_HUB_DOWNLOAD_TIMEOUT=60 where the network is slow.",
     ),
-    "no hub": (
-        "the answer of {endpoint} is not that of a Hub",
-        "Check HF_ENDPOINT, and that no proxy answers in its place: curl -I {endpoint}",
-    ),
-    "connection": (
-        "the connection to {endpoint} failed",
+    (
+        rf"none.*({_CLIENT}|builtins\.(OSError|RuntimeError))",
+        "the connection to {endpoint} failed{words}",
         "Check the network, HF_ENDPOINT and the proxy: curl -I {endpoint}",
     ),
-    "transfer": ("the transfer failed", "Run the command again; -v shows where the error came from."),
-    # The Hub does not tell a stranger whether a repository exists.
-    "401 read": (
-        "{endpoint} has no such repository, or shows it only with another token (401)",
-        f"Check the name. {_LOGIN}",
-    ),
-    "401 write": ("{endpoint} does not accept the token (401)", _LOGIN),
-    "401 gated": (
-        "the repository is gated, and no valid token was sent (401)",
-        f"{_LOGIN} Ask for access at {{endpoint}}/{{repo}}",
-    ),
-    "403": (
-        "the token has no {right} access (403)",
-        "Make a token with {right} access at {endpoint}/settings/tokens, then: hf auth login --force",
-    ),
-    "403 gated": (
-        "the repository is gated, and the token's user has no access (403)",
-        "Ask for access at {endpoint}/{repo}",
-    ),
-    "quota": (
-        "the storage quota of the account is used up ({status})",
-        "Free some storage, or extend it at {endpoint}/settings/billing, then run the command again.",
-    ),
-    "404": (
-        "{endpoint} does not have it, or the token may not see it (404)",
-        "Check the name and the revision, and who is logged in: hf auth whoami",
-    ),
-    "409": ("it conflicts with what is there (409)", "Choose another name."),
-    "412": ("somebody else has changed the branch meanwhile (412)", "Look at the change, then run the command again."),
-    "429": ("{endpoint} takes no more requests for now (429)", "Try again {when}."),
-    "5xx": (
-        "{endpoint} has an internal error ({status})",
-        "Try again in some minutes; https://status.huggingface.co lists known faults.",
-    ),
-    "other": ("{endpoint} refused it ({status})", "Change what it refuses, then run the command again."),
-}
-"""By kind of failure: the message, to which the Hub's own words are added, and what to do next."""
+)
+"""What a failure looks like, in the words of `_signature`; the message; what to do next. The first that fits counts."""
 
-_OFFLINE, _NO_TOKEN = "OfflineModeIsEnabled", "LocalTokenNotFoundError"
-_FINAL = frozenset({_OFFLINE, _NO_TOKEN, "HFValidationError"})
-_CLIENTS = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet")
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _CLOSED = "client has been closed"
 """After a refused connection the client closes its session, which all threads share, and opens another one."""
 
@@ -102,7 +112,7 @@ _XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3}) ")
 """hf_xet tells the status of an answer in its text alone."""
 
 _MAX_REASON = 300
-_KEY = re.compile(r"[?&][^\s=&]*(?:signature|credential|token|key)[^\s=&]*=", re.IGNORECASE)
+_MOST_SEARCHED = 100_000
 
 
 def connect(*, token: bool | None = None, show_bars: bool = False) -> HfApi:
@@ -123,12 +133,21 @@ def connect(*, token: bool | None = None, show_bars: bool = False) -> HfApi:
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
 
 
-def retry(attempt: Callable[[], Answer], *, is_transient: Callable[[Exception], bool] | None = None) -> Answer:
-    """What `attempt` returns; it is called up to 5 times while it raises what may pass by itself.
+def may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed in a moment: after 408, 429, 5xx, a lost connection, or half an answer."""
+    status = status_of(error)
+    if status is not None:
+        return status in (408, 429) or status >= 500
+    names = _names(error)
+    if isinstance(error, CkavgError) or is_disk_error(error) or _FINAL.search(names):
+        return False
+    if isinstance(error, RuntimeError) and _CLOSED in str(error):
+        return True
+    return isinstance(error, OSError | json.JSONDecodeError) or re.search(_CLIENT, names) is not None
 
-    Args:
-        attempt: one request, or several.
-        is_transient: whether what it raised may pass; `may_pass` where nothing is given.
+
+def retry(attempt: Callable[[], Answer], *, is_transient: Callable[[Exception], bool] = may_pass) -> Answer:
+    """What `attempt` returns; it is called up to 5 times while it raises what may pass by itself.
 
     Raises:
         Exception: what it raised last, or the first that does not pass.
@@ -138,9 +157,9 @@ def retry(attempt: Callable[[], Answer], *, is_transient: Callable[[Exception], 
         try:
             return attempt()
         except Exception as error:
-            asked = retry_after(error) or 0.0
+            asked = _retry_after(error) or 0.0
             is_repeated = time.monotonic() - begun > _CLIENT_RETRIES_SECONDS
-            if not (is_transient or may_pass)(error) or asked > LONGEST_WAIT or is_repeated:
+            if not is_transient(error) or asked > LONGEST_WAIT or is_repeated:
                 raise
             time.sleep(max(wait, asked))
     return attempt()
@@ -158,36 +177,23 @@ def hub_errors(doing: str, repo: str, api: HfApi, *, right: str = "write") -> It
 
     Raises:
         HubError: what the client's error means, and what to do next.
+        ReadError: the system would not let the client read or write a file.
     """
     try:
         yield
     except CkavgError:
         raise
     except Exception as error:
-        explained = _explain(error, doing, repo, api, right)
-        if explained is None:
+        explained = _explain(error, f"{repo}: {doing} failed", repo, api, right)
+        if explained is None:  # a bug
             raise
-        text = "".join(traceback.format_exception(error))
-        holds_secret = any(secret in text for secret in _secrets(api)) or _KEY.search(text)
-        raise explained from (None if holds_secret else error)
+        raise explained from without_credentials(error)
 
 
 def ask(doing: str, repo: str, api: HfApi, request: Callable[[], Answer], *, right: str = "write") -> Answer:
     """The answer to a request that may be repeated; see `retry` and `hub_errors`."""
     with hub_errors(doing, repo, api, right=right):
         return retry(request)
-
-
-def may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed in a moment: after 408, 429, 5xx, a lost connection, or half an answer."""
-    status = status_of(error)
-    if status is not None:
-        return status in (408, 429) or status >= 500
-    if isinstance(error, CkavgError) or is_disk_error(error) or _FINAL & _names(error):
-        return False
-    if isinstance(error, RuntimeError) and _CLOSED in str(error):
-        return True
-    return _is_of_client(error) or isinstance(error, OSError | json.JSONDecodeError)
 
 
 def is_disk_error(error: Exception) -> TypeGuard[OSError]:
@@ -206,14 +212,53 @@ def status_of(error: BaseException) -> int | None:
     return int(found[1]) if found else None
 
 
-def retry_after(error: BaseException) -> float | None:
+def endpoint_of(api: HfApi) -> str:
+    """The address of the Hub as it may be shown: without the user and the password that may stand before its host."""
+    scheme, separator, rest = api.endpoint.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
+def without_credentials(error: Exception) -> Exception | None:
+    """The error, for a traceback; None where that would show credentials."""
+    chain = "\n".join(str(each) for each in _causes(error))[:_MOST_SEARCHED]
+    return error if without_secrets(chain) == chain else None
+
+
+def _explain(error: Exception, failed: str, repo: str, api: HfApi, right: str) -> CkavgError | None:
+    """What an error of the client means; None for one that is none: a bug."""
+    if is_disk_error(error):
+        hint = "Free some space, name a directory of yours with HF_HOME, or fetch less with --max-disk."
+        return ReadError(f"{failed}: {error.filename or 'the disk'}: {error.strerror}.", hint=hint)
+    status, seconds = status_of(error), _retry_after(error)
+    last = list(_causes(error))[-1]
+    words = (getattr(each, "server_message", None) for each in _causes(error))
+    is_answer = _response(error) is not None
+    reason = str(next(filter(None, words), "")) if is_answer else str(last) or type(last).__name__
+    signature = f"{status or 'none'} {right} {_names(error)} {reason.lower()}"
+    found = next((row for row in _ANSWERS if re.match(row[0], signature, re.DOTALL)), None)
+    if found is None:
+        return None
+    shown = " ".join(shown_address(reason).split()).rstrip(".")
+    values = {
+        "endpoint": endpoint_of(api),
+        "repo": repo,
+        "right": right,
+        "status": status,
+        "when": "in some minutes" if seconds is None else f"in {seconds:.0f} seconds",
+        "words": f": {shown[:_MAX_REASON]}{'…' if len(shown) > _MAX_REASON else ''}" if shown else "",
+    }
+    message, hint = (each.format_map(values) for each in found[1:])
+    return HubError(f"{failed}: {message}.", hint=hint)
+
+
+def _retry_after(error: BaseException) -> float | None:
     """Seconds for which the Hub asks to be left alone; None where it does not say."""
     response = _response(error)
     asked = str(response.headers.get("Retry-After") or "") if response is not None else ""
     return float(asked) if asked.isdigit() else None
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
+def _causes(error: BaseException) -> Iterator[BaseException]:
     """An exception and what caused it, the outermost first."""
     current: BaseException | None = error
     seen: set[int] = set()
@@ -223,103 +268,14 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
 
 
-def endpoint_of(api: HfApi) -> str:
-    """The address of the Hub as it may be shown: without the user and the password that may stand before its host."""
-    scheme, separator, rest = api.endpoint.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
-
-
-def _explain(error: Exception, doing: str, repo: str, api: HfApi, right: str) -> HubError | None:
-    """What an error of the client means; None for one that is none: a bug."""
-    status = status_of(error)
-    if status is None:
-        kind, reason = _kind_without_answer(error)
-    else:
-        reason = _words_of(error)
-        kind = _kind_of_answer(status, reason, right, is_gated="GatedRepoError" in _names(error))
-    if not kind:
-        return None
-    for secret in _secrets(api):
-        reason = reason.replace(secret, HIDDEN)
-    seconds = retry_after(error)
-    values = {
-        "endpoint": endpoint_of(api),
-        "repo": repo,
-        "right": right,
-        "status": status,
-        "when": "in some minutes" if seconds is None else f"in {seconds:.0f} seconds",
-    }
-    message, hint = (each.format_map(values) for each in _ANSWERS[kind])
-    words = f": {_shorten(reason)}" if reason else ""
-    return HubError(f"{repo}: {doing} failed: {message}{words}.", hint=hint)
-
-
-def _kind_of_answer(status: int, reason: str, right: str, *, is_gated: bool) -> str:
-    if is_gated and status in (401, 403):
-        return f"{status} gated"
-    if status == 401:
-        return f"401 {right}"
-    if status in (402, 403, 413) and ("storage limit" in reason.lower() or "quota" in reason.lower()):
-        return "quota"
-    if status >= 500:
-        return "5xx"
-    return str(status) if str(status) in _ANSWERS else "other"
-
-
-def _kind_without_answer(error: Exception) -> tuple[str, str]:
-    """The kind of a failure without an answer, or with one that is none, and its reason; empty for a bug."""
-    names, last = _names(error), list(causes(error))[-1]
-    if _OFFLINE in names:
-        return "offline", ""
-    if _NO_TOKEN in names:
-        return "no token", ""
-    if isinstance(error, ValueError | KeyError):
-        return "no hub", str(error)
-    if any("Timeout" in name for name in names):
-        return "timeout", ""
-    if _is_of_client(error) or isinstance(error, OSError):
-        return "connection", str(last) or type(last).__name__
-    return ("transfer", str(error)) if isinstance(error, RuntimeError) else ("", "")
-
-
-def _words_of(error: Exception) -> str:
-    """The Hub's own words; empty where it has none."""
-    response = _response(error)
-    if response is None:
-        return str(error)
-    words = response.headers.get("X-Error-Message")
-    if not words:
-        try:
-            words = response.json().get("error")
-        except Exception:  # whatever a body that is no JSON makes of it
-            words = None
-    return words if isinstance(words, str) else ""
-
-
-def _shorten(text: str) -> str:
-    """In one line, without the query of an address, which may be a key to a storage."""
-    line = " ".join(word.partition("?")[0] if "://" in word else word for word in text.split()).rstrip(".")
-    return line if len(line) <= _MAX_REASON else f"{line[:_MAX_REASON]}…"
-
-
-def _secrets(api: HfApi) -> list[str]:
-    """The token, and what of the address must not be shown, as it stands there and as it is meant."""
-    from huggingface_hub import get_token
-
-    user, _, password = api.endpoint.partition("://")[2].rpartition("@")[0].partition(":")
-    secret = password or user  # a token may stand in the place of the user
-    return [each for each in (get_token(), secret, unquote(secret)) if each]
-
-
 def _response(error: BaseException) -> Any:
-    responses = (getattr(each, "response", None) for each in causes(error))
+    responses = (getattr(each, "response", None) for each in _causes(error))
     return next((each for each in responses if getattr(each, "status_code", None) is not None), None)
 
 
-def _names(error: BaseException) -> set[str]:
-    return {kind.__name__ for each in causes(error) for kind in type(each).__mro__}
-
-
-def _is_of_client(error: BaseException) -> bool:
-    kinds = (kind for each in causes(error) for kind in type(each).__mro__)
-    return any(kind.__module__.partition(".")[0] in _CLIENTS for kind in kinds)
+def _names(error: BaseException) -> str:
+    """The classes of an error and, after semicolons, of its causes: `httpx.ConnectError httpx.NetworkError; …`."""
+    return "; ".join(
+        " ".join(f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(each).__mro__)
+        for each in _causes(error)
+    )

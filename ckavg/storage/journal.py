@@ -15,19 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ckavg.storage.atomic import open_own
-from ckavg.storage.untrusted import open_regular, read_small
+from ckavg.storage.local import open_regular, read_small
 
 _MOST_BYTES = 1 << 30
 
 
 def read_journal(path: Path, key: str) -> dict[int, Any]:
-    """What a journal says is finished, by number; empty where it is not there, or of other work.
-
-    Args:
-        path: the file.
-        key: of the work.
-    """
-    found: dict[int, Any] = {}
+    """What a journal says is finished, by number; empty where it is not there, or of the work with another key."""
     try:
         lines = read_small(path, _MOST_BYTES, follow=False).split(b"\n")
     except OSError:
@@ -35,10 +29,11 @@ def read_journal(path: Path, key: str) -> dict[int, Any]:
     values = [value for line in lines if (value := _parsed(line)) is not None]
     if not values or values[0] != {"key": key}:
         return {}
-    for value in values[1:]:
-        if isinstance(value, list) and len(value) == 2 and type(value[0]) is int:
-            found[value[0]] = value[1]
-    return found
+    return {
+        value[0]: value[1]
+        for value in values[1:]
+        if isinstance(value, list) and len(value) == 2 and type(value[0]) is int
+    }
 
 
 def is_of(path: Path, key: str) -> bool:
@@ -68,14 +63,7 @@ class Journal:
         self._append(b"\n" if continues else _line({"key": key}))  # what was cut off ends here
 
     def add(self, finished: Mapping[int, Any]) -> None:
-        """Note finished parts; they are on the disk when this returns.
-
-        Args:
-            finished: what came of each, by its number, as JSON values.
-
-        Raises:
-            OSError: the system would not let us write.
-        """
+        """Note what came of finished parts, by number, as JSON values; they are on the disk when this returns."""
         self._append(b"".join(_line([number, value]) for number, value in finished.items()))
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ Nothing here waits for a writer, and nothing is parsed whose values would not fi
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -13,12 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 from ckavg.errors import CkavgError, CorruptFileError, ReadError
 from ckavg.storage.atomic import resolved
 from ckavg.storage.base import AnyPath, FileInfo, Listing, Opened, RemotePath, Storage
-from ckavg.storage.untrusted import open_regular, read_small
 
 _MOST_VALUES = 2_000_000
 """Values in a JSON file: some 200 bytes each, once they are parsed. Logs and indexes of real runs have a tenth."""
@@ -32,18 +32,65 @@ _KINDS = (
 )
 
 
+def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
+    """Open a plain file for reading. A pipe, a device or a directory is an error instead of a wait without end, and so
+    is a link that is not to be followed.
+
+    Raises:
+        OSError: it is none, or the system would not let us.
+        ValueError: no file can have this name.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # nobody need write to a pipe for it to open
+    handle = os.open(path, flags if follow else flags | os.O_NOFOLLOW)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return os.fdopen(handle, "rb")
+
+
+def read_small(path: Path, most: int = 100_000_000, *, follow: bool = True) -> bytes:
+    """The bytes of a plain file of at most `most` bytes; `follow` as of `open_regular`.
+
+    Raises:
+        OSError: it is none, is larger, or the system would not let us read it.
+        ValueError: no file can have this name.
+    """
+    with open_regular(path, follow=follow) as file:
+        if os.fstat(file.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, f"larger than {most:,} bytes", str(path))
+        return file.read()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text, in which no object has a name twice and every number is finite.
+
+    Raises:
+        ValueError, RecursionError: it is none.
+    """
+    return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name appears twice")
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
 class LocalStorage:
     """The file system of this machine; see `Storage`."""
 
     def list(self, directory: Path) -> Listing:
         """See `Storage`."""
-        files, folders = set(), []
+        files: set[str] = set()
+        folders: set[str] = set()
         with os.scandir(directory) as entries:
             for entry in entries:
-                if _is_folder(entry):
-                    folders.append(entry.name)
-                else:
-                    files.add(entry.name)
+                (folders if _is_folder(entry) else files).add(entry.name)
         return Listing(frozenset(files), tuple(sorted(folders)))
 
     @contextmanager
@@ -76,11 +123,7 @@ def storage_of(path: AnyPath) -> Storage[AnyPath]:
 
 
 def size_of(path: AnyPath) -> int:
-    """Size of a file in bytes.
-
-    Raises:
-        OSError: there is none, or the system would not let us look.
-    """
+    """Size of a file in bytes; OSError where there is none, or the system would not let us look."""
     if not isinstance(path, RemotePath):
         return path.stat().st_size
     info = path.storage.info(path)
@@ -174,9 +217,6 @@ def walk(directory: AnyPath) -> Iterator[tuple[str, list[str], list[str]]]:
     """Folders, and what lies in each of them: its path relative to the directory, its folders, and its files.
 
     Links to folders are left out. Who takes a folder out of the list is not shown what lies in it.
-
-    Raises:
-        OSError: the system would not let us list one of them.
     """
     left = [""]
     while left:

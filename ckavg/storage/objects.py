@@ -1,21 +1,33 @@
-"""Directories of object stores that fsspec has a driver for, such as `s3://bucket/run`."""
+"""Directories of object stores that fsspec has a driver for, such as `s3://bucket/run`.
+
+What is downloaded of them is kept in the user's cache, for all processes that read from the same address. A lock tells
+whether anybody still does: who is done first does not take it from the others, and who is done last leaves nothing.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import os
+import re
 import secrets
+import shutil
+import threading
+import time
+import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from ckavg.errors import ChangedError, CkavgError, NoCheckpointsError, ReadError, SettingError
 from ckavg.storage.address import Address
+from ckavg.storage.atomic import cache_directory, check_own, make_own_directory, open_own
 from ckavg.storage.base import FileInfo, OnBytes
-from ckavg.storage.download import Download, Downloads, complete, downloads_directory
-from ckavg.storage.hub_errors import causes, retry
+from ckavg.storage.download import complete, exactly
+from ckavg.storage.hub_errors import retry, without_credentials
 from ckavg.storage.redaction import without_secrets
-from ckavg.storage.tree import exactly
 
 _HASHES = ("ETag", "etag", "md5Hash", "content_md5")
 _TIMES = ("LastModified", "last_modified", "mtime", "created")
@@ -23,6 +35,11 @@ _TIMES = ("LastModified", "last_modified", "mtime", "created")
 
 _MOST_OF_A_REASON = 4_000
 _FINAL = (FileNotFoundError, PermissionError, NotImplementedError, IsADirectoryError)
+
+_LOCK = ".lock"
+_NAME = re.compile("[0-9a-f]{32}")
+_SECONDS_CACHED = 7 * 24 * 3600
+"""For how long an interrupted attempt may be continued."""
 
 
 class ObjectTree:
@@ -33,6 +50,7 @@ class ObjectTree:
 
     def __init__(self, address: Address) -> None:
         self.url = self.pinned_url = str(address)
+        self.directory = _downloads_directory()
         self._fs, self._root = _file_system(address)
         self._downloads = Downloads(self.url)
         self._attempt = secrets.token_hex(8)
@@ -54,11 +72,6 @@ class ObjectTree:
         with self._explaining(f"{self.url}/{name}"):
             return retry(read_range, is_transient=_may_pass)
 
-    def read_whole(self, name: str) -> bytes:
-        """See `Tree`."""
-        size = self.files[name].nbytes
-        return self.read(name, 0, size) if size else b""
-
     def local(self, name: str) -> Path | None:
         """See `Tree`."""
         target = self._target(name)
@@ -70,13 +83,8 @@ class ObjectTree:
         """See `Tree`."""
         target = self._target(name)
         self._downloads.hold(target)
-        complete(Download(self, name, self.files[name].nbytes, target), on_bytes)
+        complete(partial(self.read, name), self.files[name].nbytes, target, on_bytes, url=f"{self.url}/{name}")
         return target
-
-    @property
-    def directory(self) -> Path:
-        """See `Tree`."""
-        return downloads_directory()
 
     def remove_downloads(self) -> None:
         """See `Tree`."""
@@ -121,23 +129,20 @@ class ObjectTree:
             raise
         except FileNotFoundError as error:
             raise ReadError(f"{what} does not exist.", hint="Check the name, and the rights to list it.") from error
-        except PermissionError as error:
-            raise ReadError(
-                f"{what} may not be read: {_reason(error)}.", hint=f"Check the credentials of {self._fs.protocol}."
-            ) from _without_credentials(error)
         except Exception as error:
+            verb, checked = "cannot", "the network and the credentials"
+            if isinstance(error, PermissionError):
+                verb, checked = "may not", f"the credentials of {self._fs.protocol}"
             raise ReadError(
-                f"{what} cannot be read: {_reason(error)}.", hint="Check the network and the credentials."
-            ) from _without_credentials(error)
+                f"{what} {verb} be read: {_reason(error)}.", hint=f"Check {checked}."
+            ) from without_credentials(error)
 
 
 def _file_system(address: Address) -> tuple[Any, str]:
     """The driver of an address, and the path in it. Nothing of the address can name another driver."""
     try:
         from fsspec import get_filesystem_class
-    except ImportError as error:
-        raise SettingError(f"{address} is read with fsspec, which is missing.", hint="pip install fsspec") from error
-    try:
+
         driver = get_filesystem_class(address.scheme)
         # an instance of its own: a cached one remembers old lists, and the credentials of before
         fs = driver(skip_instance_cache=True, **driver._get_kwargs_from_urls(str(address)))
@@ -147,18 +152,12 @@ def _file_system(address: Address) -> tuple[Any, str]:
     except Exception as error:  # whatever a driver does not like about it, or about its configuration
         raise SettingError(
             f"{address}: {_reason(error)}.", hint="Check the address, and what its driver is configured with."
-        ) from _without_credentials(error)
+        ) from without_credentials(error)
 
 
 def _reason(error: Exception) -> str:
     """The words of a driver, without what they may hold of credentials."""
     return without_secrets(str(error)[:_MOST_OF_A_REASON]).strip().rstrip(".") or type(error).__name__
-
-
-def _without_credentials(error: Exception) -> Exception | None:
-    """The error, for a traceback; None where that would show credentials."""
-    chain = "".join(str(each) for each in causes(error))[:_MOST_OF_A_REASON]
-    return error if without_secrets(chain) == chain else None
 
 
 def _may_pass(error: Exception) -> bool:
@@ -169,3 +168,89 @@ def _info(told: Mapping[str, Any]) -> FileInfo:
     size = int(told.get("size") or 0)
     key = next((key for key in (*_HASHES, *_TIMES) if told.get(key)), None)
     return FileInfo(size) if key is None else FileInfo(size, None, f"{key}:{told[key]}", key in _HASHES)
+
+
+class Downloads:
+    """The files of one address that were downloaded, whole or in part, and of which no other program's cache knows."""
+
+    def __init__(self, url: str) -> None:
+        self._all = _downloads_directory()
+        self._directory = self._all / _short(url)
+        self._holding = threading.Lock()
+        self._held: weakref.finalize[[int], Downloads] | None = None
+
+    def target(self, name: str, state: object) -> Path:
+        """Where a file goes: another place for another state of it."""
+        return self._directory / _short(repr((name, state))) / Path(name).name
+
+    def hold(self, target: Path | None = None) -> None:
+        """Have nobody remove the files, until they are removed here or this object is gone.
+
+        Args:
+            target: where one of them is about to be written.
+
+        Raises:
+            ReadError: the system would not let us write.
+        """
+        try:
+            with self._holding:
+                if self._held is None or not self._held.alive:
+                    self._held = weakref.finalize(self, os.close, _lock_shared(self._directory))
+            if target is not None:
+                make_own_directory(target.parent)
+        except OSError as error:
+            raise ReadError(
+                f"{error.filename or self._directory} cannot be written: {error.strerror or error}.",
+                hint="Name a directory of yours with XDG_CACHE_HOME, or write none of it with --max-disk 0.",
+            ) from error
+
+    def remove(self) -> None:
+        """Remove the files, unless another process uses them; and what nobody came back to for a week."""
+        if self._all.is_symlink() or not self._all.is_dir():
+            return
+        if self._directory.is_dir():
+            self.hold()
+        with self._holding:
+            if self._held is not None and (held := self._held.detach()) is not None:
+                _remove_unused(self._directory, held[2][0])
+        for other in self._all.iterdir():
+            with suppress(OSError):
+                if _NAME.fullmatch(other.name) and time.time() - (other / _LOCK).lstat().st_mtime > _SECONDS_CACHED:
+                    check_own(other, directory=True)
+                    _remove_unused(other, open_own(other / _LOCK, os.O_RDWR))
+
+
+def _downloads_directory() -> Path:
+    return cache_directory() / "files"
+
+
+def _lock_shared(directory: Path) -> int:
+    """A handle of the lock, shared with whoever else reads from there."""
+    while True:
+        make_own_directory(directory.parent)
+        make_own_directory(directory)
+        with suppress(FileNotFoundError):  # removed this very moment, and made again
+            lock = open_own(directory / _LOCK, os.O_RDWR, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                if os.fstat(lock).st_ino == (directory / _LOCK).stat().st_ino:
+                    os.utime(lock)
+                    return lock
+            except BaseException:
+                os.close(lock)
+                raise
+            os.close(lock)
+
+
+def _remove_unused(directory: Path, lock: int) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(directory, ignore_errors=True)
+    except OSError:  # somebody else uses them, and removes them in turn
+        pass
+    finally:
+        os.close(lock)
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

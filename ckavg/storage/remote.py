@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import secrets
 import shutil
-import struct
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -16,18 +15,16 @@ from pathlib import Path, PurePosixPath
 from ckavg.errors import ReadError
 from ckavg.storage.address import Address
 from ckavg.storage.atomic import cache_directory
-from ckavg.storage.base import AnyPath, FileInfo, Listing, OnBytes, Opened, RemotePath
+from ckavg.storage.base import AnyPath, FileInfo, Listing, OnBytes, Opened, RemotePath, Tree
+from ckavg.storage.download import thread_map
 from ckavg.storage.hub import Repository
 from ckavg.storage.objects import ObjectTree
-from ckavg.storage.tree import Tree, thread_map
 
 HEAD_BYTES = 64 << 10
 """How much of a file is read for its header at first; most headers are shorter."""
 
 _LEFT_FREE = 1 << 30
 """What is left of a disk whatever happens."""
-
-_LENGTH = struct.Struct("<Q")
 
 
 class Stopped(Exception):  # noqa: N818 - nothing is wrong with what it stops
@@ -80,7 +77,7 @@ class RemoteStorage:
         """See `Storage`."""
         if directory == self.root and self.has_revisions:
             return Listing(frozenset(), tuple(sorted(self.trees)))
-        tree, inner = self._within(directory)
+        tree, inner = self.within(directory)
         if id(tree) not in self._listings:
             self._listings[id(tree)] = _list_folders(filter(self._show, tree.files))
         found = self._listings[id(tree)].get(inner)
@@ -100,24 +97,29 @@ class RemoteStorage:
     def open(self, path: RemotePath) -> Iterator[Opened]:
         """See `Storage`. The first bytes are fetched at once, for a header begins there."""
         tree, name = self._file(path)
-        info = tree.files[name]
-        head, done = self._heads.get(path.inner) or self._head(path), 0
+        head, done = self._heads.pop(path.inner, b"") or self.read(path, 0, HEAD_BYTES), 0
 
         def read(count: int) -> bytes:
             nonlocal head, done
-            end = min(done + count, info.nbytes)
-            if end > len(head):
-                head += self._read(path, len(head), end)
-            data, done = head[done:end], end
-            return data
+            begin, done = done, done + count
+            if done > len(head):
+                head += self.read(path, len(head), done)
+            return head[begin:done]
 
-        yield info, read
+        yield tree.files[name], read
 
     def read(self, path: RemotePath, start: int, stop: int) -> bytes:
         """See `Storage`."""
         tree, name = self._file(path)
         stop = min(stop, tree.files[name].nbytes)
-        return self._read(path, start, stop) if start < stop else b""
+        if start >= stop:
+            return b""
+        local = tree.local(name)
+        if local is None:
+            return tree.read(name, start, stop)
+        with local.open("rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
 
     def read_small(self, path: RemotePath, most_bytes: int) -> bytes:
         """See `Storage`. It is fetched once."""
@@ -125,7 +127,7 @@ class RemoteStorage:
         if tree.files[name].nbytes > most_bytes:
             raise OSError(errno.EFBIG, f"larger than {most_bytes:,} bytes", str(path))
         if path.inner not in self._small:
-            self._small[path.inner] = tree.read_whole(name)
+            self._small[path.inner] = self._read_whole(path)
         return self._small[path.inner]
 
     def local(self, path: RemotePath) -> Path | None:
@@ -138,23 +140,18 @@ class RemoteStorage:
         tree, name = self._file(path)
         return tree.download(name, on_bytes)
 
-    def tree_of(self, path: RemotePath) -> Tree:
-        """The directory that a path lies in."""
-        return self._within(path)[0]
+    def address(self, path: RemotePath, *, is_pinned: bool = False) -> str:
+        """What a user would type for a path.
 
-    def address(self, path: RemotePath) -> str:
-        """What a user would type for a path."""
-        if not self.has_revisions or path.inner == PurePosixPath():
-            return _below(self._url, path.inner)
-        tree, inner = self._within(path)
-        return _below(tree.url, inner)
-
-    def pinned(self, path: RemotePath) -> str:
-        """The same, by what cannot come to mean something else: a commit instead of a branch, where there is one."""
-        if path.inner == PurePosixPath() and self.has_revisions:
-            return self._url
-        tree, inner = self._within(path)
-        return _below(tree.pinned_url, inner)
+        Args:
+            path: any path in it.
+            is_pinned: by what cannot come to mean something else: a commit instead of a branch, where there is one.
+        """
+        url, inner = self._url, path.inner
+        if not self.has_revisions or inner.parts:
+            tree, inner = self.within(path)
+            url = tree.pinned_url if is_pinned else tree.url
+        return f"{url}/{inner}" if inner.parts else url
 
     def identity(self, path: RemotePath) -> str:
         """What tells the content of a file from any other; another one each time where nothing does."""
@@ -166,13 +163,10 @@ class RemoteStorage:
 
     def prefetch(self, paths: Iterable[RemotePath], *, heads: bool = False) -> None:
         """Fetch several small files at the same time, so that they are here when they are read; or heads of weights."""
-        fetched, fetch = (self._heads, self._head) if heads else (self._small, self._read_whole)
+        fetched = self._heads if heads else self._small
         wanted = [path for path in paths if path.inner not in fetched and path.is_file()]
+        fetch = (lambda path: self.read(path, 0, HEAD_BYTES)) if heads else self._read_whole
         fetched |= zip((path.inner for path in wanted), thread_map(fetch, wanted), strict=True)
-
-    def forget_headers(self) -> None:
-        """Give back the memory that the heads of weights take."""
-        self._heads.clear()
 
     def check_unchanged(self) -> None:
         """Raise ChangedError where a file is another one than when it was listed."""
@@ -184,7 +178,7 @@ class RemoteStorage:
         for tree in self.trees.values():
             tree.remove_downloads()
 
-    def _within(self, path: RemotePath) -> tuple[Tree, PurePosixPath]:
+    def within(self, path: RemotePath) -> tuple[Tree, PurePosixPath]:
         """The directory of a path, and the path in it."""
         if not self.has_revisions:
             return self.trees[""], path.inner
@@ -194,7 +188,7 @@ class RemoteStorage:
         return self.trees[first], PurePosixPath(*rest)
 
     def _file(self, path: RemotePath) -> tuple[Tree, str]:
-        tree, inner = self._within(path)
+        tree, inner = self.within(path)
         name = inner.as_posix()
         if name not in tree.files or not self._show(name):
             raise FileNotFoundError(errno.ENOENT, "there is no such file", str(path))
@@ -202,20 +196,9 @@ class RemoteStorage:
 
     def _read_whole(self, path: RemotePath) -> bytes:
         tree, name = self._file(path)
-        return tree.read_whole(name)
-
-    def _head(self, path: RemotePath) -> bytes:
-        tree, name = self._file(path)
-        return self._read(path, 0, min(HEAD_BYTES, tree.files[name].nbytes))
-
-    def _read(self, path: RemotePath, start: int, stop: int) -> bytes:
-        tree, name = self._file(path)
-        local = tree.local(name)
-        if local is None:
-            return tree.read(name, start, stop) if start < stop else b""
-        with local.open("rb") as file:
-            file.seek(start)
-            return file.read(stop - start)
+        if tree.is_shared:  # it is in the cache then, for those who work offline later
+            tree.download(name, lambda _: None)
+        return self.read(path, 0, tree.files[name].nbytes)
 
 
 def _list_folders(names: Iterable[str]) -> Mapping[PurePosixPath, Listing]:
@@ -237,28 +220,22 @@ def _list_folders(names: Iterable[str]) -> Mapping[PurePosixPath, Listing]:
     return {each: Listing(frozenset(files[each]), tuple(sorted(folders[each]))) for each in {*files, *folders}}
 
 
-def _below(url: str, inner: PurePosixPath) -> str:
-    return url if inner == PurePosixPath() else f"{url}/{inner}"
-
-
 def open_storage(
     address: Address, *, max_disk: int | None = None, show: Callable[[str], bool] = lambda name: True
 ) -> RemoteStorage:
-    """The files of an address that names one place.
-
-    Args:
-        address: of the place.
-        max_disk, show: as of `RemoteStorage`.
+    """The files of an address that names one place; `max_disk` and `show` as of `RemoteStorage`.
 
     Raises:
         HubError: there is no such revision, or the Hub refused, or cannot be reached.
     """
-    tree: Tree
-    if address.is_hub:
-        tree = Repository(address.place).tree(address.revision or "main", address.folder)
-    else:
-        tree = ObjectTree(address)
+    is_hub = address.is_hub
+    tree = Repository(address.place).tree(address.revision, address.folder) if is_hub else ObjectTree(address)
     return RemoteStorage(address, {"": tree}, max_disk=max_disk, show=show)
+
+
+def storages_of(paths: Iterable[AnyPath]) -> list[RemoteStorage]:
+    """The storages elsewhere that paths are of."""
+    return list({id(path.storage): path.storage for path in paths if isinstance(path, RemotePath)}.values())
 
 
 def local_path(path: AnyPath) -> Path | None:
@@ -290,11 +267,6 @@ class Fetching:
     room: int
 
 
-def storages_of(paths: Iterable[AnyPath]) -> list[RemoteStorage]:
-    """The storages elsewhere that paths are of."""
-    return list({id(path.storage): path.storage for path in paths if isinstance(path, RemotePath)}.values())
-
-
 def plan_fetching(readings: Mapping[RemotePath, float], *, other_bytes: int) -> Fetching:
     """Say what is downloaded: what a disk is of use for, as far as there is room.
 
@@ -305,33 +277,32 @@ def plan_fetching(readings: Mapping[RemotePath, float], *, other_bytes: int) -> 
         readings: how often each weight file is read; less than once where only a sample is.
         other_bytes: what else will be written to the disk.
     """
-    of_path = {path: path.storage.tree_of(path) for path in readings}
+    trees = {path: path.storage.within(path)[0] for path in readings}
     sizes = {path: info.nbytes for path in readings if (info := path.storage.info(path)) is not None}
-    far = [path for path, count in readings.items() if count and path.storage.local(path) is None]
-    wanted = [path for path in far if readings[path] >= (1 if of_path[path].is_shared else 2)]
-    directory = next((tree.directory for tree in of_path.values()), cache_directory())
+    here = {path for path in readings if path.storage.local(path) is not None}
+    directory = next((tree.directory for tree in trees.values()), cache_directory())
     bounds = [storage.max_disk for storage in storages_of(readings) if storage.max_disk is not None]
-    room = min([_free_bytes(directory) - other_bytes - _LEFT_FREE, *bounds])
-    whole = _those_that_fit(wanted, sizes, room)
+    room = left = min([_free_bytes(directory) - other_bytes - _LEFT_FREE, *bounds])
+    whole: list[RemotePath] = []
+    wanted = [path for path, count in readings.items() if path not in here and count >= 2 - trees[path].is_shared]
+    for path in wanted:
+        if sizes[path] <= left:
+            left -= sizes[path]
+            whole.append(path)
     if not bounds and len(whole) < len(wanted):
         whole = []
-    streamed = sum(sizes[path] * readings[path] for path in set(far).difference(whole))
     return Fetching(
         whole=tuple(whole),
         whole_bytes=sum(sizes[path] for path in whole),
-        kept_bytes=sum(sizes[path] for path, count in readings.items() if count and path not in set(far)),
-        streamed_bytes=int(streamed),
+        kept_bytes=sum(sizes[path] for path in here if readings[path]),
+        streamed_bytes=int(sum(sizes[path] * readings[path] for path in readings.keys() - here.union(whole))),
         directory=directory,
         room=max(0, room),
     )
 
 
 def download_all(paths: Collection[RemotePath], on_bytes: OnBytes) -> None:
-    """Download files, several at the same time; an earlier attempt is continued.
-
-    Args:
-        paths: the files.
-        on_bytes: called in this thread.
+    """Download files, several at the same time; an earlier attempt is continued. `on_bytes` is called in this thread.
 
     Raises:
         HubError, ReadError: one could not be downloaded. What came of it stays.
@@ -360,12 +331,3 @@ def _free_bytes(directory: Path) -> int:
         with suppress(OSError):
             return shutil.disk_usage(each).free
     return 0
-
-
-def _those_that_fit(paths: Iterable[RemotePath], sizes: Mapping[RemotePath, int], room: int) -> list[RemotePath]:
-    fit: list[RemotePath] = []
-    for path in paths:
-        if sizes[path] <= room:
-            room -= sizes[path]
-            fit.append(path)
-    return fit

@@ -156,8 +156,10 @@ def examine(
     for shard, digest in zip(shards, hashes(files), strict=True):
         if isinstance(digest, ReadError):
             raise digest
-        inside = shard.path.is_relative_to(source)
-        named[shard.path.relative_to(source).as_posix() if inside else str(shard.path)] = digest
+        try:
+            named[shard.path.relative_to(source).as_posix()] = digest
+        except ValueError:  # the anchor, apart from the run
+            named[str(shard.path)] = digest
         done += shard.nbytes
         if on_progress is not None:
             on_progress(Progress("health", done, bytes_read))

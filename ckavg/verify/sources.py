@@ -19,9 +19,9 @@ from ckavg.errors import CkavgError, CorruptFileError, ReadError, SettingError
 from ckavg.output.published import read_local
 from ckavg.output.record import BASE_MODEL, Input, Record
 from ckavg.storage.address import Address, address_of
+from ckavg.storage.download import thread_map
+from ckavg.storage.local import open_regular
 from ckavg.storage.remote import open_storage
-from ckavg.storage.tree import thread_map
-from ckavg.storage.untrusted import open_regular
 from ckavg.verify.findings import Report
 
 _ACTING = ("/net/", "/sys/", "/proc/")

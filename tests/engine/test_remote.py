@@ -52,9 +52,6 @@ class Far:
             raise ReadError("broken", hint="")
         return self.contents[name][start:stop]
 
-    def read_whole(self, name: str) -> bytes:
-        raise NotImplementedError
-
     def download(self, name: str, on_bytes: Callable[[int], None]) -> Path:
         raise NotImplementedError
 

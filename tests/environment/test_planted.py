@@ -18,7 +18,8 @@ from types import FrameType
 import pytest
 
 import ckavg
-from ckavg.storage.download import Download, Downloads, complete
+from ckavg.storage.download import complete
+from ckavg.storage.objects import Downloads
 from tests.cli.runner import run_cli
 from tests.exhaustive import all_but, thinned
 from tests.hostile.contract import MODEL, check_text, sources, write_small_run
@@ -278,18 +279,9 @@ def refused(place: Path) -> contextlib.AbstractContextManager[object]:
     return pytest.raises(ckavg.CkavgError, match=re.escape(str(place)))
 
 
-class Far:
-    """A place elsewhere, of zeros."""
-
-    url = "s3://bucket/run"
-
-    def read(self, name: str, start: int, stop: int) -> bytes:
-        return bytes(stop - start)
-
-
 @pytest.mark.parametrize(("name", "kind"), thinned(["", ".lock", "inner", "incomplete"], KINDS))
 def test_in_the_place_of_what_is_fetched(run: Path, name: str, kind: str) -> None:
-    downloads = Downloads(Far.url)
+    downloads = Downloads("s3://bucket/run")
     place = downloads.target(MODEL, 1)
     planted = {"inner": place.parent, "incomplete": place.with_name(f"{MODEL}.incomplete")}.get(
         name, place.parent.parent / name
@@ -298,7 +290,7 @@ def test_in_the_place_of_what_is_fetched(run: Path, name: str, kind: str) -> Non
     before = sources(run)
     with contextlib.nullcontext() if kind == "folder" and name in ("", "inner") else refused(planted):
         downloads.hold(place)
-        complete(Download(Far(), MODEL, 10, place), lambda _: None)
+        complete(lambda start, stop: bytes(stop - start), 10, place, lambda _: None, url="s3://bucket/run")
         assert place.read_bytes() == bytes(10)
     assert sources(run) == before
     assert os.path.lexists(planted)

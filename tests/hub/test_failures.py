@@ -61,8 +61,8 @@ def pauses(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def answered(status: int, reason: str = "", **headers: str) -> Exception:
     """An error of the client with an answer of the Hub."""
     error = OSError("refused")
-    response = SimpleNamespace(status_code=status, headers=headers, json=lambda: {"error": reason})
-    error.response = response  # type: ignore[attr-defined]
+    error.response = SimpleNamespace(status_code=status, headers=headers)  # type: ignore[attr-defined]
+    error.server_message = reason  # type: ignore[attr-defined]
     return error
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, constants
+from huggingface_hub import constants
 
+import ckavg
 from tests.hub.conftest import hub as hub
 from tests.hub.server import Hub, Repo
 from tests.remote import mirrors
-from tests.remote.outcome import wait_for_fetching
+from tests.remote.outcome import wait_for_fetching, weights_of
 from tests.remote.published import REPO, publish_revisions
 from tests.remote.stores import Store, fronting, storing
 from tests.runs import write_run
@@ -46,8 +47,9 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def api(hub: Hub) -> HfApi:
-    return HfApi(endpoint=hub.url)
+def expected(run: Path, tmp_path: Path) -> dict[str, bytes]:
+    """The weight files of its average on this machine."""
+    return weights_of(ckavg.average(ckavg.open_run(run), ckavg.PEMA(), out=tmp_path / "local").directory)
 
 
 @pytest.fixture

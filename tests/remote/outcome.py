@@ -9,6 +9,7 @@ from pathlib import Path
 
 from typer.testing import Result
 
+from ckavg.storage.atomic import cache_directory
 from tests.cli.runner import run_cli
 from tests.hub.server import TOKEN
 
@@ -19,6 +20,16 @@ SECRETS = (TOKEN, "SignedSigned", "SecretOfTheStore")
 def weights_of(result: Path) -> dict[str, bytes]:
     """The weight files of a result, and their index."""
     return {path.name: path.read_bytes() for path in result.iterdir() if ".safetensors" in path.name}
+
+
+def size_of(run: Path) -> int:
+    """Bytes of the weight files of a run on this machine."""
+    return sum(path.stat().st_size for path in run.rglob("*.safetensors"))
+
+
+def cached_objects() -> list[str]:
+    """Names of all files that were downloaded from object stores."""
+    return sorted(path.name for path in (cache_directory() / "files").rglob("*") if path.is_file())
 
 
 def wait_for_fetching() -> None:

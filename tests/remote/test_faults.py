@@ -10,7 +10,7 @@ import pytest
 import ckavg
 from ckavg.errors import ChangedError
 from ckavg.storage.atomic import cache_directory
-from ckavg.storage.tree import ShortAnswerError, exactly
+from ckavg.storage.download import ShortAnswerError, exactly
 from tests.cli.runner import run_cli
 from tests.hub.server import Hub, Repo
 from tests.hub.wire import DROPPED, PORTAL, WHOLE, Broken, Traffic
@@ -50,11 +50,6 @@ LASTING = [
     *(("hub", "fetch", fault, True) for fault in ("closed", "portal")),
     *(("s3", stage, fault, stage == "fetch") for stage in ("list", "fetch") for fault in ("403", "503")),
 ]
-
-
-@pytest.fixture
-def expected(run: Path, tmp_path: Path) -> dict[str, bytes]:
-    return weights_of(ckavg.average(ckavg.open_run(run), ckavg.PEMA(), out=tmp_path / "local").directory)
 
 
 def place(name: str, request: pytest.FixtureRequest, run: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Traffic, str]:

@@ -26,7 +26,7 @@ from ckavg.storage.remote import download_all
 from tests.cli.runner import run_cli
 from tests.hub.server import Hub, Repo
 from tests.hub.wire import Broken
-from tests.remote.outcome import nothing_is_busy, served_of, told_once, weights_of
+from tests.remote.outcome import cached_objects, nothing_is_busy, served_of, size_of, told_once, weights_of
 from tests.remote.published import REPO, digest_of, publish_revisions, weights
 from tests.remote.stores import Store
 from tests.runs import write_run
@@ -40,15 +40,6 @@ HEADER = 64 << 10
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "PIECE_BYTES", PIECE)
-
-
-@pytest.fixture
-def expected(run: Path, tmp_path: Path) -> dict[str, bytes]:
-    return weights_of(ckavg.average(ckavg.open_run(run), ckavg.PEMA(), out=tmp_path / "local").directory)
-
-
-def size_of(run: Path) -> int:
-    return sum(path.stat().st_size for path in run.rglob("*.safetensors"))
 
 
 def blobs(tmp_path: Path) -> Path:
@@ -177,11 +168,6 @@ def address(s3: Store, run: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return s3.upload(run, "team/run")
 
 
-def kept() -> list[str]:
-    """All files that were downloaded from object stores."""
-    return sorted(path.name for path in (cache_directory() / "files").rglob("*") if path.is_file())
-
-
 def test_who_is_done_first_takes_nothing_from_the_others(
     s3: Store, address: str, run: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -197,16 +183,16 @@ def test_who_is_done_first_takes_nothing_from_the_others(
         thread.join()
     assert weights_of(tmp_path / "first") == weights_of(tmp_path / "second") == expected
     assert served_of(s3.served) == size_of(run), "each file came once"
-    assert kept() == []
+    assert cached_objects() == []
 
     holding = ckavg.open_run(address)
     paths = [shard.path for each in holding.checkpoints for shard in each.shards]
     download_all([path for path in paths if isinstance(path, RemotePath)], lambda _: None)
     ckavg.average(ckavg.open_run(address), ckavg.PEMA(), out=tmp_path / "third")
-    assert sum(name.endswith(".safetensors") for name in kept()) == len(paths), "somebody reads them"
+    assert sum(name.endswith(".safetensors") for name in cached_objects()) == len(paths), "somebody reads them"
     ckavg.average(holding, ckavg.PEMA(), out=tmp_path / "fourth")
     assert weights_of(tmp_path / "third") == weights_of(tmp_path / "fourth") == expected
-    assert kept() == []
+    assert cached_objects() == []
 
 
 def test_what_an_interrupted_attempt_downloaded_is_taken_up_and_then_removed(
@@ -218,13 +204,13 @@ def test_what_an_interrupted_attempt_downloaded_is_taken_up_and_then_removed(
     with pytest.raises(ckavg.CkavgError, match=r"^s3://runs/team/run/checkpoint-\d0/model\S* may not be read"):
         ckavg.average(opened, ckavg.PEMA(), out=tmp_path / "out")
     assert 1_400_000 < served_of(s3.served) <= 2_000_000, "pieces, some of them the short ends of files"
-    assert any(name.endswith(".incomplete") for name in kept())
+    assert any(name.endswith(".incomplete") for name in cached_objects())
     s3.faults.clear()
     del opened
     nothing_is_busy()
     ckavg.average(ckavg.open_run(address), ckavg.PEMA(), out=tmp_path / "out")
     assert served_of(s3.served) <= size_of(run) + 4 * HEADER, "nothing came twice"
-    assert kept() == []
+    assert cached_objects() == []
 
 
 def test_what_nobody_comes_back_to_goes_after_a_week(s3: Store, address: str, run: Path, tmp_path: Path) -> None:

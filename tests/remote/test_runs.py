@@ -17,7 +17,7 @@ from ckavg.storage.atomic import cache_directory
 from tests.cli.runner import run_cli, visible
 from tests.hub.server import TOKEN, Hub
 from tests.remote.mirrors import Olah
-from tests.remote.outcome import nothing_is_busy
+from tests.remote.outcome import nothing_is_busy, served_of, size_of
 from tests.remote.outcome import weights_of as tensors_of
 from tests.remote.published import publish_folders, publish_revisions
 from tests.remote.stores import Store
@@ -53,14 +53,6 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def weights_of(result: Path) -> dict[str, bytes]:
     own = {"README.md", "ckavg.json"}
     return {name: (result / name).read_bytes() for name in visible(result) - own}
-
-
-def size_of(run: Path) -> int:
-    return sum(path.stat().st_size for path in run.rglob("*.safetensors"))
-
-
-def weights_served(served: dict[str, int]) -> int:
-    return sum(size for name, size in served.items() if name.endswith(".safetensors"))
 
 
 def on_disk(*directories: Path) -> int:
@@ -113,13 +105,13 @@ def test_ten_revisions_give_the_bytes_of_the_disk(
     size = size_of(long_run)
     if max_disk is None:
         assert size <= peak[0] < size + SMALL
-        assert weights_served(hub.served) == size
+        assert served_of(hub.served) == size
     elif max_disk == "0":
         assert peak[0] < SMALL
-        assert weights_served(hub.served) <= passes * size
+        assert served_of(hub.served) <= passes * size
     else:
         assert 20e6 < peak[0] < 30e6 + SMALL
-        assert weights_served(hub.served) < passes * size - (passes - 1) * 20e6
+        assert served_of(hub.served) < passes * size - (passes - 1) * 20e6
 
 
 def test_what_is_in_the_cache_is_not_fetched_again(hub: Hub, long_run: Path, tmp_path: Path) -> None:
@@ -127,17 +119,17 @@ def test_what_is_in_the_cache_is_not_fetched_again(hub: Hub, long_run: Path, tmp
     ckavg.average(ckavg.open_run(REVISIONS), ckavg.EMA(), out=tmp_path / "first")
     hub.forget()
     ckavg.average(ckavg.open_run(REVISIONS), ckavg.EMA(gamma=0.1), out=tmp_path / "second")
-    assert weights_served(hub.served) == 0
+    assert served_of(hub.served) == 0
 
 
 def test_a_sample_fetches_little_more_than_one_reading(hub: Hub, long_run: Path, tmp_path: Path) -> None:
     publish_revisions(hub, REPO, long_run)
     measured = ckavg.measure_path(ckavg.open_run(REVISIONS), sample=0.01)
-    of_sample = weights_served(hub.served)
+    of_sample = served_of(hub.served)
     assert of_sample < 0.05 * size_of(long_run) + 20 * HEADERS
     hub.forget()
     result = ckavg.average(ckavg.open_run(REVISIONS, max_disk=0), ckavg.PEMA(), sample=0.01, out=tmp_path / "out")
-    assert size_of(long_run) < weights_served(hub.served) < 1.2 * size_of(long_run)
+    assert size_of(long_run) < served_of(hub.served) < 1.2 * size_of(long_run)
     exact = ckavg.measure_path(ckavg.open_run(long_run))
     assert result.path_length == measured.lengths
     assert measured.standard_errors is not None
@@ -164,7 +156,7 @@ def test_an_object_store_gives_the_bytes_of_the_disk(
         got = ckavg.average(run, scheme, out=tmp_path / "remote")
     assert weights_of(got.directory) == weights_of(expected.directory)
     tensors = 10 * 4 * (3 * 700_000 + 700)  # what is fetched as it is read leaves out the headers
-    assert weights_served(s3.served) == (size_of(long_run) if scheme.needs_path else tensors)
+    assert served_of(s3.served) == (size_of(long_run) if scheme.needs_path else tensors)
     assert peak[0] < SMALL + (size_of(long_run) if scheme.needs_path else 0)
     assert not [path for path in cache_directory().rglob("*.safetensors") if path.is_file()]
 
@@ -206,7 +198,7 @@ def test_both_ends_on_the_command_line(
         4 / 10 * size_of(long_run), rel=0.01
     )
     assert 12e6 < told["fetch"]["to_disk_bytes"] <= 20e6
-    assert weights_served(hub.served) <= 8 * HEADERS
+    assert served_of(hub.served) <= 8 * HEADERS
     done = run_cli(*words, "--push-to-hub", "ada/averaged")
     assert done.exit_code == 0, done.stderr
     assert f"fetch  {told['fetch']['to_disk_bytes'] / 1e6:.1f} MB to {tmp_path / 'hf-home'}" in done.stderr

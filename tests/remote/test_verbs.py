@@ -11,7 +11,7 @@ import pytest
 from ckavg.storage.atomic import cache_directory
 from tests.cli.runner import run_cli
 from tests.hub.server import Hub, Repo
-from tests.remote.outcome import keeps_to_itself, nothing_is_busy, served_of, weights_of
+from tests.remote.outcome import cached_objects, keeps_to_itself, nothing_is_busy, served_of, size_of, weights_of
 from tests.remote.published import REPO
 from tests.remote.stores import Store
 from tests.run.test_parts import write_sharded
@@ -32,10 +32,6 @@ def ran(*command: str | Path) -> str:
     return told
 
 
-def size_of(run: Path) -> int:
-    return sum(path.stat().st_size for path in run.rglob("*.safetensors"))
-
-
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
@@ -50,11 +46,6 @@ def far(request: pytest.FixtureRequest, run: Path) -> tuple[str, ...]:
         return FAR
     store: Store = request.getfixturevalue("s3")
     return (store.upload(run),)
-
-
-def kept() -> list[Path]:
-    """Files of object stores that are on the disk."""
-    return [path for path in (cache_directory() / "files").rglob("*") if path.is_file()]
 
 
 def test_inspect(far: tuple[str, ...], run: Path) -> None:
@@ -72,7 +63,7 @@ def test_inspect_deep(far: tuple[str, ...], run: Path) -> None:
     digests = {name.partition("/")[2]: digest for name, digest in here["health"]["sha256"].items()}
     assert {name.partition("/")[2]: digest for name, digest in there["health"]["sha256"].items()} == digests
     assert there["health"]["findings"] == here["health"]["findings"]
-    assert kept() == []
+    assert cached_objects() == []
 
 
 def test_path(far: tuple[str, ...], run: Path, tmp_path: Path) -> None:
@@ -84,14 +75,14 @@ def test_path(far: tuple[str, ...], run: Path, tmp_path: Path) -> None:
     ran("path", run, "--csv", places["here"])
     rows = {name: list(csv.reader(place.read_text().splitlines())) for name, place in places.items()}
     assert rows["there"] == rows["streamed"] == rows["here"]
-    assert kept() == []
+    assert cached_objects() == []
 
 
 def test_path_of_a_sample(far: tuple[str, ...], run: Path) -> None:
     told = json.loads(ran("path", *far, "--sample", "0.5", "--json"))
     exact = json.loads(ran("path", run, "--json"))
     assert told.keys() >= exact.keys() - {"directory"}
-    assert kept() == []
+    assert cached_objects() == []
 
 
 def test_sweep(far: tuple[str, ...], run: Path, tmp_path: Path) -> None:
@@ -102,7 +93,7 @@ def test_sweep(far: tuple[str, ...], run: Path, tmp_path: Path) -> None:
     names = sorted(path.name for path in here.iterdir())
     assert len(names) == 4
     assert {name: weights_of(there / name) for name in names} == {name: weights_of(here / name) for name in names}
-    assert kept() == []
+    assert cached_objects() == []
 
 
 def test_snapshots_and_verify(far: tuple[str, ...], run: Path, tmp_path: Path) -> None:
@@ -114,7 +105,7 @@ def test_snapshots_and_verify(far: tuple[str, ...], run: Path, tmp_path: Path) -
     ran("verify", out)
     ran("verify", out, "--fetch", "--sources")
     ran("verify", out, "--fetch", "--sources", "--replay")
-    assert kept() == []
+    assert cached_objects() == []
     ran("verify", out / "checkpoint-20", "--fetch", "--sources")
 
 
