@@ -100,3 +100,10 @@ def test_what_libraries_do_is_not_written_here() -> None:
         used = {module.split(".")[0] for module in imports_of(path)}
         assert "ctypes" not in used, path
         assert "socket" not in used or str(path.relative_to(PACKAGE)) in FOR_NOW, path
+
+
+def test_the_design_names_files_that_are_there() -> None:
+    text = (PACKAGE.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    named = {name for name in re.findall(r"`([a-z_]+(?:/[a-z_]+)*\.py)`", text) if not name.startswith("tests/")}
+    assert len(named) > 15
+    assert not [name for name in sorted(named) if not (PACKAGE / name).exists()]

@@ -22,8 +22,7 @@ from ckavg.checkpoints.unsupported import dequantized
 from ckavg.checkpoints.weight_files import ADAPTERS
 from ckavg.errors import CkavgError, MismatchError, MixedOrderError, UnsupportedFormatError, listed
 from ckavg.storage.base import AnyPath
-from ckavg.storage.local import read_object
-from ckavg.storage.untrusted import parse_json
+from ckavg.storage.local import parse_json, read_object
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"

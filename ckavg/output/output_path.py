@@ -18,7 +18,7 @@ from ckavg.checkpoints.run import Checkpoint, Run
 from ckavg.errors import CkavgError, OutputError, OutputExistsError, WriteError, listed
 from ckavg.storage.atomic import check_own, resolved
 from ckavg.storage.base import AnyPath
-from ckavg.storage.untrusted import parse_json, read_small
+from ckavg.storage.local import parse_json, read_small
 
 CARD, PLOT = "README.md", "ckavg.svg"
 """The model card, and the picture of the weights that it shows, beside it."""
