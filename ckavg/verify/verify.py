@@ -17,7 +17,6 @@ from ckavg.output.record import Output, Record, read_record
 from ckavg.storage.address import address_of
 from ckavg.storage.atomic import resolved
 from ckavg.storage.remote import storages_of
-from ckavg.verify.arithmetic import check_arithmetic
 from ckavg.verify.files import Part, check_files, check_finite, check_others, open_weights
 from ckavg.verify.findings import Check, Report, Verified
 from ckavg.verify.sources import addresses_in, check_checksums, find_sources
@@ -156,6 +155,8 @@ def _parts(directory: Path, record: Record) -> dict[int, Part]:
 
 def _check_record(report: Report, record: Record, parts: Mapping[int, Part]) -> None:
     """Do the numbers follow from each other, and do the records of the snapshots say the same?"""
+    from ckavg.verify.arithmetic import check_arithmetic  # numpy takes a while
+
     if record.ckavg_version != __version__:
         version = f"It was made with ckavg {record.ckavg_version}, and is checked with {__version__}."
         report.warning("record", version)
