@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ckavg.checkpoints.headers import KNOWN_HASHES
 from ckavg.checkpoints.run import FLOATING, Checkpoint, TensorInfo
@@ -217,8 +217,11 @@ def _about_adapters(
             )
         else:
             errors += _different(steps, ADAPTER_CONFIG, before, after, (key,))
-    old, new = before.get("target_modules"), after.get("target_modules")
-    if old is not None and new is not None and _as_set(old) != _as_set(new):
+    old, new = (
+        {str(item) for item in value} if isinstance(value := each.get("target_modules"), list) else value
+        for each in (before, after)
+    )
+    if old is not None and new is not None and old != new:
         warnings.append(
             f"{ADAPTER_CONFIG} states other target_modules at {steps[0]} than at {steps[1]}; the result takes those of "
             "the last checkpoint."
@@ -231,10 +234,6 @@ def _changed(before: Mapping[str, Any], after: Mapping[str, Any], keys: Sequence
     return [
         key for key in keys if before.get(key) is not None and after.get(key) is not None and before[key] != after[key]
     ]
-
-
-def _as_set(value: object) -> object:
-    return {str(each) for each in value} if isinstance(value, list) else value
 
 
 # --- headers ---
@@ -293,14 +292,14 @@ def contradicting_headers(
     hashes: set[str] = set()
     last = checkpoints[-1]
     for part in last.parts:
-        of_last = _metadata_in(last, part)
+        of_last = _metadata_of(last, part)
         for checkpoint in checkpoints[:-1]:
-            other = _metadata_in(checkpoint, part)
+            other = _metadata_of(checkpoint, part)
             from_elsewhere = anchor_is_init and checkpoint is checkpoints[0]
             keys = other.keys() & of_last.keys() if from_elsewhere else other.keys() | of_last.keys()
             differing = sorted(key for key in keys if not _alike(other.get(key), of_last.get(key)))
-            hashes |= {key for key in differing if _is_hash(key)}
-            meant = [key for key in differing if _changes_meaning(key)]
+            hashes |= {key for key in differing if _tells(key) == "hash"}
+            meant = [key for key in differing if _tells(key) == "meaning"]
             if meant:
                 errors.append(_different_headers(checkpoint, last, meant, other, of_last))
             if not from_elsewhere:
@@ -308,7 +307,7 @@ def contradicting_headers(
                     f"The headers of the weights state different values of {_short(key)}; the result takes that of the "
                     "last one."
                     for key in differing
-                    if not _changes_meaning(key) and _is_doubtful(key)
+                    if _tells(key) == "more"
                 ]
     return errors[:1], list(dict.fromkeys(warnings)), frozenset(hashes)
 
@@ -325,7 +324,7 @@ def without_entries(checkpoint: Checkpoint, entries: frozenset[str]) -> Checkpoi
     return dataclasses.replace(checkpoint, shards=shards)
 
 
-def _metadata_in(checkpoint: Checkpoint, part: str) -> dict[str, str]:
+def _metadata_of(checkpoint: Checkpoint, part: str) -> dict[str, str]:
     return {key: value for shard in checkpoint.shards if shard.part == part for key, value in shard.metadata.items()}
 
 
@@ -343,28 +342,20 @@ def _different_headers(
     )
 
 
-def _header_words(key: str) -> set[str]:
-    return {word.lower() for word in _HEADER_WORDS.findall(key)}
-
-
-def _is_hash(key: str) -> bool:
-    return bool(_header_words(key) & _HASH)
-
-
-def _changes_meaning(key: str) -> bool:
-    return _is_doubtful(key) and bool(_header_words(key) & _MEANING)
-
-
-def _is_doubtful(key: str) -> bool:
-    return not _header_words(key) & (_PROGRESS | _HASH) and key not in (_RUN_NAME, "format")
+def _tells(key: str) -> Literal["hash", "progress", "meaning", "more"]:
+    """What an entry is about, by the words in its name."""
+    words = {word.lower() for word in _HEADER_WORDS.findall(key)}
+    if words & _HASH:
+        return "hash"
+    if words & _PROGRESS or key in (_RUN_NAME, "format"):
+        return "progress"
+    return "meaning" if words & _MEANING else "more"
 
 
 def _alike(one: str | None, other: str | None) -> bool:
     """Whether two values are the same, as texts or as what they say in JSON."""
-    if one == other:
-        return True
-    if one is None or other is None:
-        return False
+    if one == other or one is None or other is None:
+        return one == other
     with suppress(ValueError, RecursionError):
         return bool(parse_json(one) == parse_json(other))
     return False

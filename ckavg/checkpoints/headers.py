@@ -53,13 +53,7 @@ _STILL_WRITTEN = (
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What one file declares, checked against its size in bytes; tensors in the order of their bytes.
-
-    Attributes:
-        entries: its tensors.
-        info: the file.
-        metadata: what it says besides, by name.
-    """
+    """What one file declares, checked against its size: tensors by offset, and what it says besides."""
 
     entries: Mapping[str, TensorInfo]
     info: FileInfo

@@ -124,12 +124,8 @@ def label_run(
     """Which of the folders, and of the weight files without their ending, are checkpoints; the folders come first.
 
     A word such as `step` makes a folder a checkpoint, weights or none: it may still be written. A number alone says too
-    little without weights, and one after any other word counts only where no folder is named better.
-
-    Args:
-        folders, files: their names; the ends of the files are cut off.
-        holds_weights: whether there are weights of any kind in a folder.
-        is_one_model: whether a file tells that the folders are parts of one model.
+    little without weights, and one after any other word counts only where no folder is named better. `is_one_model`
+    tells that the folders are parts of one model.
     """
     labels = {
         name: label

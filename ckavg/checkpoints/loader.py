@@ -86,7 +86,6 @@ class Loader:
         self._found = found
         self._selection = selection
         self._read: dict[tuple[AnyPath, int], Checkpoint | CkavgError] = {}
-        self._texts: dict[str, str] = {}
         self._table: Mapping[str, TensorInfo] = {}
         self._incomplete: dict[AnyPath, CkavgError] = {}
         self.candidates: list[Candidate] = []
@@ -162,22 +161,10 @@ class Loader:
             return error
         if isinstance(path, RemotePath):
             read_facts(checkpoint)  # its configs are wanted later, one after another
-        return self._sharing_tables(checkpoint)
-
-    def _sharing_tables(self, checkpoint: Checkpoint) -> Checkpoint:
-        """With the tensor table of the last one read, where they are equal: a large model's takes tens of megabytes.
-        So may what headers say of a training set.
-        """
-        shards = tuple(
-            dataclasses.replace(
-                shard, metadata={key: self._texts.setdefault(value, value) for key, value in shard.metadata.items()}
-            )
-            for shard in checkpoint.shards
-        )
-        table = self._table
-        if checkpoint.entries != table:
-            self._table = table = checkpoint.entries
-        return dataclasses.replace(checkpoint, shards=shards, entries=table)
+        if checkpoint.entries == self._table:  # kept once: that of a large model takes tens of megabytes
+            return dataclasses.replace(checkpoint, entries=self._table)
+        self._table = checkpoint.entries
+        return checkpoint
 
 
 def _check_anchor(places: list[tuple[AnyPath, int]]) -> list[CkavgError]:

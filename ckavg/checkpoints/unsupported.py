@@ -153,13 +153,7 @@ def _names_below(path: AnyPath) -> Iterator[str]:
 
 @dataclass(slots=True)
 class _Group:
-    """Checkpoints in one format, laid out alike.
-
-    Attributes:
-        form: the format.
-        found: of each checkpoint, all files that are not read.
-        names: of each checkpoint, the file that gives the format away.
-    """
+    """Checkpoints in one format, laid out alike: of each what is not read, and the file that gives it away."""
 
     form: _Format
     found: dict[AnyPath, list[str]] = field(default_factory=dict)
@@ -215,7 +209,11 @@ _NEMO = (
 
 def _find_pickles(group: _Group) -> tuple[str, str]:
     pickles = [(path, name) for path, names in group.found.items() for name in names if name.endswith(PICKLES)]
-    weights = [each for each in pickles if not (_is_state(each[1]) or _is_beside_weights(*each))]
+    weights = [
+        (path, name)
+        for path, name in pickles
+        if not _is_state(name) and not (path.is_dir() and _holds_safetensors((path / name).parent))
+    ]
     return _BESIDE, from_pickles(_file(path, name) for path, name in weights or pickles)
 
 
@@ -262,11 +260,8 @@ def _file(path: AnyPath, name: str) -> AnyPath:
     return path / name if path.is_dir() else path
 
 
-def _is_beside_weights(path: AnyPath, name: str) -> bool:
-    """Whether the folder of a checkpoint in which a file lies holds weights that are read."""
-    if not path.is_dir():
-        return False
-    return any(each.endswith(".safetensors") for each in storage_of(path).list((path / name).parent).files)
+def _holds_safetensors(folder: AnyPath) -> bool:
+    return any(name.endswith(".safetensors") for name in storage_of(folder).list(folder).files)
 
 
 def _above(levels: int) -> str:

@@ -41,14 +41,8 @@ LeftOut = tuple[WhyLeftOut, str]
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The weights of one folder that its loader takes, and those beside them.
-
-    Attributes:
-        folder: the folder.
-        kind: `model` or `adapter`.
-        files: names of the weight files where no index lists them.
-        index: name of the shard index that does; empty where there is none.
-        others: names of all weight files that may be of the model.
+    """The weights of one folder that its loader takes, in files or those that an index lists; `others` are all
+    weight files that may be of the model.
     """
 
     folder: AnyPath
