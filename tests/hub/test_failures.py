@@ -407,7 +407,7 @@ def test_an_interrupt_costs_the_rest_of_the_upload(hub: Hub, run: Path, number: 
 @pytest.mark.parametrize(
     ("words", "place", "said"),
     [
-        (("ema",), "averaging", "The result is complete in {out}/ema-gamma0.15. {go_on} {out}/ema-gamma0.15 {repo}"),
+        (("ema",), "average", "The result is complete in {out}/ema-gamma0.15. {go_on} {out}/ema-gamma0.15 {repo}"),
         (("sweep",), "sweep", "All averages are complete in {out}. {go_on} DIR {repo}"),
     ],
 )
