@@ -210,21 +210,21 @@ def push(plan: PushPlan, *, on_progress: OnProgress | None = None, show_bars: bo
 
     api, repo, destination = connect(token=True, show_bars=show_bars), plan.repo, plan.destination
     operations = {name: CommitOperationAdd(name, str(plan.directory / name)) for name in plan.sizes}
-    total = sum(plan.sizes.values())
+    done, total = 0, sum(plan.sizes.values())
+    report = partial(_report, on_progress, total)
     with _continuing(plan.directory, destination):
         _create(api, repo, destination)
-        done = 0
         for name in (name for name, size in plan.sizes.items() if size >= _LARGE):
-            if on_progress:
-                on_progress(Progress("upload", done, total))
-            _send(api, plan, name, operations[name])
+            report(done)
+            with hub_errors(f"uploading {name}", repo, api):  # the client itself repeats what fails
+                api.preupload_lfs_files(
+                    repo, [operations[name]], revision=destination.branch, create_pr=destination.create_pr
+                )
             done += plan.sizes[name]
-        if on_progress:
-            on_progress(Progress("upload", done, total))
+        report(done)
         oid, pull_request = _commit(api, plan, operations)
         _check_commit(api, plan, oid)
-    if on_progress:
-        on_progress(Progress("upload", total, total))
+    report(total)
     branch = "" if destination.branch == MAIN else f"/tree/{destination.branch}"
     return Pushed(
         result=plan.directory,
@@ -236,6 +236,11 @@ def push(plan: PushPlan, *, on_progress: OnProgress | None = None, show_bars: bo
         bytes=total,
         warnings=plan.warnings,
     )
+
+
+def _report(on_progress: OnProgress | None, total: int, done: int) -> None:
+    if on_progress:
+        on_progress(Progress("upload", done, total))
 
 
 def continued(directory: Path, destination: Destination) -> str:
@@ -418,13 +423,6 @@ def _create(api: HfApi, repo: str, destination: Destination) -> None:
     if branch != MAIN and not branch.startswith("refs/"):
         create_branch = partial(api.create_branch, repo, branch=branch, exist_ok=True)
         ask(f"creating the branch {branch}", repo, api, create_branch)
-
-
-def _send(api: HfApi, plan: PushPlan, name: str, operation: CommitOperationAdd) -> None:
-    """Upload a large file. The client itself repeats what fails."""
-    revision, create_pr = plan.destination.branch, plan.destination.create_pr
-    with hub_errors(f"uploading {name}", plan.repo, api):
-        api.preupload_lfs_files(plan.repo, [operation], revision=revision, create_pr=create_pr)
 
 
 def _commit(api: HfApi, plan: PushPlan, operations: Operations) -> tuple[str, str | None]:

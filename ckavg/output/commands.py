@@ -81,10 +81,7 @@ def reproduce(record: Record, scheme: Scheme) -> str:
 def load_command(directory: Path, files: Mapping[str, bytes], weights: Sequence[str]) -> str:
     """A command line that loads a result.
 
-    Args:
-        directory: of the result.
-        files: content of its small files, by relative path.
-        weights: its weight files by relative path, those of the largest part first.
+    `files` are its small files by relative path; `weights` the names of the others, those of the largest part first.
     """
     return f"python -c {shell_word(_code(directory, files, weights))}"
 

@@ -6,7 +6,6 @@ the same run, unless it was measured: evaluation results are not taken over.
 
 from __future__ import annotations
 
-import datetime
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ _MOST_BYTES = 4_000_000
 _MOST_CHARACTERS = 1_000_000
 """Of front matter."""
 
-_DEEPEST, _LONGEST_KEY, _LARGEST = 32, 100, 1 << 63
+_DEEPEST = 32
 _MOST_LISTED, _LONGEST = 50, 200
 
 _BLOCK = re.compile(r"\A\s*---[ \t]*\n(.*?\n)??---[ \t]*(?:\n|\Z)", re.DOTALL)
@@ -61,31 +60,24 @@ _TASKS = {
     "ForAudioClassification": "audio-classification",
     "ForCTC": "automatic-speech-recognition",
     "ForSpeechSeq2Seq": "automatic-speech-recognition",
-}
-"""The task of an architecture, by the end of its name. Not there: those that stand for several tasks, such as
-`ForConditionalGeneration`, and `ForSequenceClassification`, which reward models have, too."""
-
-_ADAPTER_TASKS = {
+    "StableDiffusionPipeline": "text-to-image",
+    "StableDiffusionXLPipeline": "text-to-image",
+    "StableDiffusion3Pipeline": "text-to-image",
+    "FluxPipeline": "text-to-image",
     "CAUSAL_LM": "text-generation",
     "TOKEN_CLS": "token-classification",
     "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
-_TEXT_TO_IMAGE = frozenset(
-    {"StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"}
-)
+"""The task of an architecture, pipeline or adapter, by the end of its name. Not there: those that stand for several
+tasks, such as `ForConditionalGeneration`, and `ForSequenceClassification`, which reward models have, too."""
 
 _LICENSE_FILES = ("LICENSE", "LICENSE.md")
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A model card in two parts.
-
-    Attributes:
-        metadata: the fields of its front matter, by name; empty where it has none.
-        text: the Markdown below.
-    """
+    """A model card in two parts: the fields of its front matter, by name, and the Markdown below."""
 
     metadata: Mapping[str, Any]
     text: str
@@ -144,7 +136,7 @@ def find_origin(run: Run, side_files: Mapping[str, bytes], card: Path | str | No
     found = {
         "base_model": base,
         "base_model_relation": relation,
-        "library_name": library_of(config, adapter),
+        "library_name": _library_of(config, adapter),
         "pipeline_tag": pipeline_of(config, adapter),
     }
     found |= {name: inherited.get(name) for name in _LICENSE_FIELDS}
@@ -199,7 +191,6 @@ def _parsed(block: str) -> dict[str, Any]:
         return {}
     if not isinstance(parsed, dict):
         raise ValueError("its front matter is not a mapping of fields to values")
-    _check_plain(parsed)
     return parsed
 
 
@@ -215,32 +206,12 @@ def _check_keys(node: Any) -> None:
         _check_keys(value)
 
 
-def _check_plain(value: object) -> None:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if not isinstance(key, str) or len(key) > _LONGEST_KEY:
-                raise ValueError(f"its front matter has a field whose name is no short text: {str(key)[:40]!r}")
-            _check_plain(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            _check_plain(inner)
-    elif isinstance(value, int) and abs(value) >= _LARGEST:
-        raise ValueError("its front matter holds a number beyond 64 bits")
-    elif not isinstance(value, str | int | float | datetime.date | None):
-        raise ValueError(f"its front matter holds a value of the kind {type(value).__name__}, which is not read")
-
-
 def is_hub_id(name: str) -> bool:
     """Whether a name could be that of a repository on the Hub, `owner/name`."""
     return _HUB_ID.fullmatch(name) is not None
 
 
-def library_of(config: Mapping[str, Any], adapter_config: Mapping[str, Any]) -> str:
-    """The library that loads a model; empty where the configs do not tell.
-
-    >>> library_of({"model_type": "llama"}, {})
-    'transformers'
-    """
+def _library_of(config: Mapping[str, Any], adapter_config: Mapping[str, Any]) -> str:
     if adapter_config:
         return "peft"
     if "_diffusers_version" in config:
@@ -254,15 +225,12 @@ def pipeline_of(config: Mapping[str, Any], adapter_config: Mapping[str, Any]) ->
     >>> pipeline_of({"architectures": ["LlamaForCausalLM"]}, {}), pipeline_of({"architectures": ["T5Model"]}, {})
     ('text-generation', '')
     """
-    if adapter_config:
-        return _ADAPTER_TASKS.get(str(adapter_config.get("task_type")), "")
-    if config.get("_class_name") in _TEXT_TO_IMAGE:
-        return "text-to-image"
-    architectures = config.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
+    named = config.get("architectures")
+    name = config.get("_class_name") or (named[0] if isinstance(named, list) and len(named) == 1 else None)
+    name = adapter_config.get("task_type") if adapter_config else name
+    if not isinstance(name, str) or not name.isidentifier():
         return ""
-    (name,) = architectures
-    return next((task for end, task in _TASKS.items() if name.isidentifier() and name.endswith(end)), "")
+    return next((task for end, task in _TASKS.items() if name.endswith(end)), "")
 
 
 def _read_own(path: Path) -> Card:
@@ -296,9 +264,7 @@ def _check_written(metadata: Mapping[str, Any]) -> None:
 def _first_card(places: Sequence[tuple[AnyPath, AnyPath]], warnings: list[str]) -> Mapping[str, Any]:
     """The metadata of the first card that has any; one that cannot be read is passed over with a warning.
 
-    Args:
-        places: directories, each with that which the user named, and out of which no link may lead.
-        warnings: what a user should know is added.
+    Of each directory there is that which the user named, and out of which no link may lead.
     """
     for directory, named in places:
         path = directory / CARD
@@ -320,10 +286,7 @@ def _first_card(places: Sequence[tuple[AnyPath, AnyPath]], warnings: list[str]) 
 
 
 def _inherited(card: Mapping[str, Any], run: Run) -> dict[str, Any]:
-    """Those fields of the run's card that hold for its average, where their values are what the Hub expects.
-
-    Whatever else there is, such as the path that a trainer gives for a data set, is left out.
-    """
+    """Those fields of the run's card that hold for its average, where their values are what the Hub expects."""
     found: dict[str, Any] = {}
     for name, pattern in _LISTS.items():
         values = [each for each in _texts(card.get(name)) if pattern.fullmatch(each)]

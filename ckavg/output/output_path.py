@@ -107,18 +107,14 @@ def _existing(place: Path) -> Path:
 def _why_not_made(place: Path) -> str:
     """What would keep us from making a directory at a place; the system is asked, and nothing is made."""
     parent = _existing(place.parent)
-    try:
-        read_only = bool(os.statvfs(parent).f_flag & os.ST_RDONLY)
-        longest = os.pathconf(parent, "PC_NAME_MAX")
-    except (OSError, ValueError):
-        return ""  # not every file system tells; whoever writes says what is wrong
     if not parent.is_dir():
         return f"{parent} is not a directory"
-    if read_only:
-        return f"the file system of {parent} is read-only"
     if not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         return f"you may not write to {parent}"
-    return "File name too long" if any(len(os.fsencode(part)) > longest for part in place.parts) else ""
+    with suppress(OSError, ValueError):  # not every file system tells; whoever writes says what is wrong
+        if max(len(os.fsencode(part)) for part in place.parts) > os.pathconf(parent, "PC_NAME_MAX"):
+            return "File name too long"
+    return ""
 
 
 def space_problems(places: Sequence[tuple[Path, int]]) -> list[CkavgError]:

@@ -105,12 +105,7 @@ def save_figure(figure: Figure, file: Path) -> None:
 
 
 def averages_figure(results: Sequence[Record], path: PathLength | None = None) -> Figure:
-    """ℓ, β and the weight of every checkpoint, by optimizer step, for averages of one run.
-
-    Args:
-        results: the averages; at least one.
-        path: the path that was measured for them; with it, ℓ of every tensor is plotted, too.
-    """
+    """ℓ, β and the weight of every checkpoint, by optimizer step, for averages of one run; ℓ by tensor of a `path`."""
     with plain_style():
         first, by_step, by_tensor = results[0], _averages_plots(results, path), _tensor_plots(path)
         if len(results) > 1:
@@ -135,8 +130,7 @@ def path_figure(path: PathLength) -> Figure:
 def card_svg(result: Record) -> bytes | None:
     """What `averages_figure` has of one average, smaller, for its model card. None without matplotlib.
 
-    SVG, because its bytes hang on the numbers and on matplotlib alone. Those of a PNG hang on zlib, too, which comes in
-    several makes that compress differently, and on some of them by processor.
+    SVG, whose bytes hang on the numbers and on matplotlib alone; those of a PNG hang on the make of zlib, too.
     """
     if find_spec("matplotlib") is None:
         return None

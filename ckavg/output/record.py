@@ -368,7 +368,7 @@ def _validated(fields: dict[str, Any]) -> Record:
     except ValidationError as error:
         found = error.errors(include_input=False)  # which would be a copy of the whole record, time and again
         wrong = [_wrong(fields, each["loc"], _MESSAGES.get(each["type"], each["msg"])) for each in found]
-        raise wrong[0] if len(wrong) == 1 else CombinedError(wrong) from error
+        raise (CombinedError(wrong) if len(wrong) > 1 else wrong[0]) from error
     raise_all([RecordError(message) for is_wrong, message in _inconsistencies(record) if is_wrong])
     return record
 

@@ -54,12 +54,7 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class WeightPlan:
-    """All weight files of a result.
-
-    Attributes:
-        shards: the files, in the order of the last checkpoint's.
-        dtypes: output dtype of every floating tensor, as a safetensors code.
-    """
+    """All weight files of a result, and the output dtype of every floating tensor, as a safetensors code."""
 
     shards: tuple[ShardPlan, ...]
     dtypes: Mapping[str, str]
@@ -81,12 +76,10 @@ class WeightPlan:
 
 
 def plan_weights(like: Checkpoint, dtype: str = "source", *, file_name: str = "") -> WeightPlan:
-    """Lay out the result with the file names, the shard cut and the header entries of a checkpoint.
+    """Lay out the result with the file names, the shard cut and the header entries of its last checkpoint.
 
-    Args:
-        like: the last checkpoint.
-        dtype: `source`, or the dtype for all floating tensors: `float32`, `bfloat16`, `float16` or `float64`.
-        file_name: of the result, where the checkpoints are single files.
+    Floating tensors get `dtype`: `source` (their own), `float32`, `bfloat16`, `float16` or `float64`. Where the
+    checkpoints are single files, that of the result has a `file_name`.
     """
     out = {
         name: entry.dtype if dtype == "source" or not entry.is_floating else _CODES[dtype]
@@ -270,11 +263,7 @@ def sha256(data: bytes) -> str:
 
 
 def sha256_of(paths: Sequence[Path], *, beside: Sequence[Callable[[], None]] = ()) -> list[str]:
-    """SHA-256 of files, several at a time, in hexadecimal digits.
-
-    Args:
-        paths: the files.
-        beside: what is done at the same time, such as waiting for a disk.
+    """SHA-256 of files in hexadecimal digits, several at a time, while something else is done `beside` it.
 
     Raises:
         ReadError: the system would not let us read.

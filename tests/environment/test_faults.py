@@ -207,9 +207,9 @@ def fill():
         return f"{fill}fill()\n"
     return f"""{fill}
 average = importlib.import_module("ckavg.averaging.pipeline")
-check = average.check_together
+check = average.check_compatible
 def check_and_fill(plans):
     check(plans)
     fill()
-average.check_together = check_and_fill
+average.check_compatible = check_and_fill
 """
