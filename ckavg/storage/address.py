@@ -13,7 +13,7 @@ from ckavg.storage.redaction import shown_address
 SCHEMES = ("hf", "s3", "gs", "gcs", "abfs", "abfss", "az")
 """What addresses may begin with. fsspec has drivers for more: some run what they read, others ask any host."""
 
-_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>/+|:.*:/)(?P<rest>[^/].*)", re.DOTALL)
+_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>/+|:.*:/+)(?P<rest>[^/].*)", re.DOTALL)
 _ONE_SLASH = re.compile(r"\A(?!file:|local:)([A-Za-z][A-Za-z0-9+.-]+):/(?=[^/])")
 _HUB = re.compile(r"(?P<repo>[^/@]+(?:/[^/@]+)?)(?:@(?P<revision>[^/]+))?(?:/(?P<folder>.+))?")
 _OTHER_KINDS = ("datasets", "spaces", "buckets", "kernels")
