@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from ckavg.errors import CkavgError, HubError, ReadError
-from ckavg.storage.redaction import shown_address, without_secrets
+from ckavg.storage.redaction import HIDDEN, shown_address, without_secrets
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -221,7 +221,15 @@ def endpoint_of(api: HfApi) -> str:
 def without_credentials(error: Exception) -> Exception | None:
     """The error, for a traceback; None where that would show credentials."""
     chain = "\n".join(str(each) for each in _causes(error))[:_MOST_SEARCHED]
-    return error if without_secrets(chain) == chain else None
+    return error if _without_token(chain) == chain else None
+
+
+def _without_token(text: str) -> str:
+    """A text without secrets, and without the stored token, whatever that looks like."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return without_secrets(text.replace(token, HIDDEN) if token else text)
 
 
 def _explain(error: Exception, failed: str, repo: str, api: HfApi, right: str) -> CkavgError | None:
@@ -238,7 +246,7 @@ def _explain(error: Exception, failed: str, repo: str, api: HfApi, right: str) -
     found = next((row for row in _ANSWERS if re.match(row[0], signature, re.DOTALL)), None)
     if found is None:
         return None
-    shown = " ".join(shown_address(reason).split()).rstrip(".")
+    shown = " ".join(shown_address(_without_token(reason)).split()).rstrip(".")
     values = {
         "endpoint": endpoint_of(api),
         "repo": repo,
