@@ -1,6 +1,6 @@
 """Each row of the table "What is refused" of docs/formats.md: what the error names, and the command that converts.
 
-That the commands convert what they should is tested in tests/run/test_conversion.py, where they are run.
+That the commands convert what they should is tested in tests/checkpoints/test_conversion.py, where they are run.
 """
 
 from __future__ import annotations

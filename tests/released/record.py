@@ -28,8 +28,8 @@ from typing import Any
 
 from tests.hub.server import TOKEN, serving
 from tests.released.commands import COMMANDS, flip, write_inputs
-from tests.remote.published import publish_revisions
-from tests.remote.stores import fronting, storing
+from tests.storage.published import publish_revisions
+from tests.storage.stores import fronting, storing
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -12,8 +12,8 @@ import pytest
 import ckavg
 from tests.cli.runner import run_cli
 from tests.hub.server import TOKEN, Hub, Repo
-from tests.remote.outcome import keeps_to_itself, refused, served_of, weights_of
-from tests.remote.published import REPO, publish_folders
+from tests.storage.outcome import keeps_to_itself, refused, served_of, weights_of
+from tests.storage.published import REPO, publish_folders
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 

@@ -38,7 +38,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], str]] = {
         "RUN/checkpoint-*/unet/diffusion_pytorch_model.bin",
     ),
 }
-"""What neither docs/formats.md has a row for, nor tests/run/test_conversion.py converts."""
+"""What neither docs/formats.md has a row for, nor tests/checkpoints/test_conversion.py converts."""
 
 
 def write_foreign(run: Path, directory: str, files: tuple[str, ...], steps: tuple[int, ...] = (10, 20)) -> None:

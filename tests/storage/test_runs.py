@@ -16,12 +16,12 @@ import ckavg
 from ckavg.storage.atomic import cache_directory
 from tests.cli.runner import run_cli, visible
 from tests.hub.server import TOKEN, Hub
-from tests.remote.mirrors import Olah
-from tests.remote.outcome import nothing_is_busy, served_of, size_of
-from tests.remote.outcome import weights_of as tensors_of
-from tests.remote.published import publish_folders, publish_revisions
-from tests.remote.stores import Store
 from tests.runs import write_run
+from tests.storage.mirrors import Olah
+from tests.storage.outcome import nothing_is_busy, served_of, size_of
+from tests.storage.outcome import weights_of as tensors_of
+from tests.storage.published import publish_folders, publish_revisions
+from tests.storage.stores import Store
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 

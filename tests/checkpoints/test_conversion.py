@@ -446,7 +446,7 @@ class Custom:
     [
         (
             {"model": {"w": torch.ones(2)}, "config": Custom()},
-            "Unsupported global: GLOBAL tests.run.test_conversion.Custom",
+            "Unsupported global: GLOBAL tests.checkpoints.test_conversion.Custom",
         ),
         ({"params_ema": {"w": torch.ones(2)}, "optimizer": STATE}, "no weights in "),
     ],

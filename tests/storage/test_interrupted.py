@@ -26,10 +26,10 @@ from ckavg.storage.remote import download_all
 from tests.cli.runner import run_cli
 from tests.hub.server import Hub, Repo
 from tests.hub.wire import Broken
-from tests.remote.outcome import cached_objects, nothing_is_busy, served_of, size_of, told_once, weights_of
-from tests.remote.published import REPO, digest_of, publish_revisions, weights
-from tests.remote.stores import Store
 from tests.runs import write_run
+from tests.storage.outcome import cached_objects, nothing_is_busy, served_of, size_of, told_once, weights_of
+from tests.storage.published import REPO, digest_of, publish_revisions, weights
+from tests.storage.stores import Store
 
 REVISIONS = f"hf://{REPO}@step*"
 FOREVER = 10_000

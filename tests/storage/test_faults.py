@@ -14,9 +14,9 @@ from ckavg.storage.download import ShortAnswerError, exactly
 from tests.cli.runner import run_cli
 from tests.hub.server import Hub, Repo
 from tests.hub.wire import DROPPED, PORTAL, WHOLE, Broken, Traffic
-from tests.remote.outcome import keeps_to_itself, refused, weights_of
-from tests.remote.published import REPO, publish_folders
-from tests.remote.stores import Store
+from tests.storage.outcome import keeps_to_itself, refused, weights_of
+from tests.storage.published import REPO, publish_folders
+from tests.storage.stores import Store
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 

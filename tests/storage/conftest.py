@@ -12,11 +12,11 @@ from huggingface_hub import constants
 import ckavg
 from tests.hub.conftest import hub as hub
 from tests.hub.server import Hub, Repo
-from tests.remote import mirrors
-from tests.remote.outcome import wait_for_fetching, weights_of
-from tests.remote.published import REPO, publish_revisions
-from tests.remote.stores import Store, fronting, storing
 from tests.runs import write_run
+from tests.storage import mirrors
+from tests.storage.outcome import wait_for_fetching, weights_of
+from tests.storage.published import REPO, publish_revisions
+from tests.storage.stores import Store, fronting, storing
 
 STEPS = (10, 20, 30)
 

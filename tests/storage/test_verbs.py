@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from ckavg.storage.atomic import cache_directory
+from tests.checkpoints.test_parts import write_sharded
 from tests.cli.runner import run_cli
 from tests.hub.server import Hub, Repo
-from tests.remote.outcome import cached_objects, keeps_to_itself, nothing_is_busy, served_of, size_of, weights_of
-from tests.remote.published import REPO
-from tests.remote.stores import Store
-from tests.run.test_parts import write_sharded
+from tests.storage.outcome import cached_objects, keeps_to_itself, nothing_is_busy, served_of, size_of, weights_of
+from tests.storage.published import REPO
+from tests.storage.stores import Store
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 

@@ -22,12 +22,12 @@ from ckavg.errors import (
     SettingError,
     TruncatedShardError,
 )
+from tests.checkpoints.test_pipelines import write_pipeline
 from tests.cli.runner import run_cli
 from tests.hub.server import Hub, Repo, Tree, entry_of
-from tests.remote.outcome import nothing_is_busy, refused, served_of, weights_of
-from tests.remote.published import BY_TOKENS, OF_A_MODEL, REPO, publish_folders, publish_revisions, tree_of, weights
-from tests.run.test_pipelines import write_pipeline
 from tests.runs import write_run
+from tests.storage.outcome import nothing_is_busy, refused, served_of, weights_of
+from tests.storage.published import BY_TOKENS, OF_A_MODEL, REPO, publish_folders, publish_revisions, tree_of, weights
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
