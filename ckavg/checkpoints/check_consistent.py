@@ -181,6 +181,13 @@ def _compare(before: Checkpoint, after: Checkpoint, *, any_float: bool, common_o
         )
     ):
         return []
+    prefix = _prefix_between(before, after)
+    if prefix is not None:
+        longer, shorter = (after, before) if prefix[1] else (before, after)
+        return [
+            f"step {longer.step}: the names of all tensors begin with {prefix[0]!r}, and are those of step "
+            f"{shorter.step} otherwise: a trainer has wrapped the model"
+        ]
     lines: list[str] = []
     if not common_only:
         lines += [
@@ -216,3 +223,16 @@ def _same(one: Checkpoint, name: str, other: Checkpoint, its_name: str, *, most:
         for start in range(0, end, _AT_ONCE)
         for stop in (min(start + _AT_ONCE, end),)
     )
+
+
+def _prefix_between(before: Checkpoint, after: Checkpoint) -> tuple[str, bool] | None:
+    """What the names of one checkpoint begin with, and those of the other do not, where they are alike but for that;
+    and whether it is the later one whose names are longer.
+    """
+    for shorter, longer, is_after in ((before, after, True), (after, before, False)):
+        first = max(shorter.entries, key=len)
+        for name in longer.entries:
+            prefix = name.removesuffix(first)
+            if prefix and name.endswith(first) and {prefix + each for each in shorter.entries} == longer.entries.keys():
+                return prefix, is_after
+    return None

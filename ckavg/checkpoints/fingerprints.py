@@ -80,9 +80,13 @@ def check_unchanged(checkpoints: Iterable[Checkpoint]) -> None:
 
 def _is_old_enough(changed: int) -> bool:
     """Whether another change from now on would get another time; it is worth a short wait, not a long one."""
-    tick = _FINE_CLOCK_NS if changed % 1_000_000 else _COARSE_CLOCK_NS  # of the clock that gave a file this time
-    age = time.time_ns() - changed
+    age, tick = time.time_ns() - changed, _tick(changed)
     if 0 <= age < tick <= _FINE_CLOCK_NS:
         time.sleep((tick - age) / 1e9)
         return True
     return age >= tick
+
+
+def _tick(changed: int) -> int:
+    """Of the clock that gave a file this time."""
+    return _FINE_CLOCK_NS if changed % 1_000_000 else _COARSE_CLOCK_NS
