@@ -296,8 +296,7 @@ def check_access(destination: Destination, names: Collection[str] = ()) -> str:
             asked for; or weights that a loader might take for these lie there.
     """
     api = connect(token=True)
-    with hub_errors("checking the token", destination.repo, api):
-        me = retry(api.whoami)
+    me = ask("checking the token", destination.repo, api, api.whoami)
     repo = destination.repo if "/" in destination.repo else f"{me['name']}/{destination.repo}"
     url = endpoint_of(api)
     check_token(me, repo, url, create_pr=destination.create_pr)

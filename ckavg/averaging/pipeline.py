@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 
 from ckavg import __version__
 from ckavg.averaging.distributed import check_same_plans, check_same_run, finalize, open_writers, stage
-from ckavg.averaging.plan import Options, Plan, check_compatible, fetch, fetching_of, fetching_of_path, plan_averages
+from ckavg.averaging.plan import Options, Plan, check_compatible, fetching_of, fetching_of_path, plan_averages
 from ckavg.averaging.record import Work, completed, record_of
 from ckavg.checkpoints.fingerprints import Fingerprints, check_unchanged, fingerprint_run
-from ckavg.checkpoints.run import Run, averaged_statistics
+from ckavg.checkpoints.run import Run, averaged_statistics, holds_float64
 from ckavg.engine.context import Context, OnProgress
 from ckavg.engine.distributed import ALONE, Ranks
+from ckavg.engine.remote import fetch
 from ckavg.output.record import Record, Seconds
 from ckavg.output.staging import remove_stale
 from ckavg.path.cache import save_path
@@ -67,7 +68,6 @@ def measure_path(
         ChangedError, TruncatedShardError, ReadError: a file changed or cannot be read.
         SettingError: there is no such device, or `sample` is no fraction.
     """
-    from ckavg.engine.context import Context
     from ckavg.engine.devices import tuned
 
     options = Options(
@@ -301,4 +301,4 @@ def _timeline(run: Run, path: PathLength | None) -> Timeline:
 
 def _accumulated(run: Run, asked: str) -> str:
     """The dtype in which tensors are accumulated: never less than that of the checkpoints."""
-    return "float64" if any("float64" in checkpoint.dtypes for checkpoint in run.checkpoints) else asked
+    return "float64" if holds_float64(run.checkpoints) else asked

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,10 +11,9 @@ from typing import Any
 from ckavg.averaging import advice
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.inspect import Inspection, as_run, worst_first
-from ckavg.checkpoints.run import Checkpoint, Run, averaged_statistics
+from ckavg.checkpoints.run import Run, averaged_statistics, holds_float64
 from ckavg.checkpoints.trainer_log import learning_rates
 from ckavg.engine.blocks import TILE
-from ckavg.engine.context import OnProgress, Progress
 from ckavg.engine.distributed import worker_threads
 from ckavg.engine.remote import HELD_BYTES
 from ckavg.errors import SettingError, raise_all
@@ -28,7 +27,7 @@ from ckavg.path.table import ZeroSigma
 from ckavg.schemes import Scheme, Timeline
 from ckavg.storage.atomic import resolved
 from ckavg.storage.base import RemotePath
-from ckavg.storage.remote import Fetching, download_all, plan_fetching
+from ckavg.storage.remote import Fetching, plan_fetching
 
 DTYPES = ("source", "float32", "bfloat16", "float16", "float64")
 ACCUMULATE = ("float32", "float64")
@@ -309,44 +308,6 @@ def fetching_of_path(run: Run, path: PathPlan) -> Fetching | None:
     return _planned(_readings(run, path, len(run.checkpoints)), other_bytes=0)
 
 
-def fetch(fetching: Fetching | None, on_progress: OnProgress | None) -> None:
-    """Download what is to be downloaded.
-
-    Raises:
-        HubError, ReadError: it could not be downloaded. What came of it stays.
-    """
-    if fetching is None or not fetching.whole:
-        return
-    done = 0
-
-    def on_bytes(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if on_progress:
-            on_progress(Progress("fetch", done, fetching.whole_bytes))
-
-    on_bytes(0)
-    download_all(fetching.whole, on_bytes)
-
-
-def fetch_all(checkpoints: Iterable[Checkpoint], on_progress: OnProgress | None) -> None:
-    """Download all weights of checkpoints, for a work that reads them as files.
-
-    Raises:
-        SettingError: there is no room for all of them.
-        HubError, ReadError: they could not be downloaded. What came of them stays.
-    """
-    shards = (shard.path for checkpoint in checkpoints for shard in checkpoint.shards)
-    fetching = _planned({path: 2.0 for path in shards if isinstance(path, RemotePath)}, other_bytes=0)
-    if fetching is not None and fetching.streamed_bytes:
-        raise SettingError(
-            f"All weights are to be read as files, {fetching.streamed_bytes / 2e9:.2f} GB; there is room for "
-            f"{fetching.room / 1e9:.2f} GB at {fetching.directory}.",
-            hint="Choose fewer checkpoints, or more room with --max-disk or HF_HOME.",
-        )
-    fetch(fetching, on_progress)
-
-
 def _planned(readings: dict[RemotePath, float], *, other_bytes: int) -> Fetching | None:
     return plan_fetching(readings, other_bytes=other_bytes) if readings else None
 
@@ -389,7 +350,7 @@ def memory_bytes(plans: Sequence[Plan]) -> int:
         plans: what is carried out together; at least one.
     """
     run = plans[0].run
-    wide = any("float64" in checkpoint.dtypes for checkpoint in run.checkpoints)
+    wide = holds_float64(run.checkpoints)
     tiles = (1 + _STATE_TILES * len(plans)) * TILE * (8 if wide else 4)
     buffers = worker_threads() * (2 * TILE * _RAW_BYTES_OF_ELEMENT + tiles)
     tables = {id(checkpoint.entries): len(checkpoint.entries) for checkpoint in run.checkpoints}

@@ -303,6 +303,11 @@ class Run:
         return any(checkpoint.entries[name].dtype == "F64" for checkpoint in self.checkpoints)
 
 
+def holds_float64(checkpoints: Iterable[Checkpoint]) -> bool:
+    """Whether any of them has a float64 tensor."""
+    return any("float64" in checkpoint.dtypes for checkpoint in checkpoints)
+
+
 def not_constant(name: str, other: Checkpoint, last: Checkpoint) -> CkavgError:
     """The error where a tensor that can only be copied is not the same in two checkpoints."""
     return UnsupportedFormatError(

@@ -87,7 +87,7 @@ def _examine(found: Inspection, options: Inspecting) -> Health | None:
     """Read the weights of the checkpoints that can be read; in one process of a job alone."""
     if not Ranks.from_environment().is_first:
         return None
-    from ckavg.averaging.plan import fetch_all
+    from ckavg.engine.remote import fetch_all
     from ckavg.verify.health import examine
 
     with show_progress(1, quiet=options.quiet) as on_progress:

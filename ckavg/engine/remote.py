@@ -3,7 +3,7 @@
 What a pass will read of such files is cut into pieces of some megabytes, in the order in which it is read. A few
 connections fetch them, as many as fit into memory; a piece goes when all of it that is needed has been read. A worker
 that needs a piece which is not there yet has it fetched next. It never waits for a request itself, since one may take
-long to fail, and the end of the work does not wait for that.
+long to fail, and the end of the work does not wait for that. What is downloaded whole comes before the pass (`fetch`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from dataclasses import dataclass
 
 from ckavg.checkpoints.run import Checkpoint
 from ckavg.engine.blocks import Block
+from ckavg.engine.context import OnProgress, Progress
+from ckavg.errors import SettingError
 from ckavg.storage.base import AnyPath, RemotePath
-from ckavg.storage.remote import Stopped
+from ckavg.storage.remote import Fetching, Stopped, download_all, plan_fetching
 
 HELD_BYTES = 384 << 20
 """How much is held at once, as a rule; twice as much where workers need more than that at the same time."""
@@ -253,3 +255,44 @@ def _in_order(pieces: Mapping[RemotePath, list[_Piece]], needed: Iterable[_Range
                 if piece is not None and id(piece) not in seen:
                     seen.add(id(piece))
                     yield piece
+
+
+def fetch(fetching: Fetching | None, on_progress: OnProgress | None) -> None:
+    """Download what is to be downloaded.
+
+    Raises:
+        HubError, ReadError: it could not be downloaded. What came of it stays.
+    """
+    if fetching is None or not fetching.whole:
+        return
+    done = 0
+
+    def on_bytes(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if on_progress:
+            on_progress(Progress("fetch", done, fetching.whole_bytes))
+
+    on_bytes(0)
+    download_all(fetching.whole, on_bytes)
+
+
+def fetch_all(checkpoints: Iterable[Checkpoint], on_progress: OnProgress | None) -> None:
+    """Download all weights of checkpoints, for a work that reads them as files.
+
+    Raises:
+        SettingError: there is no room for all of them.
+        HubError, ReadError: they could not be downloaded. What came of them stays.
+    """
+    shards = (shard.path for checkpoint in checkpoints for shard in checkpoint.shards)
+    readings = {path: 2.0 for path in shards if isinstance(path, RemotePath)}
+    if not readings:
+        return
+    fetching = plan_fetching(readings, other_bytes=0)
+    if fetching.streamed_bytes:
+        raise SettingError(
+            f"All weights are to be read as files, {fetching.streamed_bytes / 2e9:.2f} GB; there is room for "
+            f"{fetching.room / 1e9:.2f} GB at {fetching.directory}.",
+            hint="Choose fewer checkpoints, or more room with --max-disk or HF_HOME.",
+        )
+    fetch(fetching, on_progress)

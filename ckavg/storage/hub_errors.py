@@ -103,7 +103,7 @@ _ANSWERS: tuple[tuple[str, str, str], ...] = (
         "Check the network, HF_ENDPOINT and the proxy: curl -I {endpoint}",
     ),
 )
-"""What a failure looks like, in the words of `_signature`; the message; what to do next. The first that fits counts."""
+"""A failure in a line, as `_explain` writes it; the message; what to do next. The first that fits counts."""
 
 _CLOSED = "client has been closed"
 """After a refused connection the client closes its session, which all threads share, and opens another one."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ckavg.checkpoints.run import Checkpoint, Run, Selection, TensorInfo, averaged_statistics
+from ckavg.checkpoints.run import Checkpoint, Run, Selection, TensorInfo, averaged_statistics, holds_float64
 from ckavg.engine.reader import Files
 from ckavg.errors import CkavgError, CorruptFileError, listed
 from ckavg.output.record import Record
@@ -117,7 +117,7 @@ def check_elements(
         )
         report.problem("replay", f"{names}{listed(coefficients.uncorrected) or 'none'}.")
     # A record says float64 of a run with any float64 tensor; its other tensors were accumulated as was asked.
-    is_mixed = any("float64" in each.dtypes for each in taken)
+    is_mixed = holds_float64(taken)
     comparison = Comparison(
         coefficients=coefficients,
         checkpoints=(*[None] * coefficients.start, *taken),

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ckavg import __version__
-from ckavg.averaging.plan import fetch_all
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.run import Checkpoint
 from ckavg.engine.context import OnProgress
+from ckavg.engine.remote import fetch_all
 from ckavg.errors import CkavgError, SettingError, listed
 from ckavg.output.record import Output, Record, read_record
 from ckavg.storage.address import address_of
