@@ -232,7 +232,8 @@ class _Worker:
                 free.append(tile)
         return [
             dataclasses.replace(
-                anchors[places[0]], distances=torch.stack([distances[pair] for pair in itertools.pairwise(places)], dim=1)
+                anchors[places[0]],
+                distances=torch.stack([distances[pair] for pair in itertools.pairwise(places)], dim=1),
             )
             for places in self._paths
         ]

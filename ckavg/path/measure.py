@@ -129,7 +129,10 @@ def measure_paths(
         asked = (
             blocks,
             names,
-            [(places, plan.steps, plan.needs_sigma) for plan, places in zip(reading.plans, reading.places, strict=True)],
+            [
+                (places, plan.steps, plan.needs_sigma)
+                for plan, places in zip(reading.plans, reading.places, strict=True)
+            ],
             kernel is not None,
             allow_nonfinite,
             torch.device(context.device).type,
