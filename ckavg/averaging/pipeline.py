@@ -79,7 +79,7 @@ def measure_path(
         context = tuned(Context(device=device, on_progress=on_progress, ranks=ranks))
         check_same_run(run, ranks, options)
         fetch(fetching_of_path(run, plan), on_progress)
-        (path,) = _measure(run, [run], PathReading.of_one(plan), options, context)
+        (path,) = _measure(run, [run], PathReading.single(plan), options, context)
         if ranks.is_first:
             _check_unchanged(run)
         return path

@@ -76,7 +76,7 @@ def estimate(
     plan = PathPlan(exclude, tensors, CachedPath.empty(run), fraction, 0)
     (path,) = estimate_paths(
         run,
-        PathReading.of_one(plan),
+        PathReading.single(plan),
         zero_sigma=zero_sigma,
         allow_nonfinite=allow_nonfinite,
         context=context,

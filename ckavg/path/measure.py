@@ -81,7 +81,7 @@ def measure(
     Raises:
         CkavgError: as of `measure_paths`.
     """
-    reading = PathReading.of_one(plan or plan_path(run, cached=CachedPath.empty(run)))
+    reading = PathReading.single(plan or plan_path(run, cached=CachedPath.empty(run)))
     (path,) = measure_paths(
         run,
         reading,

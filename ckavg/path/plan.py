@@ -80,7 +80,7 @@ class PathReading:
     places: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of_one(cls, plan: PathPlan) -> PathReading:
+    def single(cls, plan: PathPlan) -> PathReading:
         """For the path of all checkpoints of a run."""
         return cls((plan,), (tuple(range(len(plan.cached.distances) + 1)),))
 
