@@ -259,7 +259,7 @@ class Selection:
 
 
 _LONGEST = 24
-_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+_UNSAFE = re.compile(r"[^A-Za-z0-9._]+")
 
 
 def _short(text: str) -> str:

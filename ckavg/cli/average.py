@@ -143,7 +143,7 @@ def attributed(told: Sequence[tuple[Plan, Sequence[str]]]) -> list[str]:
             owners.setdefault(warning, []).append(plan)
     shown = []
     for warning, plans in owners.items():
-        ours, all_of_them = ({plan.run.steps for plan in some} for some in (plans, [plan for plan, _ in told]))
+        ours, all_of_them = ({plan.run.selection for plan in some} for some in (plans, [plan for plan, _ in told]))
         if len(ours) == 1 < len(all_of_them):
             name = plans[0].out.name if len(plans) == 1 else plans[0].run.selection.label or "all checkpoints"
             shown.append(f"{name}: {warning}")

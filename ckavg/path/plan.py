@@ -92,7 +92,7 @@ class PathReading:
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
-        """The (i, j) whose distance is to be measured, by j and then by i. A selection may pass over what is between."""
+        """The (i, j) whose distance is to be measured, by j and then by i; there may be others between them."""
         own = zip(self.plans, self.places, strict=True)
         pairs = {(places[step - 1], places[step]) for plan, places in own for step in plan.steps}
         return tuple(sorted(pairs, key=lambda pair: (pair[1], pair[0])))

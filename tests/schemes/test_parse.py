@@ -41,7 +41,7 @@ def test_words_to_schemes(words: list[str], expected: list[Scheme]) -> None:
         ("swa", "'swa': there is no scheme 'swa'. There are pema, bema, ema"),
         (
             "pema:alpha=1",
-            "pema has no parameter 'alpha'. It has clock, gamma, pairing, scope; checkpoints are chosen with every, last",
+            "'alpha'. It has clock, gamma, pairing, scope; checkpoints are chosen with every, last, from-",
         ),
         ("mean:gamma=1", "mean has no parameter 'gamma'. It has decay;"),
         ("mean:decay=sqrt", "decay is 'sqrt'; it must be one of none, linear, cosine, minus-sqrt."),
