@@ -16,6 +16,7 @@ import ckavg
 from ckavg.averaging.pipeline import carry_out
 from ckavg.averaging.plan import plan_averages
 from ckavg.engine.context import Context, Progress
+from tests import reference
 from tests.cli.runner import placeless, run_cli, snapshot
 from tests.exhaustive import all_but, unless
 from tests.runs import random_run, write_run
@@ -141,11 +142,15 @@ def test_every_checkpoint_is_read_once_a_pass_and_no_other(tmp_path: Path) -> No
     assert read == pytest.approx(4 * size, rel=0.01), "steps 50, 60, 80, 90"
     words = "pema:gamma=0.05,0.1,0.2,0.3,every=20,30,40"
     told = json.loads(run_cli("sweep", run, words, "--dry-run", "--json").stdout)
-    (read,) = {record["bytes_read"] for record in swept(run, words, "--out", tmp_path / "many")}
+    records = swept(run, words, "--out", tmp_path / "many")
+    (read,) = {record["bytes_read"] for record in records}
     assert read == told["bytes_to_read"]
     forget(run)
     alone = json.loads(run_cli("pema", run, "--steps", "10,30,40,50,90", "--dry-run", "--json").stdout)
     assert read == pytest.approx(alone["bytes_to_read"], rel=0.001), "both passes read what any interval visits"
+    for record in records:
+        visited = [reference.load_floats(run / f"checkpoint-{step}") for step in record["steps"]]
+        assert record["path_length"] == pytest.approx(reference.path_length(visited)[0], rel=1e-6)
 
 
 def test_what_one_selection_holds_is_not_said_of_another(tmp_path: Path) -> None:
