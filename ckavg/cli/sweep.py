@@ -37,7 +37,7 @@ class Sweeping(Averaging):
         list[str],
         typer.Argument(
             metavar="[SOURCE] SCHEME...",
-            help="Schemes with values to try, such as pema:gamma=0.1,0.15 bema:eta=0.2 mean.",
+            help="Schemes with values to try, such as pema:gamma=0.1,0.15,every=50,100 mean:last=10.",
         ),
     ] = dataclasses.field(kw_only=True)
     eval_command: Annotated[
