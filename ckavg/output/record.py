@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -94,6 +94,7 @@ Parameter = Annotated[float | int | str, _Must("a finite number or a text", (flo
 Selected = Annotated[bool | int | str | tuple[int | str, ...], _Must("what an option takes", (bool, int, str, list))]
 Accumulated = Annotated[str, _Must("float32 or float64", (str,), {"float32", "float64"}.__contains__)]
 ZeroSigma = Annotated[Literal["exclude", "eps"], _Must("exclude or eps", (str,))]
+EvaluationGoal = Annotated[Literal["min", "max", ""], _Must("min, max or empty", (str,))]
 
 Texts = Annotated[tuple[Text, ...], _ToFirstError]
 Numbers = Annotated[tuple[Number, ...], _ToFirstError]
@@ -151,13 +152,23 @@ class Evaluation:
 
     Attributes:
         command: as it was given, with `{dir}` in the place of the result's directory.
-        value: the last number it printed; None where it failed.
-        problem: why there is no number; empty where there is one.
+        value: of the metric; None where it failed.
+        problem: why there is no value, or not the standard error that was asked for; empty where nothing is wrong.
+        metric: its name; empty where the last number printed counts.
+        stderr: standard error of the value; None where none is known.
+        goal: whether the least or the greatest value is best; empty in records of earlier versions.
     """
 
     command: Text
     value: Number | None
     problem: Text = ""
+    metric: Text = ""
+    stderr: Number | None = None
+    goal: EvaluationGoal = ""
+
+
+Curves = Sequence[tuple[str, Sequence[tuple[int, Evaluation]]]]
+"""Evaluations by series, then by optimizer step: of the run's own checkpoints, and of averages along it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

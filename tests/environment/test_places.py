@@ -192,7 +192,9 @@ def test_names_of_places(tmp_path: Path, name: str) -> None:
         check_mean(run, {str(step): [run / f"checkpoint-{step}" / MODEL] for step in (0, 10, 20)}, out)
     for verb in ("pema", "bema", "ouema", "dema"):
         assert run_in(here, verb, run, "--init", other, "--from-step", "10", "--quiet").returncode == 0
-    swept = run_in(here, "sweep", run, "mean", "last", "--force", "--eval", "ls {dir} >/dev/null && echo 1.5")
+    swept = run_in(
+        here, "sweep", run, "mean", "last", "--force", "--eval", "ls {dir} >/dev/null && echo 1.5", "--eval-goal", "min"
+    )
     assert swept.returncode == 0
     record = json.loads((run / "averaged" / "last" / "ckavg.json").read_bytes())
     assert record["evaluation"]["value"] == 1.5

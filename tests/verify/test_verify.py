@@ -131,7 +131,7 @@ def test_snapshots(tmp_path: Path, scheme: Scheme) -> None:
 
 def test_a_sweep_of_a_choice(tmp_path: Path) -> None:
     source = source_of(tmp_path, torch.bfloat16)
-    words = ("--from-step", "10", "--to-step", "40", "-q", "--eval", "echo {dir} 1")
+    words = ("--from-step", "10", "--to-step", "40", "-q", "--eval", "echo {dir} 1", "--eval-goal", "min")
     run_cli("sweep", source, "pema:gamma=0.1,0.3", "bema:burn-in=0,30", "last", "mean", *words)
     results = [place for place in (source / "averaged").iterdir() if place.is_dir()]
     assert len(results) == 6
