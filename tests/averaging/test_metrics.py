@@ -132,8 +132,13 @@ def test_real_output_of_the_harness(metric: str) -> None:
 
 def test_further_metrics_of_the_harness() -> None:
     stdout, document = harness()
+    exact = document["results"]
     for each in (None, document):
-        assert read_metric(stdout, "byte_perplexity", document=each).value == pytest.approx(272.6858, abs=1e-4)
+        found = read_metric(stdout, "byte_perplexity", document=each).value
+        assert found == pytest.approx(exact["prose"]["byte_perplexity,none"], abs=1e-4)
+        norm = read_metric(stdout, "acc_norm", document=each).value
+        assert norm == pytest.approx(exact["sums"]["acc_norm,none"], abs=1e-4)
+        assert norm != pytest.approx(exact["sums"]["acc,none"], abs=1e-2)
         assert read_metric(stdout, "byte_perplexity", document=each).stderr is None
         assert "acc_norm" in read_metric(stdout, "acc_nrm", document=each).problem
     assert read_metric(stdout, "prose.acc").value is None

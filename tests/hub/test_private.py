@@ -77,9 +77,8 @@ def test_nothing_of_the_machine_is_uploaded(
     run = places["run"] / "ckpts"
     source = Path(os.path.relpath(run)) if where == "relative" else run
     out: list[str | Path] = [] if where == "in the run" else ["--out", places["out"] / "result"]
-    command = (
-        f"cd {places['run']}; echo ada@zqxhost ~/x zqxuser {places['home']}/y; python eval.py {{dir}} --token {TOKEN}"
-    )
+    command = f"cd {places['run']}; echo ada@zqxhost ~/x zqxuser {places['home']}/y"
+    command += f"; python eval.py {{dir}} --token {TOKEN}; echo 7"
     evaluation = ["--eval", command, "--eval-goal", "min"] if verb == "sweep" else []
     init: list[str | Path] = ["--init", places["base"] / "model", "--init-step", "-10"]
     settings = ["--snapshot-every", "10", "--match", "checkpoint-*"]
