@@ -76,7 +76,8 @@ def criterion_of(
     if metric is not None and not metric.strip():
         raise SettingError("eval-metric is empty; it must be the name of a metric.", hint="Or leave it out.")
     known = None if metric is None else known_goal(metric)
-    if goal is None and known is None:
+    decided = goal or known
+    if decided is None:
         raise SettingError(
             "eval-goal is not given, and without eval-metric nothing tells whether the least or the greatest number is "
             "best."
@@ -85,10 +86,10 @@ def criterion_of(
             hint="Add --eval-goal min or --eval-goal max.",
         )
     warnings: tuple[str, ...] = ()
-    if goal is not None and known not in (None, goal):
-        least = "least" if goal == "min" else "greatest"
-        warnings = (f"The {least} value of {metric!r} counts as the best (--eval-goal {goal}); its name says {known}.",)
-    return Criterion(command, metric, goal or known or "min", stderr, warnings)
+    if known not in (None, decided):
+        which = "least" if decided == "min" else "greatest"
+        warnings = (f"The {which} value of {metric!r} counts as the best, as eval-goal says; its name says {known}.",)
+    return Criterion(command, metric, decided, stderr, warnings)
 
 
 @dataclass(frozen=True, slots=True)

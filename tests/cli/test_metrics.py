@@ -142,7 +142,7 @@ def test_a_goal_against_the_name_is_warned_of(run: Path) -> None:
     more = ("--eval", ACCURACIES, "--eval-metric", "acc", "--eval-goal", "min")
     done = run_cli("sweep", run, "mean", "last", *more, "--json")
     assert json.loads(done.stdout)["best"] == "mean"
-    assert "warning: The least value of 'acc' counts as the best (--eval-goal min); its name says max." in done.stderr
+    assert "warning: The least value of 'acc' counts as the best, as eval-goal says; its name says max." in done.stderr
     assert "its name" not in run_cli("sweep", run, "mean", *more[:-1], "max", "--force").stderr
 
 
