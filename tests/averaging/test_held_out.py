@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import socket
 import sys
 from pathlib import Path
@@ -229,3 +230,16 @@ def test_the_verb(model: Path, text: Path) -> None:
     assert (too_long.exit_code, too_long.stdout) == (2, "")
     assert "length is 257; it must be at least 1 and at most 256." in too_long.stderr
     assert run_cli("eval", text.parent, "--text", text).exit_code == 1
+
+
+@pytest.mark.exhaustive
+def test_as_the_command_of_a_sweep(tmp_path: Path, text: Path) -> None:
+    for step in (100, 200):
+        save_tiny_model(tmp_path / "run" / f"checkpoint-{step}", seed=step)
+    command = f"{sys.executable} -m ckavg eval {{dir}} --text {shlex.quote(str(text))}"
+    done = run_cli("sweep", tmp_path / "run", "mean", "last", "--eval", command, "--eval-metric", "loss", "--json")
+    assert done.exit_code == 0, done.stderr
+    for average in json.loads(done.stdout)["averages"]:
+        found = held_out_loss(Path(average["outputs"][-1]["directory"]), text)
+        assert (average["evaluation"]["value"], average["evaluation"]["stderr"]) == (found.loss, found.stderr)
+        assert average["evaluation"]["goal"] == "min"
