@@ -7,6 +7,7 @@ that stay inside their directories. Whether its numbers are right is for `verify
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ckavg import __version__
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
@@ -22,6 +23,9 @@ from ckavg.errors import CkavgError, CombinedError, ReadError, RecordError, Sett
 from ckavg.output.staging import bring_back
 from ckavg.schemes import SCHEMES, Scheme
 from ckavg.storage.local import parse_json, read_small
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 RUN, BASE_MODEL = "RUN", "BASE_MODEL"
 """What stands in a record for a run, and for the model it began with, that lie elsewhere on the machine."""
@@ -371,11 +375,19 @@ def parse_fields(data: bytes) -> dict[str, Any]:
     return value
 
 
+@functools.cache
+def _adapter() -> TypeAdapter[Record]:
+    """What validates records; to make it takes 50 ms."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Record)
+
+
 def _validated(fields: dict[str, Any]) -> Record:
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        record = TypeAdapter(Record).validate_python(fields)
+        record = _adapter().validate_python(fields)
     except ValidationError as error:
         found = error.errors(include_input=False)  # which would be a copy of the whole record, time and again
         wrong = [_wrong(fields, each["loc"], _MESSAGES.get(each["type"], each["msg"])) for each in found]
