@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckavg.errors import RecordError, SettingError, WriteError, printable
-from ckavg.output.record import Record
+from ckavg.output.record import Curves, Record
 from ckavg.path.table import PathLength
 from ckavg.storage.atomic import replacing
 
@@ -105,15 +105,18 @@ def save_figure(figure: Figure, file: Path) -> None:
         ) from error
 
 
-def averages_figure(results: Sequence[Record], path: PathLength | None = None) -> Figure:
-    """ℓ, β and the weight of every checkpoint, by optimizer step, for averages of one run; ℓ by tensor of a `path`.
+def averages_figure(results: Sequence[Record], path: PathLength | None = None, curves: Curves = ()) -> Figure:
+    """Evaluations, ℓ, β and the weight of every checkpoint, by optimizer step, for averages of one run; ℓ by tensor of
+    a `path`.
 
     Where the averages are of several selections of checkpoints, each selection has plots of its own.
     """
     with plain_style():
         if len({result.chosen for result in results}) > 1:
-            return _selections_figure(results, path)
+            return _selections_figure(results, path, curves)
         first, by_step, by_tensor = results[0], _averages_plots(results, path), _tensor_plots(path)
+        if any(each.value is not None for _, curve in curves for _, each in curve):
+            by_step.insert(0, partial(_plot_curves, [result.output.name for result in results], curves))
         if len(results) > 1:
             names = [label(result.outputs[-1].name, 40) for result in results]
             return _compose(f"{len(results)} averages of one run", "", first.steps, by_step, by_tensor, names)
@@ -121,7 +124,7 @@ def averages_figure(results: Sequence[Record], path: PathLength | None = None) -
         return _compose(_title(first), f", span {first.span}{since}", first.steps, by_step, by_tensor)
 
 
-def _selections_figure(results: Sequence[Record], path: PathLength | None) -> Figure:
+def _selections_figure(results: Sequence[Record], path: PathLength | None, curves: Curves) -> Figure:
     """The same for several selections: those of one scheme are drawn alike in the plots of all."""
     from matplotlib.lines import Line2D
 
@@ -130,6 +133,8 @@ def _selections_figure(results: Sequence[Record], path: PathLength | None) -> Fi
     for result in results:
         groups[result.chosen].append(result)
     plots: list[Plot] = []
+    if any(each.value is not None for _, curve in curves for _, each in curve):
+        plots.append(partial(_plot_curves, [result.output.name for result in results], curves))
     if any(result.path_length is not None for result in results):
         plots.append(partial(_plot_lengths, groups))
     for chosen, group in groups.items():
@@ -336,6 +341,21 @@ def _plot_lengths(groups: Mapping[str, Sequence[Record]], axis: Axes) -> None:
     top = max(one.path_length[-1] for one in found.values() if one.path_length)
     axis.legend()
     axis.set(title=f"Path length ℓ, in {_UNIT}", ylim=(0, 1.05 * top or 1))
+
+
+def _plot_curves(names: Sequence[str], curves: Curves, axis: Axes) -> None:
+    """The evaluations of each average in its colour, those of the run in grey, with their standard errors."""
+    of_run = False
+    for name, curve in curves:
+        points = [(step, each.value, each.stderr or 0.0) for step, each in curve if each.value is not None]
+        if not points:
+            continue
+        style = _line(len(points), names.index(name), len(names)) if name in names else {"color": "0.5", "marker": "o"}
+        of_run |= name not in names
+        steps, values, errors = zip(*points, strict=True)
+        axis.errorbar(steps, values, yerr=errors if any(errors) else None, capsize=2, **style)
+    metric = next(each.metric for _, curve in curves for _, each in curve) or "Evaluation"
+    axis.set(title=f"{label(metric)}{'; grey: checkpoints of the run' if of_run else ''}")
 
 
 def _plot_betas(
