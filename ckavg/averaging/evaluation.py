@@ -222,6 +222,8 @@ def record_evaluation(result: Record, evaluation: Evaluation, plan: Plan) -> Rec
         WriteError: the system would not let us; the record is as it was.
     """
     evaluated = dataclasses.replace(result, evaluation=evaluation)
+    if published(evaluated).evaluation == published(result).evaluation:  # of a result that is up to date
+        return evaluated
     path = result.directory / RESULT_RECORD
     try:
         evaluated = _with_card(evaluated, plan)

@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckavg import __version__
 from ckavg.averaging.distributed import check_same_plans, check_same_run, finalize, open_writers, stage
 from ckavg.averaging.plan import Options, Plan, check_compatible, plan_averages
 from ckavg.averaging.reading import Reading, fetching_of, fetching_of_path, readings
+from ckavg.averaging.recipe import made_of
 from ckavg.averaging.record import Work, completed, record_of
-from ckavg.checkpoints.fingerprints import check_unchanged, fingerprint_run
+from ckavg.checkpoints.fingerprints import check_unchanged, file_fingerprints, fingerprint_run
 from ckavg.checkpoints.run import Run, averaged_statistics, holds_float64
 from ckavg.engine.context import Context, OnProgress
 from ckavg.engine.distributed import ALONE, Ranks
@@ -105,6 +106,9 @@ def average(
 ) -> Record:
     """Average the checkpoints of a run and write the result as a checkpoint that loads as it stands.
 
+    A result that is there already, of the same recipe and of checkpoints that have not changed since, is returned as
+    it is, and nothing is read.
+
     Args:
         run: the checkpoints, the anchor first; see `open_run`.
         scheme: how: `PEMA`, `BEMA`, `EMA`, `MomentumEMA`, `OUEMA`, `DEMA`, `Mean` or `Last`.
@@ -127,7 +131,7 @@ def average(
         What was done: coefficients, weights, warnings, and where the result is.
 
     Raises:
-        OutputExistsError: something is at `out` already.
+        OutputExistsError: something else is at `out` already.
         NonFiniteError: a checkpoint holds NaN or infinity, and may not.
         SettingError: the settings do not fit the run.
         CkavgError: any other reason for which there is no result; the sources and `out` are as they were.
@@ -164,6 +168,8 @@ class Done:
 def carry_out(plans: Sequence[Plan], context: Context) -> Done:
     """Do what plans say, all from one reading of the checkpoints; each result is what it would be by itself.
 
+    What is there already and up to date is not formed again.
+
     Args:
         plans: of one source and with the same options, each to a place of its own; at least one.
         context: where it runs; the device as the user named it.
@@ -171,13 +177,15 @@ def carry_out(plans: Sequence[Plan], context: Context) -> Done:
     Raises:
         CkavgError: as of `average`. A result that was complete by then stays.
     """
-    from ckavg.engine.devices import tuned
-
     with context.ranks.fail_together():
         check_compatible(plans)
-        context = tuned(context, averages=len(plans))
-        done = {}
-        for reading in readings(plans):
+        done: dict[int, Sequence[Any]] = {id(plan): (plan.current, None) for plan in plans if plan.current is not None}
+        new = [plan for plan in plans if plan.current is None]
+        if new:
+            from ckavg.engine.devices import tuned
+
+            context = tuned(context, averages=len(new))
+        for reading in readings(new):
             for plan, *outcome in zip(reading.plans, *_carry_out(reading, context), strict=True):
                 done[id(plan)] = outcome
     records, paths = zip(*(done[id(plan)] for plan in plans), strict=True)
@@ -195,6 +203,7 @@ def _carry_out(reading: Reading, context: Context) -> tuple[tuple[Record, ...], 
         if ranks.is_first:
             for directory in {resolved(plan.out).parent for plan in plans}:
                 remove_stale(directory)
+        fingerprints = {id(plan.run): file_fingerprints(plan.run) for plan in plans}
         fetch(fetching_of(plans), context.on_progress)
         stagings = stage(plans, ranks, stack)
         compared = check_constant(run, {*reading.places}, context)
@@ -225,7 +234,9 @@ def _carry_out(reading: Reading, context: Context) -> tuple[tuple[Record, ...], 
                     nonfinite=replayed.nonfinite[number],
                     seconds=seconds,
                 )
-                record, files = completed(plan, each, record_of(plan, each, paths[number], work), hashes[number])
+                record = record_of(plan, each, paths[number], work)
+                made = made_of(plan, fingerprints[id(plan.run)], staging.path)
+                record, files = completed(plan, each, record, hashes[number], made)
                 for name, data in files.items():
                     staging.write(name, data)
                 records.append(record)

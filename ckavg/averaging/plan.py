@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ckavg.averaging import advice
+from ckavg.averaging.recipe import current_result
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
+from ckavg.checkpoints.fingerprints import Fingerprints, file_fingerprints
 from ckavg.checkpoints.inspect import Inspection, as_run, worst_first
 from ckavg.checkpoints.run import Run, Selection, averaged_statistics
 from ckavg.checkpoints.trainer_log import learning_rates
 from ckavg.errors import CkavgError, SettingError, listed, raise_all
 from ckavg.output.origin import Origin, find_origin
-from ckavg.output.output_path import CARD, output_path_problems, path_within, space_problems
+from ckavg.output.output_path import CARD, is_result, output_path_problems, path_within, space_problems
+from ckavg.output.record import Record
 from ckavg.output.side_files import gather_side_files, name_of_weights
 from ckavg.output.staging import bring_back
 from ckavg.output.weight_files import WeightPlan, plan_weights
@@ -82,6 +85,7 @@ class Plan:
         path: how the path length is had; None for schemes that do not need it.
         replay_bytes: bytes that pass 2 reads.
         warnings: what a user should know before it starts.
+        current: the record of the result that is there, where making it again would change nothing.
     """
 
     run: Run
@@ -95,6 +99,7 @@ class Plan:
     path: PathPlan | None
     replay_bytes: int
     warnings: tuple[str, ...]
+    current: Record | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -173,17 +178,36 @@ def plan_averages(wanted: Sequence[Wanted], options: Options | None = None) -> l
     }
     plans = [planned[id(each)] for each in wanted]
     checkpoints = {(each.step, each.path): each for run, _, _ in wanted for each in run.checkpoints}
-    problems = [
-        problem
-        for plan in plans
-        for problem in output_path_problems(
-            plan.out, plan.run.source, tuple(checkpoints.values()), force=options.force, files=plan.files
+    problems, outcomes = [], {} if options.force else _results_there(plans)
+    for place, plan in enumerate(plans):
+        outcome = outcomes.get(place, "")
+        if isinstance(outcome, Record):
+            plans[place] = replace(plan, current=outcome)
+            continue
+        problems += output_path_problems(
+            plan.out,
+            plan.run.source,
+            tuple(checkpoints.values()),
+            force=options.force,
+            files=plan.files,
+            differs=outcome,
         )
-    ]
-    # Each by itself: those that do not fit together are refused where they are carried out together.
-    problems += [problem for plan in plans for problem in space_problems([(plan.out, plan.write_bytes)])]
+        # Each by itself: those that do not fit together are refused where they are carried out together.
+        problems += space_problems([(plan.out, plan.write_bytes)])
     raise_all(worst_first(problems))
     return plans
+
+
+def _results_there(plans: Sequence[Plan]) -> dict[int, Record | str]:
+    """Of each plan at whose place a result is: that result, if it is up to date, or what differs."""
+    found: dict[int, Record | str] = {}
+    fingerprints: dict[int, Fingerprints] = {}
+    for place, plan in enumerate(plans):
+        if is_result(resolved(plan.out)):
+            run = plan.run
+            sources = fingerprints[id(run)] = fingerprints.get(id(run)) or file_fingerprints(run)
+            found[place] = current_result(plan, sources)
+    return found
 
 
 def _plan(wanted: Sequence[Wanted], options: Options) -> list[Plan]:
@@ -332,4 +356,4 @@ def check_compatible(plans: Sequence[Plan]) -> None:
     twice = next((place for place in places if places.count(place) > 1), None)
     if twice is not None:
         raise SettingError(f"Two averages would go to {twice}.", hint="Give each a place of its own.")
-    raise_all(space_problems([(plan.out, plan.write_bytes) for plan in plans]))
+    raise_all(space_problems([(plan.out, plan.write_bytes) for plan in plans if plan.current is None]))

@@ -13,12 +13,11 @@ from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.run import FLOATING, Run
 from ckavg.output.card import write_card
 from ckavg.output.output_path import CARD, LOCAL, PLOT
-from ckavg.output.published import local_of, published
+from ckavg.output.published import Made, local_of, pinned, published
 from ckavg.output.record import Input, Output, Record, Seconds
 from ckavg.output.weight_files import sha256
 from ckavg.path.table import PathLength
 from ckavg.schemes import Coefficients
-from ckavg.storage.base import AnyPath, RemotePath
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +61,7 @@ def record_of(plan: Plan, coefficients: Coefficients, path: PathLength | None, w
         scheme=scheme.name,
         parameters=scheme.parameters(),
         source=run.address,
-        selection=_selection(run),
+        selection=run.selection.stated,
         steps=run.steps,
         anchor_step=anchor,
         span=run.steps[-1] - anchor,
@@ -91,7 +90,7 @@ def record_of(plan: Plan, coefficients: Coefficients, path: PathLength | None, w
         inputs=tuple(
             Input(
                 checkpoint.step,
-                _pinned(checkpoint.directory),
+                pinned(checkpoint.directory),
                 dict(zip(checkpoint.names, (shard.nbytes for shard in checkpoint.shards), strict=True)),
                 checksum,
             )
@@ -101,17 +100,6 @@ def record_of(plan: Plan, coefficients: Coefficients, path: PathLength | None, w
         bytes_read=work.bytes_read,
         seconds=work.seconds,
     )
-
-
-def _pinned(path: AnyPath) -> str:
-    """A path by what cannot come to mean something else."""
-    return path.storage.address(path, is_pinned=True) if isinstance(path, RemotePath) else str(path)
-
-
-def _selection(run: Run) -> dict[str, int | str | tuple[int | str, ...]]:
-    """What was chosen, with an anchor from elsewhere as it was named."""
-    init = run.selection.init
-    return run.selection.stated | ({} if init is None else {"init": str(init)})
 
 
 def left_out_of_path(run: Run, path: PathLength) -> tuple[str, ...]:
@@ -137,7 +125,7 @@ def _pictured(record: Record) -> tuple[Record, bytes | None]:
 
 
 def completed(
-    plan: Plan, coefficients: Coefficients, record: Record, of_weights: Mapping[Path, str]
+    plan: Plan, coefficients: Coefficients, record: Record, of_weights: Mapping[Path, str], made: Made
 ) -> tuple[Record, dict[str, bytes]]:
     """The record with the SHA-256 of every file, and what goes beside the weights of every output, by path in the
     result: side files, the card, and the record of that output.
@@ -164,6 +152,5 @@ def completed(
     for own, (index, out) in zip(of_outputs, plan.outputs.items(), strict=True):
         of_output = own if index in plan.snapshots else record
         files[str(out.relative_to(plan.out) / RESULT_RECORD)] = published(of_output).to_bytes()
-    if (local := local_of(record)).source or local.init:
-        files[LOCAL] = local.to_bytes()
+    files[LOCAL] = local_of(record, made).to_bytes()
     return record, files

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
-from ckavg.checkpoints.run import Checkpoint, Run
+from ckavg.checkpoints.run import Checkpoint, Run, Shard
 from ckavg.errors import ChangedError, CkavgError, ReadError, raise_all
 from ckavg.storage.base import RemotePath
 
@@ -35,10 +37,40 @@ def fingerprint_run(run: Run) -> Fingerprints:
 
 def fingerprint(checkpoint: Checkpoint) -> str | None:
     """What tells this state of a checkpoint from any other; None where it changed too recently to tell."""
-    parts: list[object] = []
+    states = _states(checkpoint)
+    if states is None:
+        return None
+    tensors = [
+        [name, entry.dtype, entry.shape, entry.shard, entry.offset]
+        for name, entry in sorted(checkpoint.entries.items())
+    ]
+    return _digest([*states, *tensors])
+
+
+def file_fingerprints(run: Run) -> Fingerprints:
+    """What tells this state of the files of each checkpoint from any other, without their headers; None likewise."""
+    return tuple(
+        None
+        if (states := _states(each)) is None or any(_is_unknown(shard) for shard in each.shards)
+        else _digest(states)
+        for each in run.checkpoints
+    )
+
+
+def fingerprint_files(paths: Iterable[Path]) -> str:
+    """The same of files of this machine, however recently they changed.
+
+    Raises:
+        OSError: one cannot be looked at.
+    """
+    return _digest([_state(path.stat()) for path in paths])
+
+
+def _states(checkpoint: Checkpoint) -> list[object] | None:
+    states: list[object] = []
     for shard in checkpoint.shards:
         if isinstance(shard.path, RemotePath):
-            parts.append([shard.nbytes, shard.identity])
+            states.append([shard.nbytes, shard.identity])
             continue
         try:
             status = shard.path.stat()
@@ -46,11 +78,20 @@ def fingerprint(checkpoint: Checkpoint) -> str | None:
             return None
         if not _is_old_enough(status.st_ctime_ns):
             return None
-        parts.append([status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns])
-    parts += [
-        [name, entry.dtype, entry.shape, entry.shard, entry.offset]
-        for name, entry in sorted(checkpoint.entries.items())
-    ]
+        states.append(_state(status))
+    return states
+
+
+def _is_unknown(shard: Shard) -> bool:
+    """Whether its storage does not tell one state of a file from another of the same size."""
+    return isinstance(shard.path, RemotePath) and shard.identity is None
+
+
+def _state(status: os.stat_result) -> list[int]:
+    return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _digest(parts: list[object] | list[list[int]]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -88,7 +88,7 @@ def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
             pushed = push_shown(result.directory, destination, quiet=options.quiet)
         if options.as_json:
             url = {} if pushed is None else {"url": pushed.url}
-            print_json(result.to_dict() | evaluated.to_dict() | url)
+            print_json(as_result(result, plan) | evaluated.to_dict() | url)
         elif pushed is not None and not options.quiet:
             print_pushed(pushed)
         evaluated.check()
@@ -166,12 +166,23 @@ def attributed(told: Sequence[tuple[Plan, Sequence[str]]]) -> list[str]:
 def carry_out_shown(plans: Sequence[Plan], options: Averaging, ranks: Ranks) -> Done:
     """Carry out plans and show how far they have come."""
     quiet = options.quiet or not ranks.is_first
-    fetching = fetching_of(plans)
+    new = to_form(plans)
+    fetching = fetching_of(new)
     say_fetching(fetching, quiet=quiet)
-    passes = sum(2 if reading.path_bytes else 1 for reading in readings(plans))
+    passes = sum(2 if reading.path_bytes else 1 for reading in readings(new))
     passes += fetching is not None and bool(fetching.whole)
     with show_progress(passes, quiet=quiet) as on_progress:
         return carry_out(plans, Context(device=options.device, on_progress=on_progress, ranks=ranks))
+
+
+def to_form(plans: Sequence[Plan]) -> list[Plan]:
+    """Those of plans whose result is not there already and up to date."""
+    return [plan for plan in plans if plan.current is None]
+
+
+def as_result(record: Record, plan: Plan) -> dict[str, Any]:
+    """A record as plain JSON values, marked where the result was there already and is up to date."""
+    return record.to_dict() | ({} if plan.current is None else {"up_to_date": True})
 
 
 def new_warnings(done: Done, plans: Sequence[Plan]) -> list[str]:
@@ -226,12 +237,13 @@ def show_plans(plans: Sequence[Plan], options: Averaging, *, of_sweep: bool = Fa
     if not options.as_json:
         print_plans(plans)
         return
-    fetching = fetching_of(plans)
+    new = to_form(plans)
+    fetching = fetching_of(new)
     as_dicts = [plan_to_dict(plan, fetching) for plan in plans]
     whole = {
         "dry_run": True,
-        "bytes_to_read": sum(reading.path_bytes + reading.replay_bytes for reading in readings(plans)),
-        "memory_bytes": memory_bytes(plans),
+        "bytes_to_read": sum(reading.path_bytes + reading.replay_bytes for reading in readings(new)),
+        "memory_bytes": memory_bytes(new),
         "averages": as_dicts,
     }
     print_json(whole if of_sweep else as_dicts[0])
@@ -239,13 +251,15 @@ def show_plans(plans: Sequence[Plan], options: Averaging, *, of_sweep: bool = Fa
 
 def plan_to_dict(plan: Plan, fetching: Fetching | None) -> dict[str, Any]:
     """A plan as plain JSON values, with what is fetched for it and those it is carried out with."""
+    is_new = plan.current is None
     return {
         "dry_run": True,
+        **({} if is_new else {"up_to_date": True}),
         "scheme": plan.scheme.name,
         "parameters": plan.scheme.parameters(),
         "steps": list(plan.run.steps),
-        "bytes_to_read": plan.path_bytes + plan.replay_bytes,
-        "bytes_to_write": plan.write_bytes,
+        "bytes_to_read": plan.path_bytes + plan.replay_bytes if is_new else 0,
+        "bytes_to_write": plan.write_bytes if is_new else 0,
         "memory_bytes": memory_bytes([plan]),
         "fetch": fetching
         and {
@@ -265,7 +279,15 @@ def plan_to_dict(plan: Plan, fetching: Fetching | None) -> dict[str, Any]:
 
 def print_plans(plans: Sequence[Plan]) -> None:
     """Print what would be read and written."""
-    out, plan, together = Output(), plans[0], readings(plans)
+    out = Output()
+    for each in plans:
+        if each.current is not None:
+            out.line(f"{each.out} is up to date")
+    plans = to_form(plans)
+    if not plans:
+        out.line("Nothing was read or written.")
+        return
+    plan, together = plans[0], readings(plans)
     visited = sorted({step for each in plans for step in each.run.steps})
     steps = f"{len(visited)} checkpoints, steps {visited[0]} to {visited[-1]}"
     title = plan.scheme.title if len(plans) == 1 else f"{len(plans)} averages from one reading"
@@ -290,6 +312,8 @@ def print_plans(plans: Sequence[Plan]) -> None:
 def print_summary(result: Record, plan: Plan) -> None:
     """Print what was averaged, the weight of each checkpoint as a bar, where the result is, and what to type next."""
     out = Output()
+    if plan.current is not None:
+        out.line(f"{plan.out} is up to date")
     stated = ", ".join(f"{shown(name)} {value}" for name, value in plan.scheme.stated.items())
     out.line(f"{plan.scheme.title}: {stated}" if stated else plan.scheme.title, style="bold")
     floating = as_count(sum(entry.numel for entry in plan.run.tensors.values() if entry.is_floating))
@@ -299,9 +323,10 @@ def print_summary(result: Record, plan: Plan) -> None:
     out.line()
     out.print(table_by_step(result.columns(), result.weights, sums="weight"))
     out.line()
-    rate = result.bytes_read / max(result.seconds.path + result.seconds.replay, 1e-9) / 1e9
-    took = f"in {result.seconds.total:.1f} s ({rate:.1f} GB/s)"
-    out.line(f"read     {decimal(result.bytes_read)} {took}, wrote {decimal(plan.write_bytes)}")
+    if plan.current is None:
+        rate = result.bytes_read / max(result.seconds.path + result.seconds.replay, 1e-9) / 1e9
+        took = f"in {result.seconds.total:.1f} s ({rate:.1f} GB/s)"
+        out.line(f"read     {decimal(result.bytes_read)} {took}, wrote {decimal(plan.write_bytes)}")
     if len(result.outputs) > 1:
         snapshots = ", ".join(str(output.step) for output in result.outputs[:-1])
         out.line(f"also     checkpoint-STEP in it, the average as of step {snapshots}")

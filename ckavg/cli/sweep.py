@@ -11,8 +11,17 @@ from typing import Annotated, Any
 import typer
 from rich.filesize import decimal
 
-from ckavg.averaging.plan import result_name
-from ckavg.cli.average import Asked, carry_out_shown, new_warnings, path_shown, plans_of, show_plans, write_plot
+from ckavg.averaging.plan import Plan, result_name
+from ckavg.cli.average import (
+    Asked,
+    as_result,
+    carry_out_shown,
+    new_warnings,
+    path_shown,
+    plans_of,
+    show_plans,
+    write_plot,
+)
 from ckavg.cli.errors import distributed, interrupted_with
 from ckavg.cli.evaluation import (
     Evaluated,
@@ -99,10 +108,10 @@ def _average_all(asked: list[Asked], options: Sweeping, ranks: Ranks) -> None:
         evaluated = evaluate_all(done.records, plans, criterion, options)
         results = evaluated.records
         if options.as_json:
-            averages = {"averages": [record.to_dict() for record in results]}
+            averages = {"averages": [as_result(*each) for each in zip(results, plans, strict=True)]}
             print_json(averages | ranking_to_dict(evaluated) | evaluated.to_dict())
         elif not options.quiet:
-            print_results(evaluated)
+            print_results(evaluated, plans)
             print_curves(evaluated)
         write_plot(done, options, evaluated)
         write_curves(evaluated, options.csv)
@@ -125,7 +134,7 @@ def _push_best(evaluated: Evaluated, destination: Destination, *, quiet: bool) -
         say(printable(f"uploaded {names[best]} to {pushed.url}"))
 
 
-def print_results(evaluated: Evaluated) -> None:
+def print_results(evaluated: Evaluated, plans: Sequence[Plan]) -> None:
     """Print the averages side by side, with their evaluations, if there are any, and where the results are."""
     results, criterion = evaluated.records, evaluated.criterion
     best = None if evaluated.ranking is None else evaluated.ranking.best
@@ -141,7 +150,9 @@ def print_results(evaluated: Evaluated) -> None:
         out.line(path_shown(measured))
     out.line()
     weights = "weights, first to last" if len(groups) == 1 else "weights by step"
-    shown = () if criterion is None else (printable(criterion.metric or "eval"), " ")
+    shown: tuple[str, ...] = () if criterion is None else (printable(criterion.metric or "eval"), " ")
+    new = [record for record, plan in zip(results, plans, strict=True) if plan.current is None]
+    shown += () if len(new) == len(results) else (" ",)
     columns = ("average", weights, "first", "last", "least", *shown)
     table, of_results = plain_table(*columns, left=("average", weights, " ")), marks(evaluated)
     for chosen, places in groups.items():
@@ -154,11 +165,13 @@ def print_results(evaluated: Evaluated) -> None:
             record = results[place]
             name = record.output.name if len(groups) == 1 else f"  {record.to_scheme().label}"
             cells = [f"{weight:.4f}" for weight in (record.weights[0], record.weights[-1], min(record.weights))]
-            cells += [shown_value(record.evaluation), of_results[place]] if shown else []
+            cells += [] if criterion is None else [shown_value(record.evaluation), of_results[place]]
+            cells += [] if len(new) == len(results) else ["" if plans[place].current is None else "up to date"]
             table.add_row(quoted(name), _bars(record, visited), *cells, style="bold" if place == best else "")
     out.print(table)
     out.line()
-    out.line(f"read     {decimal(first.bytes_read)} in {first.seconds.total:.1f} s")
+    if new:
+        out.line(f"read     {decimal(new[0].bytes_read)} in {new[0].seconds.total:.1f} s")
     out.line(f"results  {first.directory.parent}" if best is None else f"best     {results[best].directory}")
 
 

@@ -56,9 +56,17 @@ def path_within(directory: Path, *names: str) -> Path:
 
 
 def output_path_problems(
-    out: Path, source: AnyPath, checkpoints: Iterable[Checkpoint], *, force: bool, files: Collection[str] = ()
+    out: Path,
+    source: AnyPath,
+    checkpoints: Iterable[Checkpoint],
+    *,
+    force: bool,
+    files: Collection[str] = (),
+    differs: str = "",
 ) -> list[CkavgError]:
     """Everything that speaks against putting a result with `files` at a place; what is there may go with `force`.
+
+    `differs` says why a result that is there is not the one that would be put there.
 
     Returns:
         OutputExistsError: something is there, and it is not a result that `force` may replace; or something that is
@@ -72,7 +80,7 @@ def output_path_problems(
         if place == run or place in run.parents:
             raise OutputError(f"{out} holds the run itself.", hint=_CHOOSE)
         if place.exists() and not (place.is_dir() and not any(place.iterdir())):
-            check_replaceable(out, force=force, files=files)
+            check_replaceable(out, force=force, files=files, differs=differs)
         with suppress(OSError):  # what the system says against the place is told below
             check_names(place)
     except OSError as error:
@@ -134,10 +142,10 @@ def space_problems(places: Sequence[tuple[Path, int]]) -> list[CkavgError]:
     ]
 
 
-def check_replaceable(out: Path, *, force: bool, files: Collection[str] = ()) -> None:
+def check_replaceable(out: Path, *, force: bool, files: Collection[str] = (), differs: str = "") -> None:
     """Refuse to replace what is at `out`, unless it is a result and nothing else, and `force` says so.
 
-    `files` are the names of a result's files, for one whose record was damaged.
+    `files` are the names of a result's files, for one whose record was damaged; `differs` says why it is another one.
 
     Raises:
         OutputExistsError: it is not, or `force` does not.
@@ -147,7 +155,8 @@ def check_replaceable(out: Path, *, force: bool, files: Collection[str] = ()) ->
         raise OutputExistsError(f"{out} exists and is not a result of ckavg.", hint=f"It is left alone. {_CHOOSE}")
     if not force:
         raise OutputExistsError(
-            f"{out} already holds a result.", hint="Replace it with --force, or choose another place with --out."
+            f"{out} already holds a result{f'; {differs}' if differs else ''}.",
+            hint="Replace it with --force, or choose another place with --out.",
         )
     if unknown := unknown_files(out, files):
         raise OutputExistsError(
@@ -223,7 +232,7 @@ def restore(out: Path) -> bool:
     This and `clear_replaced` are for whoever holds the lock on the result.
     """
     aside = beside(out, REPLACED)
-    if not _is_result(aside) or (os.path.lexists(out) and any(out.iterdir())):
+    if not is_result(aside) or (os.path.lexists(out) and any(out.iterdir())):
         return False
     aside.rename(out)
     return True
@@ -232,11 +241,11 @@ def restore(out: Path) -> bool:
 def clear_replaced(out: Path) -> None:
     """The same, and remove an earlier result that was replaced. What is not ours stays."""
     aside = beside(out, REPLACED)
-    if not restore(out) and _is_result(out) and check_own(aside, directory=True) and not unknown_files(aside):
+    if not restore(out) and is_result(out) and check_own(aside, directory=True) and not unknown_files(aside):
         remove(aside)
 
 
-def _is_result(directory: Path) -> bool:
+def is_result(directory: Path) -> bool:
     """Whether there is a real directory with a record in it."""
     with suppress(OSError):
         return not directory.is_symlink() and _is_record(directory / RESULT_RECORD)

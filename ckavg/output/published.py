@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ckavg.checkpoints.run import Run
 from ckavg.errors import RecordError
 from ckavg.output.output_path import LOCAL
-from ckavg.output.record import BASE_MODEL, RUN, Record, Text, Texts, as_json, is_address, parse_fields
+from ckavg.output.record import BASE_MODEL, RUN, FileName, Record, Text, Texts, as_json, is_address, parse_fields
 from ckavg.storage.atomic import resolved
+from ckavg.storage.base import AnyPath, RemotePath
 from ckavg.storage.local import read_small
 from ckavg.storage.redaction import HIDDEN, without_paths, without_secrets
 
@@ -52,6 +54,21 @@ def published(record: Record) -> Record:
 
 
 @dataclass(frozen=True, slots=True)
+class Made:
+    """Of what a result was made, so that the same is not made again.
+
+    Attributes:
+        recipe: what was asked for; see `averaging/recipe.py`.
+        source_fingerprints: of the files of each checkpoint; None where a later change could not be told.
+        own_fingerprints: of each weight file of the result, by its path in it.
+    """
+
+    recipe: dict[Text, Any]
+    source_fingerprints: tuple[Text | None, ...]
+    own_fingerprints: dict[FileName, Text]
+
+
+@dataclass(frozen=True, slots=True)
 class Local:
     """What is kept of a record for this machine alone.
 
@@ -59,22 +76,24 @@ class Local:
         source: where the run is; None where it is not on this machine.
         init: where the model is that was given with `--init`; None likewise.
         warnings: those of the record with all their paths.
+        made: of what it was made; None in results of earlier versions.
     """
 
     source: Text | None = None
     init: Text | None = None
     warnings: Texts = ()
+    made: Made | None = None
 
     def to_bytes(self) -> bytes:
         """The same as a file: `.ckavg-local.json`."""
         return as_json(asdict(self)).encode() + b"\n"
 
 
-def local_of(record: Record) -> Local:
+def local_of(record: Record, made: Made | None = None) -> Local:
     """What is to be kept beside a record that is published."""
     places = (record.source, record.inputs[0].directory if record.anchor_is_init else None)
     source, init = (None if each is None or is_address(each) else str(Path(each).absolute()) for each in places)
-    return Local(source, init, tuple(map(without_secrets, record.warnings)))
+    return Local(source, init, tuple(map(without_secrets, record.warnings)), made)
 
 
 def read_local(directory: Path) -> Local:
@@ -85,6 +104,26 @@ def read_local(directory: Path) -> Local:
         with contextlib.suppress(OSError, ValueError, RecordError):
             return TypeAdapter(Local).validate_python(parse_fields(read_small(place / LOCAL, _MOST_BYTES_OF_LOCAL)))
     return Local()
+
+
+def placed(record: Record, local: Local, run: Run, outputs: Sequence[Path]) -> Record:
+    """A published record with the places again that it was published without: of the run, and of each output."""
+    return replace(
+        record,
+        source=run.address,
+        selection=run.selection.stated,
+        warnings=local.warnings or record.warnings,
+        inputs=tuple(
+            replace(each, directory=pinned(checkpoint.directory))
+            for each, checkpoint in zip(record.inputs, run.checkpoints, strict=True)
+        ),
+        outputs=tuple(replace(each, directory=out) for each, out in zip(record.outputs, outputs, strict=True)),
+    )
+
+
+def pinned(path: AnyPath) -> str:
+    """A path by what cannot come to mean something else."""
+    return path.storage.address(path, is_pinned=True) if isinstance(path, RemotePath) else str(path)
 
 
 def _in_run(record: Record, place: object) -> str:

@@ -229,9 +229,9 @@ def test_existing_result_needs_force(run: Path) -> None:
     assert run_cli("mean", run).exit_code == 0
     before = snapshot(run)
     for words in (("mean", run), ("sweep", run, "pema", "mean")):
-        result = run_cli(*words)
+        result = run_cli(*words, "--accumulate", "float64")
         assert result.exit_code == 1
-        assert "mean already holds a result" in result.stderr
+        assert "mean already holds a result; accumulate float32 there, float64 asked." in result.stderr
         assert "--force" in result.stderr
         assert snapshot(run) == before, "before anything is read"
     assert run_cli("mean", run, "--force").exit_code == 0

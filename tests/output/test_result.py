@@ -110,8 +110,10 @@ def test_existing_result_is_kept_without_force(source: Path) -> None:
     run = ckavg.open_run(source)
     result = ckavg.average(run, ckavg.EMA())
     before = snapshot(result.directory)
-    with pytest.raises(OutputExistsError, match="already holds a result"):
-        ckavg.average(run, ckavg.EMA())
+    with pytest.raises(OutputExistsError, match=r"already holds a result; gamma 0.15 there, 0.2 asked\."):
+        ckavg.average(run, ckavg.EMA(gamma=0.2), out=result.directory)
+    again = ckavg.average(run, ckavg.EMA())
+    assert again == result, "the same recipe: as it is, and nothing is read"
     assert snapshot(result.directory) == before
     ckavg.average(run, ckavg.EMA(), force=True)
     assert sorted(path.name for path in result.directory.parent.iterdir()) == ["ema-gamma0.15"]

@@ -207,9 +207,12 @@ def ended(original: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
             other[1] = root / "nothing-there"
         jobs.append(Job(command(tuple(case.words), sources[name]), case.before, {1: other} if other else {}))
     again = sources["first killed"]
-    ran = run_jobs(root, 2, *jobs, Job(["bema", again]), Job(["bema", again]))
+    ran = run_jobs(
+        root, 2, *jobs, Job(["bema", again]), Job(["bema", again]), Job(["bema", again, "--dtype", "bfloat16"])
+    )
     cases = dict(zip(CASES, zip(sources.values(), ran, strict=False), strict=True))
-    return cases | {"after first killed": (again, ran[-2]), "existing": (again, ran[-1])}
+    more = ("after first killed", "up to date", "existing")
+    return cases | {name: (again, each) for name, each in zip(more, ran[-3:], strict=True)}
 
 
 def put_nan_into(source: Path) -> None:
@@ -241,6 +244,13 @@ def test_what_a_killed_process_left_is_in_nobodys_way(ended: dict[str, tuple[Pat
     source, ran = ended["after first killed"]
     assert ran.status == [0, 0]
     assert [path.name for path in (source / "averaged").iterdir()] == ["bema-eta0.2"]
+
+
+def test_a_result_that_is_up_to_date_is_so_for_all(ended: dict[str, tuple[Path, Ran]]) -> None:
+    source, ran = ended["up to date"]
+    assert ran.status == [0, 0]
+    assert ran.out[0].startswith(f"{source / 'averaged' / 'bema-eta0.2'} is up to date\n")
+    assert ran.out[1] == ""
 
 
 def test_a_result_that_is_there_is_refused_once(ended: dict[str, tuple[Path, Ran]]) -> None:

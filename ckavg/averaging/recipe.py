@@ -1,0 +1,168 @@
+"""Whether a result that is there is what would be made again: its recipe, the checkpoints, and its own files.
+
+All of it is known without reading a weight: what was asked for, and fingerprints of files
+(`checkpoints/fingerprints.py`), are kept beside the record, on this machine alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckavg.checkpoints.fingerprints import Fingerprints, fingerprint_files
+from ckavg.errors import CkavgError, listed
+from ckavg.output.output_path import PLOT
+from ckavg.output.published import Made, placed, read_local
+from ckavg.output.record import Record, read_record
+from ckavg.output.weight_files import sha256
+from ckavg.storage.atomic import resolved
+from ckavg.storage.base import RemotePath
+
+if TYPE_CHECKING:
+    from ckavg.averaging.plan import Plan
+
+FORMAT = 1
+"""Greater in a version that makes other bytes of the same recipe."""
+
+_NO_BYTE = {"force", "allow_anchor"}
+"""Options that change whether there is a result, not what is in it."""
+
+_PATH_OPTIONS = {"path_exclude", "zero_sigma", "sample"}
+_SHOWN = 60
+
+
+def recipe_of(plan: Plan) -> dict[str, Any]:
+    """What was asked for, as far as it can change a byte of the result, as plain JSON values by name."""
+    unused = _NO_BYTE | (set() if plan.scheme.needs_path else _PATH_OPTIONS)
+    options = {each.name: getattr(plan.options, each.name) for each in dataclasses.fields(plan.options)}
+    chosen: dict[str, Any] = dict(plan.run.selection.stated)
+    init, card = plan.run.selection.init, plan.options.card
+    if init is not None and not isinstance(init, RemotePath):
+        chosen["init"] = str(resolved(init))
+    recipe = (
+        {"format": FORMAT, "scheme": plan.scheme.name, "checkpoints": plan.run.steps}
+        | plan.scheme.parameters()
+        | {name: value for name, value in options.items() if name not in unused}
+        | chosen
+        | {"card": card and sha256(Path(card).read_bytes())}
+    )
+    loaded: dict[str, Any] = json.loads(json.dumps(recipe))
+    return loaded
+
+
+def made_of(plan: Plan, sources: Fingerprints, directory: Path) -> Made:
+    """What is kept of how a result is made, whose weight files are in a directory."""
+    own = {name.as_posix(): fingerprint_files([directory / name]) for name in plan.weight_files}
+    return Made(recipe_of(plan), sources, own)
+
+
+def current_result(plan: Plan, sources: Fingerprints) -> Record | str:
+    """The record of the result at the place of a plan, where making it again would change nothing; else what differs.
+
+    Args:
+        plan: what would be made, at a place where a record is.
+        sources: of the files of the checkpoints as they are now.
+    """
+    try:
+        record = read_record(plan.out)
+    except CkavgError:
+        return "its record is damaged, or of another version"
+    local = read_local(plan.out)
+    if local.made is None:
+        return "nothing there tells of which state of the checkpoints it was made"
+    asked, outputs = recipe_of(plan), list(plan.outputs.values())
+    if differing := differences(local.made.recipe, asked):
+        return "; ".join(f"{what} there, {instead} asked" for what, instead in differing)
+    if not _tells(record, plan):
+        return "its record was edited"
+    if local.made.source_fingerprints != sources or None in sources:
+        return _changed_sources(plan, local.made.source_fingerprints, sources)
+    beside = {name: sha256(data) for name, data in plan.side_files.items()}
+    other = [name for name, digest in beside.items() if record.output.sha256.get(name) != digest]
+    if other:
+        return f"the last checkpoint has another {listed(other)} now"
+    if other := _changed_files(plan, local.made):
+        return f"its own files have changed since: {listed(other)}"
+    return placed(record, local, plan.run, outputs)
+
+
+def _changed_sources(plan: Plan, before: Fingerprints, now: Fingerprints) -> str:
+    if len(before) != len(now):
+        return "its fingerprints are not of these checkpoints"
+    steps = [
+        (str(step), None in pair)
+        for step, *pair in zip(plan.run.steps, before, now, strict=True)
+        if len({*pair, None}) > 2 or None in pair
+    ]
+    unknown = listed([step for step, is_unknown in steps if is_unknown])
+    changed = listed([step for step, is_unknown in steps if not is_unknown])
+    return (
+        f"the checkpoints of step {changed} have changed since"
+        if changed
+        else f"nothing tells whether step {unknown} has changed since"
+    )
+
+
+def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What differs between two recipes, each as the words for the one with its name, and for the other.
+
+    >>> differences({"gamma": 0.1, "last": 5}, {"gamma": 0.15, "last": 5, "every": 10})
+    [('gamma 0.1', '0.15'), ('every none', '10')]
+    """
+    names = [name for name in {**there, **asked} if there.get(name) != asked.get(name)]
+    if "scheme" in names:  # of which all others follow
+        names = ["scheme"]
+    return [
+        (f"{name.replace('_', '-')} {_shown(name, there.get(name))}", _shown(name, asked.get(name))) for name in names
+    ]
+
+
+def _shown(name: str, value: object) -> str:
+    if value is None or value == []:
+        return "none"
+    if name == "card":
+        return f"of SHA-256 {str(value)[:12]}…"
+    if name == "checkpoints" and isinstance(value, list):
+        return f"{value[0]} to {value[-1]}, {len(value)} of them,"
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _tells(record: Record, plan: Plan) -> bool:
+    """Whether a record is of what a plan would make, as far as that is known before."""
+    options, files = plan.options, {*plan.files}
+    said = (record.scheme, record.parameters, record.steps, record.dtype, record.allow_nonfinite)
+    steps = tuple(plan.run.steps[index] for index in plan.outputs)
+    return (
+        said == (plan.scheme.name, plan.scheme.parameters(), plan.run.steps, options.dtype, options.allow_nonfinite)
+        and tuple(output.step for output in record.outputs) == steps
+        and all({*output.files} - {PLOT} == files for output in record.outputs)
+    )
+
+
+def _changed_files(plan: Plan, made: Made) -> list[str]:
+    """Files of the result that are not there as they were written, of every output."""
+    changed = []
+    for name, nbytes in plan.weight_files.items():
+        path, key = plan.out / name, name.as_posix()
+        if _size(path) != nbytes or made.own_fingerprints.get(key) != fingerprint_files([path]):
+            changed.append(key)
+    for out in plan.outputs.values():
+        sizes = dict.fromkeys(plan.files) | {name: len(data) for name, data in plan.side_files.items()}
+        weights = {shard.name for shard in plan.weights.shards}
+        for file, expected in sizes.items():
+            size = _size(out / file)
+            if file not in weights and (size is None or expected not in (None, size)):
+                changed.append((out / file).relative_to(plan.out).as_posix())
+    return changed
+
+
+def _size(path: Path) -> int | None:
+    """The bytes of a plain file; None where there is none."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:
+        return None
