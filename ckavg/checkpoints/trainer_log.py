@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ckavg.checkpoints.run import Checkpoint
 from ckavg.errors import CkavgError, MismatchError, listed
@@ -15,6 +16,13 @@ from ckavg.storage.local import read_object
 
 TRAINER_STATE = "trainer_state.json"
 """The file in which transformers' Trainer keeps `global_step` and `log_history`."""
+
+Goal = Literal["min", "max"]
+
+_LOWER_IS_BETTER = re.compile(r"loss|perplexity|ppl|nll|error|wer|cer|r?mse|mae|bpb")
+_HIGHER_IS_BETTER = re.compile(
+    r"acc|accuracy|f1|exact match|em|(sacre)?bleu|rouge\w*|reward|score|precision|recall|auc|mcc"
+)
 
 LARGEST = 64 * 2**20
 """Bytes; a log of a few hundred thousand entries is smaller, and what is larger is not read for advice."""
@@ -104,3 +112,17 @@ def _logged(state: Mapping[str, Any], key: str) -> list[tuple[int, Any]]:
     history = state.get("log_history")
     entries = [each for each in history if isinstance(each, dict)] if isinstance(history, list) else []
     return [(each["step"], each.get(key)) for each in entries if type(each.get("step")) is int]
+
+
+def goal_of(name: str) -> Goal | None:
+    """Whether the least or the greatest value of a metric is best, by the words of its name; None if they do not tell.
+
+    Words end at anything but letters and digits.
+
+    >>> goal_of("eval_loss"), goal_of("results.hellaswag.acc,none"), goal_of("eval/exact_match"), goal_of("gloss")
+    ('min', 'max', 'max', None)
+    """
+    words = " ".join(re.findall(r"[a-z0-9]+", name.lower()))
+    goals: dict[Goal, re.Pattern[str]] = {"min": _LOWER_IS_BETTER, "max": _HIGHER_IS_BETTER}
+    told = [goal for goal, known in goals.items() if re.search(rf"\b(?:{known.pattern})\b", words)]
+    return told[0] if len(told) == 1 else None

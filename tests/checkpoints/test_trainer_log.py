@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import ckavg
 from ckavg.checkpoints.checkpoint import read_checkpoint
 from ckavg.checkpoints.run import Checkpoint
-from ckavg.checkpoints.trainer_log import LARGEST, TRAINER_STATE, learning_rates, read_trainer_state
+from ckavg.checkpoints.trainer_log import LARGEST, TRAINER_STATE, goal_of, learning_rates, read_trainer_state
 from tests.runs import write_checkpoint
 
 REAL = """{
@@ -125,3 +125,15 @@ def test_a_log_beside_single_files_is_not_theirs(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "step_5.safetensors")
     (tmp_path / TRAINER_STATE).write_text(REAL)
     assert learning_rates(read_checkpoint(tmp_path / "step_5.safetensors", 5)) == ()
+
+
+@pytest.mark.parametrize(
+    ("goal", "names"),
+    [
+        ("min", "loss eval_loss eval/perplexity word_ppl nll_loss top-1.error eval_wer cer squared_error RMSE mae bpb"),
+        ("max", "acc acc,none accuracy macro-F1 exact_match eval_em sacrebleu rougeLsum reward score recall auc mcc"),
+        (None, "step gloss emotion scores_of accurate matching exact runtime eval_loss_accuracy results.value \u00e9"),
+    ],
+)  # fmt: skip
+def test_goal_from_the_words_of_a_name(goal: str | None, names: str) -> None:
+    assert {name: goal_of(name) for name in names.split()} == dict.fromkeys(names.split(), goal)
