@@ -106,7 +106,8 @@ def average(
 
     Args:
         run: the checkpoints, the anchor first; see `open_run`.
-        scheme: how: `PEMA`, `BEMA`, `EMA`, `MomentumEMA`, `OUEMA`, `DEMA`, `Mean` or `Last`.
+        scheme: how: `PEMA`, `BEMA`, `EMA`, `MomentumEMA`, `PowerEMA`, `PowerExponentEMA`, `OUEMA`, `DEMA`, `Mean`,
+            `Weights` or `Last`.
         out: where the result goes; None: `<source>/averaged/<label of the scheme>`.
         dtype: output dtype of floating tensors: `source`, `float32`, `bfloat16`, `float16` or `float64`.
         accumulate: `float32` or `float64`; float64 checkpoints are accumulated in float64 in any case.

@@ -261,9 +261,17 @@ class Record:
             raise RecordError(f"scheme is {self.scheme[:40]!r}, which is not known.")
         for scheme in named:
             defaults = {field.name: field.default for field in dataclasses.fields(scheme)}
-            if defaults.keys() == self.parameters.keys():
+            required = defaults.keys() - {*scheme.added_fields}
+            if required <= self.parameters.keys() <= defaults.keys():
                 try:
-                    return scheme(**{name: _as_typed(self.parameters[name], each) for name, each in defaults.items()})
+                    return scheme(
+                        **{
+                            name: value
+                            if isinstance(value, str) and name in scheme.repeatable
+                            else _as_typed(value, defaults[name])
+                            for name, value in self.parameters.items()
+                        }
+                    )
                 except (ValueError, SettingError) as error:
                     raise RecordError(f"parameters do not fit {self.scheme}: {error}") from error
         raise RecordError(f"parameters are not those of {self.scheme}.")

@@ -54,6 +54,9 @@ CASES: dict[str, tuple[str, str, Scheme]] = {
     "bema-etainf": ("bema --no-bias-correction", "bema:eta=inf", ckavg.BEMA(eta=math.inf)),
     "ouema-eta0.3": ("ouema --eta 0.3", "ouema:eta=0.3", ckavg.OUEMA(eta=0.3)),
     "dema-kappa0.5": ("dema", "dema", ckavg.DEMA()),
+    "dema-kappa0.5-burn-in50": ("dema --burn-in 50", "dema:burn-in=50", ckavg.DEMA(burn_in=50)),
+    "power-sigma-rel0.05": ("power --sigma-rel 0.05", "power:sigma-rel=0.05", ckavg.PowerEMA(sigma_rel=0.05)),
+    "power-exponent2": ("power --exponent 2", "power:exponent=2", ckavg.PowerExponentEMA(exponent=2.0)),
     "mean": ("mean", "mean", ckavg.Mean()),
     "mean-decayminus-sqrt": ("mean --decay minus-sqrt", "mean:decay=minus-sqrt", ckavg.Mean(decay="minus-sqrt")),
 }
@@ -134,6 +137,18 @@ def test_a_verb_is_made_from_its_schemes() -> None:
         "larger values average",
     ):
         assert part in shown
+
+
+def test_a_batch_that_grows(run: Path) -> None:
+    """An option for each change; a sweep would take the comma for another value."""
+    words = ("--momentum", "0.99", "--batch-scale", "1", "--batch-scale", "60:4")
+    record = json.loads(run_cli("ema", run, *words, "--json").stdout)
+    assert record["outputs"][0]["name"] == "ema-momentum0.99-batch-scale1-60x4"
+    assert record["betas"][1:] == pytest.approx([1 - 0.99**50, 1 - 0.99 ** (10 + 4 * 40), 1 - 0.99**200], rel=1e-12)
+    directory = record["outputs"][0]["directory"]
+    assert "--momentum 0.99 --batch-scale 1,60:4" in Path(directory, "README.md").read_text()
+    assert run_cli("verify", directory).exit_code == 0
+    assert run_cli("sweep", run, "ema:momentum=0.99,batch-scale=1,60:4", "--dry-run").exit_code == 2
 
 
 def test_json_of_pema_and_bema(run: Path) -> None:

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 CLI = ROOT / "docs" / "cli.md"
 DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-AVERAGING = ("pema", "bema", "ema", "ouema", "dema", "mean")
+AVERAGING = ("pema", "bema", "ema", "power", "ouema", "dema", "mean", "weights")
 SHARED = "Options of every averaging command"
 HELP = {"--help", "-h"}
 OF_TORCHRUN = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}
@@ -206,7 +206,8 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("verb", AVERAGING)
 def test_json_of_an_average(source: Path, verb: str) -> None:
-    told = _json_of(verb, source, "--json")
+    required = ("--weights", "0.1,0.2,0.3,0.4") if verb == "weights" else ()
+    told = _json_of(verb, source, "--json", *required)
     assert _keys(told) == _documented_keys("The JSON object")
     assert told["parameters"].keys() <= {
         name[2:].replace("-", "_") for name in set(_declared(verb)) - SHARED_OPTIONS if name.startswith("--")

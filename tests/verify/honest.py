@@ -38,6 +38,7 @@ def draw_scheme(choose: random.Random) -> Scheme:
             ckavg.BEMA(kappa=power, eta=eta, burn_in=choose.choice((0, 0, 20))),
             ckavg.OUEMA(kappa=power, eta=eta or 0.01),
             ckavg.DEMA(kappa=power),
+            ckavg.PowerEMA(sigma_rel=choose.uniform(0.01, 0.28)),
             ckavg.Mean(decay=choose.choice(("none", "linear", "cosine", "minus-sqrt"))),
             Last(),
         )
