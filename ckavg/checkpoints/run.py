@@ -211,6 +211,9 @@ class Selection:
         every_from: count `every` from this step instead of the anchor's.
         from_step: leave out checkpoints before this optimizer step.
         to_step: leave out checkpoints after this optimizer step.
+        best: keep only this many checkpoints, the best by a metric of the trainer's log, before `last`.
+        metric: its name in the log, such as `eval_loss`.
+        goal: whether `min` or `max` of it is best; None: as its name tells.
         last: keep only this many checkpoints, the newest.
         skip_incomplete: leave out checkpoints that are not written in full.
         common_only: average the tensors that all checkpoints have, and copy the others.
@@ -227,6 +230,9 @@ class Selection:
     every_from: int | None = None
     from_step: int | None = None
     to_step: int | None = None
+    best: int | None = None
+    metric: str | None = None
+    goal: Literal["min", "max"] | None = None
     last: int | None = None
     skip_incomplete: bool = False
     common_only: bool = False

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ckavg.checkpoints.run import Checkpoint
+from ckavg.checkpoints.weight_files import WEIGHTS
 from ckavg.errors import CkavgError, MismatchError, listed
 from ckavg.storage.base import AnyPath
 from ckavg.storage.local import read_object
@@ -86,25 +89,75 @@ def unrelated_logs(checkpoints: Iterable[tuple[str, int | None]]) -> list[CkavgE
     ]
 
 
-def learning_rates(checkpoint: Checkpoint) -> tuple[tuple[int, float], ...]:
-    """The learning rates that the trainer had logged when it saved a checkpoint: (optimizer step, rate), by step.
+Series = tuple[tuple[int, float], ...]
+"""Logged values: (optimizer step, value), by step."""
 
-    They are those of the entries of `log_history` that hold a `step` and a `learning_rate`; of several for one step,
-    the last counts. Empty where there is no such log, where it is malformed or very large, or where the checkpoint is
-    a single file: what lies beside that need not be of its run. Never raises.
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What a trainer had logged when it saved a checkpoint.
+
+    Attributes:
+        state: its trainer state; empty where there is none.
     """
-    if checkpoint.kind == "file":
-        return ()
+
+    state: Mapping[str, Any]
+
+    def values(self, name: str) -> Series:
+        """The finite numbers under a name; of several for one step, the last counts."""
+        values = {
+            step: float(value)
+            for step, value in _logged(self.state, name)
+            if step >= 0
+            and type(value) in (int, float)
+            and abs(value) <= sys.float_info.max  # JSON has NaN and 10**400
+        }
+        return tuple(sorted(values.items()))
+
+    @property
+    def names(self) -> list[str]:
+        """The names under which it logged numbers, sorted."""
+        history = self.state.get("log_history")
+        entries = [each for each in history if isinstance(each, dict)] if isinstance(history, list) else []
+        names = {name for each in entries for name in each if name not in ("step", "epoch")}
+        return sorted(name for name in names if self.values(name))
+
+    @property
+    def learning_rates(self) -> Series:
+        """The learning rates."""
+        return tuple((step, rate) for step, rate in self.values("learning_rate") if rate >= 0)
+
+
+def read_history(checkpoint: AnyPath) -> History:
+    """The log beside a checkpoint. Empty where there is none, where it is malformed or very large, or where the
+    checkpoint is a single file: what lies beside that need not be of its run. Never raises.
+    """
+    if checkpoint.suffix == WEIGHTS:
+        return History({})
     try:
-        logged = _logged(read_trainer_state(checkpoint.path), "learning_rate")
+        return History(read_trainer_state(checkpoint))
     except (OSError, ValueError):
-        return ()
-    rates = {
-        step: float(rate)
-        for step, rate in logged
-        if step >= 0 and type(rate) in (int, float) and 0 <= rate <= sys.float_info.max  # JSON has NaN and 10**400
-    }
-    return tuple(sorted(rates.items()))
+        return History({})
+
+
+def learning_rates(checkpoint: Checkpoint) -> Series:
+    """The learning rates that the trainer had logged when it saved a checkpoint. Never raises."""
+    return read_history(checkpoint.path).learning_rates
+
+
+def values_at(values: Series, steps: Sequence[int]) -> list[float | None]:
+    """The last value that was logged after the checkpoint before each of these steps, and no later than that step.
+
+    >>> values_at(((90, 2.0), (100, 1.9), (150, 1.8), (320, 1.5)), [100, 200, 300])
+    [1.9, 1.8, None]
+    """
+    found: list[float | None] = []
+    begin = 0
+    for step in steps:
+        end = bisect.bisect_right(values, step, key=lambda entry: entry[0])
+        found.append(values[end - 1][1] if end > begin else None)
+        begin = end
+    return found
 
 
 def _logged(state: Mapping[str, Any], key: str) -> list[tuple[int, Any]]:

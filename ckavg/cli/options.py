@@ -111,6 +111,13 @@ class Choice:
     ] = None
     from_step: Annotated[int | None, choice("Leave out checkpoints before step N.", metavar="N")] = None
     to_step: Annotated[int | None, choice("Leave out checkpoints after step N.", metavar="N")] = None
+    best: Annotated[int | None, choice("Take the N best checkpoints by --metric only.", metavar="N", min=1)] = None
+    metric: Annotated[
+        str | None, choice("Of --best: a metric in the trainer's log, such as eval_loss.", metavar="NAME")
+    ] = None
+    goal: Annotated[
+        Literal["min", "max"] | None, choice("Of --best: which values are best.", shown="as the name tells")
+    ] = None
     last: Annotated[int | None, choice("Take the newest N checkpoints only.", metavar="N", min=1)] = None
     revisions: Annotated[
         list[str] | None,

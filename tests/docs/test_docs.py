@@ -245,8 +245,11 @@ def test_json_of_verify(source: Path) -> None:
 
 def test_documented_selection(source: Path) -> None:
     further = ("--skip-incomplete", "--common-only", "--copy", "trainer_state.json")
+    state = {"global_step": 150, "log_history": [{"step": step, "loss": 1.0} for step in (50, 100, 150)]}
+    (source / "checkpoint-150/trainer_state.json").write_text(json.dumps(state))
+    best = ("--best", 3, "--metric", "loss", "--goal", "max")
     every = ("--init", source / "checkpoint-0", "--init-step", 1, "--every", 50, "--burn-in", 50)
-    told = _json_of("bema", source, "--json", *every, "--from-step", 50, "--to-step", 150, "--last", 3, *further)
+    told = _json_of("bema", source, "--json", *every, "--from-step", 50, "--to-step", 150, "--last", 3, *further, *best)
     row = next(line for line in CLI.read_text(encoding="utf-8").splitlines() if line.startswith("| `selection`"))
     assert told["selection"].keys() == set(re.findall(r"`(\w+)`", row)[1:])
 
