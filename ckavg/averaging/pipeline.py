@@ -17,13 +17,22 @@ from typing import TYPE_CHECKING
 
 from ckavg import __version__
 from ckavg.averaging.distributed import check_same_plans, check_same_run, finalize, open_writers, stage
-from ckavg.averaging.plan import Options, Plan, check_compatible, fetching_of, fetching_of_path, plan_averages
+from ckavg.averaging.plan import (
+    Options,
+    Plan,
+    anchor_problem,
+    check_compatible,
+    fetching_of,
+    fetching_of_path,
+    plan_averages,
+)
 from ckavg.averaging.record import Work, completed, record_of
 from ckavg.checkpoints.fingerprints import Fingerprints, check_unchanged, fingerprint_run
 from ckavg.checkpoints.run import Run, averaged_statistics, holds_float64
 from ckavg.engine.context import Context, OnProgress
 from ckavg.engine.distributed import ALONE, Ranks
 from ckavg.engine.remote import fetch
+from ckavg.errors import raise_all
 from ckavg.output.record import Record, Seconds
 from ckavg.output.staging import remove_stale
 from ckavg.path.cache import save_path
@@ -98,6 +107,7 @@ def average(
     snapshot_every: int | None = None,
     card: Path | str | None = None,
     allow_nonfinite: bool = False,
+    allow_anchor: bool = False,
     force: bool = False,
     on_progress: OnProgress | None = None,
     ranks: Ranks = ALONE,
@@ -119,6 +129,7 @@ def average(
             `<out>/checkpoint-<step>`.
         card: a Markdown file whose fields and text come first in the model card of the result.
         allow_nonfinite: average checkpoints that hold NaN or infinity, too; where they do, the result is not finite.
+        allow_anchor: form an average that is in effect its anchor, with 99 % of the weight or more on it.
         force: replace an existing result.
         on_progress: called now and then in this thread.
         ranks: the processes that share the work, each of which calls this; see `all_ranks`.
@@ -141,6 +152,7 @@ def average(
         snapshot_every=snapshot_every,
         card=card,
         allow_nonfinite=allow_nonfinite,
+        allow_anchor=allow_anchor,
         force=force,
     )
     context = Context(device=device, on_progress=on_progress, ranks=ranks)
@@ -189,6 +201,7 @@ def carry_out(plans: Sequence[Plan], context: Context) -> Done:
         timeline = _timeline(run, path)
         statistics = averaged_statistics(run.tensors)
         coefficients = [plan.scheme.coefficients(timeline).sparing(statistics) for plan in plans]
+        raise_all([problem for each in zip(plans, coefficients, strict=True) if (problem := anchor_problem(*each))])
         replayed, hashes = _replay(plans, coefficients, stagings, fingerprints, context)
         if ranks.is_first:
             _check_unchanged(run)

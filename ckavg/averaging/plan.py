@@ -19,12 +19,13 @@ from ckavg.engine.remote import HELD_BYTES
 from ckavg.errors import SettingError, raise_all
 from ckavg.output.origin import Origin, find_origin
 from ckavg.output.output_path import CARD, output_path_problems, path_within, space_problems
+from ckavg.output.record import is_mostly_anchor
 from ckavg.output.side_files import gather_side_files, name_of_weights
 from ckavg.output.staging import bring_back
 from ckavg.output.weight_files import WeightPlan, plan_weights
 from ckavg.path.plan import PathPlan, check_sample, plan_path
 from ckavg.path.table import ZeroSigma
-from ckavg.schemes import Scheme, Timeline
+from ckavg.schemes import Coefficients, Scheme, Timeline
 from ckavg.storage.atomic import resolved
 from ckavg.storage.base import RemotePath
 from ckavg.storage.remote import Fetching, plan_fetching
@@ -46,6 +47,7 @@ class Options:
         snapshot_every: also write the average as it stood at every multiple of so many optimizer steps.
         card: a Markdown file whose fields and text come first in the model card of the result.
         allow_nonfinite: average checkpoints that hold NaN or infinity, too.
+        allow_anchor: form an average that is in effect its anchor.
         force: replace an existing result.
 
     Raises:
@@ -60,6 +62,7 @@ class Options:
     snapshot_every: int | None = None
     card: Path | str | None = None
     allow_nonfinite: bool = False
+    allow_anchor: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -204,8 +207,34 @@ def plan_averages(
     ]
     # Each by itself: those that do not fit together are refused where they are carried out together.
     problems += [problem for plan in plans for problem in space_problems([(plan.out, plan.write_bytes)])]
+    problems += [problem for plan in plans if (problem := _anchor_problem(plan)) is not None]
     raise_all(worst_first(problems))
     return plans
+
+
+def _anchor_problem(plan: Plan) -> SettingError | None:
+    """What speaks against an average whose weights are known before anything is read."""
+    if plan.scheme.needs_path:
+        return None
+    timeline = Timeline(plan.run.steps, anchor_is_init=plan.run.anchor_is_init)
+    coefficients = plan.scheme.coefficients(timeline).sparing(averaged_statistics(plan.run.tensors))
+    return anchor_problem(plan, coefficients)
+
+
+def anchor_problem(plan: Plan, coefficients: Coefficients) -> SettingError | None:
+    """The error where an average would be in effect its anchor, and that is not allowed."""
+    from ckavg.averaging.rules import effective_weights
+
+    if plan.options.allow_anchor:
+        return None
+    weights, start = effective_weights(coefficients), coefficients.start
+    if not is_mostly_anchor(weights, start, len(weights) - 1):
+        return None
+    return SettingError(
+        f"{plan.scheme.label}: {100 * weights[start]:.4g} % of the weight is on step {plan.run.steps[start]}, where it "
+        "begins: the result would be that checkpoint.",
+        hint="Choose settings that forget it sooner, or a later start; or go on with --allow-anchor.",
+    )
 
 
 def output_path(home: Path, scheme: Scheme, out: Path | str | None) -> Path:

@@ -269,6 +269,7 @@ def print_summary(result: Record, plan: Plan) -> None:
     out.line()
     out.print(table_by_step(result.columns(), result.weights, sums="weight"))
     out.line()
+    out.line(f"spread   {spread_shown(result)}")
     rate = result.bytes_read / max(result.seconds.path + result.seconds.replay, 1e-9) / 1e9
     took = f"in {result.seconds.total:.1f} s ({rate:.1f} GB/s)"
     out.line(f"read     {decimal(result.bytes_read)} {took}, wrote {decimal(plan.write_bytes)}")
@@ -278,6 +279,19 @@ def print_summary(result: Record, plan: Plan) -> None:
     out.line(f"result   {result.directory}")
     largest = sorted(plan.weights.shards, key=lambda shard: -sum(each.nbytes for each in plan.weights.of(shard.part)))
     out.line(f"next     {load_command(result.directory, plan.side_files, [shard.name for shard in largest])}")
+
+
+def spread_shown(result: Record) -> str:
+    """What the weights of a result say of it, in words."""
+    count, age, weight = result.effective_count or 1.0, result.mean_age or 0.0, result.anchor_weight or 0.0
+    parts = [
+        f"like {count:.1f} equal checkpoints",
+        f"{abs(age):.0f} steps {'ahead of' if age < 0 else 'behind'} the last",
+    ]
+    if result.anchor_step < result.steps[-1]:
+        of_init = result.anchor_is_init and result.anchor_step == result.steps[0]
+        parts.append(f"{100 * weight:.0f} % of {'the base model' if of_init else f'step {result.anchor_step}'}")
+    return "; ".join(parts)
 
 
 def path_shown(result: Record) -> str:

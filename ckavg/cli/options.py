@@ -203,6 +203,7 @@ class Averaging(Measuring):
             readable=False,
         ),
     ] = None
+    allow_anchor: Annotated[bool, work("Continue where the result is in effect the anchor.", "--allow-anchor")] = False
     force: Annotated[bool, result("Replace an existing result.", "--force")] = False
     dry_run: Annotated[bool, result("Show what would be read and written, and do neither.", "--dry-run")] = False
     accumulate: Annotated[

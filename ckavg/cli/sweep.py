@@ -157,12 +157,22 @@ def print_results(results: Sequence[Record], winner: int | None) -> None:
         out.line(path_shown(measured))
     out.line()
     evaluated = any(record.evaluation is not None for record in results)
-    columns = ("average", "weights, first to last", "first", "last", "least", *(("eval", " ") if evaluated else ()))
+    columns = (
+        "average",
+        "weights, first to last",
+        "first",
+        "last",
+        "least",
+        "n",
+        "age",
+        *(("eval", " ") if evaluated else ()),
+    )
     table = plain_table(*columns, left=("average", "weights, first to last", " "))
     for place, record in enumerate(results):
         weights = record.weights
         bars = sparkline(weights) if len(weights) <= _MOST_BARS else ""
         cells = [f"{weight:.4f}" for weight in (weights[0], weights[-1], min(weights))]
+        cells += [f"{record.effective_count or 1:.1f}", f"{record.mean_age or 0:.0f}"]
         if evaluated:
             value = record.evaluation and record.evaluation.value
             shown = f"{value:.6g}" if value is not None else "failed" if record.evaluation else ""

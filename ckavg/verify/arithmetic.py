@@ -18,6 +18,7 @@ The last sum is what this computation itself rounds; g_k is the size of all term
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -72,6 +73,17 @@ def check_arithmetic(record: Record) -> list[str]:
         _compare(record, "alphas", record.alphas, coefficients.alphas),
         _compare(record, "weights", record.weights, weights_of(coefficients, last), scale=scale),
     ]
+    weights = weights_of(coefficients, last)
+    ages = [record.steps[last] - step for step in record.steps]
+    readouts = {
+        "effective_count": (1 / math.fsum(weight * weight for weight in weights), 0.0),
+        "mean_age": (math.fsum(map(operator.mul, weights, ages)), scale * max(map(abs, ages))),
+        "anchor_weight": (weights[coefficients.start], scale),
+    }
+    for name, (value, size) in readouts.items():
+        got = getattr(record, name)
+        if got is not None and not math.isclose(got, value, rel_tol=TOLERANCE, abs_tol=TOLERANCE * size):
+            wrong.append(f"{name} is {got}; by the weights it is {value}.")
     lengths = record.path_length or (0.0,)
     if lengths[0] != 0:
         wrong.append(f"path_length begins with {lengths[0]}; it must begin with 0.")

@@ -218,7 +218,7 @@ def test_table_of_a_sweep(run: Path) -> None:
     assert lines[0] == "4 averages of 4 checkpoints, steps 0 to 150"
     assert lines[1].startswith("path length ℓ(T) = ")
     rows = {line.split()[0]: line.split()[1:] for line in lines[4:8]}
-    assert rows["last"] == ["▁▁▁█", "0.0000", "1.0000", "0.0000"]
+    assert rows["last"] == ["▁▁▁█", "0.0000", "1.0000", "0.0000", "1.0", "0"]
     assert rows["bema-eta0-kappa0.1"][0].startswith("-")
     assert rows["pema-gamma0.1"][0].endswith("█")
 

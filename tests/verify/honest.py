@@ -82,7 +82,9 @@ def false_alarms(count: int, seed: int, root: Path) -> list[str]:
             if choose.random() < 0.2:
                 options["sample"] = 0.4
             try:
-                done = ckavg.average(ckavg.open_run(source), scheme, out=Path(place) / "out", device="cpu", **options)
+                done = ckavg.average(
+                    ckavg.open_run(source), scheme, out=Path(place) / "out", device="cpu", allow_anchor=True, **options
+                )
             except ckavg.CkavgError:  # a correction beyond the range of the dtype
                 continue
             problems = ckavg.verify_result(done.directory, replay=True, elements=10**6, seed=number).problems
