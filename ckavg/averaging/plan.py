@@ -12,7 +12,7 @@ from ckavg.averaging import advice
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.inspect import Inspection, as_run, worst_first
 from ckavg.checkpoints.run import Run, averaged_statistics, holds_float64
-from ckavg.checkpoints.trainer_log import learning_rates
+from ckavg.checkpoints.trainer_log import Course, read_course
 from ckavg.engine.blocks import TILE
 from ckavg.engine.distributed import worker_threads
 from ckavg.engine.remote import HELD_BYTES
@@ -88,6 +88,8 @@ class Plan:
         origin: what the card of the result says of the run.
         snapshots: indices of the checkpoints after which the average is written, too; the last is not among them.
         path: how the path length is had; None for schemes that do not need it.
+        course: how training went, as its trainer logged it.
+        tried: names of the results that are there already, or are planned with this one.
         replay_bytes: bytes that pass 2 reads.
         warnings: what a user should know before it starts.
     """
@@ -101,6 +103,8 @@ class Plan:
     origin: Origin
     snapshots: tuple[int, ...]
     path: PathPlan | None
+    course: Course
+    tried: frozenset[str]
     replay_bytes: int
     warnings: tuple[str, ...]
 
@@ -177,13 +181,14 @@ def plan_averages(
     origin = find_origin(run, beside.files, options.card)
     needs_path = any(scheme.needs_path for scheme, _ in wanted)
     path = plan_path(run, exclude=options.path_exclude, sample=options.sample) if needs_path else None
-    rates = learning_rates(run.last)
+    course = read_course(run.last.path)
+    tried = _results_in(run.home / "averaged") | {scheme.label for scheme, _ in wanted}
     plans = []
     for scheme, out in wanted:
         start = start_of(run, scheme)
         snapshots = _snapshots(run, start, options.snapshot_every)
         of_path = path if scheme.needs_path else None
-        warnings = run.warnings + beside.warnings + origin.warnings + advice.before(run, scheme, rates)
+        warnings = run.warnings + beside.warnings + origin.warnings + advice.before(run, scheme, course.rates)
         plan = Plan(
             run=run,
             scheme=scheme,
@@ -194,6 +199,8 @@ def plan_averages(
             origin=origin,
             snapshots=snapshots,
             path=of_path,
+            course=course,
+            tried=tried,
             replay_bytes=_replay_bytes(run, start, outputs=len(snapshots) + 1),
             warnings=warnings + (of_path.cached.warnings if of_path else ()),
         )
@@ -210,6 +217,14 @@ def plan_averages(
     problems += [problem for plan in plans if (problem := _anchor_problem(plan)) is not None]
     raise_all(worst_first(problems))
     return plans
+
+
+def _results_in(directory: Path) -> frozenset[str]:
+    """The names in a directory of results; none where it cannot be listed."""
+    try:
+        return frozenset(path.name for path in directory.iterdir())
+    except OSError:
+        return frozenset()
 
 
 def _anchor_problem(plan: Plan) -> SettingError | None:

@@ -53,7 +53,9 @@ def record_of(
     weights = effective_weights(coefficients)
     anchor = run.steps[coefficients.start]
     warnings = plan.warnings + advice.about_coefficients(scheme, coefficients, run.steps)
-    warnings += advice.about_weights(run.steps, weights)
+    warnings += advice.about_weights(scheme, run.steps, weights)
+    warnings += advice.about_anchor_weight(run.steps, weights, coefficients.start, with_init=run.anchor_is_init)
+    warnings += advice.about_trend(scheme, plan.course, run.steps, weights, plan.tried)
     return Record(
         scheme=scheme.name,
         parameters=scheme.parameters(),

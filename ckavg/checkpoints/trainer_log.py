@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import re
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -93,6 +95,30 @@ Series = tuple[tuple[int, float], ...]
 """Logged values: (optimizer step, value), by step."""
 
 
+Trend = Literal["falling", "level", "rising"]
+
+_FEWEST, _GROUPS = 8, 40
+_LEVEL, _MOVING = 1.5, 3.0
+_LARGEST_STEP = 10**18
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How training went, as its trainer logged it.
+
+    Attributes:
+        metric: `eval_loss` or, where that was not logged, `loss`; empty where neither was.
+        values: its values.
+        trend: what it did in the end; None where that is not clear.
+        rates: the learning rates.
+    """
+
+    metric: str
+    values: Series
+    trend: Trend | None
+    rates: Series
+
+
 @dataclass(frozen=True, slots=True)
 class History:
     """What a trainer had logged when it saved a checkpoint.
@@ -138,6 +164,54 @@ def read_history(checkpoint: AnyPath) -> History:
         return History(read_trainer_state(checkpoint))
     except (OSError, ValueError):
         return History({})
+
+
+def read_course(checkpoint: AnyPath) -> Course:
+    """What the log beside a checkpoint tells of the end of the training. Never raises."""
+    history = read_history(checkpoint)
+    for metric in ("eval_loss", "loss"):
+        if values := history.values(metric):
+            return Course(metric, values, trend_of(values), history.learning_rates)
+    return Course("", (), None, history.learning_rates)
+
+
+def trend_of(values: Sequence[tuple[int, float]]) -> Trend | None:
+    """Whether a loss was still falling in the second half of its values, level or rising; None where that is not clear.
+
+    A line through that half, by the median slope of all pairs of values, falls by so much from its first step to its
+    last, with a standard error of s √(12 / m) for m values, s² being the sum of their squared distances from the line
+    over m − 2. It falls or rises by more than 3 of these errors, is level within 1.5, and between it is not clear. Nor
+    is it with fewer than 8 values. Of more than 40, the means of 40 groups of neighbours are taken.
+
+    >>> trend_of([(step, 1 / step) for step in range(1, 9)]), trend_of([(step, 1.0) for step in range(1, 9)])
+    ('falling', 'level')
+    """
+    if len(values) < _FEWEST:
+        return None
+    half = _grouped(values)
+    half = half[len(half) // 2 :]
+    slope = statistics.median(
+        (after - before) / (end - begin) for (begin, before), (end, after) in itertools.combinations(half, 2)
+    )
+    rests = [value - slope * step for step, value in half]
+    middle, count = statistics.median(rests), len(half)
+    scatter = math.sqrt(math.fsum((rest - middle) ** 2 for rest in rests) / (count - 2))
+    fall, error = slope * (half[0][0] - half[-1][0]), scatter * math.sqrt(12 / count)
+    if abs(fall) <= _LEVEL * error:
+        return "level"
+    if abs(fall) <= _MOVING * error:
+        return None
+    return "falling" if fall > 0 else "rising"
+
+
+def _grouped(values: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
+    """The values or, of many, the means of groups of neighbours: of their steps, and of themselves. In units of the
+    largest value, so that none is too large to be squared.
+    """
+    count, unit = min(len(values), _GROUPS), max(abs(value) for _, value in values) or 1.0
+    cuts = [len(values) * place // count for place in range(count + 1)]
+    groups = [values[begin:end] for begin, end in itertools.pairwise(cuts)]
+    return [(statistics.fmean(s for s, _ in group), statistics.fmean(v / unit for _, v in group)) for group in groups]
 
 
 def learning_rates(checkpoint: Checkpoint) -> Series:
