@@ -134,7 +134,7 @@ class History:
         values = {
             step: float(value)
             for step, value in _logged(self.state, name)
-            if step >= 0
+            if 0 <= step < _LARGEST_STEP
             and type(value) in (int, float)
             and abs(value) <= sys.float_info.max  # JSON has NaN and 10**400
         }

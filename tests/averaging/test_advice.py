@@ -86,6 +86,17 @@ def test_an_average_that_ends_where_it_begins() -> None:
     assert advice.about_coefficients(last, last.coefficients(Timeline(steps)), steps) == ()
 
 
+def test_running_statistics_and_what_is_not_finite() -> None:
+    steps = (0, 100, 200)
+    for scheme, said in ((BEMA(), 1), (DEMA(), 1), (EMA(), 0), (BEMA(eta=math.inf), 0)):
+        coefficients = scheme.coefficients(Timeline(steps))
+        assert len(advice.about_coefficients(scheme, coefficients.sparing(["bn.running_var"]), steps)) == said
+        assert advice.about_coefficients(scheme, coefficients.sparing([]), steps) == ()
+    assert "in all checkpoints" in advice.about_infinite(["mask"])[0]
+    assert "1,000 numbers" in advice.about_nonfinite(1000)[0]
+    assert advice.about_infinite([]) == advice.about_nonfinite(0) == ()
+
+
 # --- learning rate ---
 
 
