@@ -199,9 +199,9 @@ def test_summary(run: Path) -> None:
     first = next(line for line in negative if line.startswith("   0 "))
     assert "-0." in first
     assert "█" in first, "drawn by its size"
-    quiet = run_cli("ema", run, "-q")
+    quiet = run_cli("ema", run, "--gamma", "0.05", "-q")
     assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
-    assert (run / "averaged/ema-gamma0.15/model-00001-of-00002.safetensors").exists()
+    assert (run / "averaged/ema-gamma0.05/model-00001-of-00002.safetensors").exists()
 
 
 def test_many_checkpoints_are_summed_up(tmp_path: Path) -> None:
