@@ -24,10 +24,15 @@ TRAINER_STATE = "trainer_state.json"
 
 Goal = Literal["min", "max"]
 
-_LOWER_IS_BETTER = re.compile(r"loss|perplexity|ppl|nll|error|wer|cer|r?mse|mae|bpb")
-_HIGHER_IS_BETTER = re.compile(
-    r"acc|accuracy|f1|exact match|em|(sacre)?bleu|rouge\w*|reward|score|precision|recall|auc|mcc"
+_LESS_IS_BETTER = "loss|losses|perplexity|ppl|nll|error|errors|err|wer|cer|ter|mse|rmse|mae|bits_per_byte|bpb|brier"
+_MORE_IS_BETTER = (
+    r"acc|accuracy|f1|exact_match|em|bleu|rouge\w?|reward|rewards|score|scores|auc|auroc|mcc|precision|recall|chrf"
 )
+_NEITHER = "stderr|std|neg|negative"
+_GOALS = {
+    goal: re.compile(rf"(?:^|_)(?:{words})(?=_|$)")
+    for goal, words in {"min": _LESS_IS_BETTER, "max": _MORE_IS_BETTER, "": _NEITHER}.items()
+}
 
 LARGEST = 64 * 2**20
 """Bytes; a log of a few hundred thousand entries is smaller, and what is larger is not read for advice."""
@@ -242,14 +247,19 @@ def _logged(state: Mapping[str, Any], key: str) -> list[tuple[int, Any]]:
 
 
 def goal_of(name: str) -> Goal | None:
-    """Whether the least or the greatest value of a metric is best, by the words of its name; None if they do not tell.
+    """Whether the least or the greatest value of a metric is best, by the words in its name; None if they do not tell.
 
-    Words end at anything but letters and digits.
+    The last key of a dotted path is asked first: what comes before it names a task.
 
-    >>> goal_of("eval_loss"), goal_of("results.hellaswag.acc,none"), goal_of("eval/exact_match"), goal_of("gloss")
-    ('min', 'max', 'max', None)
+    >>> goal_of("eval_loss"), goal_of("results.error_detection.acc,none"), goal_of("evalLoss")
+    ('min', 'max', 'min')
+    >>> goal_of("class"), goal_of("acc_stderr"), goal_of("brier_score"), goal_of("results.acc.value")
+    (None, None, None, 'max')
     """
-    words = " ".join(re.findall(r"[a-z0-9]+", name.lower()))
-    goals: dict[Goal, re.Pattern[str]] = {"min": _LOWER_IS_BETTER, "max": _HIGHER_IS_BETTER}
-    told = [goal for goal, known in goals.items() if re.search(rf"\b(?:{known.pattern})\b", words)]
-    return told[0] if len(told) == 1 else None
+    goals: dict[str, Goal] = {"min": "min", "max": "max"}
+    for key in reversed(name.split(".")):
+        words = re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower())
+        said = [goal for goal, pattern in _GOALS.items() if pattern.search(words)]
+        if said:
+            return goals.get(said[0]) if len(said) == 1 else None
+    return None
