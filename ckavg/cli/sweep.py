@@ -153,7 +153,7 @@ def print_results(evaluated: Evaluated, plans: Sequence[Plan]) -> None:
     shown: tuple[str, ...] = () if criterion is None else (printable(criterion.metric or "eval"), " ")
     new = [record for record, plan in zip(results, plans, strict=True) if plan.current is None]
     shown += () if len(new) == len(results) else (" ",)
-    columns = ("average", weights, "first", "last", "least", *shown)
+    columns = ("average", weights, "first", "last", "least", "n", "age", *shown)
     table, of_results = plain_table(*columns, left=("average", weights, " ")), marks(evaluated)
     for chosen, places in groups.items():
         if len(groups) > 1:
@@ -165,6 +165,7 @@ def print_results(evaluated: Evaluated, plans: Sequence[Plan]) -> None:
             record = results[place]
             name = record.output.name if len(groups) == 1 else f"  {record.to_scheme().label}"
             cells = [f"{weight:.4f}" for weight in (record.weights[0], record.weights[-1], min(record.weights))]
+            cells += [f"{record.effective_count or 1:.1f}", f"{record.mean_age or 0:.0f}"]
             cells += [] if criterion is None else [shown_value(record.evaluation), of_results[place]]
             cells += [] if len(new) == len(results) else ["" if plans[place].current is None else "up to date"]
             table.add_row(quoted(name), _bars(record, visited), *cells, style="bold" if place == best else "")
