@@ -75,7 +75,11 @@ def current_result(plan: Plan, sources: Fingerprints) -> Record | str:
         return "nothing there tells of which state of the checkpoints it was made"
     asked, outputs = recipe_of(plan), list(plan.outputs.values())
     if differing := differences(local.made.recipe, asked):
-        return "; ".join(f"{what} there, {instead} asked" for what, instead in differing)
+        own = [each for each in differing if each[0] == "scheme"] or differing  # all others follow from that
+        return "; ".join(
+            f"{name.replace('_', '-')} {setting_shown(name, there)} there, {setting_shown(name, instead)} asked"
+            for name, there, instead in own
+        )
     if not _tells(record, plan):
         return "its record was edited"
     if local.made.source_fingerprints != sources or None in sources:
@@ -106,27 +110,45 @@ def _changed_sources(plan: Plan, before: Fingerprints, now: Fingerprints) -> str
     )
 
 
-def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What differs between two recipes, each as the words for the one with its name, and for the other.
+def recorded_recipe(record: Record) -> dict[str, Any]:
+    """What the record of a result says of its recipe, likewise."""
+    names = [
+        "dtype",
+        "accumulate",
+        "allow_nonfinite",
+        "zero_sigma",
+        "sample",
+        *["path_exclude"] * bool(record.path_exclude),
+    ]
+    unused = set() if record.path_length is not None else _PATH_OPTIONS
+    recipe = (
+        {"scheme": record.scheme, "checkpoints": record.steps}
+        | record.parameters
+        | {name: getattr(record, name) for name in names if name not in unused}
+        | record.selection
+    )
+    loaded: dict[str, Any] = json.loads(json.dumps(recipe))
+    return loaded
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What differs between two recipes: its name, the value in the one, and in the other; None where it is not there.
 
     >>> differences({"gamma": 0.1, "last": 5}, {"gamma": 0.15, "last": 5, "every": 10})
-    [('gamma 0.1', '0.15'), ('every none', '10')]
+    [('gamma', 0.1, 0.15), ('every', None, 10)]
     """
-    names = [name for name in {**there, **asked} if there.get(name) != asked.get(name)]
-    if "scheme" in names:  # of which all others follow
-        names = ["scheme"]
-    return [
-        (f"{name.replace('_', '-')} {_shown(name, there.get(name))}", _shown(name, asked.get(name))) for name in names
-    ]
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    return [(name, one.get(name), other.get(name)) for name in names]
 
 
-def _shown(name: str, value: object) -> str:
-    if value is None or value == []:
-        return "none"
+def setting_shown(name: str, value: object, *, absent: str = "none") -> str:
+    """The value of a setting in a recipe, in a few words."""
+    if value is None:
+        return absent
     if name == "card":
         return f"of SHA-256 {str(value)[:12]}…"
     if name == "checkpoints" and isinstance(value, list):
-        return f"{value[0]} to {value[-1]}, {len(value)} of them,"
+        return f"{len(value)} of steps {value[0]} to {value[-1]}"
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 

@@ -35,6 +35,8 @@ _VERBS = {
     "inspect": "Show what was found, in which order, and what is wrong with it. Reads no weights without --deep.",
     "eval": "Compute the held-out loss of a causal language model on a text, in nats per token.",
     "verify": "Read a result again and check it against its record: files, weights, numbers.",
+    "ls": "List the results of a run: recipe, evaluation, what their weights say. Reads no weights.",
+    "diff": "Compare two results, or a result with a checkpoint: recipe, weights, distance by tensor.",
     "push": "Upload a finished average to the Hugging Face Hub.",
     "demo": "Train a small model, save its checkpoints, average them, and compare.",
 }

@@ -225,10 +225,10 @@ def shown_value(evaluation: Evaluation | None) -> str:
     return f"{evaluation.value:.6g}{error}"
 
 
-def marks(evaluated: Evaluated) -> list[str]:
-    """What the table says of each result: which is best, and which are level with it."""
-    said = [""] * len(evaluated.records)
-    if (ranking := evaluated.ranking) is not None:
+def marks(ranking: Ranking | None, count: int) -> list[str]:
+    """What a table says of each of so many results: which is best, and which are level with it."""
+    said = [""] * count
+    if ranking is not None:
         for index in (ranking.best, *ranking.equal):
             said[index] = "best, equal" if ranking.equal else "best"
         for index in ranking.level:

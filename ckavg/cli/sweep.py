@@ -154,7 +154,7 @@ def print_results(evaluated: Evaluated, plans: Sequence[Plan]) -> None:
     new = [record for record, plan in zip(results, plans, strict=True) if plan.current is None]
     shown += () if len(new) == len(results) else (" ",)
     columns = ("average", weights, "first", "last", "least", "n", "age", *shown)
-    table, of_results = plain_table(*columns, left=("average", weights, " ")), marks(evaluated)
+    table, of_results = plain_table(*columns, left=("average", weights, " ")), marks(evaluated.ranking, len(results))
     for chosen, places in groups.items():
         if len(groups) > 1:
             group = [results[place] for place in places]

@@ -44,6 +44,7 @@ _TITLES = {
     "weights": "looking for NaN",
     "elements": "computing elements again",
     "sources": "reading the sources",
+    "difference": "comparing",
     "fetch": "fetching",
     "upload": "uploading",
 }

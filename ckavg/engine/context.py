@@ -9,7 +9,7 @@ from typing import Literal
 from ckavg.engine.blocks import TILE
 from ckavg.engine.distributed import ALONE, Ranks
 
-Pass = Literal["path", "replay", "health", "files", "weights", "elements", "sources", "fetch", "upload"]
+Pass = Literal["path", "replay", "health", "files", "weights", "elements", "sources", "difference", "fetch", "upload"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,8 @@ class Progress:
 
     Attributes:
         stage: `path` for pass 1, `replay` for pass 2, `health` for `inspect --deep`; of a result that is verified, what
-            is read of it: its `files`, its `weights`, single `elements`, or all of its `sources`; `fetch` of files that
+            is read of it: its `files`, its `weights`, single `elements`, or all of its `sources`; `difference` of two;
+            `fetch` of files that
             are fetched whole before they are read, `upload` to the Hub.
         done: bytes worked through.
         total: bytes to work through.

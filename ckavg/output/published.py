@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckavg.checkpoints.run import Run
 from ckavg.errors import RecordError
@@ -18,6 +19,9 @@ from ckavg.storage.atomic import resolved
 from ckavg.storage.base import AnyPath, RemotePath
 from ckavg.storage.local import read_small
 from ckavg.storage.redaction import HIDDEN, without_paths, without_secrets
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 _COMMON = frozenset({"root", "user", "home", "ubuntu", "admin", "runner", "nobody", "localhost"})
 _MOST_BYTES_OF_LOCAL = 10_000_000
@@ -96,13 +100,19 @@ def local_of(record: Record, made: Made | None = None) -> Local:
     return Local(source, init, tuple(map(without_secrets, record.warnings)), made)
 
 
-def read_local(directory: Path) -> Local:
-    """What is kept beside a record, or beside that of the result which this is a snapshot of; anything may be there."""
+@functools.cache
+def _adapter() -> TypeAdapter[Local]:
+    """What validates it."""
     from pydantic import TypeAdapter
 
+    return TypeAdapter(Local)
+
+
+def read_local(directory: Path) -> Local:
+    """What is kept beside a record, or beside that of the result which this is a snapshot of; anything may be there."""
     for place in (directory, directory.parent):
         with contextlib.suppress(OSError, ValueError, RecordError):
-            return TypeAdapter(Local).validate_python(parse_fields(read_small(place / LOCAL, _MOST_BYTES_OF_LOCAL)))
+            return _adapter().validate_python(parse_fields(read_small(place / LOCAL, _MOST_BYTES_OF_LOCAL)))
     return Local()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from ckavg.checkpoints.checkpoint import read_checkpoint
 from ckavg.checkpoints.run import Checkpoint, TensorInfo
 from ckavg.errors import CkavgError, CorruptFileError, ReadError, SettingError
-from ckavg.output.published import read_local
+from ckavg.output.published import Local, read_local
 from ckavg.output.record import BASE_MODEL, Input, Record
 from ckavg.storage.address import Address, address_of
 from ckavg.storage.download import thread_map
@@ -86,10 +86,11 @@ def find_sources(
         on_addresses: called with the directories in which they are read, before a file there is opened.
     """
     located: dict[int, Place | Address] = {}
+    local = read_local(directory)
     for index, recorded in enumerate(record.inputs):
         if index >= first:
             try:
-                located[index] = _locate(record, index, directory, source=source, init=init)
+                located[index] = locate(record, index, directory, local, source=source, init=init)
             except CkavgError as error:
                 report.problem("sources", f"step {recorded.step}: {error.message}")
     above = (str(_directory(each).parent) for each in located.values() if not isinstance(each, Address))
@@ -117,7 +118,15 @@ def find_sources(
     return checkpoints
 
 
-def _locate(record: Record, index: int, directory: Path, *, source: Path | None, init: Path | None) -> Place | Address:
+def locate(
+    record: Record,
+    index: int,
+    directory: Path,
+    local: Local,
+    *,
+    source: Path | None = None,
+    init: Path | None = None,
+) -> Place | Address:
     """The address of a checkpoint, or the first place where its files have the sizes they had. Opens nothing.
 
     Raises:
@@ -127,7 +136,7 @@ def _locate(record: Record, index: int, directory: Path, *, source: Path | None,
     if source is None and (address := address_of(recorded.directory)) is not None:
         return address
     errors: list[CkavgError] = []
-    for place in _candidates(record, index, directory, source=source, init=init):
+    for place in _candidates(record, index, directory, local, source=source, init=init):
         wrong = None if source is not None else _refused(place)
         wrong = wrong or _wrong_size(place, recorded)
         if wrong is None:
@@ -138,9 +147,11 @@ def _locate(record: Record, index: int, directory: Path, *, source: Path | None,
     raise errors[0]
 
 
-def _candidates(record: Record, index: int, directory: Path, *, source: Path | None, init: Path | None) -> list[Place]:
+def _candidates(
+    record: Record, index: int, directory: Path, local: Local, *, source: Path | None, init: Path | None
+) -> list[Place]:
     """Where a checkpoint may be, the likeliest first; one place alone where the user has named it."""
-    recorded, local = record.inputs[index], read_local(directory)
+    recorded = record.inputs[index]
     was, is_init = Path(recorded.directory), index == 0 and record.anchor_is_init
     if is_init and init is not None:
         if init.is_file() and len(recorded.files) == 1:
