@@ -53,7 +53,7 @@ class Result:
             "name": self.directory.name,
             "directory": str(self.directory),
             **{name: said.get(name) for name in names},
-            "made": self.made and datetime.fromtimestamp(self.made, UTC).isoformat(timespec="seconds"),
+            "made_at": self.made and datetime.fromtimestamp(self.made, UTC).isoformat(timespec="seconds"),
             "state": self.state,
             "problem": self.problem,
         }
