@@ -60,13 +60,16 @@ _FACTORS = ("lora_", "hada_", "lokr_", "vera_lambda_")
 """How parts of tensor names begin that hold a factor of a product: LoRA, LoHa, LoKr, VeRA."""
 
 
-def before(run: Run, scheme: Scheme, rates: Sequence[tuple[int, float]] | None = None) -> tuple[str, ...]:
+def before(
+    run: Run, scheme: Scheme, rates: Sequence[tuple[int, float]] | None = None, *, lora: str | None = None
+) -> tuple[str, ...]:
     """What can be told before any weight is read.
 
     Args:
         run: the checkpoints.
         scheme: how they are averaged.
         rates: learning rates that the trainer had logged; None: read from the last checkpoint's `trainer_state.json`.
+        lora: how adapters are averaged, if somebody said so.
     """
     if isinstance(scheme, Last):
         return ()
@@ -76,7 +79,7 @@ def before(run: Run, scheme: Scheme, rates: Sequence[tuple[int, float]] | None =
         *(() if needs_no_anchor else about_anchor(run.steps[0], run.tensors, with_init=run.anchor_is_init)),
         *about_learning_rate(run.steps[int(run.anchor_is_init) :], logged),
         *about_interval(run.steps, scheme, with_init=run.anchor_is_init),
-        *about_adapters(run.tensors),
+        *(about_adapters(run.tensors) if lora is None else ()),
     )
 
 

@@ -99,6 +99,8 @@ def average(
     card: Path | str | None = None,
     allow_nonfinite: bool = False,
     force: bool = False,
+    lora: str | None = None,
+    rank: int | None = None,
     on_progress: OnProgress | None = None,
     ranks: Ranks = ALONE,
 ) -> Record:
@@ -119,6 +121,8 @@ def average(
         card: a Markdown file whose fields and text come first in the model card of the result.
         allow_nonfinite: average checkpoints that hold NaN or infinity, too; where they do, the result is not finite.
         force: replace an existing result.
+        lora: how low-rank adapters are averaged: `factors`, tensor by tensor, or `product`, the products s·BA.
+        rank: with `product`, the rank to which the average is cut; None: it is exact, of the sum of all ranks.
         on_progress: called now and then in this thread.
         ranks: the processes that share the work, each of which calls this; see `all_ranks`.
 
@@ -141,6 +145,8 @@ def average(
         card=card,
         allow_nonfinite=allow_nonfinite,
         force=force,
+        lora=lora,
+        rank=rank,
     )
     context = Context(device=device, on_progress=on_progress, ranks=ranks)
     with ranks.fail_together():
@@ -188,6 +194,7 @@ def carry_out(plans: Sequence[Plan], context: Context) -> Done:
         timeline = _timeline(run, path)
         statistics = averaged_statistics(run.tensors)
         coefficients = [plan.scheme.coefficients(timeline).sparing(statistics) for plan in plans]
+        plans = [_with_terms(plan, each) for plan, each in zip(plans, coefficients, strict=True)]
         replayed, hashes = _replay(plans, coefficients, stagings, fingerprints, context)
         if ranks.is_first:
             _check_unchanged(run)
@@ -203,7 +210,14 @@ def carry_out(plans: Sequence[Plan], context: Context) -> Done:
         def publish() -> tuple[Record, ...]:
             records = []
             for number, (plan, each, staging) in enumerate(zip(plans, coefficients, stagings, strict=True)):
-                record = record_of(plan, each, path, work, nonfinite=replayed.nonfinite[number])
+                record = record_of(
+                    plan,
+                    each,
+                    path,
+                    work,
+                    nonfinite=replayed.nonfinite[number],
+                    discarded=replayed.discarded[number],
+                )
                 record, files = completed(plan, each, record, hashes[number])
                 for name, data in files.items():
                     staging.write(name, data)
@@ -267,7 +281,11 @@ def _replay(
         __version__,
         fingerprints,
         coefficients,
-        [[(shard.name, shard.header) for shard in plan.weights.shards] for plan in plans],
+        [
+            [(shard.name, shard.header) for index in plan.outputs for shard in plan.layout(index).weights.shards]
+            for plan in plans
+        ],
+        (options.lora, options.rank),
         [[str(out) for out in plan.outputs.values()] for plan in plans],
         options.accumulate,
         options.allow_nonfinite,
@@ -282,6 +300,7 @@ def _replay(
         replayed = replay(
             run,
             averages,
+            products=plans[0].products,
             wide=options.accumulate == "float64",
             allow_nonfinite=options.allow_nonfinite,
             context=context,
@@ -290,6 +309,16 @@ def _replay(
         hashes = finalize(plans, stagings, writers, ranks)
     ranks.wait()
     return replayed, hashes
+
+
+def _with_terms(plan: Plan, coefficients: Coefficients) -> Plan:
+    """The plan with the ranks of averaged products, which depend on how many weights are not 0."""
+    if plan.products is None:
+        return plan
+    from ckavg.averaging.products import count_terms, weights_of
+
+    terms = {index: count_terms(weights_of(plan.products, coefficients, index)) for index in plan.outputs}
+    return plan.with_terms(terms)
 
 
 def _timeline(run: Run, path: PathLength | None) -> Timeline:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ckavg.averaging import advice
+from ckavg.averaging.adapters import Layout, Products, check_rank, find_products, lay_out
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.inspect import Inspection, as_run, worst_first
 from ckavg.checkpoints.run import Run, averaged_statistics, holds_float64
@@ -47,6 +48,9 @@ class Options:
         card: a Markdown file whose fields and text come first in the model card of the result.
         allow_nonfinite: average checkpoints that hold NaN or infinity, too.
         force: replace an existing result.
+        lora: how low-rank adapters are averaged: `factors`, tensor by tensor, or `product`, the products s·BA; None:
+            as `factors`, and the run need not be one of adapters.
+        rank: R, to which averaged products are cut; None: they keep all their columns.
 
     Raises:
         SettingError: a value is none of those.
@@ -61,12 +65,17 @@ class Options:
     card: Path | str | None = None
     allow_nonfinite: bool = False
     force: bool = False
+    lora: str | None = None
+    rank: int | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("dtype", DTYPES), ("accumulate", ACCUMULATE)):
+        for name, choices in (("dtype", DTYPES), ("accumulate", ACCUMULATE), ("lora", (None, "factors", "product"))):
             if getattr(self, name) not in choices:
-                raise SettingError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
+                raise SettingError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(filter(None, choices))}."
+                )
         check_sample(self.sample)
+        check_rank(self.lora, self.rank)
         if self.snapshot_every is not None and self.snapshot_every < 1:
             raise SettingError(f"snapshot-every is {self.snapshot_every}; it must be 1 or more optimizer steps.")
 
@@ -87,6 +96,8 @@ class Plan:
         path: how the path length is had; None for schemes that do not need it.
         replay_bytes: bytes that pass 2 reads.
         warnings: what a user should know before it starts.
+        products: what is averaged by its products; None: nothing.
+        layouts: of each output with products, by the index of its checkpoint: its rank depends on how many it sums.
     """
 
     run: Run
@@ -100,6 +111,23 @@ class Plan:
     path: PathPlan | None
     replay_bytes: int
     warnings: tuple[str, ...]
+    products: Products | None = None
+    layouts: Mapping[int, Layout] = field(default_factory=dict)
+
+    def layout(self, index: int) -> Layout:
+        """The files of the output that is written after checkpoint `index`."""
+        return self.layouts.get(index) or Layout(self.weights, self.side_files)
+
+    def with_terms(self, terms: Mapping[int, Mapping[str, int]]) -> Plan:
+        """The same, where each output, by its index, sums so many products of each pair, by the name of A."""
+        if self.products is None:
+            return self
+        layouts = {
+            index: lay_out(self.run, self.products, self.side_files, self.options.dtype, each)
+            for index, each in terms.items()
+        }
+        *_, last = layouts.values()
+        return replace(self, weights=last.weights, side_files=last.side_files, layouts=layouts)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -111,8 +139,8 @@ class Plan:
         """Bytes of every weight file, those of snapshots among them, by path in the result."""
         return {
             out.relative_to(self.out) / shard.name: shard.nbytes
-            for out in self.outputs.values()
-            for shard in self.weights.shards
+            for index, out in self.outputs.items()
+            for shard in self.layout(index).weights.shards
         }
 
     @property
@@ -138,8 +166,8 @@ class Plan:
     @property
     def write_bytes(self) -> int:
         """Bytes that will be written."""
-        one = self.weights.nbytes + sum(len(data) for data in self.side_files.values())
-        return one * len(self.outputs)
+        layouts = [self.layout(index) for index in self.outputs]
+        return sum(each.weights.nbytes + sum(map(len, each.side_files.values())) for each in layouts)
 
 
 def plan_average(run: Run, scheme: Scheme, *, out: Path | str | None = None, **options: Any) -> Plan:
@@ -170,6 +198,7 @@ def plan_averages(
     """
     options = options or Options()
     weights = plan_weights(run.last, options.dtype, file_name=name_of_weights(run))
+    products = find_products(run, options.lora, options.rank)
     beside = gather_side_files(run, weights)
     origin = find_origin(run, beside.files, options.card)
     needs_path = any(scheme.needs_path for scheme, _ in wanted)
@@ -180,7 +209,9 @@ def plan_averages(
         start = start_of(run, scheme)
         snapshots = _snapshots(run, start, options.snapshot_every)
         of_path = path if scheme.needs_path else None
-        warnings = run.warnings + beside.warnings + origin.warnings + advice.before(run, scheme, rates)
+        warnings = (
+            run.warnings + beside.warnings + origin.warnings + advice.before(run, scheme, rates, lora=options.lora)
+        )
         plan = Plan(
             run=run,
             scheme=scheme,
@@ -193,8 +224,12 @@ def plan_averages(
             path=of_path,
             replay_bytes=_replay_bytes(run, start, outputs=len(snapshots) + 1),
             warnings=warnings + (of_path.cached.warnings if of_path else ()),
+            products=products,
         )
-        plans.append(plan)
+        # All that are visited, and fewer where a weight turns out to be 0.
+        most = {index: index - start + 1 for index in plan.outputs}
+        pairs = products.pairs if products is not None else ()
+        plans.append(plan.with_terms({index: {pair.a: count for pair in pairs} for index, count in most.items()}))
     problems = [
         problem
         for plan in plans
@@ -357,6 +392,9 @@ def memory_bytes(plans: Sequence[Plan]) -> int:
     known = _PER_ENTRY * sum(tables.values())
     if any(plan.path for plan in plans):
         known += _PER_DISTANCE * len(run.tensors) * len(run.checkpoints)
+    pairs = plans[0].products.pairs if plans[0].products is not None else ()
+    # Of a pair, all checkpoints in float64, the columns of the sum, and as much again where they are cut.
+    known += max((3 * 8 * len(run.checkpoints) * sum(pair.numel) for pair in pairs), default=0)
     beside = sum(len(data) for data in plans[0].side_files.values())
     headers = sum(len(shard.header) for shard in plans[0].weights.shards)
     fetching = fetching_of(plans)

@@ -33,7 +33,13 @@ class Work:
 
 
 def record_of(
-    plan: Plan, coefficients: Coefficients, measured: PathLength | None, work: Work, *, nonfinite: int
+    plan: Plan,
+    coefficients: Coefficients,
+    measured: PathLength | None,
+    work: Work,
+    *,
+    nonfinite: int,
+    discarded: Mapping[int, float],
 ) -> Record:
     """The record of one average.
 
@@ -42,6 +48,7 @@ def record_of(
         measured: the path; None where no average of the reading needed it.
         work: what it has in common with the others.
         nonfinite: how many of its elements are not finite.
+        discarded: what was cut off its products, by the index of an output; empty where nothing was.
     """
     from ckavg.averaging.rules import effective_weights
 
@@ -74,6 +81,8 @@ def record_of(
         dtype=plan.options.dtype,
         accumulate=work.accumulate,
         allow_nonfinite=plan.options.allow_nonfinite,
+        lora="product" if plan.products is not None else "factors",
+        rank=plan.options.rank,
         uncorrected=coefficients.uncorrected,
         infinite=work.infinite,
         copied=tuple(sorted(name for name, entry in run.tensors.items() if entry.kept and entry.dtype in FLOATING)),
@@ -91,7 +100,10 @@ def record_of(
             )
             for checkpoint, checksum in zip(run.checkpoints, work.checksums, strict=True)
         ),
-        outputs=tuple(Output(out.name, run.steps[index], out, plan.files, {}) for index, out in plan.outputs.items()),
+        outputs=tuple(
+            Output(out.name, run.steps[index], out, plan.files, {}, discarded.get(index))
+            for index, out in plan.outputs.items()
+        ),
         bytes_read=work.bytes_read,
         seconds=work.seconds,
     )
@@ -149,9 +161,10 @@ def completed(
         output = dataclasses.replace(output, files=tuple(sorted({*output.files, *plots})))
         card = write_card(published(own), plan.scheme, plan.origin, picture=PLOT if plots else None)
         place = out.relative_to(plan.out)
-        beside = plan.side_files | plots | {CARD: card.encode()}
+        layout = plan.layout(index)
+        beside = layout.side_files | plots | {CARD: card.encode()}
         files |= {str(place / name): data for name, data in beside.items()}
-        hashes = {shard.name: of_weights[place / shard.name] for shard in plan.weights.shards}
+        hashes = {shard.name: of_weights[place / shard.name] for shard in layout.weights.shards}
         hashes |= {name: sha256(data) for name, data in beside.items()}
         of_outputs.append(dataclasses.replace(own, outputs=(dataclasses.replace(output, sha256=hashes),)))
     record = dataclasses.replace(record, outputs=tuple(own.outputs[0] for own in of_outputs))

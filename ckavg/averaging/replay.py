@@ -14,23 +14,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ckavg.averaging.rules import RULES, State, round_into
+from ckavg.averaging.adapters import Products
+from ckavg.averaging.products import replay_products
+from ckavg.averaging.rules import RULES, State, round_into, too_large
 from ckavg.checkpoints.run import ITEM_BYTES, Run, TensorInfo, not_constant
 from ckavg.engine.blocks import Block, cut_blocks
 from ckavg.engine.checksums import checksums
 from ckavg.engine.context import Context
 from ckavg.engine.stream import PassJournal, stream
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader, all_finite
-from ckavg.errors import NonFiniteError
 from ckavg.schemes import Coefficients
-
-_MORE_ROOM = {
-    "F16": "Choose an output dtype with more room: --dtype bfloat16 or --dtype float32.",
-    "BF16": "Choose an output dtype with more room: --dtype float64.",
-    "F32": "Choose an output dtype with more room: --dtype float64.",
-    "F64": "No dtype has more room. Schemes without a correction stay within the checkpoints: pema, ema, mean.",
-}
-"""What to do where an average does not fit its dtype."""
 
 
 class TensorWriter(Protocol):
@@ -64,12 +57,14 @@ class Replayed:
         checksums: of the averaged tensors of each checkpoint; None where it was not read.
         nonfinite: how many elements of each average are NaN or infinite, for some of the checkpoints are.
         infinite: tensors that hold infinities, the same in all checkpoints, by name.
+        discarded: of each average, what was cut off its products; see `ReplayedProducts`.
     """
 
     bytes_read: int
     checksums: tuple[str | None, ...]
     nonfinite: tuple[int, ...]
     infinite: tuple[str, ...] = ()
+    discarded: tuple[Mapping[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +92,7 @@ def replay(
     run: Run,
     averages: Sequence[Average],
     *,
+    products: Products | None = None,
     wide: bool = False,
     allow_nonfinite: bool = False,
     context: Context | None = None,
@@ -107,6 +103,7 @@ def replay(
     Args:
         run: the checkpoints, the anchor first.
         averages: what to form.
+        products: factors that are averaged by their products; None: tensor by tensor, like all others.
         wide: accumulate in float64; float64 checkpoints always do.
         allow_nonfinite: let NaN and infinity through instead of ending the pass.
         context: how the pass runs.
@@ -120,7 +117,8 @@ def replay(
     context = context or Context()
     first = first_read(average.coefficients for average in averages)
     read = run.checkpoints[first:]
-    copied = {name: entry for name, entry in run.tensors.items() if not entry.is_floating}
+    paired = products.names if products is not None else frozenset()
+    copied = {name: entry for name, entry in run.tensors.items() if not entry.is_floating and name not in paired}
 
     def average_worker(reader: TileReader) -> _AverageWorker:
         return _AverageWorker(
@@ -133,7 +131,7 @@ def replay(
     def copy_worker(reader: TileReader) -> _CopyWorker:
         return _CopyWorker(reader, run.tensors, writers, tile=context.tile)
 
-    blocks = replay_blocks(run)
+    blocks = tuple(block for block in replay_blocks(run) if block.name not in paired)
     averaged = stream("replay", read, blocks, average_worker, context, journal)
     nbytes = averaged.bytes_read
     if copied:
@@ -147,7 +145,13 @@ def replay(
     infinite = sorted(
         {block.name for block, block_result in zip(blocks, averaged.results, strict=True) if block_result.infinite}
     )
-    return Replayed(nbytes, (None,) * first + checksums(read, blocks, hashes), tuple(nonfinite), tuple(infinite))
+    discarded: tuple[Mapping[int, float], ...] = ({},) * len(averages)
+    if products is not None:
+        of_pairs = replay_products(run, products, averages, first=first, context=context)
+        nbytes, discarded = nbytes + of_pairs.bytes_read, of_pairs.discarded
+        blocks, hashes = blocks + of_pairs.blocks, hashes + list(of_pairs.hashes)
+    of_checkpoints = (None,) * first + checksums(read, blocks, hashes)
+    return Replayed(nbytes, of_checkpoints, tuple(nonfinite), tuple(infinite), discarded)
 
 
 def check_constant(run: Run, context: Context) -> int:
@@ -273,11 +277,7 @@ class _AverageWorker:
         kept, finite = torch.isfinite(rounded), torch.isfinite(result)
         is_too_large = bool((finite & ~kept).any()) or not (self._allow_nonfinite or bool((finite | (same != 0)).all()))
         if is_too_large:
-            raise NonFiniteError(
-                f"tensor {name!r}: a value of the average does not fit {average.dtypes[name]} "
-                f"(largest {torch.finfo(rounded.dtype).max:.4g}).",
-                hint=_MORE_ROOM[average.dtypes[name]],
-            )
+            raise too_large(name, average.dtypes[name])
         if index == len(self._run.checkpoints) - 1:
             self._infinite += int((same != 0).sum())
         return int((~kept & (same == 0)).sum())

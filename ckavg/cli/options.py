@@ -202,6 +202,13 @@ class Averaging(Measuring):
         Literal["float32", "float64"],
         work("Dtype of the running average.", shown="float32; float64 for float64 checkpoints"),
     ] = "float32"
+    lora: Annotated[
+        Literal["factors", "product"] | None,
+        work("Low-rank adapters: average A and B each by itself, or the products s·BA.", shown="factors"),
+    ] = None
+    rank: Annotated[
+        int | None, work("Cut averaged products to rank R.", metavar="R", min=1, shown="exact, the sum of all ranks")
+    ] = None
     push_to_hub: Annotated[str | None, hub("Upload the result to owner/name when it is done.", metavar="REPO")] = None
     private: Private = None
     revision: Revision = None

@@ -69,6 +69,8 @@ def reproduce(record: Record, scheme: Scheme) -> str:
         "accumulate": (record.accumulate, "float32"),
         "allow_nonfinite": (record.allow_nonfinite, False),
         "snapshot_every": (snapshot, None),
+        "lora": (record.lora, "factors"),
+        "rank": (record.rank, None),
         "sample": (record.sample, 1),
         "path_exclude": (record.path_exclude if measured else (), ()),
         "zero_sigma": (record.zero_sigma if measured else "exclude", "exclude"),
