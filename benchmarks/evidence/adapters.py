@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import statistics
 import sys
 import tempfile
 import time
@@ -28,7 +30,6 @@ from benchmarks.finetune import (
     TO_TRAIN,
     RefusedError,
     load_original,
-    quiet_transformers,
     refuse_missing,
     windows_to_judge,
     windows_to_train,
@@ -97,3 +98,96 @@ def train(directory: Path, cell: Cell, setting: Setting) -> None:
         optimizer.zero_grad()
         if step % setting.every == 0:
             model.save_pretrained(directory / f"checkpoint-{step}")
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run gave: held-out losses of each window in nats per token, and for cut products the energy cut off.
+
+    Both by scheme and by what is averaged; `last` by neither.
+    """
+
+    cell: Cell
+    losses: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    discarded: dict[tuple[str, str], float] = field(default_factory=dict)
+    ranks: dict[tuple[str, str], int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def carry_out_cell(cell: Cell, setting: Setting, directory: Path) -> Outcome:
+    """Train, average and judge one run below a directory."""
+    outcome, run, begun = Outcome(cell), directory / cell.name, time.perf_counter()
+    train(run, cell, setting)
+    outcome.seconds["train"] = time.perf_counter() - begun
+    model, tokenizer = load_original()
+    base, windows = model.float().eval(), torch.tensor(windows_to_judge(tokenizer, setting.windows))
+    outcome.losses[LAST, ""] = losses_of(base, run / f"checkpoint-{setting.steps}", windows)
+    kinds = {FACTORS: ("factors", None), PRODUCT: ("product", None), TRUNCATED: ("product", cell.rank)}
+    for name, scheme in SCHEMES.items():
+        for kind, (lora, rank) in kinds.items():
+            out = run / "averaged" / f"{name}, {kind}"
+            record = ckavg.average(ckavg.open_run(run), scheme, out=out, lora=lora, rank=rank, force=True)
+            outcome.losses[name, kind] = losses_of(base, out, windows)
+            outcome.ranks[name, kind] = json.loads((out / "adapter_config.json").read_text())["r"]
+            outcome.discarded[name, kind] = record.output.discarded_energy or 0.0
+    outcome.seconds["total"] = time.perf_counter() - begun
+    return outcome
+
+
+def losses_of(base: Any, adapter: Path, windows: torch.Tensor) -> list[float]:
+    """The mean loss of each window with an adapter, as PEFT loads it; `base` is as before afterwards."""
+    import peft
+
+    model = peft.PeftModel.from_pretrained(base, adapter).eval()
+    with torch.inference_mode():
+        losses = [
+            cross_entropy(model(input_ids=each[None]).logits[0, :-1], each[1:]).item()  # one at a time: no padding
+            for each in windows
+        ]
+    model.unload()
+    return losses
+
+
+def table_of(outcomes: Sequence[Outcome]) -> Table:
+    """All losses, and what each is less that of the last checkpoint and of the averaged factors, window by window."""
+    rows: list[tuple[str | int | float | None, ...]] = []
+    for outcome in outcomes:
+        last = outcome.losses[LAST, ""]
+        rows.append((outcome.cell.name, LAST, "", outcome.cell.rank, statistics.fmean(last), None, None, None))
+        for (scheme, kind), losses in outcome.losses.items():
+            if scheme == LAST:
+                continue
+            lost = 100 * outcome.discarded[scheme, kind] if kind == TRUNCATED else None
+            against: list[str | None] = [_less(losses, last)]
+            against.append(_less(losses, outcome.losses[scheme, FACTORS]) if kind != FACTORS else None)
+            rank = outcome.ranks[scheme, kind]
+            rows.append((outcome.cell.name, scheme, kind, rank, statistics.fmean(losses), *against, lost))
+    columns = ("run", "scheme", "averaged", "rank", "loss", "less last", "less factors", "energy cut off, %")
+    return Table("adapters", columns, tuple(rows))
+
+
+def _less(losses: Sequence[float], others: Sequence[float]) -> str:
+    return Difference.of([one - other for one, other in zip(losses, others, strict=True)]).marked
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    """Carry it out, then write the table and the settings."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence.adapters", description=__doc__)
+    parser.add_argument("directory", nargs="?", type=Path, help="where runs are kept; default: nowhere")
+    options, setting = parser.parse_args(arguments), Setting()
+    try:
+        refuse_missing((*TO_TRAIN, "peft"))
+    except RefusedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory(prefix="ckavg-evidence-") as scratch, single_threaded() as pool:
+        work = partial(carry_out_cell, setting=setting, directory=options.directory or Path(scratch))
+        found = list(pool.map(work, setting.cells))
+    publish([table_of(found)])
+    seconds = {outcome.cell.name: outcome.seconds for outcome in found}
+    write_record("adapters", dataclasses.asdict(setting) | {"seconds": seconds})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

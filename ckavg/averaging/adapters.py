@@ -17,12 +17,13 @@ from ckavg.checkpoints.adapters import (
     config_file,
     configs_of,
     find_pairs,
+    no_adapter,
     with_config,
     with_ranks,
 )
 from ckavg.checkpoints.configs import read_facts
 from ckavg.checkpoints.run import Run
-from ckavg.errors import MismatchError, SettingError, UnsupportedFormatError
+from ckavg.errors import MismatchError, SettingError
 from ckavg.output.side_files import name_of_weights, read_config
 from ckavg.output.weight_files import WeightPlan, plan_weights
 
@@ -42,7 +43,7 @@ class Products:
     @property
     def names(self) -> frozenset[str]:
         """The tensors that no longer are averaged each by itself."""
-        return frozenset(name for pair in self.pairs for name in (pair.a, pair.b, pair.alpha) if name)
+        return frozenset(name for pair in self.pairs for name in pair.names)
 
     def ranks(self, terms: Mapping[str, int]) -> Ranks:
         """The rank of each average, from how many products it sums, by the name of A."""
@@ -76,6 +77,8 @@ def find_products(run: Run, lora: str | None, rank: int | None) -> Products | No
     if lora == "factors":
         check_holds_adapter(run)
         return None
+    if run.last.kind not in ("adapter", "file"):
+        raise no_adapter(run.last)
     pairs = find_pairs(run.last, read_facts(run.last))
     for checkpoint in run.checkpoints[:-1]:
         others = {pair.a: pair for pair in find_pairs(checkpoint, read_facts(checkpoint))}
@@ -91,9 +94,7 @@ def check_holds_adapter(run: Run) -> None:
     from ckavg.averaging.advice import hold_factors
 
     if not hold_factors(run.tensors):
-        raise UnsupportedFormatError(
-            f"{run.last.path} holds no low-rank adapter.", hint="Leave out --lora: it is for adapters alone."
-        )
+        raise no_adapter(run.last)
 
 
 def different_scaling(pair: Pair, step: int, there: float | None, last: int, here: float | None) -> MismatchError:

@@ -75,6 +75,11 @@ class Pair:
     numel: tuple[int, int]
     most: int
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its tensors."""
+        return (self.a, self.b, self.alpha) if self.alpha else (self.a, self.b)
+
     def new_rank(self, terms: int, rank: int | None) -> int:
         """The rank of a sum of so many such products: of all their columns, or cut to `rank` where that is less."""
         stacked = terms * self.rank
@@ -100,13 +105,25 @@ def find_pairs(checkpoint: Checkpoint, facts: Facts) -> tuple[Pair, ...]:
             factors.setdefault(key, {})["A" if half in ("A", "down") else "B"] = name
         elif _OTHER.fullmatch(name):
             raise _unsupported(checkpoint, f"tensor {name!r} makes it another product than that of two factors")
-    if not factors or checkpoint.kind not in ("adapter", "file"):
-        raise UnsupportedFormatError(
-            f"{checkpoint.path} holds no low-rank adapter: no file of lora_A and lora_B, or lora_down and lora_up.",
-            hint="Leave out --lora: it is for adapters as PEFT, diffusers and sd-scripts save them.",
-        )
+    if not factors:
+        raise no_adapter(checkpoint)
     configs = configs_of(checkpoint, facts)
     return tuple(_pair(checkpoint, module, names, configs) for (module, _), names in factors.items())
+
+
+def no_adapter(checkpoint: Checkpoint) -> UnsupportedFormatError:
+    """The error where there is no adapter to average."""
+    return UnsupportedFormatError(
+        f"{checkpoint.path} holds no low-rank adapter: no file of lora_A and lora_B, or lora_down and lora_up.",
+        hint="Leave out --lora: it is for adapters as PEFT, diffusers and sd-scripts save them.",
+    )
+
+
+def names_of_pairs(checkpoint: Checkpoint) -> frozenset[str]:
+    """The tensors of an adapter that make up its products, by their names alone."""
+    factors = {name: found for name in checkpoint.entries if (found := _FACTOR.fullmatch(name))}
+    alphas = {f"{found['module'] or found['processor']}.alpha" for found in factors.values()}
+    return frozenset(factors) | (alphas & checkpoint.entries.keys())
 
 
 def configs_of(checkpoint: Checkpoint, facts: Facts) -> dict[str, Mapping[str, Any]]:
