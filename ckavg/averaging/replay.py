@@ -213,7 +213,7 @@ class _AverageWorker:
         self._work: dict[torch.dtype, tuple[Tensor, list[State]]] = {}
         reader.compute_on(context.device)
         # Pinned where the arithmetic is elsewhere: a GPU writes into such memory by itself.
-        size = context.tile * _widest(run, averages)
+        size = context.tile * _widest(averages)
         self._out = torch.empty(size, dtype=torch.uint8, pin_memory=context.device != "cpu")
         # β = 1 forgets all that was before, NaN and infinity included; elsewhere they last to the end.
         self._forgets = not allow_nonfinite and any(
@@ -362,7 +362,6 @@ def first_read(coefficients: Iterable[Coefficients]) -> int:
     return min(each.start for each in coefficients)
 
 
-def _widest(run: Run, averages: Sequence[Average]) -> int:
+def _widest(averages: Sequence[Average]) -> int:
     """Bytes of an element in the widest of the output dtypes."""
-    floating = [name for name, entry in run.tensors.items() if entry.is_floating]
-    return max((ITEM_BYTES[average.dtypes[name]] for average in averages for name in floating), default=1)
+    return max((ITEM_BYTES[code] for average in averages for code in average.dtypes.values()), default=1)

@@ -22,6 +22,7 @@ from ckavg.engine.context import Context
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import printable
 from ckavg.hub import Destination, check_access
+from ckavg.output.card import products_shown
 from ckavg.output.commands import load_command
 from ckavg.output.output_path import check_file
 from ckavg.output.record import Record
@@ -244,6 +245,8 @@ def print_summary(result: Record, plan: Plan) -> None:
     if len(result.outputs) > 1:
         snapshots = ", ".join(str(output.step) for output in result.outputs[:-1])
         out.line(f"also     checkpoint-STEP in it, the average as of step {snapshots}")
+    if result.lora == "product":
+        out.line(f"adapters {products_shown(result)}")
     out.line(f"result   {result.directory}")
     largest = sorted(plan.weights.shards, key=lambda shard: -sum(each.nbytes for each in plan.weights.of(shard.part)))
     out.line(f"next     {load_command(result.directory, plan.side_files, [shard.name for shard in largest])}")
