@@ -110,7 +110,7 @@ def test_merging_the_average_is_averaging_the_merged(tmp_path: Path, kind: str) 
         ranks = sorted(module.r["default"] for module in model.modules() if hasattr(module, "r"))
         assert ranks == sorted([8, 8, 8, *WIDE[kind]])
         assert record.output.discarded_energy is None
-        assert any(weight < 0 for weight in record.weights) == (record.scheme != "mean")
+        assert any(weight < 0 for weight in record.weights) == (record.scheme == "bema")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
