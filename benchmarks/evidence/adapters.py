@@ -13,7 +13,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -111,14 +110,12 @@ class Outcome:
     losses: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     discarded: dict[tuple[str, str], float] = field(default_factory=dict)
     ranks: dict[tuple[str, str], int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def carry_out_cell(cell: Cell, setting: Setting, directory: Path) -> Outcome:
     """Train, average and judge one run below a directory."""
-    outcome, run, begun = Outcome(cell), directory / cell.name, time.perf_counter()
+    outcome, run = Outcome(cell), directory / cell.name
     train(run, cell, setting)
-    outcome.seconds["train"] = time.perf_counter() - begun
     model, tokenizer = load_original()
     base, windows = model.float().eval(), torch.tensor(windows_to_judge(tokenizer, setting.windows))
     outcome.losses[LAST, ""] = losses_of(base, run / f"checkpoint-{setting.steps}", windows)
@@ -130,7 +127,6 @@ def carry_out_cell(cell: Cell, setting: Setting, directory: Path) -> Outcome:
             outcome.losses[name, kind] = losses_of(base, out, windows)
             outcome.ranks[name, kind] = json.loads((out / "adapter_config.json").read_text())["r"]
             outcome.discarded[name, kind] = record.output.discarded_energy or 0.0
-    outcome.seconds["total"] = time.perf_counter() - begun
     return outcome
 
 
@@ -184,8 +180,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         work = partial(carry_out_cell, setting=setting, directory=options.directory or Path(scratch))
         found = list(pool.map(work, setting.cells))
     publish([table_of(found)])
-    seconds = {outcome.cell.name: outcome.seconds for outcome in found}
-    write_record("adapters", dataclasses.asdict(setting) | {"seconds": seconds})
+    write_record("adapters", dataclasses.asdict(setting))
     return 0
 
 

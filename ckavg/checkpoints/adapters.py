@@ -198,7 +198,7 @@ def _scaling(checkpoint: Checkpoint, module: str, rank: int, config: Mapping[str
     if not config:
         return 1.0
     stated, alpha = (
-        _of_pattern(config.get(f"{key}_pattern"), module, config.get(default))
+        _matched(config.get(f"{key}_pattern"), module, config.get(default))
         for key, default in (("rank", "r"), ("alpha", "lora_alpha"))
     )
     if stated != rank or not isinstance(alpha, int | float):
@@ -208,7 +208,7 @@ def _scaling(checkpoint: Checkpoint, module: str, rank: int, config: Mapping[str
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _of_pattern(patterns: object, module: str, default: Any) -> Any:
+def _matched(patterns: object, module: str, default: Any) -> Any:
     """What PEFT finds for a module: the value of the first pattern that its name ends in."""
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         with suppress(re.error):
