@@ -21,7 +21,7 @@ from torch import Tensor
 from ckavg.averaging.adapters import Products, different_scaling
 from ckavg.averaging.rules import effective_weights, round_into, too_large
 from ckavg.checkpoints.adapters import Pair
-from ckavg.checkpoints.run import Run
+from ckavg.checkpoints.run import Checkpoint, Run
 from ckavg.engine.blocks import Block, cut_blocks
 from ckavg.engine.context import Context
 from ckavg.engine.stream import stream
@@ -70,7 +70,7 @@ def count_terms(weights: Weights) -> dict[str, int]:
 
 
 def replay_products(
-    run: Run, products: Products, averages: Sequence[Average], *, first: int, context: Context
+    run: Run, products: Products, averages: Sequence[Average], *, places: Sequence[int], context: Context
 ) -> ReplayedProducts:
     """Form all averages of the products of a run in one reading.
 
@@ -78,7 +78,7 @@ def replay_products(
         run: the checkpoints, the anchor first.
         products: which, and to which rank they are cut.
         averages: what to form; the writers take whole factors.
-        first: index of the first checkpoint that is read.
+        places: indices of the checkpoints that are read, ascending.
         context: how the pass runs.
 
     Raises:
@@ -87,6 +87,7 @@ def replay_products(
         TruncatedShardError, ReadError, OutputError: as of `replay`.
     """
     pairs = {pair.a: pair for pair in products.pairs}
+    read = [run.checkpoints[place] for place in places]
     wanted = [
         (average, index, weights_of(products, average.coefficients, index))
         for average in averages
@@ -94,12 +95,12 @@ def replay_products(
     ]
 
     def make_worker(reader: TileReader) -> _ProductWorker:
-        return _ProductWorker(run, reader, products, wanted, first=first, tile=context.tile)
+        return _ProductWorker(read, places, reader, products, wanted, tile=context.tile)
 
     blocks = tuple(Block(pair.a, 0, pair.numel[0]) for pair in products.pairs)
     one_at_a_time = dataclasses.replace(context, threads=1)
-    streamed = stream("replay", run.checkpoints[first:], blocks, make_worker, one_at_a_time)
-    read = [block for each in blocks for block in _blocks_of(run, pairs[each.name])]
+    streamed = stream("replay", read, blocks, make_worker, one_at_a_time)
+    of_pairs = [block for each in blocks for block in _blocks_of(run, pairs[each.name])]
     hashes = [each for of_pair, _ in streamed.results for each in of_pair]
     energies = [energies for _, energies in streamed.results]
     discarded: dict[int, dict[int, float]] = {id(average): {} for average in averages}
@@ -107,7 +108,7 @@ def replay_products(
         total, lost = (math.fsum(each[place][part] for each in energies) for part in (0, 1))
         discarded[id(average)][index] = lost / total if total else 0.0
     return ReplayedProducts(
-        streamed.bytes_read, tuple(read), tuple(hashes), tuple(discarded[id(average)] for average in averages)
+        streamed.bytes_read, tuple(of_pairs), tuple(hashes), tuple(discarded[id(average)] for average in averages)
     )
 
 
@@ -122,20 +123,21 @@ class _ProductWorker:
 
     def __init__(
         self,
-        run: Run,
+        read: Sequence[Checkpoint],
+        places: Sequence[int],
         reader: TileReader,
         products: Products,
         wanted: Sequence[tuple[Average, int, Weights]],
         *,
-        first: int,
         tile: int,
     ) -> None:
-        self._run = run
+        self._read = read
+        self._places = places
+        self._tensors = read[-1].entries
         self._reader = reader
         self._pairs = {pair.a: pair for pair in products.pairs}
         self._rank = products.rank
         self._wanted = wanted
-        self._first = first
         self._tile = tile
 
     def __call__(self, block: Block) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[float, float], ...]]:
@@ -148,7 +150,7 @@ class _ProductWorker:
         energies = []
         for average, index, weights in self._wanted:
             rank = pair.new_rank(count_terms(weights)[pair.a], self._rank)
-            used = weights[pair.a][self._first :]
+            used = [weights[pair.a][place] for place in self._places]
             new_a, new_b, total, lost = average_products(a, b, used, rank)
             energies.append((scaling**2 * total, scaling**2 * lost))
             self._write(average, index, pair.a, new_a, average.dtypes[pair.a])
@@ -159,13 +161,13 @@ class _ProductWorker:
 
     def _load(self, name: str) -> tuple[Tensor, tuple[tuple[str, ...], ...]]:
         """(checkpoints, elements) a tensor in all that are read, in float64, and the hashes of its blocks."""
-        entry, read = self._run.tensors[name], self._run.checkpoints[self._first :]
-        values = torch.empty(len(read), entry.numel, dtype=torch.float64)
+        entry = self._tensors[name]
+        values = torch.empty(len(self._read), entry.numel, dtype=torch.float64)
         hashes = []
         for block in cut_blocks({name: entry}):
             sums = self._reader.sum_up(block)
             for start, stop in block.tiles(self._tile):
-                for index, checkpoint in enumerate(read):
+                for index, checkpoint in enumerate(self._read):
                     self._reader.load(index, name, start, values[index, start:stop])
                     if not all_finite(values[index, start:stop]):
                         raise NonFiniteError(
@@ -183,21 +185,18 @@ class _ProductWorker:
         """
         if pair.scaling is not None:
             return pair.scaling, ()
-        if self._run.tensors[pair.alpha].is_floating:
+        if self._tensors[pair.alpha].is_floating:
             values, hashes = self._load(pair.alpha)
             alphas = values[:, 0].tolist()
         else:
-            size, hashes = self._run.tensors[pair.alpha].nbytes, ()
+            size, hashes = self._tensors[pair.alpha].nbytes, ()
             self._reader.sum_up(Block(pair.alpha, 0, 1))
-            stored = (
-                self._reader.raw(index, pair.alpha, 0, size)
-                for index in range(len(self._run.checkpoints[self._first :]))
-            )
+            stored = (self._reader.raw(index, pair.alpha, 0, size) for index in range(len(self._read)))
             alphas = [int.from_bytes(each.numpy().tobytes(), "little", signed=True) for each in stored]
-        for checkpoint, alpha in zip(self._run.checkpoints[self._first :], alphas, strict=True):
+        for checkpoint, alpha in zip(self._read, alphas, strict=True):
             if alpha != alphas[-1]:
                 there, here = alpha / pair.rank, alphas[-1] / pair.rank
-                raise different_scaling(pair, checkpoint.step, there, self._run.last.step, here)
+                raise different_scaling(pair, checkpoint.step, there, self._read[-1].step, here)
         return alphas[-1] / pair.rank, hashes
 
     def _write(self, average: Average, index: int, name: str, values: Tensor, dtype: str) -> None:

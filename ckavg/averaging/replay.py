@@ -147,7 +147,7 @@ def replay(
     )
     discarded: tuple[Mapping[int, float], ...] = ({},) * len(averages)
     if products is not None:
-        of_pairs = replay_products(run, products, averages, first=first, context=context)
+        of_pairs = replay_products(run, products, averages, places=range(first, len(run.checkpoints)), context=context)
         nbytes, discarded = nbytes + of_pairs.bytes_read, of_pairs.discarded
         blocks, hashes = blocks + of_pairs.blocks, hashes + list(of_pairs.hashes)
     of_checkpoints = (None,) * first + checksums(read, blocks, hashes)
