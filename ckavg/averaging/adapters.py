@@ -17,6 +17,7 @@ from ckavg.checkpoints.adapters import (
     config_file,
     configs_of,
     find_pairs,
+    names_of_pairs,
     no_adapter,
     with_config,
     with_ranks,
@@ -93,7 +94,7 @@ def check_holds_adapter(run: Run) -> None:
     """Refuse a run without any factor of a product by its names."""
     from ckavg.averaging.advice import hold_factors
 
-    if not hold_factors(run.tensors):
+    if not (names_of_pairs(run.last) or hold_factors(run.tensors)):
         raise no_adapter(run.last)
 
 
