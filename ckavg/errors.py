@@ -22,6 +22,7 @@ CkavgError
 │   └── WriteError               the system would not let us write
 ├── RanksError                   the processes of one job cannot work together any more
 ├── HubError                     the Hugging Face Hub refused, or cannot be reached
+├── EvaluationError              no evaluation of a result succeeded, or a model cannot be evaluated
 └── CombinedError               more than one of the above, all listed
 """
 
@@ -148,6 +149,10 @@ class RanksError(CkavgError):
 
 class HubError(CkavgError):
     """The Hugging Face Hub refused what was asked of it, or cannot be reached."""
+
+
+class EvaluationError(CkavgError):
+    """No evaluation of a result succeeded, or a model cannot be evaluated."""
 
 
 class CombinedError(CkavgError):

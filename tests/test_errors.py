@@ -14,6 +14,7 @@ from torch import Tensor
 
 import ckavg
 from ckavg import errors
+from ckavg.averaging.held_out import held_out_loss
 from ckavg.engine.distributed import Ranks
 from tests.runs import write_checkpoint, write_run
 
@@ -120,6 +121,10 @@ def _hub(run: Path) -> None:
     ckavg.push_result(averaged(run).directory, "owner/name")  # the tests are offline
 
 
+def _evaluation(run: Path) -> None:
+    held_out_loss(run, run / "checkpoint-10" / "config.json")  # a run is no model
+
+
 def _combined(run: Path) -> None:
     for step in (10, 20):
         (run / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"")
@@ -146,6 +151,7 @@ CASES: dict[type[errors.CkavgError], Callable[[Path], None]] = {
     errors.WriteError: _write,
     errors.RanksError: _ranks,
     errors.HubError: _hub,
+    errors.EvaluationError: _evaluation,
     errors.CombinedError: _combined,
 }
 

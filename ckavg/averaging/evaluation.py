@@ -1,15 +1,22 @@
-"""What a user's own command says of a result: it is run, and the number that it prints last is its answer."""
+"""What a user's own command says of a result: it is run, and the value of a metric is taken from what it says."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
 import os
 import re
 import shlex
 import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ckavg.averaging.metrics import Goal, Reading, known_goal, read_metric
 from ckavg.averaging.plan import Plan
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.errors import SettingError, WriteError
@@ -19,13 +26,9 @@ from ckavg.output.published import published
 from ckavg.output.record import Evaluation, Record
 from ckavg.output.weight_files import sha256
 from ckavg.storage.atomic import write_bytes
+from ckavg.storage.local import read_small
 
-DIRECTORY = "{dir}"
-
-_NUMBER = re.compile(
-    r"(?<![\w.])[-+]?(?>(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?)(?!\w)",
-    re.IGNORECASE,
-)
+DIRECTORY, FILES = "{dir}", "{out}"
 
 _JOB_VARIABLES = re.compile(
     r"(?:(?:LOCAL_|GROUP_|ROLE_|NODE_)?(?:RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(?:ADDR|PORT)|TORCHELASTIC_.*"
@@ -33,66 +36,176 @@ _JOB_VARIABLES = re.compile(
 )
 """What torchrun and MPI tell a process of its job: a command that starts processes of its own would wait for those."""
 
-_PATH = "CKAVG_EVAL_DIR"
-_QUOTED = re.compile(r"""\\.|'[^']*'|"(?:\\.|[^"\\])*"|\{dir\}""", re.DOTALL)
+_VARIABLES = {DIRECTORY: "CKAVG_EVAL_DIR", FILES: "CKAVG_EVAL_OUT"}
+_QUOTED = re.compile(r"""\\.|'[^']*'|"(?:\\.|[^"\\])*"|\{(?:dir|out)\}""", re.DOTALL)
+_STDERR, _CHUNK, _LAST_LINES, _LINE, _TAIL = 2, 1 << 16, 5, 200, 1 << 14
 
 
-def check_command(command: str) -> None:
-    """Refuse a command that does not say where the directory of the result goes.
+@dataclass(frozen=True, slots=True)
+class Criterion:
+    """What decides between results.
+
+    Attributes:
+        command: for the shell, with `{dir}` where the directory of a result goes, and perhaps `{out}` for its files.
+        metric: the name of the value that counts; None: the last number that the command prints.
+        goal: whether the least or the greatest value is best.
+        stderr: the name of its standard error; None: the usual ones.
+        warnings: what a user should know of it.
+    """
+
+    command: str
+    metric: str | None
+    goal: Goal
+    stderr: str | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def criterion_of(
+    command: str, metric: str | None = None, goal: Goal | None = None, stderr: str | None = None
+) -> Criterion:
+    """What decides between results; the name of the metric tells which way is better, where `goal` does not.
 
     Raises:
-        SettingError: it does not.
+        SettingError: the command does not say where the directory of the result goes, or nothing tells the goal.
     """
     if DIRECTORY not in command:
         raise SettingError(
             f"eval is {command!r}; it must say with {DIRECTORY} where the directory of a result goes.",
             hint=f"For example: --eval 'python evaluate.py {DIRECTORY}'",
         )
+    if metric is not None and not metric.strip():
+        raise SettingError("eval-metric is empty; it must be the name of a metric.", hint="Or leave it out.")
+    known = None if metric is None else known_goal(metric)
+    decided = goal or known
+    if decided is None:
+        raise SettingError(
+            "eval-goal is not given, and without eval-metric nothing tells whether the least or the greatest number is "
+            "best."
+            if metric is None
+            else f"eval-goal is not given, and the name {metric!r} does not tell whether less or more of it is better.",
+            hint="Add --eval-goal min or --eval-goal max.",
+        )
+    warnings: tuple[str, ...] = ()
+    if known not in (None, decided):
+        which = "least" if decided == "min" else "greatest"
+        warnings = (f"The {which} value of {metric!r} counts as the best, as eval-goal says; its name says {known}.",)
+    return Criterion(command, metric, decided, stderr, warnings)
 
 
-def evaluate(directory: Path, command: str) -> Evaluation:
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of an evaluation.
+
+    Attributes:
+        evaluation: for the record.
+        said: the last lines of what the command printed.
+    """
+
+    evaluation: Evaluation
+    said: tuple[str, ...] = ()
+
+
+def evaluate(directory: Path, criterion: Criterion) -> Outcome:
     """Run a command on a result, in a shell. What it prints to stderr is shown; a failure is told, never raised.
 
     Args:
         directory: of the result.
-        command: for the shell; `{dir}` is replaced by the absolute path of the directory, quoted.
+        criterion: the command and the metric. `{dir}` is replaced by the absolute path of the directory, quoted;
+            `{out}` by that of an empty directory, whose newest JSON file is read.
     """
+    with tempfile.TemporaryDirectory(prefix="ckavg-eval-", ignore_cleanup_errors=True) as files:
+        paths = {DIRECTORY: str(directory.absolute()), FILES: files}
+        variables = {_VARIABLES[name]: path for name, path in paths.items()}
+        try:
+            with _shown_stderr() as (handle, tail):
+                done = subprocess.run(  # noqa: S602
+                    _with_paths(criterion.command, paths),
+                    shell=True,
+                    stdout=subprocess.PIPE,
+                    stderr=handle,
+                    stdin=subprocess.DEVNULL,
+                    check=False,
+                    env={name: value for name, value in os.environ.items() if not _JOB_VARIABLES.fullmatch(name)}
+                    | variables,
+                )
+        except (OSError, ValueError) as error:
+            return failed(criterion, f"it could not be run: {error}")
+        text = done.stdout.decode(errors="replace")
+        said = _last_lines(text[-_TAIL:]) + _last_lines(bytes(tail).decode(errors="replace"))
+        if done.returncode:
+            return failed(criterion, f"exit status {done.returncode}", said)
+        document = _newest_json(Path(files)) if FILES in criterion.command else None
+    return Outcome(_evaluation(criterion, read_metric(text, criterion.metric, criterion.stderr, document)), said)
+
+
+def failed(criterion: Criterion, problem: str, said: tuple[str, ...] = ()) -> Outcome:
+    """What came of an evaluation that could not be, and why."""
+    return Outcome(_evaluation(criterion, Reading(problem=problem)), said)
+
+
+def _evaluation(criterion: Criterion, found: Reading) -> Evaluation:
+    return Evaluation(
+        criterion.command, found.value, found.problem, criterion.metric or "", found.stderr, criterion.goal
+    )
+
+
+@contextmanager
+def _shown_stderr() -> Iterator[tuple[int, bytearray]]:
+    """A handle whose bytes go on to stderr, and the last of them; what a command leaves running is not waited for."""
+    reading, writing = os.pipe()
+    tail = bytearray()
+
+    def copy() -> None:
+        with os.fdopen(reading, "rb", buffering=0) as file:
+            while chunk := file.read(_CHUNK):
+                tail.extend(chunk)
+                del tail[:-_TAIL]
+                with suppress(OSError):
+                    os.write(_STDERR, chunk)
+
+    thread = threading.Thread(target=copy, daemon=True)
+    thread.start()
     try:
-        path = str(directory.absolute())
-        done = subprocess.run(  # noqa: S602
-            _with_directory(command, path),
-            shell=True,
-            stdout=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
-            check=False,
-            env={name: value for name, value in os.environ.items() if not _JOB_VARIABLES.fullmatch(name)}
-            | {_PATH: path},
-        )
-    except (OSError, ValueError) as error:
-        return Evaluation(command, None, f"it could not be run: {error}")
-    if done.returncode:
-        return Evaluation(command, None, f"exit status {done.returncode}")
-    value = last_number(done.stdout.decode(errors="replace"))
-    if value is None:
-        return Evaluation(command, None, "it printed no number")
-    if not math.isfinite(value):
-        return Evaluation(command, None, f"it printed {value}")
-    return Evaluation(command, value)
+        yield writing, tail
+    finally:
+        os.close(writing)
+        thread.join(timeout=1.0)
 
 
-def _with_directory(command: str, path: str) -> str:
-    r"""The command with a path in the place of `{dir}`, within quotes and without.
+def _last_lines(text: str) -> tuple[str, ...]:
+    """The last lines with something on them; of a line that was drawn over, as progress bars are, its last state."""
+    lines = [line.rstrip().rpartition("\r")[2][:_LINE] for line in text.split("\n") if line.strip()]
+    return tuple(lines[-_LAST_LINES:])
 
-    A path with characters that mean something to a shell is put in by the shell itself, which takes none of them for
-    part of the command: in quotes of its own, or in the double ones that are there. Single ones are interrupted for it.
 
-    >>> _with_directory("f {dir} '{dir}'", "/a"), _with_directory("f {dir} \"{dir}\" 'g {dir}'", "/$a b")
+def _newest_json(directory: Path) -> Any:
+    """What the newest JSON file beneath a directory holds; None where there is none that can be read."""
+    found = [path for path in directory.rglob("*.json") if path.is_file()]
+    with suppress(OSError, ValueError, RecursionError):
+        newest = max(found, key=lambda path: (path.stat().st_mtime_ns, str(path)))
+        return json.loads(read_small(newest))
+    return None
+
+
+def _with_paths(command: str, paths: dict[str, str]) -> str:
+    r"""The command with paths in the places of `{dir}` and `{out}`, within quotes and without.
+
+    Where a path has characters that mean something to a shell, the paths are put in by the shell itself, which takes
+    none of them for part of the command: in quotes of their own, or in the double ones that are there. Single ones are
+    interrupted for it.
+
+    >>> _with_paths("f {dir} '{dir}'", {"{dir}": "/a"}), _with_paths("f {dir} \"{dir}\" 'g {dir}'", {"{dir}": "/$a b"})
     ("f /a '/a'", 'f "${CKAVG_EVAL_DIR}" "${CKAVG_EVAL_DIR}" \'g \'"${CKAVG_EVAL_DIR}"\'\'')
     """
-    if shlex.quote(path) == path:
-        return command.replace(DIRECTORY, path)
-    inside = {"'": f"""'"${{{_PATH}}}"'""", '"': f"${{{_PATH}}}"}
-    return _QUOTED.sub(lambda part: part[0].replace(DIRECTORY, inside.get(part[0][0], f'"${{{_PATH}}}"')), command)
+    name = re.compile("|".join(map(re.escape, paths)))
+    if all(shlex.quote(path) == path for path in paths.values()):
+        return name.sub(lambda found: paths[found[0]], command)
+
+    def quoted(part: re.Match[str]) -> str:
+        pattern = {"'": """'"${{{}}}"'""", '"': "${{{}}}"}.get(part[0][0], '"${{{}}}"')
+        return name.sub(lambda found: pattern.format(_VARIABLES[found[0]]), part[0])
+
+    return _QUOTED.sub(quoted, command)
 
 
 def record_evaluation(result: Record, evaluation: Evaluation, plan: Plan) -> Record:
@@ -132,26 +245,37 @@ def _with_card(evaluated: Record, plan: Plan) -> Record:
     return dataclasses.replace(evaluated, outputs=(*snapshots, output))
 
 
-def last_number(text: str) -> float | None:
-    """The number that stands last in a text.
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Which of several results is best, by their indices.
 
-    >>> last_number("step 10: loss 1.52e-1, 7 s"), last_number("accuracy: 87.5%"), last_number("done")
-    (7.0, 87.5, None)
-    >>> last_number("loss=-0.5")
-    -0.5
+    Attributes:
+        best: the first of those with the best value.
+        equal: the others with the same value.
+        level: those that differ from it by no more than its standard error.
     """
-    found = _NUMBER.findall(text)
-    return float(found[-1]) if found else None
+
+    best: int
+    equal: tuple[int, ...]
+    level: tuple[int, ...]
 
 
-def best(evaluations: list[Evaluation | None], goal: str) -> int | None:
-    """Index of the best of several evaluations, the first of equals; None where there is no number.
+def rank(evaluations: Sequence[Evaluation | None], goal: Goal) -> Ranking | None:
+    """Rank evaluations; None where none has a value.
 
-    Args:
-        evaluations: of each result.
-        goal: `min` or `max`.
+    >>> each = [Evaluation("c", value, stderr=0.5) for value in (2.0, 1.0, 1.0, 1.5)]
+    >>> rank(each, "min")
+    Ranking(best=1, equal=(2,), level=(3,))
     """
     values = {index: each.value for index, each in enumerate(evaluations) if each and each.value is not None}
     if not values:
         return None
-    return min(values, key=values.__getitem__) if goal == "min" else max(values, key=values.__getitem__)
+    best = (min if goal == "min" else max)(values, key=values.__getitem__)
+    first = evaluations[best]
+    width = first.stderr if first is not None and first.stderr is not None else 0.0
+    others = {index: abs(value - values[best]) for index, value in values.items() if index != best}
+    return Ranking(
+        best,
+        tuple(index for index, distance in others.items() if distance == 0),
+        tuple(index for index, distance in others.items() if 0 < distance <= width),
+    )

@@ -33,6 +33,7 @@ _VERBS = {
     "sweep": "Form many averages from one reading of the checkpoints: every value of every scheme.",
     "path": "Measure how far the weights travelled: pass 1 alone, kept for later runs.",
     "inspect": "Show what was found, in which order, and what is wrong with it. Reads no weights without --deep.",
+    "eval": "Compute the held-out loss of a causal language model on a text, in nats per token.",
     "verify": "Read a result again and check it against its record: files, weights, numbers.",
     "push": "Upload a finished average to the Hugging Face Hub.",
     "demo": "Train a small model, save its checkpoints, average them, and compare.",

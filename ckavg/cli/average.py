@@ -15,6 +15,7 @@ from ckavg.averaging.plan import Options, Plan, checked, fetching_of, memory_byt
 from ckavg.averaging.sources import inspect_source
 from ckavg.checkpoints.run import Run
 from ckavg.cli.errors import distributed, interrupted_with
+from ckavg.cli.evaluation import Evaluated, criterion_from, evaluate_all, print_curves, shown_value, write_curves
 from ckavg.cli.options import Averaging, Command, Measuring, with_options
 from ckavg.cli.push import destination_of, print_pushed, push_shown, when_complete
 from ckavg.cli.text import Output, as_count, print_json, say, show_progress, table_by_step, warn_of
@@ -60,6 +61,7 @@ def _option(parameter: Parameter) -> Any:
 
 
 def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
+    criterion = criterion_from(options)
     destination = destination_of(options)
     plans = plans_of([scheme], options, ranks, destination, lambda home: [output_path(home, scheme, options.out)])
     if options.dry_run:
@@ -68,17 +70,24 @@ def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
     done = carry_out_shown(plans, options, ranks)
     if not ranks.is_first:
         return
-    (result,), (plan,) = done.records, plans
-    with interrupted_with(when_complete(result.directory, destination)):
+    with interrupted_with(when_complete(done.records[0].directory, destination)):
         warn_of(new_warnings(done, plans))
+        evaluated = evaluate_all(done.records, plans, criterion, options)
+        (result,), (plan,) = evaluated.records, plans
         if not (options.as_json or options.quiet):
             print_summary(result, plan)
-        write_plot(done, options)
-        pushed = None if destination is None else push_shown(result.directory, destination, quiet=options.quiet)
+            print_curves(evaluated)
+        write_plot(done, options, evaluated)
+        write_curves(evaluated, options.csv)
+        pushed = None
+        if destination is not None and not evaluated.has_failed:
+            pushed = push_shown(result.directory, destination, quiet=options.quiet)
         if options.as_json:
-            print_json(result.to_dict() | ({} if pushed is None else {"url": pushed.url}))
+            url = {} if pushed is None else {"url": pushed.url}
+            print_json(result.to_dict() | evaluated.to_dict() | url)
         elif pushed is not None and not options.quiet:
             print_pushed(pushed)
+        evaluated.check()
 
 
 def plans_of(
@@ -101,6 +110,8 @@ def plans_of(
     places = paths_in(found.home)
     run = checked(found, places, force=options.force)
     check_plot(options, run)
+    if options.csv is not None:
+        check_file(options.csv, run)
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
     given["path_exclude"] = tuple(options.path_exclude or ())
     plans = plan_averages(run, list(zip(schemes, places, strict=True)), Options(**given))
@@ -140,12 +151,12 @@ def check_plot(options: Measuring, run: Run) -> None:
         check_plot_file(options.plot)
 
 
-def write_plot(done: Done, options: Averaging) -> None:
+def write_plot(done: Done, options: Averaging, evaluated: Evaluated) -> None:
     """Write the plot that was asked for, if one was."""
     if options.plot is not None:
         from ckavg.output.plots import averages_figure, save_figure
 
-        save_figure(averages_figure(done.records, done.path), options.plot)
+        save_figure(averages_figure(done.records, done.path, evaluated.curves), options.plot)
 
 
 def say_fetching(fetching: Fetching | None, *, quiet: bool) -> None:
@@ -247,6 +258,8 @@ def print_summary(result: Record, plan: Plan) -> None:
         out.line(f"also     checkpoint-STEP in it, the average as of step {snapshots}")
     if result.lora == "product":
         out.line(f"adapters {products_shown(result)}")
+    if result.evaluation is not None:
+        out.line(f"eval     {f'{result.evaluation.metric} {shown_value(result.evaluation)}'.strip()}")
     out.line(f"result   {result.directory}")
     largest = sorted(plan.weights.shards, key=lambda shard: -sum(each.nbytes for each in plan.weights.of(shard.part)))
     out.line(f"next     {load_command(result.directory, plan.side_files, [shard.name for shard in largest])}")

@@ -62,6 +62,7 @@ choice = partial(option, "Which checkpoints")
 result = partial(option, "The result")
 work = partial(option, "How it is computed")
 display = partial(option, "What is shown")
+evaluation = partial(option, "Evaluation by your own command")
 hub = partial(option, "The Hugging Face Hub")
 
 Source = Annotated[
@@ -209,6 +210,34 @@ class Averaging(Measuring):
     rank: Annotated[
         int | None, work("Cut averaged products to rank R.", metavar="R", min=1, shown="exact, the sum of all ranks")
     ] = None
+    eval_command: Annotated[
+        str | None,
+        evaluation(
+            "Run COMMAND on each result: {dir} its directory, {out} an empty one for its files.",
+            "--eval",
+            metavar="COMMAND",
+        ),
+    ] = None
+    eval_metric: Annotated[
+        str | None,
+        evaluation(
+            "The value that counts: a key of the JSON it prints or writes, or a word before a number.",
+            metavar="NAME",
+            shown="the last number printed",
+        ),
+    ] = None
+    eval_goal: Annotated[
+        Literal["min", "max"] | None,
+        evaluation("Whether the least or the greatest value is best.", shown="by the name of the metric"),
+    ] = None
+    eval_stderr: Annotated[
+        str | None, evaluation("The standard error of the value.", metavar="NAME", shown="NAME_stderr")
+    ] = None
+    eval_again: Annotated[bool, evaluation("Forget what this command said of these weights.", "--eval-again")] = False
+    eval_run: Annotated[bool, evaluation("Also evaluate the run's own checkpoints, and snapshots.", "--eval-run")] = (
+        False
+    )
+    csv: Annotated[Path | None, evaluation("Write the values by step to FILE.", metavar="FILE")] = None
     push_to_hub: Annotated[str | None, hub("Upload the result to owner/name when it is done.", metavar="REPO")] = None
     private: Private = None
     revision: Revision = None

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.filesize import decimal
 
-from ckavg.averaging.evaluation import best, check_command, evaluate, record_evaluation
-from ckavg.averaging.plan import Plan
 from ckavg.cli.average import carry_out_shown, new_warnings, path_shown, plans_of, show_plans, write_plot
-from ckavg.cli.errors import INTERRUPTED, distributed, interrupted_with
-from ckavg.cli.options import Averaging, result, with_options
+from ckavg.cli.errors import distributed, interrupted_with
+from ckavg.cli.evaluation import (
+    Evaluated,
+    criterion_from,
+    evaluate_all,
+    marks,
+    print_curves,
+    ranking_to_dict,
+    shown_value,
+    write_curves,
+)
+from ckavg.cli.options import Averaging, with_options
 from ckavg.cli.push import destination_of, push_shown
 from ckavg.cli.text import Output, plain_table, print_json, quoted, say, sparkline, warn, warn_of
 from ckavg.engine.distributed import Ranks
-from ckavg.errors import HubError, SettingError, WriteError, printable
+from ckavg.errors import SettingError, listed, printable
 from ckavg.hub import Destination, continued
 from ckavg.output.output_path import path_within
-from ckavg.output.record import Record
 from ckavg.schemes import Scheme
 from ckavg.schemes.parse import is_scheme, parse_schemes
 
@@ -41,17 +47,6 @@ class Sweeping(Averaging):
             help="Schemes with values to try, such as pema:gamma=0.1,0.15 bema:eta=0.2 mean.",
         ),
     ] = dataclasses.field(kw_only=True)
-    eval_command: Annotated[
-        str | None,
-        result(
-            "Run COMMAND on each result, {dir} its directory; the last number that it prints counts.",
-            "--eval",
-            metavar="COMMAND",
-        ),
-    ] = None
-    eval_goal: Annotated[
-        Literal["min", "max"], result("Whether the best result has the least or the greatest number.")
-    ] = "min"
 
 
 @with_options(Sweeping, without=("source",))
@@ -71,10 +66,9 @@ def sweep(options: Sweeping) -> None:
 
 
 def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -> None:
-    if options.eval_command is not None:
-        check_command(options.eval_command)
+    criterion = criterion_from(options)
     destination = destination_of(options)
-    if destination is not None and options.eval_command is None and len(schemes) > 1:
+    if destination is not None and criterion is None and len(schemes) > 1:
         raise SettingError(
             "sweep: --push-to-hub uploads one average, and nothing tells which of them.",
             hint="Add --eval COMMAND for the best of them; or choose by yourself, with: ckavg push DIR REPO",
@@ -99,56 +93,39 @@ def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -
     goes_on = "" if destination is None else f" {continued(Path('DIR'), destination)}"
     with interrupted_with(f"All averages are complete in {plans[0].out.parent}.{goes_on}"):
         warn_of(new_warnings(done, plans))
-        results, interrupted = list(done.records), False
-        if options.eval_command is not None:
-            interrupted = not _evaluate_all(results, plans, options.eval_command, quiet=options.quiet)
-        winner = best([record.evaluation for record in results], options.eval_goal)
+        evaluated = evaluate_all(done.records, plans, criterion, options)
+        results = evaluated.records
         if options.as_json:
-            name = {} if winner is None else {"best": results[winner].outputs[-1].name}
-            print_json({"averages": [record.to_dict() for record in results], **name})
+            averages = {"averages": [record.to_dict() for record in results]}
+            print_json(averages | ranking_to_dict(evaluated) | evaluated.to_dict())
         elif not options.quiet:
-            print_results(results, winner)
-        write_plot(done, options)
-        if interrupted:
-            raise typer.Exit(INTERRUPTED)
+            print_results(evaluated)
+            print_curves(evaluated)
+        write_plot(done, options, evaluated)
+        write_curves(evaluated, options.csv)
+        evaluated.check()
         if destination is not None:
-            _push_best(results, 0 if len(results) == 1 else winner, destination, quiet=options.quiet)
+            _push_best(evaluated, destination, quiet=options.quiet)
 
 
-def _evaluate_all(results: list[Record], plans: Sequence[Plan], command: str, *, quiet: bool) -> bool:
-    """Have the user's command judge each result; one that fails costs nothing else. False after an interrupt."""
-    try:
-        for place, record in enumerate(results):
-            name = record.outputs[-1].name
-            if not quiet:
-                say(f"evaluating {printable(name)}, {place + 1} of {len(results)}")
-            evaluation = evaluate(record.directory, command)
-            if evaluation.value is None:
-                warn("warning", f"{name} has no evaluation: {evaluation.problem}.")
-            try:
-                results[place] = record_evaluation(record, evaluation, plans[place])
-            except WriteError as error:
-                warn("warning", error.message)
-    except KeyboardInterrupt:
-        warn("interrupted", "The evaluation ends here. All averages are complete.")
-        return False
-    return True
-
-
-def _push_best(results: list[Record], winner: int | None, destination: Destination, *, quiet: bool) -> None:
+def _push_best(evaluated: Evaluated, destination: Destination, *, quiet: bool) -> None:
     """Upload the best average; its address goes to stderr, where stdout holds one JSON object already."""
-    if winner is None:
-        raise HubError(
-            "sweep: no average has an evaluation, so that none is the best. Nothing was uploaded.",
-            hint=f"Choose by yourself: ckavg push DIR {destination.repo}",
-        )
-    pushed = push_shown(results[winner].directory, destination, quiet=quiet)
+    names = [record.output.name for record in evaluated.records]
+    best = 0
+    if (ranking := evaluated.ranking) is not None:
+        best = ranking.best
+        if ranking.equal:
+            others = listed([names[index] for index in ranking.equal])
+            warn("warning", f"{names[best]} is uploaded, the first in the order given; equal to it: {others}.")
+    pushed = push_shown(evaluated.records[best].directory, destination, quiet=quiet)
     if not quiet:
-        say(printable(f"uploaded {results[winner].outputs[-1].name} to {pushed.url}"))
+        say(printable(f"uploaded {names[best]} to {pushed.url}"))
 
 
-def print_results(results: Sequence[Record], winner: int | None) -> None:
-    """Print the averages side by side, the best of which is number `winner`, and where the results are."""
+def print_results(evaluated: Evaluated) -> None:
+    """Print the averages side by side, with their evaluations, if there are any, and where the results are."""
+    results, criterion = evaluated.records, evaluated.criterion
+    best = None if evaluated.ranking is None else evaluated.ranking.best
     out, first = Output(), results[0]
     steps = f"steps {first.steps[0]} to {first.steps[-1]}"
     out.line(f"{len(results)} averages of {len(first.steps)} checkpoints, {steps}", style="bold")
@@ -156,19 +133,16 @@ def print_results(results: Sequence[Record], winner: int | None) -> None:
     if measured is not None:
         out.line(path_shown(measured))
     out.line()
-    evaluated = any(record.evaluation is not None for record in results)
-    columns = ("average", "weights, first to last", "first", "last", "least", *(("eval", " ") if evaluated else ()))
+    shown = () if criterion is None else (printable(criterion.metric or "eval"), " ")
+    columns = ("average", "weights, first to last", "first", "last", "least", *shown)
     table = plain_table(*columns, left=("average", "weights, first to last", " "))
-    for place, record in enumerate(results):
+    for place, (record, mark) in enumerate(zip(results, marks(evaluated), strict=True)):
         weights = record.weights
         bars = sparkline(weights) if len(weights) <= _MOST_BARS else ""
         cells = [f"{weight:.4f}" for weight in (weights[0], weights[-1], min(weights))]
-        if evaluated:
-            value = record.evaluation and record.evaluation.value
-            shown = f"{value:.6g}" if value is not None else "failed" if record.evaluation else ""
-            cells += [shown, "best" if place == winner else ""]
-        table.add_row(quoted(record.outputs[-1].name), bars, *cells, style="bold" if place == winner else "")
+        cells += [shown_value(record.evaluation), mark] if shown else []
+        table.add_row(quoted(record.outputs[-1].name), bars, *cells, style="bold" if place == best else "")
     out.print(table)
     out.line()
     out.line(f"read     {decimal(first.bytes_read)} in {first.seconds.total:.1f} s")
-    out.line(f"results  {first.directory.parent}" if winner is None else f"best     {results[winner].directory}")
+    out.line(f"results  {first.directory.parent}" if best is None else f"best     {results[best].directory}")

@@ -210,13 +210,16 @@ def _what(record: Record) -> str:
 
 
 def _evaluation(record: Record, level: str) -> str:
-    """What the user's own command said; in words alone, since nothing tells which metric it is, and on which data."""
+    """What the user's own command said; in words alone, since nothing tells on which data."""
     told = record.evaluation
     if told is None or told.value is None:
         return ""
+    error = "" if told.stderr is None else f" ± {told.stderr:.2g} (standard error)"
+    metric = f"{_escaped(told.metric)} " if told.metric else ""
+    goal = {"min": "Less is better.\n\n", "max": "More is better.\n\n"}.get(told.goal, "")
     return (
         f"{level}# Evaluation\n\nThis command, with the directory of these weights in the place of `{{dir}}`, printed "
-        f"**{told.value:.10g}**:\n\n    {_in_one_line(told.command)}\n\n"
+        f"{metric}**{told.value:.10g}**{error}:\n\n    {_in_one_line(told.command)}\n\n{goal}"
     )
 
 

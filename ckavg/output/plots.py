@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckavg.errors import RecordError, SettingError, WriteError, printable
-from ckavg.output.record import Record
+from ckavg.output.record import Curves, Record
 from ckavg.path.table import PathLength
 from ckavg.storage.atomic import replacing
 
@@ -104,10 +104,14 @@ def save_figure(figure: Figure, file: Path) -> None:
         ) from error
 
 
-def averages_figure(results: Sequence[Record], path: PathLength | None = None) -> Figure:
-    """ℓ, β and the weight of every checkpoint, by optimizer step, for averages of one run; ℓ by tensor of a `path`."""
+def averages_figure(results: Sequence[Record], path: PathLength | None = None, curves: Curves = ()) -> Figure:
+    """Evaluations, ℓ, β and the weight of every checkpoint, by optimizer step, for averages of one run; ℓ by tensor of
+    a `path`.
+    """
     with plain_style():
         first, by_step, by_tensor = results[0], _averages_plots(results, path), _tensor_plots(path)
+        if any(each.value is not None for _, curve in curves for _, each in curve):
+            by_step.insert(0, partial(_plot_curves, [result.output.name for result in results], curves))
         if len(results) > 1:
             names = [label(result.outputs[-1].name, 40) for result in results]
             return _compose(f"{len(results)} averages of one run", "", first.steps, by_step, by_tensor, names)
@@ -295,6 +299,21 @@ def _plot_length(steps: Sequence[int], lengths: Sequence[float], errors: Sequenc
     if band:
         axis.fill_between(steps, low, high, color=COLOURS[0], alpha=0.25, linewidth=0)
     axis.set(title=f"Path length ℓ, in {_UNIT}{band}", ylim=(0, 1.05 * max(high) or 1))
+
+
+def _plot_curves(names: Sequence[str], curves: Curves, axis: Axes) -> None:
+    """The evaluations of each average in its colour, those of the run in grey, with their standard errors."""
+    of_run = False
+    for name, curve in curves:
+        points = [(step, each.value, each.stderr or 0.0) for step, each in curve if each.value is not None]
+        if not points:
+            continue
+        style = _line(len(points), names.index(name), len(names)) if name in names else {"color": "0.5", "marker": "o"}
+        of_run |= name not in names
+        steps, values, errors = zip(*points, strict=True)
+        axis.errorbar(steps, values, yerr=errors if any(errors) else None, capsize=2, **style)
+    metric = next(each.metric for _, curve in curves for _, each in curve) or "Evaluation"
+    axis.set(title=f"{label(metric)}{'; grey: checkpoints of the run' if of_run else ''}")
 
 
 def _plot_betas(results: Sequence[Record], axis: Axes) -> None:

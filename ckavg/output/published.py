@@ -45,7 +45,7 @@ def published(record: Record) -> Record:
         selection=selection,
         warnings=told(record.warnings),
         evaluation=(said := record.evaluation)
-        and replace(said, command=told(said.command), problem=told(said.problem)),
+        and replace(said, command=told(said.command), problem=told(said.problem), metric=told(said.metric)),
         inputs=tuple(replace(each, directory=_in_run(record, each.directory)) for each in record.inputs),
         outputs=tuple(replace(each, directory=each.directory.relative_to(record.directory)) for each in record.outputs),
     )

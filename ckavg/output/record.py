@@ -7,14 +7,15 @@ that stay inside their directories. Whether its numbers are right is for `verify
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ckavg import __version__
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
@@ -22,6 +23,9 @@ from ckavg.errors import CkavgError, CombinedError, ReadError, RecordError, Sett
 from ckavg.output.staging import bring_back
 from ckavg.schemes import SCHEMES, Scheme
 from ckavg.storage.local import parse_json, read_small
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 RUN, BASE_MODEL = "RUN", "BASE_MODEL"
 """What stands in a record for a run, and for the model it began with, that lie elsewhere on the machine."""
@@ -95,6 +99,7 @@ Selected = Annotated[bool | int | str | tuple[int | str, ...], _Must("what an op
 Accumulated = Annotated[str, _Must("float32 or float64", (str,), {"float32", "float64"}.__contains__)]
 Lora = Annotated[Literal["factors", "product"], _Must("factors or product", (str,))]
 ZeroSigma = Annotated[Literal["exclude", "eps"], _Must("exclude or eps", (str,))]
+EvaluationGoal = Annotated[Literal["min", "max", ""], _Must("min, max or empty", (str,))]
 
 Texts = Annotated[tuple[Text, ...], _ToFirstError]
 Numbers = Annotated[tuple[Number, ...], _ToFirstError]
@@ -155,13 +160,23 @@ class Evaluation:
 
     Attributes:
         command: as it was given, with `{dir}` in the place of the result's directory.
-        value: the last number it printed; None where it failed.
-        problem: why there is no number; empty where there is one.
+        value: of the metric; None where it failed.
+        problem: why there is no value, or not the standard error that was asked for; empty where nothing is wrong.
+        metric: its name; empty where the last number printed counts.
+        stderr: standard error of the value; None where none is known.
+        goal: whether the least or the greatest value is best; empty in records of earlier versions.
     """
 
     command: Text
     value: Number | None
     problem: Text = ""
+    metric: Text = ""
+    stderr: Number | None = None
+    goal: EvaluationGoal = ""
+
+
+Curves = Sequence[tuple[str, Sequence[tuple[int, Evaluation]]]]
+"""Evaluations by series, then by optimizer step: of the run's own checkpoints, and of averages along it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -368,11 +383,19 @@ def parse_fields(data: bytes) -> dict[str, Any]:
     return value
 
 
+@functools.cache
+def _adapter() -> TypeAdapter[Record]:
+    """What validates records; to make it takes 50 ms."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Record)
+
+
 def _validated(fields: dict[str, Any]) -> Record:
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        record = TypeAdapter(Record).validate_python(fields)
+        record = _adapter().validate_python(fields)
     except ValidationError as error:
         found = error.errors(include_input=False)  # which would be a copy of the whole record, time and again
         wrong = [_wrong(fields, each["loc"], _MESSAGES.get(each["type"], each["msg"])) for each in found]

@@ -94,18 +94,22 @@ def save_path(run: Run, path: PathLength, fingerprints: Fingerprints) -> Path | 
     return None
 
 
-def cache_files(run: Run) -> tuple[Path, ...]:
+def cache_files(run: Run, file: str = NAME) -> tuple[Path, ...]:
     """Where the table of a run is kept: beside its results or, where that cannot be written, in the user's cache.
 
     That of a run which is not on this machine, or whose results lie where a link leads, is kept in the cache alone.
+
+    Args:
+        run: of which something is kept.
+        file: name of the file in `averaged`; in the cache it is part of the name.
     """
     source = run.source
     name = str(source).encode() if isinstance(source, RemotePath) else os.fsencode(resolved(source))
-    in_cache = cache_directory() / f"path-{hashlib.sha256(name).hexdigest()[:24]}.json"
+    in_cache = cache_directory() / f"{Path(file).stem}-{hashlib.sha256(name).hexdigest()[:24]}.json"
     if isinstance(source, RemotePath):
         return (in_cache,)
     averaged = source / "averaged"
-    return (in_cache,) if averaged.is_symlink() else (averaged / NAME, in_cache)
+    return (in_cache,) if averaged.is_symlink() else (averaged / file, in_cache)
 
 
 def _pair(before: str | None, after: str | None) -> str | None:

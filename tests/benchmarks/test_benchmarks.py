@@ -87,6 +87,7 @@ def test_a_right_result_has_a_time(arena: Arena) -> None:
     assert not (arena.run / "averaged").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_wrong_result_has_none(arena: Arena) -> None:
     right = command(MEAN)
     wrong = Program(name="wrong", arguments=right.arguments, results={PEMA: "."}, imports=right.imports)

@@ -326,6 +326,7 @@ def test_one_component_that_is_a_pickle(tmp_path: Path) -> None:
 # --- one command for all ---
 
 
+@pytest.mark.exhaustive
 def test_forty_checkpoints_have_one_command(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for step in range(40):
@@ -548,6 +549,7 @@ os._exit(0)  # the threads of gloo do not always end in order
 """
 
 
+@pytest.mark.exhaustive
 def test_slices_that_torch_wrote_as_safetensors(tmp_path: Path) -> None:
     for step in STEPS:
         torch.save(weights(step), tmp_path / f"{step}.pt")

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from ckavg.averaging.evaluation import evaluate, last_number
+from ckavg.averaging.evaluation import Criterion, Outcome, evaluate
+from ckavg.averaging.metrics import last_number
 from ckavg.output.record import Evaluation
 from tests.cli.runner import placeless, run_cli, snapshot, visible
 from tests.runs import random_run, write_run
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
+MIN = ("--eval-goal", "min")
 STEPS = (0, 50, 100, 150)
 NAMES = ["mean", "last", "dema-kappa0.5"]
 WORDS = ("mean", "last", "dema")
@@ -27,12 +29,21 @@ def saying(mean: str, last: str, dema: str) -> str:
     return f"case $(basename {{dir}}) in mean) {mean};; last) {last};; dema-*) {dema};; *) exit 99;; esac"
 
 
+def evaluated(directory: Path, command: str) -> Evaluation:
+    return evaluate(directory, Criterion(command, None, "min")).evaluation
+
+
 LOSSES = saying("echo loss 0.75", "echo loss 1.5", "echo loss 0.5")
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     return write_run(tmp_path / "checkpoints", random_run(seed=1, count=4, dtype=torch.bfloat16), STEPS)
+
+
+def said(command: str, value: float, goal: str = "min") -> dict[str, Any]:
+    """A successful evaluation as JSON has it."""
+    return {"command": command, "value": value, "problem": "", "metric": "", "stderr": None, "goal": goal}
 
 
 def record_of(run: Path, name: str) -> dict[str, Any]:
@@ -43,7 +54,7 @@ def record_of(run: Path, name: str) -> dict[str, Any]:
 def complete(run: Path) -> list[str]:
     """The results that have everything in them."""
     files = {"README.md", "ckavg.json", "config.json", "model.safetensors", "tokenizer.json"}
-    return [path.name for path in (run / "averaged").iterdir() if visible(path) == files]
+    return [path.name for path in (run / "averaged").iterdir() if path.is_dir() and visible(path) == files]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +88,7 @@ def test_last_number(text: str, value: float | None) -> None:
     ],
 )
 def test_what_it_prints_last_counts(tmp_path: Path, command: str, value: float | None, problem: str) -> None:
-    got = evaluate(tmp_path, command)
+    got = evaluated(tmp_path, command)
     assert (got.command, got.value) == (command, value)
     assert got.problem.startswith(problem)
     assert bool(got.problem) == (value is None)
@@ -91,7 +102,7 @@ def test_it_reads_no_input(tmp_path: Path) -> None:
         os.write(keyboard, b"ls\n")
         os.dup2(typed, 0)
         os.close(keyboard)
-        assert evaluate(tmp_path, ": {dir}; wc -c").value == 0
+        assert evaluated(tmp_path, ": {dir}; wc -c").value == 0
         assert os.read(0, 10) == b"ls\n"
     finally:
         os.dup2(before, 0)
@@ -125,7 +136,7 @@ def test_the_directory_may_stand_in_quotes(tmp_path: Path, monkeypatch: pytest.M
         "cat {dir}/score # it's {dir}",
         "cat <<end >/dev/null && cat '{dir}/score'\n{dir} $(echo 7)\nend",
     ):
-        assert evaluate(directory, command) == Evaluation(command, 0.625), command
+        assert evaluated(directory, command) == Evaluation(command, 0.625, goal="min"), command
     assert not list(tmp_path.rglob("canary"))
 
 
@@ -133,8 +144,8 @@ def test_the_directory_is_absolute(run: Path, tmp_path: Path, monkeypatch: pytes
     """So that no name is an option, and that a command may change to another place."""
     monkeypatch.chdir(tmp_path)
     command = 'test {dir} = "$PWD/-o1/mean" && ls {dir} >/dev/null && cd / && test -f {dir}/ckavg.json && echo 0.5'
-    told = run_cli("sweep", run, "mean", "--out=-o1", "--eval", command, "--json")
-    assert json.loads(told.stdout)["averages"][0]["evaluation"] == {"command": command, "value": 0.5, "problem": ""}
+    told = run_cli("sweep", run, "mean", "--out=-o1", "--eval", command, *MIN, "--json")
+    assert json.loads(told.stdout)["averages"][0]["evaluation"] == said(command, 0.5)
 
 
 OF_A_JOB = {
@@ -153,7 +164,7 @@ def test_it_is_told_nothing_of_the_job(tmp_path: Path, monkeypatch: pytest.Monke
     script = tmp_path / "told.py"
     script.write_text("import os, json; print(json.dumps(dict(os.environ)), file=open('told', 'w')); print(1)")
     monkeypatch.chdir(tmp_path)
-    assert evaluate(tmp_path, f"{sys.executable} told.py {{dir}}").value == 1
+    assert evaluated(tmp_path, f"{sys.executable} told.py {{dir}}").value == 1
     told = json.loads((tmp_path / "told").read_text())
     assert not OF_A_JOB.keys() & told.keys()
     assert told.items() >= of_the_user.items()
@@ -171,10 +182,10 @@ def test_it_may_start_torch_distributed(tmp_path: Path, monkeypatch: pytest.Monk
         "    distributed.init_process_group('gloo', timeout=datetime.timedelta(seconds=3))\n"
         "print(0.25)\n"
     )
-    assert evaluate(tmp_path, f"{sys.executable} {script} {{dir}}").value == 0.25
+    assert evaluated(tmp_path, f"{sys.executable} {script} {{dir}}").value == 0.25
 
 
-@pytest.mark.parametrize(("goal", "winner"), [((), 2), (("--eval-goal", "max"), 1)])
+@pytest.mark.parametrize(("goal", "winner"), [(("--eval-goal", "min"), 2), (("--eval-goal", "max"), 1)])
 def test_table_json_and_records(run: Path, goal: tuple[str, ...], winner: int) -> None:
     result = run_cli("sweep", run, *WORDS, "--eval", LOSSES, *goal)
     assert result.exit_code == 0, result.stderr
@@ -191,13 +202,15 @@ def test_table_json_and_records(run: Path, goal: tuple[str, ...], winner: int) -
     assert told.keys() == {"averages", "best"}
     assert told["best"] == NAMES[winner]
     assert [each["evaluation"] for each in told["averages"]] == [
-        {"command": LOSSES, "value": value, "problem": ""} for value in (0.75, 1.5, 0.5)
+        said(LOSSES, value, goal[1]) for value in (0.75, 1.5, 0.5)
     ]
     assert [placeless(record_of(run, name)) for name in NAMES] == list(map(placeless, told["averages"]))
 
 
 def test_the_first_of_equals_is_the_best(run: Path) -> None:
-    told = json.loads(run_cli("sweep", run, *WORDS, "--eval", saying("echo 2", "echo 1", "echo 1"), "--json").stdout)
+    told = json.loads(
+        run_cli("sweep", run, *WORDS, "--eval", saying("echo 2", "echo 1", "echo 1"), *MIN, "--json").stdout
+    )
     assert told["best"] == "last"
 
 
@@ -213,7 +226,7 @@ def test_without_a_command_there_is_no_column_and_no_evaluation(run: Path) -> No
 
 def test_a_command_that_fails_costs_nothing_else(run: Path) -> None:
     command = saying("echo 0.5; exit 3", "echo none", "echo 0.75")
-    result = run_cli("sweep", run, *WORDS, "--eval", command, "--json")
+    result = run_cli("sweep", run, *WORDS, "--eval", command, *MIN, "--json")
     assert result.exit_code == 0
     assert [line for line in result.stderr.splitlines() if "evaluation" in line] == [
         "warning: mean has no evaluation: exit status 3.",
@@ -231,20 +244,26 @@ def test_a_command_that_fails_costs_nothing_else(run: Path) -> None:
 
 
 def test_where_all_fail_there_is_no_best(run: Path) -> None:
-    result = run_cli("sweep", run, *WORDS, "--eval", "echo nan {dir} >&2; echo nan")
-    assert result.exit_code == 0
+    command = "echo one; echo nan {dir} >&2; echo nan"
+    result = run_cli("sweep", run, *WORDS, "--eval", command, *MIN)
+    assert result.exit_code == 1
     assert result.stderr.count("has no evaluation: it printed nan.") == 3
+    assert "error: No evaluation succeeded. The first problem: it printed nan.\n" in result.stderr
+    assert result.stderr.endswith(f"command said:\none\nnan\nnan {run / 'averaged' / 'mean'}\n")
     assert result.stdout.count("failed") == 3
     assert "best" not in result.stdout
     assert result.stdout.endswith(f"\nresults  {run / 'averaged'}\n")
-    assert "best" not in json.loads(run_cli("sweep", run, "mean", "--eval", "false {dir}", "--json", "--force").stdout)
+    assert sorted(complete(run)) == sorted(NAMES)
+    told = run_cli("sweep", run, "mean", "--eval", "false {dir}", *MIN, "--json", "--force")
+    assert told.exit_code == 1
+    assert "best" not in json.loads(told.stdout)
 
 
 @pytest.mark.parametrize("command", ["echo 1", "", "echo {DIR}", "echo $dir"])
 def test_a_command_without_the_directory_is_refused_before_anything_is_read(run: Path, command: str) -> None:
     before = snapshot(run.parent)
     for source in (run, run / "nowhere"):
-        result = run_cli("sweep", source, "mean", "--eval", command)
+        result = run_cli("sweep", source, "mean", "--eval", command, *MIN)
         assert (result.exit_code, result.stdout) == (2, "")
         assert f"error: eval is {command!r}; it must say with {{dir}} where the directory of a result goes." in (
             result.stderr
@@ -253,20 +272,20 @@ def test_a_command_without_the_directory_is_refused_before_anything_is_read(run:
 
 
 def test_its_stderr_is_shown_and_its_stdout_is_not(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    result = run_cli("sweep", run, "mean", "--eval", ": {dir}; echo half way >&2; echo '{\"loss\": 1}'", "--json")
+    result = run_cli("sweep", run, "mean", "--eval", ": {dir}; echo half way >&2; echo '{\"loss\": 1}'", *MIN, "--json")
     assert json.loads(result.stdout)["averages"][0]["evaluation"]["value"] == 1
     shown = capfd.readouterr()
     assert (shown.out, shown.err) == ("", "half way\n")
 
 
 def test_it_sees_each_complete_result_once_and_no_snapshot(run: Path, tmp_path: Path) -> None:
-    dry = run_cli("sweep", run, "mean", "--eval", f"touch {tmp_path}/ran {{dir}}", "--dry-run")
+    dry = run_cli("sweep", run, "mean", "--eval", f"touch {tmp_path}/ran {{dir}}", *MIN, "--dry-run")
     assert dry.exit_code == 0
     assert not (tmp_path / "ran").exists()
     command = (
         f"echo {{dir}} >> {tmp_path}/seen; test -f {{dir}}/model.safetensors && test -f {{dir}}/ckavg.json; echo 1"
     )
-    result = run_cli("sweep", run, "mean", "dema", "--snapshot-every", "100", "--eval", command, "-q")
+    result = run_cli("sweep", run, "mean", "dema", "--snapshot-every", "100", "--eval", command, *MIN, "-q")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
     assert (tmp_path / "seen").read_text().splitlines() == [
         str(run / "averaged" / name) for name in ("mean", "dema-kappa0.5")
@@ -276,13 +295,13 @@ def test_it_sees_each_complete_result_once_and_no_snapshot(run: Path, tmp_path: 
 
 
 def test_an_interrupt_ends_the_evaluation_and_keeps_all_averages(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(directory: Path, command: str) -> Evaluation:
+    def interrupted(directory: Path, criterion: Criterion) -> Outcome:
         if directory.name == "last":
             raise KeyboardInterrupt
-        return evaluate(directory, command)
+        return evaluate(directory, criterion)
 
-    monkeypatch.setattr("ckavg.cli.sweep.evaluate", interrupted)
-    result = run_cli("sweep", run, *WORDS, "--eval", LOSSES, "--json")
+    monkeypatch.setattr("ckavg.cli.evaluation.evaluate", interrupted)
+    result = run_cli("sweep", run, *WORDS, "--eval", LOSSES, *MIN, "--json")
     assert result.exit_code == 130
     assert "interrupted: The evaluation ends here. All averages are complete.\n" in result.stderr
     told = json.loads(result.stdout)

@@ -17,7 +17,9 @@ def test_on_a_gpu(name: str, tmp_path: Path) -> None:
     CHECKS[name](tmp_path, "cuda")
 
 
-ALIKE = [f"{check}-{dtype}" for check in ("averages", "path", "tiles") for dtype in ("float16", "float32")]
+ALIKE = [f"{check}-{dtype}" for check in ("averages", "path", "tiles") for dtype in ("float16", "float32")] + [
+    "tiles-float64"
+]
 
 
 @pytest.mark.parametrize("name", all_but(CHECKS.keys() - ALIKE, CHECKS))

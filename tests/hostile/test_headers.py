@@ -62,7 +62,7 @@ def library_reads(file: Path) -> dict[str, tuple[torch.dtype, torch.Size]] | Non
     return None
 
 
-@pytest.mark.parametrize("examples", few_or_all(100, 400))
+@pytest.mark.parametrize("examples", few_or_all(40, 400))
 def test_headers(tmp_path: Path, examples: int) -> None:
     run = write_small_run(tmp_path / "run")
     file = run / f"checkpoint-{STEPS[-1]}" / MODEL

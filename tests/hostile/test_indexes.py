@@ -46,7 +46,7 @@ def check_result(run: Path) -> None:
     assert (index["weight_map"], index["metadata"]["total_size"]) == (NAMED, 80)
 
 
-@pytest.mark.parametrize("examples", few_or_all(50, 150))
+@pytest.mark.parametrize("examples", few_or_all(25, 150))
 def test_spoilt(run: Path, examples: int) -> None:
     seen: set[bytes] = set()
 

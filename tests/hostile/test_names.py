@@ -125,7 +125,7 @@ def test_missing_things(tmp_path: Path, name: str) -> None:
         ("ema", run, "--plot", tmp_path / named),
         ("sweep", run, f"pema:{named}=1"),
         ("sweep", run, "pema:gamma=" + named),
-        ("sweep", run, "mean", "--eval", named),
+        ("sweep", run, "mean", "--eval", named, "--eval-goal", "min"),
         (named,),
     ):
         result = run_cli(*arguments)
@@ -194,8 +194,9 @@ def test_configs_and_side_files(tmp_path: Path, name: str) -> None:
 
 def test_words_of_an_evaluation(tmp_path: Path) -> None:
     run = write_small_run(tmp_path / "run")
-    said("sweep", run, "mean", "--eval", "printf '\x1b[31m\u202e 0.5'; : {dir}")
+    said("sweep", run, "mean", "--eval", "printf '\x1b[31m\u202e 0.5'; : {dir}", "--eval-goal", "min")
     record = json.loads((run / "averaged" / "mean" / "ckavg.json").read_text())
     assert record["evaluation"]["value"] == 0.5
-    _, stderr = said("sweep", run, "mean", "--force", "--eval", "printf '\x1b[31m'; : {dir}")
+    failing = ("--eval", "printf '\x1b[31m'; : {dir}", "--eval-goal", "min")
+    _, stderr = said("sweep", run, "mean", "--force", *failing, status=1)
     assert "no number" in stderr

@@ -418,7 +418,7 @@ def test_an_interrupt_before_the_upload(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"ckavg.cli.{place}.write_plot", interrupted)
-    more = ("mean", "last", "--eval", "echo 1 {dir}") if words == ("sweep",) else ()
+    more = ("mean", "last", "--eval", "echo 1 {dir}", "--eval-goal", "min") if words == ("sweep",) else ()
     done = run_cli(*words, run, *more, "--push-to-hub", REPO)
     assert done.exit_code == 130
     expected = said.format(out=run / "averaged", go_on="Continue with: ckavg push", repo=REPO)

@@ -77,10 +77,9 @@ def test_nothing_of_the_machine_is_uploaded(
     run = places["run"] / "ckpts"
     source = Path(os.path.relpath(run)) if where == "relative" else run
     out: list[str | Path] = [] if where == "in the run" else ["--out", places["out"] / "result"]
-    command = (
-        f"cd {places['run']}; echo ada@zqxhost ~/x zqxuser {places['home']}/y; python eval.py {{dir}} --token {TOKEN}"
-    )
-    evaluation = ["--eval", command] if verb == "sweep" else []
+    command = f"cd {places['run']}; echo ada@zqxhost ~/x zqxuser {places['home']}/y"
+    command += f"; python eval.py {{dir}} --token {TOKEN}; echo 7"
+    evaluation = ["--eval", command, "--eval-goal", "min"] if verb == "sweep" else []
     init: list[str | Path] = ["--init", places["base"] / "model", "--init-step", "-10"]
     settings = ["--snapshot-every", "10", "--match", "checkpoint-*"]
     done = run_cli(verb, source, *more, *init, *settings, *evaluation, *out, "--push-to-hub", REPO)
@@ -122,7 +121,7 @@ def test_secrets_of_a_command(places: dict[str, Path], kind: str) -> None:
 def test_no_secret_of_a_command_is_uploaded(hub: Hub, places: dict[str, Path]) -> None:
     source = places["run"] / "ckpts"
     command = f": {{dir}} {'; : '.join(SECRETS.values())}; echo 7"
-    done = run_cli("sweep", source, "mean", "--eval", command, "--push-to-hub", REPO)
+    done = run_cli("sweep", source, "mean", "--eval", command, "--eval-goal", "min", "--push-to-hub", REPO)
     assert done.exit_code == 0, done.output
     assert_private(hub.files(REPO))
     evaluation = json.loads(hub.files(REPO)["ckavg.json"])["evaluation"]

@@ -120,6 +120,29 @@ def test_the_best_of_a_sweep(hub: Hub, run: Path) -> None:
     assert f"uploaded last to {hub.url}/{REPO}" in done.stderr
 
 
+def test_the_first_of_equals_is_uploaded_with_a_warning(hub: Hub, run: Path) -> None:
+    words = ("dema", "last", "mean")
+    done = run_cli(
+        "sweep", run, *words, "--eval", "echo loss 1; : {dir}", "--eval-metric", "loss", "--push-to-hub", REPO
+    )
+    assert done.exit_code == 0, done.stderr
+    warning = "warning: dema-kappa0.5 is uploaded, the first in the order given; equal to it: last, mean."
+    assert warning in done.stderr.splitlines()
+    assert json.loads(hub.files(REPO)["ckavg.json"])["scheme"] == "dema"
+
+
+@pytest.mark.parametrize("verb", [("sweep", "mean", "last"), ("ema",)])
+def test_where_all_fail_nothing_is_uploaded(hub: Hub, run: Path, verb: tuple[str, ...]) -> None:
+    name, *words = verb
+    evaluation = ("--eval", "echo half way; echo broken >&2; exit 7; : {dir}", "--eval-metric", "loss")
+    done = run_cli(name, run, *words, *evaluation, "--push-to-hub", REPO, "--json")
+    assert done.exit_code == 1
+    assert "error: No evaluation succeeded. The first problem: exit status 7.\n" in done.stderr
+    assert done.stderr.endswith("\nhalf way\nbroken\n")
+    assert not hub.repos.get(REPO) or "ckavg.json" not in hub.files(REPO)
+    assert "url" not in json.loads(done.stdout)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -219,6 +219,7 @@ def test_who_does_not_know_the_token_is_passed_over(
     assert list((run / "averaged").iterdir())
 
 
+@pytest.mark.exhaustive
 def test_two_of_one_rank_end_the_job(jobs: list[subprocess.Popen[str]], run: Path) -> None:
     jobs.append(start(0, 3, place := free_port(), "ema", run))
     store = store_of(place)
@@ -255,6 +256,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="no /
 
 
 @needs_proc
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("named", "local_world"), [("127.0.0.1", None), (socket.gethostname(), "1")])
 def test_one_machine_listens_to_itself_alone(
     jobs: list[subprocess.Popen[str]],

@@ -79,6 +79,7 @@ def test_what_a_shell_remembers_of_another_job(
     assert (run / "averaged").is_dir()
 
 
+@pytest.mark.exhaustive
 def test_torchrun_that_is_gone_is_named(jobs: list[subprocess.Popen[str]], run: Path) -> None:
     port = free_port()
     before = soon() + "import os; os.environ['TORCHELASTIC_USE_AGENT_STORE'] = 'True'"
@@ -92,6 +93,7 @@ def test_the_first_names_those_who_have_not_come(jobs: list[subprocess.Popen[str
     assert "Rank 0 of 4 waits for rank 1, 3. " in said(jobs[0], "waits for rank 1, 3")
 
 
+@pytest.mark.exhaustive
 def test_the_wait_has_an_end(jobs: list[subprocess.Popen[str]], run: Path) -> None:
     port = free_port()
     for rank, seconds in ((0, 9), (2, 3)):  # the first one stays until the other has given up
@@ -142,6 +144,7 @@ def test_an_interrupt_is_heard_while_a_process_is_stopped(jobs: list[subprocess.
     assert [path.name for path in run.iterdir() if "averaged" in path.name] == []
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("hung", all_but((0,), [0, 1]))
 def test_one_whose_storage_hangs_is_named_and_waited_for(
     jobs: list[subprocess.Popen[str]], run: Path, hung: int
@@ -162,6 +165,7 @@ def test_one_whose_storage_hangs_is_named_and_waited_for(
     assert list(run.glob("averaged/ema*"))
 
 
+@pytest.mark.exhaustive
 def test_a_job_that_was_stopped_as_a_whole_goes_on(jobs: list[subprocess.Popen[str]], run: Path) -> None:
     """As with Ctrl-Z. The others have been as silent as oneself."""
     go_on = run.parent / "go-on"

@@ -84,6 +84,7 @@ def test_names_of_elements() -> None:
 # --- what is noticed ---
 
 
+@pytest.mark.exhaustive
 def test_one_wrong_element(source: Path, tmp_path: Path) -> None:
     """With n of P elements drawn, it is noticed with probability n / P: here 30 % of 60 attempts, give or take 12."""
     result = ckavg.average(ckavg.open_run(source), ckavg.EMA(), out=tmp_path / "out").directory

@@ -1,0 +1,136 @@
+"""What evaluations said before, kept beside the results, so that the same weights are not evaluated twice.
+
+A result is known by the SHA-256 of its weight files, a checkpoint by its fingerprint (`checkpoints/fingerprints.py`).
+With the command and the names of the metric and its standard error they make the key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ckavg.averaging.evaluation import Criterion
+from ckavg.checkpoints.fingerprints import fingerprint
+from ckavg.checkpoints.run import Checkpoint, Run
+from ckavg.output.record import Evaluation, Output
+from ckavg.path.cache import cache_files
+from ckavg.storage.atomic import write_bytes
+from ckavg.storage.local import parse_json, read_small
+
+NAME = "evaluations.json"
+
+_FORMAT = 1
+_CHECKSUM = "sha256"
+_MOST_BYTES = 1 << 26
+_KEY_LETTERS = 64
+
+Values = dict[str, tuple[float, float | None]]
+"""Value and standard error by key."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationCache:
+    """What is remembered of a run's evaluations by one criterion.
+
+    Attributes:
+        criterion: the command and the metric.
+        files: where it may be kept, the first that can be written.
+        values: what is remembered.
+        warnings: of files that are not as they were written.
+    """
+
+    criterion: Criterion
+    files: tuple[Path, ...]
+    values: Values = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, run: Run, criterion: Criterion, *, anew: bool = False) -> EvaluationCache:
+        """What is remembered of a run; with `anew` nothing. A file that is not as it was written is not believed."""
+        files = cache_files(run, NAME)
+        if anew:
+            return cls(criterion, files)
+        loaded = {file: _load(file) for file in files}
+        warnings = tuple(
+            f"{file} is not as this version of ckavg writes it: damaged, edited, or of another version. It is not "
+            "believed; what it held is evaluated again."
+            for file, values in loaded.items()
+            if values is None
+        )
+        values = {key: value for each in reversed(loaded.values()) for key, value in (each or {}).items()}
+        return cls(criterion, files, values, warnings)
+
+    def key_of_result(self, output: Output, weight_files: tuple[str, ...]) -> str:
+        """The key of a result or a snapshot, from its record and the names of its weight files."""
+        return self._key("weights", sorted((name, output.sha256[name]) for name in weight_files))
+
+    def key_of_checkpoint(self, checkpoint: Checkpoint) -> str | None:
+        """The key of a checkpoint; None where a later change could not be told from this state."""
+        known = fingerprint(checkpoint)
+        return None if known is None else self._key("checkpoint", known)
+
+    def _key(self, *what: object) -> str:
+        asked = [*what, self.criterion.command, self.criterion.metric, self.criterion.stderr]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+    def get(self, key: str | None) -> Evaluation | None:
+        """The evaluation that is remembered under a key."""
+        if key is None or key not in self.values:
+            return None
+        value, stderr = self.values[key]
+        criterion = self.criterion
+        return Evaluation(criterion.command, value, "", criterion.metric or "", stderr, criterion.goal)
+
+    def add(self, key: str | None, evaluation: Evaluation) -> None:
+        """Remember an evaluation that succeeded, on the disk, too, beside what others have put there meanwhile."""
+        if key is None or evaluation.value is None or evaluation.problem:
+            return
+        self.values[key] = (evaluation.value, evaluation.stderr)
+        for file in self.files:
+            table = {"format": _FORMAT, "evaluations": (_load(file) or {}) | {key: self.values[key]}}
+            with contextlib.suppress(OSError):  # what is there may be somebody else's, too
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(file, _as_bytes(table | {_CHECKSUM: _checksum(table)}), follow=False)
+                return
+
+
+def _load(file: Path) -> Values | None:
+    """What a file holds as it was written; empty where none can be read, None where it is not as it was written."""
+    try:
+        table = parse_json(read_small(file, _MOST_BYTES, follow=False))
+        checksum = table.pop(_CHECKSUM)
+        if table.keys() != {"format", "evaluations"} or table["format"] != _FORMAT or checksum != _checksum(table):
+            return None
+        return {_checked_key(key): _checked(*pair) for key, pair in table["evaluations"].items()}
+    except OSError:
+        return {}
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError):
+        return None
+
+
+def _checked_key(key: str) -> str:
+    if len(key) != _KEY_LETTERS:
+        raise ValueError(key)
+    return key
+
+
+def _checked(value: float, stderr: float | None) -> tuple[float, float | None]:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(value)
+    if stderr is not None and (type(stderr) not in (int, float) or not 0 <= stderr < math.inf):
+        raise ValueError(stderr)
+    return float(value), None if stderr is None else float(stderr)
+
+
+def _checksum(table: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_as_bytes(table)).hexdigest()
+
+
+def _as_bytes(table: Mapping[str, Any]) -> bytes:
+    return json.dumps(table, separators=(",", ":")).encode()
