@@ -192,12 +192,18 @@ def hold_factors(names: Iterable[str]) -> bool:
 
 def about_adapters(names: Iterable[str]) -> tuple[str, ...]:
     """What the names of the tensors tell: whether they are factors, whose product is what acts on the model."""
+    names = list(names)
     if not hold_factors(names):
         return ()
+    is_lora = any(part.startswith("lora_") for name in names for part in name.split("."))
     return (
         "These are low-rank adapters, whose factors A and B are averaged each by itself: the product of the means is "
-        "near the mean of the products BA, but not the same. Merge each adapter into the base model and average those "
-        "to have it exact.",
+        "near the mean of the products BA, but not the same. "
+        + (
+            "Worth comparing: --lora product, which averages the products; --rank with their rank keeps the size."
+            if is_lora
+            else "Merge each adapter into the base model and average those to have it exact."
+        ),
     )
 
 

@@ -254,7 +254,9 @@ def test_a_spacing_is_named_only_where_it_would_find_checkpoints() -> None:
     ],
 )
 def test_adapters(name: str, said: int) -> None:
-    assert len(advice.about_adapters(["model.norm.weight", name])) == said
+    told = advice.about_adapters(["model.norm.weight", name])
+    assert len(told) == said
+    assert any("--lora product" in each for each in told) == ("lora_" in name and bool(said))
 
 
 # --- weights ---
