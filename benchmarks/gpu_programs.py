@@ -81,21 +81,21 @@ def _by_command(words: Sequence[str]) -> int:
 
 def _by_library(words: Sequence[str]) -> int:
     from ckavg.averaging.pipeline import carry_out
-    from ckavg.averaging.plan import plan_average
+    from ckavg.averaging.plan import plan_averages
     from ckavg.averaging.sources import open_run
     from ckavg.engine.context import Context
     from ckavg.schemes import Mean, Scheme
-    from ckavg.schemes.parse import parse_schemes
+    from ckavg.schemes.parse import parse_words
 
     verb, source, *rest = words
     options = rest[rest.index("--out") :]
     out, device = Path(options[1]), options[3]
     schemes: tuple[Scheme, ...] = (Mean(),)
     if verb != "mean":
-        schemes = parse_schemes(rest[: rest.index("--out")] or [verb])
+        schemes = tuple(word.scheme for word in parse_words(rest[: rest.index("--out")] or [verb]))
     run = open_run(source)
     places = [out / scheme.label for scheme in schemes] if verb == "sweep" else [out]
-    plans = [plan_average(run, scheme, out=place) for scheme, place in zip(schemes, places, strict=True)]
+    plans = plan_averages([(run, scheme, place) for scheme, place in zip(schemes, places, strict=True)])
     records = carry_out(plans, Context(device=device)).records
     print(f'{{"averages": [{", ".join(record.to_json() for record in records)}]}}')
     return 0

@@ -249,13 +249,14 @@ def _judge_some(
     averages = directory / "averages"
     # In float32: close averages are then apart by what they are, not by how they are rounded.
     plans = plan_averages(
-        run, [(scheme, averages / name) for name, scheme in schemes.items()], Options(dtype="float32")
+        [(run, scheme, averages / name) for name, scheme in schemes.items()], Options(dtype="float32")
     )
     done = carry_out(plans, Context(device=device))
-    if done.path is not None and every not in outcome.paths:
-        outcome.paths[every] = path_of(done.path)
+    path = next(filter(None, done.paths), None)
+    if path is not None and every not in outcome.paths:
+        outcome.paths[every] = path_of(path)
         if not outcome.tensor_paths:
-            outcome.tensor_paths = {name: done.path.tensor_lengths(name)[-1] for name in done.path.counted}
+            outcome.tensor_paths = {name: path.tensor_lengths(name)[-1] for name in path.counted}
     averaged = time.perf_counter()
     for name in schemes:
         outcome.losses[every, name] = judge.losses(averages / name)

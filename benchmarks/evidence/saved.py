@@ -45,8 +45,8 @@ def average_all(
     Returns:
         The record of each average, by the name of its scheme; `outputs` are the snapshots, the last one the average.
     """
-    wanted = [(scheme, directory / name) for name, scheme in schemes.items()]
-    plans = plan_averages(run, wanted, Options(snapshot_every=snapshot_every))
+    wanted = [(run, scheme, directory / name) for name, scheme in schemes.items()]
+    plans = plan_averages(wanted, Options(snapshot_every=snapshot_every))
     return dict(zip(schemes, carry_out(plans, Context(device="cpu")).records, strict=True))
 
 

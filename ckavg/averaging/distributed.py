@@ -38,10 +38,14 @@ def check_same_run(run: Run, ranks: Ranks, *options: object) -> None:
         ranks.check_same({"checkpoints": _hash_run(run), "options": repr(options)})
 
 
-def check_same_plans(plans: Sequence[Plan], ranks: Ranks) -> None:
-    """The same for plans of one run; where a result goes may have another name on another machine."""
-    asked = [(plan.scheme, plan.snapshots, plan.path and plan.path.exclude, plan.files) for plan in plans]
-    check_same_run(plans[0].run, ranks, asked, replace(plans[0].options, card=None, force=False))
+def check_same_plans(run: Run, plans: Sequence[Plan], ranks: Ranks) -> None:
+    """The same for plans that are carried out together, of checkpoints of one run; where a result goes may have another
+    name on another machine.
+    """
+    asked = [
+        (plan.scheme, plan.run.steps, plan.snapshots, plan.path and plan.path.exclude, plan.files) for plan in plans
+    ]
+    check_same_run(run, ranks, asked, replace(plans[0].options, card=None, force=False))
 
 
 def stage(plans: Sequence[Plan], ranks: Ranks, stack: ExitStack) -> list[Staging]:

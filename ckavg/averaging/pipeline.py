@@ -11,15 +11,16 @@ import secrets
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckavg import __version__
 from ckavg.averaging.distributed import check_same_plans, check_same_run, finalize, open_writers, stage
-from ckavg.averaging.plan import Options, Plan, check_compatible, fetching_of, fetching_of_path, plan_averages
+from ckavg.averaging.plan import Options, Plan, check_compatible, plan_averages
+from ckavg.averaging.reading import Reading, fetching_of, fetching_of_path, readings
 from ckavg.averaging.record import Work, completed, record_of
-from ckavg.checkpoints.fingerprints import Fingerprints, check_unchanged, fingerprint_run
+from ckavg.checkpoints.fingerprints import check_unchanged, fingerprint_run
 from ckavg.checkpoints.run import Run, averaged_statistics, holds_float64
 from ckavg.engine.context import Context, OnProgress
 from ckavg.engine.distributed import ALONE, Ranks
@@ -27,7 +28,7 @@ from ckavg.engine.remote import fetch
 from ckavg.output.record import Record, Seconds
 from ckavg.output.staging import remove_stale
 from ckavg.path.cache import save_path
-from ckavg.path.plan import PathPlan, plan_path
+from ckavg.path.plan import PathReading, plan_path
 from ckavg.path.table import PathLength, ZeroSigma
 from ckavg.schemes import Coefficients, Scheme, Timeline
 from ckavg.storage.atomic import resolved
@@ -78,7 +79,7 @@ def measure_path(
         context = tuned(Context(device=device, on_progress=on_progress, ranks=ranks))
         check_same_run(run, ranks, options)
         fetch(fetching_of_path(run, plan), on_progress)
-        path = _measure(run, plan, options, context)
+        (path,) = _measure(run, [run], PathReading.single(plan), options, context)
         if ranks.is_first:
             _check_unchanged(run)
         return path
@@ -109,7 +110,7 @@ def average(
     Args:
         run: the checkpoints, the anchor first; see `open_run`.
         scheme: how: `PEMA`, `BEMA`, `EMA`, `MomentumEMA`, `OUEMA`, `DEMA`, `Mean` or `Last`.
-        out: where the result goes; None: `<source>/averaged/<label of the scheme>`.
+        out: where the result goes; None: `<source>/averaged/<scheme and selection>`, such as `ema-gamma0.15-last10`.
         dtype: output dtype of floating tensors: `source`, `float32`, `bfloat16`, `float16` or `float64`.
         accumulate: `float32` or `float64`; float64 checkpoints are accumulated in float64 in any case.
         device: where the arithmetic happens: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -150,75 +151,89 @@ def average(
     )
     context = Context(device=device, on_progress=on_progress, ranks=ranks)
     with ranks.fail_together():
-        return carry_out(plan_averages(run, [(scheme, out)], options), context).records[0]
+        return carry_out(plan_averages([(run, scheme, out)], options), context).records[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What was carried out: a record for each plan, in their order, and the path; None where no plan needed it."""
+    """What was carried out, in the order of the plans.
+
+    Attributes:
+        records: a record for each plan.
+        paths: the path of the checkpoints of each plan; None where it needed none.
+    """
 
     records: tuple[Record, ...]
-    path: PathLength | None
+    paths: tuple[PathLength | None, ...]
 
 
 def carry_out(plans: Sequence[Plan], context: Context) -> Done:
-    """Do what plans say, all from one reading of the run they share; each result is what it would be by itself.
+    """Do what plans say, all from one reading of the checkpoints; each result is what it would be by itself.
 
     Args:
-        plans: of one run and with the same options, each to a place of its own; at least one.
+        plans: of one source and with the same options, each to a place of its own; at least one.
         context: where it runs; the device as the user named it.
 
     Raises:
         CkavgError: as of `average`. A result that was complete by then stays.
     """
-    from ckavg.averaging.replay import check_constant
     from ckavg.engine.devices import tuned
 
-    begun = time.perf_counter()
-    run, options, ranks = plans[0].run, plans[0].options, context.ranks
-    with ranks.fail_together(), ExitStack() as stack:
+    with context.ranks.fail_together():
         check_compatible(plans)
         context = tuned(context, averages=len(plans))
-        check_same_plans(plans, ranks)
+        done = {}
+        for reading in readings(plans):
+            for plan, *outcome in zip(reading.plans, *_carry_out(reading, context), strict=True):
+                done[id(plan)] = outcome
+    records, paths = zip(*(done[id(plan)] for plan in plans), strict=True)
+    return Done(records, paths)
+
+
+def _carry_out(reading: Reading, context: Context) -> tuple[tuple[Record, ...], tuple[PathLength | None, ...]]:
+    """The records and paths of averages that are formed together."""
+    from ckavg.averaging.replay import check_constant
+
+    begun = time.perf_counter()
+    plans, run, ranks = reading.plans, reading.run, context.ranks
+    with ranks.fail_together(), ExitStack() as stack:
+        check_same_plans(run, plans, ranks)
         if ranks.is_first:
             for directory in {resolved(plan.out).parent for plan in plans}:
                 remove_stale(directory)
         fetch(fetching_of(plans), context.on_progress)
         stagings = stage(plans, ranks, stack)
-        compared = check_constant(run, context)
+        compared = check_constant(run, {*reading.places}, context)
         measuring = time.perf_counter()
-        path_plan = next((plan.path for plan in plans if plan.path), None)
-        fingerprints = path_plan.cached.fingerprints if path_plan else fingerprint_run(run)
-        path = _measure(run, path_plan, options, context) if path_plan else None
+        paths = _measure_all(reading, context)
         replaying = time.perf_counter()
-        timeline = _timeline(run, path)
         statistics = averaged_statistics(run.tensors)
-        coefficients = [plan.scheme.coefficients(timeline).sparing(statistics) for plan in plans]
-        plans = [_with_terms(plan, each) for plan, each in zip(plans, coefficients, strict=True)]
-        replayed, hashes = _replay(plans, coefficients, stagings, fingerprints, context)
+        coefficients = [
+            plan.scheme.coefficients(_timeline(plan.run, path)).sparing(statistics)
+            for plan, path in zip(plans, paths, strict=True)
+        ]
+        plans = tuple(_with_terms(plan, each) for plan, each in zip(plans, coefficients, strict=True))
+        replayed, hashes = _replay(replace(reading, plans=plans), coefficients, stagings, context)
         if ranks.is_first:
             _check_unchanged(run)
         done = time.perf_counter()
-        work = Work(
-            accumulate=_accumulated(run, options.accumulate),
-            bytes_read=compared + replayed.bytes_read + (path.bytes_read if path else 0),
-            checksums=replayed.checksums,
-            infinite=replayed.infinite,
-            seconds=Seconds(replaying - measuring if path and path.bytes_read else 0.0, done - replaying, done - begun),
-        )
+        path_bytes = max(path.bytes_read if path else 0 for path in paths)
+        seconds = Seconds(replaying - measuring if path_bytes else 0.0, done - replaying, done - begun)
 
         def publish() -> tuple[Record, ...]:
             records = []
             for number, (plan, each, staging) in enumerate(zip(plans, coefficients, stagings, strict=True)):
-                record = record_of(
-                    plan,
-                    each,
-                    path,
-                    work,
+                own = [replayed.checksums[place] for place in reading.places[number]]
+                work = Work(
+                    accumulate=_accumulated(run, plan.options.accumulate),
+                    bytes_read=compared + replayed.bytes_read + path_bytes,
+                    checksums=(*(None,) * each.start, *own[each.start :]),
+                    infinite=replayed.infinite[number],
                     nonfinite=replayed.nonfinite[number],
                     discarded=replayed.discarded[number],
+                    seconds=seconds,
                 )
-                record, files = completed(plan, each, record, hashes[number])
+                record, files = completed(plan, each, record_of(plan, each, paths[number], work), hashes[number])
                 for name, data in files.items():
                     staging.write(name, data)
                 records.append(record)
@@ -229,7 +244,7 @@ def carry_out(plans: Sequence[Plan], context: Context) -> Done:
         records = ranks.first(publish)
         for storage in run.storages:
             storage.remove_downloads()
-    return Done(records, path)
+    return records, paths
 
 
 def _check_unchanged(run: Run) -> None:
@@ -238,48 +253,83 @@ def _check_unchanged(run: Run) -> None:
         storage.check_unchanged()
 
 
-def _measure(run: Run, plan: PathPlan, options: Options, context: Context) -> PathLength:
-    """Pass 1: from the cache, measured, or estimated, as planned."""
-    from ckavg.path.estimate import estimate
-    from ckavg.path.journal import PathJournal
-    from ckavg.path.measure import measure
+def _measure_all(reading: Reading, context: Context) -> tuple[PathLength | None, ...]:
+    """Pass 1: the path of each plan that needs one."""
+    paths = reading.paths
+    if paths is None:
+        return (None,) * len(reading.plans)
+    own = {places: plan.run for plan, places in zip(reading.plans, reading.places, strict=True)}
+    runs = [own[places] for places in paths.places]
+    measured = _measure(reading.run, runs, paths, reading.plans[0].options, context)
+    by_places = dict(zip(paths.places, measured, strict=True))
+    return tuple(
+        by_places[places] if plan.path else None for plan, places in zip(reading.plans, reading.places, strict=True)
+    )
 
-    plan = context.ranks.first(lambda: plan)  # what is cached depends on file times, which machines may see differently
-    zero_sigma, allow_nonfinite = options.zero_sigma, options.allow_nonfinite
-    if plan.sample < 1:
-        return estimate(
-            run,
-            plan.sample,
-            exclude=plan.exclude,
-            zero_sigma=zero_sigma,
-            allow_nonfinite=allow_nonfinite,
-            context=context,
+
+def _measure(
+    run: Run, runs: Sequence[Run], reading: PathReading, options: Options, context: Context
+) -> tuple[PathLength, ...]:
+    """Pass 1: from the cache, measured, or estimated, as planned.
+
+    Args:
+        run: all checkpoints.
+        runs: of each path, those that it visits.
+        reading: what is measured.
+        options, context: as of the command.
+    """
+    from ckavg.path.estimate import estimate_paths
+    from ckavg.path.journal import PathJournal
+    from ckavg.path.measure import measure_paths
+
+    ranks, zero_sigma, allow_nonfinite = context.ranks, options.zero_sigma, options.allow_nonfinite
+    # What is cached depends on file times, which machines may see differently.
+    plans, fingerprints = ranks.first(lambda: (reading.plans, fingerprint_run(run)))
+    exact = [number for number, plan in enumerate(plans) if plan.sample == 1]
+    sampled = [number for number, plan in enumerate(plans) if plan.sample < 1]
+    paths: dict[int, PathLength] = {}
+
+    def of(numbers: Sequence[int]) -> PathReading:
+        return PathReading(
+            tuple(plans[number] for number in numbers), tuple(reading.places[number] for number in numbers)
         )
-    with PathJournal(run, plan.cached.fingerprints, context.ranks) as journal:
-        path = measure(
-            run, plan, zero_sigma=zero_sigma, allow_nonfinite=allow_nonfinite, context=context, path_journal=journal
+
+    if sampled:
+        estimated = estimate_paths(
+            run, of(sampled), zero_sigma=zero_sigma, allow_nonfinite=allow_nonfinite, context=context
         )
-    if context.ranks.is_first:
-        if path.bytes_read:
-            save_path(run, path, plan.cached.fingerprints)
-        journal.clear()
-    return path
+        paths |= zip(sampled, estimated, strict=True)
+    if exact:
+        with PathJournal(run, fingerprints, ranks) as journal:
+            measured = measure_paths(
+                run,
+                of(exact),
+                zero_sigma=zero_sigma,
+                allow_nonfinite=allow_nonfinite,
+                context=context,
+                path_journal=journal,
+            )
+        paths |= zip(exact, measured, strict=True)
+        if ranks.is_first:
+            for number in exact:
+                if paths[number].bytes_read:
+                    save_path(runs[number], paths[number], plans[number].cached.fingerprints)
+            journal.clear()
+    return tuple(paths[number] for number in range(len(plans)))
 
 
 def _replay(
-    plans: Sequence[Plan],
-    coefficients: Sequence[Coefficients],
-    stagings: Sequence[Staging],
-    fingerprints: Fingerprints,
-    context: Context,
+    reading: Reading, coefficients: Sequence[Coefficients], stagings: Sequence[Staging], context: Context
 ) -> tuple[Replayed, list[dict[Path, str]]]:
     """Pass 2, and the SHA-256 of every weight file that came of it, by plan and by path in the result."""
     from ckavg.averaging.replay import Average, replay
 
-    run, options, ranks = plans[0].run, plans[0].options, context.ranks
+    plans, run, options, ranks = reading.plans, reading.run, reading.plans[0].options, context.ranks
+    fingerprints = fingerprint_run(run)
     request = (
         __version__,
         fingerprints,
+        reading.places,
         coefficients,
         [
             [(shard.name, shard.header) for index in plan.outputs for shard in plan.layout(index).weights.shards]
@@ -294,8 +344,8 @@ def _replay(
     key = hashlib.sha256(repr(request).encode()).hexdigest() if None not in fingerprints else secrets.token_hex(32)
     with open_writers(plans, stagings, key, ranks) as (writers, journal):
         averages = [
-            Average(each, plan.weights.dtypes, own)
-            for each, plan, own in zip(coefficients, plans, writers, strict=True)
+            Average(each, plan.weights.dtypes, own, places)
+            for each, plan, own, places in zip(coefficients, plans, writers, reading.places, strict=True)
         ]
         replayed = replay(
             run,

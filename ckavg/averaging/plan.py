@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,9 @@ from ckavg.averaging import advice
 from ckavg.averaging.adapters import Layout, Products, check_rank, find_products, lay_out
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.inspect import Inspection, as_run, worst_first
-from ckavg.checkpoints.run import Run, averaged_statistics, holds_float64
+from ckavg.checkpoints.run import Run, Selection, averaged_statistics
 from ckavg.checkpoints.trainer_log import learning_rates
-from ckavg.engine.blocks import TILE
-from ckavg.engine.distributed import worker_threads
-from ckavg.engine.remote import HELD_BYTES
-from ckavg.errors import SettingError, raise_all
+from ckavg.errors import CkavgError, SettingError, listed, raise_all
 from ckavg.output.origin import Origin, find_origin
 from ckavg.output.output_path import CARD, output_path_problems, path_within, space_problems
 from ckavg.output.side_files import gather_side_files, name_of_weights
@@ -27,8 +24,6 @@ from ckavg.path.plan import PathPlan, check_sample, plan_path
 from ckavg.path.table import ZeroSigma
 from ckavg.schemes import Scheme, Timeline
 from ckavg.storage.atomic import resolved
-from ckavg.storage.base import RemotePath
-from ckavg.storage.remote import Fetching, plan_fetching
 
 DTYPES = ("source", "float32", "bfloat16", "float16", "float64")
 ACCUMULATE = ("float32", "float64")
@@ -180,32 +175,57 @@ def plan_average(run: Run, scheme: Scheme, *, out: Path | str | None = None, **o
     Raises:
         CkavgError: as of `average`.
     """
-    return plan_averages(run, [(scheme, out)], Options(**options))[0]
+    return plan_averages([(run, scheme, out)], Options(**options))[0]
 
 
-def plan_averages(
-    run: Run, wanted: Sequence[tuple[Scheme, Path | str | None]], options: Options | None = None
-) -> list[Plan]:
-    """Plans of several averages of one run, which are carried out together; what they share is read once.
+Wanted = tuple[Run, Scheme, Path | str | None]
+"""An average: its checkpoints, the anchor first, how they are averaged, and where the result goes."""
+
+
+def plan_averages(wanted: Sequence[Wanted], options: Options | None = None) -> list[Plan]:
+    """Plans of several averages, which are carried out together; what they share is read once.
 
     Args:
-        run: the checkpoints, the anchor first.
-        wanted: schemes, each with the place of its result; at least one.
+        wanted: the averages, of one run or of several selections from one source; at least one.
         options: what else is asked for.
 
     Raises:
         CkavgError: as of `average`.
     """
     options = options or Options()
+    of_run: dict[int, list[Wanted]] = {}
+    for each in wanted:
+        of_run.setdefault(id(each[0]), []).append(each)
+    planned = {
+        id(each): plan for some in of_run.values() for each, plan in zip(some, _plan(some, options), strict=True)
+    }
+    plans = [planned[id(each)] for each in wanted]
+    checkpoints = {(each.step, each.path): each for run, _, _ in wanted for each in run.checkpoints}
+    problems = [
+        problem
+        for plan in plans
+        for problem in output_path_problems(
+            plan.out, plan.run.source, tuple(checkpoints.values()), force=options.force, files=plan.files
+        )
+    ]
+    # Each by itself: those that do not fit together are refused where they are carried out together.
+    problems += [problem for plan in plans for problem in space_problems([(plan.out, plan.write_bytes)])]
+    raise_all(worst_first(problems))
+    return plans
+
+
+def _plan(wanted: Sequence[Wanted], options: Options) -> list[Plan]:
+    """Plans of averages of one run."""
+    run = wanted[0][0]
     weights = plan_weights(run.last, options.dtype, file_name=name_of_weights(run))
     products = find_products(run, options.lora, options.rank)
     beside = gather_side_files(run, weights)
     origin = find_origin(run, beside.files, options.card)
-    needs_path = any(scheme.needs_path for scheme, _ in wanted)
+    needs_path = any(scheme.needs_path for _, scheme, _ in wanted)
     path = plan_path(run, exclude=options.path_exclude, sample=options.sample) if needs_path else None
     rates = learning_rates(run.last)
     plans = []
-    for scheme, out in wanted:
+    for _, scheme, out in wanted:
         start = start_of(run, scheme)
         snapshots = _snapshots(run, start, options.snapshot_every)
         of_path = path if scheme.needs_path else None
@@ -215,7 +235,7 @@ def plan_averages(
         plan = Plan(
             run=run,
             scheme=scheme,
-            out=output_path(run.home, scheme, out),
+            out=output_path(run.home, scheme, run.selection, out, options.lora, options.rank),
             options=options,
             weights=weights,
             side_files=beside.files,
@@ -230,36 +250,49 @@ def plan_averages(
         most = {index: index - start + 1 for index in plan.outputs}
         pairs = products.pairs if products is not None else ()
         plans.append(plan.with_terms({index: {pair.a: count for pair in pairs} for index, count in most.items()}))
-    problems = [
-        problem
-        for plan in plans
-        for problem in output_path_problems(
-            plan.out, run.source, run.checkpoints, force=options.force, files=plan.files
-        )
-    ]
-    # Each by itself: those that do not fit together are refused where they are carried out together.
-    problems += [problem for plan in plans for problem in space_problems([(plan.out, plan.write_bytes)])]
-    raise_all(worst_first(problems))
     return plans
 
 
-def output_path(home: Path, scheme: Scheme, out: Path | str | None) -> Path:
-    """Where a result goes: where it was asked for, else under the scheme's name in `averaged` of the run's home.
+def output_path(
+    home: Path,
+    scheme: Scheme,
+    selection: Selection,
+    out: Path | str | None,
+    lora: str | None = None,
+    rank: int | None = None,
+) -> Path:
+    """Where a result goes: where it was asked for, else under its name in `averaged` of the run's home.
 
     Raises:
         OutputError: nobody asked, and there is a link.
     """
-    return Path(out) if out is not None else path_within(home, "averaged", scheme.label)
+    return Path(out) if out is not None else path_within(home, "averaged", result_name(scheme, selection, lora, rank))
 
 
-def checked(found: Inspection, places: Sequence[Path], *, force: bool = False) -> Run:
-    """The inspected checkpoints as a run, if nothing speaks against it, nor against the places of results.
+def result_name(scheme: Scheme, selection: Selection, lora: str | None = None, rank: int | None = None) -> str:
+    """The name of a result, which tells it from those of other recipes.
+
+    >>> from ckavg.schemes import PEMA
+    >>> result_name(PEMA(), Selection(every=100, from_step=400))
+    'pema-gamma0.15-every100-from-step400'
+    >>> result_name(PEMA(), Selection(), "product", 16)
+    'pema-gamma0.15-product-rank16'
+    """
+    products = f"product-rank{rank}" if rank is not None else "product" if lora == "product" else ""
+    return "-".join(filter(None, [scheme.label, selection.label, products]))
+
+
+def checked(
+    found: Sequence[Inspection], places: Sequence[Path], *, words: Sequence[str] = ("",), force: bool = False
+) -> list[Run]:
+    """The inspected checkpoints as runs, if nothing speaks against it, nor against the places of results.
 
     A result that a killed process had moved aside from such a place gets its name back.
 
     Args:
-        found: what was found in the source.
+        found: what was found in the source, by each selection.
         places: where results would go.
+        words: by which the user asked for each selection.
         force: whether results that are there may be replaced.
 
     Raises:
@@ -267,15 +300,32 @@ def checked(found: Inspection, places: Sequence[Path], *, force: bool = False) -
     """
     for place in places:
         bring_back(place)
-    if not found.problems:
-        return as_run(found)  # the plan says what is wrong with the places, and knows how much is written
-    problems = list(found.problems)
-    for place in places:
-        problems += output_path_problems(place, found.source, found.checkpoints, force=force)
-    if found.checkpoints:  # a result has about the size of the newest one
-        problems += space_problems([(place, found.checkpoints[-1].nbytes) for place in places])
+    problems = _problems(found, words)
+    if problems:  # otherwise the plan says what is wrong with the places, and knows how much is written
+        checkpoints = {(each.step, each.path): each for one in found for each in one.checkpoints}
+        for place in places:
+            problems += output_path_problems(place, found[0].source, tuple(checkpoints.values()), force=force)
+        if checkpoints:  # a result has about the size of the newest one
+            newest = max(checkpoints.values(), key=lambda each: each.step)
+            problems += space_problems([(place, newest.nbytes) for place in places])
     raise_all(worst_first(problems))
-    return as_run(found)
+    return [as_run(each) for each in found]
+
+
+def _problems(found: Sequence[Inspection], words: Sequence[str]) -> list[CkavgError]:
+    """What speaks against some selections, each once; with the words it belongs to where those are not all."""
+    owners: dict[tuple[type[CkavgError], str], list[int]] = {}
+    problems: dict[tuple[type[CkavgError], str], CkavgError] = {}
+    for number, each in enumerate(found):
+        for problem in each.problems:
+            key = type(problem), str(problem)
+            problems[key] = problem
+            owners.setdefault(key, []).append(number)
+    for key, numbers in owners.items():
+        if len(numbers) < len(found):
+            problems[key] = copy.copy(problems[key])
+            problems[key].message = f"{listed([words[number] for number in numbers])}: {problems[key].message}"
+    return list(problems.values())
 
 
 def start_of(run: Run, scheme: Scheme) -> int:
@@ -328,76 +378,3 @@ def check_compatible(plans: Sequence[Plan]) -> None:
     if twice is not None:
         raise SettingError(f"Two averages would go to {twice}.", hint="Give each a place of its own.")
     raise_all(space_problems([(plan.out, plan.write_bytes) for plan in plans]))
-
-
-def fetching_of(plans: Sequence[Plan]) -> Fetching | None:
-    """What carrying out these plans fetches, and how; None for a run on this machine."""
-    run = plans[0].run
-    path = next((plan.path for plan in plans if plan.path), None)
-    start = min(start_of(run, plan.scheme) for plan in plans)
-    return _planned(_readings(run, path, start), other_bytes=sum(plan.write_bytes for plan in plans))
-
-
-def fetching_of_path(run: Run, path: PathPlan) -> Fetching | None:
-    """What measuring a path fetches, and how; None for a run on this machine."""
-    return _planned(_readings(run, path, len(run.checkpoints)), other_bytes=0)
-
-
-def _planned(readings: dict[RemotePath, float], *, other_bytes: int) -> Fetching | None:
-    return plan_fetching(readings, other_bytes=other_bytes) if readings else None
-
-
-def _readings(run: Run, path: PathPlan | None, start: int) -> dict[RemotePath, float]:
-    """How often each weight file elsewhere is read: in pass 1, and from checkpoint number `start` on in pass 2."""
-    readings: dict[RemotePath, float] = {}
-    to_read = path.to_read if path is not None and path.nbytes else ()
-    for index, checkpoint in enumerate(run.checkpoints):
-        count = (path.sample if path is not None and index in to_read else 0.0) + (index >= start)
-        for shard in checkpoint.shards:
-            if isinstance(shard.path, RemotePath):
-                readings[shard.path] = readings.get(shard.path, 0.0) + count
-    return readings
-
-
-_LIBRARIES = 235_000_000
-"""Python, torch and the other libraries, before anything is read: measured on Linux with torch for the CPU."""
-
-_PLOT = 45_000_000
-"""matplotlib, and what it takes for the picture in a card."""
-
-_PER_ENTRY = 450
-"""A tensor in the table of a checkpoint: its name, its shape, and their places in a dictionary."""
-
-_PER_DISTANCE = 100
-"""A number of the path, by tensor and checkpoint, and its line in `path.json`."""
-
-_STATE_TILES = 3
-_RAW_BYTES_OF_ELEMENT = 8
-
-
-def memory_bytes(plans: Sequence[Plan]) -> int:
-    """Peak memory of carrying out plans of one run together on the CPU, in bytes; an estimate.
-
-    Every thread has two buffers for bytes as they are stored, the widened tile, and the tiles of each average's state.
-    The tables of the checkpoints and the side files come on top, and what the libraries take by themselves.
-
-    Args:
-        plans: what is carried out together; at least one.
-    """
-    run = plans[0].run
-    wide = holds_float64(run.checkpoints)
-    tiles = (1 + _STATE_TILES * len(plans)) * TILE * (8 if wide else 4)
-    buffers = worker_threads() * (2 * TILE * _RAW_BYTES_OF_ELEMENT + tiles)
-    tables = {id(checkpoint.entries): len(checkpoint.entries) for checkpoint in run.checkpoints}
-    known = _PER_ENTRY * sum(tables.values())
-    if any(plan.path for plan in plans):
-        known += _PER_DISTANCE * len(run.tensors) * len(run.checkpoints)
-    pairs = plans[0].products.pairs if plans[0].products is not None else ()
-    # Of a pair, all checkpoints in float64, the columns of the sum, and as much again where they are cut.
-    known += max((3 * 8 * len(run.checkpoints) * sum(pair.numel) for pair in pairs), default=0)
-    beside = sum(len(data) for data in plans[0].side_files.values())
-    headers = sum(len(shard.header) for shard in plans[0].weights.shards)
-    fetching = fetching_of(plans)
-    window = min(HELD_BYTES, fetching.streamed_bytes) if fetching is not None else 0
-    libraries = _LIBRARIES + (_PLOT if find_spec("matplotlib") else 0)
-    return libraries + buffers + known + 2 * (beside + headers) + window

@@ -150,7 +150,8 @@ class _ProductWorker:
         energies = []
         for average, index, weights in self._wanted:
             rank = pair.new_rank(count_terms(weights)[pair.a], self._rank)
-            used = [weights[pair.a][place] for place in self._places]
+            own = dict(zip(average.places, weights[pair.a], strict=True))
+            used = [own.get(place, 0.0) for place in self._places]
             new_a, new_b, total, lost = average_products(a, b, used, rank)
             energies.append((scaling**2 * total, scaling**2 * lost))
             self._write(average, index, pair.a, new_a, average.dtypes[pair.a])

@@ -23,37 +23,38 @@ from ckavg.storage.base import AnyPath, RemotePath
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What all averages of one reading have in common, besides the run."""
+    """What was done for an average, besides what its plan says.
+
+    Attributes:
+        accumulate: the dtype in which it was accumulated.
+        bytes_read: bytes that were read for all averages of one reading.
+        checksums: of its checkpoints; None for those without a part in it.
+        infinite: tensors that hold the same infinities in all its checkpoints.
+        nonfinite: how many of its elements are not finite.
+        discarded: what was cut off its products, by the index of an output; empty where nothing was.
+        seconds: which the reading took.
+    """
 
     accumulate: str
     bytes_read: int
     checksums: tuple[str | None, ...]
     infinite: tuple[str, ...]
+    nonfinite: int
+    discarded: Mapping[int, float]
     seconds: Seconds
 
 
-def record_of(
-    plan: Plan,
-    coefficients: Coefficients,
-    measured: PathLength | None,
-    work: Work,
-    *,
-    nonfinite: int,
-    discarded: Mapping[int, float],
-) -> Record:
+def record_of(plan: Plan, coefficients: Coefficients, path: PathLength | None, work: Work) -> Record:
     """The record of one average.
 
     Args:
         plan, coefficients: of the average.
-        measured: the path; None where no average of the reading needed it.
-        work: what it has in common with the others.
-        nonfinite: how many of its elements are not finite.
-        discarded: what was cut off its products, by the index of an output; empty where nothing was.
+        path: of its checkpoints; None where it needs none.
+        work: what was done for it.
     """
     from ckavg.averaging.rules import effective_weights
 
     run, scheme = plan.run, plan.scheme
-    path = measured if scheme.needs_path else None
     left_out = left_out_of_path(run, path) if path else ()
     weights = effective_weights(coefficients)
     anchor = run.steps[coefficients.start]
@@ -89,7 +90,7 @@ def record_of(
         warnings=warnings
         + (advice.about_path(path, left_out) if path else ())
         + advice.about_infinite(work.infinite)
-        + advice.about_nonfinite(nonfinite),
+        + advice.about_nonfinite(work.nonfinite),
         evaluation=None,
         inputs=tuple(
             Input(
@@ -101,7 +102,7 @@ def record_of(
             for checkpoint, checksum in zip(run.checkpoints, work.checksums, strict=True)
         ),
         outputs=tuple(
-            Output(out.name, run.steps[index], out, plan.files, {}, discarded.get(index))
+            Output(out.name, run.steps[index], out, plan.files, {}, work.discarded.get(index))
             for index, out in plan.outputs.items()
         ),
         bytes_read=work.bytes_read,

@@ -7,7 +7,7 @@ reading, each tile being widened once for all of them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,14 +38,21 @@ class Average:
     """One average to form: its coefficients, its dtypes, and where its bytes go.
 
     Attributes:
-        coefficients: β and α of every checkpoint.
+        coefficients: β and α of every checkpoint that it visits.
         dtypes: output dtype of every floating tensor, as a safetensors code.
-        writers: take the average as it stands after a checkpoint, by the index of that checkpoint.
+        writers: take the average as it stands after a checkpoint, by the index of that checkpoint among those.
+        places: indices of those checkpoints in the run that is read; empty: it visits all of them.
     """
 
     coefficients: Coefficients
     dtypes: Mapping[str, str]
     writers: Mapping[int, TensorWriter]
+    places: tuple[int, ...] = ()
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """Indices in the run of the checkpoints that have a part in it."""
+        return self.places[self.coefficients.start :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,36 +63,35 @@ class Replayed:
         bytes_read: how much, in this attempt.
         checksums: of the averaged tensors of each checkpoint; None where it was not read.
         nonfinite: how many elements of each average are NaN or infinite, for some of the checkpoints are.
-        infinite: tensors that hold infinities, the same in all checkpoints, by name.
+        infinite: of each average, the tensors that hold infinities, the same in all its checkpoints, by name.
         discarded: of each average, what was cut off its products; see `ReplayedProducts`.
     """
 
     bytes_read: int
     checksums: tuple[str | None, ...]
     nonfinite: tuple[int, ...]
-    infinite: tuple[str, ...] = ()
-    discarded: tuple[Mapping[int, float], ...] = ()
+    infinite: tuple[tuple[str, ...], ...]
+    discarded: tuple[Mapping[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class BlockResult:
-    """Of one finished block: its hash for each checkpoint, how much of each average is not finite for some of the
-    checkpoints are not, and how many elements are the same infinity in all.
+    """Of one finished block: its hash for each checkpoint that is read, how much of each average is not finite for some
+    of its checkpoints are not, and how many elements are the same infinity in all of them.
     """
 
     hashes: tuple[str, ...]
     nonfinite: tuple[int, ...]
-    infinite: int = 0
+    infinite: tuple[int, ...]
 
     def to_json(self) -> list[Any]:
         """The same as JSON values."""
-        return [list(self.hashes), list(self.nonfinite), self.infinite]
+        return [self.hashes, self.nonfinite, self.infinite]
 
     @classmethod
     def from_json(cls, values: list[Any]) -> BlockResult:
         """The same from such values."""
-        hashes, nonfinite, *infinite = values
-        return cls(tuple(hashes), tuple(nonfinite), *infinite)
+        return cls(*map(tuple, values))
 
 
 def replay(
@@ -98,10 +104,10 @@ def replay(
     context: Context | None = None,
     journal: PassJournal[BlockResult] | None = None,
 ) -> Replayed:
-    """Form all averages of a run in one reading.
+    """Form all averages of a run in one reading. A checkpoint that has a part in none of them is not read.
 
     Args:
-        run: the checkpoints, the anchor first.
+        run: all checkpoints that any average visits, by step.
         averages: what to form.
         products: factors that are averaged by their products; None: tensor by tensor, like all others.
         wide: accumulate in float64; float64 checkpoints always do.
@@ -115,18 +121,24 @@ def replay(
         OutputError: a writer could not take its bytes.
     """
     context = context or Context()
-    first = first_read(average.coefficients for average in averages)
-    read = run.checkpoints[first:]
+    everywhere = tuple(range(len(run.checkpoints)))
+    averages = [dataclasses.replace(each, places=each.places or everywhere) for each in averages]
+    places = sorted({place for average in averages for place in average.read})
+    read = [run.checkpoints[place] for place in places]
     paired = products.names if products is not None else frozenset()
     copied = {name: entry for name, entry in run.tensors.items() if not entry.is_floating and name not in paired}
 
     def average_worker(reader: TileReader) -> _AverageWorker:
         return _AverageWorker(
-            run, reader, averages, first=first, wide=wide, allow_nonfinite=allow_nonfinite, context=context
+            run, reader, averages, places=places, wide=wide, allow_nonfinite=allow_nonfinite, context=context
         )
 
-    written = sorted({index for average in averages for index in average.writers})
-    writers = [[average.writers[index] for average in averages if index in average.writers] for index in written]
+    by_place: dict[int, list[TensorWriter]] = {}
+    for average in averages:
+        for index, writer in average.writers.items():
+            by_place.setdefault(average.places[index], []).append(writer)
+    written = sorted(by_place)
+    writers = [by_place[place] for place in written]
 
     def copy_worker(reader: TileReader) -> _CopyWorker:
         return _CopyWorker(reader, run.tensors, writers, tile=context.tile)
@@ -136,29 +148,35 @@ def replay(
     nbytes = averaged.bytes_read
     if copied:
         quiet = dataclasses.replace(context, on_progress=None)
-        of_written = [run.checkpoints[index] for index in written]
+        of_written = [run.checkpoints[place] for place in written]
         nbytes += stream("replay", of_written, cut_blocks(copied), copy_worker, quiet).bytes_read
     hashes = [block_result.hashes for block_result in averaged.results]
-    nonfinite = [
-        sum(block_result.nonfinite[place] for block_result in averaged.results) for place in range(len(averages))
-    ]
-    infinite = sorted(
-        {block.name for block, block_result in zip(blocks, averaged.results, strict=True) if block_result.infinite}
+    numbers = range(len(averages))
+    nonfinite = tuple(sum(block_result.nonfinite[number] for block_result in averaged.results) for number in numbers)
+    by_block = list(zip(blocks, averaged.results, strict=True))
+    infinite = tuple(
+        tuple(sorted({block.name for block, block_result in by_block if block_result.infinite[number]}))
+        for number in numbers
     )
     discarded: tuple[Mapping[int, float], ...] = ({},) * len(averages)
     if products is not None:
-        of_pairs = replay_products(run, products, averages, places=range(first, len(run.checkpoints)), context=context)
+        of_pairs = replay_products(run, products, averages, places=places, context=context)
         nbytes, discarded = nbytes + of_pairs.bytes_read, of_pairs.discarded
         blocks, hashes = blocks + of_pairs.blocks, hashes + list(of_pairs.hashes)
-    of_checkpoints = (None,) * first + checksums(read, blocks, hashes)
-    return Replayed(nbytes, of_checkpoints, tuple(nonfinite), tuple(infinite), discarded)
+    of_places = dict(zip(places, checksums(read, blocks, hashes), strict=True))
+    return Replayed(nbytes, tuple(map(of_places.get, everywhere)), nonfinite, infinite, discarded)
 
 
-def check_constant(run: Run, context: Context) -> int:
+def check_constant(run: Run, selections: Collection[tuple[int, ...]], context: Context) -> int:
     """Compare all bytes of the tensors that can only be copied; how many bytes were read.
 
+    Args:
+        run: the checkpoints.
+        selections: indices of those that must hold the same, of each average.
+        context: how the pass runs.
+
     Raises:
-        UnsupportedFormatError: one is not the same in all checkpoints.
+        UnsupportedFormatError: one is not the same in all checkpoints of an average.
     """
     entries = {name: entry for name, entry in run.tensors.items() if entry.must_be_constant and not entry.kept}
 
@@ -166,10 +184,14 @@ def check_constant(run: Run, context: Context) -> int:
         def compare(block: Block) -> None:
             item = entries[block.name].item_bytes
             for start, stop in block.tiles(context.tile):
-                last = reader.raw(len(run.checkpoints) - 1, block.name, start * item, stop * item).clone()
-                for index, checkpoint in enumerate(run.checkpoints[:-1]):
-                    if not torch.equal(reader.raw(index, block.name, start * item, stop * item), last):
-                        raise not_constant(block.name, checkpoint, run.last)
+                lasts = {
+                    last: reader.raw(last, block.name, start * item, stop * item).clone()
+                    for last in {places[-1] for places in selections}
+                }
+                for index, checkpoint in enumerate(run.checkpoints):
+                    for last in {places[-1] for places in selections if index in places[:-1]}:
+                        if not torch.equal(reader.raw(index, block.name, start * item, stop * item), lasts[last]):
+                            raise not_constant(block.name, checkpoint, run.checkpoints[last])
 
         return compare
 
@@ -195,18 +217,25 @@ class _AverageWorker:
         reader: TileReader,
         averages: Sequence[Average],
         *,
-        first: int,
+        places: Sequence[int],
         wide: bool,
         allow_nonfinite: bool,
         context: Context,
     ) -> None:
         self._allow_nonfinite = allow_nonfinite
         self._nonfinite = [0] * len(averages)
-        self._infinite = 0
+        self._infinite = [0] * len(averages)
         self._run = run
         self._reader = reader
         self._averages = averages
-        self._first = first
+        at = {place: number for number, place in enumerate(places)}
+        # By average: at which places among those that are read its checkpoints are, from that on with which it begins.
+        self._read = [tuple(at[place] for place in average.read) for average in averages]
+        # By such a place: the averages that take the checkpoint in, and which of theirs it is.
+        self._takers = [
+            [(number, average.places.index(place)) for number, average in enumerate(averages) if place in average.read]
+            for place in places
+        ]
         self._wide = wide
         self._tile = context.tile
         self._device = context.device
@@ -216,42 +245,46 @@ class _AverageWorker:
         size = context.tile * _widest(averages)
         self._out = torch.empty(size, dtype=torch.uint8, pin_memory=context.device != "cpu")
         # β = 1 forgets all that was before, NaN and infinity included; elsewhere they last to the end.
-        self._forgets = not allow_nonfinite and any(
-            1.0 in betas
-            for average in averages
+        self._forgetful = {
+            read
+            for read, average in zip(self._read, averages, strict=True)
             for betas in (average.coefficients.betas, *average.coefficients.tensor_betas.values())
-        )
+            if 1.0 in betas and not allow_nonfinite
+        }
 
     def __call__(self, block: Block) -> BlockResult:
         buffer, states = self._workspace(self._accumulate_dtype(block.name))
         sums = self._reader.sum_up(block)
         for state in states:
             state.set_tensor(block.name)
-        self._nonfinite, self._infinite = [0] * len(self._averages), 0
+        self._nonfinite, self._infinite = [0] * len(self._averages), [0] * len(self._averages)
         for start, stop in block.tiles(self._tile):
             self._average_tile(block.name, start, stop, buffer[: stop - start], states)
-        return BlockResult(sums.hashes(), tuple(self._nonfinite), self._infinite)
+        return BlockResult(sums.hashes(), tuple(self._nonfinite), tuple(self._infinite))
 
     def _average_tile(self, name: str, start: int, stop: int, theta: Tensor, states: Sequence[State]) -> None:
-        last = len(self._run.checkpoints) - 1
         sums: list[Tensor] = []
-        zeros = _NegativeZeros({average.coefficients.start for average in self._averages})
-        for index in range(self._first, last + 1):
-            self._reader.load(index - self._first, name, start, theta)
-            zeros.take(index, theta)
-            if self._forgets:
+        zeros = {read: _NegativeZeros() for read in self._read}
+        for place, takers in enumerate(self._takers):
+            self._reader.load(place, name, start, theta)
+            for read, of_read in zeros.items():
+                if place in read:
+                    of_read.take(theta)
+            if self._forgetful:
                 sums.append(theta.sum())  # looked at once a tile: a look waits for a GPU to come that far
-            for place, (state, average) in enumerate(zip(states, self._averages, strict=True)):
+            for number, index in takers:
+                state = states[number]
                 state.take(index, theta)
-                if index in average.writers:
-                    result = zeros.kept_in(state.output(index, theta), average.coefficients.start)
-                    count = self._hand_on(average, index, name, start, result)
-                    self._nonfinite[place] += count if index == last else 0
+                if index in self._averages[number].writers:
+                    result = zeros[self._read[number]].kept_in(state.output(index, theta))
+                    self._hand_on(number, index, name, start, result)
         if sums and not bool(torch.isfinite(torch.stack(sums)).all()):
-            self._reader.refuse_nonfinite(name, start, stop)
+            for read in self._forgetful:
+                self._reader.refuse_nonfinite(name, start, stop, read)
 
-    def _hand_on(self, average: Average, index: int, name: str, start: int, result: Tensor) -> int:
-        """Round a finished tile and hand it on; how many of its elements are not finite, for checkpoints are not."""
+    def _hand_on(self, number: int, index: int, name: str, start: int, result: Tensor) -> None:
+        """Round a finished tile of average `number` and hand it on."""
+        average = self._averages[number]
         dtype = TORCH_DTYPES[average.dtypes[name]]
         stored = self._out[: result.numel() * dtype.itemsize]
         rounded = stored.view(dtype)
@@ -259,38 +292,39 @@ class _AverageWorker:
             round_into(result, rounded)
         else:  # rounded first: fewer bytes come back, and by themselves
             rounded.copy_(round_into(result, torch.empty_like(result, dtype=dtype)))
-        count = 0 if all_finite(rounded) else self._put_right(average, index, name, start, result.cpu(), rounded)
+        if not all_finite(rounded):
+            self._put_right(number, index, name, start, result.cpu(), rounded)
         average.writers[index].put(name, start * dtype.itemsize, stored)
-        return count
 
-    def _put_right(self, average: Average, index: int, name: str, start: int, result: Tensor, rounded: Tensor) -> int:
+    def _put_right(self, number: int, index: int, name: str, start: int, result: Tensor, rounded: Tensor) -> None:
         """Form again what is not finite in a tile, with more room; keep what is the same infinity in all checkpoints.
         Refuse what is not finite then, or count it where that is allowed.
         """
-        stop = start + result.numel()
+        average, stop = self._averages[number], start + result.numel()
         if not self._allow_nonfinite:
-            self._reader.refuse_nonfinite(name, start, stop)
-        same = self._reader.same_infinities(name, start, stop, since=average.coefficients.start - self._first)
-        again = self._formed_again(average, index, name, start, same)
+            self._reader.refuse_nonfinite(name, start, stop, self._read[number])
+        same = self._reader.same_infinities(name, start, stop, self._read[number])
+        again = self._formed_again(number, index, name, start, same)
         result = torch.where(torch.isfinite(result), result.double(), again)
         round_into(result, rounded)
         kept, finite = torch.isfinite(rounded), torch.isfinite(result)
         is_too_large = bool((finite & ~kept).any()) or not (self._allow_nonfinite or bool((finite | (same != 0)).all()))
         if is_too_large:
             raise too_large(name, average.dtypes[name])
-        if index == len(self._run.checkpoints) - 1:
-            self._infinite += int((same != 0).sum())
-        return int((~kept & (same == 0)).sum())
+        if index == len(average.places) - 1:
+            self._infinite[number] += int((same != 0).sum())
+            self._nonfinite[number] += int((~kept & (same == 0)).sum())
 
-    def _formed_again(self, average: Average, index: int, name: str, start: int, same: Tensor) -> Tensor:
+    def _formed_again(self, number: int, index: int, name: str, start: int, same: Tensor) -> Tensor:
         """(n,) a tile of an average in float64, a part of its size while it is formed, so that nothing overflows."""
         part = 2.0**-64 if self._run.is_wide(name) else 1.0
         theta = torch.empty_like(same)
-        state = RULES[average.coefficients.rule](average.coefficients, torch.empty_like(same))
+        coefficients = self._averages[number].coefficients
+        state = RULES[coefficients.rule](coefficients, torch.empty_like(same))
         state.set_tensor(name)
-        for place in range(average.coefficients.start, index + 1):
-            self._reader.load(place - self._first, name, start, theta)
-            state.take(place, theta.masked_fill_(same != 0, 0.0).mul_(part))
+        for own in range(coefficients.start, index + 1):
+            self._reader.load(self._read[number][own - coefficients.start], name, start, theta)
+            state.take(own, theta.masked_fill_(same != 0, 0.0).mul_(part))
         return torch.where(same != 0, same, state.output(index, theta) / part)
 
     def _accumulate_dtype(self, name: str) -> torch.dtype:
@@ -305,31 +339,27 @@ class _AverageWorker:
 
 
 class _NegativeZeros:
-    """Elements of a tile that are −0 in all checkpoints: a difference added to −0 is 0, and they would not stay so.
+    """Elements of a tile that are −0 in all checkpoints: a difference added to −0 is 0, and they would not stay so."""
 
-    Args:
-        starts: indices of checkpoints from which they are looked for.
-    """
+    def __init__(self) -> None:
+        self._found: Tensor | None = None
+        self._is_begun = False
 
-    def __init__(self, starts: Set[int]) -> None:
-        self._starts = starts
-        self._found: dict[int, Tensor] = {}
-
-    def take(self, index: int, theta: Tensor) -> None:
-        """Take in checkpoint `index`; they come in order."""
-        if not (self._found or index in self._starts):
+    def take(self, theta: Tensor) -> None:
+        """Take in the next checkpoint."""
+        if self._is_begun and self._found is None:
             return
         bits = theta.view(torch.int64 if theta.dtype == torch.float64 else torch.int32)
         least = torch.iinfo(bits.dtype).min
-        for found in self._found.values():
-            found &= bits == least
-        # A look at a GPU would wait for it.
-        if index in self._starts and (theta.device.type != "cpu" or int(bits.amin()) == least):
-            self._found[index] = bits == least
+        if self._found is not None:
+            self._found &= bits == least
+        elif theta.device.type != "cpu" or int(bits.amin()) == least:  # a look at a GPU would wait for it
+            self._found = bits == least
+        self._is_begun = True
 
-    def kept_in(self, result: Tensor, start: int) -> Tensor:
-        """A tile of an average that began at `start`, with those put right."""
-        return result.masked_fill_(self._found[start], -0.0) if start in self._found else result
+    def kept_in(self, result: Tensor) -> Tensor:
+        """A tile of an average of those checkpoints, with those elements put right."""
+        return result if self._found is None else result.masked_fill_(self._found, -0.0)
 
 
 class _CopyWorker:
@@ -355,11 +385,6 @@ class _CopyWorker:
                 stored = self._reader.raw(index, block.name, start * item, stop * item)
                 for writer in writers:
                     writer.put(block.name, start * item, stored)
-
-
-def first_read(coefficients: Iterable[Coefficients]) -> int:
-    """Index of the first checkpoint that any of the averages takes in."""
-    return min(each.start for each in coefficients)
 
 
 def _widest(averages: Sequence[Average]) -> int:

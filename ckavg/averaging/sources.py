@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ckavg.checkpoints.inspect import Inspection, as_run, inspect_run
+from ckavg.checkpoints.inspect import Inspection, as_run, inspect_runs
 from ckavg.checkpoints.layouts import label_revisions, read_label
 from ckavg.checkpoints.run import Checkpoint, Run, Selection
 from ckavg.errors import MissingShardError, MixedOrderError, NoCheckpointsError, SettingError, listed
@@ -94,10 +94,23 @@ def inspect_source(source: AnyPath | str, selection: Selection, *, max_disk: int
         selection: what is chosen of it.
 
     Raises:
+        CkavgError: as of `inspect_sources`.
+    """
+    return inspect_sources(source, [selection], max_disk=max_disk)[0]
+
+
+def inspect_sources(
+    source: AnyPath | str, selections: Sequence[Selection], *, max_disk: int | str | None = None
+) -> list[Inspection]:
+    """The same by several selections, which differ in `every`, `every_from`, `from_step`, `to_step` and `last` alone.
+
+    What lies in the source is looked at once for all of them.
+
+    Raises:
         HubError: the Hub refused, or cannot be reached.
         NoCheckpointsError, MixedOrderError, ReadError, SettingError: there is nothing to inspect.
     """
-    address = address_of(str(source))
+    address, selection = address_of(str(source)), selections[0]
     base = None if selection.init is None else address_of(str(selection.init))
     if selection.revisions and (address is None or not address.is_hub):
         raise SettingError(
@@ -119,18 +132,19 @@ def inspect_source(source: AnyPath | str, selection: Selection, *, max_disk: int
     if base is not None:
         if base.revision is not None and is_pattern(base.revision):
             raise SettingError(f"--init {base} may be several revisions.", hint="Name one: hf://owner/name@REVISION")
-        selection = dataclasses.replace(selection, init=open_storage(base, max_disk=limit).root)
+        root = open_storage(base, max_disk=limit).root
+        selections = [dataclasses.replace(each, init=root) for each in selections]
     try:
-        found = inspect_run(place, selection)
+        found = inspect_runs(place, selections)
     except NoCheckpointsError as error:
         if address is not None and address.is_hub:
             error.hint = _revisions_to_try(address) or error.hint
         raise
-    remote = storages_of([found.source, *(checkpoint.path for checkpoint in found.checkpoints)])
-    for problem in found.problems:
+    remote = storages_of([place, *(checkpoint.path for each in found for checkpoint in each.checkpoints)])
+    for problem in (problem for each in found for problem in each.problems):
         if isinstance(problem, MissingShardError) and any(each.is_offline for each in remote):
             problem.hint = f"It is not in the cache, or not all of it. {GO_ONLINE}"
-    return dataclasses.replace(found, warnings=(*told, *found.warnings, *_alike(found.checkpoints)))
+    return [dataclasses.replace(each, warnings=(*told, *each.warnings, *_alike(each.checkpoints))) for each in found]
 
 
 def _check_here(named: Path) -> None:

@@ -78,9 +78,22 @@ def inspect_run(source: AnyPath, selection: Selection) -> Inspection:
     Raises:
         NoCheckpointsError, MixedOrderError, ReadError, SettingError: there is nothing to inspect.
     """
-    found = scan(source, match=selection.match)
-    loader = Loader(found, selection)
-    loader.load()
+    return inspect_runs(source, [selection])[0]
+
+
+def inspect_runs(source: AnyPath, selections: Sequence[Selection]) -> list[Inspection]:
+    """The same by several selections with one `match`; what lies in the source is looked at once.
+
+    Raises:
+        CkavgError: as of `inspect_run`.
+    """
+    found = scan(source, match=selections[0].match)
+    loader = Loader(found)
+    return [_inspected(found, loader, selection) for selection in selections]
+
+
+def _inspected(found: Scan, loader: Loader, selection: Selection) -> Inspection:
+    loader.load(selection)
     candidates, checkpoints = loader.candidates, loader.checkpoints
     with_init = selection.init is not None
     of_several = several_runs(candidates) or several_named_runs(checkpoints[with_init:])

@@ -82,15 +82,25 @@ def select_steps(steps: Sequence[int], selection: Selection) -> list[int]:
 class Loader:
     """Chooses checkpoints and reads them; chooses again, where some turned out to be incomplete."""
 
-    def __init__(self, found: Scan, selection: Selection) -> None:
+    def __init__(self, found: Scan) -> None:
         self._found = found
-        self._selection = selection
         self._read: dict[tuple[AnyPath, int], Checkpoint | CkavgError] = {}
         self._table: Mapping[str, TensorInfo] = {}
+
+    def load(self, selection: Selection) -> None:
+        """Choose among what is not known to be incomplete, and read it, until all that is chosen is complete.
+
+        What an earlier selection has read is not read again.
+        """
+        self._selection = selection
         self._incomplete: dict[AnyPath, CkavgError] = {}
         self.candidates: list[Candidate] = []
         self.checkpoints: list[Checkpoint] = []
         self.problems: list[CkavgError] = []
+        while True:
+            self._load_chosen()
+            if not any(candidate.path in self._incomplete for candidate in self.candidates):
+                return
 
     @property
     def warnings(self) -> list[str]:
@@ -100,13 +110,6 @@ class Loader:
             first = why.errors[0] if isinstance(why, CombinedError) else why
             told.append(f"{path.name} is incomplete and left out: {first.message}")
         return told
-
-    def load(self) -> None:
-        """Choose among what is not known to be incomplete, and read it, until all that is chosen is complete."""
-        while True:
-            self._load_chosen()
-            if not any(candidate.path in self._incomplete for candidate in self.candidates):
-                return
 
     def _load_chosen(self) -> None:
         complete = [candidate for candidate in self._found.candidates if candidate.path not in self._incomplete]

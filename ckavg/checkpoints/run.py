@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -245,6 +246,33 @@ class Selection:
         stated = {name: value for name, (value, default) in values.items() if value != default}
         stated |= {} if self.init is None else {"init": str(self.init)}
         return stated | ({"steps": ",".join(map(str, self.steps))} if self.steps else {})
+
+    @property
+    def label(self) -> str:
+        """What tells it from others in the name of a result; empty where everything is chosen.
+
+        >>> Selection(every=100, from_step=400).label, Selection(steps=(100, 300), match="run a*").label
+        ('every100-from-step400', 'match-run-a-a6584b-steps100-300')
+        """
+        parts = ["init"] if self.init is not None else []
+        parts += [f"init-step{self.init_step}"] if self.init_step else []
+        parts += [f"match-{_short(self.match)}"] if self.match is not None else []
+        named = {"steps": self.steps, "skip-step": self.skip_step}
+        parts += [f"{name}{_short('-'.join(map(str, steps)))}" for name, steps in named.items() if steps]
+        ranges = {"every": self.every, "from-step": self.from_step, "to-step": self.to_step, "last": self.last}
+        return "-".join([*parts, *(f"{name}{value}" for name, value in ranges.items() if value is not None)])
+
+
+_LONGEST = 24
+_UNSAFE = re.compile(r"[^A-Za-z0-9._]+")
+
+
+def _short(text: str) -> str:
+    """A text as part of a file name; where that is not the text itself, some of its hash goes with it."""
+    safe = _UNSAFE.sub("-", text)[:_LONGEST].strip("-.")
+    if safe == text:
+        return text
+    return "-".join(filter(None, [safe, hashlib.sha256(text.encode()).hexdigest()[:6]]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +12,10 @@ import typer
 from rich.filesize import decimal
 
 from ckavg.averaging.pipeline import Done, carry_out
-from ckavg.averaging.plan import Options, Plan, checked, fetching_of, memory_bytes, output_path, plan_averages
-from ckavg.averaging.sources import inspect_source
-from ckavg.checkpoints.run import Run
+from ckavg.averaging.plan import Options, Plan, checked, output_path, plan_averages
+from ckavg.averaging.reading import fetching_of, memory_bytes, readings
+from ckavg.averaging.sources import inspect_sources
+from ckavg.checkpoints.run import Run, Selection
 from ckavg.cli.errors import distributed, interrupted_with
 from ckavg.cli.evaluation import Evaluated, criterion_from, evaluate_all, print_curves, shown_value, write_curves
 from ckavg.cli.options import Averaging, Command, Measuring, with_options
@@ -21,7 +23,7 @@ from ckavg.cli.push import destination_of, print_pushed, push_shown, when_comple
 from ckavg.cli.text import Output, as_count, print_json, say, show_progress, table_by_step, warn_of
 from ckavg.engine.context import Context
 from ckavg.engine.distributed import Ranks
-from ckavg.errors import printable
+from ckavg.errors import listed, printable
 from ckavg.hub import Destination, check_access
 from ckavg.output.card import products_shown
 from ckavg.output.commands import load_command
@@ -62,8 +64,15 @@ def _option(parameter: Parameter) -> Any:
 
 def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
     criterion = criterion_from(options)
-    destination = destination_of(options)
-    plans = plans_of([scheme], options, ranks, destination, lambda home: [output_path(home, scheme, options.out)])
+    destination, selection = destination_of(options), options.selection(scheme.every_from)
+    asked = [Asked(scheme, selection)]
+    plans = plans_of(
+        asked,
+        options,
+        ranks,
+        destination,
+        lambda home: [output_path(home, scheme, selection, options.out, options.lora, options.rank)],
+    )
     if options.dry_run:
         show_plans(plans, options)
         return
@@ -90,8 +99,17 @@ def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
         evaluated.check()
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """An average that a command line asks for, and with which of its words, where there are several."""
+
+    scheme: Scheme
+    selection: Selection
+    word: str = ""
+
+
 def plans_of(
-    schemes: Sequence[Scheme],
+    asked: Sequence[Asked],
     options: Averaging,
     ranks: Ranks,
     destination: Destination | None,
@@ -100,29 +118,54 @@ def plans_of(
     """Plan averages by the options of their verb, and warn of what can be told before anything is read.
 
     Args:
-        schemes: how to average; all of them begin at one burn-in where there is `--every`.
+        asked: the averages.
         options: of the verb.
         ranks: the processes of the job.
         destination: where a result is uploaded; whether that will be let in is found out, before hours of reading.
         paths_in: from the home of the run to the place of each result.
     """
-    found = inspect_source(options.source, options.selection(schemes[0].every_from), max_disk=options.max_disk)
-    places = paths_in(found.home)
-    run = checked(found, places, force=options.force)
-    check_plot(options, run)
-    if options.csv is not None:
-        check_file(options.csv, run)
+    words: dict[Selection, list[str]] = {}
+    for each in asked:
+        words.setdefault(each.selection, []).append(each.word)
+    found = inspect_sources(options.source, list(words), max_disk=options.max_disk)
+    places = paths_in(found[0].home)
+    runs = checked(found, places, words=[listed(some) for some in words.values()], force=options.force)
+    for run in runs:
+        check_plot(options, run)
+        if options.csv is not None:
+            check_file(options.csv, run)
+    by_selection = dict(zip(words, runs, strict=True))
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
     given["path_exclude"] = tuple(options.path_exclude or ())
-    plans = plan_averages(run, list(zip(schemes, places, strict=True)), Options(**given))
-    warn_of(warning for plan in plans for warning in plan.warnings)
+    wanted = [(by_selection[each.selection], each.scheme, place) for each, place in zip(asked, places, strict=True)]
+    plans = plan_averages(wanted, Options(**given))
+    warn_of(attributed([(plan, plan.warnings) for plan in plans]))
     for directory in {place.parent: None for place in places}:
         warn_of(map(str, find_leftovers(directory, but=places)))
     if destination is not None and ranks.is_first:
         check_access(destination, plans[0].files)
     if options.dry_run:
-        warn_of(warning for plan in plans for warning in plan.foreseen)
+        warn_of(attributed([(plan, plan.foreseen) for plan in plans]))
     return plans
+
+
+def attributed(told: Sequence[tuple[Plan, Sequence[str]]]) -> list[str]:
+    """Warnings of several averages, each once; where the averages are of several selections, and it is said of one
+    selection alone, with what tells that: the name of the result or, of several results, the selection.
+    """
+    owners: dict[str, list[Plan]] = {}
+    for plan, warnings in told:
+        for warning in dict.fromkeys(warnings):
+            owners.setdefault(warning, []).append(plan)
+    shown = []
+    for warning, plans in owners.items():
+        ours, all_of_them = ({plan.run.selection for plan in some} for some in (plans, [plan for plan, _ in told]))
+        if len(ours) == 1 < len(all_of_them):
+            name = plans[0].out.name if len(plans) == 1 else plans[0].run.selection.label or "all checkpoints"
+            shown.append(f"{name}: {warning}")
+        else:
+            shown.append(warning)
+    return shown
 
 
 def carry_out_shown(plans: Sequence[Plan], options: Averaging, ranks: Ranks) -> Done:
@@ -130,7 +173,7 @@ def carry_out_shown(plans: Sequence[Plan], options: Averaging, ranks: Ranks) -> 
     quiet = options.quiet or not ranks.is_first
     fetching = fetching_of(plans)
     say_fetching(fetching, quiet=quiet)
-    passes = 2 if any(plan.path_bytes for plan in plans) else 1
+    passes = sum(2 if reading.path_bytes else 1 for reading in readings(plans))
     passes += fetching is not None and bool(fetching.whole)
     with show_progress(passes, quiet=quiet) as on_progress:
         return carry_out(plans, Context(device=options.device, on_progress=on_progress, ranks=ranks))
@@ -138,8 +181,10 @@ def carry_out_shown(plans: Sequence[Plan], options: Averaging, ranks: Ranks) -> 
 
 def new_warnings(done: Done, plans: Sequence[Plan]) -> list[str]:
     """What results warn of beside what was said when they were planned."""
-    said = {warning for plan in plans for warning in plan.warnings}
-    return [warning for record in done.records for warning in record.warnings if warning not in said]
+    told = []
+    for plan, record in zip(plans, done.records, strict=True):
+        told.append((plan, [warning for warning in record.warnings if warning not in plan.warnings]))
+    return attributed(told)
 
 
 def check_plot(options: Measuring, run: Run) -> None:
@@ -156,7 +201,9 @@ def write_plot(done: Done, options: Averaging, evaluated: Evaluated) -> None:
     if options.plot is not None:
         from ckavg.output.plots import averages_figure, save_figure
 
-        save_figure(averages_figure(done.records, done.path, evaluated.curves), options.plot)
+        paths = {path.steps: path for path in done.paths if path is not None}
+        path = paths.popitem()[1] if len(paths) == 1 else None
+        save_figure(averages_figure(done.records, path, evaluated.curves), options.plot)
 
 
 def say_fetching(fetching: Fetching | None, *, quiet: bool) -> None:
@@ -186,7 +233,13 @@ def show_plans(plans: Sequence[Plan], options: Averaging, *, of_sweep: bool = Fa
         return
     fetching = fetching_of(plans)
     as_dicts = [plan_to_dict(plan, fetching) for plan in plans]
-    print_json({"dry_run": True, "averages": as_dicts} if of_sweep else as_dicts[0])
+    whole = {
+        "dry_run": True,
+        "bytes_to_read": sum(reading.path_bytes + reading.replay_bytes for reading in readings(plans)),
+        "memory_bytes": memory_bytes(plans),
+        "averages": as_dicts,
+    }
+    print_json(whole if of_sweep else as_dicts[0])
 
 
 def plan_to_dict(plan: Plan, fetching: Fetching | None) -> dict[str, Any]:
@@ -217,11 +270,12 @@ def plan_to_dict(plan: Plan, fetching: Fetching | None) -> dict[str, Any]:
 
 def print_plans(plans: Sequence[Plan]) -> None:
     """Print what would be read and written."""
-    out, plan = Output(), plans[0]
-    steps = f"{len(plan.run.steps)} checkpoints, steps {plan.run.steps[0]} to {plan.run.steps[-1]}"
+    out, plan, together = Output(), plans[0], readings(plans)
+    visited = sorted({step for each in plans for step in each.run.steps})
+    steps = f"{len(visited)} checkpoints, steps {visited[0]} to {visited[-1]}"
     title = plan.scheme.title if len(plans) == 1 else f"{len(plans)} averages from one reading"
     out.line(f"{title}: {steps}", style="bold")
-    path_bytes, replay_bytes = max(each.path_bytes for each in plans), max(each.replay_bytes for each in plans)
+    path_bytes, replay_bytes = sum(each.path_bytes for each in together), sum(each.replay_bytes for each in together)
     if any(each.path for each in plans):
         cached = "nothing in pass 1: the path is cached"
         out.line(f"would read   {f'{decimal(path_bytes)} in pass 1, the path' if path_bytes else cached}")
@@ -271,4 +325,4 @@ def path_shown(result: Record) -> str:
     length = f"path length ℓ(T) = {lengths[-1]:.4f}"
     if errors is not None:
         return f"{length} ± {errors[-1]:.4f}, from a sample of {100 * result.sample:g} %"
-    return f"{length}, cached" if result.seconds.path == 0 else length
+    return f"{length}, cached" if result.path_kernel is None else length

@@ -182,7 +182,8 @@ def _jobs(
         yield dataclasses.replace(output_job(series, record.output, record.output.name), is_result=True)
     if not with_run:
         return
-    for point in plans[0].run.checkpoints:
+    visited = {(point.step, point.path): point for plan in plans for point in plan.run.checkpoints}
+    for point in sorted(visited.values(), key=lambda point: point.step):
         directory = None if isinstance(point.path, RemotePath) or point.kind == "file" else Path(point.path)
         yield _Job(f"step {point.step} of the run", directory, cache.key_of_checkpoint(point), -1, point.step)
     for series, record in enumerate(results):

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ckavg.averaging.advice import about_anchor, about_path
 from ckavg.averaging.pipeline import measure_path
-from ckavg.averaging.plan import fetching_of_path
+from ckavg.averaging.reading import fetching_of_path
 from ckavg.averaging.record import left_out_of_path
 from ckavg.averaging.sources import inspect_source
 from ckavg.checkpoints.inspect import as_run

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.filesize import decimal
 
-from ckavg.cli.average import carry_out_shown, new_warnings, path_shown, plans_of, show_plans, write_plot
+from ckavg.averaging.plan import result_name
+from ckavg.cli.average import Asked, carry_out_shown, new_warnings, path_shown, plans_of, show_plans, write_plot
 from ckavg.cli.errors import distributed, interrupted_with
 from ckavg.cli.evaluation import (
     Evaluated,
@@ -29,8 +31,8 @@ from ckavg.engine.distributed import Ranks
 from ckavg.errors import SettingError, listed, printable
 from ckavg.hub import Destination, continued
 from ckavg.output.output_path import path_within
-from ckavg.schemes import Scheme
-from ckavg.schemes.parse import is_scheme, parse_schemes
+from ckavg.output.record import Record
+from ckavg.schemes.parse import Word, is_scheme, parse_words
 
 _MOST_BARS = 60
 """Checkpoints whose weights are drawn in a column of the table."""
@@ -44,7 +46,7 @@ class Sweeping(Averaging):
         list[str],
         typer.Argument(
             metavar="[SOURCE] SCHEME...",
-            help="Schemes with values to try, such as pema:gamma=0.1,0.15 bema:eta=0.2 mean.",
+            help="Schemes with values to try, such as pema:gamma=0.1,0.15,every=50,100 mean:last=10.",
         ),
     ] = dataclasses.field(kw_only=True)
 
@@ -62,28 +64,31 @@ def sweep(options: Sweeping) -> None:
             options = dataclasses.replace(options, source=Path(words.pop(0)))
         if not words:
             raise SettingError("sweep: no scheme is named.", hint="For example: ckavg sweep . pema:gamma=0.1,0.15 mean")
-        _average_all(parse_schemes(words), options, ranks)
+        _average_all([_asked(word, options) for word in parse_words(words)], options, ranks)
 
 
-def _average_all(schemes: tuple[Scheme, ...], options: Sweeping, ranks: Ranks) -> None:
+def _asked(word: Word, options: Sweeping) -> Asked:
+    """What a word asks for; its selection takes the place of the options."""
+    options = dataclasses.replace(options, **dict[str, Any](word.selection))
+    return Asked(word.scheme, options.selection(word.scheme.every_from), word.text)
+
+
+def _average_all(asked: list[Asked], options: Sweeping, ranks: Ranks) -> None:
     criterion = criterion_from(options)
     destination = destination_of(options)
-    if destination is not None and criterion is None and len(schemes) > 1:
+    if destination is not None and criterion is None and len(asked) > 1:
         raise SettingError(
             "sweep: --push-to-hub uploads one average, and nothing tells which of them.",
             hint="Add --eval COMMAND for the best of them; or choose by yourself, with: ckavg push DIR REPO",
         )
-    if options.every and len({scheme.every_from for scheme in schemes}) > 1:
-        raise SettingError(
-            "sweep: with --every, all averages must begin at one burn-in, for updates are counted from it.",
-            hint="Sweep each burn-in by itself.",
-        )
 
     def paths_in(home: Path) -> list[Path]:
         base = options.out if options.out is not None else path_within(home, "averaged")
-        return [path_within(base, scheme.label) for scheme in schemes]
+        return [
+            path_within(base, result_name(each.scheme, each.selection, options.lora, options.rank)) for each in asked
+        ]
 
-    plans = plans_of(schemes, options, ranks, destination, paths_in)
+    plans = plans_of(asked, options, ranks, destination, paths_in)
     if options.dry_run:
         show_plans(plans, options, of_sweep=True)
         return
@@ -127,22 +132,46 @@ def print_results(evaluated: Evaluated) -> None:
     results, criterion = evaluated.records, evaluated.criterion
     best = None if evaluated.ranking is None else evaluated.ranking.best
     out, first = Output(), results[0]
-    steps = f"steps {first.steps[0]} to {first.steps[-1]}"
-    out.line(f"{len(results)} averages of {len(first.steps)} checkpoints, {steps}", style="bold")
-    measured = next((record for record in results if record.path_length), None)
-    if measured is not None:
+    visited = sorted({step for record in results for step in record.steps})
+    out.line(
+        f"{len(results)} averages of {len(visited)} checkpoints, steps {visited[0]} to {visited[-1]}", style="bold"
+    )
+    groups: dict[str, list[int]] = {}
+    for place, record in enumerate(results):
+        groups.setdefault(record.chosen, []).append(place)
+    if len(groups) == 1 and (measured := _measured(results)) is not None:
         out.line(path_shown(measured))
     out.line()
+    weights = "weights, first to last" if len(groups) == 1 else "weights by step"
     shown = () if criterion is None else (printable(criterion.metric or "eval"), " ")
-    columns = ("average", "weights, first to last", "first", "last", "least", *shown)
-    table = plain_table(*columns, left=("average", "weights, first to last", " "))
-    for place, (record, mark) in enumerate(zip(results, marks(evaluated), strict=True)):
-        weights = record.weights
-        bars = sparkline(weights) if len(weights) <= _MOST_BARS else ""
-        cells = [f"{weight:.4f}" for weight in (weights[0], weights[-1], min(weights))]
-        cells += [shown_value(record.evaluation), mark] if shown else []
-        table.add_row(quoted(record.outputs[-1].name), bars, *cells, style="bold" if place == best else "")
+    columns = ("average", weights, "first", "last", "least", *shown)
+    table, of_results = plain_table(*columns, left=("average", weights, " ")), marks(evaluated)
+    for chosen, places in groups.items():
+        if len(groups) > 1:
+            group = [results[place] for place in places]
+            measured = _measured(group)
+            path = f", {path_shown(measured)}" if measured is not None else ""
+            table.add_row(chosen, f"{len(group[0].steps)} checkpoints{path}", *[""] * (len(columns) - 2), style="bold")
+        for place in places:
+            record = results[place]
+            name = record.output.name if len(groups) == 1 else f"  {record.to_scheme().label}"
+            cells = [f"{weight:.4f}" for weight in (record.weights[0], record.weights[-1], min(record.weights))]
+            cells += [shown_value(record.evaluation), of_results[place]] if shown else []
+            table.add_row(quoted(name), _bars(record, visited), *cells, style="bold" if place == best else "")
     out.print(table)
     out.line()
     out.line(f"read     {decimal(first.bytes_read)} in {first.seconds.total:.1f} s")
     out.line(f"results  {first.directory.parent}" if best is None else f"best     {results[best].directory}")
+
+
+def _measured(results: Sequence[Record]) -> Record | None:
+    """The first that has a path length."""
+    return next((record for record in results if record.path_length), None)
+
+
+def _bars(record: Record, visited: Sequence[int]) -> str:
+    """Its weights against the steps that any average visits; a dot where it passes one over."""
+    if len(visited) > _MOST_BARS:
+        return ""
+    bars = dict(zip(record.steps, sparkline(record.weights), strict=True))
+    return "".join(bars.get(step, "·") for step in visited)

@@ -48,7 +48,7 @@ class TileReader:
         self._raw = torch.empty(tile * 8, dtype=torch.uint8)
         self._bytes = self._raw.numpy().data
         self._on_miss: Callable[[], None] = lambda: None
-        self._first: tuple[str, float] | None = None
+        self._first: dict[tuple[str, int], float] = {}
         self._peeked = 0
 
     @property
@@ -137,54 +137,56 @@ class TileReader:
         on_miss, self._on_miss = self._on_miss, lambda: None
         on_miss()
 
-    def first_finite(self, name: str) -> float:
-        """The first finite element of a tensor in the first checkpoint, or 0; read once while the tensor is the same.
+    def first_finite(self, name: str, index: int = 0) -> float:
+        """The first finite element of a tensor in checkpoint `index`, or 0; read once while the tensor is the same.
 
         It is not counted in `bytes_read`: how many threads need it for the same tensor is chance.
 
         Raises:
             TruncatedShardError, ReadError: the bytes are not there.
         """
-        if self._first is None or self._first[0] != name:
-            before, numel = self._files.bytes_read, self._checkpoints[0].entries[name].numel
+        if (name, index) not in self._first:
+            before, numel = self._files.bytes_read, self._checkpoints[index].entries[name].numel
             found, start, stop = torch.empty(0), 0, 1
             while not len(found) and start < numel:
                 values = torch.empty(stop - start, dtype=torch.float64)
-                self.load(0, name, start, values)
+                self.load(index, name, start, values)
                 found = values[torch.isfinite(values)]
                 start, stop = stop, min(stop - stop % CHUNK + CHUNK, numel)
             self._peeked += self._files.bytes_read - before
-            self._first = name, float(found[0]) if len(found) else 0.0
-        return self._first[1]
+            self._first = {key: value for key, value in self._first.items() if key[0] == name}
+            self._first[name, index] = float(found[0]) if len(found) else 0.0
+        return self._first[name, index]
 
-    def same_infinities(self, name: str, start: int, stop: int, *, since: int = 0) -> Tensor:
+    def same_infinities(self, name: str, start: int, stop: int, indices: Sequence[int]) -> Tensor:
         """Elements `start` to `stop` of a tensor that are the same infinity in all checkpoints: (n,) float64, else 0.
 
         Args:
             name, start, stop: which elements.
-            since: index of the first checkpoint that counts.
+            indices: of the checkpoints that count; at least one.
         """
         values, same = (torch.empty(stop - start, dtype=torch.float64) for _ in range(2))
-        self.load(since, name, start, same)
+        self.load(indices[0], name, start, same)
         same.masked_fill_(~torch.isinf(same), 0.0)
-        for index in range(since + 1, len(self._checkpoints)):
+        for index in indices[1:]:
             if not bool(same.any()):
                 break
             self.load(index, name, start, values)
             same.masked_fill_(values != same, 0.0)
         return same
 
-    def refuse_nonfinite(self, name: str, start: int, stop: int) -> None:
-        """Raise if elements `start` to `stop` of a floating tensor are NaN or infinite in any checkpoint.
+    def refuse_nonfinite(self, name: str, start: int, stop: int, indices: Sequence[int]) -> None:
+        """Raise if elements `start` to `stop` of a floating tensor are NaN or infinite in any of some checkpoints.
 
         The same infinity in all checkpoints is no reason: masks hold such.
 
         Raises:
             NonFiniteError: it names the tensor and the first such step.
         """
-        same = self.same_infinities(name, start, stop)
+        same = self.same_infinities(name, start, stop, indices)
         values = torch.empty(stop - start, dtype=torch.float64)
-        for index, checkpoint in enumerate(self._checkpoints):
+        for index in indices:
+            checkpoint = self._checkpoints[index]
             self.load(index, name, start, values)
             wrong = ~torch.isfinite(values) & (same == 0)
             if bool(wrong.any()):

@@ -29,6 +29,7 @@ from ckavg.storage.atomic import replacing
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     Plot = Callable[[Axes], None]
     """Plots something in the axes given."""
@@ -107,8 +108,12 @@ def save_figure(figure: Figure, file: Path) -> None:
 def averages_figure(results: Sequence[Record], path: PathLength | None = None, curves: Curves = ()) -> Figure:
     """Evaluations, ℓ, β and the weight of every checkpoint, by optimizer step, for averages of one run; ℓ by tensor of
     a `path`.
+
+    Where the averages are of several selections of checkpoints, each selection has plots of its own.
     """
     with plain_style():
+        if len({result.chosen for result in results}) > 1:
+            return _selections_figure(results, path, curves)
         first, by_step, by_tensor = results[0], _averages_plots(results, path), _tensor_plots(path)
         if any(each.value is not None for _, curve in curves for _, each in curve):
             by_step.insert(0, partial(_plot_curves, [result.output.name for result in results], curves))
@@ -117,6 +122,30 @@ def averages_figure(results: Sequence[Record], path: PathLength | None = None, c
             return _compose(f"{len(results)} averages of one run", "", first.steps, by_step, by_tensor, names)
         since = "" if first.anchor_step == first.steps[0] else f" from the anchor at step {first.anchor_step}"
         return _compose(_title(first), f", span {first.span}{since}", first.steps, by_step, by_tensor)
+
+
+def _selections_figure(results: Sequence[Record], path: PathLength | None, curves: Curves) -> Figure:
+    """The same for several selections: those of one scheme are drawn alike in the plots of all."""
+    from matplotlib.lines import Line2D
+
+    schemes = list(dict.fromkeys(result.to_scheme().label for result in results))
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for result in results:
+        groups[result.chosen].append(result)
+    plots: list[Plot] = []
+    if any(each.value is not None for _, curve in curves for _, each in curve):
+        plots.append(partial(_plot_curves, [result.output.name for result in results], curves))
+    if any(result.path_length is not None for result in results):
+        plots.append(partial(_plot_lengths, groups))
+    for chosen, group in groups.items():
+        places = [schemes.index(result.to_scheme().label) for result in group]
+        if any(beta is not None for result in group for beta in result.betas):
+            plots.append(partial(_plot_betas, group, places=places, count=len(schemes), of=f"{chosen}: "))
+        plots.append(partial(_plot_weights, group, places=places, count=len(schemes), of=f"{chosen}: "))
+    steps = sorted({step for result in results for step in result.steps})
+    handles = [Line2D([], [], **_line(1, place, len(schemes))) for place in range(len(schemes))]
+    names = [label(scheme, 40) for scheme in schemes]
+    return _compose(f"{len(results)} averages of one run", "", steps, plots, _tensor_plots(path), names, handles)
 
 
 def path_figure(path: PathLength) -> Figure:
@@ -240,8 +269,10 @@ def _compose(
     by_step: Sequence[Plot],
     by_tensor: Mapping[Plot, float],
     names: Sequence[str] = (),
+    handles: Sequence[Line2D] | None = None,
 ) -> Figure:
-    """Plots below each other, under a title, a subtitle that ends with `more`, and a key of `names`, if there are any.
+    """Plots below each other, under a title, a subtitle that ends with `more`, and a key of `names`, if there are any:
+    those of `handles` or, without, of the lines of the last plot by step.
 
     Those by tensor come with heights in inches; they get margins of their own, since their labels are long.
     """
@@ -261,7 +292,7 @@ def _compose(
             plot(axis)
     subtitle = f"{len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}{more}"
     key: dict[str, Any] = {"loc": "outside upper left", "alignment": "left", "ncols": columns, "handlelength": 3.2}
-    legend = top.legend(axes[-1].lines[: len(names)], [""] * len(names), title=subtitle, **key)
+    legend = top.legend(handles or axes[-1].lines[: len(names)], [""] * len(names), title=subtitle, **key)
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_text(name)  # as labels, those that begin with _ would be left out
     return figure
@@ -301,6 +332,17 @@ def _plot_length(steps: Sequence[int], lengths: Sequence[float], errors: Sequenc
     axis.set(title=f"Path length ℓ, in {_UNIT}{band}", ylim=(0, 1.05 * max(high) or 1))
 
 
+def _plot_lengths(groups: Mapping[str, Sequence[Record]], axis: Axes) -> None:
+    """ℓ of each selection."""
+    measured = {chosen: next((one for one in group if one.path_length), None) for chosen, group in groups.items()}
+    found = {chosen: one for chosen, one in measured.items() if one is not None and one.path_length is not None}
+    for place, (chosen, one) in enumerate(found.items()):
+        axis.plot(one.steps, one.path_length or (), label=chosen, **_line(len(one.steps), place, len(found)))
+    top = max(one.path_length[-1] for one in found.values() if one.path_length)
+    axis.legend()
+    axis.set(title=f"Path length ℓ, in {_UNIT}", ylim=(0, 1.05 * top or 1))
+
+
 def _plot_curves(names: Sequence[str], curves: Curves, axis: Axes) -> None:
     """The evaluations of each average in its colour, those of the run in grey, with their standard errors."""
     of_run = False
@@ -316,22 +358,31 @@ def _plot_curves(names: Sequence[str], curves: Curves, axis: Axes) -> None:
     axis.set(title=f"{label(metric)}{'; grey: checkpoints of the run' if of_run else ''}")
 
 
-def _plot_betas(results: Sequence[Record], axis: Axes) -> None:
-    lines, title = [result.betas for result in results], "β, the share of each checkpoint as it is taken in"
+def _plot_betas(
+    results: Sequence[Record], axis: Axes, *, places: Sequence[int] = (), count: int = 0, of: str = ""
+) -> None:
+    """β by step; `places` and `count` tell which lines these are of how many."""
+    lines, title = [result.betas for result in results], f"{of}β, the share of each checkpoint as it is taken in"
     if len(results) == 1 and results[0].alphas is not None:
         lines, title = [*lines, results[0].alphas], f"{title}; dashed: α, the strength of the correction"
-    for place, values in enumerate(lines):
-        known = [(step, value) for step, value in zip(results[0].steps, values, strict=True) if value is not None]
+    for number, values in enumerate(lines):
+        steps = results[min(number, len(results) - 1)].steps  # the last line may be α
+        known = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
         if known:  # an empty line has no extent, and the layout would be lost on it
-            axis.plot(*zip(*known, strict=True), **_line(len(known), place, len(lines)))
+            place = places[number] if places else number
+            axis.plot(*zip(*known, strict=True), **_line(len(known), place, count or len(lines)))
     axis.set(title=title, ylim=(0, 1.05 * max(value or 0.0 for values in lines for value in values) or 1))
 
 
-def _plot_weights(results: Sequence[Record], axis: Axes) -> None:
+def _plot_weights(
+    results: Sequence[Record], axis: Axes, *, places: Sequence[int] = (), count: int = 0, of: str = ""
+) -> None:
+    """Weights by step, as lines or, of one average alone, as bars; `places` and `count` as of `_plot_betas`."""
     steps, weights = results[0].steps, [weight for result in results for weight in result.weights]
-    if len(results) > 1:
-        for place, result in enumerate(results):
-            axis.plot(steps, result.weights, **_line(len(steps), place, len(results)))
+    if count or len(results) > 1:
+        for number, result in enumerate(results):
+            place = places[number] if places else number
+            axis.plot(result.steps, result.weights, **_line(len(result.steps), place, count or len(results)))
     elif len(steps) > _MOST_BARS:
         axis.fill_between(steps, weights, step="mid", color=COLOURS[0], linewidth=0.5)
     else:
@@ -341,7 +392,7 @@ def _plot_weights(results: Sequence[Record], axis: Axes) -> None:
         axis.bar(steps, weights, width=width, color=[COLOURS[weight < 0] for weight in weights])
     axis.axhline(0, color="0.3", linewidth=0.8, zorder=1.5)
     limits = 1.05 * min(0.0, *weights), 1.05 * max(0.0, *weights)
-    axis.set(title="Weight of each checkpoint in the average", ylim=limits)
+    axis.set(title=f"{of}weight of each checkpoint" if of else "Weight of each checkpoint in the average", ylim=limits)
 
 
 def _line(checkpoints: int, place: int = 0, count: int = 1) -> dict[str, Any]:

@@ -269,6 +269,14 @@ class Record:
         return self.steps.index(self.output.step)
 
     @property
+    def chosen(self) -> str:
+        """Which checkpoints it visits, as far as averages of one sweep may differ in that."""
+        names = "every", "every_from", "from_step", "to_step", "last"
+        ranges = {name: self.selection.get(name) for name in names}
+        stated = [f"{name.replace('_', ' ')} {value}" for name, value in ranges.items() if value is not None]
+        return ", ".join(stated) or "all checkpoints"
+
+    @property
     def anchor_is_init(self) -> bool:
         """Whether θ_0 is a model given apart from the run."""
         return "init" in self.selection

@@ -11,6 +11,8 @@ The arithmetic is the CPU's whatever the device: it is little, and the pieces ar
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +25,9 @@ from ckavg.engine.blocks import SampledBlock
 from ckavg.engine.context import Context
 from ckavg.engine.stream import by_tensor, stream
 from ckavg.engine.tiles import TileReader
+from ckavg.path.cache import CachedPath
 from ckavg.path.measure import is_extreme, moved, times_power
+from ckavg.path.plan import PathPlan, PathReading
 from ckavg.path.sampling import Sampling, cut_samples, plan_samples
 from ckavg.path.table import PathLength, TensorPath, ZeroSigma, refuse_infinite, to_measure
 
@@ -63,6 +67,38 @@ def estimate(
         run: the checkpoints, the anchor first.
         fraction: how much of each tensor is read, in (0, 1); of small tensors more.
         exclude: shell patterns of tensor names that do not count.
+        zero_sigma, allow_nonfinite, context, few: as of `estimate_paths`.
+
+    Raises:
+        CkavgError: as of `estimate_paths`.
+    """
+    tensors = tuple(to_measure(run.tensors, exclude))
+    plan = PathPlan(exclude, tensors, CachedPath.empty(run), fraction, 0)
+    (path,) = estimate_paths(
+        run,
+        PathReading.single(plan),
+        zero_sigma=zero_sigma,
+        allow_nonfinite=allow_nonfinite,
+        context=context,
+        few=few,
+    )
+    return path
+
+
+def estimate_paths(
+    run: Run,
+    reading: PathReading,
+    *,
+    zero_sigma: ZeroSigma = "exclude",
+    allow_nonfinite: bool = False,
+    context: Context | None = None,
+    few: bool | None = None,
+) -> tuple[PathLength, ...]:
+    """Estimate the paths of several selections from a run in one reading, each as it would be by itself.
+
+    Args:
+        run: all checkpoints that any of them visits, by step.
+        reading: which tensors count, how much of each is read, and which checkpoints each path visits.
         zero_sigma: what becomes of tensors without spread; see `PathLength`.
         allow_nonfinite: tensors that hold NaN or infinity do not count, instead of ending the pass.
         context: how the pass runs.
@@ -73,19 +109,24 @@ def estimate(
         TruncatedShardError, ReadError: a file changed or cannot be read.
     """
     context = context or Context()
-    entries = to_measure(run.tensors, exclude)
-    samples = plan_samples(run, entries, fraction, few=few)
+    entries = {name: run.tensors[name] for name in reading.plans[0].names}
+    samples = plan_samples(run, entries, reading.sample, few=few)
     units = cut_samples(entries, samples)
 
     def make_worker(reader: TileReader) -> _Worker:
-        return _Worker(run, reader, allow_nonfinite=allow_nonfinite)
+        return _Worker(run, reading, reader, allow_nonfinite=allow_nonfinite)
 
-    streamed = stream("path", run.checkpoints, units, make_worker, context)
+    read = [run.checkpoints[index] for index in reading.to_read]
+    streamed = stream("path", read, units, make_worker, context)
     of_tensor = by_tensor(units, streamed.results)
-    tensors = {name: _estimated(samples[name], of_tensor[name]) for name in entries}
-    if not allow_nonfinite:
-        refuse_infinite(tensors)
-    return PathLength(run.steps, tensors, zero_sigma, streamed.bytes_read, fraction)
+    paths = []
+    for number, places in enumerate(reading.places):
+        tensors = {name: _estimated(samples[name], [sums[number] for sums in of_tensor[name]]) for name in entries}
+        if not allow_nonfinite:
+            refuse_infinite(tensors)
+        steps = tuple(run.steps[index] for index in places)
+        paths.append(PathLength(steps, tensors, zero_sigma, streamed.bytes_read, reading.sample))
+    return tuple(paths)
 
 
 def _estimated(sampling: Sampling, parts: Sequence[_Sums]) -> TensorPath:
@@ -147,42 +188,65 @@ def _path_and_sigma(weighted: Tensor, weight: Tensor, finite: Tensor, numel: int
 
 
 class _Worker:
-    """The sample of one unit after another, in one thread."""
+    """The sample of one unit after another, of each path, in one thread."""
 
-    def __init__(self, run: Run, reader: TileReader, *, allow_nonfinite: bool) -> None:
+    def __init__(self, run: Run, reading: PathReading, reader: TileReader, *, allow_nonfinite: bool) -> None:
         self._run = run
+        place = {index: place for place, index in enumerate(reading.to_read)}
+        self._visits = reading.visits
+        self._paths = [[place[index] for index in places] for places in reading.places]
         self._allow_nonfinite = allow_nonfinite
         self._reader = reader
 
-    def __call__(self, unit: SampledBlock) -> _Sums:
-        sums = self._sum(unit, torch.float32)
-        if not bool(torch.isfinite(sums.distances).all() and torch.isfinite(sums.shifted).all()):
-            for start, stop in () if self._allow_nonfinite else unit.ranges:
-                self._reader.refuse_nonfinite(unit.name, start, stop)
-            return self._sum(unit, torch.float64, careful=True)
-        return sums
+    def __call__(self, unit: SampledBlock) -> tuple[_Sums, ...]:
+        of_paths = self._sum(unit, torch.float32)
+        careful: list[_Sums] = []
+        for number, sums in enumerate(of_paths):
+            if not bool(torch.isfinite(sums.distances).all() and torch.isfinite(sums.shifted).all()):
+                for start, stop in () if self._allow_nonfinite else unit.ranges:
+                    self._reader.refuse_nonfinite(unit.name, start, stop, self._paths[number])
+                careful = careful or self._sum(unit, torch.float64, careful=True)
+                of_paths[number] = careful[number]
+        return tuple(of_paths)
 
-    def _sum(self, unit: SampledBlock, dtype: torch.dtype, *, careful: bool = False) -> _Sums:
+    def _sum(self, unit: SampledBlock, dtype: torch.dtype, *, careful: bool = False) -> list[_Sums]:
         if self._run.is_wide(unit.name):
             dtype = torch.float64
-        shape = len(unit.starts), unit.length
-        before, after = (torch.empty(shape, dtype=dtype) for _ in range(2))
-        self._load(0, unit, before)
-        shifted = before.double() - self._reader.first_finite(unit.name)
+        free: list[Tensor] = []
+        held: dict[int, Tensor] = {}
+        anchors: dict[int, _Sums] = {}
+        distances: dict[tuple[int, int], Tensor] = {}
+        for visit in self._visits:
+            tile = free.pop() if free else torch.empty(len(unit.starts), unit.length, dtype=dtype)
+            self._reader.gather(visit.place, unit.name, unit.starts, tile)
+            if visit.is_anchor:
+                anchors[visit.place] = self._anchor(unit, visit.place, tile, careful=careful)
+            for first, is_done in visit.pairs:
+                out = held[first] if is_done else torch.empty_like(tile)
+                moves = moved(held[first], tile, out, careful=careful)
+                distances[first, visit.place] = moves.sum(dim=1, dtype=torch.float64)
+                free += [held.pop(first)] if is_done else []
+            if visit.is_held:
+                held[visit.place] = tile
+            else:
+                free.append(tile)
+        return [
+            dataclasses.replace(
+                anchors[places[0]],
+                distances=torch.stack([distances[pair] for pair in itertools.pairwise(places)], dim=1),
+            )
+            for places in self._paths
+        ]
+
+    def _anchor(self, unit: SampledBlock, place: int, anchor: Tensor, *, careful: bool) -> _Sums:
+        """The moments of an anchor, without any distance."""
+        shifted = anchor.double() - self._reader.first_finite(unit.name, place)
         infinite, exponent = None, 0
         if careful:
-            shifted.masked_fill_(torch.isinf(before), 0.0)
-            infinite = torch.isinf(before).sum(dim=1).double()
-        if dtype == torch.float64 and is_extreme(largest := shifted.abs().amax()):
+            shifted.masked_fill_(torch.isinf(anchor), 0.0)
+            infinite = torch.isinf(anchor).sum(dim=1).double()
+        if anchor.dtype == torch.float64 and is_extreme(largest := shifted.abs().amax()):
             exponent = math.frexp(float(largest))[1]
             shifted = times_power(shifted, -exponent)
         moments = torch.stack([shifted.sum(dim=1), shifted.square().sum(dim=1)], dim=1)
-        distances = []
-        for index in range(1, len(self._run.checkpoints)):
-            self._load(index, unit, after)
-            distances.append(moved(before, after, careful=careful).sum(dim=1, dtype=torch.float64))
-            before, after = after, before
-        return _Sums(unit.length, torch.stack(distances, dim=1), moments, exponent, infinite)
-
-    def _load(self, index: int, unit: SampledBlock, out: Tensor) -> None:
-        self._reader.gather(index, unit.name, unit.starts, out)
+        return _Sums(unit.length, moments[:, :0], moments, exponent, infinite)

@@ -6,6 +6,7 @@ tile size and the number of threads: 16 absolute differences in float32, then ev
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,13 +19,13 @@ from torch import Tensor
 from ckavg.checkpoints.run import Run
 from ckavg.engine.blocks import CHUNK, Block, cut_blocks
 from ckavg.engine.context import Context
-from ckavg.engine.stream import by_tensor, stream
+from ckavg.engine.stream import Streamed, by_tensor, stream
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader
 from ckavg.path.cache import CachedPath
 from ckavg.path.journal import PathJournal
 from ckavg.path.kernels import DTYPES as KERNEL_DTYPES
 from ckavg.path.kernels import Distances, load_kernel
-from ckavg.path.plan import PathPlan, plan_path
+from ckavg.path.plan import PathPlan, PathReading, plan_path
 from ckavg.path.table import PathLength, TensorPath, ZeroSigma, fsum, refuse_infinite
 
 _LANES = 1024
@@ -39,7 +40,7 @@ _ROWS = 16
 
 @dataclass(frozen=True, slots=True)
 class _Partial:
-    """Of one block: the L1 distances that were measured, and the moments of θ_0 about the tensor's first element.
+    """Of one block and path: the L1 distances that were measured, and the moments of θ_0 about its first element.
 
     The moments are in units of 2^exponent, which is 1 but for extreme spreads. Infinities of θ_0 are not in them.
     """
@@ -75,6 +76,37 @@ def measure(
     Args:
         run: the checkpoints, the anchor first.
         plan: which tensors count, and what need not be measured; None: all tensors, all checkpoints.
+        zero_sigma, allow_nonfinite, context, path_journal: as of `measure_paths`.
+
+    Raises:
+        CkavgError: as of `measure_paths`.
+    """
+    reading = PathReading.single(plan or plan_path(run, cached=CachedPath.empty(run)))
+    (path,) = measure_paths(
+        run,
+        reading,
+        zero_sigma=zero_sigma,
+        allow_nonfinite=allow_nonfinite,
+        context=context,
+        path_journal=path_journal,
+    )
+    return path
+
+
+def measure_paths(
+    run: Run,
+    reading: PathReading,
+    *,
+    zero_sigma: ZeroSigma = "exclude",
+    allow_nonfinite: bool = False,
+    context: Context | None = None,
+    path_journal: PathJournal | None = None,
+) -> tuple[PathLength, ...]:
+    """Measure the paths of several selections from a run in one reading, each as it would be by itself.
+
+    Args:
+        run: all checkpoints that any of them visits, by step.
+        reading: which tensors count, which checkpoints each path visits, and what need not be measured.
         zero_sigma: what becomes of tensors without spread; see `PathLength`.
         allow_nonfinite: tensors that hold NaN or infinity do not count, instead of ending the pass.
         context: how the pass runs.
@@ -85,38 +117,55 @@ def measure(
         TruncatedShardError, ReadError: a file changed or cannot be read.
     """
     context = context or Context()
-    plan = plan or plan_path(run, cached=CachedPath.empty(run))
-    if not plan.to_read:
-        return PathLength(run.steps, _completed(run, plan, {}), zero_sigma, 0, kernel=None)
-    blocks = cut_blocks({name: run.tensors[name] for name in plan.names})
-    kernel = _kernel(plan, context)
+    names, kernel = reading.plans[0].names, None
+    blocks = cut_blocks({name: run.tensors[name] for name in names})
+    streamed: Streamed[tuple[_Partial, ...]] = Streamed((), 0)
+    if reading.to_read:
+        kernel = _kernel(reading.plans, context)
 
-    def make_worker(reader: TileReader) -> _Worker:
-        return _Worker(run, plan, reader, kernel, allow_nonfinite=allow_nonfinite, context=context)
+        def make_worker(reader: TileReader) -> _Worker:
+            return _Worker(run, reading, reader, kernel, allow_nonfinite=allow_nonfinite, context=context)
 
-    asked = (
-        blocks,
-        plan.names,
-        plan.steps,
-        plan.needs_sigma,
-        kernel is not None,
-        allow_nonfinite,
-        torch.device(context.device).type,
-        _Partial.__slots__,
-    )
-    journal = path_journal.journal(asked, _Partial.to_json, _Partial.from_json) if path_journal else None
-    read = [run.checkpoints[index] for index in plan.to_read]
-    streamed = stream("path", read, blocks, make_worker, context, journal)
-    tensors = _completed(run, plan, by_tensor(blocks, streamed.results))
-    if not allow_nonfinite:
-        refuse_infinite(tensors)
+        asked = (
+            blocks,
+            names,
+            [
+                (places, plan.steps, plan.needs_sigma)
+                for plan, places in zip(reading.plans, reading.places, strict=True)
+            ],
+            kernel is not None,
+            allow_nonfinite,
+            torch.device(context.device).type,
+            _Partial.__slots__,
+        )
+        journal = path_journal.journal(asked, _to_json, _from_json) if path_journal else None
+        read = [run.checkpoints[index] for index in reading.to_read]
+        streamed = stream("path", read, blocks, make_worker, context, journal)
+    by_name = by_tensor(blocks, streamed.results) if reading.to_read else {}
     used: Literal["torch", "numba"] = "torch" if kernel is None else "numba"
-    return PathLength(run.steps, tensors, zero_sigma, streamed.bytes_read, kernel=used)
+    paths = []
+    for number, (plan, places) in enumerate(zip(reading.plans, reading.places, strict=True)):
+        own = {name: [partials[number] for partials in of_name] for name, of_name in by_name.items()}
+        tensors = _completed(run, plan, own)
+        if plan.to_read and not allow_nonfinite:
+            refuse_infinite(tensors)
+        steps = tuple(run.steps[index] for index in places)
+        nbytes = streamed.bytes_read if plan.to_read else 0
+        paths.append(PathLength(steps, tensors, zero_sigma, nbytes, kernel=used if plan.to_read else None))
+    return tuple(paths)
 
 
-def _kernel(plan: PathPlan, context: Context) -> Distances | None:
-    """The compiled kernel, where it works, in all processes, and is worth loading."""
-    if context.device != "cpu" or plan.nbytes < context.compiled_from_bytes:
+def _to_json(partials: tuple[_Partial, ...]) -> list[list[float]]:
+    return [each.to_json() for each in partials]
+
+
+def _from_json(rows: list[list[float]]) -> tuple[_Partial, ...]:
+    return tuple(map(_Partial.from_json, rows))
+
+
+def _kernel(plans: Sequence[PathPlan], context: Context) -> Distances | None:
+    """The compiled kernel, where it works, in all processes, and is worth loading for one of the paths by itself."""
+    if context.device != "cpu" or max(plan.nbytes for plan in plans) < context.compiled_from_bytes:
         return None
     kernel = load_kernel()
     return kernel if all(context.ranks.gather(kernel is not None)) else None
@@ -166,7 +215,7 @@ class _Worker:
     def __init__(
         self,
         run: Run,
-        plan: PathPlan,
+        reading: PathReading,
         reader: TileReader,
         kernel: Distances | None,
         *,
@@ -176,23 +225,40 @@ class _Worker:
         self._run = run
         self._allow_nonfinite = allow_nonfinite
         self._kernel = kernel
-        self._plan = plan
-        self._place = {index: place for place, index in enumerate(plan.to_read)}
+        self._pairs, self._anchors, self._visits = reading.pairs, reading.anchors, reading.visits
+        self._place = {index: place for place, index in enumerate(reading.to_read)}
+        self._rows = list(itertools.starmap(self._rows_of, zip(reading.plans, reading.places, strict=True)))
+        self._read = [
+            [self._place[places[index]] for index in plan.to_read]
+            for plan, places in zip(reading.plans, reading.places, strict=True)
+        ]
         self._reader = reader
         self._tile = context.tile
         self._device = context.device
-        self._buffers: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._buffers: dict[torch.dtype, list[Tensor]] = {}
         self._lanes: dict[torch.dtype, Tensor] = {}
         reader.compute_on(context.device)
 
-    def __call__(self, block: Block) -> _Partial:
+    def _rows_of(self, plan: PathPlan, places: tuple[int, ...]) -> list[int]:
+        """Which rows of the sums are those of one path: its distances, and the moments of its anchor."""
+        pairs = {pair: row for row, pair in enumerate(self._pairs)}
+        # After those of all anchors come four rows of zeros, for a path whose σ is known.
+        anchor = self._anchors.index(places[0]) if plan.needs_sigma else len(self._anchors)
+        first = len(self._pairs) + 4 * anchor
+        return [pairs[places[step - 1], places[step]] for step in plan.steps] + list(range(first, first + 4))
+
+    def __call__(self, block: Block) -> tuple[_Partial, ...]:
         dtype, kernel = self._way(block.name)
         chunks = -(-(block.stop - block.start) // CHUNK)
-        sums = torch.zeros(len(self._plan.steps) + 4, chunks, dtype=torch.float64)
+        sums = [torch.zeros(len(rows), chunks, dtype=torch.float64) for rows in self._rows]
         for start, stop in block.tiles(self._tile):
             first = (start - block.start) // CHUNK
-            of_tile = self._measure_tile(block.name, start, stop, dtype, kernel)
-            sums[:, first : first + of_tile.shape[1]] = of_tile
+            for own, of_tile in zip(sums, self._measure_tile(block.name, start, stop, dtype, kernel), strict=True):
+                own[:, first : first + of_tile.shape[1]] = of_tile
+        return tuple(map(self._partial, sums))
+
+    @staticmethod
+    def _partial(sums: Tensor) -> _Partial:
         *distances, total, squares = sums[:-2].sum(dim=1).tolist()
         exponents, infinite = sums[-2:]
         exponent = 0.0
@@ -212,17 +278,27 @@ class _Worker:
             return stored.pop(), self._kernel
         return torch.float32, None
 
-    def _measure_tile(self, name: str, start: int, stop: int, dtype: torch.dtype, kernel: Distances | None) -> Tensor:
-        """(steps + 4, chunks) float64: each distance, then Σ and Σ² of θ_0 less its first element, in a unit of which
-        the exponent comes next, and how many infinities are not in them; by chunk.
+    def _measure_tile(
+        self, name: str, start: int, stop: int, dtype: torch.dtype, kernel: Distances | None
+    ) -> list[Tensor]:
+        """(steps + 4, chunks) float64 for each path: each distance, then Σ and Σ² of θ_0 less its first element, in a
+        unit of which the exponent comes next, and how many infinities are not in them; by chunk.
         """
-        sums = self._sum_tile(name, start, stop, dtype, kernel)
+        sums, careful = self._sum_tile(name, start, stop, dtype, kernel), None
         if bool(torch.isfinite(sums).all()):
-            return sums
-        if not self._allow_nonfinite:
-            self._reader.refuse_nonfinite(name, start, stop)
-        # Finite weights whose float32 sum overflowed, or the same infinities in all checkpoints.
-        return self._sum_tile(name, start, stop, torch.float64, None, careful=True)
+            return [sums[rows] for rows in self._rows]
+        of_paths = []
+        for rows, read in zip(self._rows, self._read, strict=True):
+            own = sums[rows]
+            if not bool(torch.isfinite(own).all()):
+                if not self._allow_nonfinite:
+                    self._reader.refuse_nonfinite(name, start, stop, read)
+                # Finite weights whose float32 sum overflowed, or the same infinities in all checkpoints.
+                if careful is None:
+                    careful = self._sum_tile(name, start, stop, torch.float64, None, careful=True)
+                own = careful[rows]
+            of_paths.append(own)
+        return of_paths
 
     def _sum_tile(
         self,
@@ -234,48 +310,48 @@ class _Worker:
         *,
         careful: bool = False,
     ) -> Tensor:
-        before, after = self._workspace(dtype)
         size = stop - start
         chunks = -(-size // CHUNK)
         padded = chunks * CHUNK
-        if size < padded:
-            before[size:padded].zero_()
-            after[size:padded].zero_()
-        moments = torch.zeros(4, chunks, dtype=torch.float64, device=self._device)
         sums = (
             self._plain_sums(dtype, chunks, careful=careful)
             if kernel is None
-            else _CompiledSums(kernel, len(self._plan.steps), chunks)
+            else _CompiledSums(kernel, len(self._pairs), chunks)
         )
-        loaded = None
-        if self._plan.needs_sigma:
-            loaded = 0
-            self._load(0, name, start, before[:size])
-            moments = self._moments(name, before, size, padded)
-        for step in self._plan.steps:
-            if loaded != step - 1:
-                self._load(step - 1, name, start, before[:size])
-            self._load(step, name, start, after[:size])
-            sums.add(before[:padded], after[:padded])
-            before, after, loaded = after, before, step
-        return torch.cat([*sums.rows(), moments]).cpu()
+        moments = []
+        free = self._workspace(dtype)[:]
+        held: dict[int, Tensor] = {}
+        for visit in self._visits:
+            tile = self._take(free, dtype)
+            tile[size:padded].zero_()
+            self._reader.load(visit.place, name, start, tile[:size])
+            if visit.is_anchor:
+                moments.append(self._moments(name, visit.place, tile, size, padded))
+            for first, is_done in visit.pairs:
+                before = held.pop(first) if is_done else held[first]
+                out = before if is_done else self._take(free, dtype)
+                sums.add(before[:padded], tile[:padded], out[:padded])
+                free.append(out)
+            if visit.is_held:
+                held[visit.place] = tile
+            else:
+                free.append(tile)
+        none = torch.zeros(4, chunks, dtype=torch.float64, device=self._device)
+        return torch.cat([*sums.rows(), *moments, none]).cpu()
 
-    def _load(self, index: int, name: str, start: int, out: Tensor) -> None:
-        self._reader.load(self._place[index], name, start, out)
-
-    def _moments(self, name: str, anchor: Tensor, size: int, padded: int) -> Tensor:
+    def _moments(self, name: str, place: int, anchor: Tensor, size: int, padded: int) -> Tensor:
         shifted = anchor[:padded].to(torch.float64, copy=True)
-        shifted[:size] -= self._reader.first_finite(name)
+        shifted[:size] -= self._reader.first_finite(name, place)
         exponents, infinite = shifted.new_zeros(2, padded // CHUNK)
         if anchor.dtype == torch.float64 and is_extreme(_largest(_in_lanes(shifted))):
-            shifted, exponents, infinite = self._scaled_shift(name, anchor[:padded], size)
+            shifted, exponents, infinite = self._scaled_shift(name, place, anchor[:padded], size)
         total = _sum(_sum(_in_lanes(shifted), dim=1), dim=1)
         squares = _sum(_sum(_in_lanes(shifted.square_()), dim=1), dim=1)
         return torch.stack([total, squares, exponents, infinite])
 
-    def _scaled_shift(self, name: str, anchor: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _scaled_shift(self, name: str, place: int, anchor: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """θ_0 less its first element in a unit for each chunk, its exponent, and how many infinities are left out."""
-        first = self._reader.first_finite(name)
+        first = self._reader.first_finite(name, place)
         infinite = torch.isinf(anchor)
         values = anchor.masked_fill(infinite, first)
         values[size:] = first
@@ -289,15 +365,19 @@ class _Worker:
             shifted = shifted * torch.exp2(-part)[:, None, None]
         return shifted.view(-1), exponents + large, _in_lanes(infinite).sum(dim=(1, 2)).double()
 
-    def _workspace(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        if dtype not in self._buffers:
-            before, after = (torch.empty(self._tile, dtype=dtype, device=self._device) for _ in range(2))
-            self._buffers[dtype] = before, after
-        return self._buffers[dtype]
+    def _workspace(self, dtype: torch.dtype) -> list[Tensor]:
+        return self._buffers.setdefault(dtype, [])
+
+    def _take(self, free: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """A tile that is free: two are enough for one path, and one more for each other that is under way."""
+        if not free:
+            free.append(torch.empty(self._tile, dtype=dtype, device=self._device))
+            self._workspace(dtype).append(free[0])
+        return free.pop()
 
     def _plain_sums(self, dtype: torch.dtype, chunks: int, *, careful: bool) -> _PlainSums:
         if dtype not in self._lanes:
-            rows = min(len(self._plan.steps), _ROWS)
+            rows = min(len(self._pairs), _ROWS)
             shape = rows, self._tile // CHUNK, _LANES
             self._lanes[dtype] = torch.empty(shape, dtype=dtype, device=self._device)
         return _PlainSums(self._lanes[dtype][:, :chunks], careful=careful)
@@ -317,9 +397,9 @@ class _PlainSums:
         self._filled = 0
         self._rows: list[Tensor] = []
 
-    def add(self, before: Tensor, after: Tensor) -> None:
-        """Take the next step; `before` is used up."""
-        _sum(_in_lanes(moved(before, after, careful=self._careful)), dim=1, out=self._lanes[self._filled])
+    def add(self, before: Tensor, after: Tensor, out: Tensor) -> None:
+        """Take the next pair; `out` is memory to compute in, which may be that of `before`."""
+        _sum(_in_lanes(moved(before, after, out, careful=self._careful)), dim=1, out=self._lanes[self._filled])
         self._filled += 1
         if self._filled == len(self._lanes):
             self._add_up()
@@ -343,8 +423,8 @@ class _CompiledSums:
         self._sums = torch.empty(steps, chunks, dtype=torch.float64)
         self._filled = 0
 
-    def add(self, before: Tensor, after: Tensor) -> None:
-        """Take the next step."""
+    def add(self, before: Tensor, after: Tensor, out: Tensor) -> None:
+        """Take the next pair; it needs no memory."""
         self._kernel(before, after, self._sums[self._filled])
         self._filled += 1
 
@@ -353,16 +433,17 @@ class _CompiledSums:
         return [self._sums]
 
 
-def moved(before: Tensor, after: Tensor, *, careful: bool) -> Tensor:
-    """|after − before|, in the place of `before`.
+def moved(before: Tensor, after: Tensor, out: Tensor, *, careful: bool) -> Tensor:
+    """|after − before|.
 
     Args:
         before, after: weights of two checkpoints, of one shape and dtype.
+        out: where it goes; it may be `before`.
         careful: whether there may be infinities; what is the same one on both sides has not moved.
     """
     same = torch.isinf(after) & (after == before) if careful else None
-    torch.sub(after, before, out=before).abs_()
-    return before if same is None else before.masked_fill_(same, 0.0)
+    torch.sub(after, before, out=out).abs_()
+    return out if same is None else out.masked_fill_(same, 0.0)
 
 
 def times_power(values: Tensor, exponent: int) -> Tensor:

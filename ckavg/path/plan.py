@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ckavg.checkpoints.run import Run
@@ -34,21 +35,98 @@ class PathPlan:
     @property
     def needs_sigma(self) -> bool:
         """Whether σ of θ_0 is to be measured."""
-        return not all(name in self.cached.sigmas for name in self.names)
+        return self.sample < 1 or not all(name in self.cached.sigmas for name in self.names)
 
     @property
     def steps(self) -> tuple[int, ...]:
         """The j whose distance from θ_{j−1} to θ_j is to be measured, in order."""
-        distances = enumerate(self.cached.distances, start=1)
-        return tuple(step for step, known in distances if not all(name in known for name in self.names))
+        is_known = [self.sample == 1 and all(name in known for name in self.names) for known in self.cached.distances]
+        return tuple(step for step, known in enumerate(is_known, start=1) if not known)
 
     @property
     def to_read(self) -> tuple[int, ...]:
         """Indices of the checkpoints that must be read, in order."""
-        if self.sample < 1:
-            return tuple(range(len(self.cached.distances) + 1))
         ends = {index for step in self.steps for index in (step - 1, step)}
         return tuple(sorted(ends | {0} if self.needs_sigma else ends))
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """What pass 1 does with a tile of one checkpoint; checkpoints count by their place among those that are read.
+
+    Attributes:
+        place: of the checkpoint.
+        is_anchor: whether its σ is measured.
+        pairs: from which earlier checkpoints its distance is measured, and whether each of them is done with then.
+        is_held: whether a distance from it is measured later.
+    """
+
+    place: int
+    is_anchor: bool
+    pairs: tuple[tuple[int, bool], ...]
+    is_held: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PathReading:
+    """What pass 1 measures in one reading, for the paths of one or more selections from a run.
+
+    Attributes:
+        plans: how each path is had; of the same tensors.
+        places: of each path, the indices of its checkpoints in the run.
+    """
+
+    plans: tuple[PathPlan, ...]
+    places: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def single(cls, plan: PathPlan) -> PathReading:
+        """For the path of all checkpoints of a run."""
+        return cls((plan,), (tuple(range(len(plan.cached.distances) + 1)),))
+
+    @property
+    def anchors(self) -> tuple[int, ...]:
+        """Indices of the checkpoints whose σ is to be measured, in order."""
+        own = zip(self.plans, self.places, strict=True)
+        return tuple(sorted({places[0] for plan, places in own if plan.needs_sigma}))
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """The (i, j) whose distance is to be measured, by j and then by i; there may be others between them."""
+        own = zip(self.plans, self.places, strict=True)
+        pairs = {(places[step - 1], places[step]) for plan, places in own for step in plan.steps}
+        return tuple(sorted(pairs, key=lambda pair: (pair[1], pair[0])))
+
+    @property
+    def visits(self) -> tuple[Visit, ...]:
+        """What happens at each checkpoint that is read, in order."""
+        place = {index: place for place, index in enumerate(self.to_read)}
+        pairs = [(place[first], place[second]) for first, second in self.pairs]
+        last = dict(pairs)  # the pairs are in the order of their second checkpoint
+        anchors = {place[index] for index in self.anchors}
+        return tuple(
+            Visit(
+                each,
+                each in anchors,
+                tuple((first, last[first] == each) for first, second in pairs if second == each),
+                each in last,
+            )
+            for each in place.values()
+        )
+
+    @property
+    def to_read(self) -> tuple[int, ...]:
+        """Indices of the checkpoints that must be read, in order."""
+        return tuple(sorted({index for pair in self.pairs for index in pair} | {*self.anchors}))
+
+    @property
+    def sample(self) -> float:
+        """The fraction of each tensor that is read; 1 where what is measured is exact."""
+        return min(plan.sample for plan in self.plans)
+
+    def nbytes(self, run: Run) -> int:
+        """Bytes of checkpoints of a run that are read."""
+        return _bytes_read(run, self.to_read, self.plans[0].names, self.sample)
 
 
 def plan_path(
@@ -71,13 +149,18 @@ def plan_path(
     tensors = to_measure(run.tensors, exclude)
     exact = PathPlan(tuple(exclude), tuple(tensors), cached or load_cached_path(run), 1.0, 0)
     if sample == 1 or not exact.to_read:
-        nbytes = sum(run.checkpoints[index].entries[name].nbytes for index in exact.to_read for name in tensors)
-        return PathPlan(exact.exclude, exact.names, exact.cached, 1.0, nbytes)
-    samples = plan_samples(run, tensors, sample)
-    nbytes = sum(
-        point.entries[name].item_bytes * each.elements for point in run.checkpoints for name, each in samples.items()
-    )
-    return PathPlan(exact.exclude, exact.names, exact.cached, sample, nbytes)
+        sample = 1.0
+    plan = PathPlan(exact.exclude, exact.names, exact.cached, sample, 0)
+    return dataclasses.replace(plan, nbytes=_bytes_read(run, plan.to_read, plan.names, sample))
+
+
+def _bytes_read(run: Run, indices: Iterable[int], names: Iterable[str], sample: float) -> int:
+    tensors = {name: run.tensors[name] for name in names}
+    elements = {name: entry.numel for name, entry in tensors.items()}
+    if sample < 1:
+        elements = {name: each.elements for name, each in plan_samples(run, tensors, sample).items()}
+    entries = [run.checkpoints[index].entries for index in indices]
+    return sum(each[name].item_bytes * count for each in entries for name, count in elements.items())
 
 
 def check_sample(sample: float) -> None:

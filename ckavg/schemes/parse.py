@@ -88,11 +88,35 @@ def shown(name: str) -> str:
     return name.replace("_", "-")
 
 
-def parse_schemes(words: Iterable[str]) -> tuple[Scheme, ...]:
-    """Every scheme that the words name, in order; several values of a parameter give as many schemes.
+SELECTED_BY = ("every", "last", "from_step", "to_step")
+"""What a word may say of the selection of checkpoints, beside hyper-parameters; the names are those of `Selection`."""
 
-    A word is a name, or a name, a colon and parameters: `bema:eta=0.1,0.2,kappa=0.5`. With several values of several
-    parameters, all combinations are meant, the last parameter changing fastest.
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """One average, as it was asked for.
+
+    Attributes:
+        text: the word with these values alone, such as `pema:gamma=0.1,every=100`.
+        scheme: how to average.
+        selection: of which checkpoints, where the word says so: whole numbers by name.
+    """
+
+    text: str
+    scheme: Scheme
+    selection: Mapping[str, int]
+
+    @property
+    def label(self) -> str:
+        """A name for what the word says."""
+        return "-".join([self.scheme.label, *(f"{shown(name)}{value}" for name, value in self.selection.items())])
+
+
+def parse_words(words: Iterable[str]) -> tuple[Word, ...]:
+    """Every average that the words name, in order; several values of a parameter give as many averages.
+
+    A word is a name, or a name, a colon and parameters: `bema:eta=0.1,0.2,kappa=0.5,every=100`. With several values of
+    several parameters, all combinations are meant, the last parameter changing fastest.
 
     Args:
         words: what was typed.
@@ -100,15 +124,15 @@ def parse_schemes(words: Iterable[str]) -> tuple[Scheme, ...]:
     Raises:
         SettingError: a name, a parameter or a value is not understood, or one average is named twice.
 
-    >>> [scheme.label for scheme in parse_schemes(["pema:gamma=0.1,0.2", "mean"])]
-    ['pema-gamma0.1', 'pema-gamma0.2', 'mean']
+    >>> [word.label for word in parse_words(["pema:gamma=0.1,0.2,last=5", "mean"])]
+    ['pema-gamma0.1-last5', 'pema-gamma0.2-last5', 'mean']
     """
-    schemes = tuple(scheme for word in words for scheme in _parse(word))
-    labels = [scheme.label for scheme in schemes]
+    parsed = tuple(each for word in words for each in _parse(word))
+    labels = [word.label for word in parsed]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise SettingError(f"{twice[0]} is there twice.", hint="Name every average once.")
-    return schemes
+    return parsed
 
 
 def is_scheme(word: str) -> bool:
@@ -149,19 +173,30 @@ def _attributes(docstring: str) -> dict[str, str]:
     return {name: text.replace("`", "") for name, text in texts.items()}
 
 
-def _parse(word: str) -> list[Scheme]:
+def _parse(word: str) -> list[Word]:
     name, _, rest = word.partition(":")
     if not _called(name):
         names = ", ".join(dict.fromkeys(scheme.name for scheme in SCHEMES))
         raise SettingError(f"{word!r}: there is no scheme {name!r}. There are {names}.", hint=_EXAMPLE)
-    types = {parameter.name: parameter.type for parameter in parameters_of(name) if parameter.type is not bool}
+    own = {parameter.name: parameter.type for parameter in parameters_of(name) if parameter.type is not bool}
+    types = own | dict.fromkeys(SELECTED_BY, int)
     values = _values(word, rest)
     unknown = next((each for each in values if each not in types), None)
     if unknown:
-        allowed = f"It has {', '.join(sorted(types))}." if types else "It has none."
-        raise SettingError(f"{word!r}: {name} has no parameter {unknown!r}. {allowed}", hint=_EXAMPLE)
-    typed = [[_typed(word, each, text, types[each]) for text in texts] for each, texts in values.items()]
-    return [make_scheme(name, dict(zip(values, chosen, strict=True))) for chosen in itertools.product(*typed)]
+        allowed = f"It has {', '.join(sorted(own))}" if own else "It has none"
+        selected = ", ".join(map(shown, SELECTED_BY))
+        raise SettingError(
+            f"{word!r}: {name} has no parameter {unknown!r}. {allowed}; checkpoints are chosen with {selected}.",
+            hint=_EXAMPLE,
+        )
+    parsed = []
+    for texts in itertools.product(*values.values()):
+        typed = {each: _typed(word, each, text, types[each]) for each, text in zip(values, texts, strict=True)}
+        selection = {each: int(typed[each]) for each in SELECTED_BY if each in typed}
+        stated = ",".join(f"{shown(each)}={text}" for each, text in zip(values, texts, strict=True))
+        scheme = make_scheme(name, {each: value for each, value in typed.items() if each in own})
+        parsed.append(Word(f"{name}:{stated}" if stated else name, scheme, selection))
+    return parsed
 
 
 def _values(word: str, text: str) -> dict[str, list[str]]:
@@ -182,7 +217,10 @@ def _typed(word: str, name: str, text: str, kind: Any) -> float | int | str:
     if kind not in (int, float):
         return text  # the scheme knows which there are
     try:
-        return kind(text)  # type: ignore[no-any-return]
+        value: float | int = kind(text)
     except ValueError as error:
         told = "a whole number" if kind is int else "a number"
         raise SettingError(f"{word!r}: {shown(name)} is {text!r}; it must be {told}.", hint=_EXAMPLE) from error
+    if name in ("every", "last") and value < 1:
+        raise SettingError(f"{word!r}: {name} is {value}; it must be 1 or more.", hint=_EXAMPLE)
+    return value

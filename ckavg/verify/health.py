@@ -391,7 +391,7 @@ class _Worker:
         for start, stop in block.tiles(TILE):
             part = self._measure(block.name, start, stop, dtype)
             if not part.is_finite:  # NaN or infinity, or a sum that is beyond float32
-                same = self._reader.same_infinities(block.name, start, stop)
+                same = self._reader.same_infinities(block.name, start, stop, range(len(self._checkpoints)))
                 part = self._measure(block.name, start, stop, torch.float64, same)
             whole = _Partial(whole.rows + part.rows, whole.moments + part.moments)
         return dataclasses.replace(whole, exponent=_exponent(self._reader.first_finite(block.name)))

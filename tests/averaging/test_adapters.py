@@ -100,9 +100,8 @@ def test_merging_the_average_is_averaging_the_merged(tmp_path: Path, kind: str) 
 
     source = write_peft(tmp_path / "run", **PEFT[kind])
     models = [merged(source / f"checkpoint-{step}") for step in STEPS]
-    plans = plan_averages(
-        ckavg.open_run(source), [(each, tmp_path / each.name) for each in SCHEMES], Options(lora="product")
-    )
+    run = ckavg.open_run(source)
+    plans = plan_averages([(run, each, tmp_path / each.name) for each in SCHEMES], Options(lora="product"))
     for record in carry_out(plans, Context()).records:
         assert_close(merged(record.directory), weighted(models, record.weights))
         model = peft.PeftModel.from_pretrained(Net(), record.directory)
@@ -273,7 +272,7 @@ def test_snapshots_and_sweeps(tmp_path: Path, rank: int | None) -> None:
     run, options = ckavg.open_run(source), Options(lora="product", rank=rank, snapshot_every=10)
     schemes = (ckavg.Mean(), ckavg.EMA())
     records = carry_out(
-        plan_averages(run, [(each, tmp_path / each.name) for each in schemes], options), Context()
+        plan_averages([(run, each, tmp_path / each.name) for each in schemes], options), Context()
     ).records
     alone = ckavg.average(run, ckavg.EMA(), out=tmp_path / "alone", lora="product", rank=rank, snapshot_every=10)
     assert [each.sha256[FILE] for each in alone.outputs] == [each.sha256[FILE] for each in records[1].outputs]
@@ -308,14 +307,28 @@ def test_the_command_line(tmp_path: Path) -> None:
     source = write_adapters(tmp_path)
     result = run_cli("mean", source, "--lora", "product", "--rank", "2")
     assert result.exit_code == 0, result.output
-    record = json.loads((source / "averaged/mean/ckavg.json").read_text())
+    record = json.loads((source / "averaged/mean-product-rank2/ckavg.json").read_text())
     lost = f"{100 * record['outputs'][0]['discarded_energy']:.2g} %"
     assert f"adapters products s·BA averaged and cut to rank 2, {lost} of their energy discarded" in result.stdout
-    card = (source / "averaged/mean/README.md").read_text()
+    card = (source / "averaged/mean-product-rank2/README.md").read_text()
     assert f"averaged and cut to rank 2, {lost} of their energy discarded" in card
     assert "ckavg mean --lora product --rank 2" in card
     assert "each by itself" not in result.stderr
-    assert run_cli("verify", source / "averaged/mean", "--replay").exit_code == 0
+    assert run_cli("verify", source / "averaged/mean-product-rank2", "--replay").exit_code == 0
+
+
+def test_selections_of_a_sweep_are_those_of_their_own_commands(tmp_path: Path) -> None:
+    source = write_adapters(tmp_path)
+    assert run_cli("sweep", source, "mean:last=2,3", "ema:from-step=20", "--lora", "product").exit_code == 0
+    for words in (("mean", "--last", "3"), ("mean", "--last", "2"), ("ema", "--from-step", "20")):
+        assert (
+            run_cli(words[0], source, *words[1:], "--lora", "product", "--out", tmp_path / "alone", "--force").exit_code
+            == 0
+        )
+        label = {"mean": f"mean-last{words[2]}-product", "ema": "ema-gamma0.15-from-step20-product"}[words[0]]
+        alone, swept = tmp_path / "alone" / FILE, source / "averaged" / label / FILE
+        assert alone.read_bytes() == swept.read_bytes()
+        assert ckavg.verify_result(swept.parent, replay=True, sources=True).problems == ()
 
 
 # --- what is refused ---
@@ -325,7 +338,7 @@ def refused(run: Path, **options: Any) -> CkavgError:
     with pytest.raises(CkavgError) as found:
         ckavg.average(ckavg.open_run(run), ckavg.Mean(), **({"lora": "product"} | options))
     assert found.value.hint
-    assert not (run / "averaged/mean").exists()
+    assert not (run / "averaged").exists()
     return found.value
 
 

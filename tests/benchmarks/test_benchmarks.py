@@ -25,7 +25,7 @@ from benchmarks.programs import ckavg as command
 from benchmarks.synthetic import LEAST_MEGABYTES, build, shorten, step_of, weight_files
 from ckavg.averaging.rules import effective_weights
 from ckavg.schemes import Timeline
-from ckavg.schemes.parse import parse_schemes
+from ckavg.schemes.parse import parse_words
 
 STEPS = (0, 100, 200, 300, 400)
 LENGTHS = (0.0, 0.11, 0.2, 0.31, 0.4)
@@ -66,7 +66,7 @@ def test_the_examples_in_docstrings(name: str) -> None:
 
 
 def test_the_sweep_makes_what_is_expected_with_the_weights_of_ckavg() -> None:
-    schemes = {scheme.label: scheme for scheme in parse_schemes(SWEEP)}
+    schemes = {word.label: word.scheme for word in parse_words(SWEEP)}
     assert list(schemes) == list(AVERAGES)
     for name, scheme in schemes.items():
         made = effective_weights(scheme.coefficients(Timeline(STEPS, LENGTHS)))

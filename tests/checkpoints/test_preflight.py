@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import ckavg
-from ckavg.averaging import plan as memory
 from ckavg.averaging.plan import checked
+from ckavg.averaging.reading import memory_bytes
 from ckavg.checkpoints.inspect import inspect_run
 from ckavg.checkpoints.run import Selection
 from ckavg.engine.distributed import MOST_THREADS, worker_threads
@@ -86,7 +86,7 @@ def test_a_full_disk_is_told_with_the_rest(source: Path, monkeypatch: pytest.Mon
     assert kinds(caught.value) == ["OutputExistsError", "WriteError"]
     (source / "checkpoint-20" / MODEL).write_bytes(b"")
     with pytest.raises(CombinedError) as caught:
-        checked(inspect_run(source, Selection()), [out])
+        checked([inspect_run(source, Selection())], [out])
     assert kinds(caught.value) == ["TruncatedShardError", "OutputExistsError", "WriteError"]
 
 
@@ -159,7 +159,7 @@ def test_memory_is_told_within_a_factor_of_two(
         (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
         save_file(values, tmp_path / "run" / f"checkpoint-{step}" / MODEL)
     plan = ckavg.plan_average(ckavg.open_run(tmp_path / "run"), getattr(ckavg, scheme)())
-    told = memory.memory_bytes([plan])
+    told = memory_bytes([plan])
     command = [sys.executable, "-c", _PEAK, str(tmp_path / "run"), scheme, str(tmp_path / "out")]
     peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert peak / 2 < told < peak * 2

@@ -257,7 +257,7 @@ def test_places(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("mean mean", "mean is there twice"),
         ("mean mean:decay=none", "mean is there twice"),
         ("mean:decay=exponential", "decay is 'exponential'; it must be one of none, linear, cosine, minus-sqrt"),
-        ("bema:burn-in=0,50 --every 50", "begin at one burn-in"),
+        ("mean:last=0", "last is 0; it must be 1 or more"),
         ("mean last --push-to-hub a/b", "uploads one average, and nothing tells which"),
         ("mean --revision pema", "--revision goes with --push-to-hub"),
     ],

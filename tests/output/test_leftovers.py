@@ -92,7 +92,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = write_run(tmp_path_factory.mktemp("killed") / "run", random_run(0, 3, torch.float32), (0, 10, 20))
     result = ckavg.average(ckavg.open_run(source), ckavg.Mean(), snapshot_every=10).directory
     shutil.copytree(result, source.parent / "earlier")
-    done = ckavg_process("mean", source, "--force", "--last", "2", "-q", before=KILLED_BETWEEN_THE_RENAMES)
+    done = ckavg_process("mean", source, "--force", "--dtype", "bfloat16", "-q", before=KILLED_BETWEEN_THE_RENAMES)
     assert done.returncode == -signal.SIGKILL
     assert sorted(path.name for path in result.parent.iterdir()) == [".mean.ckavg-partial", ".mean.ckavg-replaced"]
     return source

@@ -158,6 +158,21 @@ def test_several_averages_are_lines_of_their_own(pema: ckavg.Averaged, bema: cka
     assert lines(weights) == [([*STEPS], [*bema.weights]), ([*STEPS], [*pema.weights])]
     assert not weights.patches
     assert heading(figure)[2:] == [bema.directory.name, pema.directory.name]
+
+
+def test_each_selection_has_plots_of_its_own_by_step(pema: ckavg.Averaged, bema: ckavg.Averaged) -> None:
+    few, lengths = STEPS[::2], tuple((pema.path_length or ())[::2])
+    thin = dataclasses.replace(
+        pema, selection={"every": 40}, steps=few, path_length=lengths, betas=pema.betas[::2], weights=(0.2, 0.3, 0.5)
+    )
+    figure = averages_figure([bema, pema, thin])
+    assert lines(panel(figure, "Path length")) == [([*STEPS], [*(pema.path_length or ())]), ([*few], [*lengths])]
+    assert lines(panel(figure, "every 40: weight")) == [([*few], [0.2, 0.3, 0.5])]
+    every = lines(panel(figure, "all checkpoints: weight"))
+    assert every == [([*STEPS], [*bema.weights]), ([*STEPS], [*pema.weights])]
+    alike = panel(figure, "every 40: weight").lines[0], panel(figure, "all checkpoints: weight").lines[1]
+    assert alike[0].get_color() == alike[1].get_color(), "one scheme"
+    assert heading(figure)[2:] == [scheme.to_scheme().label for scheme in (bema, pema)]
     for count in (2, 9, 32):
         drawn = panel(averages_figure([pema] * count), "β").lines
         assert len({to_hex(line.get_color()) for line in drawn}) == count

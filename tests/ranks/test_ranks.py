@@ -106,7 +106,7 @@ def without_time(told: dict[str, Any]) -> dict[str, Any]:
 
 COMMANDS = (
     ("pema", "--snapshot-every", 20, "--json"),
-    ("sweep", "pema:gamma=0.1,0.2", "bema", "mean", "--json"),
+    ("sweep", "pema:gamma=0.1,0.2", "pema:every=20", "bema", "mean:last=2", "--json"),
     ("path", "--json"),
     ("path", "--sample", 0.05, "--json"),
 )

@@ -8,7 +8,7 @@ import pytest
 
 from ckavg.errors import SettingError
 from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, MomentumEMA, Scheme
-from ckavg.schemes.parse import parse_schemes
+from ckavg.schemes.parse import parse_words
 
 
 @pytest.mark.parametrize(
@@ -32,17 +32,20 @@ from ckavg.schemes.parse import parse_schemes
     ],
 )  # fmt: skip
 def test_words_to_schemes(words: list[str], expected: list[Scheme]) -> None:
-    assert parse_schemes(words) == tuple(expected)
+    assert [word.scheme for word in parse_words(words)] == expected
 
 
 @pytest.mark.parametrize(
     ("word", "told"),
     [
         ("swa", "'swa': there is no scheme 'swa'. There are pema, bema, ema"),
-        ("pema:alpha=1", "pema has no parameter 'alpha'. It has clock, gamma, pairing, scope."),
-        ("mean:gamma=1", "mean has no parameter 'gamma'. It has decay."),
+        (
+            "pema:alpha=1",
+            "'alpha'. It has clock, gamma, pairing, scope; checkpoints are chosen with every, last, from-",
+        ),
+        ("mean:gamma=1", "mean has no parameter 'gamma'. It has decay;"),
         ("mean:decay=sqrt", "decay is 'sqrt'; it must be one of none, linear, cosine, minus-sqrt."),
-        ("last:gamma=1", "last has no parameter 'gamma'. It has none."),
+        ("last:gamma=1", "last has no parameter 'gamma'. It has none;"),
         ("ema:gamma=0.1,momentum=0.9", "ema: gamma must not go with momentum."),
         ("pema:gamma=high", "gamma is 'high'; it must be a number"),
         ("bema:burn-in=1.5", "burn-in is '1.5'; it must be a whole number"),
@@ -52,9 +55,26 @@ def test_words_to_schemes(words: list[str], expected: list[Scheme]) -> None:
         ("pema:gamma=-1", "it must be 0 or more"),
         ("pema:scope=half", "it must be global or tensor"),
         ("pema:gamma=0.1,0.10", "pema-gamma0.1 is there twice"),
+        ("mean:last=5,05", "mean-last5 is there twice"),
+        ("mean:last=0", "'mean:last=0': last is 0; it must be 1 or more."),
+        ("pema:every=50,0", "every is 0; it must be 1 or more."),
+        ("last:from-step=x", "from-step is 'x'; it must be a whole number"),
     ],
 )
 def test_what_does_not_parse_is_explained(word: str, told: str) -> None:
     with pytest.raises(SettingError) as caught:
-        parse_schemes([word])
+        parse_words([word])
     assert told in str(caught.value)
+
+
+def test_words_choose_checkpoints() -> None:
+    words = parse_words(["pema:gamma=0.1,0.2,every=50,100", "last:to-step=300", "mean:from_step=-1,last=5"])
+    told = [(word.text, word.scheme, word.selection) for word in words]
+    assert told == [
+        ("pema:gamma=0.1,every=50", PEMA(gamma=0.1), {"every": 50}),
+        ("pema:gamma=0.1,every=100", PEMA(gamma=0.1), {"every": 100}),
+        ("pema:gamma=0.2,every=50", PEMA(gamma=0.2), {"every": 50}),
+        ("pema:gamma=0.2,every=100", PEMA(gamma=0.2), {"every": 100}),
+        ("last:to-step=300", Last(), {"to_step": 300}),
+        ("mean:from-step=-1,last=5", Mean(), {"last": 5, "from_step": -1}),
+    ]

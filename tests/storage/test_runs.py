@@ -203,7 +203,7 @@ def test_both_ends_on_the_command_line(
     done = run_cli(*words, "--push-to-hub", "ada/averaged")
     assert done.exit_code == 0, done.stderr
     assert f"fetch  {told['fetch']['to_disk_bytes'] / 1e6:.1f} MB to {tmp_path / 'hf-home'}" in done.stderr
-    result = tmp_path / "averaged" / "pema-gamma0.15"
+    result = tmp_path / "averaged" / "pema-gamma0.15-last4"
     pushed = hub.files("ada/averaged")
     assert pushed.keys() == visible(result)
     assert all((result / name).read_bytes() == data for name, data in pushed.items())

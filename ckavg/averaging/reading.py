@@ -1,0 +1,174 @@
+"""What several averages of one source read together: all checkpoints that they visit, each of them once a pass.
+
+Every average keeps its own run, so that its record says what it would say by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from ckavg.averaging.plan import Plan, start_of
+from ckavg.checkpoints.run import Run, TensorInfo, holds_float64
+from ckavg.engine.blocks import TILE
+from ckavg.engine.distributed import worker_threads
+from ckavg.engine.remote import HELD_BYTES
+from ckavg.path.plan import PathPlan, PathReading
+from ckavg.storage.base import RemotePath
+from ckavg.storage.remote import Fetching, plan_fetching
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Averages that are formed together.
+
+    Attributes:
+        plans: of the averages; at least one.
+        run: all checkpoints that any of them visits, by step.
+        places: of each plan, the indices in `run` of the checkpoints that it visits.
+    """
+
+    plans: tuple[Plan, ...]
+    run: Run
+    places: tuple[tuple[int, ...], ...]
+
+    @property
+    def paths(self) -> PathReading | None:
+        """What pass 1 measures, each path once; None where no average needs one."""
+        own = {places: plan.path for plan, places in zip(self.plans, self.places, strict=True) if plan.path}
+        return PathReading(tuple(own.values()), tuple(own)) if own else None
+
+    @property
+    def path_bytes(self) -> int:
+        """Bytes that pass 1 reads; 0 where no average needs the path, or all is cached."""
+        paths = self.paths
+        return paths.nbytes(self.run) if paths else 0
+
+    @property
+    def to_replay(self) -> tuple[int, ...]:
+        """Indices of the checkpoints that pass 2 reads, in order."""
+        own = zip(self.plans, self.places, strict=True)
+        return tuple(sorted({place for plan, places in own for place in places[start_of(plan.run, plan.scheme) :]}))
+
+    @property
+    def replay_bytes(self) -> int:
+        """Bytes that pass 2 reads: of what is averaged, and of what is copied from checkpoints that have an output."""
+        written = {
+            places[index] for plan, places in zip(self.plans, self.places, strict=True) for index in plan.outputs
+        }
+        floating = [name for name, entry in self.run.tensors.items() if entry.is_floating]
+        copied = sum(entry.nbytes for entry in self.run.tensors.values() if not entry.is_floating)
+        averaged = sum(
+            self.run.checkpoints[place].entries[name].nbytes for place in self.to_replay for name in floating
+        )
+        return averaged + len(written) * copied
+
+
+def readings(plans: Sequence[Plan]) -> list[Reading]:
+    """The averages by what can be read together: those whose runs have the same tensors. That is all of them, but for a
+    source whose tensors change on the way, where each of several selections may be sound by itself.
+    """
+    groups: list[list[Plan]] = []
+    for plan in plans:
+        group = next((group for group in groups if _is_alike(group[0], plan)), None)
+        if group is None:
+            groups.append([plan])
+        else:
+            group.append(plan)
+    return [_united(group) for group in groups]
+
+
+def _is_alike(one: Plan, other: Plan) -> bool:
+    same = one.run.tensors is other.run.tensors or _table(one.run) == _table(other.run)
+    return same and one.products == other.products
+
+
+def _table(run: Run) -> dict[str, tuple[str, tuple[int, ...], bool]]:
+    def told(entry: TensorInfo) -> tuple[str, tuple[int, ...], bool]:
+        return entry.dtype, entry.shape, entry.kept
+
+    return {name: told(entry) for name, entry in run.tensors.items()}
+
+
+def _united(plans: Sequence[Plan]) -> Reading:
+    run = plans[0].run
+    if all(plan.run is run for plan in plans):
+        return Reading(tuple(plans), run, (tuple(range(len(run.checkpoints))),) * len(plans))
+    known = {(each.step, each.path): each for plan in plans for each in plan.run.checkpoints}
+    keys = sorted(known, key=lambda key: key[0])
+    index = {key: place for place, key in enumerate(keys)}
+    places = [tuple(index[each.step, each.path] for each in plan.run.checkpoints) for plan in plans]
+    union = Run(run.source, run.selection, tuple(known[key] for key in keys), ())
+    return Reading(tuple(plans), union, tuple(places))
+
+
+def fetching_of(plans: Sequence[Plan]) -> Fetching | None:
+    """What carrying out these plans fetches, and how; None for a run on this machine."""
+    fetched: dict[RemotePath, float] = {}
+    for reading in readings(plans):
+        path_read = reading.paths.to_read if reading.paths and reading.path_bytes else ()
+        sample, to_replay = reading.paths.sample if reading.paths else 0.0, reading.to_replay
+        for place in range(len(reading.run.checkpoints)):
+            _add(fetched, reading.run, place, sample * (place in path_read) + (place in to_replay))
+    return plan_fetching(fetched, other_bytes=sum(plan.write_bytes for plan in plans)) if fetched else None
+
+
+def fetching_of_path(run: Run, path: PathPlan) -> Fetching | None:
+    """What measuring a path fetches, and how; None for a run on this machine."""
+    fetched: dict[RemotePath, float] = {}
+    for place in range(len(run.checkpoints)):
+        _add(fetched, run, place, path.sample * (path.nbytes > 0 and place in path.to_read))
+    return plan_fetching(fetched, other_bytes=0) if fetched else None
+
+
+def _add(fetched: dict[RemotePath, float], run: Run, place: int, count: float) -> None:
+    """Count how often the weight files of a checkpoint are read, of those that are elsewhere."""
+    for shard in run.checkpoints[place].shards:
+        if isinstance(shard.path, RemotePath):
+            fetched[shard.path] = fetched.get(shard.path, 0.0) + count
+
+
+_LIBRARIES = 235_000_000
+"""Python, torch and the other libraries, before anything is read: measured on Linux with torch for the CPU."""
+
+_PLOT = 45_000_000
+"""matplotlib, and what it takes for the picture in a card."""
+
+_PER_ENTRY = 450
+"""A tensor in the table of a checkpoint: its name, its shape, and their places in a dictionary."""
+
+_PER_DISTANCE = 100
+"""A number of the path, by tensor and checkpoint, and its line in `path.json`."""
+
+_STATE_TILES = 3
+_RAW_BYTES_OF_ELEMENT = 8
+
+
+def memory_bytes(plans: Sequence[Plan]) -> int:
+    """Peak memory of carrying out plans of one source together on the CPU, in bytes; an estimate.
+
+    Every thread has two buffers for bytes as they are stored, the widened tile, and the tiles of each average's state.
+    The tables of the checkpoints and the side files come on top, and what the libraries take by themselves.
+
+    Args:
+        plans: what is carried out together; at least one.
+    """
+    runs = list({id(plan.run): plan.run for plan in plans}.values())
+    checkpoints = [checkpoint for run in runs for checkpoint in run.checkpoints]
+    tiles = (1 + _STATE_TILES * len(plans)) * TILE * (8 if holds_float64(checkpoints) else 4)
+    buffers = worker_threads() * (2 * TILE * _RAW_BYTES_OF_ELEMENT + tiles)
+    tables = {id(checkpoint.entries): len(checkpoint.entries) for checkpoint in checkpoints}
+    known = _PER_ENTRY * sum(tables.values())
+    with_path = {id(plan.run): plan.run for plan in plans if plan.path}
+    known += _PER_DISTANCE * sum(len(run.tensors) * len(run.checkpoints) for run in with_path.values())
+    of_pairs = [(plan.run, pair) for plan in plans if plan.products for pair in plan.products.pairs]
+    # Of one pair, all checkpoints in float64, the columns of the sum, and as much again where they are cut.
+    known += max((3 * 8 * len(run.checkpoints) * sum(pair.numel) for run, pair in of_pairs), default=0)
+    by_run = {id(plan.run): plan for plan in plans}.values()
+    beside = sum(len(data) for plan in by_run for data in plan.side_files.values())
+    headers = sum(len(shard.header) for plan in by_run for shard in plan.weights.shards)
+    fetching = fetching_of(plans)
+    window = min(HELD_BYTES, fetching.streamed_bytes) if fetching is not None else 0
+    libraries = _LIBRARIES + (_PLOT if find_spec("matplotlib") else 0)
+    return libraries + buffers + known + 2 * (beside + headers) + window
