@@ -15,7 +15,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ckavg.errors import CkavgError
-from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, MomentumEMA
+from ckavg.schemes import (
+    BEMA,
+    DEMA,
+    EMA,
+    OUEMA,
+    PEMA,
+    Last,
+    Mean,
+    MomentumEMA,
+    PowerEMA,
+    PowerExponentEMA,
+    Weights,
+)
 
 if TYPE_CHECKING:
     from ckavg.averaging.pipeline import average, measure_path
@@ -42,10 +54,13 @@ __all__ = [
     "Mean",
     "MomentumEMA",
     "PathLength",
+    "PowerEMA",
+    "PowerExponentEMA",
     "Progress",
     "Pushed",
     "Run",
     "Verified",
+    "Weights",
     "__version__",
     "all_ranks",
     "average",

@@ -55,7 +55,18 @@ def test_a_room_imports_only_earlier_ones(room: str) -> None:
 
 
 def test_schemes_are_pure_numbers() -> None:
-    pure = {"__future__", "abc", "ckavg", "collections", "dataclasses", "inspect", "itertools", "math", "typing"}
+    pure = {
+        "__future__",
+        "abc",
+        "ckavg",
+        "collections",
+        "dataclasses",
+        "hashlib",
+        "inspect",
+        "itertools",
+        "math",
+        "typing",
+    }
     for path in (PACKAGE / "schemes").rglob("*.py"):
         assert {module.split(".")[0] for module in imports_of(path)} <= pure
 

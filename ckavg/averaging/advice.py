@@ -6,16 +6,30 @@ Pure, but for `before`, which reads the trainer's log. Where the thresholds come
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from ckavg.checkpoints.run import Run
-from ckavg.checkpoints.trainer_log import learning_rates
+from ckavg.checkpoints.trainer_log import Course, Series, learning_rates
 from ckavg.errors import listed
 from ckavg.path.table import PathLength
-from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Coefficients, Last, Mean, Scheme
+from ckavg.schemes import (
+    BEMA,
+    DEMA,
+    EMA,
+    OUEMA,
+    PEMA,
+    Coefficients,
+    Last,
+    Mean,
+    PowerEMA,
+    PowerExponentEMA,
+    Scheme,
+    Weights,
+)
 
 _NAMED = 3
 _FAR = 4.0
@@ -38,6 +52,9 @@ beginning, by a line or a cosine to a quarter of the peak or less, has halved th
 _INTERVALS = (50, 400)
 """Optimizer steps between two updates in the papers: 50 to 300 (Pathwise EMA), 400 (EMA Without the Lag)."""
 
+_INTERVAL_COMPARED = 300
+"""The widest that Pathwise EMA compares."""
+
 _FEWEST = 6
 """Updates of a run in the coarsest setting of Pathwise EMA: 1800 steps, every 300."""
 
@@ -55,6 +72,21 @@ _NARROW_POWER = 0.2
 
 _EXTRAPOLATED = -0.3
 """Sum of negative weights; BEMA's defaults stay above it in any run of 402 steps or more."""
+
+_MUCH_OF_ANCHOR, _START_OF_RUN = 0.1, 0.05
+"""Weight of the anchor from which it is told, and the part of a run up to which a checkpoint is its start."""
+
+_SOME = 2.0
+"""Effective count below which an average is little else than one checkpoint."""
+
+_POWERS = (0.05, 0.1, 0.15, 0.2, 0.3)
+"""The powers γ that Pathwise EMA compares, and 0.3, which it needed once (Section 3.2.1, Appendix C.3)."""
+
+_CONSTANT = 0.9
+"""Part of the peak at which a learning rate has not begun to decay."""
+
+_WITHOUT_ANCHOR = (Mean, PowerEMA, PowerExponentEMA, Weights)
+"""Schemes for which the first checkpoint is one like the others."""
 
 _FACTORS = ("lora_", "hada_", "lokr_", "vera_lambda_")
 """How parts of tensor names begin that hold a factor of a product: LoRA, LoHa, LoKr, VeRA."""
@@ -74,7 +106,7 @@ def before(
     if isinstance(scheme, Last):
         return ()
     logged = learning_rates(run.last) if rates is None else rates
-    needs_no_anchor = scheme.every_from is not None or isinstance(scheme, Mean)
+    needs_no_anchor = scheme.every_from is not None or isinstance(scheme, _WITHOUT_ANCHOR)
     return (
         *(() if needs_no_anchor else about_anchor(run.steps[0], run.tensors, with_init=run.anchor_is_init)),
         *about_learning_rate(run.steps[int(run.anchor_is_init) :], logged),
@@ -103,6 +135,98 @@ def about_anchor(step: int, names: Iterable[str], *, with_init: bool) -> tuple[s
         f"The run begins at step {step}: everything is measured from that checkpoint, not from the base model. "
         "Name the base model with --init to change that.",
     )
+
+
+def about_anchor_weight(
+    steps: Sequence[int], weights: Sequence[float], start: int, *, with_init: bool
+) -> tuple[str, ...]:
+    """What the weight of the anchor tells, where that is the start of the run: a model that has not learned much.
+
+    Args:
+        steps: optimizer step of every checkpoint.
+        weights: effective weight of each.
+        start: index of the anchor.
+        with_init: whether the first checkpoint was named apart from the run.
+    """
+    if weights[start] < _MUCH_OF_ANCHOR or start == len(steps) - 1:
+        return ()
+    if with_init and start == 0:
+        return (f"{weights[0]:.0%} of the weight is on the base model. Worth comparing: an average without --init.",)
+    if steps[start] > _START_OF_RUN * steps[-1]:
+        return ()
+    return (
+        f"{weights[start]:.0%} of the weight is on step {steps[start]}, where the run began. Worth comparing: "
+        f"--from-step {steps[start + 1]}.",
+    )
+
+
+def about_trend(
+    scheme: Scheme, course: Course, steps: Sequence[int], weights: Sequence[float], tried: Collection[str]
+) -> tuple[str, ...]:
+    """Whether averaging over less or over more is worth comparing, as far as the trainer's log tells.
+
+    While the loss falls, an average that lags is of worse models; once it is level at a constant learning rate, what is
+    left is noise, of which a wider average has less. Where the log tells neither, nothing is said.
+
+    Args:
+        scheme: how the checkpoints were averaged.
+        course: how training went.
+        steps: optimizer step of every checkpoint.
+        weights: effective weight of each.
+        tried: names of the results that are there already, or are made at the same time.
+    """
+    lag = math.fsum(weight * (steps[-1] - step) for weight, step in zip(weights, steps, strict=True))
+    count = 1 / math.fsum(weight**2 for weight in weights)
+    metric = course.metric if course.metric == "eval_loss" else "The training loss"
+    if course.trend == "falling" and count >= _SOME and lag > 0:
+        choices = _narrower(scheme, len(steps), tried)
+        told = f"{metric} was still falling, and this average is {lag:.0f} steps behind. Worth comparing: "
+    elif course.trend == "level" and _is_constant(course.rates) and count < len(steps) / 2:
+        choices = _wider(scheme, steps, count, tried)
+        told = f"{metric} is level at a constant learning rate: a wider average may have less noise. Worth comparing: "
+    else:
+        return ()
+    return (f"{told}{' or '.join(choices)}.",) if choices else ()
+
+
+def _narrower(scheme: Scheme, count: int, tried: Collection[str]) -> list[str]:
+    """What averages over less than a scheme, of what was not tried."""
+    if isinstance(scheme, PEMA | EMA):
+        choices = [(f"--gamma {each.gamma:g}", each.label) for each in _other_powers(scheme, tried)[0][-1:]]
+        return [option for option, _ in choices] + ([] if _is_tried("bema", tried) else ["bema"])
+    if isinstance(scheme, Mean) and count >= _FEWEST and not _is_tried(f"{scheme.label}-last{count // 2}", tried):
+        return [f"--last {count // 2}"]
+    return []
+
+
+def _wider(scheme: Scheme, steps: Sequence[int], effective_count: float, tried: Collection[str]) -> list[str]:
+    """What averages over more than a scheme, of what was not tried."""
+    if not isinstance(scheme, PEMA | EMA):
+        return []
+    if effective_count < _SOME:  # on a short path, no power changes much
+        return [] if _is_tried("mean", tried) else ["mean"]
+    every = _wider_interval(steps) if scheme.gamma <= _NARROW_POWER else None
+    if every and not _is_tried(f"{scheme.label}-every{every}", tried):
+        return [f"--every {every}"]
+    return [f"--gamma {each.gamma:g}" for each in _other_powers(scheme, tried)[1][:1]]
+
+
+def _other_powers(scheme: PEMA | EMA, tried: Collection[str]) -> tuple[list[PEMA | EMA], list[PEMA | EMA]]:
+    """The same with smaller and with larger powers, ascending, of those that are usual and were not tried."""
+    others = [dataclasses.replace(scheme, gamma=power) for power in _POWERS]
+    others = [other for other in others if not _is_tried(other.label, tried)]
+    return [each for each in others if each.gamma < scheme.gamma], [
+        each for each in others if each.gamma > scheme.gamma
+    ]
+
+
+def _is_tried(label: str, tried: Collection[str]) -> bool:
+    return any(name == label or name.startswith(f"{label}-") for name in tried)
+
+
+def _is_constant(rates: Series) -> bool:
+    """Whether the learning rate ended at its peak, or nearly there; not where none was logged."""
+    return bool(rates) and rates[-1][1] >= _CONSTANT * max(rate for _, rate in rates)
 
 
 def about_learning_rate(steps: Sequence[int], rates: Sequence[tuple[int, float]]) -> tuple[str, ...]:
@@ -149,34 +273,25 @@ def about_interval(steps: Sequence[int], scheme: Scheme, *, with_init: bool) -> 
     if len(own) < 2:
         return ()
     interval = statistics.median(after - before for before, after in itertools.pairwise(own))
-    far = interval > _INTERVALS[1]
-    corrected = isinstance(scheme, BEMA | OUEMA | DEMA) and scheme.kappa > _NARROW_POWER
-    if far and corrected and updates < _FEWEST_CORRECTED:
-        return (
-            f"Only {updates} updates, {interval:g} steps apart: the paper of {scheme.name} made {_FEWEST_CORRECTED} or "
-            f"more, at most {_INTERVALS[1]} apart. Much of step {visited[0]} may be left in the result. Compare with a "
-            "smaller --kappa, and save more often next time.",
-        )
-    if far and isinstance(scheme, PEMA | EMA) and updates < _FEWEST:
-        return (
-            f"Only {updates} updates, {interval:g} steps apart: the paper of {scheme.name} made {_FEWEST} or more, at "
-            "most 300 apart. Save more often next time.",
-        )
-    every = _wider(interval, visited)
-    if every and isinstance(scheme, PEMA | EMA) and scheme.gamma <= _NARROW_POWER:
-        return (
-            f"{len(visited)} checkpoints, {interval:g} steps apart: most of the weight is on the last few of them, and "
-            f"so on a small part of the run. Worth comparing: --every {every}, which spreads it wider and reads "
-            "less.",
-        )
-    return ()
+    few = 0
+    if isinstance(scheme, BEMA | OUEMA | DEMA) and scheme.kappa > _NARROW_POWER:
+        few = _FEWEST_CORRECTED
+    elif isinstance(scheme, PEMA | EMA):
+        few = _FEWEST
+    if interval <= _INTERVALS[1] or updates >= few:
+        return ()
+    return (
+        f"Only {updates} updates, {interval:g} steps apart: the paper of {scheme.name} made {few} or more, at most "
+        f"{_INTERVALS[1] if few == _FEWEST_CORRECTED else _INTERVAL_COMPARED} apart. Save more often next time.",
+    )
 
 
-def _wider(interval: float, steps: Sequence[int]) -> int | None:
+def _wider_interval(steps: Sequence[int]) -> int | None:
     """A multiple of the interval for `--every` that is within the range of the papers; None if nothing calls for it.
 
     An interval of 1 is rather one of epochs or of numbered saves, and is left alone.
     """
+    interval = statistics.median(after - before for before, after in itertools.pairwise(steps))
     close = 1 < interval < _INTERVALS[0] and interval == int(interval)
     if not close or len(steps) <= _MANY or steps[-1] - steps[0] < _SHORT_RUN:
         return None
@@ -261,13 +376,10 @@ def _about_length(length: float, span: int) -> list[str]:
         return [
             f"PEMA averages little here: T·ℓ(T)² = {clock:.2g} with T = {span} steps and ℓ(T) = {length:.2g}, where it "
             f"was tuned for {low:g} to {high:g}. At γ = 0.15 no β is below {(1 + clock) ** -0.15:.2g}, so most of the "
-            "weight is on the last checkpoint. Worth comparing: mean and ema, which do not depend on the path."
+            "weight is on the last checkpoint."
         ]
     if length > _REFERENCE[1] * _FAR:
-        return [
-            f"The path is long: ℓ(T) = {length:.2g}, where PEMA was tuned for 0.5 to 1. Noisier runs want a larger "
-            "power: try --gamma 0.2 or 0.3 beside this one."
-        ]
+        return [f"The path is long: ℓ(T) = {length:.2g}, where PEMA was tuned for 0.5 to 1."]
     return []
 
 
@@ -284,10 +396,11 @@ def about_coefficients(scheme: Scheme, coefficients: Coefficients, steps: Sequen
     return tuple(told)
 
 
-def about_weights(steps: Sequence[int], weights: Sequence[float]) -> tuple[str, ...]:
+def about_weights(scheme: Scheme, steps: Sequence[int], weights: Sequence[float]) -> tuple[str, ...]:
     """What the effective weights tell: how far the result lies beyond the checkpoints.
 
     Args:
+        scheme: how they are averaged.
         steps: optimizer step of every checkpoint.
         weights: effective weight of each; they sum to 1.
     """
@@ -295,10 +408,10 @@ def about_weights(steps: Sequence[int], weights: Sequence[float]) -> tuple[str, 
     if negative >= _EXTRAPOLATED:
         return ()
     least, step = min(zip(weights, steps, strict=True))
+    weaker = " Worth comparing: a larger --eta." if isinstance(scheme, BEMA | OUEMA) and scheme.eta < math.inf else ""
     return (
         f"The negative weights sum to {negative:.2f}, the most of one checkpoint being {least:.2f} at step {step}: the "
-        "result is extrapolated away from there, beyond the checkpoints. Compare it with a weaker correction, a larger "
-        "--eta.",
+        f"result lies beyond the checkpoints.{weaker}",
     )
 
 

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckavg.averaging.metrics import Goal, Reading, known_goal, read_metric
+from ckavg.averaging.metrics import Reading, read_metric
 from ckavg.averaging.plan import Plan
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
+from ckavg.checkpoints.trainer_log import Goal, goal_of
 from ckavg.errors import SettingError, WriteError
 from ckavg.output.card import write_card
 from ckavg.output.output_path import CARD, PLOT
@@ -75,7 +76,7 @@ def criterion_of(
         )
     if metric is not None and not metric.strip():
         raise SettingError("eval-metric is empty; it must be the name of a metric.", hint="Or leave it out.")
-    known = None if metric is None else known_goal(metric)
+    known = None if metric is None else goal_of(metric)
     decided = goal or known
     if decided is None:
         raise SettingError(

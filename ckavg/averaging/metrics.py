@@ -1,4 +1,4 @@
-"""A metric by its name: which way is better, and its value in what an evaluation printed or wrote. Pure.
+"""A metric by its name: its value in what an evaluation printed or wrote. Pure.
 
 A value is taken from the first of these that knows the name: a JSON file, the last JSON object in the text, the table
 of lm-evaluation-harness, the last line with the name as a word. A name with two values in one of them is refused.
@@ -12,9 +12,10 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Goal = Literal["min", "max"]
+from ckavg.checkpoints.trainer_log import goal_of
+
 KeyPath = tuple[str, ...]
 """Where a value is in a JSON document: the keys from the outside in, and the indices of lists."""
 
@@ -24,36 +25,7 @@ _NUMBER = re.compile(
 )
 _PAIR = re.compile(rf"([A-Za-z_][\w@/,.-]*)['\"]?\s*[:=]\s*(?:{_NUMBER.pattern})", re.IGNORECASE)
 
-_LESS_IS_BETTER = "loss|losses|perplexity|ppl|nll|error|errors|err|wer|cer|ter|mse|rmse|mae|bits_per_byte|bpb|brier"
-_MORE_IS_BETTER = (
-    r"acc|accuracy|f1|exact_match|em|bleu|rouge\w?|reward|rewards|score|scores|auc|auroc|mcc|precision|recall|chrf"
-)
-_NEITHER = "stderr|std|neg|negative"
-_GOALS = {
-    goal: re.compile(rf"(?:^|_)(?:{words})(?=_|$)")
-    for goal, words in {"min": _LESS_IS_BETTER, "max": _MORE_IS_BETTER, "": _NEITHER}.items()
-}
-
 _SHOWN_KEYS, _SHOWN = 6, 60
-
-
-def known_goal(name: str) -> Goal | None:
-    """Whether the least or the greatest value of a metric is best, by the words in its name; None if they do not tell.
-
-    The last key of a dotted path is asked first: what comes before it names a task.
-
-    >>> known_goal("eval_loss"), known_goal("results.error_detection.acc,none"), known_goal("evalLoss")
-    ('min', 'max', 'min')
-    >>> known_goal("class"), known_goal("acc_stderr"), known_goal("brier_score"), known_goal("results.acc.value")
-    (None, None, None, 'max')
-    """
-    goals: dict[str, Goal] = {"min": "min", "max": "max"}
-    for key in reversed(name.split(".")):
-        words = re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower())
-        said = [goal for goal, pattern in _GOALS.items() if pattern.search(words)]
-        if said:
-            return goals.get(said[0]) if len(said) == 1 else None
-    return None
 
 
 def last_number(text: str) -> float | None:
@@ -194,7 +166,7 @@ def _stderr_among(leaves: Mapping[KeyPath, Any], of: KeyPath, name: str | None) 
     metric, comma, filters = key.partition(",")
     names = [f"{key}_stderr", f"{metric}_stderr{comma}{filters}"] if name is None else [name]
     beside = {path[-1] for path in leaves if path[:-1] == of[:-1]}
-    if name is None and sum(known_goal(each) is not None for each in beside) == 1 and known_goal(key) is not None:
+    if name is None and sum(goal_of(each) is not None for each in beside) == 1 and goal_of(key) is not None:
         names.append("stderr")
     paths = [path for each in names if (path := (*outside, each)) in leaves]
     if name is not None and not paths and len(found := _find(leaves, name)) == 1:

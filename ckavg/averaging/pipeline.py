@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from ckavg import __version__
 from ckavg.averaging.distributed import check_same_plans, check_same_run, finalize, open_writers, stage
-from ckavg.averaging.plan import Options, Plan, check_compatible, plan_averages
+from ckavg.averaging.plan import Options, Plan, anchor_problem, check_compatible, plan_averages
 from ckavg.averaging.reading import Reading, fetching_of, fetching_of_path, readings
 from ckavg.averaging.record import Work, completed, record_of
 from ckavg.checkpoints.fingerprints import check_unchanged, fingerprint_run
@@ -25,6 +25,7 @@ from ckavg.checkpoints.run import Run, averaged_statistics, holds_float64
 from ckavg.engine.context import Context, OnProgress
 from ckavg.engine.distributed import ALONE, Ranks
 from ckavg.engine.remote import fetch
+from ckavg.errors import raise_all
 from ckavg.output.record import Record, Seconds
 from ckavg.output.staging import remove_stale
 from ckavg.path.cache import save_path
@@ -99,6 +100,7 @@ def average(
     snapshot_every: int | None = None,
     card: Path | str | None = None,
     allow_nonfinite: bool = False,
+    allow_anchor: bool = False,
     force: bool = False,
     lora: str | None = None,
     rank: int | None = None,
@@ -109,7 +111,8 @@ def average(
 
     Args:
         run: the checkpoints, the anchor first; see `open_run`.
-        scheme: how: `PEMA`, `BEMA`, `EMA`, `MomentumEMA`, `OUEMA`, `DEMA`, `Mean` or `Last`.
+        scheme: how: `PEMA`, `BEMA`, `EMA`, `MomentumEMA`, `PowerEMA`, `PowerExponentEMA`, `OUEMA`, `DEMA`, `Mean`,
+            `Weights` or `Last`.
         out: where the result goes; None: `<source>/averaged/<scheme and selection>`, such as `ema-gamma0.15-last10`.
         dtype: output dtype of floating tensors: `source`, `float32`, `bfloat16`, `float16` or `float64`.
         accumulate: `float32` or `float64`; float64 checkpoints are accumulated in float64 in any case.
@@ -121,6 +124,7 @@ def average(
             `<out>/checkpoint-<step>`.
         card: a Markdown file whose fields and text come first in the model card of the result.
         allow_nonfinite: average checkpoints that hold NaN or infinity, too; where they do, the result is not finite.
+        allow_anchor: form an average that is in effect its anchor, with 99 % of the weight or more on it.
         force: replace an existing result.
         lora: how low-rank adapters are averaged: `factors`, tensor by tensor, or `product`, the products s·BA.
         rank: with `product`, the rank to which the average is cut; None: it is exact, of the sum of all ranks.
@@ -145,6 +149,7 @@ def average(
         snapshot_every=snapshot_every,
         card=card,
         allow_nonfinite=allow_nonfinite,
+        allow_anchor=allow_anchor,
         force=force,
         lora=lora,
         rank=rank,
@@ -212,6 +217,7 @@ def _carry_out(reading: Reading, context: Context) -> tuple[tuple[Record, ...], 
             plan.scheme.coefficients(_timeline(plan.run, path)).sparing(statistics)
             for plan, path in zip(plans, paths, strict=True)
         ]
+        raise_all([problem for each in zip(plans, coefficients, strict=True) if (problem := anchor_problem(*each))])
         plans = tuple(_with_terms(plan, each) for plan, each in zip(plans, coefficients, strict=True))
         replayed, hashes = _replay(replace(reading, plans=plans), coefficients, stagings, context)
         if ranks.is_first:

@@ -13,16 +13,17 @@ from ckavg.averaging.adapters import Layout, Products, check_rank, find_products
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.inspect import Inspection, as_run, worst_first
 from ckavg.checkpoints.run import Run, Selection, averaged_statistics
-from ckavg.checkpoints.trainer_log import learning_rates
+from ckavg.checkpoints.trainer_log import Course, read_course
 from ckavg.errors import CkavgError, SettingError, listed, raise_all
 from ckavg.output.origin import Origin, find_origin
 from ckavg.output.output_path import CARD, output_path_problems, path_within, space_problems
+from ckavg.output.record import is_mostly_anchor
 from ckavg.output.side_files import gather_side_files, name_of_weights
 from ckavg.output.staging import bring_back
 from ckavg.output.weight_files import WeightPlan, plan_weights
 from ckavg.path.plan import PathPlan, check_sample, plan_path
 from ckavg.path.table import ZeroSigma
-from ckavg.schemes import Scheme, Timeline
+from ckavg.schemes import Coefficients, Scheme, Timeline
 from ckavg.storage.atomic import resolved
 
 DTYPES = ("source", "float32", "bfloat16", "float16", "float64")
@@ -42,6 +43,7 @@ class Options:
         snapshot_every: also write the average as it stood at every multiple of so many optimizer steps.
         card: a Markdown file whose fields and text come first in the model card of the result.
         allow_nonfinite: average checkpoints that hold NaN or infinity, too.
+        allow_anchor: form an average that is in effect its anchor.
         force: replace an existing result.
         lora: how low-rank adapters are averaged: `factors`, tensor by tensor, or `product`, the products s·BA; None:
             as `factors`, and the run need not be one of adapters.
@@ -59,6 +61,7 @@ class Options:
     snapshot_every: int | None = None
     card: Path | str | None = None
     allow_nonfinite: bool = False
+    allow_anchor: bool = False
     force: bool = False
     lora: str | None = None
     rank: int | None = None
@@ -89,6 +92,8 @@ class Plan:
         origin: what the card of the result says of the run.
         snapshots: indices of the checkpoints after which the average is written, too; the last is not among them.
         path: how the path length is had; None for schemes that do not need it.
+        course: how training went, as its trainer logged it.
+        tried: names of the results that are there already, or are planned with this one.
         replay_bytes: bytes that pass 2 reads.
         warnings: what a user should know before it starts.
         products: what is averaged by its products; None: nothing.
@@ -104,6 +109,8 @@ class Plan:
     origin: Origin
     snapshots: tuple[int, ...]
     path: PathPlan | None
+    course: Course
+    tried: frozenset[str]
     replay_bytes: int
     warnings: tuple[str, ...]
     products: Products | None = None
@@ -210,6 +217,7 @@ def plan_averages(wanted: Sequence[Wanted], options: Options | None = None) -> l
     ]
     # Each by itself: those that do not fit together are refused where they are carried out together.
     problems += [problem for plan in plans for problem in space_problems([(plan.out, plan.write_bytes)])]
+    problems += [problem for plan in plans if (problem := _anchor_problem(plan)) is not None]
     raise_all(worst_first(problems))
     return plans
 
@@ -223,15 +231,15 @@ def _plan(wanted: Sequence[Wanted], options: Options) -> list[Plan]:
     origin = find_origin(run, beside.files, options.card)
     needs_path = any(scheme.needs_path for _, scheme, _ in wanted)
     path = plan_path(run, exclude=options.path_exclude, sample=options.sample) if needs_path else None
-    rates = learning_rates(run.last)
+    course = read_course(run.last.path)
+    tried = _results_in(run.home / "averaged") | {scheme.label for _, scheme, _ in wanted}
     plans = []
     for _, scheme, out in wanted:
         start = start_of(run, scheme)
         snapshots = _snapshots(run, start, options.snapshot_every)
         of_path = path if scheme.needs_path else None
-        warnings = (
-            run.warnings + beside.warnings + origin.warnings + advice.before(run, scheme, rates, lora=options.lora)
-        )
+        warnings = run.warnings + beside.warnings + origin.warnings
+        warnings += advice.before(run, scheme, course.rates, lora=options.lora)
         plan = Plan(
             run=run,
             scheme=scheme,
@@ -242,6 +250,8 @@ def _plan(wanted: Sequence[Wanted], options: Options) -> list[Plan]:
             origin=origin,
             snapshots=snapshots,
             path=of_path,
+            course=course,
+            tried=tried,
             replay_bytes=_replay_bytes(run, start, outputs=len(snapshots) + 1),
             warnings=warnings + (of_path.cached.warnings if of_path else ()),
             products=products,
@@ -251,6 +261,39 @@ def _plan(wanted: Sequence[Wanted], options: Options) -> list[Plan]:
         pairs = products.pairs if products is not None else ()
         plans.append(plan.with_terms({index: {pair.a: count for pair in pairs} for index, count in most.items()}))
     return plans
+
+
+def _results_in(directory: Path) -> frozenset[str]:
+    """The names in a directory of results; none where it cannot be listed."""
+    try:
+        return frozenset(path.name for path in directory.iterdir())
+    except OSError:
+        return frozenset()
+
+
+def _anchor_problem(plan: Plan) -> SettingError | None:
+    """What speaks against an average whose weights are known before anything is read."""
+    if plan.scheme.needs_path:
+        return None
+    timeline = Timeline(plan.run.steps, anchor_is_init=plan.run.anchor_is_init)
+    coefficients = plan.scheme.coefficients(timeline).sparing(averaged_statistics(plan.run.tensors))
+    return anchor_problem(plan, coefficients)
+
+
+def anchor_problem(plan: Plan, coefficients: Coefficients) -> SettingError | None:
+    """The error where an average would be in effect its anchor, and that is not allowed."""
+    from ckavg.averaging.rules import effective_weights
+
+    if plan.options.allow_anchor:
+        return None
+    weights, start = effective_weights(coefficients), coefficients.start
+    if not is_mostly_anchor(weights, start, len(weights) - 1):
+        return None
+    return SettingError(
+        f"{plan.scheme.label}: {100 * weights[start]:.4g} % of the weight is on step {plan.run.steps[start]}, where it "
+        "begins: the result would be that checkpoint.",
+        hint="Choose settings that forget it sooner, or a later start; or go on with --allow-anchor.",
+    )
 
 
 def output_path(

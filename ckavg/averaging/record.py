@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ckavg.averaging import advice
 from ckavg.averaging.plan import Plan
@@ -59,7 +61,9 @@ def record_of(plan: Plan, coefficients: Coefficients, path: PathLength | None, w
     weights = effective_weights(coefficients)
     anchor = run.steps[coefficients.start]
     warnings = plan.warnings + advice.about_coefficients(scheme, coefficients, run.steps)
-    warnings += advice.about_weights(run.steps, weights)
+    warnings += advice.about_weights(scheme, run.steps, weights)
+    warnings += advice.about_anchor_weight(run.steps, weights, coefficients.start, with_init=run.anchor_is_init)
+    warnings += advice.about_trend(scheme, plan.course, run.steps, weights, plan.tried)
     return Record(
         scheme=scheme.name,
         parameters=scheme.parameters(),
@@ -72,6 +76,7 @@ def record_of(plan: Plan, coefficients: Coefficients, path: PathLength | None, w
         betas=coefficients.betas,
         alphas=coefficients.alphas,
         weights=weights,
+        **_readouts(run.steps, weights, coefficients.start, len(weights) - 1),
         path_length_error=path.standard_errors if path else None,
         path_kernel=path.kernel if path else None,
         sample=path.sample if path else 1.0,
@@ -108,6 +113,15 @@ def record_of(plan: Plan, coefficients: Coefficients, path: PathLength | None, w
         bytes_read=work.bytes_read,
         seconds=work.seconds,
     )
+
+
+def _readouts(steps: Sequence[int], weights: Sequence[float], start: int, last: int) -> dict[str, Any]:
+    """What the weights of an average after checkpoint `last` say of it, by the names of a record."""
+    return {
+        "effective_count": 1 / math.fsum(weight**2 for weight in weights),
+        "mean_age": math.fsum(weight * (steps[last] - step) for weight, step in zip(weights, steps, strict=True)),
+        "anchor_weight": weights[start],
+    }
 
 
 def _pinned(path: AnyPath) -> str:
@@ -157,7 +171,9 @@ def completed(
     for output, (index, out) in zip(record.outputs, plan.outputs.items(), strict=True):
         own, plots = record, {PLOT: picture} if picture is not None else {}
         if index in plan.snapshots:
-            own = dataclasses.replace(record, weights=effective_weights(coefficients, index), outputs=(output,))
+            weights = effective_weights(coefficients, index)
+            readouts = _readouts(record.steps, weights, coefficients.start, index)
+            own = dataclasses.replace(record, weights=weights, outputs=(output,), **readouts)
             plots = {}  # there may be very many of them
         output = dataclasses.replace(output, files=tuple(sorted({*output.files, *plots})))
         card = write_card(published(own), plan.scheme, plan.origin, picture=PLOT if plots else None)

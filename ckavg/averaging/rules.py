@@ -198,7 +198,30 @@ class DemaState(EmaState):
         _step(self._second[:size], self._average[:size], self._beta(index))
 
 
-RULES: dict[str, type[State]] = {"ema": EmaState, "bema": BemaState, "ouema": OuemaState, "dema": DemaState}
+class SumState(EmaState):
+    """E ← E + w_k (θ_k − θ_0); output E. Any weights that sum to 1 in all; exact where nothing moved."""
+
+    def __init__(self, coefficients: Coefficients, scratch: Tensor) -> None:
+        super().__init__(coefficients, scratch)
+        self._anchor = self._buffer()
+
+    def _begin(self, theta: Tensor) -> None:
+        super()._begin(theta)
+        self._anchor[: theta.numel()].copy_(theta)
+
+    def _update(self, index: int, theta: Tensor) -> None:
+        size = theta.numel()
+        difference = torch.sub(theta, self._anchor[:size], out=self._scratch[:size])
+        self._average[:size].add_(difference.mul_(self._beta(index)))
+
+
+RULES: dict[str, type[State]] = {
+    "ema": EmaState,
+    "bema": BemaState,
+    "ouema": OuemaState,
+    "dema": DemaState,
+    "sum": SumState,
+}
 """The update rules by the name under which schemes ask for them."""
 
 

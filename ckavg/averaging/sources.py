@@ -8,6 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from ckavg.checkpoints.inspect import Inspection, as_run, inspect_runs
 from ckavg.checkpoints.layouts import label_revisions, read_label
@@ -35,6 +36,9 @@ def open_run(
     every_from: int | None = None,
     from_step: int | None = None,
     to_step: int | None = None,
+    best: int | None = None,
+    metric: str | None = None,
+    goal: Literal["min", "max"] | None = None,
     last: int | None = None,
     skip_incomplete: bool = False,
     common_only: bool = False,
@@ -56,6 +60,9 @@ def open_run(
         every_from: count `every` from this step instead of the anchor's.
         from_step: leave out checkpoints before this optimizer step.
         to_step: leave out checkpoints after this optimizer step.
+        best: keep only this many checkpoints, the best by a metric that the trainer logged, before `last`.
+        metric: its name in `log_history` of the last checkpoint's `trainer_state.json`, such as `eval_loss`.
+        goal: whether `min` or `max` of it is best; None: as its name tells.
         last: keep only this many checkpoints, the newest.
         skip_incomplete: leave out checkpoints that are not written in full, each with a warning.
         common_only: average the tensors that all checkpoints have; the others are copied from the last one.
@@ -77,6 +84,9 @@ def open_run(
         every_from=every_from,
         from_step=from_step,
         to_step=to_step,
+        best=best,
+        metric=metric,
+        goal=goal,
         last=last,
         skip_incomplete=skip_incomplete,
         common_only=common_only,

@@ -247,7 +247,7 @@ def _too_few(found: Scan, kept: int, checkpoints: Sequence[Checkpoint]) -> Ckavg
         return TooFewCheckpointsError(
             f"The selection leaves {kept} of the {len(found.candidates)} checkpoints in {found.source} "
             f"(steps {steps}).",
-            hint="Averaging needs at least two. Widen --steps, --from-step, --to-step, --last or --every.",
+            hint="Averaging needs at least two. Widen --steps, --from-step, --to-step, --best, --last or --every.",
         )
     of_adapter = any(each.kind == "adapter" for each in checkpoints)
     base = "the adapter as it was before training" if of_adapter else "the base model"

@@ -9,6 +9,7 @@ from ckavg.checkpoints.checkpoint import read_checkpoint
 from ckavg.checkpoints.configs import read_facts
 from ckavg.checkpoints.discover import Candidate, Scan
 from ckavg.checkpoints.run import Checkpoint, Selection, TensorInfo
+from ckavg.checkpoints.trainer_log import TRAINER_STATE, Goal, Series, goal_of, read_history, values_at
 from ckavg.checkpoints.weight_files import WEIGHTS
 from ckavg.errors import (
     CkavgError,
@@ -28,15 +29,20 @@ from ckavg.storage.download import thread_map
 MOST_CHECKPOINTS = 10_000
 
 
-def select_steps(steps: Sequence[int], selection: Selection) -> list[int]:
+def select_steps(steps: Sequence[int], selection: Selection, logged: Series = ()) -> list[int]:
     """Indices into `steps`, which ascend, of the checkpoints that a selection chooses, in order.
 
-    What is named by its step comes first, then the range, `last`, and the update frequency: with t_0 the step of the
-    anchor, checkpoint k is visited where (t_k − t_0) mod `every` = 0. Where `every` is counted from another step, the
-    first checkpoint at or after that is visited, too (the burn-in of BEMA).
+    What is named by its step comes first, then the range, `best`, `last`, and the update frequency: with t_0 the step
+    of the anchor, checkpoint k is visited where (t_k − t_0) mod `every` = 0. Where `every` is counted from another
+    step, the first checkpoint at or after that is visited, too (the burn-in of BEMA).
+
+    Args:
+        steps: of all checkpoints.
+        selection: what is chosen of them.
+        logged: the metric of the selection; a checkpoint has the last value since the one before, or none.
 
     Raises:
-        SettingError: `every` or `last` is less than 1, or a step that is named is not there.
+        SettingError: `every`, `last` or `best` is less than 1, or a step that is named is not there.
 
     >>> select_steps([0, 50, 100, 150, 200], Selection(every=100))
     [0, 2, 4]
@@ -46,6 +52,8 @@ def select_steps(steps: Sequence[int], selection: Selection) -> list[int]:
     [0, 2]
     >>> select_steps([50, 100, 150, 200], Selection(steps=(50, 150, 200), skip_step=(150,)))
     [0, 3]
+    >>> select_steps([50, 100, 150, 200], Selection(best=2, metric="loss"), ((50, 3.0), (90, 1.0), (150, 2.0)))
+    [1, 2]
     """
     for option, named in (("steps", selection.steps), ("skip-step", selection.skip_step)):
         absent = [str(step) for step in named if step not in steps]
@@ -54,7 +62,7 @@ def select_steps(steps: Sequence[int], selection: Selection) -> list[int]:
                 f"--{option} names {listed(absent)}, where there is no checkpoint.",
                 hint=f"There are steps {listed([str(step) for step in steps], 12)}.",
             )
-    for name, value in (("every", selection.every), ("last", selection.last)):
+    for name, value in (("every", selection.every), ("last", selection.last), ("best", selection.best)):
         if value is not None and value < 1:
             raise SettingError(f"--{name} is {value}; it must be at least 1.")
     kept = [
@@ -65,6 +73,11 @@ def select_steps(steps: Sequence[int], selection: Selection) -> list[int]:
         and (selection.from_step is None or step >= selection.from_step)
         and (selection.to_step is None or step <= selection.to_step)
     ]
+    if selection.best is not None:
+        sign = -1.0 if _goal(selection) == "max" else 1.0
+        known = {index: value for index, value in enumerate(values_at(logged, steps)) if value is not None}
+        ranked = sorted((sign * known[index], -index) for index in kept if index in known)
+        kept = sorted(-index for _, index in ranked[: selection.best])
     kept = kept[-(selection.last or 0) :]
     if selection.every is None or not kept:
         return kept
@@ -77,6 +90,46 @@ def select_steps(steps: Sequence[int], selection: Selection) -> list[int]:
         for index in kept
         if index in first or (steps[index] >= origin and (steps[index] - origin) % selection.every == 0)
     ]
+
+
+def _goal(selection: Selection) -> Goal:
+    """Whether the least or the greatest value of the metric is best.
+
+    Raises:
+        SettingError: nothing tells.
+    """
+    goal = selection.goal or goal_of(selection.metric or "")
+    if goal is None:
+        raise SettingError(
+            f"The name of the metric {selection.metric!r} does not tell which values are better.",
+            hint="Add --goal min or --goal max.",
+        )
+    return goal
+
+
+def _read_metric(found: Scan, selection: Selection) -> Series:
+    """The metric by which the best checkpoints are chosen, as the run's last checkpoint has it; empty without one.
+
+    Raises:
+        SettingError: it is not there, or it is not said which, or what for.
+    """
+    if selection.best is None and selection.metric is None and selection.goal is None:
+        return ()
+    if selection.best is None or selection.metric is None:
+        raise SettingError(
+            "--best and --metric go together.", hint="For example: --best 5 --metric eval_loss; --goal where needed."
+        )
+    _goal(selection)
+    last = found.candidates[-1].path
+    history = read_history(last)
+    values = history.values(selection.metric)
+    if not values:
+        logged = f"it holds {listed(history.names, 12)}" if history.names else "there is none"
+        raise SettingError(
+            f"--metric {selection.metric} is not in the trainer's log, {last.name}/{TRAINER_STATE}: {logged}.",
+            hint="Name a metric of its log_history, or choose checkpoints by --steps.",
+        )
+    return values
 
 
 class Loader:
@@ -94,6 +147,7 @@ class Loader:
         """
         self._selection = selection
         self._incomplete: dict[AnyPath, CkavgError] = {}
+        self._logged = _read_metric(self._found, selection)
         self.candidates: list[Candidate] = []
         self.checkpoints: list[Checkpoint] = []
         self.problems: list[CkavgError] = []
@@ -104,8 +158,21 @@ class Loader:
 
     @property
     def warnings(self) -> list[str]:
-        """One for each checkpoint that was left out."""
+        """One for each checkpoint that was left out, and what a choice by a metric means."""
         told = []
+        if self._selection.best is not None:
+            metric = self._selection.metric
+            steps = [candidate.step for candidate in self._found.candidates]
+            absent = [
+                str(step) for step, value in zip(steps, values_at(self._logged, steps), strict=True) if value is None
+            ]
+            if absent:
+                told.append(
+                    f"No {metric} was logged since the checkpoint before, so not chosen: step {listed(absent)}."
+                )
+            if self._selection.best > len(steps) - len(absent):
+                told.append(f"--best {self._selection.best} asks for more checkpoints than have a {metric}.")
+            told.append(f"Chosen by {metric}, which is optimistic for them now: judge the average on other data.")
         for path, why in self._incomplete.items():
             first = why.errors[0] if isinstance(why, CombinedError) else why
             told.append(f"{path.name} is incomplete and left out: {first.message}")
@@ -113,12 +180,12 @@ class Loader:
 
     def _load_chosen(self) -> None:
         complete = [candidate for candidate in self._found.candidates if candidate.path not in self._incomplete]
-        chosen = select_steps([candidate.step for candidate in complete], self._selection)
+        chosen = select_steps([candidate.step for candidate in complete], self._selection, self._logged)
         self.candidates = [complete[index] for index in chosen]
         if len(self.candidates) > MOST_CHECKPOINTS:
             raise RunError(
                 f"{len(self.candidates):,} checkpoints are chosen, more than {MOST_CHECKPOINTS:,}.",
-                hint="Choose fewer with --every, --last, --from-step or --to-step.",
+                hint="Choose fewer with --every, --last, --best, --from-step or --to-step.",
             )
         places = [(candidate.path, candidate.step) for candidate in self.candidates]
         self.checkpoints, self.problems = [], []

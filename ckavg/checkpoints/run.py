@@ -217,6 +217,9 @@ class Selection:
         every_from: count `every` from this step instead of the anchor's.
         from_step: leave out checkpoints before this optimizer step.
         to_step: leave out checkpoints after this optimizer step.
+        best: keep only this many checkpoints, the best by a metric of the trainer's log, before `last`.
+        metric: its name in the log, such as `eval_loss`.
+        goal: whether `min` or `max` of it is best; None: as its name tells.
         last: keep only this many checkpoints, the newest.
         skip_incomplete: leave out checkpoints that are not written in full.
         common_only: average the tensors that all checkpoints have, and copy the others.
@@ -233,6 +236,9 @@ class Selection:
     every_from: int | None = None
     from_step: int | None = None
     to_step: int | None = None
+    best: int | None = None
+    metric: str | None = None
+    goal: Literal["min", "max"] | None = None
     last: int | None = None
     skip_incomplete: bool = False
     common_only: bool = False
@@ -253,12 +259,15 @@ class Selection:
 
         >>> Selection(every=100, from_step=400).label, Selection(steps=(100, 300), match="run a*").label
         ('every100-from-step400', 'match-run-a-a6584b-steps100-300')
+        >>> Selection(best=5, metric="eval_loss").label
+        'best5-eval_loss'
         """
         parts = ["init"] if self.init is not None else []
         parts += [f"init-step{self.init_step}"] if self.init_step else []
         parts += [f"match-{_short(self.match)}"] if self.match is not None else []
         named = {"steps": self.steps, "skip-step": self.skip_step}
         parts += [f"{name}{_short('-'.join(map(str, steps)))}" for name, steps in named.items() if steps]
+        parts += [f"best{self.best}-{_short(self.metric or '')}"] if self.best is not None else []
         ranges = {"every": self.every, "from-step": self.from_step, "to-step": self.to_step, "last": self.last}
         return "-".join([*parts, *(f"{name}{value}" for name, value in ranges.items() if value is not None)])
 

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
+import re
+import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from ckavg.checkpoints.run import Checkpoint
+from ckavg.checkpoints.weight_files import WEIGHTS
 from ckavg.errors import CkavgError, MismatchError, listed
 from ckavg.storage.base import AnyPath
 from ckavg.storage.local import read_object
 
 TRAINER_STATE = "trainer_state.json"
 """The file in which transformers' Trainer keeps `global_step` and `log_history`."""
+
+Goal = Literal["min", "max"]
+
+_LESS_IS_BETTER = "loss|losses|perplexity|ppl|nll|error|errors|err|wer|cer|ter|mse|rmse|mae|bits_per_byte|bpb|brier"
+_MORE_IS_BETTER = (
+    r"acc|accuracy|f1|exact_match|em|bleu|rouge\w?|reward|rewards|score|scores|auc|auroc|mcc|precision|recall|chrf"
+)
+_NEITHER = "stderr|std|neg|negative"
+_GOALS = {
+    goal: re.compile(rf"(?:^|_)(?:{words})(?=_|$)")
+    for goal, words in {"min": _LESS_IS_BETTER, "max": _MORE_IS_BETTER, "": _NEITHER}.items()
+}
 
 LARGEST = 64 * 2**20
 """Bytes; a log of a few hundred thousand entries is smaller, and what is larger is not read for advice."""
@@ -78,25 +96,147 @@ def unrelated_logs(checkpoints: Iterable[tuple[str, int | None]]) -> list[CkavgE
     ]
 
 
-def learning_rates(checkpoint: Checkpoint) -> tuple[tuple[int, float], ...]:
-    """The learning rates that the trainer had logged when it saved a checkpoint: (optimizer step, rate), by step.
+Series = tuple[tuple[int, float], ...]
+"""Logged values: (optimizer step, value), by step."""
 
-    They are those of the entries of `log_history` that hold a `step` and a `learning_rate`; of several for one step,
-    the last counts. Empty where there is no such log, where it is malformed or very large, or where the checkpoint is
-    a single file: what lies beside that need not be of its run. Never raises.
+
+Trend = Literal["falling", "level", "rising"]
+
+_FEWEST, _GROUPS = 8, 40
+_LEVEL, _MOVING = 1.5, 3.0
+_LARGEST_STEP = 10**18
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How training went, as its trainer logged it.
+
+    Attributes:
+        metric: `eval_loss` or, where that was not logged, `loss`; empty where neither was.
+        values: its values.
+        trend: what it did in the end; None where that is not clear.
+        rates: the learning rates.
     """
-    if checkpoint.kind == "file":
-        return ()
+
+    metric: str
+    values: Series
+    trend: Trend | None
+    rates: Series
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What a trainer had logged when it saved a checkpoint.
+
+    Attributes:
+        state: its trainer state; empty where there is none.
+    """
+
+    state: Mapping[str, Any]
+
+    def values(self, name: str) -> Series:
+        """The finite numbers under a name; of several for one step, the last counts."""
+        values = {
+            step: float(value)
+            for step, value in _logged(self.state, name)
+            if 0 <= step < _LARGEST_STEP
+            and type(value) in (int, float)
+            and abs(value) <= sys.float_info.max  # JSON has NaN and 10**400
+        }
+        return tuple(sorted(values.items()))
+
+    @property
+    def names(self) -> list[str]:
+        """The names under which it logged numbers, sorted."""
+        history = self.state.get("log_history")
+        entries = [each for each in history if isinstance(each, dict)] if isinstance(history, list) else []
+        names = {name for each in entries for name in each if name not in ("step", "epoch")}
+        return sorted(name for name in names if self.values(name))
+
+    @property
+    def learning_rates(self) -> Series:
+        """The learning rates."""
+        return tuple((step, rate) for step, rate in self.values("learning_rate") if rate >= 0)
+
+
+def read_history(checkpoint: AnyPath) -> History:
+    """The log beside a checkpoint. Empty where there is none, where it is malformed or very large, or where the
+    checkpoint is a single file: what lies beside that need not be of its run. Never raises.
+    """
+    if checkpoint.suffix == WEIGHTS:
+        return History({})
     try:
-        logged = _logged(read_trainer_state(checkpoint.path), "learning_rate")
+        return History(read_trainer_state(checkpoint))
     except (OSError, ValueError):
-        return ()
-    rates = {
-        step: float(rate)
-        for step, rate in logged
-        if step >= 0 and type(rate) in (int, float) and 0 <= rate <= sys.float_info.max  # JSON has NaN and 10**400
-    }
-    return tuple(sorted(rates.items()))
+        return History({})
+
+
+def read_course(checkpoint: AnyPath) -> Course:
+    """What the log beside a checkpoint tells of the end of the training. Never raises."""
+    history = read_history(checkpoint)
+    for metric in ("eval_loss", "loss"):
+        if values := history.values(metric):
+            return Course(metric, values, trend_of(values), history.learning_rates)
+    return Course("", (), None, history.learning_rates)
+
+
+def trend_of(values: Sequence[tuple[int, float]]) -> Trend | None:
+    """Whether a loss was still falling in the second half of its values, level or rising; None where that is not clear.
+
+    A line through that half, by the median slope of all pairs of values, falls by so much from its first step to its
+    last, with a standard error of s √(12 / m) for m values, s² being the sum of their squared distances from the line
+    over m − 2. It falls or rises by more than 3 of these errors, is level within 1.5, and between it is not clear. Nor
+    is it with fewer than 8 values. Of more than 40, the means of 40 groups of neighbours are taken.
+
+    >>> trend_of([(step, 1 / step) for step in range(1, 9)]), trend_of([(step, 1.0) for step in range(1, 9)])
+    ('falling', 'level')
+    """
+    if len(values) < _FEWEST:
+        return None
+    half = _grouped(values)
+    half = half[len(half) // 2 :]
+    slope = statistics.median(
+        (after - before) / (end - begin) for (begin, before), (end, after) in itertools.combinations(half, 2)
+    )
+    rests = [value - slope * step for step, value in half]
+    middle, count = statistics.median(rests), len(half)
+    scatter = math.sqrt(math.fsum((rest - middle) ** 2 for rest in rests) / (count - 2))
+    fall, error = slope * (half[0][0] - half[-1][0]), scatter * math.sqrt(12 / count)
+    if abs(fall) <= _LEVEL * error:
+        return "level"
+    if abs(fall) <= _MOVING * error:
+        return None
+    return "falling" if fall > 0 else "rising"
+
+
+def _grouped(values: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
+    """The values or, of many, the means of groups of neighbours: of their steps, and of themselves. In units of the
+    largest value, so that none is too large to be squared.
+    """
+    count, unit = min(len(values), _GROUPS), max(abs(value) for _, value in values) or 1.0
+    cuts = [len(values) * place // count for place in range(count + 1)]
+    groups = [values[begin:end] for begin, end in itertools.pairwise(cuts)]
+    return [(statistics.fmean(s for s, _ in group), statistics.fmean(v / unit for _, v in group)) for group in groups]
+
+
+def learning_rates(checkpoint: Checkpoint) -> Series:
+    """The learning rates that the trainer had logged when it saved a checkpoint. Never raises."""
+    return read_history(checkpoint.path).learning_rates
+
+
+def values_at(values: Series, steps: Sequence[int]) -> list[float | None]:
+    """The last value that was logged after the checkpoint before each of these steps, and no later than that step.
+
+    >>> values_at(((90, 2.0), (100, 1.9), (150, 1.8), (320, 1.5)), [100, 200, 300])
+    [1.9, 1.8, None]
+    """
+    found: list[float | None] = []
+    begin = 0
+    for step in steps:
+        end = bisect.bisect_right(values, step, key=lambda entry: entry[0])
+        found.append(values[end - 1][1] if end > begin else None)
+        begin = end
+    return found
 
 
 def _logged(state: Mapping[str, Any], key: str) -> list[tuple[int, Any]]:
@@ -104,3 +244,22 @@ def _logged(state: Mapping[str, Any], key: str) -> list[tuple[int, Any]]:
     history = state.get("log_history")
     entries = [each for each in history if isinstance(each, dict)] if isinstance(history, list) else []
     return [(each["step"], each.get(key)) for each in entries if type(each.get("step")) is int]
+
+
+def goal_of(name: str) -> Goal | None:
+    """Whether the least or the greatest value of a metric is best, by the words in its name; None if they do not tell.
+
+    The last key of a dotted path is asked first: what comes before it names a task.
+
+    >>> goal_of("eval_loss"), goal_of("results.error_detection.acc,none"), goal_of("evalLoss")
+    ('min', 'max', 'min')
+    >>> goal_of("class"), goal_of("acc_stderr"), goal_of("brier_score"), goal_of("results.acc.value")
+    (None, None, None, 'max')
+    """
+    goals: dict[str, Goal] = {"min": "min", "max": "max"}
+    for key in reversed(name.split(".")):
+        words = re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower())
+        said = [goal for goal, pattern in _GOALS.items() if pattern.search(words)]
+        if said:
+            return goals.get(said[0]) if len(said) == 1 else None
+    return None

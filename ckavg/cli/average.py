@@ -23,27 +23,33 @@ from ckavg.cli.push import destination_of, print_pushed, push_shown, when_comple
 from ckavg.cli.text import Output, as_count, print_json, say, show_progress, table_by_step, warn_of
 from ckavg.engine.context import Context
 from ckavg.engine.distributed import Ranks
-from ckavg.errors import listed, printable
+from ckavg.errors import SettingError, listed, printable
 from ckavg.hub import Destination, check_access
 from ckavg.output.card import products_shown
 from ckavg.output.commands import load_command
 from ckavg.output.output_path import check_file
-from ckavg.output.record import Record
+from ckavg.output.record import MOST_BYTES, Record
 from ckavg.output.staging import find_leftovers
 from ckavg.schemes import SCHEMES, Scheme
 from ckavg.schemes.parse import Parameter, described, make_scheme, parameters_of, shown
+from ckavg.storage.local import parse_json, read_small
 from ckavg.storage.remote import Fetching
+
+_WEIGHTS = 'Expected JSON: [0.1, 0.2, 0.7], or {"500": 0.3, "1000": 0.7} by step.'
 
 
 def scheme_verb(name: str) -> Command:
     """The command of the schemes of a name: their hyper-parameters are options of its own."""
     own = parameters_of(name)
-    fields: list[Any] = [(each.name, _option(each), dataclasses.field(default=each.default)) for each in own]
+    fields: list[Any] = [
+        (each.name, _option(each), dataclasses.field(default=None if each.repeatable else each.default)) for each in own
+    ]
     options_class = dataclasses.make_dataclass(name, fields, bases=(Averaging,), frozen=True, slots=True)
 
     def verb(options: Averaging) -> None:
-        stated = {each.name: getattr(options, each.name) for each in own if getattr(options, each.name) != each.default}
         with distributed(verbose=options.verbose) as ranks:
+            typed = {each.name: _typed(each, getattr(options, each.name)) for each in own}
+            stated = {each.name: typed[each.name] for each in own if typed[each.name] not in (None, each.default)}
             _average(make_scheme(name, stated), options, ranks)
 
     needs_path = any(scheme.needs_path for scheme in SCHEMES if scheme.name == name)
@@ -56,10 +62,35 @@ def _option(parameter: Parameter) -> Any:
     """The type of a hyper-parameter, with what the command line says of it."""
     name = f"--{shown(parameter.name)}"
     metavar = "N" if parameter.type is int else None
+    if parameter.repeatable:
+        more = typer.Option(
+            name, help=f"{parameter.help} Repeatable.", metavar="[STEP:]X", show_default=str(parameter.default)
+        )
+        return Annotated[list[str] | None, more]
     if parameter.default is None:
         option = typer.Option(name, help=parameter.help, metavar=metavar, show_default="none")
         return Annotated[parameter.type | None, option]
     return Annotated[parameter.type, typer.Option(name, help=parameter.help, metavar=metavar)]
+
+
+def _typed(parameter: Parameter, value: Any) -> Any:
+    """What was typed for a hyper-parameter, as the scheme takes it: texts as one, and what a file holds."""
+    if parameter.repeatable:
+        return ",".join(value) if value else None
+    if isinstance(value, str) and value.endswith(".json"):
+        return _read_weights(Path(value))
+    return value
+
+
+def _read_weights(file: Path) -> Any:
+    try:
+        weights = parse_json(read_small(file, MOST_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SettingError(f"--weights {file} cannot be read: {why}.", hint=_WEIGHTS) from error
+    if isinstance(weights, list | dict) and weights:
+        return weights
+    raise SettingError(f"--weights {file} holds no list and no object.", hint=_WEIGHTS)
 
 
 def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
@@ -304,6 +335,7 @@ def print_summary(result: Record, plan: Plan) -> None:
     out.line()
     out.print(table_by_step(result.columns(), result.weights, sums="weight"))
     out.line()
+    out.line(f"spread   {spread_shown(result)}")
     rate = result.bytes_read / max(result.seconds.path + result.seconds.replay, 1e-9) / 1e9
     took = f"in {result.seconds.total:.1f} s ({rate:.1f} GB/s)"
     out.line(f"read     {decimal(result.bytes_read)} {took}, wrote {decimal(plan.write_bytes)}")
@@ -317,6 +349,19 @@ def print_summary(result: Record, plan: Plan) -> None:
     out.line(f"result   {result.directory}")
     largest = sorted(plan.weights.shards, key=lambda shard: -sum(each.nbytes for each in plan.weights.of(shard.part)))
     out.line(f"next     {load_command(result.directory, plan.side_files, [shard.name for shard in largest])}")
+
+
+def spread_shown(result: Record) -> str:
+    """What the weights of a result say of it, in words."""
+    count, age, weight = result.effective_count or 1.0, result.mean_age or 0.0, result.anchor_weight or 0.0
+    parts = [
+        f"like {count:.1f} equal checkpoints",
+        f"{abs(age):.0f} steps {'ahead of' if age < 0 else 'behind'} the last",
+    ]
+    if result.anchor_step < result.steps[-1]:
+        of_init = result.anchor_is_init and result.anchor_step == result.steps[0]
+        parts.append(f"{100 * weight:.0f} % of {'the base model' if of_init else f'step {result.anchor_step}'}")
+    return "; ".join(parts)
 
 
 def path_shown(result: Record) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -16,9 +17,10 @@ from rich.table import Table
 from ckavg.averaging.advice import about_anchor
 from ckavg.averaging.sources import inspect_source
 from ckavg.checkpoints.inspect import Inspection
+from ckavg.checkpoints.trainer_log import Course, Trend, read_course, values_at
 from ckavg.cli.errors import FAILED, failures, message_of
 from ckavg.cli.options import Choice, Json, Quiet, Verbose, with_options
-from ckavg.cli.text import Output, as_count, plain_table, plural, print_json, quoted, show_progress
+from ckavg.cli.text import Output, as_count, plain_table, plural, print_json, quoted, show_progress, sparkline
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import listed
 from ckavg.output.commands import as_options, shell_word
@@ -32,7 +34,16 @@ if TYPE_CHECKING:
 
 _MOST_FINDINGS = 20
 _MOST_FILES = 40
+_MOST_VALUES = 60
+"""Characters of a sparkline."""
+
 _NAMED = 3
+_TRENDS: dict[Trend | None, str] = {
+    "falling": "still falling",
+    "level": "level",
+    "rising": "rising",
+    None: "no clear trend",
+}
 _STEP = re.compile(r"\bsteps? (\d{1,18})\b", re.ASCII)
 
 
@@ -59,15 +70,16 @@ def inspect(options: Inspecting) -> None:
         found = inspect_source(options.source, options.selection(), max_disk=options.max_disk)
         left = find_leftovers(found.home / "averaged")
         found = dataclasses.replace(found, warnings=(*found.warnings, *map(str, left)))
+        course = read_course(found.last.path) if found.checkpoints else Course("", (), None, ())
         begun = time.perf_counter()
         health = _examine(found, options) if options.deep or options.sha256 else None
         seconds = time.perf_counter() - begun
         if options.as_json:
             deep = {} if health is None else {"health": health_to_dict(health, seconds=seconds)}
-            print_json({**inspection_to_dict(found), **deep})
+            print_json({**inspection_to_dict(found, course), **deep})
         elif not options.quiet:
             out = Output()
-            print_inspection(out, found)
+            print_inspection(out, found, course)
             if health is not None:
                 print_health(out, health, seconds=seconds)
             out.line()
@@ -98,8 +110,9 @@ def _examine(found: Inspection, options: Inspecting) -> Health | None:
     return health
 
 
-def inspection_to_dict(found: Inspection) -> dict[str, Any]:
-    """What the headers told, as plain JSON values."""
+def inspection_to_dict(found: Inspection, course: Course) -> dict[str, Any]:
+    """What the headers and the trainer's log told, as plain JSON values."""
+    losses = _eval_losses(found, course)
     return {
         "source": str(found.source),
         "checkpoints": [
@@ -109,16 +122,41 @@ def inspection_to_dict(found: Inspection) -> dict[str, Any]:
                 "files": list(checkpoint.names),
                 "bytes": checkpoint.nbytes,
                 "dtype": "+".join(checkpoint.dtypes),
+                "eval_loss": loss,
             }
-            for checkpoint in found.checkpoints
+            for checkpoint, loss in zip(found.checkpoints, losses, strict=True)
         ],
+        "log": {
+            "metric": course.metric or None,
+            "steps": [step for step, _ in course.values],
+            "values": [value for _, value in course.values],
+            "trend": course.trend,
+        },
         "problems": [str(problem) for problem in found.problems],
         "warnings": list(_warnings(found)),
     }
 
 
-def print_inspection(out: Output, found: Inspection) -> None:
-    """Print the checkpoints, then warnings and problems."""
+def _eval_losses(found: Inspection, course: Course) -> list[float | None]:
+    """The eval_loss of each checkpoint, where one was logged since the one before; the base model has none."""
+    own = found.checkpoints[int(found.anchor_is_init) :]
+    logged = course.values if course.metric == "eval_loss" else ()
+    losses = values_at(logged, [checkpoint.step for checkpoint in own])
+    return [None] * (len(found.checkpoints) - len(own)) + losses
+
+
+def _course_shown(course: Course) -> str:
+    """The loss as a sparkline, its first and last value, and what it did in the end."""
+    shown = [value for _, value in course.values][:: math.ceil(len(course.values) / _MOST_VALUES)]
+    largest = max(map(abs, shown)) or 1.0
+    values = [value / largest for value in shown]
+    line = sparkline([value - min(values) for value in values])
+    trend = _TRENDS[course.trend]
+    return f"{course.metric}  {line}  {course.values[0][1]:.4g} to {course.values[-1][1]:.4g}, {trend}"
+
+
+def print_inspection(out: Output, found: Inspection, course: Course) -> None:
+    """Print the checkpoints and how the loss went, then warnings and problems."""
     if found.checkpoints:
         newest = found.checkpoints[-1]
         floating = as_count(sum(entry.numel for entry in newest.entries.values() if entry.is_floating))
@@ -126,7 +164,10 @@ def print_inspection(out: Output, found: Inspection) -> None:
         counted = f"{len(found.checkpoints)} checkpoints of {floating} parameters, {total}"
         out.line(f"{found.source}: {counted}", style="bold", wrap=True)
         out.line()
-        out.print(_table(found))
+        out.print(_table(found, course))
+        if len(course.values) > 1:
+            out.line()
+            out.line(_course_shown(course))
     for warning in _warnings(found):
         out.warning(warning)
     for problem in found.problems:
@@ -135,10 +176,13 @@ def print_inspection(out: Output, found: Inspection) -> None:
         out.problem(message, more, wrap=True)
 
 
-def _table(found: Inspection) -> Table:
-    table = plain_table("step", "interval", "shards", "size", "dtype", "directory", left=("dtype", "directory"))
+def _table(found: Inspection, course: Course) -> Table:
+    losses = _eval_losses(found, course)
+    of_loss = ("eval_loss",) if any(loss is not None for loss in losses) else ()
+    columns = ("step", "interval", *of_loss, "shards", "size", "dtype", "directory")
+    table = plain_table(*columns, left=("dtype", "directory"))
     before: int | None = None
-    for checkpoint in found.checkpoints:
+    for checkpoint, loss in zip(found.checkpoints, losses, strict=True):
         is_anchor = before is None
         address = address_of(str(checkpoint.path))
         name = checkpoint.path.name
@@ -149,6 +193,7 @@ def _table(found: Inspection) -> Table:
         table.add_row(
             str(checkpoint.step),
             "" if before is None else f"{checkpoint.step - before:+d}",
+            *(["" if loss is None else f"{loss:.4g}"] if of_loss else []),
             str(len(checkpoint.shards)),
             decimal(checkpoint.nbytes),
             "+".join(checkpoint.dtypes) or "none",

@@ -112,6 +112,13 @@ class Choice:
     ] = None
     from_step: Annotated[int | None, choice("Leave out checkpoints before step N.", metavar="N")] = None
     to_step: Annotated[int | None, choice("Leave out checkpoints after step N.", metavar="N")] = None
+    best: Annotated[int | None, choice("Take the N best checkpoints by --metric only.", metavar="N", min=1)] = None
+    metric: Annotated[
+        str | None, choice("Of --best: a metric in the trainer's log, such as eval_loss.", metavar="NAME")
+    ] = None
+    goal: Annotated[
+        Literal["min", "max"] | None, choice("Of --best: which values are best.", shown="as the name tells")
+    ] = None
     last: Annotated[int | None, choice("Take the newest N checkpoints only.", metavar="N", min=1)] = None
     revisions: Annotated[
         list[str] | None,
@@ -197,6 +204,7 @@ class Averaging(Measuring):
             readable=False,
         ),
     ] = None
+    allow_anchor: Annotated[bool, work("Continue where the result is in effect the anchor.", "--allow-anchor")] = False
     force: Annotated[bool, result("Replace an existing result.", "--force")] = False
     dry_run: Annotated[bool, result("Show what would be read and written, and do neither.", "--dry-run")] = False
     accumulate: Annotated[

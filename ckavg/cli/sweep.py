@@ -144,7 +144,7 @@ def print_results(evaluated: Evaluated) -> None:
     out.line()
     weights = "weights, first to last" if len(groups) == 1 else "weights by step"
     shown = () if criterion is None else (printable(criterion.metric or "eval"), " ")
-    columns = ("average", weights, "first", "last", "least", *shown)
+    columns = ("average", weights, "first", "last", "least", "n", "age", *shown)
     table, of_results = plain_table(*columns, left=("average", weights, " ")), marks(evaluated)
     for chosen, places in groups.items():
         if len(groups) > 1:
@@ -156,6 +156,7 @@ def print_results(evaluated: Evaluated) -> None:
             record = results[place]
             name = record.output.name if len(groups) == 1 else f"  {record.to_scheme().label}"
             cells = [f"{weight:.4f}" for weight in (record.weights[0], record.weights[-1], min(record.weights))]
+            cells += [f"{record.effective_count or 1:.1f}", f"{record.mean_age or 0:.0f}"]
             cells += [shown_value(record.evaluation), of_results[place]] if shown else []
             table.add_row(quoted(name), _bars(record, visited), *cells, style="bold" if place == best else "")
     out.print(table)

@@ -11,7 +11,7 @@ from ckavg import __version__
 from ckavg.output.commands import reproduce
 from ckavg.output.origin import Origin, is_hub_id
 from ckavg.output.record import Record, is_address
-from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Mean, MomentumEMA, Scheme
+from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Mean, MomentumEMA, PowerEMA, PowerExponentEMA, Scheme
 
 _MARKUP = re.compile(r"[\\`*\[\]<>&|~$]")
 _MOST_ROWS, _FIRST_ROWS = 24, 8
@@ -78,6 +78,16 @@ _SCALING = """\
   archivePrefix = {arXiv}
 }"""
 
+_EDM2 = """\
+@inproceedings{karras2024edm2,
+  title = {Analyzing and Improving the Training Dynamics of Diffusion Models},
+  author = {Karras, Tero and Aittala, Miika and Lehtinen, Jaakko and Hellsten, Janne and Aila, Timo and Laine, Samuli},
+  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year = {2024},
+  eprint = {2312.02696},
+  archivePrefix = {arXiv}
+}"""
+
 _SWA = """\
 @inproceedings{izmailov2018swa,
   title = {Averaging Weights Leads to Wider Optima and Better Generalization},
@@ -98,6 +108,8 @@ _WSM = """\
   archivePrefix = {arXiv}
 }"""
 
+_POWER = "It is an average along the run with a power-function profile, whose width is a constant part of the run."
+
 _ABOUT: Mapping[type[Scheme], str] = {
     PEMA: "Each checkpoint is weighted by how far the weights had travelled when it was saved, rather than by the "
     "number of steps: the more they moved, the more is averaged.",
@@ -108,6 +120,8 @@ _ABOUT: Mapping[type[Scheme], str] = {
     "training. The weight of the first may be negative for that reason.",
     OUEMA: "It is an exponential moving average of checkpoints, each of which is first freed of the pull of where "
     "the run began. The weight of the first may be negative for that reason.",
+    PowerEMA: _POWER,
+    PowerExponentEMA: _POWER,
     DEMA: "It is twice an exponential moving average less the average of that average, which takes out most of its "
     "lag. The weights of early checkpoints may be negative for that reason.",
 }
@@ -119,6 +133,8 @@ _PAPERS: Mapping[type[Scheme], tuple[str, ...]] = {
     BEMA: (_BEMA,),
     OUEMA: (_BEMA,),
     DEMA: (_BEMA,),
+    PowerEMA: (_EDM2,),
+    PowerExponentEMA: (_EDM2,),
 }
 
 

@@ -68,6 +68,7 @@ def reproduce(record: Record, scheme: Scheme) -> str:
         "dtype": (record.dtype, "source"),
         "accumulate": (record.accumulate, "float32"),
         "allow_nonfinite": (record.allow_nonfinite, False),
+        "allow_anchor": (record.is_mostly_anchor, False),
         "snapshot_every": (snapshot, None),
         "lora": (record.lora, "factors"),
         "rank": (record.rank, None),

@@ -36,6 +36,7 @@ MOST_BYTES = 32 << 20
 MOST_VALUES = 1_000_000
 """Some 250 bytes each, once they are parsed."""
 
+_ALL_OTHERS = 0.01
 _LARGEST = 2**63
 _SHOWN = 60
 _MESSAGES = {"missing": "missing", "tuple_type": "a list", "dict_type": "an object", "dataclass_type": "an object"}
@@ -197,6 +198,10 @@ class Record:
         betas: β of every update; None for the anchor and before.
         alphas: α likewise; None for schemes without a correction.
         weights: effective weight of every checkpoint; they sum to 1.
+        effective_count: 1 / Σ w²: how many equal checkpoints would be spread as wide; None in older records, as are
+            the next two.
+        mean_age: Σ w_k (t_K − t_k) in optimizer steps, how far the average lags; negative where it leads.
+        anchor_weight: weight of θ_0.
         path_kernel: what computed ℓ: `torch` or `numba`; None where it was not measured, or known from before.
         sample: the fraction of each tensor from which ℓ was estimated; 1 where it is exact.
         path_exclude: shell patterns of tensors that were not to count in ℓ.
@@ -232,6 +237,9 @@ class Record:
     betas: MaybeNumbers
     alphas: MaybeNumbers | None
     weights: Numbers
+    effective_count: Number | None = None
+    mean_age: Number | None = None
+    anchor_weight: Number | None = None
     path_kernel: Text | None
     sample: Number
     path_exclude: Texts
@@ -281,6 +289,11 @@ class Record:
         """Whether θ_0 is a model given apart from the run."""
         return "init" in self.selection
 
+    @property
+    def is_mostly_anchor(self) -> bool:
+        """Whether it is in effect θ_0."""
+        return is_mostly_anchor(self.weights, self.steps.index(self.anchor_step), self.output_index)
+
     def to_scheme(self) -> Scheme:
         """How it was averaged: the scheme of this name with these hyper-parameters, each of the type of its default.
 
@@ -292,9 +305,17 @@ class Record:
             raise RecordError(f"scheme is {self.scheme[:40]!r}, which is not known.")
         for scheme in named:
             defaults = {field.name: field.default for field in dataclasses.fields(scheme)}
-            if defaults.keys() == self.parameters.keys():
+            required = defaults.keys() - {*scheme.added_fields}
+            if required <= self.parameters.keys() <= defaults.keys():
                 try:
-                    return scheme(**{name: _as_typed(self.parameters[name], each) for name, each in defaults.items()})
+                    return scheme(
+                        **{
+                            name: value
+                            if isinstance(value, str) and name in scheme.repeatable
+                            else _as_typed(value, defaults[name])
+                            for name, value in self.parameters.items()
+                        }
+                    )
                 except (ValueError, SettingError) as error:
                     raise RecordError(f"parameters do not fit {self.scheme}: {error}") from error
         raise RecordError(f"parameters are not those of {self.scheme}.")
@@ -319,6 +340,14 @@ class Record:
     def to_bytes(self) -> bytes:
         """The record as a file: `ckavg.json`."""
         return self.to_json().encode() + b"\n"
+
+
+def is_mostly_anchor(weights: Sequence[float], start: int, last: int) -> bool:
+    """Whether an average is in effect the checkpoint where it begins: all others together have 1 % of weight or less,
+    whatever its sign. One that also ends there is rather the last checkpoint.
+    """
+    others = math.fsum(abs(weight) for place, weight in enumerate(weights) if place != start)
+    return start < last and others <= _ALL_OTHERS
 
 
 def is_address(place: object) -> bool:

@@ -12,8 +12,12 @@ from ckavg.schemes.mean import Last, Mean
 from ckavg.schemes.momentum import MomentumEMA, scaled_momentum
 from ckavg.schemes.ouema import OUEMA
 from ckavg.schemes.pema import PEMA
+from ckavg.schemes.power import PowerEMA, PowerExponentEMA
+from ckavg.schemes.weights import Weights
 
-SCHEMES: tuple[type[Scheme], ...] = (PEMA, BEMA, EMA, MomentumEMA, OUEMA, DEMA, Mean, Last)
+SCHEMES: tuple[type[Scheme], ...] = (
+    PEMA, BEMA, EMA, MomentumEMA, PowerEMA, PowerExponentEMA, OUEMA, DEMA, Mean, Weights, Last,
+)  # fmt: skip
 """Every scheme there is, in the order in which commands are shown. Commands and their options are made from it."""
 
 __all__ = [
@@ -27,7 +31,10 @@ __all__ = [
     "Last",
     "Mean",
     "MomentumEMA",
+    "PowerEMA",
+    "PowerExponentEMA",
     "Scheme",
     "Timeline",
+    "Weights",
     "scaled_momentum",
 ]

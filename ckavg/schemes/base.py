@@ -9,10 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from ckavg.errors import SettingError
+from ckavg.errors import SettingError, listed
 
-Rule = Literal["ema", "bema", "ouema", "dema"]
-"""The update rules that `ckavg.replay` knows."""
+Rule = Literal["ema", "bema", "ouema", "dema", "sum"]
+"""The update rules that `averaging/rules.py` knows."""
+
+
+_IN_NAMES = str.maketrans(",:", "-x")
+"""What stands in names of directories for the commas and colons of a text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class Coefficients:
     Attributes:
         rule: the update rule that takes these coefficients.
         start: index of the checkpoint from which the state begins, E ← θ_start; earlier ones have no part.
-        betas: β_k in (0, 1] for k > start, None up to there.
+        betas: β_k for k > start, in [0, 1] but for the rule `sum`, where it is the weight; None up to there.
         alphas: α_k ≥ 0 likewise, for rules with a correction; None for those without.
         tensor_betas: what takes the place of `betas` for single tensors, by name.
         complements: 1 − α_k likewise, for rules that divide by it: where α_k is almost 1, α_k does not tell it.
@@ -65,7 +69,17 @@ class Coefficients:
     uncorrected: tuple[str, ...] = ()
 
     def sparing(self, names: Iterable[str]) -> Coefficients:
-        """The same, with these tensors uncorrected; all of them are where there is no correction."""
+        """The same, with these running statistics uncorrected; all of them are where there is no correction.
+
+        Raises:
+            SettingError: there are some, and explicit weights of which one is negative.
+        """
+        if self.rule == "sum" and (statistics := sorted(names)):
+            raise SettingError(
+                "A weight is negative, and the model holds running statistics "
+                f"({listed(statistics)}): a variance could become negative.",
+                hint="Make all weights 0 or more.",
+            )
         corrects = self.rule == "dema" or any(self.alphas or ())
         return dataclasses.replace(self, uncorrected=tuple(sorted(names))) if corrects else self
 
@@ -93,7 +107,10 @@ class Scheme(abc.ABC):
         label_fields: hyper-parameters that are part of every label.
         chosen_by: the hyper-parameter that asks for this scheme among those of one name.
         switches: hyper-parameters that a switch of the command line stands for, by the name of the switch.
+        added_fields: hyper-parameters that are recorded only where they are not the default: older records lack them.
+        repeatable: hyper-parameters whose option may be repeated, for a text with commas.
         has_verb: whether it is a command of its own, rather than a word of `ckavg sweep` alone.
+        in_sweep: whether it is a word of `ckavg sweep`, rather than a command of its own alone.
     """
 
     name: ClassVar[str]
@@ -103,7 +120,10 @@ class Scheme(abc.ABC):
     label_fields: ClassVar[tuple[str, ...]]
     chosen_by: ClassVar[str] = ""
     switches: ClassVar[Mapping[str, Mapping[str, float]]] = {}
+    added_fields: ClassVar[tuple[str, ...]] = ()
+    repeatable: ClassVar[tuple[str, ...]] = ()
     has_verb: ClassVar[bool] = True
+    in_sweep: ClassVar[bool] = True
 
     @abc.abstractmethod
     def coefficients(self, timeline: Timeline) -> Coefficients:
@@ -120,7 +140,12 @@ class Scheme(abc.ABC):
 
     def parameters(self) -> dict[str, float | int | str]:
         """The hyper-parameters by name, as a result records them; infinity, which JSON lacks, is `"inf"`."""
-        return {name: "inf" if value == math.inf else value for name, value in dataclasses.asdict(self).items()}
+        added = {known.name: known.default for known in dataclasses.fields(self) if known.name in self.added_fields}
+        return {
+            name: "inf" if value == math.inf else value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in added or value != added[name]
+        }
 
     @property
     def stated(self) -> dict[str, float | int | str]:
@@ -136,10 +161,23 @@ class Scheme(abc.ABC):
     def label(self) -> str:
         """A name for the result: the scheme and what is stated of it."""
         parts = [
-            f"{name.replace('_', '-')}{f'{value:g}' if isinstance(value, float) else value}"
+            f"{name.replace('_', '-')}{f'{value:g}' if isinstance(value, float) else value}".translate(_IN_NAMES)
             for name, value in self.stated.items()
         ]
         return "-".join([self.name, *parts])
+
+
+def burned_in(scheme: Scheme, burn_in: int, timeline: Timeline) -> int:
+    """Index of the first checkpoint at or after a burn-in, in optimizer steps.
+
+    Raises:
+        SettingError: there is none.
+    """
+    start = next((index for index, step in enumerate(timeline.steps) if step >= burn_in), None)
+    if start is None:
+        last = timeline.steps[-1]
+        raise SettingError(f"{scheme.name}: burn-in is {burn_in}, but the last checkpoint is at step {last}.")
+    return start
 
 
 def require(condition: bool, message: str, *, hint: str = "") -> None:

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ckavg.errors import SettingError
-from ckavg.schemes.base import Coefficients, Scheme, Timeline, falling, require, require_finite, step_ages
+from ckavg.schemes.base import Coefficients, Scheme, Timeline, burned_in, falling, require, require_finite, step_ages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +29,7 @@ class BEMA(Scheme):
         lag: lag ρ, added to the step; ρ + γ t must be at least 1 at every update.
         burn_in: optimizer step τ ≥ 0; the average begins at the first checkpoint at or after it.
         form: schedule of the `paper`, or of the `author`s' offline code.
+        min_beta: a floor for β in [0, 1], below which the average grows no wider.
 
     References:
         EMA Without the Lag: Bias-Corrected Iterate Averaging Schemes, Algorithm 1.
@@ -43,6 +43,7 @@ class BEMA(Scheme):
     title: ClassVar[str] = "Bias-corrected EMA (BEMA)"
     reference: ClassVar[str] = "EMA Without the Lag, Algorithm 1"
     label_fields: ClassVar[tuple[str, ...]] = ("eta",)
+    added_fields: ClassVar[tuple[str, ...]] = ("min_beta",)
     switches: ClassVar[Mapping[str, Mapping[str, float]]] = {"no_bias_correction": {"eta": math.inf}}
 
     eta: float = 0.2
@@ -51,6 +52,7 @@ class BEMA(Scheme):
     lag: float = 10.0
     burn_in: int = 0
     form: Literal["paper", "author"] = "paper"
+    min_beta: float = 0.0
 
     def __post_init__(self) -> None:
         require_finite(self, but=("eta",))
@@ -58,6 +60,7 @@ class BEMA(Scheme):
         require(self.eta >= 0, f"bema: eta is {self.eta:g}; it must be 0 (strongest correction) or more.")
         require(self.kappa >= 0, f"bema: kappa is {self.kappa:g}; it must be 0 (no averaging) or more.")
         require(self.burn_in >= 0, f"bema: burn-in is {self.burn_in}; it must be 0 or more optimizer steps.")
+        require(0 <= self.min_beta <= 1, f"bema: min-beta is {self.min_beta:g}; it must be from 0 to 1.")
 
     @property
     def every_from(self) -> int | None:
@@ -66,11 +69,9 @@ class BEMA(Scheme):
 
     def coefficients(self, timeline: Timeline) -> Coefficients:
         """β and α by absolute step, from the end of the burn-in."""
-        start = next((index for index, step in enumerate(timeline.steps) if step >= self.burn_in), None)
-        if start is None:
-            last = timeline.steps[-1]
-            raise SettingError(f"bema: burn-in is {self.burn_in}, but the last checkpoint is at step {last}.")
+        start = burned_in(self, self.burn_in, timeline)
         betas, alphas = self._schedule(timeline, start)
+        betas = [max(beta, self.min_beta) for beta in betas]
         before = (None,) * (start + 1)
         return Coefficients("bema", start, (*before, *betas), (*before, *alphas))
 

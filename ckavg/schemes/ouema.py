@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ckavg.schemes.base import Coefficients, Scheme, Timeline, falling, less_than_1, require, require_finite, step_ages
+from ckavg.schemes.base import (
+    Coefficients,
+    Scheme,
+    Timeline,
+    burned_in,
+    falling,
+    less_than_1,
+    require,
+    require_finite,
+    step_ages,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +32,7 @@ class OUEMA(Scheme):
         kappa: power κ ≥ 0 of the average; 0 does not average (β = 1).
         multiplier: weight γ of the step in both schedules.
         lag: lag ρ, added to the step; ρ + γ t must be greater than 1 at every update.
+        burn_in: optimizer step τ ≥ 0; the average begins at the first checkpoint at or after it, which becomes θ_0.
 
     References:
         EMA Without the Lag, Eq. 13.
@@ -35,24 +46,35 @@ class OUEMA(Scheme):
     title: ClassVar[str] = "Ornstein–Uhlenbeck EMA (OUEMA)"
     reference: ClassVar[str] = "EMA Without the Lag, Eq. 13"
     label_fields: ClassVar[tuple[str, ...]] = ("eta",)
+    added_fields: ClassVar[tuple[str, ...]] = ("burn_in",)
 
     eta: float = 0.2
     kappa: float = 0.5
     multiplier: float = 1.0
     lag: float = 10.0
+    burn_in: int = 0
 
     def __post_init__(self) -> None:
         require_finite(self, but=("eta",))
         require(self.eta > 0, f"ouema: eta is {self.eta:g}; it must be more than 0: at 0 nothing is left of θ_k.")
         require(self.kappa >= 0, f"ouema: kappa is {self.kappa:g}; it must be 0 (no averaging) or more.")
+        require(self.burn_in >= 0, f"ouema: burn-in is {self.burn_in}; it must be 0 or more optimizer steps.")
+
+    @property
+    def every_from(self) -> int | None:
+        """Updates fall at (t − τ) mod φ = 0, as in BEMA."""
+        return self.burn_in or None
 
     def coefficients(self, timeline: Timeline) -> Coefficients:
-        """β and α by absolute step."""
-        ages = step_ages(timeline, 0, lag=self.lag, multiplier=self.multiplier)
+        """β and α by absolute step, from the end of the burn-in."""
+        start = burned_in(self, self.burn_in, timeline)
+        before = (None,) * (start + 1)
+        ages = step_ages(timeline, start, lag=self.lag, multiplier=self.multiplier)
         require(
             all(age > 1 for age in ages),
             "ouema: lag + multiplier × step is 1; it must be more, for α = 1 leaves nothing of θ_k.",
             hint="Raise --lag.",
         )
         alphas, left = falling(ages, self.eta), [less_than_1(age, -self.eta) for age in ages]
-        return Coefficients("ouema", 0, (None, *falling(ages, self.kappa)), (None, *alphas), complements=(None, *left))
+        betas = (*before, *falling(ages, self.kappa))
+        return Coefficients("ouema", start, betas, (*before, *alphas), complements=(*before, *left))

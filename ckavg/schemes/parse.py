@@ -25,15 +25,17 @@ class Parameter:
 
     Attributes:
         name: as in Python.
-        type: `int`, `float`, a `Literal`, or `bool` for a switch.
+        type: `int`, `float`, `str`, a `Literal`, or `bool` for a switch.
         default: None where stating it chooses another scheme of that name.
         help: a sentence.
+        repeatable: whether its option may be repeated, for a text with commas.
     """
 
     name: str
     type: Any
     default: float | int | str | None
     help: str
+    repeatable: bool = False
 
 
 def parameters_of(name: str) -> tuple[Parameter, ...]:
@@ -141,7 +143,7 @@ def is_scheme(word: str) -> bool:
     >>> is_scheme("mean"), is_scheme("pema:gamma=1"), is_scheme("./checkpoints")
     (True, True, False)
     """
-    return bool(_called(word.partition(":")[0]))
+    return any(scheme.in_sweep for scheme in _called(word.partition(":")[0]))
 
 
 def _called(name: str) -> list[type[Scheme]]:
@@ -152,8 +154,11 @@ def _parameters(scheme: type[Scheme]) -> list[Parameter]:
     types, texts = typing.get_type_hints(scheme), _attributes(inspect.getdoc(scheme) or "")
     parameters = []
     for field in dataclasses.fields(scheme):
-        default: Any = None if field.name == scheme.chosen_by else field.default
-        parameters.append(Parameter(field.name, types[field.name], default, texts.get(field.name, "")))
+        default: Any = None if field.name == scheme.chosen_by or field.default == "" else field.default
+        kind = types[field.name]
+        kind = kind if typing.get_origin(kind) in (None, typing.Literal) else str  # several types: parsed by the scheme
+        repeatable = field.name in scheme.repeatable
+        parameters.append(Parameter(field.name, kind, default, texts.get(field.name, ""), repeatable))
     for switch, stands_for in scheme.switches.items():
         same = " ".join(f"--{shown(name)} {value}" for name, value in stands_for.items())
         parameters.append(Parameter(switch, bool, False, f"The same as {same}."))
@@ -175,8 +180,8 @@ def _attributes(docstring: str) -> dict[str, str]:
 
 def _parse(word: str) -> list[Word]:
     name, _, rest = word.partition(":")
-    if not _called(name):
-        names = ", ".join(dict.fromkeys(scheme.name for scheme in SCHEMES))
+    if not is_scheme(name):
+        names = ", ".join(dict.fromkeys(scheme.name for scheme in SCHEMES if scheme.in_sweep))
         raise SettingError(f"{word!r}: there is no scheme {name!r}. There are {names}.", hint=_EXAMPLE)
     own = {parameter.name: parameter.type for parameter in parameters_of(name) if parameter.type is not bool}
     types = own | dict.fromkeys(SELECTED_BY, int)

@@ -11,13 +11,14 @@ roundings of the updates. It follows them: with ε the half of the unit of 1 in 
     E ← E + β (θ − E)        e ← (1 − β) e + β e_θ + 3 ε β |θ − E| + ε |E|
 
 for the roundings of β itself, of the difference, of the product and of the sum; e_θ is that of OUEMA's corrected θ, or
-of DEMA's e_1. β = 1 copies. The last sum is what this computation itself rounds; g_k is the size of all terms into
-which checkpoint k comes.
+of DEMA's e_1. β = 1 copies. A sum of differences, E ← E + w (θ − θ_0), adds 3 ε |w (θ − θ_0)| + ε |E|.
+The last sum is what this computation itself rounds; g_k is the size of all terms into which checkpoint k comes.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -72,6 +73,17 @@ def check_arithmetic(record: Record) -> list[str]:
         _compare(record, "alphas", record.alphas, coefficients.alphas),
         _compare(record, "weights", record.weights, weights_of(coefficients, last), scale=scale),
     ]
+    weights = weights_of(coefficients, last)
+    ages = [record.steps[last] - step for step in record.steps]
+    readouts = {
+        "effective_count": (1 / math.fsum(weight * weight for weight in weights), 0.0),
+        "mean_age": (math.fsum(map(operator.mul, weights, ages)), scale * max(map(abs, ages))),
+        "anchor_weight": (weights[coefficients.start], scale),
+    }
+    for name, (value, size) in readouts.items():
+        got = getattr(record, name)
+        if got is not None and not math.isclose(got, value, rel_tol=TOLERANCE, abs_tol=TOLERANCE * size):
+            wrong.append(f"{name} is {got}; by the weights it is {value}.")
     lengths = record.path_length or (0.0,)
     if lengths[0] != 0:
         wrong.append(f"path_length begins with {lengths[0]}; it must begin with 0.")
@@ -126,6 +138,11 @@ def weights_of(coefficients: Coefficients, last: int, *, magnitudes: bool = Fals
     betas = coefficients.betas
     minus = 1.0 if magnitudes else -1.0
     weights = [0.0] * len(betas)
+    if rule == "sum":
+        own = [beta or 0.0 for beta in betas[start + 1 : last + 1]]
+        weights[start + 1 : last + 1] = map(abs, own) if magnitudes else own
+        weights[start] = 1.0 + minus * math.fsum(weights)
+        return tuple(weights)
     first, second = (2.0, minus) if rule == "dema" else (1.0, 0.0)  # how the output hangs on e_1, or on E, and on e_2
     for place in range(last, start, -1):
         beta = betas[place] or 0.0
@@ -223,6 +240,11 @@ def _update_error(
     rule, anchor, none = coefficients.rule, thetas[0], np.zeros_like(thetas[0])
     first, error, second, its_error = anchor, none, anchor, none
     for place, theta in enumerate(thetas[1:], start=coefficients.start + 1):
+        if rule == "sum":
+            added = (coefficients.betas[place] or 0.0) * (theta - anchor)
+            first = first + added
+            error = error + (3 * own + beta_error) * np.abs(added) + own * np.abs(first)
+            continue
         beta, taken, of_taken = coefficients.betas[place] or 0.0, theta, none
         if rule == "ouema":
             away = (theta - anchor) / coefficients.complement(place)

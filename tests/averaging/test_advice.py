@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,8 +18,9 @@ from safetensors.torch import save_file
 import ckavg
 from ckavg.averaging import advice
 from ckavg.averaging.rules import effective_weights
+from ckavg.checkpoints.trainer_log import Course, trend_of
 from ckavg.path.table import PathLength, TensorPath
-from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, MomentumEMA, Scheme, Timeline
+from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, MomentumEMA, Scheme, Timeline, Weights
 from tests.runs import write_run
 
 WEIGHTS = {"w": torch.arange(6.0)}
@@ -80,6 +84,17 @@ def test_an_average_that_ends_where_it_begins() -> None:
     late, last = BEMA(burn_in=150), Last()
     assert len(advice.about_coefficients(late, late.coefficients(Timeline(steps)), steps)) == 1
     assert advice.about_coefficients(last, last.coefficients(Timeline(steps)), steps) == ()
+
+
+def test_running_statistics_and_what_is_not_finite() -> None:
+    steps = (0, 100, 200)
+    for scheme, said in ((BEMA(), 1), (DEMA(), 1), (EMA(), 0), (BEMA(eta=math.inf), 0)):
+        coefficients = scheme.coefficients(Timeline(steps))
+        assert len(advice.about_coefficients(scheme, coefficients.sparing(["bn.running_var"]), steps)) == said
+        assert advice.about_coefficients(scheme, coefficients.sparing([]), steps) == ()
+    assert "in all checkpoints" in advice.about_infinite(["mask"])[0]
+    assert "1,000 numbers" in advice.about_nonfinite(1000)[0]
+    assert advice.about_infinite([]) == advice.about_nonfinite(0) == ()
 
 
 # --- learning rate ---
@@ -184,35 +199,20 @@ def interval(scheme: Scheme, count: int, apart: int, *, begin: int = 0, with_ini
         (BEMA(kappa=0.2), 5, 1000, False),
         (Mean(), 3, 5000, False),
         (MomentumEMA(momentum=0.999), 3, 5000, False),
-        # Close together.
-        (PEMA(), 50, 20, True),
-        (PEMA(), 49, 25, False),
-        (PEMA(), 60, 49, True),
-        (PEMA(), 60, 50, False),
-        (PEMA(), 99, 10, False),
-        (PEMA(), 100, 10, True),
-        (PEMA(), 5000, 1, False),
-        (EMA(gamma=0.2), 100, 10, True),
-        (PEMA(gamma=0.3), 100, 10, False),
-        (EMA(gamma=1.0), 100, 10, False),
-        (BEMA(), 100, 10, False),
-        (Mean(), 100, 10, False),
-        (MomentumEMA(momentum=0.999), 100, 10, False),
     ],
 )
 def test_interval(scheme: Scheme, count: int, apart: int, told: bool) -> None:
     assert len(interval(scheme, count, apart)) == told
 
 
-def test_what_to_do_about_the_interval() -> None:
+def test_what_is_said_of_the_interval() -> None:
     (far,) = interval(BEMA(), 10, 500)
-    assert far.startswith("Only 10 updates, 500 steps apart: the paper of bema made 18 or more, at most 400 apart.")
-    assert "Much of step 0 may be left in the result. Compare with a smaller --kappa" in far
-    assert interval(PEMA(), 5, 500)[0].startswith("Only 5 updates, 500 steps apart: the paper of pema made 6 or more")
-    (close,) = interval(PEMA(), 100, 15)
-    assert close.startswith("101 checkpoints, 15 steps apart:")
-    assert "--every 60," in close
-    assert "--every 50," in interval(PEMA(), 100, 25)[0]
+    assert far == (
+        "Only 10 updates, 500 steps apart: the paper of bema made 18 or more, at most 400 apart. Save more often next "
+        "time."
+    )
+    (far,) = interval(PEMA(), 5, 500)
+    assert far.startswith("Only 5 updates, 500 steps apart: the paper of pema made 6 or more, at most 300 apart.")
 
 
 def test_the_base_model_is_no_neighbour() -> None:
@@ -227,14 +227,7 @@ def test_after_a_burn_in() -> None:
     assert advice.about_interval(steps, BEMA(), with_init=False) == ()
     (told,) = advice.about_interval(steps, BEMA(burn_in=2000), with_init=False)
     assert told.startswith("Only 16 updates")
-    assert "Much of step 2000" in told
     assert advice.about_interval(steps, BEMA(burn_in=20_000), with_init=False) == ()
-
-
-def test_a_spacing_is_named_only_where_it_would_find_checkpoints() -> None:
-    """Counted from the base model at step 0, no multiple of 50 is among 3, 13, 23, …"""
-    assert interval(PEMA(), 150, 10, begin=3)
-    assert interval(PEMA(), 150, 10, begin=3, with_init=True) == ()
 
 
 # --- adapters ---
@@ -264,7 +257,7 @@ def test_adapters(name: str, said: int) -> None:
 
 def about_weights(scheme: Scheme, span: int, count: int) -> tuple[str, ...]:
     steps = tuple(range(0, span + 1, span // count))
-    return advice.about_weights(steps, effective_weights(scheme.coefficients(Timeline(steps))))
+    return advice.about_weights(scheme, steps, effective_weights(scheme.coefficients(Timeline(steps))))
 
 
 @pytest.mark.parametrize("span", [640, 1800, 7200, 144_000])
@@ -279,14 +272,158 @@ def test_weights_from_both_sides() -> None:
     assert about_weights(BEMA(), 402, 201) == ()
     (told,) = about_weights(BEMA(), 300, 150)
     assert f"{-(310**-0.2):.2f} at step 0" in told
-    assert advice.about_weights((0, 1, 2), (-0.3, 0.0, 1.3)) == ()
+    assert advice.about_weights(BEMA(), (0, 1, 2), (-0.3, 0.0, 1.3)) == ()
 
 
 def test_which_weight_is_the_most_negative() -> None:
-    (told,) = advice.about_weights((0, 100, 200), (-0.11, -0.25, 1.36))
+    (told,) = advice.about_weights(BEMA(), (0, 100, 200), (-0.11, -0.25, 1.36))
+    assert told.endswith("beyond the checkpoints. Worth comparing: a larger --eta.")
     assert told.startswith("The negative weights sum to -0.36, the most of one checkpoint being -0.25 at step 100:")
     assert len(about_weights(BEMA(eta=0.1), 1800, 72)) == 1
     assert len(about_weights(OUEMA(), 640, 72)) == 1
+
+
+@pytest.mark.parametrize("scheme", [DEMA(), Weights(weights=(1.0,)), BEMA(eta=math.inf)])
+def test_no_larger_eta_where_there_is_none(scheme: Scheme) -> None:
+    (told,) = advice.about_weights(scheme, (0, 100, 200), (-0.11, -0.25, 1.36))
+    assert told.endswith("the result lies beyond the checkpoints.")
+
+
+# --- anchor ---
+
+
+@pytest.mark.parametrize(
+    ("steps", "weights", "start", "with_init", "told"),
+    [
+        ((0, 100, 200), (0.1, 0.3, 0.6), 0, False, "10% on step 0, --from-step 100"),
+        ((0, 100, 200), (0.099, 0.301, 0.6), 0, False, ""),
+        ((0, 100, 200), (-0.2, 0.6, 0.6), 0, False, ""),
+        ((0, 100, 200), (0.26, 0.14, 0.6), 0, True, "26% on the base model"),
+        ((700, 800, 900), (0.26, 0.14, 0.6), 0, True, "26% on the base model"),
+        ((700, 800, 900), (0.26, 0.14, 0.6), 0, False, ""),
+        ((50, 100, 1000), (0.26, 0.14, 0.6), 0, False, "26% on step 50, --from-step 100"),
+        ((51, 100, 1000), (0.26, 0.14, 0.6), 0, False, ""),
+        ((0, 10, 1000), (0.0, 0.4, 0.6), 1, True, "40% on step 10, --from-step 1000"),
+        ((0, 100, 200), (0.0, 0.0, 1.0), 2, False, ""),
+    ],
+)
+def test_weight_of_the_start(
+    steps: tuple[int, ...], weights: tuple[float, ...], start: int, with_init: bool, told: str
+) -> None:
+    said = "".join(advice.about_anchor_weight(steps, weights, start, with_init=with_init))
+    said = said.replace(" of the weight is", "").replace("where the run began. Worth comparing: ", "")
+    assert said.replace(". Worth comparing: an average without --init", "").rstrip(".") == told
+
+
+# --- how training went ---
+
+CONSTANT: tuple[tuple[int, float], ...] = ((10, 1e-5), (100, 1e-4), (1800, 1e-4))
+EVALS = range(50, 1801, 50)
+
+
+def course(falls_by: float, *, rates: tuple[tuple[int, float], ...] = CONSTANT, metric: str = "eval_loss") -> Course:
+    """A loss that falls by so much in all, in a line, with a noise of 0.01."""
+    noise = np.random.default_rng(0).normal(size=len(EVALS))
+    values = tuple((step, 2 - falls_by * step / 1800 + 0.01 * float(x)) for step, x in zip(EVALS, noise, strict=True))
+    return Course(metric, values, trend_of(values), rates)
+
+
+LEARNING, LEVEL, OVERFITTING = course(0.3), course(0.0), course(-0.3)
+RUN = tuple(range(0, 1801, 50))
+
+
+def about_trend(scheme: Scheme, told: Course, *tried: str, steps: tuple[int, ...] = RUN, length: float = 1.0) -> str:
+    """What is said of an average of a run whose path is straight."""
+    path = tuple(length * step / steps[-1] for step in steps)
+    weights = effective_weights(scheme.coefficients(Timeline(steps, path)))
+    return "".join(advice.about_trend(scheme, told, steps, weights, {scheme.label, *tried}))
+
+
+def test_the_courses_are_what_they_are_called() -> None:
+    assert (LEARNING.trend, LEVEL.trend, OVERFITTING.trend) == ("falling", "level", "rising")
+
+
+@pytest.mark.parametrize("gamma", [0.05, 0.1, 0.15, 0.2, 0.3, 0.7])
+@pytest.mark.parametrize("length", [0.05, 0.5, 1.0, 6.0])
+@pytest.mark.parametrize("kind", [PEMA, EMA])
+def test_a_run_that_still_learns_gets_no_advice_to_average_more(
+    gamma: float, length: float, kind: type[PEMA] | type[EMA]
+) -> None:
+    """Whatever the path: on such a run a larger γ was worse at every step."""
+    scheme = kind(gamma=gamma)
+    told = about_trend(scheme, LEARNING, length=length)
+    told += "".join(advice.about_path(path(*[50 * length] * 36, every=50), ()))
+    named = [float(word) for word in re.findall(r"--gamma ([\d.]+\d)", told)]
+    assert all(each < gamma for each in named)
+    for wider in ("mean", "--every", "ema", "0.2 or 0.3"):
+        assert not re.search(rf"(comparing|try).*(?<!b){wider}", told), told
+
+
+@pytest.mark.parametrize(
+    ("scheme", "how", "tried", "told"),
+    [
+        (PEMA(), LEARNING, (), "Worth comparing: --gamma 0.1 or bema."),
+        (EMA(gamma=0.3), LEARNING, (), "Worth comparing: --gamma 0.2 or bema."),
+        (PEMA(), LEARNING, ("bema-eta0.2",), "Worth comparing: --gamma 0.1."),
+        (PEMA(), LEARNING, ("pema-gamma0.1", "bema"), "Worth comparing: --gamma 0.05."),
+        (PEMA(), LEARNING, ("pema-gamma0.1-every100", "pema-gamma0.05", "bema-eta0.4"), ""),
+        (EMA(), LEARNING, ("pema-gamma0.1", "bema"), "Worth comparing: --gamma 0.1."),
+        (PEMA(gamma=0.01), LEARNING, (), ""),
+        (Mean(), LEARNING, (), "Worth comparing: --last 18."),
+        (Mean(), LEARNING, ("mean-last18",), ""),
+        (BEMA(), LEARNING, (), ""),
+        (Last(), LEARNING, (), ""),
+        (PEMA(), LEVEL, (), "Worth comparing: --gamma 0.2."),
+        (EMA(gamma=0.05), LEVEL, (), "Worth comparing: mean."),
+        (PEMA(), LEVEL, ("pema-gamma0.2",), "Worth comparing: --gamma 0.3."),
+        (PEMA(), LEVEL, ("pema-gamma0.2", "pema-gamma0.3"), ""),
+        (Mean(), LEVEL, (), ""),
+        (BEMA(), LEVEL, (), ""),
+        (PEMA(), OVERFITTING, (), ""),
+        (PEMA(), course(0.0, rates=()), (), ""),
+        (PEMA(), course(0.0, rates=decaying(1800, begin=1500)), (), ""),
+        (PEMA(), course(0.3, rates=decaying(1800, begin=1500)), (), "Worth comparing: --gamma 0.1 or bema."),
+        (PEMA(), Course("", (), None, CONSTANT), (), ""),
+    ],
+)
+def test_narrower_or_wider_as_the_log_says(scheme: Scheme, how: Course, tried: tuple[str, ...], told: str) -> None:
+    said = about_trend(scheme, how, *tried)
+    assert said.endswith(told) if told else not said
+
+
+def test_words_about_the_course() -> None:
+    assert re.match(
+        r"eval_loss was still falling, and this average is \d+ steps behind\. Worth", about_trend(PEMA(), LEARNING)
+    )
+    assert about_trend(PEMA(), course(0.3, metric="loss")).startswith("The training loss was still falling")
+    assert about_trend(PEMA(), LEVEL).startswith("eval_loss is level at a constant learning rate: a wider average may")
+
+
+def test_on_a_short_path_no_power_is_named() -> None:
+    """It changes little there: the mean does not depend on the path."""
+    assert about_trend(PEMA(), LEVEL, length=0.03).endswith("Worth comparing: mean.")
+    assert about_trend(PEMA(), LEVEL, "mean", length=0.03) == ""
+    assert about_trend(PEMA(), LEARNING, length=0.03) == ""
+
+
+@pytest.mark.parametrize(
+    ("scheme", "steps", "every"),
+    [
+        (PEMA(), range(0, 1801, 20), 60),
+        (EMA(gamma=0.2), range(0, 1801, 25), 50),
+        (PEMA(), range(0, 1801, 50), None),
+        (PEMA(), range(0, 991, 15), None),
+        (PEMA(), range(0, 2001, 1), None),
+        (PEMA(gamma=0.3), range(0, 1801, 20), None),
+        (PEMA(), [0, *range(3, 1804, 20)], None),
+    ],
+)
+def test_close_checkpoints_of_a_level_run(scheme: Scheme, steps: Sequence[int], every: int | None) -> None:
+    """The last of them: counted from step 0, no multiple of 50 is among 3, 23, 43, …"""
+    told = about_trend(scheme, LEVEL, steps=tuple(steps))
+    assert re.findall(r"--every (\d+)", told) == ([str(every)] if every else [])
+    assert "--every" not in about_trend(scheme, LEVEL, f"{scheme.label}-every{every}", steps=tuple(steps))
+    assert "--every" not in about_trend(scheme, LEARNING, steps=tuple(steps))
 
 
 # --- all that can be told before weights are read ---
@@ -339,3 +476,23 @@ def test_before_needs_no_torch(tmp_path: Path) -> None:
         f"advice.before(open_run({str(root)!r}), PEMA()); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("falls_by", "said"), [(0.3, "Worth comparing: --gamma 0.1 or bema."), (0.0, "--gamma 0.2.")])
+def test_of_a_whole_run(tmp_path: Path, falls_by: float, said: str) -> None:
+    """A restless one, with a path far longer than PEMA was tuned for; what is there already is not named again."""
+    base, *noise = torch.randn(20, 300, generator=torch.Generator().manual_seed(0))
+    steps = tuple(range(0, 1801, 100))
+    source = write_run(tmp_path, [{"w": base + 0.22 * row} for row in noise], steps)
+    log = [{"step": step, "eval_loss": value} for step, value in course(falls_by).values]
+    log += [{"step": step, "learning_rate": rate} for step, rate in CONSTANT]
+    state = json.dumps({"global_step": 1800, "log_history": log})
+    (source / "checkpoint-1800/trainer_state.json").write_text(state)
+    run = ckavg.open_run(source)
+    told = ckavg.average(run, PEMA()).warnings
+    assert any(line.startswith("The path is long: ℓ(T) = ") for line in told)
+    assert next(line for line in told if "--gamma" in line).endswith(said)
+    wider = BEMA() if falls_by else PEMA(gamma=0.2)
+    ckavg.average(run, wider)
+    again = [line for line in ckavg.average(run, PEMA(), out=tmp_path / "again").warnings if "--gamma" in line]
+    assert again[0].endswith("comparing: --gamma 0.1." if falls_by else "comparing: --gamma 0.3.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,10 @@ def _author(run: Sequence[Arrays], steps: Sequence[int], *, burn_in: int) -> dic
     ages = [step - burn_in + 10 for step in steps[1:]]
     average = reference.weighted(run, [(1 + age) ** -0.5 for age in ages])
     return {name: average[name] + (1 + ages[-1]) ** -0.2 * (run[-1][name] - run[0][name]) for name in average}
+
+
+def _combined(run: Sequence[Arrays], weights: Sequence[float]) -> dict[str, Array]:
+    return {name: sum(w * each[name] for w, each in zip(weights, run, strict=True)) for name in run[0]}  # type: ignore[misc]
 
 
 def _decayed(run: Sequence[Arrays], decay: Callable[[float], float]) -> dict[str, Array]:
@@ -83,6 +88,18 @@ SCHEMES: Mapping[str, tuple[Scheme, Reference]] = {
         lambda run, steps: _decayed(run, lambda x: math.cos(math.pi * x / 2) ** 2),
     ),
     "mean-minus-sqrt": (ckavg.Mean(decay="minus-sqrt"), lambda run, steps: _decayed(run, lambda x: 1 - x**0.5)),
+    "power": (
+        ckavg.PowerExponentEMA(exponent=2.5),
+        lambda run, steps: _combined(run, [(b**3.5 - a**3.5) / 1000**3.5 for a, b in itertools.pairwise((0, *steps))]),
+    ),
+    "weights": (
+        ckavg.Weights(weights=[3, 0, 1, 2, 2, 2], normalize=True),
+        lambda run, steps: _combined(run, [0.3, 0, 0.1, 0.2, 0.2, 0.2]),
+    ),
+    "weights-negative": (
+        ckavg.Weights(weights={7: 1.5, 50: -0.75, 200: -1, 1000: 1.25}),
+        lambda run, steps: _combined(run, [0, 1.5, -0.75, 0, -1, 1.25]),
+    ),
     "last": (ckavg.Last(), lambda run, steps: dict(run[-1])),
     "bema-unaveraged": (ckavg.BEMA(kappa=0.0, eta=0.0), lambda run, steps: reference.bema(run, steps, kappa=0, eta=0)),
 }

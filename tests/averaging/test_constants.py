@@ -31,6 +31,7 @@ AVERAGES: list[Scheme] = [
     ckavg.OUEMA(),
     ckavg.DEMA(),
     ckavg.Mean(),
+    ckavg.Weights(weights=(0.25, 0.0, 1.25, -0.5)),
     Last(),
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ckavg.averaging.metrics import Reading, known_goal, read_metric
+from ckavg.averaging.metrics import Reading, read_metric
 
 HARNESS = Path(__file__).parent / "lm_eval"
 """What lm-evaluation-harness 0.4.13 printed and wrote for `tests/averaging/test_harness.py`."""
@@ -16,27 +16,6 @@ HARNESS = Path(__file__).parent / "lm_eval"
 
 def harness() -> tuple[str, Any]:
     return (HARNESS / "stdout.txt").read_text(), json.loads((HARNESS / "results.json").read_text())
-
-
-@pytest.mark.parametrize(
-    ("names", "goal"),
-    [
-        (
-            "loss eval_loss eval-loss evalLoss val/loss perplexity word_perplexity,none ppl nll error wer token.nll",
-            "min",
-        ),
-        ("results.acc.loss mse bits_per_byte,none eval.error_rate LOSS", "min"),
-        (
-            "acc accuracy f1 macro_f1 exact_match exact_match,strict-match bleu rouge1 rougeL reward score acc,none",
-            "max",
-        ),
-        ("results.hellaswag.acc_norm,none results.loss_task.acc,none eval_F1 exactMatch em top1.acc", "max"),
-        ("class glossary lossless accent terror scoreboard x value pass@1 acc_stderr,none neg_loss f1_loss", None),
-    ],
-)
-def test_known_goal(names: str, goal: str | None) -> None:
-    for name in names.split():
-        assert known_goal(name) == goal, name
 
 
 @pytest.mark.parametrize(

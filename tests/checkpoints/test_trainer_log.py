@@ -15,7 +15,15 @@ from safetensors.torch import save_file
 import ckavg
 from ckavg.checkpoints.checkpoint import read_checkpoint
 from ckavg.checkpoints.run import Checkpoint
-from ckavg.checkpoints.trainer_log import LARGEST, TRAINER_STATE, learning_rates, read_trainer_state
+from ckavg.checkpoints.trainer_log import (
+    LARGEST,
+    TRAINER_STATE,
+    goal_of,
+    learning_rates,
+    read_course,
+    read_trainer_state,
+    trend_of,
+)
 from tests.runs import write_checkpoint
 
 REAL = """{
@@ -125,3 +133,69 @@ def test_a_log_beside_single_files_is_not_theirs(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "step_5.safetensors")
     (tmp_path / TRAINER_STATE).write_text(REAL)
     assert learning_rates(read_checkpoint(tmp_path / "step_5.safetensors", 5)) == ()
+
+
+@pytest.mark.parametrize(
+    ("names", "goal"),
+    [
+        (
+            "loss eval_loss eval-loss evalLoss val/loss perplexity word_perplexity,none ppl nll error wer token.nll",
+            "min",
+        ),
+        ("results.acc.loss mse bits_per_byte,none eval.error_rate LOSS", "min"),
+        (
+            "acc accuracy f1 macro_f1 exact_match exact_match,strict-match bleu rouge1 rougeL reward score acc,none",
+            "max",
+        ),
+        ("results.hellaswag.acc_norm,none results.loss_task.acc,none eval_F1 exactMatch em top1.acc", "max"),
+        ("class glossary lossless accent terror scoreboard x value pass@1 acc_stderr,none neg_loss f1_loss", None),
+    ],
+)
+def test_goal_from_the_words_of_a_name(names: str, goal: str | None) -> None:
+    for name in names.split():
+        assert goal_of(name) == goal, name
+
+
+NOISE = [0.3, -0.8, 0.5, -0.1, 0.9, -0.6, 0.2, -0.4, 0.7, -0.9, 0.1, 0.4, -0.3, 0.8, -0.7, -0.2, 0.6, -0.5, 0.0, 0.0]
+
+
+def a_loss(*levels: float, noise: float = 0.01) -> list[tuple[int, float]]:
+    """20 values, 50 steps apart, along a line from level to level."""
+    at = [place * (len(levels) - 1) / 19 for place in range(20)]
+    line = [levels[int(x)] + (x % 1) * (levels[min(int(x) + 1, len(levels) - 1)] - levels[int(x)]) for x in at]
+    return [(50 * place, value + noise * NOISE[place]) for place, value in enumerate(line)]
+
+
+@pytest.mark.parametrize(
+    ("values", "trend"),
+    [
+        (a_loss(2, 1), "falling"),
+        (a_loss(2, 1, 1), "level"),
+        (a_loss(1, 1, 0.9), "falling"),
+        (a_loss(1, 1), "level"),
+        (a_loss(1, 1, noise=0.0), "level"),
+        (a_loss(2, 1, 1.1), "rising"),
+        (a_loss(1, 1, 0.99), None),
+        ([*a_loss(1, 1)[:-1], (950, 0.2)], "level"),
+        (a_loss(2, 1)[:7], None),
+        (a_loss(2, 1)[:8], "falling"),
+        ([], None),
+        ([(step, 1 + 0.3 * NOISE[step % 20] - 0.001 * step) for step in range(1000)], "falling"),
+        ([(step, 1 + 0.3 * NOISE[step % 20]) for step in range(1000)], "level"),
+    ],
+)
+def test_whether_a_loss_was_still_falling(values: list[tuple[int, float]], trend: str | None) -> None:
+    assert trend_of(values) == trend
+    assert trend_of([(step, 1e307 * value) for step, value in values]) == trend
+    assert trend_of([(10**17 + step, value) for step, value in values]) == trend
+
+
+def test_the_course_of_a_training(checkpoint: Checkpoint) -> None:
+    history: list[dict[str, Any]] = [{"step": 1, "loss": 3.0, "learning_rate": 1e-5}, {"step": 10**400, "loss": 1.0}]
+    write(checkpoint, json.dumps({"log_history": history}).encode())
+    course = read_course(checkpoint.path)
+    assert (course.metric, course.values, course.trend, course.rates) == ("loss", ((1, 3.0),), None, ((1, 1e-5),))
+    write(checkpoint, json.dumps({"log_history": [*history, {"step": 2, "eval_loss": 2}]}).encode())
+    assert read_course(checkpoint.path).values == ((2, 2.0),)
+    write(checkpoint, b"[]")
+    assert read_course(checkpoint.path).metric == ""

@@ -54,6 +54,9 @@ CASES: dict[str, tuple[str, str, Scheme]] = {
     "bema-etainf": ("bema --no-bias-correction", "bema:eta=inf", ckavg.BEMA(eta=math.inf)),
     "ouema-eta0.3": ("ouema --eta 0.3", "ouema:eta=0.3", ckavg.OUEMA(eta=0.3)),
     "dema-kappa0.5": ("dema", "dema", ckavg.DEMA()),
+    "dema-kappa0.5-burn-in50": ("dema --burn-in 50", "dema:burn-in=50", ckavg.DEMA(burn_in=50)),
+    "power-sigma-rel0.05": ("power --sigma-rel 0.05", "power:sigma-rel=0.05", ckavg.PowerEMA(sigma_rel=0.05)),
+    "power-exponent2": ("power --exponent 2", "power:exponent=2", ckavg.PowerExponentEMA(exponent=2.0)),
     "mean": ("mean", "mean", ckavg.Mean()),
     "mean-decayminus-sqrt": ("mean --decay minus-sqrt", "mean:decay=minus-sqrt", ckavg.Mean(decay="minus-sqrt")),
 }
@@ -136,6 +139,18 @@ def test_a_verb_is_made_from_its_schemes() -> None:
         assert part in shown
 
 
+def test_a_batch_that_grows(run: Path) -> None:
+    """An option for each change; a sweep would take the comma for another value."""
+    words = ("--momentum", "0.99", "--batch-scale", "1", "--batch-scale", "60:4")
+    record = json.loads(run_cli("ema", run, *words, "--json").stdout)
+    assert record["outputs"][0]["name"] == "ema-momentum0.99-batch-scale1-60x4"
+    assert record["betas"][1:] == pytest.approx([1 - 0.99**50, 1 - 0.99 ** (10 + 4 * 40), 1 - 0.99**200], rel=1e-12)
+    directory = record["outputs"][0]["directory"]
+    assert "--momentum 0.99 --batch-scale 1,60:4" in Path(directory, "README.md").read_text()
+    assert run_cli("verify", directory).exit_code == 0
+    assert run_cli("sweep", run, "ema:momentum=0.99,batch-scale=1,60:4", "--dry-run").exit_code == 2
+
+
 def test_json_of_pema_and_bema(run: Path) -> None:
     record = json.loads(run_cli("pema", run, "--json").stdout)
     assert (record["steps"], record["anchor_step"], record["span"]) == ([*STEPS], 0, 150)
@@ -184,9 +199,9 @@ def test_summary(run: Path) -> None:
     first = next(line for line in negative if line.startswith("   0 "))
     assert "-0." in first
     assert "█" in first, "drawn by its size"
-    quiet = run_cli("ema", run, "-q")
+    quiet = run_cli("ema", run, "--gamma", "0.05", "-q")
     assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
-    assert (run / "averaged/ema-gamma0.15/model-00001-of-00002.safetensors").exists()
+    assert (run / "averaged/ema-gamma0.05/model-00001-of-00002.safetensors").exists()
 
 
 def test_many_checkpoints_are_summed_up(tmp_path: Path) -> None:
@@ -203,7 +218,7 @@ def test_table_of_a_sweep(run: Path) -> None:
     assert lines[0] == "4 averages of 4 checkpoints, steps 0 to 150"
     assert lines[1].startswith("path length ℓ(T) = ")
     rows = {line.split()[0]: line.split()[1:] for line in lines[4:8]}
-    assert rows["last"] == ["▁▁▁█", "0.0000", "1.0000", "0.0000"]
+    assert rows["last"] == ["▁▁▁█", "0.0000", "1.0000", "0.0000", "1.0", "0"]
     assert rows["bema-eta0-kappa0.1"][0].startswith("-")
     assert rows["pema-gamma0.1"][0].endswith("█")
 

@@ -37,7 +37,53 @@ def test_table_and_json(tmp_path: Path) -> None:
         "files": files,
         "bytes": sum((run / "checkpoint-400" / file).stat().st_size for file in files),
         "dtype": "bfloat16",
+        "eval_loss": None,
     }
+    assert record["log"] == {"metric": None, "steps": [], "values": [], "trend": None}
+
+
+def with_log(run: Path, step: int, log: list[dict[str, float]]) -> None:
+    (run / f"checkpoint-{step}/trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": log}))
+
+
+def test_loss_of_the_trainers_log(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [WEIGHTS] * 4, (100, 200, 300, 400))
+    values = [4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 0.5]
+    log = [{"step": 50 * place, "eval_loss": value} for place, value in enumerate(values, start=1)]
+    with_log(run, 400, [each for each in log if each["step"] not in (250, 300)] + [{"step": 400, "loss": 9.0}])
+    result = run_cli("inspect", run)
+    rows = [line.split() for line in result.stdout.splitlines() if "checkpoint-" in line and "bfloat16" in line]
+    assert [row[2] for row in rows[1:]] == ["2.5", "1", "0.5"]  # 1 shard, and nothing was logged since step 200
+    assert "eval_loss  █▇▆▅▂▁  4 to 0.5, no clear trend" in result.stdout
+    with_log(run, 400, log)
+    assert "eval_loss  █▇▆▅▄▃▂▁  4 to 0.5, still falling" in run_cli("inspect", run).stdout
+    told = json.loads(run_cli("inspect", run, "--json").stdout)
+    assert told["log"] == {
+        "metric": "eval_loss",
+        "steps": [*range(50, 401, 50)],
+        "values": values,
+        "trend": "falling",
+    }
+    assert [each["eval_loss"] for each in told["checkpoints"]] == [3.5, 2.5, 1.5, 0.5]
+    base = put(tmp_path / "base.safetensors", WEIGHTS)
+    told = json.loads(run_cli("inspect", run, "--init", base, "--json").stdout)
+    assert [each["eval_loss"] for each in told["checkpoints"]] == [None, 3.5, 2.5, 1.5, 0.5]
+
+
+def test_without_eval_loss_the_training_loss(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [WEIGHTS] * 2, (100, 200))
+    with_log(run, 200, [{"step": step, "loss": 2 + (step * 7 % 5) / 10} for step in range(1, 201)])
+    shown = next(line for line in run_cli("inspect", run).stdout.splitlines() if line.startswith("loss  "))
+    assert shown.endswith("2.2 to 2, level")
+    assert len(shown.split()[1]) == 50
+    told = json.loads(run_cli("inspect", run, "--json").stdout)
+    assert (told["log"]["metric"], told["log"]["trend"], told["checkpoints"][0]["eval_loss"]) == ("loss", "level", None)
+
+
+def test_losses_of_any_size(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [WEIGHTS] * 2, (100, 200))
+    with_log(run, 200, [{"step": step, "eval_loss": 1.7e308 * (-1) ** step} for step in range(9)])
+    assert "eval_loss  █▁█▁█▁█▁█  1.7e+308 to 1.7e+308, level" in run_cli("inspect", run).stdout
 
 
 def test_problems(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 CLI = ROOT / "docs" / "cli.md"
 DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-AVERAGING = ("pema", "bema", "ema", "ouema", "dema", "mean")
+AVERAGING = ("pema", "bema", "ema", "power", "ouema", "dema", "mean", "weights")
 SHARED = "Options of every averaging command"
 HELP = {"--help", "-h"}
 OF_TORCHRUN = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}
@@ -209,7 +209,8 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("verb", AVERAGING)
 def test_json_of_an_average(source: Path, verb: str) -> None:
-    told = _json_of(verb, source, "--json")
+    required = ("--weights", "0.1,0.2,0.3,0.4") if verb == "weights" else ()
+    told = _json_of(verb, source, "--json", *required)
     assert _keys(told) == _documented_keys("The JSON object")
     assert told["parameters"].keys() <= {
         name[2:].replace("-", "_") for name in set(_declared(verb)) - SHARED_OPTIONS if name.startswith("--")
@@ -247,8 +248,11 @@ def test_json_of_verify(source: Path) -> None:
 
 def test_documented_selection(source: Path) -> None:
     further = ("--skip-incomplete", "--common-only", "--copy", "trainer_state.json")
+    state = {"global_step": 150, "log_history": [{"step": step, "loss": 1.0} for step in (50, 100, 150)]}
+    (source / "checkpoint-150/trainer_state.json").write_text(json.dumps(state))
+    best = ("--best", 3, "--metric", "loss", "--goal", "max")
     every = ("--init", source / "checkpoint-0", "--init-step", 1, "--every", 50, "--burn-in", 50)
-    told = _json_of("bema", source, "--json", *every, "--from-step", 50, "--to-step", 150, "--last", 3, *further)
+    told = _json_of("bema", source, "--json", *every, "--from-step", 50, "--to-step", 150, "--last", 3, *further, *best)
     row = next(line for line in CLI.read_text(encoding="utf-8").splitlines() if line.startswith("| `selection`"))
     assert told["selection"].keys() == set(re.findall(r"`(\w+)`", row)[1:])
 

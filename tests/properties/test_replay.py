@@ -8,7 +8,7 @@ from itertools import accumulate
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,8 +24,11 @@ from ckavg.schemes import (
     Last,
     Mean,
     MomentumEMA,
+    PowerEMA,
+    PowerExponentEMA,
     Scheme,
     Timeline,
+    Weights,
 )
 from ckavg.schemes.base import Rule
 
@@ -65,6 +68,8 @@ def schemes(draw: st.DrawFn) -> Scheme:
             ),
             st.builds(OUEMA, eta=st.floats(0.1, 2), kappa=POWERS, multiplier=st.floats(0, 3), lag=st.floats(2, 100)),
             st.builds(DEMA, kappa=POWERS, multiplier=st.floats(0, 3), lag=st.floats(1, 100)),
+            st.builds(PowerEMA, sigma_rel=st.floats(0.01, 0.288)),
+            st.builds(PowerExponentEMA, exponent=st.floats(0, 30)),
             st.builds(Mean, decay=st.sampled_from(("none", "linear", "cosine", "minus-sqrt"))),
             st.just(Last()),
         )
@@ -78,7 +83,7 @@ def coefficients(draw: st.DrawFn) -> Coefficients:
     alphas = draw(st.lists(st.floats(0, 1), min_size=len(betas), max_size=len(betas)))
     start = draw(st.integers(0, 2))
     none = (None,) * (start + 1)
-    rule: Rule = draw(st.sampled_from(("ema", "bema", "ouema", "dema")))
+    rule: Rule = draw(st.sampled_from(("ema", "bema", "ouema", "dema", "sum")))
     if rule == "ouema":
         alphas = [alpha / 2 for alpha in alphas]
     corrected = rule in ("bema", "ouema")
@@ -120,7 +125,18 @@ def test_the_battery_has_every_scheme() -> None:
         drawn.add(type(scheme))
 
     draw()
-    assert drawn == set(SCHEMES)
+    assert drawn == set(SCHEMES) - {Weights}
+
+
+@given(weights=st.lists(st.floats(-3, 3), min_size=2, max_size=20), seed=st.integers(0, 2**32 - 1))
+def test_explicit_weights_are_the_weights(weights: list[float], seed: int) -> None:
+    """Whatever their signs and order; a sum near 0 would make them huge."""
+    assume(abs(sum(weights)) > 0.1)
+    want = np.array(weights) / math.fsum(weights)
+    chosen = Weights(weights=weights, normalize=True).coefficients(Timeline(tuple(range(len(weights)))))
+    assert effective_weights(chosen) == pytest.approx(want, abs=1e-12)
+    run = np.random.default_rng(seed).normal(size=(len(weights), 7))
+    assert replayed(chosen, torch.from_numpy(run)).numpy() == pytest.approx(want @ run, abs=1e-11)
 
 
 @given(chosen=coefficients(), value=st.floats(-(2.0**100), 2.0**100, width=32))

@@ -47,6 +47,7 @@ def three_tensors(tmp_path: Path) -> ckavg.Run:
         (ckavg.BEMA(form="author"), 1.281126561769),
         (ckavg.BEMA(burn_in=400), 1.912217010252),
         (ckavg.BEMA(eta=math.inf), 0.407586354687),
+        (ckavg.BEMA(min_beta=0.05), 1.570899146471),
         (ckavg.OUEMA(), 0.539640062280),
         (ckavg.DEMA(), 0.785338518338),
         (ckavg.MomentumEMA(momentum=0.9, momentum_per="update"), 1.29631),

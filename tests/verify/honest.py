@@ -38,6 +38,7 @@ def draw_scheme(choose: random.Random) -> Scheme:
             ckavg.BEMA(kappa=power, eta=eta, burn_in=choose.choice((0, 0, 20))),
             ckavg.OUEMA(kappa=power, eta=eta or 0.01),
             ckavg.DEMA(kappa=power),
+            ckavg.PowerEMA(sigma_rel=choose.uniform(0.01, 0.28)),
             ckavg.Mean(decay=choose.choice(("none", "linear", "cosine", "minus-sqrt"))),
             Last(),
         )
@@ -81,7 +82,9 @@ def false_alarms(count: int, seed: int, root: Path) -> list[str]:
             if choose.random() < 0.2:
                 options["sample"] = 0.4
             try:
-                done = ckavg.average(ckavg.open_run(source), scheme, out=Path(place) / "out", device="cpu", **options)
+                done = ckavg.average(
+                    ckavg.open_run(source), scheme, out=Path(place) / "out", device="cpu", allow_anchor=True, **options
+                )
             except ckavg.CkavgError:  # a correction beyond the range of the dtype
                 continue
             problems = ckavg.verify_result(done.directory, replay=True, elements=10**6, seed=number).problems

@@ -218,7 +218,8 @@ def test_numbers_that_fit_each_other_but_not_the_weights(result: Path, source: P
     """All of the record is that of another average, consistently: only the sources tell."""
     other = ckavg.average(ckavg.open_run(source), ckavg.BEMA(eta=0.21), out=source / "other").directory
     record = json.loads((other / "ckavg.json").read_bytes())
-    edited("ckavg.json", **{name: record[name] for name in ("parameters", "betas", "alphas", "weights")})(result)
+    numbers = ("parameters", "betas", "alphas", "weights", "effective_count", "mean_age", "anchor_weight")
+    edited("ckavg.json", **{name: record[name] for name in numbers})(result)
     assert ckavg.verify_result(result, sources=True).problems == ()
     (problem,) = ckavg.verify_result(result, replay=True, seed=0).problems
     assert " are not what the sources give: '" in problem

@@ -33,6 +33,7 @@ OTHER: dict[Scheme, Scheme] = {
     ckavg.BEMA(kappa=0.5): ckavg.BEMA(kappa=0.55),
     ckavg.OUEMA(kappa=0.5): ckavg.OUEMA(kappa=0.55),
     ckavg.DEMA(kappa=0.5): ckavg.DEMA(kappa=0.55),
+    ckavg.Weights(weights=(1.5, 0, -2, 1, 0.5)): ckavg.Weights(weights=(1.5, 0, -2, 1.05, 0.45)),
     ckavg.EMA(gamma=0.001): ckavg.EMA(gamma=0.0011),
 }
 CASES = [(scheme, dtype, scale) for scheme in OTHER for dtype in SCALES for scale in SCALES[dtype]]

@@ -63,6 +63,7 @@ def test_a_record_whose_path_is_not_that_of_the_sources(source: Path, place: int
     lengths[place] = lengths[place - 1] + 0.999 * (lengths[place] - lengths[place - 1])
     coefficients = ckavg.PEMA().coefficients(ckavg.schemes.Timeline(STEPS, tuple(lengths)))
     record |= {"path_length": lengths, "betas": coefficients.betas, "weights": effective_weights(coefficients)}
+    record |= dict.fromkeys(("effective_count", "mean_age", "anchor_weight"))
     (result / "ckavg.json").write_text(json.dumps(record))
     assert ckavg.verify_result(result).problems == ()
     wrong = f"path_length is {lengths[place]} at step {STEPS[place]}"

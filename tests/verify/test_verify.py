@@ -41,6 +41,12 @@ AVERAGES: list[Scheme] = [
     ckavg.OUEMA(eta=float("inf")),
     ckavg.DEMA(),
     ckavg.DEMA(kappa=0.0),
+    ckavg.DEMA(burn_in=15),
+    ckavg.PowerEMA(),
+    ckavg.PowerExponentEMA(exponent=0.5),
+    ckavg.MomentumEMA(momentum=0.9, batch_scale="1,25:4"),
+    ckavg.Weights(weights=(0.0, 0.5, 0.0, 0.25, 0.25, 0.0)),
+    ckavg.Weights(weights={10: -0.5, 20: 2.25, 50: -0.75}),
     ckavg.Mean(),
     ckavg.Mean(decay="cosine"),
     ckavg.Mean(decay="minus-sqrt"),
@@ -68,7 +74,7 @@ def test_every_scheme_is_tried() -> None:
 def test_every_scheme_in_every_dtype(tmp_path: Path, dtype: torch.dtype, accumulate: str) -> None:
     run = ckavg.open_run(source_of(tmp_path, dtype))
     for number, scheme in enumerate(AVERAGES):
-        result = ckavg.average(run, scheme, out=tmp_path / str(number), accumulate=accumulate)
+        result = ckavg.average(run, scheme, out=tmp_path / str(number), accumulate=accumulate, allow_anchor=True)
         verified = assert_sound(result.directory, seed=number)
         assert verified.elements == 10_000
         assert verified.warnings == () or result.inputs[0].checksum is None
