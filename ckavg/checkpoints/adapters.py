@@ -42,6 +42,9 @@ _OTHER_METHODS = (
 )  # fmt: skip
 """Settings of PEFT with which it is not s·BA either, or not by these names."""
 
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+"""In a pattern of a config, which may be anybody's, what can keep a search busy for ever."""
+
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base model as it is; others take a part of that rank out of it."""
 
@@ -198,7 +201,7 @@ def _scaling(checkpoint: Checkpoint, module: str, rank: int, config: Mapping[str
     if not config:
         return 1.0
     stated, alpha = (
-        _matched(config.get(f"{key}_pattern"), module, config.get(default))
+        _matched(checkpoint, config.get(f"{key}_pattern"), module, config.get(default))
         for key, default in (("rank", "r"), ("alpha", "lora_alpha"))
     )
     if stated != rank or not isinstance(alpha, int | float):
@@ -208,9 +211,11 @@ def _scaling(checkpoint: Checkpoint, module: str, rank: int, config: Mapping[str
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _matched(patterns: object, module: str, default: Any) -> Any:
+def _matched(checkpoint: Checkpoint, patterns: object, module: str, default: Any) -> Any:
     """What PEFT finds for a module: the value of the first pattern that its name ends in."""
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        if _REPEATED_GROUP.search(pattern):
+            raise _unsupported(checkpoint, f"its config repeats a group in the pattern {pattern[:80]!r}")
         with suppress(re.error):
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
