@@ -122,13 +122,13 @@ def _compare(terms: Sequence[tuple[float, _Factors]], got: _Factors) -> tuple[fl
     """
     b = np.concatenate([weight * each.b for weight, each in terms], axis=1)
     a = np.concatenate([each.a for _, each in terms])
-    values = _energies(b, a)
-    least = float(values[len(got.a) :].sum())
+    total = float(((b.T @ b) * (a @ a.T)).sum())
+    least = float(_energies(b, a)[len(got.a) :].sum()) if len(a) > len(got.a) else 0.0
     both_b, both_a = np.concatenate([b, -got.b], axis=1), np.concatenate([a, got.a])
     squared = float(((both_b.T @ both_b) * (both_a @ both_a.T)).sum())
     size = float((np.linalg.norm(both_b, axis=0) * np.linalg.norm(both_a, axis=1)).sum())
     allowed = math.sqrt(least) + _rounded(got) + _COMPUTED * size
-    return float(values.sum()), least, math.sqrt(max(squared, 0.0)), allowed
+    return total, least, math.sqrt(max(squared, 0.0)), allowed
 
 
 def _energies(b: Array, a: Array) -> Array:
