@@ -290,7 +290,7 @@ def anchor_problem(plan: Plan, coefficients: Coefficients) -> SettingError | Non
     if not is_mostly_anchor(weights, start, len(weights) - 1):
         return None
     return SettingError(
-        f"{plan.scheme.label}: {100 * weights[start]:.4g} % of the weight is on step {plan.run.steps[start]}, where it "
+        f"{plan.out.name}: {100 * weights[start]:.4g} % of the weight is on step {plan.run.steps[start]}, where it "
         "begins: the result would be that checkpoint.",
         hint="Choose settings that forget it sooner, or a later start; or go on with --allow-anchor.",
     )
