@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.fingerprints import Fingerprints, fingerprint_files
 from ckavg.errors import CkavgError, listed
-from ckavg.output.output_path import PLOT
+from ckavg.output.output_path import CARD, PLOT
 from ckavg.output.published import Made, placed, read_local
 from ckavg.output.record import Record, read_record
 from ckavg.output.weight_files import sha256
@@ -55,8 +56,18 @@ def recipe_of(plan: Plan) -> dict[str, Any]:
 
 def made_of(plan: Plan, sources: Fingerprints, directory: Path) -> Made:
     """What is kept of how a result is made, whose weight files are in a directory."""
-    own = {name.as_posix(): fingerprint_files([directory / name]) for name in plan.weight_files}
-    return Made(recipe_of(plan), sources, own)
+    own = {name: fingerprint_files([directory / name]) for name in _own_files(plan)}
+    return Made(recipe_of(plan), sources, _side_files(plan), own)
+
+
+def _side_files(plan: Plan) -> dict[str, str]:
+    return {name: sha256(data) for name, data in plan.side_files.items()}
+
+
+def _own_files(plan: Plan) -> list[str]:
+    """The files of all outputs, by path in the result, that nobody changes after they are written."""
+    names = [name for name in plan.files if name not in (CARD, RESULT_RECORD)]
+    return [(out / name).relative_to(plan.out).as_posix() for out in plan.outputs.values() for name in names]
 
 
 def current_result(plan: Plan, sources: Fingerprints) -> Record | str:
@@ -84,9 +95,8 @@ def current_result(plan: Plan, sources: Fingerprints) -> Record | str:
         return "its record was edited"
     if local.made.source_fingerprints != sources or None in sources:
         return _changed_sources(plan, local.made.source_fingerprints, sources)
-    beside = {name: sha256(data) for name, data in plan.side_files.items()}
-    other = [name for name, digest in beside.items() if record.output.sha256.get(name) != digest]
-    if other:
+    beside = _side_files(plan)
+    if other := [name for name, digest in beside.items() if local.made.side_files.get(name) != digest]:
         return f"the last checkpoint has another {listed(other)} now"
     if other := _changed_files(plan, local.made):
         return f"its own files have changed since: {listed(other)}"
@@ -96,35 +106,21 @@ def current_result(plan: Plan, sources: Fingerprints) -> Record | str:
 def _changed_sources(plan: Plan, before: Fingerprints, now: Fingerprints) -> str:
     if len(before) != len(now):
         return "its fingerprints are not of these checkpoints"
-    steps = [
-        (str(step), None in pair)
-        for step, *pair in zip(plan.run.steps, before, now, strict=True)
-        if len({*pair, None}) > 2 or None in pair
-    ]
-    unknown = listed([step for step, is_unknown in steps if is_unknown])
-    changed = listed([step for step, is_unknown in steps if not is_unknown])
-    return (
-        f"the checkpoints of step {changed} have changed since"
-        if changed
-        else f"nothing tells whether step {unknown} has changed since"
-    )
+    pairs = list(zip(plan.run.steps, before, now, strict=True))
+    if changed := [str(step) for step, *pair in pairs if None not in pair and len({*pair}) > 1]:
+        return f"the checkpoints of step {listed(changed)} have changed since"
+    unknown = [str(step) for step, *pair in pairs if None in pair]
+    return f"nothing tells whether step {listed(unknown)} has changed since"
 
 
 def recorded_recipe(record: Record) -> dict[str, Any]:
     """What the record of a result says of its recipe, likewise."""
-    names = [
-        "dtype",
-        "accumulate",
-        "allow_nonfinite",
-        "zero_sigma",
-        "sample",
-        *["path_exclude"] * bool(record.path_exclude),
-    ]
+    names = ("dtype", "accumulate", "allow_nonfinite", "zero_sigma", "sample", "path_exclude", "lora", "rank")
     unused = set() if record.path_length is not None else _PATH_OPTIONS
     recipe = (
         {"scheme": record.scheme, "checkpoints": record.steps}
         | record.parameters
-        | {name: getattr(record, name) for name in names if name not in unused}
+        | {name: getattr(record, name) or None for name in names if name not in unused}
         | record.selection
     )
     loaded: dict[str, Any] = json.loads(json.dumps(recipe))
@@ -167,19 +163,16 @@ def _tells(record: Record, plan: Plan) -> bool:
 
 def _changed_files(plan: Plan, made: Made) -> list[str]:
     """Files of the result that are not there as they were written, of every output."""
-    changed = []
-    for name, nbytes in plan.weight_files.items():
-        path, key = plan.out / name, name.as_posix()
-        if _size(path) != nbytes or made.own_fingerprints.get(key) != fingerprint_files([path]):
-            changed.append(key)
+    sizes = {} if plan.products else plan.weight_files  # of products, only those that are made tell how many there are
+    changed = [str(name) for name, nbytes in sizes.items() if _size(plan.out / name) != nbytes]
+    for name in _own_files(plan):
+        if _size(plan.out / name) is None or made.own_fingerprints.get(name) != fingerprint_files([plan.out / name]):
+            changed.append(name)
     for out in plan.outputs.values():
-        sizes = dict.fromkeys(plan.files) | {name: len(data) for name, data in plan.side_files.items()}
-        weights = {shard.name for shard in plan.weights.shards}
-        for file, expected in sizes.items():
-            size = _size(out / file)
-            if file not in weights and (size is None or expected not in (None, size)):
-                changed.append((out / file).relative_to(plan.out).as_posix())
-    return changed
+        changed += [
+            str((out / name).relative_to(plan.out)) for name in (CARD, RESULT_RECORD) if _size(out / name) is None
+        ]
+    return list(dict.fromkeys(changed))
 
 
 def _size(path: Path) -> int | None:

@@ -64,11 +64,13 @@ class Made:
     Attributes:
         recipe: what was asked for; see `averaging/recipe.py`.
         source_fingerprints: of the files of each checkpoint; None where a later change could not be told.
-        own_fingerprints: of each weight file of the result, by its path in it.
+        side_files: SHA-256 of what is copied beside the weights, before anything in it is adapted to them.
+        own_fingerprints: of each file of the result by its path in it, but for the record, the card and its picture.
     """
 
     recipe: dict[Text, Any]
     source_fingerprints: tuple[Text | None, ...]
+    side_files: dict[FileName, Text]
     own_fingerprints: dict[FileName, Text]
 
 

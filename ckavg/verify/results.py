@@ -10,9 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.fingerprints import fingerprint_files
 from ckavg.errors import CkavgError, ReadError, listed
-from ckavg.output.output_path import is_result
+from ckavg.output.output_path import CARD, PLOT, is_result
 from ckavg.output.published import Local, read_local
 from ckavg.output.record import Record, read_record
 from ckavg.output.staging import bring_back_all
@@ -31,7 +32,7 @@ class Result:
         directory: where it is.
         record: what it says; None where it cannot be understood.
         made: when its weights were written, in seconds since 1970; None where there are none.
-        state: whether its checkpoints are still those it was made of, and its weights are as they were written;
+        state: whether its checkpoints are still those it was made of, and its files are as they were written;
             `unknown` where the checkpoints are elsewhere, or nothing tells.
         problem: what is wrong with it; empty where nothing is.
     """
@@ -114,8 +115,8 @@ def _state(record: Record, directory: Path, local: Local, files: Sequence[str]) 
         return "unknown"
     before, own = local.made.source_fingerprints, local.made.own_fingerprints
     try:
-        weights = [name for name in files if name.endswith(".safetensors")]
-        if any(own.get(name) != fingerprint_files([directory / name]) for name in weights):
+        fixed = [name for name in files if Path(name).name not in (CARD, PLOT, RESULT_RECORD)]
+        if any(own.get(name) != fingerprint_files([directory / name]) for name in fixed):
             return "copied or edited"
         if len(before) != len(record.inputs) or None in before:
             return "unknown"

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ckavg.checkpoints.fingerprints import fingerprint_files
+from tests.averaging.test_adapters import write_adapters
 from tests.cli.runner import run_cli, snapshot
 from tests.exhaustive import all_but
 from tests.runs import random_run, write_checkpoint, write_run
@@ -220,11 +222,18 @@ def test_records_do_not_make_other_weights_up_to_date(run: Path) -> None:
     for name in planted:
         shutil.copy(other / name, one / name)
     words = ("ema", run, "--gamma", "0.3", "--out", one)
-    check_refused(run, "its own files have changed since: model.safetensors.", *words)
+    check_refused(
+        run, "its own files have changed since: config.json, model.safetensors, notes.txt, tokenizer.json.", *words
+    )
     local = json.loads((one / planted[1]).read_text())
-    local["made"]["own_fingerprints"] = {}
-    (one / planted[1]).write_text(json.dumps(local))
-    check_refused(run, "its own files have changed since: model.safetensors.", *words)
+    for own in (
+        {},
+        {name: fingerprint_files([one / name]) for name in (MODEL, "config.json", "notes.txt", "tokenizer.json")},
+    ):
+        (one / MODEL).write_bytes((one / MODEL).read_bytes() + b"\0")
+        local["made"]["own_fingerprints"] = own
+        (one / planted[1]).write_text(json.dumps(local))
+        check_refused(run, "its own files have changed since: model.safetensors", *words)
 
 
 @pytest.mark.parametrize(
@@ -281,3 +290,16 @@ def test_a_sweep_with_a_result_that_differs_does_nothing(run: Path) -> None:
     assert run_cli("mean", run, "-q").exit_code == 0
     (run / "checkpoint-20" / MODEL).touch()
     check_refused(run, "the checkpoints of step 20 have changed since.", "sweep", run, "ema", "mean")
+
+
+def test_averaged_products_whose_rank_is_known_only_when_they_are_made(tmp_path: Path) -> None:
+    """θ_0 has no weight with `--pairing next`, and so no part in the rank that the config states."""
+    run = write_adapters(tmp_path)
+    words = ("pema", run, "--pairing", "next", "--lora", "product", "--out", run / "out")
+    assert run_cli(*words, "-q").exit_code == 0
+    before = snapshot(run)
+    assert run_cli(*words).stdout.startswith(f"{run / 'out'} is up to date\n")
+    assert snapshot(run) == before
+    check_refused(run, "rank none there, 2 asked.", *words, "--rank", "2")
+    rewrite(run / "out/adapter_model.safetensors")
+    check_refused(run, "its own files have changed since: adapter_model.safetensors.", *words)
