@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ckavg.engine.blocks import BLOCK
+from ckavg.output.output_path import LOCAL
 from tests.cli.runner import run_cli
 from tests.exhaustive import all_but
 from tests.ranks.launch import MAIN, SECONDS, Job, Ran, environment, run_jobs, torchrun, torchrun_on
@@ -97,6 +98,9 @@ def files_of(source: Path) -> dict[str, Any]:
             found[str(path.relative_to(source))] = data
             if path.name == "ckavg.json":
                 found[str(path.relative_to(source))] = without_time(json.loads(data))
+            if path.name == LOCAL:  # which knows the very files that were read and written
+                made = json.loads(data)["made"]
+                found[str(path.relative_to(source))] = (made["recipe"], made["side_files"])
     return found
 
 
