@@ -12,7 +12,16 @@ import typer
 from rich.filesize import decimal
 
 from ckavg.averaging.plan import result_name
-from ckavg.cli.average import Asked, carry_out_shown, new_warnings, path_shown, plans_of, show_plans, write_plot
+from ckavg.cli.average import (
+    Asked,
+    carry_out_shown,
+    new_warnings,
+    path_shown,
+    plans_of,
+    show_plans,
+    write_plot,
+    write_report,
+)
 from ckavg.cli.errors import distributed, interrupted_with
 from ckavg.cli.evaluation import (
     Evaluated,
@@ -106,6 +115,7 @@ def _average_all(asked: list[Asked], options: Sweeping, ranks: Ranks) -> None:
             print_curves(evaluated)
         write_plot(done, options, evaluated)
         write_curves(evaluated, options.csv)
+        write_report(done, options, evaluated)
         evaluated.check()
         if destination is not None:
             _push_best(evaluated, destination, quiet=options.quiet)
