@@ -1,7 +1,8 @@
 """The report of `--report`: one HTML page of averages, which needs neither the network nor a library.
 
 The page is `report.html`, a fixed text, with the numbers in it as JSON. Whatever is a name from outside stands in that
-JSON alone, and the page makes text of it, never markup. Its policy lets nothing run or load but its own script and style.
+JSON alone, and the page makes text of it, never markup. Its policy lets nothing run or load but its own script and
+style.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def report_data(
         "curves": [
             {"name": printable(name), "points": points}
             for name, curve in curves
-            if (points := [_point(step, each) for step, each in curve if each.value is not None])
+            if len(points := [_point(step, each) for step, each in curve if each.value is not None]) > 1
         ],
         "paths": shown_paths,
         "warnings": [{"text": text, "names": names} for text, names in warnings.items()],
@@ -134,8 +135,10 @@ def _point(x: float, evaluation: Evaluation) -> tuple[float, float | None, float
 
 
 def _axes(results: Sequence[Record]) -> list[dict[str, Any]]:
-    """The metric against each hyper-parameter and range of the selection that has several values, a line for all that
-    is alike in everything else; and the last checkpoint, which has none of them."""
+    """The metric against each hyper-parameter and range of the selection that has several values.
+
+    A line has the averages that are alike in everything else; the last checkpoint, which has neither, is a flat one.
+    """
     values = [(one, one.evaluation) for one in results if one.evaluation and one.evaluation.value is not None]
     settings = [
         (one, each, {**one.parameters, **{key: one.selection[key] for key in _RANGES if key in one.selection}})
@@ -177,7 +180,7 @@ def _paths(results: Sequence[Record], paths: Sequence[PathLength | None]) -> lis
     """ℓ of each selection that was measured, once, and that of its tensors where pass 1 has them."""
     found: dict[tuple[int, ...], dict[str, Any]] = {}
     for record, path in zip(results, paths, strict=True):
-        if record.path_length is not None and (record.steps not in found or path is not None):
+        if record.path_length is not None and found.get(record.steps, {"layers": None})["layers"] is None:
             found[record.steps] = {
                 "name": record.chosen,
                 "steps": [*record.steps],
