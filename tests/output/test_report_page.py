@@ -127,8 +127,8 @@ def test_the_slider_has_the_weights_of_python(
     page: Page, records: list[ckavg.Averaged], index: int, gamma: float
 ) -> None:
     choose(page, index, gamma)
-    scheme, length = dataclasses.replace(SCHEMES[index], gamma=gamma), records[index].path_length
-    coefficients = scheme.coefficients(Timeline(STEPS, length))
+    stated = records[index].parameters | {"gamma": gamma}
+    coefficients = type(SCHEMES[index])(**stated).coefficients(Timeline(STEPS, records[index].path_length))
     got = page.evaluate(f"(b => [b, weightsOf(b)])(betasFor(data.averages[{index}], Number($('gamma').value)))")
     assert got[0] == [None, *(pytest.approx(beta, rel=1e-9) for beta in coefficients.betas[1:])]
     assert got[1] == pytest.approx(effective_weights(coefficients), rel=1e-9, abs=1e-12)
