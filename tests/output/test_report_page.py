@@ -202,3 +202,36 @@ def test_hostile_names_run_nothing(browser: Page, records: list[ckavg.Averaged],
     assert browser.evaluate("document.documentElement.scrollWidth") <= 360
     assert browser.evaluate("document.querySelectorAll('img, script').length") == 2
     assert not browser.complaints
+
+
+def odd_data(records: list[ckavg.Averaged]) -> dict[str, dict[str, Any]]:
+    pema, last = records[0], records[5]
+    steps = (*range(0, 10_000_000 * 199, 10_000_000), 80 + 10_000_000 * 199)
+    long: dict[str, Any] = {"steps": steps, "outputs": (dataclasses.replace(pema.output, step=steps[-1]),)}
+    long |= {"betas": (None, *(0.5,) * 199), "path_length": tuple(1e9 * k for k in range(200))}
+    weights = (-0.5, *(1.5 / 199,) * 199)
+    still = dataclasses.replace(pema, path_length=(0.0,) * 5, path_length_error=(0.0,) * 5, evaluation=None)
+    alone: dict[str, Any] = {"steps": (80,), "betas": (None,), "weights": (1.0,), "anchor_step": 80}
+    old: dict[str, Any] = {"effective_count": None, "mean_age": None, "anchor_weight": None}
+    tiny = PathLength(STEPS, {"a": TensorPath(1, 1.0, (0.0,) * 4)}, "exclude", 0)
+    return {
+        "one": report_data([pema]),
+        "nothing moved": report_data([still], paths=[tiny]),
+        "one checkpoint": report_data([dataclasses.replace(last, **alone, path_length=None)]),
+        "200 checkpoints": report_data([dataclasses.replace(pema, **long, weights=weights, anchor_step=0)]),
+        "all failed": report_data([records[2]] * 2),
+        "of an older version": report_data([dataclasses.replace(pema, **old, evaluation=None)]),
+        "100 averages": report_data([dataclasses.replace(pema, warnings=("a",))] * 100),
+    }
+
+
+def test_odd_averages_can_be_drawn(browser: Page, records: list[ckavg.Averaged], tmp_path: Path) -> None:
+    for name, data in odd_data(records).items():
+        save_report(tmp_path / "odd.html", data)
+        for width in (360, 1200):
+            browser.open(tmp_path / "odd.html", width=width)
+            assert browser.evaluate("$('versions').textContent").startswith("ckavg "), name
+            assert browser.evaluate("document.documentElement.scrollWidth") <= width, name
+            assert "NaN" not in browser.evaluate("document.body.innerHTML.replace(/<script.*/s, '')"), name
+            assert not browser.complaints, name
+    assert "<h1" in browser.evaluate("document.body.innerHTML")
