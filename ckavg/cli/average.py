@@ -17,7 +17,7 @@ from ckavg.averaging.reading import fetching_of, memory_bytes, readings
 from ckavg.averaging.sources import inspect_sources
 from ckavg.checkpoints.run import Run, Selection
 from ckavg.cli.errors import distributed, interrupted_with
-from ckavg.cli.evaluation import Evaluated, criterion_from, evaluate_all, print_curves, shown_value, write_curves
+from ckavg.cli.evaluation import Evaluated, criterion_from, evaluate_all, marks, print_curves, shown_value, write_curves
 from ckavg.cli.options import Averaging, Command, Measuring, with_options
 from ckavg.cli.push import destination_of, print_pushed, push_shown, when_complete
 from ckavg.cli.text import Output, as_count, print_json, say, show_progress, table_by_step, warn_of
@@ -119,6 +119,7 @@ def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
             print_curves(evaluated)
         write_plot(done, options, evaluated)
         write_curves(evaluated, options.csv)
+        write_report(done, options, evaluated)
         pushed = None
         if destination is not None and not evaluated.has_failed:
             pushed = push_shown(result.directory, destination, quiet=options.quiet)
@@ -165,6 +166,7 @@ def plans_of(
         check_plot(options, run)
         if options.csv is not None:
             check_file(options.csv, run)
+        check_report(options, run)
     by_selection = dict(zip(words, runs, strict=True))
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
     given["path_exclude"] = tuple(options.path_exclude or ())
@@ -246,6 +248,26 @@ def write_plot(done: Done, options: Averaging, evaluated: Evaluated) -> None:
         paths = {path.steps: path for path in done.paths if path is not None}
         path = paths.popitem()[1] if len(paths) == 1 else None
         save_figure(averages_figure(done.records, path, evaluated.curves), options.plot)
+
+
+def check_report(options: Averaging, run: Run) -> None:
+    """Refuse a report that has no place where it is to go, before anything is read."""
+    if options.report is not None:
+        from ckavg.output.report import check_report_file
+
+        check_file(options.report, run)
+        check_report_file(options.report)
+
+
+def write_report(done: Done, options: Averaging, evaluated: Evaluated) -> None:
+    """Write the page that was asked for, if one was."""
+    if options.report is not None:
+        from ckavg.output.report import report_data, save_report
+
+        data = report_data(
+            evaluated.records, marks(evaluated.ranking, len(evaluated.records)), done.paths, evaluated.curves
+        )
+        save_report(options.report, data)
 
 
 def say_fetching(fetching: Fetching | None, *, quiet: bool) -> None:

@@ -246,6 +246,9 @@ class Averaging(Measuring):
         False
     )
     csv: Annotated[Path | None, evaluation("Write the values by step to FILE.", metavar="FILE")] = None
+    report: Annotated[
+        Path | None, display("One HTML page of the results: table, curves, weights, path.", metavar="FILE.html")
+    ] = None
     push_to_hub: Annotated[str | None, hub("Upload the result to owner/name when it is done.", metavar="REPO")] = None
     private: Private = None
     revision: Revision = None

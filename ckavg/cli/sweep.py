@@ -21,6 +21,7 @@ from ckavg.cli.average import (
     plans_of,
     show_plans,
     write_plot,
+    write_report,
 )
 from ckavg.cli.errors import distributed, interrupted_with
 from ckavg.cli.evaluation import (
@@ -117,6 +118,7 @@ def _average_all(asked: list[Asked], options: Sweeping, ranks: Ranks) -> None:
             print_curves(evaluated)
         write_plot(done, options, evaluated)
         write_curves(evaluated, options.csv)
+        write_report(done, options, evaluated)
         evaluated.check()
         if destination is not None:
             _push_best(evaluated, destination, quiet=options.quiet)

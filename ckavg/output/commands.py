@@ -78,7 +78,8 @@ def reproduce(record: Record, scheme: Scheme) -> str:
     }
     settings |= {name: value for name, (value, default) in others.items() if value != default}
     source = f" {shell_word(str(record.source))}" if is_address(record.source) else ""
-    return f"ckavg {record.scheme}{source} {as_options(settings)}".rstrip()
+    verb = f"{record.scheme}{source}" if scheme.has_verb else f"sweep{source} {record.scheme}"
+    return f"ckavg {verb} {as_options(settings)}".rstrip()
 
 
 def load_command(directory: Path, files: Mapping[str, bytes], weights: Sequence[str]) -> str:

@@ -96,6 +96,21 @@ def check_file(file: Path, run: Run) -> None:
     _check_outside(file, run.checkpoints, "Choose another place.")
 
 
+def check_parent(file: Path, option: str) -> None:
+    """Refuse a file that could not be written because of the directory that it goes to, or that it is.
+
+    Raises:
+        WriteError: it names `option`, with which another place is chosen.
+    """
+    for is_wrong, why in (
+        (not file.parent.is_dir(), f"{file.parent} is not a directory"),
+        (not os.access(file.parent, os.W_OK | os.X_OK), f"{file.parent} may not be written to"),
+        (file.is_dir(), f"{file} is a directory"),
+    ):
+        if is_wrong:
+            raise WriteError(f"{why}.", hint=f"Choose another place with {option}.")
+
+
 def _check_outside(out: Path, checkpoints: Iterable[Checkpoint], hint: str) -> None:
     place = resolved(out)
     for checkpoint in checkpoints:

@@ -9,7 +9,6 @@ import io
 import itertools
 import logging
 import math
-import os
 import re
 import statistics
 import textwrap
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckavg.errors import RecordError, SettingError, WriteError, printable
+from ckavg.output.output_path import check_parent
 from ckavg.output.record import Curves, Record
 from ckavg.path.table import PathLength
 from ckavg.storage.atomic import replacing
@@ -80,13 +80,7 @@ def check_plot_file(file: Path) -> None:
         raise SettingError(
             "Pictures need matplotlib, which is not installed.", hint="Install it: pip install 'ckavg[plot]'"
         ) from error
-    for is_wrong, told in (
-        (not file.parent.is_dir(), f"{file.parent} is not a directory"),
-        (not os.access(file.parent, os.W_OK | os.X_OK), f"{file.parent} may not be written to"),
-        (file.is_dir(), f"{file} is a directory"),
-    ):
-        if is_wrong:
-            raise WriteError(f"{told}.", hint="Choose another place with --plot.")
+    check_parent(file, "--plot")
 
 
 def save_figure(figure: Figure, file: Path) -> None:
@@ -121,7 +115,7 @@ def averages_figure(results: Sequence[Record], path: PathLength | None = None, c
             names = [label(result.outputs[-1].name, 40) for result in results]
             return _compose(f"{len(results)} averages of one run", "", first.steps, by_step, by_tensor, names)
         since = "" if first.anchor_step == first.steps[0] else f" from the anchor at step {first.anchor_step}"
-        return _compose(_title(first), f", span {first.span}{since}", first.steps, by_step, by_tensor)
+        return _compose(recipe_title(first), f", span {first.span}{since}", first.steps, by_step, by_tensor)
 
 
 def _selections_figure(results: Sequence[Record], path: PathLength | None, curves: Curves) -> Figure:
@@ -252,8 +246,8 @@ def find_layers(path: PathLength) -> tuple[list[int], dict[str, list[float]], di
     return numbers, by_kind, {name: lengths[name] for name in others}
 
 
-def _title(result: Record) -> str:
-    """The scheme and what is stated of it, as the summary has it."""
+def recipe_title(result: Record) -> str:
+    """The scheme and what is stated of it, in words, as the summary has it."""
     title, stated = result.scheme, result.parameters
     with suppress(RecordError):  # a scheme of another version
         scheme = result.to_scheme()

@@ -128,7 +128,7 @@ def test_an_earlier_result(run: Path, monkeypatch: pytest.MonkeyPatch, error: in
         monkeypatch.setattr(plots, "card_svg", lambda result: None)
     command = ("mean", str(run), "--quiet", "--force")
     place = run / "averaged" / "mean"
-    assert run_cli("mean", str(run), "--quiet", "--last", "2").exit_code == 0
+    assert run_cli("mean", str(run), "--quiet", "--last", "2", "--out", str(place)).exit_code == 0
     earlier = contents(place)
     shutil.copytree(run / "averaged", run.parent / "kept")
     calls = count_calls(run, *command)
