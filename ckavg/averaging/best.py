@@ -1,0 +1,382 @@
+"""`ckavg best`: rounds of averages are formed, judged and removed; the winner is formed where it is to stay.
+
+What is tried next is decided in `averaging/search.py`. The number that the winner was chosen by is the best of many,
+and so flatters it: it is compared with that of the last checkpoint, and on other data by `confirm`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ckavg.averaging.evaluation import record_evaluation
+from ckavg.averaging.pipeline import Done, carry_out
+from ckavg.averaging.plan import Options, Plan, plan_averages, result_name
+from ckavg.averaging.search import LAST, Candidate, Space, next_by_halving, next_in_soup, ranked
+from ckavg.checkpoints.run import Run
+from ckavg.checkpoints.trainer_log import Goal
+from ckavg.engine.context import Context, OnProgress
+from ckavg.errors import EvaluationError, SettingError, WriteError, listed
+from ckavg.output.output_path import path_within, remove
+from ckavg.output.record import Evaluation, Record
+from ckavg.schemes import Scheme
+from ckavg.storage.atomic import resolved
+
+Strategy = Literal["halving", "soup"]
+STRATEGIES = {"halving": next_by_halving, "soup": next_in_soup}
+
+Standing = Literal["better", "level", "unknown", "last"]
+"""Of the winner: beyond the noise better than the last checkpoint; within the noise of it; the noise, or the value of
+the last checkpoint, is not known; it is the last checkpoint.
+"""
+
+Judge = Callable[[Record, Plan], Evaluation]
+"""What a result is worth; one that cannot be told has no value."""
+
+SAME = 0.01
+"""Averages of which less than this part of the weight lies on other checkpoints are one, and evaluated once."""
+
+_LEAST_BUDGET = 2
+_STRIDES = (2, 4)
+
+SCRATCH = ".ckavg-best-"
+"""How the name of a directory begins in which a round is, beside the place of the result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """One average that was tried.
+
+    Attributes:
+        name: as a result of it would be called; of a soup, what is in it.
+        round: in which it was tried, from 1.
+        record: of it; its files are gone.
+        evaluation: what decided.
+        same_as: the name of the one whose evaluation it shares, since the weights are almost the same; or empty.
+    """
+
+    name: str
+    round: int
+    record: Record
+    evaluation: Evaluation
+    same_as: str = ""
+
+    @property
+    def value(self) -> float | None:
+        """Of the metric; None where the evaluation failed."""
+        return self.evaluation.value
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """What came of a search.
+
+    Attributes:
+        record: of the result, with its evaluation.
+        contestants: in the order in which they were tried; the last checkpoint first.
+        winner: the index of the best.
+        goal: whether the least or the greatest value is best.
+        confirmed: what the other evaluation said of the winner and of the last checkpoint; None without one.
+    """
+
+    record: Record
+    contestants: tuple[Contestant, ...]
+    winner: int
+    goal: Goal
+    confirmed: tuple[Evaluation, Evaluation] | None = None
+
+    @property
+    def evaluated(self) -> int:
+        """How many averages were evaluated."""
+        return sum(not each.same_as for each in self.contestants)
+
+    @property
+    def standing(self) -> Standing:
+        """How the winner stands against the last checkpoint."""
+        best, last = self.contestants[self.winner], self.contestants[0]
+        if self.winner == 0:
+            return "last"
+        errors = [each.evaluation.stderr for each in (best, last) if each.evaluation.stderr is not None]
+        if best.value is None or last.value is None or not errors:
+            return "unknown"
+        return "level" if abs(best.value - last.value) <= max(errors) else "better"
+
+    @property
+    def beats_last(self) -> bool:
+        """Whether the winner is better than the last checkpoint, as far as can be told; by `confirmed`, too."""
+        if self.standing not in ("better", "unknown") or self.contestants[0].value is None:
+            return False
+        if self.confirmed is None:
+            return True
+        best, last = (each.value for each in self.confirmed)
+        return best is not None and last is not None and (best < last if self.goal == "min" else best > last)
+
+    @property
+    def reason(self) -> str:
+        """Why the winner won, in words."""
+        best, last = self.contestants[self.winner], self.contestants[0]
+        if self.standing == "last":
+            return "No average is better than the last checkpoint, which is the result."
+        if last.value is None:
+            return f"{best.name} is the best of those with a value; the last checkpoint has none to compare with."
+        by = f"by {abs((best.value or 0.0) - last.value):.2g}"
+        if self.standing == "level":
+            return f"{best.name} is level with the last checkpoint: better {by}, within the standard error. No average is shown to be better."  # noqa: E501
+        if self.standing == "better":
+            return f"{best.name} is better than the last checkpoint {by}, more than the standard error."
+        return f"{best.name} is better than the last checkpoint {by}; without a standard error, nothing tells whether that is more than noise."  # noqa: E501
+
+    def to_dict(self) -> dict[str, Any]:
+        """The search as plain JSON values, without the record of the result."""
+        told: dict[str, Any] = {
+            "winner": self.contestants[self.winner].name,
+            "standing": self.standing,
+            "reason": self.reason,
+            "evaluated": self.evaluated,
+            "contestants": [
+                {
+                    "name": each.name,
+                    "round": each.round,
+                    "value": each.value,
+                    "stderr": each.evaluation.stderr,
+                    "problem": each.evaluation.problem,
+                    "same_as": each.same_as,
+                    "effective_count": each.record.effective_count,
+                    "anchor_weight": each.record.anchor_weight,
+                }
+                for each in self.contestants
+            ],
+        }
+        if self.confirmed is not None:
+            keys = ("best", LAST)
+            told["confirmed"] = {key: dataclasses.asdict(each) for key, each in zip(keys, self.confirmed, strict=True)}
+        return told
+
+
+def best(
+    run: Run,
+    evaluate: Callable[[Path], float | tuple[float, float]],
+    *,
+    goal: Goal,
+    budget: int = 12,
+    strategy: Strategy = "halving",
+    confirm: Callable[[Path], float | tuple[float, float]] | None = None,
+    out: Path | str | None = None,
+    device: str = "auto",
+    on_progress: OnProgress | None = None,
+    **options: Any,
+) -> Best:
+    """Search schemes, values and windows for the average of a run that an evaluation finds best.
+
+    Args:
+        run: the checkpoints, the anchor first.
+        evaluate: the value of the model in a directory, or the value and its standard error; NaN: it has none.
+        goal: `min` or `max`: whether the least or the greatest value is best.
+        budget: how often `evaluate` may be called, 2 or more.
+        strategy: `halving` or `soup`; see `averaging/search.py`.
+        confirm: evaluates the winner and the last checkpoint once more, on other data.
+        out: where the result goes; None: `<source>/averaged/best`. If the last checkpoint wins, it is the result.
+        device, on_progress: as of `average`.
+        options: as of `Options`.
+
+    Raises:
+        EvaluationError: no average has a value.
+        CkavgError: as of `average`.
+    """
+
+    def judged_by(function: Callable[[Path], float | tuple[float, float]]) -> Judge:
+        name = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}({{dir}})"
+
+        def judge(record: Record, _: Plan) -> Evaluation:
+            said = function(record.directory)
+            value, stderr = said if isinstance(said, tuple) else (said, None)
+            problem = "" if math.isfinite(value) else f"it is {value}"
+            return Evaluation(name, None if problem else float(value), problem, stderr=stderr, goal=goal)
+
+        return judge
+
+    return search(
+        run,
+        judged_by(evaluate),
+        goal=goal,
+        budget=budget,
+        strategy=strategy,
+        confirm=judged_by(confirm) if confirm is not None else None,
+        out=out,
+        options=Options(**options),
+        form=lambda plans: carry_out(plans, Context(device=device, on_progress=on_progress)),
+    )
+
+
+def search(
+    run: Run,
+    judge: Judge,
+    *,
+    goal: Goal,
+    budget: int,
+    strategy: Strategy,
+    confirm: Judge | None,
+    out: Path | str | None,
+    options: Options,
+    form: Callable[[Sequence[Plan]], Done],
+) -> Best:
+    """As `best`, with what forms averages and what judges them.
+
+    Raises:
+        CkavgError: as of `best`.
+    """
+    place = plan_result(run, out, budget, options).out
+    contestants = _contest(run, place, judge, goal, budget, strategy, options, form)
+    order = ranked({each: contestant.value for each, contestant in contestants.items()}, goal)
+    if not order:
+        problem = next(iter(contestants.values())).evaluation.problem
+        raise EvaluationError(f"No evaluation succeeded. The first problem: {problem}.", hint="No result was written.")
+    winner = order[0]
+    evaluated = sum(not contestant.same_as for contestant in contestants.values())
+    chosen = dataclasses.replace(contestants[winner].evaluation, best_of=evaluated)
+    with _scratch(place) as scratch:
+        wanted = [(winner, place)]
+        if confirm is not None and winner.scheme != LAST:
+            wanted.append((Candidate(LAST), scratch / LAST))
+        plans = _plans(run, wanted, options)
+        records = form(plans).records
+        record = record_evaluation(records[0], chosen, plans[0])
+        said = [confirm(each, plan) for each, plan in zip(records, plans, strict=True)] if confirm is not None else []
+    confirmed = (said[0], said[-1]) if said else None
+    return Best(record, tuple(contestants.values()), [*contestants].index(winner), goal, confirmed)
+
+
+def _contest(
+    run: Run,
+    place: Path,
+    judge: Judge,
+    goal: Goal,
+    budget: int,
+    strategy: Strategy,
+    options: Options,
+    form: Callable[[Sequence[Plan]], Done],
+) -> dict[Candidate, Contestant]:
+    """Round after round, until the budget is spent or nothing is left to try."""
+    contestants: dict[Candidate, Contestant] = {}
+    for number in itertools.count(1):
+        left = budget - sum(not each.same_as for each in contestants.values())
+        tried = {each: contestant.value for each, contestant in contestants.items()}
+        candidates = STRATEGIES[strategy](tried, goal, space_of(run), left) if left else ()
+        if not candidates:
+            break
+        with _scratch(place) as scratch:
+            plans = plan_round(run, candidates, scratch, options)
+            for candidate, plan, record in zip(candidates, plans, form(plans).records, strict=True):
+                contestants[candidate] = _judged(candidate, number, record, plan, [*contestants.values()], judge)
+                remove(record.directory)
+    return contestants
+
+
+def _judged(
+    candidate: Candidate, number: int, record: Record, plan: Plan, before: Sequence[Contestant], judge: Judge
+) -> Contestant:
+    """A contestant with its evaluation, or with that of an earlier one which has almost the same weights."""
+    name = record.output.name
+    if candidate.soup:
+        name = f"soup of steps {', '.join(str(record.steps[place]) for place in candidate.soup)}"
+    for each in before:
+        if not each.same_as and distance(each.record, record) < SAME:
+            return Contestant(name, number, record, each.evaluation, each.name)
+    return Contestant(name, number, record, judge(record, plan))
+
+
+def distance(one: Record, other: Record) -> float:
+    """Which part of the weight of one average lies on other checkpoints than that of another: ½ Σ |w − v|."""
+    weights, others = (dict(zip(each.steps, each.weights, strict=True)) for each in (one, other))
+    steps = weights.keys() | others.keys()
+    return math.fsum(abs(weights.get(step, 0.0) - others.get(step, 0.0)) for step in steps) / 2
+
+
+def plan_result(run: Run, out: Path | str | None, budget: int, options: Options) -> Plan:
+    """The plan of a result that is the last checkpoint; whatever else wins has its size, and the same place.
+
+    Raises:
+        CkavgError: as of `average`.
+    """
+    if budget < _LEAST_BUDGET:
+        raise SettingError(
+            f"budget is {budget}; it must be {_LEAST_BUDGET} or more evaluations.",
+            hint="The last checkpoint takes one of them.",
+        )
+    place = Path(out) if out is not None else path_within(run.home, "averaged", "best")
+    return _plans(run, [(Candidate(LAST), place)], options)[0]
+
+
+def plan_round(run: Run, candidates: Sequence[Candidate], directory: Path, options: Options) -> list[Plan]:
+    """The plans of the averages of a round, each in a directory under its own name."""
+    wanted = []
+    for candidate in candidates:
+        visited, scheme = recipe_of(run, candidate)
+        wanted.append((candidate, directory / result_name(scheme, visited.selection)))
+    return _plans(run, wanted, dataclasses.replace(options, force=False))
+
+
+def _plans(run: Run, wanted: Sequence[tuple[Candidate, Path]], options: Options) -> list[Plan]:
+    # Whether an average is any good is what the evaluation is for.
+    allowing = dataclasses.replace(options, allow_anchor=True)
+    return plan_averages([(*recipe_of(run, candidate), place) for candidate, place in wanted], allowing)
+
+
+def recipe_of(run: Run, candidate: Candidate) -> tuple[Run, Scheme]:
+    """The checkpoints that a candidate visits, as the options that choose them would, and how they are averaged."""
+    anchors, own = run.checkpoints[: run.anchor_is_init], run.checkpoints[run.anchor_is_init :]
+    selection = run.selection
+    if candidate.window:
+        own = own[-candidate.window :]
+        if selection.every is None:
+            selection = dataclasses.replace(selection, last=candidate.window)
+        else:  # which would count among the last ones
+            selection = dataclasses.replace(selection, from_step=own[0].step)
+    if candidate.stride > 1:
+        first, second = (each.step for each in (*anchors, *own)[:2])
+        every = candidate.stride * (second - first)
+        own = tuple(each for each in own if (each.step - first) % every == 0)
+        selection = dataclasses.replace(selection, every=every)
+    visited = run
+    if selection != run.selection:
+        visited = dataclasses.replace(run, selection=selection, checkpoints=(*anchors, *own))
+    soup = tuple(place + len(anchors) for place in candidate.soup)
+    return visited, dataclasses.replace(candidate, soup=soup).to_scheme(len(visited.checkpoints))
+
+
+def space_of(run: Run) -> Space:
+    """What may be tried of a run: what its options of selection can say besides."""
+    chosen, steps = run.selection, run.steps
+    intervals = len(steps) - 1
+    is_even = len({after - before for before, after in itertools.pairwise(steps)}) == 1
+    strides = tuple(stride for stride in _STRIDES if is_even and chosen.every is None and intervals % stride == 0)
+    # Which tensors all checkpoints have, and which ones are best, may be otherwise in a window.
+    windows = not chosen.common_only and (chosen.best is None or chosen.every is None)
+    return Space(len(steps) - run.anchor_is_init, strides, windows)
+
+
+@contextmanager
+def _scratch(place: Path) -> Iterator[Path]:
+    """A directory beside a result, for what does not stay; with it go the directories that were made for it."""
+    parent = resolved(place).parent
+    made = [each for each in (parent, *parent.parents) if not each.exists()]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=parent))
+    except OSError as error:
+        raise WriteError(f"{parent} cannot be written: {error.strerror}.", hint="Choose another place.") from error
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        for each in made:
+            with suppress(OSError):
+                each.rmdir()
