@@ -11,7 +11,7 @@ import itertools
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +24,16 @@ from ckavg.averaging.search import LAST, Candidate, Space, next_by_halving, next
 from ckavg.checkpoints.run import Run
 from ckavg.checkpoints.trainer_log import Goal
 from ckavg.engine.context import Context, OnProgress
-from ckavg.errors import EvaluationError, SettingError, WriteError, listed
+from ckavg.errors import EvaluationError, SettingError, WriteError
 from ckavg.output.output_path import path_within, remove
 from ckavg.output.record import Evaluation, Record
 from ckavg.schemes import Scheme
 from ckavg.storage.atomic import resolved
 
 Strategy = Literal["halving", "soup"]
-STRATEGIES = {"halving": next_by_halving, "soup": next_in_soup}
+
+NAME = "best"
+"""Of the result."""
 
 Standing = Literal["better", "level", "unknown", "last"]
 """Of the winner: beyond the noise better than the last checkpoint; within the noise of it; the noise, or the value of
@@ -40,6 +42,9 @@ the last checkpoint, is not known; it is the last checkpoint.
 
 Judge = Callable[[Record, Plan], Evaluation]
 """What a result is worth; one that cannot be told has no value."""
+
+Form = Callable[[Sequence[Plan]], Done]
+"""Carries out plans, all from one reading."""
 
 SAME = 0.01
 """Averages of which less than this part of the weight lies on other checkpoints are one, and evaluated once."""
@@ -75,6 +80,10 @@ class Contestant:
         return self.evaluation.value
 
 
+Contestants = dict[Candidate, Contestant]
+"""In the order in which they were tried."""
+
+
 @dataclass(frozen=True, slots=True)
 class Best:
     """What came of a search.
@@ -96,7 +105,7 @@ class Best:
     @property
     def evaluated(self) -> int:
         """How many averages were evaluated."""
-        return sum(not each.same_as for each in self.contestants)
+        return _evaluated(self.contestants)
 
     @property
     def standing(self) -> Standing:
@@ -127,12 +136,12 @@ class Best:
             return "No average is better than the last checkpoint, which is the result."
         if last.value is None:
             return f"{best.name} is the best of those with a value; the last checkpoint has none to compare with."
-        by = f"by {abs((best.value or 0.0) - last.value):.2g}"
-        if self.standing == "level":
-            return f"{best.name} is level with the last checkpoint: better {by}, within the standard error. No average is shown to be better."  # noqa: E501
-        if self.standing == "better":
-            return f"{best.name} is better than the last checkpoint {by}, more than the standard error."
-        return f"{best.name} is better than the last checkpoint {by}; without a standard error, nothing tells whether that is more than noise."  # noqa: E501
+        told = f"{best.name} is better than the last checkpoint by {abs((best.value or 0.0) - last.value):.2g}"
+        return {
+            "better": f"{told}, which is more than the standard error.",
+            "level": f"{told}, which is within the standard error: it is level with the last checkpoint, and no "
+            "average is shown to be better.",
+        }.get(self.standing, f"{told}. Without a standard error, nothing tells whether that is more than noise.")
 
     def to_dict(self) -> dict[str, Any]:
         """The search as plain JSON values, without the record of the result."""
@@ -191,103 +200,160 @@ def best(
         EvaluationError: no average has a value.
         CkavgError: as of `average`.
     """
-
-    def judged_by(function: Callable[[Path], float | tuple[float, float]]) -> Judge:
-        name = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}({{dir}})"
-
-        def judge(record: Record, _: Plan) -> Evaluation:
-            said = function(record.directory)
-            value, stderr = said if isinstance(said, tuple) else (said, None)
-            problem = "" if math.isfinite(value) else f"it is {value}"
-            return Evaluation(name, None if problem else float(value), problem, stderr=stderr, goal=goal)
-
-        return judge
-
-    return search(
-        run,
-        judged_by(evaluate),
+    context = Context(device=device, on_progress=on_progress)
+    return Search(
+        run=run,
         goal=goal,
         budget=budget,
         strategy=strategy,
-        confirm=judged_by(confirm) if confirm is not None else None,
-        out=out,
+        out=Path(out) if out is not None else path_within(run.home, "averaged", NAME),
         options=Options(**options),
-        form=lambda plans: carry_out(plans, Context(device=device, on_progress=on_progress)),
+    ).carry_out(
+        lambda plans: carry_out(plans, context),
+        _judged_by(evaluate, goal),
+        None if confirm is None else _judged_by(confirm, goal),
     )
 
 
-def search(
-    run: Run,
-    judge: Judge,
-    *,
-    goal: Goal,
-    budget: int,
-    strategy: Strategy,
-    confirm: Judge | None,
-    out: Path | str | None,
-    options: Options,
-    form: Callable[[Sequence[Plan]], Done],
-) -> Best:
-    """As `best`, with what forms averages and what judges them.
+def _judged_by(function: Callable[[Path], float | tuple[float, float]], goal: Goal) -> Judge:
+    name = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}({{dir}})"
+
+    def judge(record: Record, _: Plan) -> Evaluation:
+        said = function(record.directory)
+        value, stderr = said if isinstance(said, tuple) else (said, None)
+        problem = "" if math.isfinite(value) else f"it is {value}"
+        return Evaluation(name, None if problem else float(value), problem, stderr=stderr, goal=goal)
+
+    return judge
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """What is searched, and where the result goes.
+
+    Attributes:
+        run, goal, budget, strategy, out: as of `best`.
+        options: of every average.
 
     Raises:
-        CkavgError: as of `best`.
+        SettingError: the budget is too small.
     """
-    place = plan_result(run, out, budget, options).out
-    contestants = _contest(run, place, judge, goal, budget, strategy, options, form)
-    order = ranked({each: contestant.value for each, contestant in contestants.items()}, goal)
-    if not order:
-        problem = next(iter(contestants.values())).evaluation.problem
-        raise EvaluationError(f"No evaluation succeeded. The first problem: {problem}.", hint="No result was written.")
-    winner = order[0]
-    evaluated = sum(not contestant.same_as for contestant in contestants.values())
-    chosen = dataclasses.replace(contestants[winner].evaluation, best_of=evaluated)
-    with _scratch(place) as scratch:
-        wanted = [(winner, place)]
-        if confirm is not None and winner.scheme != LAST:
-            wanted.append((Candidate(LAST), scratch / LAST))
-        plans = _plans(run, wanted, options)
-        records = form(plans).records
-        record = record_evaluation(records[0], chosen, plans[0])
-        said = [confirm(each, plan) for each, plan in zip(records, plans, strict=True)] if confirm is not None else []
-    confirmed = (said[0], said[-1]) if said else None
-    return Best(record, tuple(contestants.values()), [*contestants].index(winner), goal, confirmed)
+
+    run: Run
+    goal: Goal
+    budget: int
+    strategy: Strategy
+    out: Path
+    options: Options
+
+    def __post_init__(self) -> None:
+        if self.budget < _LEAST_BUDGET:
+            raise SettingError(
+                f"budget is {self.budget}; it must be {_LEAST_BUDGET} or more evaluations.",
+                hint="The last checkpoint takes one of them.",
+            )
+
+    def plan_result(self) -> Plan:
+        """The plan of a result that is the last checkpoint; whatever else wins has its size, and the same place.
+
+        Raises:
+            CkavgError: as of `average`.
+        """
+        return self._plans([(Candidate(LAST), self.out)])[0]
+
+    def plan_round(self, contestants: Contestants, directory: Path) -> dict[Candidate, Plan]:
+        """The plans of what is tried next, each in a directory under its own name; empty when the search is over."""
+        left = self.budget - _evaluated(contestants.values())
+        tried = {candidate: each.value for candidate, each in contestants.items()}
+        following = {"halving": next_by_halving, "soup": next_in_soup}[self.strategy]
+        candidates = following(tried, self.goal, space_of(self.run), left) if left else ()
+        names = [result_name(scheme, run.selection) for run, scheme in map(self._recipe, candidates)]
+        wanted = [(candidate, directory / name) for candidate, name in zip(candidates, names, strict=True)]
+        return dict(zip(candidates, self._plans(wanted), strict=True)) if wanted else {}
+
+    def carry_out(self, form: Form, judge: Judge, confirm: Judge | None = None) -> Best:
+        """Search, and form the winner where it is to stay.
+
+        Args:
+            form: what forms averages.
+            judge, confirm: what they are worth.
+
+        Raises:
+            CkavgError: as of `best`.
+        """
+        self.plan_result()
+        contestants = self._contest(form, judge)
+        order = ranked({candidate: each.value for candidate, each in contestants.items()}, self.goal)
+        if not order:
+            problem = next(iter(contestants.values())).evaluation.problem
+            raise EvaluationError(f"No evaluation succeeded. The first problem: {problem}.", hint="There is no result.")
+        winner, said = order[0], []
+        with _scratch(self.out) as scratch:
+            wanted = [(winner, self.out)]
+            if confirm is not None and winner.scheme != LAST:
+                wanted.append((Candidate(LAST), scratch / LAST))
+            plans = self._plans(wanted)
+            records = form(plans).records
+            chosen = dataclasses.replace(contestants[winner].evaluation, best_of=_evaluated(contestants.values()))
+            record = record_evaluation(records[0], chosen, plans[0])
+            if confirm is not None:
+                said = [confirm(each, plan) for each, plan in zip(records, plans, strict=True)]
+        confirmed = (said[0], said[-1]) if said else None
+        return Best(record, tuple(contestants.values()), [*contestants].index(winner), self.goal, confirmed)
+
+    def _contest(self, form: Form, judge: Judge) -> Contestants:
+        """Round after round, until the budget is spent or nothing is left to try."""
+        contestants: Contestants = {}
+        for number in itertools.count(1):
+            with _scratch(self.out) as scratch:
+                plans = self.plan_round(contestants, scratch)
+                if not plans:
+                    break
+                records = form([*plans.values()]).records
+                for (candidate, plan), record in zip(plans.items(), records, strict=True):
+                    contestants[candidate] = _judged(candidate, number, record, plan, contestants, judge)
+                    remove(record.directory)
+        return contestants
+
+    def _plans(self, wanted: Sequence[tuple[Candidate, Path]]) -> list[Plan]:
+        # Whether an average is any good is what the evaluation is for.
+        options = dataclasses.replace(self.options, allow_anchor=True)
+        return plan_averages([(*self._recipe(candidate), place) for candidate, place in wanted], options)
+
+    def _recipe(self, candidate: Candidate) -> tuple[Run, Scheme]:
+        """The checkpoints that a candidate visits, as the options that choose them would, and how they are averaged."""
+        run, selection = self.run, self.run.selection
+        anchors, own = run.checkpoints[: run.anchor_is_init], run.checkpoints[run.anchor_is_init :]
+        if candidate.window:
+            own = own[-candidate.window :]
+            if selection.every is None:
+                selection = dataclasses.replace(selection, last=candidate.window)
+            else:  # which would count among the last ones
+                selection = dataclasses.replace(selection, from_step=own[0].step)
+        if candidate.stride > 1:
+            first, second = (each.step for each in (*anchors, *own)[:2])
+            every = candidate.stride * (second - first)
+            own = tuple(each for each in own if (each.step - first) % every == 0)
+            selection = dataclasses.replace(selection, every=every)
+        if selection != run.selection:
+            run = dataclasses.replace(run, selection=selection, checkpoints=(*anchors, *own))
+        soup = tuple(place + len(anchors) for place in candidate.soup)
+        return run, dataclasses.replace(candidate, soup=soup).to_scheme(len(run.checkpoints))
 
 
-def _contest(
-    run: Run,
-    place: Path,
-    judge: Judge,
-    goal: Goal,
-    budget: int,
-    strategy: Strategy,
-    options: Options,
-    form: Callable[[Sequence[Plan]], Done],
-) -> dict[Candidate, Contestant]:
-    """Round after round, until the budget is spent or nothing is left to try."""
-    contestants: dict[Candidate, Contestant] = {}
-    for number in itertools.count(1):
-        left = budget - sum(not each.same_as for each in contestants.values())
-        tried = {each: contestant.value for each, contestant in contestants.items()}
-        candidates = STRATEGIES[strategy](tried, goal, space_of(run), left) if left else ()
-        if not candidates:
-            break
-        with _scratch(place) as scratch:
-            plans = plan_round(run, candidates, scratch, options)
-            for candidate, plan, record in zip(candidates, plans, form(plans).records, strict=True):
-                contestants[candidate] = _judged(candidate, number, record, plan, [*contestants.values()], judge)
-                remove(record.directory)
-    return contestants
+def _evaluated(contestants: Iterable[Contestant]) -> int:
+    """How many of them were evaluated."""
+    return sum(not each.same_as for each in contestants)
 
 
 def _judged(
-    candidate: Candidate, number: int, record: Record, plan: Plan, before: Sequence[Contestant], judge: Judge
+    candidate: Candidate, number: int, record: Record, plan: Plan, before: Contestants, judge: Judge
 ) -> Contestant:
     """A contestant with its evaluation, or with that of an earlier one which has almost the same weights."""
     name = record.output.name
     if candidate.soup:
         name = f"soup of steps {', '.join(str(record.steps[place]) for place in candidate.soup)}"
-    for each in before:
+    for each in before.values():
         if not each.same_as and distance(each.record, record) < SAME:
             return Contestant(name, number, record, each.evaluation, each.name)
     return Contestant(name, number, record, judge(record, plan))
@@ -298,58 +364,6 @@ def distance(one: Record, other: Record) -> float:
     weights, others = (dict(zip(each.steps, each.weights, strict=True)) for each in (one, other))
     steps = weights.keys() | others.keys()
     return math.fsum(abs(weights.get(step, 0.0) - others.get(step, 0.0)) for step in steps) / 2
-
-
-def plan_result(run: Run, out: Path | str | None, budget: int, options: Options) -> Plan:
-    """The plan of a result that is the last checkpoint; whatever else wins has its size, and the same place.
-
-    Raises:
-        CkavgError: as of `average`.
-    """
-    if budget < _LEAST_BUDGET:
-        raise SettingError(
-            f"budget is {budget}; it must be {_LEAST_BUDGET} or more evaluations.",
-            hint="The last checkpoint takes one of them.",
-        )
-    place = Path(out) if out is not None else path_within(run.home, "averaged", "best")
-    return _plans(run, [(Candidate(LAST), place)], options)[0]
-
-
-def plan_round(run: Run, candidates: Sequence[Candidate], directory: Path, options: Options) -> list[Plan]:
-    """The plans of the averages of a round, each in a directory under its own name."""
-    wanted = []
-    for candidate in candidates:
-        visited, scheme = recipe_of(run, candidate)
-        wanted.append((candidate, directory / result_name(scheme, visited.selection)))
-    return _plans(run, wanted, dataclasses.replace(options, force=False))
-
-
-def _plans(run: Run, wanted: Sequence[tuple[Candidate, Path]], options: Options) -> list[Plan]:
-    # Whether an average is any good is what the evaluation is for.
-    allowing = dataclasses.replace(options, allow_anchor=True)
-    return plan_averages([(*recipe_of(run, candidate), place) for candidate, place in wanted], allowing)
-
-
-def recipe_of(run: Run, candidate: Candidate) -> tuple[Run, Scheme]:
-    """The checkpoints that a candidate visits, as the options that choose them would, and how they are averaged."""
-    anchors, own = run.checkpoints[: run.anchor_is_init], run.checkpoints[run.anchor_is_init :]
-    selection = run.selection
-    if candidate.window:
-        own = own[-candidate.window :]
-        if selection.every is None:
-            selection = dataclasses.replace(selection, last=candidate.window)
-        else:  # which would count among the last ones
-            selection = dataclasses.replace(selection, from_step=own[0].step)
-    if candidate.stride > 1:
-        first, second = (each.step for each in (*anchors, *own)[:2])
-        every = candidate.stride * (second - first)
-        own = tuple(each for each in own if (each.step - first) % every == 0)
-        selection = dataclasses.replace(selection, every=every)
-    visited = run
-    if selection != run.selection:
-        visited = dataclasses.replace(run, selection=selection, checkpoints=(*anchors, *own))
-    soup = tuple(place + len(anchors) for place in candidate.soup)
-    return visited, dataclasses.replace(candidate, soup=soup).to_scheme(len(visited.checkpoints))
 
 
 def space_of(run: Run) -> Space:

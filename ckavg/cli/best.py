@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from rich.filesize import decimal
 
-from ckavg.averaging.best import SCRATCH, STRATEGIES, Best, plan_result, plan_round, search, space_of
+from ckavg.averaging.best import NAME, SCRATCH, Best, Search
 from ckavg.averaging.evaluation import Criterion, Outcome, evaluate
 from ckavg.averaging.evaluation_cache import EvaluationCache
 from ckavg.averaging.pipeline import Done
@@ -64,30 +64,23 @@ def _search(options: Searching, ranks: Ranks) -> None:
     criterion, destination = criterion_from(options), destination_of(options)
     if criterion is None:
         raise SettingError("best: nothing tells which average is best.", hint="Add --eval 'COMMAND {dir}'.")
-    run = _run_of(options)
-    asked = _options_of(options)
-    first = plan_result(run, options.out, options.budget, asked)
+    search = _search_of(options, criterion)
+    first = search.plan_result()
     warn_of(first.warnings)
     for left in sorted(first.out.absolute().parent.glob(f"{SCRATCH}*")):
         warn("warning", f"{left} is of a search that was killed, or still runs. Remove it if none does.")
+    confirm = None if options.confirm is None else _confirming(criterion, options.confirm)
     if options.dry_run:
-        _show_plan(run, first, options, asked)
+        _show_plan(search, first, options)
         return
     if destination is not None:
         check_access(destination, first.files)
-    judge = _Judging(criterion, run, options)
-    confirm = None if options.confirm is None else _Judging(_confirming(criterion, options.confirm), run, options)
+    judge = _Judging(criterion, search.run, options)
     try:
-        found = search(
-            run,
+        found = search.carry_out(
+            lambda plans: _formed(plans, options, ranks),
             judge,
-            goal=criterion.goal,
-            budget=options.budget,
-            strategy=options.strategy,
-            confirm=confirm,
-            out=options.out,
-            options=asked,
-            form=lambda plans: _formed(plans, options, ranks),
+            None if confirm is None else _Judging(confirm, search.run, options),
         )
     except KeyboardInterrupt as error:
         error.add_note("What was evaluated is remembered: the same command goes on from there.")
@@ -106,15 +99,18 @@ def _search(options: Searching, ranks: Ranks) -> None:
         _push(found, destination, pushes=pushed, quiet=options.quiet)
 
 
-def _run_of(options: Searching) -> Run:
+def _search_of(options: Searching, criterion: Criterion) -> Search:
     found = inspect_sources(options.source, [options.selection()], max_disk=options.max_disk)
-    place = options.out if options.out is not None else path_within(found[0].home, "averaged", "best")
-    return checked(found, [place], force=options.force)[0]
-
-
-def _options_of(options: Searching) -> Options:
+    place = options.out if options.out is not None else path_within(found[0].home, "averaged", NAME)
     given: dict[str, Any] = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
-    return Options(**given | {"path_exclude": tuple(options.path_exclude or ())})
+    return Search(
+        run=checked(found, [place], force=options.force)[0],
+        goal=criterion.goal,
+        budget=options.budget,
+        strategy=options.strategy,
+        out=place,
+        options=Options(**given | {"path_exclude": tuple(options.path_exclude or ())}),
+    )
 
 
 def _confirming(criterion: Criterion, command: str) -> Criterion:
@@ -171,9 +167,8 @@ def _push(found: Best, destination: Destination, *, pushes: bool, quiet: bool) -
 # --- what is shown ---
 
 
-def _show_plan(run: Run, first: Plan, options: Searching, asked: Options) -> None:
-    candidates = STRATEGIES[options.strategy]({}, "min", space_of(run), options.budget)
-    plans = plan_round(run, candidates, first.out.parent, asked)
+def _show_plan(search: Search, first: Plan, options: Searching) -> None:
+    plans = [*search.plan_round({}, first.out.parent / SCRATCH).values()]
     nbytes = sum(reading.path_bytes + reading.replay_bytes for reading in readings(plans))
     written = sum(plan.write_bytes for plan in plans)
     names = [plan.out.name for plan in plans]
@@ -191,7 +186,7 @@ def _show_plan(run: Run, first: Plan, options: Searching, asked: Options) -> Non
         )
         return
     out = Output()
-    out.line(f"Search of {len(run.steps)} checkpoints, at most {options.budget} evaluations", style="bold")
+    out.line(f"Search of {len(search.run.steps)} checkpoints, at most {options.budget} evaluations", style="bold")
     out.line(f"would try    first {listed(names, 12)}")
     out.line(f"would read   {decimal(nbytes)} for them, then as much or less in each round of a few")
     out.line(f"would take   {decimal(written)} beside {first.out} while the first round is evaluated, later less")
