@@ -389,6 +389,10 @@ def _scratch(place: Path) -> Iterator[Path]:
         raise WriteError(f"{parent} cannot be written: {error.strerror}.", hint="Choose another place.") from error
     try:
         yield scratch
+    except BaseException as error:
+        # What a reading has finished in there is not kept, whatever it has noted.
+        error.__notes__ = [note for note in getattr(error, "__notes__", ()) if scratch.name not in note]
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         for each in made:

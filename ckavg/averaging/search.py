@@ -185,21 +185,21 @@ def _between(best: float, others: Sequence[float], least: float, most: float) ->
 def next_in_soup(tried: Tried, goal: Goal, space: Space, left: int) -> tuple[Candidate, ...]:
     """What to try next of a greedy soup, at most `left`: each checkpoint alone, then one soup after the other.
 
-    >>> next_in_soup({}, "min", Space(9), 3)
-    (Candidate(scheme='last', value=None, window=0, stride=1, soup=()), Candidate(..., soup=(7,)))
+    >>> [each.soup or each.scheme for each in next_in_soup({}, "min", Space(9), 4)]
+    ['last', (7,)]
     """
     last = space.count - 1
     if not tried:
-        alone = range(last, max(last - (left + 1) // 2, -1), -1)
-        return tuple(_soup((place,), last) for place in alone)
-    places = {each: each.soup or (last,) for each in ranked(tried, goal)}
-    first, *others = (soup for soup in places.values() if len(soup) == 1)
-    kept: tuple[int, ...] = first
-    for added in others:
+        newest = range(last, max(last - (left + 1) // 2, -1), -1)
+        return tuple(_soup((place,), last) for place in newest)
+    valid = {each: each.soup or (last,) for each in ranked(tried, goal)}
+    alone = [soup for soup in valid.values() if len(soup) == 1]
+    kept = alone[0] if alone else ()
+    for added in alone[1:]:
         wider = _soup(tuple(sorted((*kept, *added))), last)
         if wider not in tried:
             return (wider,)[:left]
-        if wider in places and not _is_worse(tried[wider], tried[_soup(kept, last)], goal):
+        if wider in valid and not _is_worse(tried[wider], tried[_soup(kept, last)], goal):
             kept = wider.soup
     return ()
 

@@ -156,8 +156,8 @@ def _push(found: Best, destination: Destination, *, pushes: bool, quiet: bool) -
     """Upload a winner that beats the last checkpoint; of any other, say how."""
     directory = found.record.directory
     if not pushes:
-        warn("warning", f"Nothing is uploaded: the result is not shown to beat the last checkpoint. To upload it all "
-                        f"the same: {continued(directory, destination)}")  # fmt: skip
+        told = "Nothing is uploaded: the result is not shown to beat the last checkpoint."
+        warn("warning", f"{told} {continued(directory, destination)}")
         return
     done = push_shown(directory, destination, quiet=quiet)
     if not quiet:
