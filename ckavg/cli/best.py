@@ -47,7 +47,7 @@ class Searching(Averaging):
     ] = None
 
 
-@with_options(Searching, without=("snapshot_every", "eval_run", "csv", "plot"))
+@with_options(Searching, without=("snapshot_every", "allow_anchor", "eval_run", "csv", "plot"))
 def best(options: Searching) -> None:
     """Search for the average that your own command finds best, and compare it with the last checkpoint.
 
