@@ -31,6 +31,7 @@ from ckavg.schemes import Scheme
 from ckavg.storage.atomic import resolved
 
 Strategy = Literal["halving", "soup"]
+_STRATEGIES = {"halving": next_by_halving, "soup": next_in_soup}
 
 NAME = "best"
 """Of the result."""
@@ -46,11 +47,10 @@ Judge = Callable[[Record, Plan], Evaluation]
 Form = Callable[[Sequence[Plan]], Done]
 """Carries out plans, all from one reading."""
 
-SAME = 0.01
+_SAME = 0.01
 """Averages of which less than this part of the weight lies on other checkpoints are one, and evaluated once."""
 
-_LEAST_BUDGET = 2
-_STRIDES = (2, 4)
+_LEAST_BUDGET, _STRIDES = 2, (2, 4)
 
 SCRATCH = ".ckavg-best-"
 """How the name of a directory begins in which a round is, beside the place of the result."""
@@ -165,8 +165,8 @@ class Best:
             ],
         }
         if self.confirmed is not None:
-            keys = ("best", LAST)
-            told["confirmed"] = {key: dataclasses.asdict(each) for key, each in zip(keys, self.confirmed, strict=True)}
+            winner, last = map(dataclasses.asdict, self.confirmed)
+            told["confirmed"] = {"best": winner, "last": last}
         return told
 
 
@@ -222,7 +222,8 @@ def _judged_by(function: Callable[[Path], float | tuple[float, float]], goal: Go
         said = function(record.directory)
         value, stderr = said if isinstance(said, tuple) else (said, None)
         problem = "" if math.isfinite(value) else f"it is {value}"
-        return Evaluation(name, None if problem else float(value), problem, stderr=stderr, goal=goal)
+        known = stderr if stderr is not None and 0 <= stderr < math.inf else None
+        return Evaluation(name, None if problem else float(value), problem, stderr=known, goal=goal)
 
     return judge
 
@@ -236,7 +237,7 @@ class Search:
         options: of every average.
 
     Raises:
-        SettingError: the budget is too small.
+        SettingError: the budget is too small, or there is no such goal or strategy.
     """
 
     run: Run
@@ -252,21 +253,19 @@ class Search:
                 f"budget is {self.budget}; it must be {_LEAST_BUDGET} or more evaluations.",
                 hint="The last checkpoint takes one of them.",
             )
+        for name, choices in (("goal", ("min", "max")), ("strategy", tuple(_STRATEGIES))):
+            if getattr(self, name) not in choices:
+                raise SettingError(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(choices)}.")
 
     def plan_result(self) -> Plan:
-        """The plan of a result that is the last checkpoint; whatever else wins has its size, and the same place.
-
-        Raises:
-            CkavgError: as of `average`.
-        """
+        """The plan of a result that is the last checkpoint; whatever else wins has its size, and the same place."""
         return self._plans([(Candidate(LAST), self.out)])[0]
 
     def plan_round(self, contestants: Contestants, directory: Path) -> dict[Candidate, Plan]:
         """The plans of what is tried next, each in a directory under its own name; empty when the search is over."""
         left = self.budget - _evaluated(contestants.values())
         tried = {candidate: each.value for candidate, each in contestants.items()}
-        following = {"halving": next_by_halving, "soup": next_in_soup}[self.strategy]
-        candidates = following(tried, self.goal, space_of(self.run), left) if left else ()
+        candidates = _STRATEGIES[self.strategy](tried, self.goal, space_of(self.run), left) if left else ()
         names = [result_name(scheme, run.selection) for run, scheme in map(self._recipe, candidates)]
         wanted = [(candidate, directory / name) for candidate, name in zip(candidates, names, strict=True)]
         return dict(zip(candidates, self._plans(wanted), strict=True)) if wanted else {}
@@ -287,18 +286,11 @@ class Search:
         if not order:
             problem = next(iter(contestants.values())).evaluation.problem
             raise EvaluationError(f"No evaluation succeeded. The first problem: {problem}.", hint="There is no result.")
-        winner, said = order[0], []
-        with _scratch(self.out) as scratch:
-            wanted = [(winner, self.out)]
-            if confirm is not None and winner.scheme != LAST:
-                wanted.append((Candidate(LAST), scratch / LAST))
-            plans = self._plans(wanted)
-            records = form(plans).records
-            chosen = dataclasses.replace(contestants[winner].evaluation, best_of=_evaluated(contestants.values()))
-            record = record_evaluation(records[0], chosen, plans[0])
-            if confirm is not None:
-                said = [confirm(each, plan) for each, plan in zip(records, plans, strict=True)]
-        confirmed = (said[0], said[-1]) if said else None
+        winner = order[0]
+        confirmed = None if confirm is None else self._confirmed(winner, form, confirm)
+        plans = self._plans([(winner, self.out)])
+        chosen = dataclasses.replace(contestants[winner].evaluation, best_of=_evaluated(contestants.values()))
+        record = record_evaluation(form(plans).records[0], chosen, plans[0])
         return Best(record, tuple(contestants.values()), [*contestants].index(winner), self.goal, confirmed)
 
     def _contest(self, form: Form, judge: Judge) -> Contestants:
@@ -314,6 +306,13 @@ class Search:
                     contestants[candidate] = _judged(candidate, number, record, plan, contestants, judge)
                     remove(record.directory)
         return contestants
+
+    def _confirmed(self, winner: Candidate, form: Form, confirm: Judge) -> tuple[Evaluation, Evaluation]:
+        """What another evaluation says of the winner and of the last checkpoint."""
+        with _scratch(self.out) as scratch:
+            plans = self._plans([(each, scratch / each.scheme) for each in dict.fromkeys((winner, Candidate(LAST)))])
+            said = [confirm(record, plan) for record, plan in zip(form(plans).records, plans, strict=True)]
+        return said[0], said[-1]
 
     def _plans(self, wanted: Sequence[tuple[Candidate, Path]]) -> list[Plan]:
         # Whether an average is any good is what the evaluation is for.
@@ -352,9 +351,10 @@ def _judged(
     """A contestant with its evaluation, or with that of an earlier one which has almost the same weights."""
     name = record.output.name
     if candidate.soup:
-        name = f"soup of steps {', '.join(str(record.steps[place]) for place in candidate.soup)}"
+        steps = (str(step) for step, weight in zip(record.steps, record.weights, strict=True) if weight)
+        name = f"soup of steps {', '.join(steps)}"
     for each in before.values():
-        if not each.same_as and distance(each.record, record) < SAME:
+        if not each.same_as and distance(each.record, record) < _SAME:
             return Contestant(name, number, record, each.evaluation, each.name)
     return Contestant(name, number, record, judge(record, plan))
 

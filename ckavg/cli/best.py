@@ -178,7 +178,7 @@ def _show_plan(search: Search, first: Plan, options: Searching) -> None:
                 "dry_run": True,
                 "first_round": names,
                 "first_round_bytes_to_read": nbytes,
-                "disk_bytes": max(written, (1 + (options.confirm is not None)) * first.write_bytes),
+                "disk_bytes": written,
                 "bytes_to_write": first.write_bytes,
                 "directory": str(first.out),
                 "files": list(first.files),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shlex
@@ -192,6 +193,7 @@ def test_the_same_weights_are_evaluated_once(tmp_path: Path, judge: Judge) -> No
     [
         ((), "Add --eval 'COMMAND {dir}'."),
         (("--eval", "echo {dir}", "--eval-goal", "min", "--budget", "1"), "budget is 1; it must be 2 or more"),
+        (("--eval", "echo {dir}", "--eval-goal", "min", "--strategy", "x"), "'halving', 'soup'"),
         (("--eval", "echo {dir}", "--eval-goal", "min", "--confirm", "echo"), "--confirm is 'echo'"),
     ],
 )
@@ -230,6 +232,7 @@ def test_a_greedy_soup_against_one_by_hand(run: Path, judge: Judge) -> None:
         if not soup or loss([*soup, step]) <= loss(soup):
             soup.append(step)
     told = best(run, judge.command(optimum), "--strategy", "soup")
+    assert told["search"]["winner"] == f"soup of steps {', '.join(map(str, sorted(soup)))}"
     weights = dict(zip(told["steps"], told["weights"], strict=True))
     assert {step for step, weight in weights.items() if weight} == set(soup)
     assert all(math.isclose(weight, 1 / len(soup)) for weight in weights.values() if weight)
@@ -252,14 +255,19 @@ def test_from_python(run: Path, tmp_path: Path) -> None:
         seen.append(directory.name)
         return (float("nan") if directory.name == "mean" else len(directory.name), 0.5)
 
-    found = ckavg.best(ckavg.open_run(run), by_name, goal="max", budget=7, out=tmp_path / "out", confirm=by_name)
+    def by_last(directory: Path) -> float:
+        return float(directory.name != "last")
+
+    found = ckavg.best(ckavg.open_run(run), by_name, goal="max", budget=7, out=tmp_path / "out", confirm=by_last)
     assert seen[:7] == [each.name for each in found.contestants]
     longest = max(seen[:7], key=len)
     assert found.contestants[found.winner].name == longest
     assert found.record.directory == tmp_path / "out"
     assert found.confirmed is not None
-    assert [each.value for each in found.confirmed] == [len("out"), len("last")]
-    assert (found.standing, found.beats_last) == ("better", False)  # on other data, it is behind
+    assert [each.value for each in found.confirmed] == [1.0, 0.0]
+    assert (found.standing, found.beats_last) == ("better", True)
+    behind = dataclasses.replace(found, confirmed=found.confirmed[::-1])
+    assert not behind.beats_last  # on other data
     assert found.contestants[1].evaluation.problem == "it is nan"
 
 
