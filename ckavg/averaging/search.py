@@ -194,7 +194,7 @@ def next_in_soup(tried: Tried, goal: Goal, space: Space, left: int) -> tuple[Can
         return tuple(_soup((place,), last) for place in newest)
     valid = {each: each.soup or (last,) for each in ranked(tried, goal)}
     alone = [soup for soup in valid.values() if len(soup) == 1]
-    kept = alone[0] if alone else ()
+    kept: tuple[int, ...] = alone[0] if alone else ()
     for added in alone[1:]:
         wider = _soup(tuple(sorted((*kept, *added))), last)
         if wider not in tried:
