@@ -142,6 +142,11 @@ def held_out_loss(directory: Path) -> float:
     return _mean_loss(model.eval(), torch.tensor(windows_to_judge(tokenizer, _WINDOWS_JUDGED)))
 
 
+def windows_to_train(tokenizer: Any) -> list[list[int]]:
+    """All windows of 128 tokens of the works that are trained on."""
+    return _windows(tokenizer, held_out=False)
+
+
 def windows_to_judge(tokenizer: Any, count: int) -> list[list[int]]:
     """So many windows of 128 tokens, spread evenly over the held-out plays."""
     windows = _windows(tokenizer, held_out=True)
@@ -204,7 +209,7 @@ def _trainer(model: Any, tokenizer: Any, run: Path, settings: FineTuning) -> Any
     return transformers.Trainer(
         model=model,
         args=arguments,
-        train_dataset=[{"input_ids": window, "labels": window} for window in _windows(tokenizer, held_out=False)],
+        train_dataset=[{"input_ids": window, "labels": window} for window in windows_to_train(tokenizer)],
         data_collator=transformers.default_data_collator,
         processing_class=tokenizer,
     )

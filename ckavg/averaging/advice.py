@@ -92,13 +92,16 @@ _FACTORS = ("lora_", "hada_", "lokr_", "vera_lambda_")
 """How parts of tensor names begin that hold a factor of a product: LoRA, LoHa, LoKr, VeRA."""
 
 
-def before(run: Run, scheme: Scheme, rates: Sequence[tuple[int, float]] | None = None) -> tuple[str, ...]:
+def before(
+    run: Run, scheme: Scheme, rates: Sequence[tuple[int, float]] | None = None, *, lora: str | None = None
+) -> tuple[str, ...]:
     """What can be told before any weight is read.
 
     Args:
         run: the checkpoints.
         scheme: how they are averaged.
         rates: learning rates that the trainer had logged; None: read from the last checkpoint's `trainer_state.json`.
+        lora: how adapters are averaged, if somebody said so.
     """
     if isinstance(scheme, Last):
         return ()
@@ -108,7 +111,7 @@ def before(run: Run, scheme: Scheme, rates: Sequence[tuple[int, float]] | None =
         *(() if needs_no_anchor else about_anchor(run.steps[0], run.tensors, with_init=run.anchor_is_init)),
         *about_learning_rate(run.steps[int(run.anchor_is_init) :], logged),
         *about_interval(run.steps, scheme, with_init=run.anchor_is_init),
-        *about_adapters(run.tensors),
+        *(about_adapters(run.tensors) if lora is None else ()),
     )
 
 
@@ -304,12 +307,18 @@ def hold_factors(names: Iterable[str]) -> bool:
 
 def about_adapters(names: Iterable[str]) -> tuple[str, ...]:
     """What the names of the tensors tell: whether they are factors, whose product is what acts on the model."""
+    names = list(names)
     if not hold_factors(names):
         return ()
+    is_lora = any(part.startswith("lora_") for name in names for part in name.split("."))
     return (
         "These are low-rank adapters, whose factors A and B are averaged each by itself: the product of the means is "
-        "near the mean of the products BA, but not the same. Merge each adapter into the base model and average those "
-        "to have it exact.",
+        "near the mean of the products BA, but not the same. "
+        + (
+            "Worth comparing: --lora product, which averages the products; --rank with their rank keeps the size."
+            if is_lora
+            else "Merge each adapter into the base model and average those to have it exact."
+        ),
     )
 
 

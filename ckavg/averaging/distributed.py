@@ -109,7 +109,7 @@ def open_writers(
                 index: stack.enter_context(
                     WeightFiles(
                         staging.path / out.relative_to(plan.out),
-                        plan.weights.shards,
+                        plan.layout(index).weights.shards,
                         create=create,
                         keep_open=keep_open,
                     )
@@ -157,8 +157,8 @@ def finalize(
         ranks.wait()  # the others have written into these files, too
     if ranks.is_first:
         for plan, of_plan in zip(plans, paths, strict=True):
-            for out in plan.outputs.values():
-                for shard in plan.weights.shards:
+            for index, out in plan.outputs.items():
+                for shard in plan.layout(index).weights.shards:
                     write_own_hashes(of_plan[out.relative_to(plan.out) / shard.name], shard)
     ranks.wait()
     own = of_all[ranks.rank :: ranks.world]

@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,6 +102,8 @@ def average(
     allow_nonfinite: bool = False,
     allow_anchor: bool = False,
     force: bool = False,
+    lora: str | None = None,
+    rank: int | None = None,
     on_progress: OnProgress | None = None,
     ranks: Ranks = ALONE,
 ) -> Record:
@@ -124,6 +126,8 @@ def average(
         allow_nonfinite: average checkpoints that hold NaN or infinity, too; where they do, the result is not finite.
         allow_anchor: form an average that is in effect its anchor, with 99 % of the weight or more on it.
         force: replace an existing result.
+        lora: how low-rank adapters are averaged: `factors`, tensor by tensor, or `product`, the products s·BA.
+        rank: with `product`, the rank to which the average is cut; None: it is exact, of the sum of all ranks.
         on_progress: called now and then in this thread.
         ranks: the processes that share the work, each of which calls this; see `all_ranks`.
 
@@ -147,6 +151,8 @@ def average(
         allow_nonfinite=allow_nonfinite,
         allow_anchor=allow_anchor,
         force=force,
+        lora=lora,
+        rank=rank,
     )
     context = Context(device=device, on_progress=on_progress, ranks=ranks)
     with ranks.fail_together():
@@ -212,7 +218,8 @@ def _carry_out(reading: Reading, context: Context) -> tuple[tuple[Record, ...], 
             for plan, path in zip(plans, paths, strict=True)
         ]
         raise_all([problem for each in zip(plans, coefficients, strict=True) if (problem := anchor_problem(*each))])
-        replayed, hashes = _replay(reading, coefficients, stagings, context)
+        plans = tuple(_with_terms(plan, each) for plan, each in zip(plans, coefficients, strict=True))
+        replayed, hashes = _replay(replace(reading, plans=plans), coefficients, stagings, context)
         if ranks.is_first:
             _check_unchanged(run)
         done = time.perf_counter()
@@ -229,6 +236,7 @@ def _carry_out(reading: Reading, context: Context) -> tuple[tuple[Record, ...], 
                     checksums=(*(None,) * each.start, *own[each.start :]),
                     infinite=replayed.infinite[number],
                     nonfinite=replayed.nonfinite[number],
+                    discarded=replayed.discarded[number],
                     seconds=seconds,
                 )
                 record, files = completed(plan, each, record_of(plan, each, paths[number], work), hashes[number])
@@ -329,7 +337,11 @@ def _replay(
         fingerprints,
         reading.places,
         coefficients,
-        [[(shard.name, shard.header) for shard in plan.weights.shards] for plan in plans],
+        [
+            [(shard.name, shard.header) for index in plan.outputs for shard in plan.layout(index).weights.shards]
+            for plan in plans
+        ],
+        (options.lora, options.rank),
         [[str(out) for out in plan.outputs.values()] for plan in plans],
         options.accumulate,
         options.allow_nonfinite,
@@ -344,6 +356,7 @@ def _replay(
         replayed = replay(
             run,
             averages,
+            products=plans[0].products,
             wide=options.accumulate == "float64",
             allow_nonfinite=options.allow_nonfinite,
             context=context,
@@ -352,6 +365,16 @@ def _replay(
         hashes = finalize(plans, stagings, writers, ranks)
     ranks.wait()
     return replayed, hashes
+
+
+def _with_terms(plan: Plan, coefficients: Coefficients) -> Plan:
+    """The plan with the ranks of averaged products, which depend on how many weights are not 0."""
+    if plan.products is None:
+        return plan
+    from ckavg.averaging.products import count_terms, weights_of
+
+    terms = {index: count_terms(weights_of(plan.products, coefficients, index)) for index in plan.outputs}
+    return plan.with_terms(terms)
 
 
 def _timeline(run: Run, path: PathLength | None) -> Timeline:

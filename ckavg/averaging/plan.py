@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ckavg.averaging import advice
+from ckavg.averaging.adapters import Layout, Products, check_rank, find_products, lay_out
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.inspect import Inspection, as_run, worst_first
 from ckavg.checkpoints.run import Run, Selection, averaged_statistics
@@ -44,6 +45,9 @@ class Options:
         allow_nonfinite: average checkpoints that hold NaN or infinity, too.
         allow_anchor: form an average that is in effect its anchor.
         force: replace an existing result.
+        lora: how low-rank adapters are averaged: `factors`, tensor by tensor, or `product`, the products s·BA; None:
+            as `factors`, and the run need not be one of adapters.
+        rank: R, to which averaged products are cut; None: they keep all their columns.
 
     Raises:
         SettingError: a value is none of those.
@@ -59,12 +63,17 @@ class Options:
     allow_nonfinite: bool = False
     allow_anchor: bool = False
     force: bool = False
+    lora: str | None = None
+    rank: int | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("dtype", DTYPES), ("accumulate", ACCUMULATE)):
+        for name, choices in (("dtype", DTYPES), ("accumulate", ACCUMULATE), ("lora", (None, "factors", "product"))):
             if getattr(self, name) not in choices:
-                raise SettingError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
+                raise SettingError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(filter(None, choices))}."
+                )
         check_sample(self.sample)
+        check_rank(self.lora, self.rank)
         if self.snapshot_every is not None and self.snapshot_every < 1:
             raise SettingError(f"snapshot-every is {self.snapshot_every}; it must be 1 or more optimizer steps.")
 
@@ -87,6 +96,8 @@ class Plan:
         tried: names of the results that are there already, or are planned with this one.
         replay_bytes: bytes that pass 2 reads.
         warnings: what a user should know before it starts.
+        products: what is averaged by its products; None: nothing.
+        layouts: of each output with products, by the index of its checkpoint: its rank depends on how many it sums.
     """
 
     run: Run
@@ -102,6 +113,23 @@ class Plan:
     tried: frozenset[str]
     replay_bytes: int
     warnings: tuple[str, ...]
+    products: Products | None = None
+    layouts: Mapping[int, Layout] = field(default_factory=dict)
+
+    def layout(self, index: int) -> Layout:
+        """The files of the output that is written after checkpoint `index`."""
+        return self.layouts.get(index) or Layout(self.weights, self.side_files)
+
+    def with_terms(self, terms: Mapping[int, Mapping[str, int]]) -> Plan:
+        """The same, where each output, by its index, sums so many products of each pair, by the name of A."""
+        if self.products is None:
+            return self
+        layouts = {
+            index: lay_out(self.run, self.products, self.side_files, self.options.dtype, each)
+            for index, each in terms.items()
+        }
+        *_, last = layouts.values()
+        return replace(self, weights=last.weights, side_files=last.side_files, layouts=layouts)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -113,8 +141,8 @@ class Plan:
         """Bytes of every weight file, those of snapshots among them, by path in the result."""
         return {
             out.relative_to(self.out) / shard.name: shard.nbytes
-            for out in self.outputs.values()
-            for shard in self.weights.shards
+            for index, out in self.outputs.items()
+            for shard in self.layout(index).weights.shards
         }
 
     @property
@@ -140,8 +168,8 @@ class Plan:
     @property
     def write_bytes(self) -> int:
         """Bytes that will be written."""
-        one = self.weights.nbytes + sum(len(data) for data in self.side_files.values())
-        return one * len(self.outputs)
+        layouts = [self.layout(index) for index in self.outputs]
+        return sum(each.weights.nbytes + sum(map(len, each.side_files.values())) for each in layouts)
 
 
 def plan_average(run: Run, scheme: Scheme, *, out: Path | str | None = None, **options: Any) -> Plan:
@@ -198,6 +226,7 @@ def _plan(wanted: Sequence[Wanted], options: Options) -> list[Plan]:
     """Plans of averages of one run."""
     run = wanted[0][0]
     weights = plan_weights(run.last, options.dtype, file_name=name_of_weights(run))
+    products = find_products(run, options.lora, options.rank)
     beside = gather_side_files(run, weights)
     origin = find_origin(run, beside.files, options.card)
     needs_path = any(scheme.needs_path for _, scheme, _ in wanted)
@@ -209,11 +238,12 @@ def _plan(wanted: Sequence[Wanted], options: Options) -> list[Plan]:
         start = start_of(run, scheme)
         snapshots = _snapshots(run, start, options.snapshot_every)
         of_path = path if scheme.needs_path else None
-        warnings = run.warnings + beside.warnings + origin.warnings + advice.before(run, scheme, course.rates)
+        warnings = run.warnings + beside.warnings + origin.warnings
+        warnings += advice.before(run, scheme, course.rates, lora=options.lora)
         plan = Plan(
             run=run,
             scheme=scheme,
-            out=output_path(run.home, scheme, run.selection, out),
+            out=output_path(run.home, scheme, run.selection, out, options.lora, options.rank),
             options=options,
             weights=weights,
             side_files=beside.files,
@@ -224,8 +254,12 @@ def _plan(wanted: Sequence[Wanted], options: Options) -> list[Plan]:
             tried=tried,
             replay_bytes=_replay_bytes(run, start, outputs=len(snapshots) + 1),
             warnings=warnings + (of_path.cached.warnings if of_path else ()),
+            products=products,
         )
-        plans.append(plan)
+        # All that are visited, and fewer where a weight turns out to be 0.
+        most = {index: index - start + 1 for index in plan.outputs}
+        pairs = products.pairs if products is not None else ()
+        plans.append(plan.with_terms({index: {pair.a: count for pair in pairs} for index, count in most.items()}))
     return plans
 
 
@@ -256,29 +290,39 @@ def anchor_problem(plan: Plan, coefficients: Coefficients) -> SettingError | Non
     if not is_mostly_anchor(weights, start, len(weights) - 1):
         return None
     return SettingError(
-        f"{plan.scheme.label}: {100 * weights[start]:.4g} % of the weight is on step {plan.run.steps[start]}, where it "
+        f"{plan.out.name}: {100 * weights[start]:.4g} % of the weight is on step {plan.run.steps[start]}, where it "
         "begins: the result would be that checkpoint.",
         hint="Choose settings that forget it sooner, or a later start; or go on with --allow-anchor.",
     )
 
 
-def output_path(home: Path, scheme: Scheme, selection: Selection, out: Path | str | None) -> Path:
+def output_path(
+    home: Path,
+    scheme: Scheme,
+    selection: Selection,
+    out: Path | str | None,
+    lora: str | None = None,
+    rank: int | None = None,
+) -> Path:
     """Where a result goes: where it was asked for, else under its name in `averaged` of the run's home.
 
     Raises:
         OutputError: nobody asked, and there is a link.
     """
-    return Path(out) if out is not None else path_within(home, "averaged", result_name(scheme, selection))
+    return Path(out) if out is not None else path_within(home, "averaged", result_name(scheme, selection, lora, rank))
 
 
-def result_name(scheme: Scheme, selection: Selection) -> str:
+def result_name(scheme: Scheme, selection: Selection, lora: str | None = None, rank: int | None = None) -> str:
     """The name of a result, which tells it from those of other recipes.
 
     >>> from ckavg.schemes import PEMA
     >>> result_name(PEMA(), Selection(every=100, from_step=400))
     'pema-gamma0.15-every100-from-step400'
+    >>> result_name(PEMA(), Selection(), "product", 16)
+    'pema-gamma0.15-product-rank16'
     """
-    return "-".join(filter(None, [scheme.label, selection.label]))
+    products = f"product-rank{rank}" if rank is not None else "product" if lora == "product" else ""
+    return "-".join(filter(None, [scheme.label, selection.label, products]))
 
 
 def checked(

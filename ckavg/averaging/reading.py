@@ -71,7 +71,7 @@ def readings(plans: Sequence[Plan]) -> list[Reading]:
     """
     groups: list[list[Plan]] = []
     for plan in plans:
-        group = next((group for group in groups if _is_alike(group[0].run, plan.run)), None)
+        group = next((group for group in groups if _is_alike(group[0], plan)), None)
         if group is None:
             groups.append([plan])
         else:
@@ -79,8 +79,9 @@ def readings(plans: Sequence[Plan]) -> list[Reading]:
     return [_united(group) for group in groups]
 
 
-def _is_alike(one: Run, other: Run) -> bool:
-    return one.tensors is other.tensors or _table(one) == _table(other)
+def _is_alike(one: Plan, other: Plan) -> bool:
+    same = one.run.tensors is other.run.tensors or _table(one.run) == _table(other.run)
+    return same and one.products == other.products
 
 
 def _table(run: Run) -> dict[str, tuple[str, tuple[int, ...], bool]]:
@@ -161,6 +162,9 @@ def memory_bytes(plans: Sequence[Plan]) -> int:
     known = _PER_ENTRY * sum(tables.values())
     with_path = {id(plan.run): plan.run for plan in plans if plan.path}
     known += _PER_DISTANCE * sum(len(run.tensors) * len(run.checkpoints) for run in with_path.values())
+    of_pairs = [(plan.run, pair) for plan in plans if plan.products for pair in plan.products.pairs]
+    # Of one pair, all checkpoints in float64, the columns of the sum, and as much again where they are cut.
+    known += max((3 * 8 * len(run.checkpoints) * sum(pair.numel) for run, pair in of_pairs), default=0)
     by_run = {id(plan.run): plan for plan in plans}.values()
     beside = sum(len(data) for plan in by_run for data in plan.side_files.values())
     headers = sum(len(shard.header) for plan in by_run for shard in plan.weights.shards)

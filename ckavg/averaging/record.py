@@ -33,6 +33,7 @@ class Work:
         checksums: of its checkpoints; None for those without a part in it.
         infinite: tensors that hold the same infinities in all its checkpoints.
         nonfinite: how many of its elements are not finite.
+        discarded: what was cut off its products, by the index of an output; empty where nothing was.
         seconds: which the reading took.
     """
 
@@ -41,6 +42,7 @@ class Work:
     checksums: tuple[str | None, ...]
     infinite: tuple[str, ...]
     nonfinite: int
+    discarded: Mapping[int, float]
     seconds: Seconds
 
 
@@ -85,6 +87,8 @@ def record_of(plan: Plan, coefficients: Coefficients, path: PathLength | None, w
         dtype=plan.options.dtype,
         accumulate=work.accumulate,
         allow_nonfinite=plan.options.allow_nonfinite,
+        lora="product" if plan.products is not None else "factors",
+        rank=plan.options.rank,
         uncorrected=coefficients.uncorrected,
         infinite=work.infinite,
         copied=tuple(sorted(name for name, entry in run.tensors.items() if entry.kept and entry.dtype in FLOATING)),
@@ -102,7 +106,10 @@ def record_of(plan: Plan, coefficients: Coefficients, path: PathLength | None, w
             )
             for checkpoint, checksum in zip(run.checkpoints, work.checksums, strict=True)
         ),
-        outputs=tuple(Output(out.name, run.steps[index], out, plan.files, {}) for index, out in plan.outputs.items()),
+        outputs=tuple(
+            Output(out.name, run.steps[index], out, plan.files, {}, work.discarded.get(index))
+            for index, out in plan.outputs.items()
+        ),
         bytes_read=work.bytes_read,
         seconds=work.seconds,
     )
@@ -171,9 +178,10 @@ def completed(
         output = dataclasses.replace(output, files=tuple(sorted({*output.files, *plots})))
         card = write_card(published(own), plan.scheme, plan.origin, picture=PLOT if plots else None)
         place = out.relative_to(plan.out)
-        beside = plan.side_files | plots | {CARD: card.encode()}
+        layout = plan.layout(index)
+        beside = layout.side_files | plots | {CARD: card.encode()}
         files |= {str(place / name): data for name, data in beside.items()}
-        hashes = {shard.name: of_weights[place / shard.name] for shard in plan.weights.shards}
+        hashes = {shard.name: of_weights[place / shard.name] for shard in layout.weights.shards}
         hashes |= {name: sha256(data) for name, data in beside.items()}
         of_outputs.append(dataclasses.replace(own, outputs=(dataclasses.replace(output, sha256=hashes),)))
     record = dataclasses.replace(record, outputs=tuple(own.outputs[0] for own in of_outputs))

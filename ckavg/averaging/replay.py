@@ -14,23 +14,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ckavg.averaging.rules import RULES, State, round_into
+from ckavg.averaging.adapters import Products
+from ckavg.averaging.products import replay_products
+from ckavg.averaging.rules import RULES, State, round_into, too_large
 from ckavg.checkpoints.run import ITEM_BYTES, Run, TensorInfo, not_constant
 from ckavg.engine.blocks import Block, cut_blocks
 from ckavg.engine.checksums import checksums
 from ckavg.engine.context import Context
 from ckavg.engine.stream import PassJournal, stream
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader, all_finite
-from ckavg.errors import NonFiniteError
 from ckavg.schemes import Coefficients
-
-_MORE_ROOM = {
-    "F16": "Choose an output dtype with more room: --dtype bfloat16 or --dtype float32.",
-    "BF16": "Choose an output dtype with more room: --dtype float64.",
-    "F32": "Choose an output dtype with more room: --dtype float64.",
-    "F64": "No dtype has more room. Schemes without a correction stay within the checkpoints: pema, ema, mean.",
-}
-"""What to do where an average does not fit its dtype."""
 
 
 class TensorWriter(Protocol):
@@ -71,12 +64,14 @@ class Replayed:
         checksums: of the averaged tensors of each checkpoint; None where it was not read.
         nonfinite: how many elements of each average are NaN or infinite, for some of the checkpoints are.
         infinite: of each average, the tensors that hold infinities, the same in all its checkpoints, by name.
+        discarded: of each average, what was cut off its products; see `ReplayedProducts`.
     """
 
     bytes_read: int
     checksums: tuple[str | None, ...]
     nonfinite: tuple[int, ...]
     infinite: tuple[tuple[str, ...], ...]
+    discarded: tuple[Mapping[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +98,7 @@ def replay(
     run: Run,
     averages: Sequence[Average],
     *,
+    products: Products | None = None,
     wide: bool = False,
     allow_nonfinite: bool = False,
     context: Context | None = None,
@@ -113,6 +109,7 @@ def replay(
     Args:
         run: all checkpoints that any average visits, by step.
         averages: what to form.
+        products: factors that are averaged by their products; None: tensor by tensor, like all others.
         wide: accumulate in float64; float64 checkpoints always do.
         allow_nonfinite: let NaN and infinity through instead of ending the pass.
         context: how the pass runs.
@@ -128,7 +125,8 @@ def replay(
     averages = [dataclasses.replace(each, places=each.places or everywhere) for each in averages]
     places = sorted({place for average in averages for place in average.read})
     read = [run.checkpoints[place] for place in places]
-    copied = {name: entry for name, entry in run.tensors.items() if not entry.is_floating}
+    paired = products.names if products is not None else frozenset()
+    copied = {name: entry for name, entry in run.tensors.items() if not entry.is_floating and name not in paired}
 
     def average_worker(reader: TileReader) -> _AverageWorker:
         return _AverageWorker(
@@ -145,7 +143,7 @@ def replay(
     def copy_worker(reader: TileReader) -> _CopyWorker:
         return _CopyWorker(reader, run.tensors, writers, tile=context.tile)
 
-    blocks = replay_blocks(run)
+    blocks = tuple(block for block in replay_blocks(run) if block.name not in paired)
     averaged = stream("replay", read, blocks, average_worker, context, journal)
     nbytes = averaged.bytes_read
     if copied:
@@ -160,8 +158,13 @@ def replay(
         tuple(sorted({block.name for block, block_result in by_block if block_result.infinite[number]}))
         for number in numbers
     )
+    discarded: tuple[Mapping[int, float], ...] = ({},) * len(averages)
+    if products is not None:
+        of_pairs = replay_products(run, products, averages, places=places, context=context)
+        nbytes, discarded = nbytes + of_pairs.bytes_read, of_pairs.discarded
+        blocks, hashes = blocks + of_pairs.blocks, hashes + list(of_pairs.hashes)
     of_places = dict(zip(places, checksums(read, blocks, hashes), strict=True))
-    return Replayed(nbytes, tuple(map(of_places.get, everywhere)), nonfinite, infinite)
+    return Replayed(nbytes, tuple(map(of_places.get, everywhere)), nonfinite, infinite, discarded)
 
 
 def check_constant(run: Run, selections: Collection[tuple[int, ...]], context: Context) -> int:
@@ -239,7 +242,7 @@ class _AverageWorker:
         self._work: dict[torch.dtype, tuple[Tensor, list[State]]] = {}
         reader.compute_on(context.device)
         # Pinned where the arithmetic is elsewhere: a GPU writes into such memory by itself.
-        size = context.tile * _widest(run, averages)
+        size = context.tile * _widest(averages)
         self._out = torch.empty(size, dtype=torch.uint8, pin_memory=context.device != "cpu")
         # β = 1 forgets all that was before, NaN and infinity included; elsewhere they last to the end.
         self._forgetful = {
@@ -307,11 +310,7 @@ class _AverageWorker:
         kept, finite = torch.isfinite(rounded), torch.isfinite(result)
         is_too_large = bool((finite & ~kept).any()) or not (self._allow_nonfinite or bool((finite | (same != 0)).all()))
         if is_too_large:
-            raise NonFiniteError(
-                f"tensor {name!r}: a value of the average does not fit {average.dtypes[name]} "
-                f"(largest {torch.finfo(rounded.dtype).max:.4g}).",
-                hint=_MORE_ROOM[average.dtypes[name]],
-            )
+            raise too_large(name, average.dtypes[name])
         if index == len(average.places) - 1:
             self._infinite[number] += int((same != 0).sum())
             self._nonfinite[number] += int((~kept & (same == 0)).sum())
@@ -388,7 +387,6 @@ class _CopyWorker:
                     writer.put(block.name, start * item, stored)
 
 
-def _widest(run: Run, averages: Sequence[Average]) -> int:
+def _widest(averages: Sequence[Average]) -> int:
     """Bytes of an element in the widest of the output dtypes."""
-    floating = [name for name, entry in run.tensors.items() if entry.is_floating]
-    return max((ITEM_BYTES[average.dtypes[name]] for average in averages for name in floating), default=1)
+    return max((ITEM_BYTES[code] for average in averages for code in average.dtypes.values()), default=1)

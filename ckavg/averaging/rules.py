@@ -7,7 +7,27 @@ import abc
 import torch
 from torch import Tensor
 
+from ckavg.errors import NonFiniteError
 from ckavg.schemes import Coefficients
+
+_MORE_ROOM = {
+    "F16": "Choose an output dtype with more room: --dtype bfloat16 or --dtype float32.",
+    "BF16": "Choose an output dtype with more room: --dtype float64.",
+    "F32": "Choose an output dtype with more room: --dtype float64.",
+    "F64": "No dtype has more room. Schemes without a correction stay within the checkpoints: pema, ema, mean.",
+}
+"""What to do where an average does not fit its dtype."""
+
+_LARGEST = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+def too_large(name: str, dtype: str) -> NonFiniteError:
+    """The error where a value of an average does not fit its dtype, a safetensors code."""
+    return NonFiniteError(
+        f"tensor {name!r}: a value of the average does not fit {dtype} (largest "
+        f"{torch.finfo(_LARGEST[dtype]).max:.4g}).",
+        hint=_MORE_ROOM[dtype],
+    )
 
 
 def round_into(values: Tensor, out: Tensor) -> Tensor:

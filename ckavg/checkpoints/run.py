@@ -144,6 +144,11 @@ class Checkpoint:
         }
         return dataclasses.replace(self, entries=entries)
 
+    def without(self, names: Collection[str]) -> Checkpoint:
+        """The same, as if these of its tensors were not there."""
+        entries = {name: entry for name, entry in self.entries.items() if name not in names}
+        return dataclasses.replace(self, entries=entries)
+
     @property
     def nbytes(self) -> int:
         """Size of its weight files in bytes."""

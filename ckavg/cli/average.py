@@ -25,6 +25,7 @@ from ckavg.engine.context import Context
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import SettingError, listed, printable
 from ckavg.hub import Destination, check_access
+from ckavg.output.card import products_shown
 from ckavg.output.commands import load_command
 from ckavg.output.output_path import check_file
 from ckavg.output.record import MOST_BYTES, Record
@@ -97,7 +98,11 @@ def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
     destination, selection = destination_of(options), options.selection(scheme.every_from)
     asked = [Asked(scheme, selection)]
     plans = plans_of(
-        asked, options, ranks, destination, lambda home: [output_path(home, scheme, selection, options.out)]
+        asked,
+        options,
+        ranks,
+        destination,
+        lambda home: [output_path(home, scheme, selection, options.out, options.lora, options.rank)],
     )
     if options.dry_run:
         show_plans(plans, options)
@@ -337,6 +342,8 @@ def print_summary(result: Record, plan: Plan) -> None:
     if len(result.outputs) > 1:
         snapshots = ", ".join(str(output.step) for output in result.outputs[:-1])
         out.line(f"also     checkpoint-STEP in it, the average as of step {snapshots}")
+    if result.lora == "product":
+        out.line(f"adapters {products_shown(result)}")
     if result.evaluation is not None:
         out.line(f"eval     {f'{result.evaluation.metric} {shown_value(result.evaluation)}'.strip()}")
     out.line(f"result   {result.directory}")

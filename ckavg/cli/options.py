@@ -211,6 +211,13 @@ class Averaging(Measuring):
         Literal["float32", "float64"],
         work("Dtype of the running average.", shown="float32; float64 for float64 checkpoints"),
     ] = "float32"
+    lora: Annotated[
+        Literal["factors", "product"] | None,
+        work("Low-rank adapters: average A and B each by itself, or the products s·BA.", shown="factors"),
+    ] = None
+    rank: Annotated[
+        int | None, work("Cut averaged products to rank R.", metavar="R", min=1, shown="exact, the sum of all ranks")
+    ] = None
     eval_command: Annotated[
         str | None,
         evaluation(

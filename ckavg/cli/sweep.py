@@ -84,7 +84,9 @@ def _average_all(asked: list[Asked], options: Sweeping, ranks: Ranks) -> None:
 
     def paths_in(home: Path) -> list[Path]:
         base = options.out if options.out is not None else path_within(home, "averaged")
-        return [path_within(base, result_name(each.scheme, each.selection)) for each in asked]
+        return [
+            path_within(base, result_name(each.scheme, each.selection, options.lora, options.rank)) for each in asked
+        ]
 
     plans = plans_of(asked, options, ranks, destination, paths_in)
     if options.dry_run:

@@ -252,11 +252,21 @@ def _recipe(record: Record, scheme: Scheme) -> str:
         f"Anchor: step {record.anchor_step}; span: {record.span} optimizer steps{_path(record)}",
         f"Accumulated in {record.accumulate}, rounded once",
     ]
+    if record.lora == "product":
+        lines.append(f"Low-rank adapters: {products_shown(record)}")
     if record.uncorrected:
         lines.append(f"Running statistics, averaged without the correction: {len(record.uncorrected)} tensors")
     if record.copied:
         lines.append(f"Copied from the last checkpoint, since not all have them: {len(record.copied)} tensors")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def products_shown(record: Record) -> str:
+    """How the products of low-rank adapters were averaged, and what was lost where they were cut to a rank."""
+    lost = record.output.discarded_energy
+    if lost is None:
+        return "products s·BA averaged, exact: one product of the sum of all ranks"
+    return f"products s·BA averaged and cut to rank {record.rank}, {100 * lost:.2g} % of their energy discarded"
 
 
 def _path(record: Record) -> str:

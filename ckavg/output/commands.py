@@ -70,6 +70,8 @@ def reproduce(record: Record, scheme: Scheme) -> str:
         "allow_nonfinite": (record.allow_nonfinite, False),
         "allow_anchor": (record.is_mostly_anchor, False),
         "snapshot_every": (snapshot, None),
+        "lora": (record.lora, "factors"),
+        "rank": (record.rank, None),
         "sample": (record.sample, 1),
         "path_exclude": (record.path_exclude if measured else (), ()),
         "zero_sigma": (record.zero_sigma if measured else "exclude", "exclude"),

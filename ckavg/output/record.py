@@ -98,6 +98,7 @@ Place = Annotated[Path | str, _Must("a text", (str,))]
 Parameter = Annotated[float | int | str, _Must("a finite number or a text", (float, int, str))]
 Selected = Annotated[bool | int | str | tuple[int | str, ...], _Must("what an option takes", (bool, int, str, list))]
 Accumulated = Annotated[str, _Must("float32 or float64", (str,), {"float32", "float64"}.__contains__)]
+Lora = Annotated[Literal["factors", "product"], _Must("factors or product", (str,))]
 ZeroSigma = Annotated[Literal["exclude", "eps"], _Must("exclude or eps", (str,))]
 EvaluationGoal = Annotated[Literal["min", "max", ""], _Must("min, max or empty", (str,))]
 
@@ -133,6 +134,8 @@ class Output:
         directory: where it is.
         files: the files in it, by path relative to `directory`.
         sha256: SHA-256 of each of them, but for the record itself.
+        discarded_energy: where products of low-rank adapters were cut to a rank, the part of the squared Frobenius norm
+            of all of them that was lost; else None.
     """
 
     name: Text
@@ -140,6 +143,7 @@ class Output:
     directory: Directory
     files: Annotated[tuple[FileName, ...], _ToFirstError]
     sha256: Annotated[dict[FileName, Digest], _ToFirstError]
+    discarded_energy: Number | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +213,8 @@ class Record:
         dtype: output dtype that was asked for.
         accumulate: dtype in which tensors were accumulated.
         allow_nonfinite: whether checkpoints that hold NaN or infinity were let through.
+        lora: how low-rank adapters were averaged: `factors` or `product`.
+        rank: the rank to which averaged products were cut; None where none were.
         uncorrected: running statistics that were averaged without the correction of the scheme.
         infinite: tensors that hold infinities, the same ones in all checkpoints and in the result.
         copied: floating tensors that were copied from the last checkpoint: not all have them, or they never change.
@@ -245,6 +251,8 @@ class Record:
     dtype: Text
     accumulate: Accumulated
     allow_nonfinite: Flag = False
+    lora: Lora = "factors"
+    rank: Count | None = None
     uncorrected: Texts = ()
     infinite: Texts = ()
     copied: Texts

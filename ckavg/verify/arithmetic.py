@@ -174,6 +174,16 @@ def unit(values: Array, dtype: str) -> Array:
     return np.asarray(np.ldexp(1.0, np.maximum(np.where(values == 0, least, exponent - 1), least) - bits + 1))
 
 
+def relative_rounding(dtype: str) -> float:
+    """The largest relative error of rounding to a dtype: half a unit of the last place of 1."""
+    return float(2.0 ** -_SIGNIFICAND[dtype][0])
+
+
+def least_unit(dtype: str) -> float:
+    """The unit of the smallest numbers of a dtype."""
+    return float(unit(np.zeros(1), dtype)[0])
+
+
 def rounding(got: Array, expected: Array, dtype: str, accumulated: str) -> Array:
     """Half a unit of the output dtype, where that is narrower than what was accumulated in; 0 otherwise."""
     if _SIGNIFICAND[dtype][0] >= _SIGNIFICAND[accumulated][0]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ckavg.checkpoints.adapters import names_of_pairs
 from ckavg.checkpoints.run import Checkpoint, Run, Selection, TensorInfo, averaged_statistics, holds_float64
 from ckavg.engine.reader import Files
 from ckavg.errors import CkavgError, CorruptFileError, listed
@@ -116,17 +117,22 @@ def check_elements(
             f"uncorrected names {listed(record.uncorrected) or 'nothing'}; the running statistics of the result are "
         )
         report.problem("replay", f"{names}{listed(coefficients.uncorrected) or 'none'}.")
+    paired = names_of_pairs(result) if record.lora == "product" else frozenset()
     # A record says float64 of a run with any float64 tensor; its other tensors were accumulated as was asked.
     is_mixed = holds_float64(taken)
     comparison = Comparison(
         coefficients=coefficients,
         checkpoints=(*[None] * coefficients.start, *taken),
-        outputs=outputs,
+        outputs={index: (prefix, each.without(paired)) for index, (prefix, each) in outputs.items()},
         wide=record.accumulate == "float64" and not is_mixed,
         allow_nonfinite=record.allow_nonfinite,
         beta_error=scheme.gamma * _TENSOR_PATH_TOLERANCE if isinstance(scheme, PEMA) and per_tensor else 0.0,
     )
     comparison.compare(report, elements, seed)
+    if paired:
+        from ckavg.verify.products import check_products
+
+        check_products(report, record, coefficients, comparison.checkpoints, outputs, seed=seed)
 
 
 def _measured(record: Record, run: Run, *, whole: bool) -> PathLength:
@@ -380,6 +386,14 @@ def _gather(files: Files, checkpoint: Checkpoint, name: str, places: tuple[int, 
 
     files.read_each(path, offsets, memoryview(buffer), on_miss=announce)
     return np.frombuffer(buffer, dtype=dtype)
+
+
+def read_whole(files: Files, checkpoint: Checkpoint, name: str) -> Array:
+    """(n,) all elements of a tensor in float64."""
+    entry = checkpoint.entries[name]
+    buffer = bytearray(entry.nbytes)
+    files.read_into(checkpoint.shards[entry.shard].path, entry.offset, memoryview(buffer), on_miss=lambda: None)
+    return widened(np.frombuffer(buffer, dtype=_NUMPY_DTYPES[entry.dtype]), entry.dtype)
 
 
 def widened(stored: Stored, dtype: str) -> Array:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from ckavg.checkpoints.checkpoint import read_checkpoint
+from ckavg.checkpoints.configs import ADAPTER_CONFIG
 from ckavg.checkpoints.run import Checkpoint, TensorInfo
 from ckavg.errors import CkavgError, CorruptFileError, ReadError, SettingError
 from ckavg.output.published import read_local
@@ -190,10 +191,10 @@ def _open_remote(address: Address, recorded: Input) -> Checkpoint:
     folders = {str(PurePosixPath(name).parent) for name in recorded.files}
 
     def is_shown(name: str) -> bool:
-        """Weights that were averaged, and what tells which of them are loaded as one: so the names of tensors begin."""
+        """Weights that were averaged, what tells which of them are loaded as one, and how adapters are scaled."""
         path = PurePosixPath(name)
         is_index = _INDEX in path.name and str(path.parent) in folders
-        return name in recorded.files or name == "model_index.json" or is_index
+        return name in recorded.files or path.name in ("model_index.json", ADAPTER_CONFIG) or is_index
 
     storage = open_storage(address, show=is_shown)
     for name, size in recorded.files.items():
@@ -277,8 +278,10 @@ def check_checksums(report: Report, record: Record, sources: Sources, outputs: S
     here = [(each, recorded) for each, recorded in pairs if each is not None and recorded.checksum is not None]
     read = [checkpoint for checkpoint, _ in here]
     like = (*read, *outputs)[-1].entries if here or outputs else {}
-    names = [name for name, entry in like.items() if entry.is_floating and entry.numel]
-    if not read or not names:
+    if not read:
+        return
+    names = [name for name, entry in read[-1].entries.items() if entry.is_floating and entry.numel and name in like]
+    if not names:
         return
     blocks = cut_blocks({name: read[-1].entries[name] for name in names})
 

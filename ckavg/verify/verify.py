@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ckavg import __version__
+from ckavg.checkpoints.adapters import names_of_pairs
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.run import Checkpoint
 from ckavg.engine.context import OnProgress
@@ -104,6 +105,8 @@ def verify_result(
         seed = secrets.randbelow(2**32) if seed is None else seed
         outputs_only = [checkpoint for _, checkpoint in outputs.values()]
         tensors = outputs_only[-1].entries if outputs else {}
+        if outputs and record.lora == "product":  # whose shapes are of another rank
+            tensors = outputs_only[-1].without(names_of_pairs(outputs_only[-1])).entries
         found = find_sources(
             report, record, directory, tensors, first=first, source=source, init=init, on_addresses=on_addresses
         )

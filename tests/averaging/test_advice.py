@@ -247,7 +247,9 @@ def test_after_a_burn_in() -> None:
     ],
 )
 def test_adapters(name: str, said: int) -> None:
-    assert len(advice.about_adapters(["model.norm.weight", name])) == said
+    told = advice.about_adapters(["model.norm.weight", name])
+    assert len(told) == said
+    assert any("--lora product" in each for each in told) == ("lora_" in name and bool(said))
 
 
 # --- weights ---

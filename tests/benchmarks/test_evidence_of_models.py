@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import ckavg
 from benchmarks.evidence import (
+    adapters,
     language_model_tables,
     pretraining,
     pretraining_run,
@@ -306,3 +307,31 @@ def test_all_figures_are_drawn(tmp_path: Path) -> None:
     drawn = sorted(file.name for file in tmp_path.iterdir() if file.stat().st_size > 10_000)
     studies = ("language_model", "small_model")
     assert drawn == [f"{study}-{name}.png" for study in studies for name in ("frequency", "paths", "powers")]
+
+
+# --- adapters ---
+
+
+def test_the_table_of_adapters_compares_window_by_window() -> None:
+    outcome = adapters.Outcome(adapters.Cell(8, 5e-4))
+    outcome.losses = {(adapters.LAST, ""): [3.0, 4.0, 5.0], ("mean", adapters.FACTORS): [2.0, 3.5, 4.0]}
+    outcome.losses["mean", adapters.TRUNCATED] = [1.0, 2.5, 3.0]
+    outcome.ranks = dict.fromkeys(outcome.losses, 8)
+    outcome.discarded["mean", adapters.TRUNCATED] = 0.25
+    last, factors, cut = adapters.table_of([outcome]).rows
+    assert last[:5] == ("rank 8, rate 0.0005", "last", "", 8, 4.0)
+    assert factors[4] == pytest.approx(9.5 / 3)
+    assert factors[5:] == (f"{Difference(-2.5 / 3, 1 / 6, 3)} (?)", None, None)
+    assert cut[6:] == ("-1 ± 0", 25.0)
+
+
+def test_adapters_of_the_document_are_those_of_the_study() -> None:
+    rows = {row[:3]: row for row in read_table(RESULTS / "adapters.csv").rows}
+    assert len(rows) == len(adapters.Setting().cells) * (1 + 2 * 3)
+    text = (RESULTS.parent / "evidence.md").read_text(encoding="utf-8")
+    for cell in adapters.Setting().cells:
+        for scheme in adapters.SCHEMES:
+            lost = float(str(rows[cell.name, scheme, adapters.TRUNCATED][7]))
+            shown = f"| {cell.rank}, {cell.learning_rate:g} | {scheme} | "
+            (line,) = [each for each in text.splitlines() if each.startswith(shown)]
+            assert line.endswith(f"| {lost:.2g} % |")

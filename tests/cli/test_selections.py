@@ -107,7 +107,7 @@ def test_results_are_those_of_their_own_commands(
     tmp_path: Path, dtype: torch.dtype, with_init: bool, options: list[str]
 ) -> None:
     base, run = make_run(tmp_path, dtype)
-    more: list[str | Path] = [*options]
+    more: list[str | Path] = [*options, "--allow-anchor"]
     more += ["--init", base] if with_init else []
     for name, record in zip(SINGLE, swept(run, *WORDS, *more), strict=True):
         assert set(name.split("-")) <= set(directory(record).name.split("-"))

@@ -142,7 +142,8 @@ def test_a_sweep_of_a_choice(tmp_path: Path) -> None:
     results = [place for place in (source / "averaged").iterdir() if place.is_dir()]
     assert len(results) == 6
     for place in results:
-        assert assert_sound(place).warnings == ()
+        begins_late = place.name.startswith(("last-", "bema-eta0.2-burn-in30"))
+        assert len(assert_sound(place).warnings) == begins_late  # what it does not read has no checksum
 
 
 def test_moved_renamed_and_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
