@@ -221,9 +221,10 @@ def _judged_by(function: Callable[[Path], float | tuple[float, float]], goal: Go
     def judge(record: Record, _: Plan) -> Evaluation:
         said = function(record.directory)
         value, stderr = said if isinstance(said, tuple) else (said, None)
-        problem = "" if math.isfinite(value) else f"it is {value}"
         known = stderr if stderr is not None and 0 <= stderr < math.inf else None
-        return Evaluation(name, None if problem else float(value), problem, stderr=known, goal=goal)
+        if not math.isfinite(value):
+            return Evaluation(name, None, f"it is {value}", goal=goal)
+        return Evaluation(name, float(value), stderr=known, goal=goal)
 
     return judge
 
@@ -237,7 +238,7 @@ class Search:
         options: of every average.
 
     Raises:
-        SettingError: the budget is too small, or there is no such goal or strategy.
+        SettingError: one of them is not valid.
     """
 
     run: Run
@@ -266,8 +267,11 @@ class Search:
         left = self.budget - _evaluated(contestants.values())
         tried = {candidate: each.value for candidate, each in contestants.items()}
         candidates = _STRATEGIES[self.strategy](tried, self.goal, space_of(self.run), left) if left else ()
-        names = [result_name(scheme, run.selection) for run, scheme in map(self._recipe, candidates)]
-        wanted = [(candidate, directory / name) for candidate, name in zip(candidates, names, strict=True)]
+        wanted = []
+        for candidate in candidates:
+            run, scheme = self._recipe(candidate)
+            name = result_name(scheme, run.selection, self.options.lora, self.options.rank)
+            wanted.append((candidate, directory / name))
         return dict(zip(candidates, self._plans(wanted), strict=True)) if wanted else {}
 
     def carry_out(self, form: Form, judge: Judge, confirm: Judge | None = None) -> Best:
