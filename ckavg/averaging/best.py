@@ -50,7 +50,7 @@ Form = Callable[[Sequence[Plan]], Done]
 _SAME = 0.01
 """Averages of which less than this part of the weight lies on other checkpoints are one, and evaluated once."""
 
-_LEAST_BUDGET, _STRIDES = 2, (2, 4)
+_STRIDES = (2, 4)
 
 SCRATCH = ".ckavg-best-"
 """How the name of a directory begins in which a round is, beside the place of the result."""
@@ -249,9 +249,9 @@ class Search:
     options: Options
 
     def __post_init__(self) -> None:
-        if self.budget < _LEAST_BUDGET:
+        if self.budget < 2:
             raise SettingError(
-                f"budget is {self.budget}; it must be {_LEAST_BUDGET} or more evaluations.",
+                f"budget is {self.budget}; it must be 2 or more evaluations.",
                 hint="The last checkpoint takes one of them.",
             )
         for name, choices in (("goal", ("min", "max")), ("strategy", tuple(_STRATEGIES))):
@@ -280,9 +280,6 @@ class Search:
         Args:
             form: what forms averages.
             judge, confirm: what they are worth.
-
-        Raises:
-            CkavgError: as of `best`.
         """
         self.plan_result()
         contestants = self._contest(form, judge)
