@@ -110,6 +110,13 @@ def test_what_is_greatest_is_sought_likewise() -> None:
     assert list(least) == list(most)
 
 
+def test_around_the_last_checkpoint_there_is_nothing_so_the_next_best_has_its_turn() -> None:
+    worth = {"last": 0.0, "ema": 1.0}
+    tried = searched(lambda each: worth.get(each.scheme, 2.0), 12)
+    assert len(tried) == 12
+    assert {each.scheme for each in list(tried)[7:]} == {"ema"}
+
+
 def test_of_equal_ones_the_last_checkpoint_is_best() -> None:
     assert ranked(searched(lambda _: 1.0, 12), "max")[0] == LAST
 
