@@ -220,8 +220,9 @@ def test_dry_run_says_what_the_disk_must_hold(run: Path, judge: Judge) -> None:
     assert (judge.calls, (run / "averaged").exists()) == ([], False)
 
 
-def test_a_greedy_soup_against_one_by_hand(run: Path, judge: Judge) -> None:
-    """Model soups, Recipe 1, of the newest six: 12 evaluations allow 6 alone and 5 soups."""
+@pytest.mark.parametrize("init", [False, True])
+def test_a_greedy_soup_against_one_by_hand(run: Path, judge: Judge, init: bool) -> None:
+    """Model soups, Recipe 1, of the newest six: 12 evaluations allow 6 alone and 5 soups. A base model is not in it."""
     optimum = 620.0
 
     def loss(steps: list[int]) -> float:
@@ -231,7 +232,8 @@ def test_a_greedy_soup_against_one_by_hand(run: Path, judge: Judge) -> None:
     for step in sorted(STEPS[-6:], key=lambda step: loss([step])):
         if not soup or loss([*soup, step]) <= loss(soup):
             soup.append(step)
-    told = best(run, judge.command(optimum), "--strategy", "soup")
+    base = ("--init", str(run / "checkpoint-0"), "--from-step", "100") if init else ()
+    told = best(run, judge.command(optimum), "--strategy", "soup", *base)
     assert told["search"]["winner"] == f"soup of steps {', '.join(map(str, sorted(soup)))}"
     weights = dict(zip(told["steps"], told["weights"], strict=True))
     assert {step for step, weight in weights.items() if weight} == set(soup)
@@ -274,5 +276,7 @@ def test_from_python(run: Path, tmp_path: Path) -> None:
 def test_an_error_of_the_evaluation_is_the_callers(run: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         ckavg.best(ckavg.open_run(run), lambda _: 1 / 0, goal="min")
+    with pytest.raises(ckavg.CkavgError, match="holds the run itself"):  # before anything is evaluated
+        ckavg.best(ckavg.open_run(run), lambda _: 1 / 0, goal="min", out=run)
     assert not (run / "averaged" / "best").exists()
     assert not [path for path in (run / "averaged").iterdir() if path.is_dir()]
