@@ -97,6 +97,7 @@ def compare(name: str, directory: Path, setting: Setting, judge: Judging) -> Fou
     last = loss_of(judge, directory / "run" / f"checkpoint-{setting.steps}")
     begun = time.perf_counter()
     losses = losses_of_grid(directory, setting, judge)
+    losses["last"] = last
     of_grid = min(losses, key=losses.__getitem__)
     searching = time.perf_counter()
     winners, evaluated = {}, []
@@ -117,8 +118,8 @@ def compare(name: str, directory: Path, setting: Setting, judge: Judging) -> Fou
     return Found(
         name,
         last,
-        (of_grid, max(0.0, last - losses[of_grid])),
-        len(losses),
+        (of_grid, last - losses[of_grid]),
+        len(losses) - 1,
         winners["halving"],
         winners["soup"],
         (evaluated[0], evaluated[1]),
