@@ -61,7 +61,7 @@ class Contestant:
     """One average that was tried.
 
     Attributes:
-        name: as a result of it would be called; of a soup, what is in it.
+        name: as a result of it would be called; of a soup, the steps in it.
         round: in which it was tried, from 1.
         record: of it; its files are gone.
         evaluation: what decided.
@@ -352,8 +352,8 @@ def _judged(
     """A contestant with its evaluation, or with that of an earlier one which has almost the same weights."""
     name = record.output.name
     if candidate.soup:
-        steps = (str(step) for step, weight in zip(record.steps, record.weights, strict=True) if weight)
-        name = f"soup of steps {', '.join(steps)}"
+        steps = [str(step) for step, weight in zip(record.steps, record.weights, strict=True) if weight]
+        name = f"{'soup of steps' if len(steps) > 1 else 'step'} {', '.join(steps)}"
     for each in before.values():
         if not each.same_as and distance(each.record, record) < _SAME:
             return Contestant(name, number, record, each.evaluation, each.name)
@@ -370,9 +370,10 @@ def distance(one: Record, other: Record) -> float:
 def space_of(run: Run) -> Space:
     """What may be tried of a run: what its options of selection can say besides."""
     chosen, steps = run.selection, run.steps
-    intervals = len(steps) - 1
     is_even = len({after - before for before, after in itertools.pairwise(steps)}) == 1
-    strides = tuple(stride for stride in _STRIDES if is_even and chosen.every is None and intervals % stride == 0)
+    strides = tuple(
+        stride for stride in _STRIDES if is_even and chosen.every is None and (len(steps) - 1) % stride == 0
+    )
     # Which tensors all checkpoints have, and which ones are best, may be otherwise in a window.
     windows = not chosen.common_only and (chosen.best is None or chosen.every is None)
     return Space(len(steps) - run.anchor_is_init, strides, windows)

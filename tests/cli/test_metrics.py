@@ -54,7 +54,7 @@ def test_the_standard_error_is_not_the_metric_and_more_accuracy_is_better(run: P
     done = run_cli("sweep", run, "mean", "last", "dema", "--eval", ACCURACIES, "--eval-metric", "acc")
     assert done.exit_code == 0, done.stderr
     rows = {row.split()[0]: row for row in done.stdout.splitlines()[2:6]}
-    assert rows["average"].split()[-2:] == ["least", "acc"]
+    assert rows["average"].split()[-2:] == ["age", "acc"]
     assert rows["mean"].rstrip().endswith("0.5 ± 0.01")
     assert rows["last"].rstrip().endswith("0.75 ± 0.03  best")
     assert rows["dema-kappa0.5"].rstrip().endswith("0.73 ± 0.9  level with the best")
