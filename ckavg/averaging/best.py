@@ -33,9 +33,6 @@ from ckavg.storage.atomic import resolved
 Strategy = Literal["halving", "soup"]
 _STRATEGIES = {"halving": next_by_halving, "soup": next_in_soup}
 
-NAME = "best"
-"""Of the result."""
-
 Standing = Literal["better", "level", "unknown", "last"]
 """Of the winner: beyond the noise better than the last checkpoint; within the noise of it; the noise, or the value of
 the last checkpoint, is not known; it is the last checkpoint.
@@ -52,8 +49,8 @@ _SAME = 0.01
 
 _STRIDES = (2, 4)
 
-SCRATCH = ".ckavg-best-"
-"""How the name of a directory begins in which a round is, beside the place of the result."""
+NAME, SCRATCH = "best", ".ckavg-best-"
+"""Of the result; how the name of a directory begins in which a round is, beside it."""
 
 
 @dataclass(frozen=True, slots=True)
