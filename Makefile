@@ -38,7 +38,7 @@ BENCH ?=
 bench: .venv/.package
 	$(BIN)/python -m benchmarks $(BENCH)
 
-# Every number and figure of docs/evidence.md, made anew: about an hour on two cores, and 16 GB of temporary files.
+# Every number and figure of docs/evidence.md, made anew: under two hours on two cores, and 16 GB of temporary files.
 reproduce: .venv/.dev .venv/.finetune
 	$(BIN)/python -m benchmarks.evidence
 

@@ -30,6 +30,7 @@ from ckavg.schemes import (
 )
 
 if TYPE_CHECKING:
+    from ckavg.averaging.best import Best, best
     from ckavg.averaging.pipeline import average, measure_path
     from ckavg.averaging.plan import plan_average
     from ckavg.averaging.sources import open_run
@@ -49,6 +50,7 @@ __all__ = [
     "OUEMA",
     "PEMA",
     "Averaged",
+    "Best",
     "CkavgError",
     "Last",
     "Mean",
@@ -64,6 +66,7 @@ __all__ = [
     "__version__",
     "all_ranks",
     "average",
+    "best",
     "measure_path",
     "open_run",
     "plan_average",
@@ -73,6 +76,7 @@ __all__ = [
 
 _MODULES = {
     "Averaged": "output.record:Record",
+    "Best": "averaging.best",
     "PathLength": "path.table",
     "Progress": "engine.context",
     "Pushed": "hub",
@@ -80,6 +84,7 @@ _MODULES = {
     "Verified": "verify.findings",
     "all_ranks": "engine.distributed",
     "average": "averaging.pipeline",
+    "best": "averaging.best",
     "measure_path": "averaging.pipeline",
     "open_run": "averaging.sources",
     "plan_average": "averaging.plan",

@@ -31,6 +31,7 @@ _MANY_FILES = 10_240
 _VERBS = {
     **{scheme.name: described(scheme.name) for scheme in SCHEMES if scheme.has_verb},
     "sweep": "Form many averages from one reading of the checkpoints: every value of every scheme.",
+    "best": "Search for the average that your own command finds best, and compare it with the last checkpoint.",
     "path": "Measure how far the weights travelled: pass 1 alone, kept for later runs.",
     "inspect": "Show what was found, in which order, and what is wrong with it. Reads no weights without --deep.",
     "eval": "Compute the held-out loss of a causal language model on a text, in nats per token.",

@@ -233,6 +233,11 @@ def _evaluation(record: Record, level: str) -> str:
     error = "" if told.stderr is None else f" ± {told.stderr:.2g} (standard error)"
     metric = f"{_escaped(told.metric)} " if told.metric else ""
     goal = {"min": "Less is better.\n\n", "max": "More is better.\n\n"}.get(told.goal, "")
+    if told.best_of:
+        goal += (
+            f"These weights were chosen by that number, as the best of {told.best_of} candidates. So it is\n"
+            "optimistic, and no estimate of how good they are on other data.\n\n"
+        )
     return (
         f"{level}# Evaluation\n\nThis command, with the directory of these weights in the place of `{{dir}}`, printed "
         f"{metric}**{told.value:.10g}**{error}:\n\n    {_in_one_line(told.command)}\n\n{goal}"

@@ -166,6 +166,7 @@ class Evaluation:
         metric: its name; empty where the last number printed counts.
         stderr: standard error of the value; None where none is known.
         goal: whether the least or the greatest value is best; empty in records of earlier versions.
+        best_of: how many averages were evaluated, of which its value made this one the choice; 0: none did.
     """
 
     command: Text
@@ -174,6 +175,7 @@ class Evaluation:
     metric: Text = ""
     stderr: Number | None = None
     goal: EvaluationGoal = ""
+    best_of: Count = 0
 
 
 Curves = Sequence[tuple[str, Sequence[tuple[int, Evaluation]]]]

@@ -186,7 +186,7 @@ def test_a_table_survives_its_file(tmp_path: Path) -> None:
 def test_every_study_and_every_result_is_named_in_the_document() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     assert set(re.findall(r"\(evidence/(.+?)\)", text)) == {file.name for file in tables.RESULTS.iterdir()}
-    for study_name in ("quadratic", "parabola", "pretraining", "small_model", "language_model"):
+    for study_name in ("quadratic", "parabola", "pretraining", "small_model", "language_model", "search"):
         assert f"python -m benchmarks.evidence.{study_name}" in text
 
 

@@ -17,6 +17,7 @@ from benchmarks.evidence import (
     language_model_tables,
     pretraining,
     pretraining_run,
+    search,
     small_model_run,
     small_model_tables,
 )
@@ -57,6 +58,19 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+# --- the search ---
+
+
+def test_gains_of_all_runs_are_added_before_they_are_compared() -> None:
+    rich = search.Found("rich", 2.0, ("mean", 0.5), 70, ("ema", 0.4), ("last", 0.0), (12, 11), (1.0, 1.0))
+    poor = search.Found("poor", 2.0, ("mean", 0.0), 70, ("ema", 0.05), ("soup", 0.2), (11, 11), (1.0, 1.0))
+    table = search.table_of([rich, poor])
+    gains = [table.columns.index(f"gain of the {each}") for each in ("grid", "search", "soup")]
+    assert [table.rows[2][place] for place in gains] == pytest.approx([0.5, 0.45, 0.2])
+    assert [table.rows[3][place] for place in gains] == pytest.approx([1.0, 0.9, 0.4])
+    assert {len(row) for row in table.rows} == {len(table.columns)}
 
 
 # --- pretraining ---

@@ -64,6 +64,7 @@ def test_the_standard_error_is_not_the_metric_and_more_accuracy_is_better(run: P
     )
     assert evaluations(told.stdout)[1] == {
         "command": ACCURACIES, "value": 0.75, "problem": "", "metric": "acc", "stderr": 0.03, "goal": "max",
+        "best_of": 0,
     }  # fmt: skip
     assert {key: json.loads(told.stdout)[key] for key in ("best", "level")} == {
         "best": "last",

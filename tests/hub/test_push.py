@@ -131,6 +131,17 @@ def test_the_first_of_equals_is_uploaded_with_a_warning(hub: Hub, run: Path) -> 
     assert json.loads(hub.files(REPO)["ckavg.json"])["scheme"] == "dema"
 
 
+@pytest.mark.parametrize("best", ["mean", "last"])
+def test_the_best_of_a_search_is_uploaded_if_it_beats_the_last_checkpoint(hub: Hub, run: Path, best: str) -> None:
+    command = f"echo {{dir}} | grep -c {best}$"
+    options = ("--budget", "3", "--eval-goal", "max", "--push-to-hub", REPO)
+    done = run_cli("best", run, "--eval", f"{command} || true", *options)
+    assert done.exit_code == 0, done.output
+    assert (REPO in hub.repos and "ckavg.json" in hub.files(REPO)) == (best == "mean")
+    told = "Nothing is uploaded: the result is not shown to beat the last checkpoint. Continue with: ckavg push"
+    assert (told in done.stderr) == (best == "last")
+
+
 @pytest.mark.parametrize("verb", [("sweep", "mean", "last"), ("ema",)])
 def test_where_all_fail_nothing_is_uploaded(hub: Hub, run: Path, verb: tuple[str, ...]) -> None:
     name, *words = verb
