@@ -322,8 +322,12 @@ def test_the_tolerance_holds_for_numbers_of_every_size(tmp_path: Path, dtype: to
     for number, scheme in enumerate(AVERAGES):
         if isinstance(scheme, ckavg.BEMA) and scheme.burn_in > steps[-1]:
             continue
-        wide = dtype == torch.float16 and isinstance(scheme, ckavg.OUEMA | ckavg.BEMA | ckavg.DEMA)
-        result = ckavg.average(run, scheme, out=tmp_path / str(number), dtype="float32" if wide else "source")
+        if isinstance(scheme, ckavg.Weights):
+            scheme = ckavg.Weights(weights=[(-1) ** step * step for step in steps], normalize=True)
+        overflows = isinstance(scheme, ckavg.OUEMA | ckavg.BEMA | ckavg.DEMA | ckavg.Weights)
+        wide = dtype == torch.float16 and overflows
+        out = tmp_path / str(number)
+        result = ckavg.average(run, scheme, out=out, dtype="float32" if wide else "source", allow_anchor=True)
         assert ckavg.verify_result(result.directory, replay=True, seed=number, elements=10_000).problems == ()
 
 
