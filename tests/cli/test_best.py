@@ -223,7 +223,7 @@ def test_dry_run_says_what_the_disk_must_hold(run: Path, judge: Judge) -> None:
 @pytest.mark.parametrize("init", [False, True])
 def test_a_greedy_soup_against_one_by_hand(run: Path, judge: Judge, init: bool) -> None:
     """Model soups, Recipe 1, of the newest six: 12 evaluations allow 6 alone and 5 soups. A base model is not in it."""
-    optimum = 620.0
+    optimum = 650.0
 
     def loss(steps: list[int]) -> float:
         return abs(sum(steps) / len(steps) - optimum) / 100 + 1
