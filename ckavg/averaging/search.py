@@ -1,8 +1,9 @@
 """The search of `ckavg best`: which averages to try next, given the values of those tried so far. Pure.
 
 `halving` begins with a coarse grid over schemes, values and windows, the most different first, for half of the budget.
-Then it tries what lies around the best: twice and half its value and its window or, where a neighbour was tried, their
-geometric mean. When nothing is left there, the next best has its turn. `soup` is the greedy soup of Wortsman et al.,
+Then it takes large steps from the best, to half and twice its value and its window; then from the best of the second
+scheme, where its value is the least or the greatest tried; then small steps from the best, to its geometric mean with a
+neighbour. When nothing is left there, the next best has its turn. `soup` is the greedy soup of Wortsman et al.,
 Model soups, 2022, Recipe 1, of the newest checkpoints, as many as the budget can judge and add.
 
 Both begin with the last checkpoint, hang on what was tried alone, and use no random numbers.
@@ -137,49 +138,61 @@ def next_by_halving(tried: Tried, goal: Goal, space: Space, left: int) -> tuple[
 
     >>> tried = {Candidate("last"): 2.0, Candidate("ema", 0.2): 1.0, Candidate("ema", 0.1): 3.0}
     >>> [(each.value, each.window) for each in next_by_halving(tried, "min", Space(8), 9)]
-    [(0.141, 0), (0.4, 0), (0.2, 4)]
+    [(0.4, 0), (0.2, 4)]
     """
     if not tried:
         return tuple(grid(space)[: left // 2 + 1])
-    for best in ranked(tried, goal):
-        around = tuple(each for each in _around(best, tried, space) if each not in tried)
-        if around:
-            return around[:left]
+    order = [each for each in ranked(tried, goal) if each.scheme != LAST]
+    second = next((each for each in order if each.scheme != order[0].scheme), None)
+    for steps in (
+        *(_around(best, tried, space, large=True) for best in order[:1]),
+        *(() if second is None else (_beyond(second, tried),)),
+        *(_around(best, tried, space, large=large) for best in order for large in (False, True)),
+    ):
+        if untried := tuple(each for each in steps if each not in tried):
+            return untried[:left]
     return ()
 
 
-def _around(best: Candidate, tried: Tried, space: Space) -> Iterator[Candidate]:
-    """The neighbours of a candidate by its value, then by its window."""
-    if best.scheme == LAST:
+def _beyond(best: Candidate, tried: Tried) -> Iterator[Candidate]:
+    """Half and twice a value that is the least or the greatest tried of its scheme."""
+    family, value = _FAMILIES[best.scheme], best.value
+    if family is None or value is None:
         return
+    values = [each.value for each in tried if each.scheme == best.scheme and each.value is not None]
+    if value == min(values) > family.least:
+        yield replace(best, value=max(value / 2, family.least))
+    if value == max(values) < family.most:
+        yield replace(best, value=min(value * 2, family.most))
+
+
+def _around(best: Candidate, tried: Tried, space: Space, *, large: bool) -> Iterator[Candidate]:
+    """The neighbours of a candidate by its value, then by its window, at a large step or a small one."""
     family = _FAMILIES[best.scheme]
     if family is not None and best.value is not None:
         values = [each.value for each in tried if each.value and replace(each, value=best.value) == best]
-        for value in _between(best.value, values, family.least, family.most):
+        for value in _between(best.value, values, family.least, family.most, large=large):
             if not any(max(value, each) / min(value, each) < _FINEST for each in values):
                 yield replace(best, value=float(f"{value:.3g}"))
     if space.windows and best.stride == 1:
         windows = [each.window or space.count for each in tried if replace(each, window=best.window) == best]
-        for window in _between(best.window or space.count, windows, 2, space.count):
+        for window in _between(best.window or space.count, windows, 2, space.count, large=large):
             yield replace(best, window=round(window) % space.count)
 
 
-def _between(best: float, others: Sequence[float], least: float, most: float) -> Iterator[float]:
-    """The geometric mean of a value and its neighbour on each side; half and twice of it where there is none.
+def _between(best: float, others: Sequence[float], least: float, most: float, *, large: bool) -> Iterator[float]:
+    """On each side of a value, half or twice of it where it has no neighbour; or its geometric mean with one it has.
 
-    >>> list(_between(4, [1, 4], 1, 6))
-    [2.0, 6]
+    >>> list(_between(4, [1, 4], 1, 6, large=True)), list(_between(4, [1, 4], 1, 6, large=False))
+    ([6], [2.0])
     """
-    below, above = (max((each for each in others if each < best), default=None),
-                    min((each for each in others if each > best), default=None))  # fmt: skip
-    if below is not None:
-        yield math.sqrt(below * best)
-    elif best > least:
-        yield max(best / 2, least)
-    if above is not None:
-        yield math.sqrt(best * above)
-    elif best < most:
-        yield min(best * 2, most)
+    below = max((each for each in others if each < best), default=None)
+    above = min((each for each in others if each > best), default=None)
+    for neighbour, step, bound in ((below, max(best / 2, least), least), (above, min(best * 2, most), most)):
+        if neighbour is not None and not large:
+            yield math.sqrt(neighbour * best)
+        elif neighbour is None and large and best != bound:
+            yield step
 
 
 def next_in_soup(tried: Tried, goal: Goal, space: Space, left: int) -> tuple[Candidate, ...]:

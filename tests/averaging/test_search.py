@@ -59,7 +59,7 @@ def test_it_finds_the_window_of_a_mean(optimum: int) -> None:
         window = candidate.window or SPACE.count
         return math.log(window / optimum) ** 2 + (candidate.scheme != "mean") + (candidate.stride > 1)
 
-    found = ranked(searched(objective, 16), "min")[0]
+    found = ranked(searched(objective, 18), "min")[0]
     assert found.scheme == "mean"
     assert abs(math.log(found.window / optimum)) < 0.25
 
@@ -76,6 +76,19 @@ def test_a_best_value_beyond_the_bounds_ends_at_them() -> None:
 
     values = [each.value for each in searched(falling, 40) if each.scheme == "ema" and each.value is not None]
     assert min(values) == 0.01
+
+
+def test_the_second_scheme_takes_large_steps_before_the_best_takes_small_ones() -> None:
+    """So that a scheme whose first value is far off is not passed over, and a narrow optimum costs little."""
+
+    def objective(candidate: Candidate) -> float:
+        if candidate.scheme == "mean":
+            return 1.0 + (candidate.window > 0)
+        away = abs(math.log((candidate.value or 1.0) / 0.8)) if candidate.scheme == "ema" else 9.0
+        return 0.5 + away + (candidate.window > 0) + (candidate.stride > 1)
+
+    found = ranked(searched(objective, 12), "min")[0]
+    assert (found.scheme, found.value) == ("ema", 0.8)
 
 
 def noisy(candidate: Candidate) -> float | None:
