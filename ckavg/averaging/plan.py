@@ -19,7 +19,7 @@ from ckavg.checkpoints.trainer_log import Course, read_course
 from ckavg.errors import CkavgError, SettingError, listed, raise_all
 from ckavg.output.origin import Origin, find_origin
 from ckavg.output.output_path import CARD, is_result, output_path_problems, path_within, space_problems
-from ckavg.output.record import Record, is_mostly_anchor
+from ckavg.output.record import ALL_OTHERS, Record, is_mostly_anchor
 from ckavg.output.side_files import gather_side_files, name_of_weights
 from ckavg.output.staging import bring_back
 from ckavg.output.weight_files import WeightPlan, plan_weights
@@ -305,10 +305,10 @@ def _anchor_problem(plan: Plan) -> SettingError | None:
 
 def anchor_problem(plan: Plan, coefficients: Coefficients) -> SettingError | None:
     """The error where an average would be in effect its anchor, and that is not allowed."""
-    from ckavg.averaging.rules import effective_weights
-
-    if plan.options.allow_anchor:
+    if plan.options.allow_anchor or coefficients.anchor_weight < 1 - 2 * ALL_OTHERS:
         return None
+    from ckavg.averaging.rules import effective_weights  # and with it torch, which a plan can do without
+
     weights, start = effective_weights(coefficients), coefficients.start
     if not is_mostly_anchor(weights, start, len(weights) - 1):
         return None

@@ -36,7 +36,7 @@ MOST_BYTES = 32 << 20
 MOST_VALUES = 1_000_000
 """Some 250 bytes each, once they are parsed."""
 
-_ALL_OTHERS = 0.01
+ALL_OTHERS = 0.01
 _LARGEST = 2**63
 _SHOWN = 60
 _MESSAGES = {"missing": "missing", "tuple_type": "a list", "dict_type": "an object", "dataclass_type": "an object"}
@@ -349,7 +349,7 @@ def is_mostly_anchor(weights: Sequence[float], start: int, last: int) -> bool:
     whatever its sign. One that also ends there is rather the last checkpoint.
     """
     others = math.fsum(abs(weight) for place, weight in enumerate(weights) if place != start)
-    return start < last and others <= _ALL_OTHERS
+    return start < last and others <= ALL_OTHERS
 
 
 def is_address(place: object) -> bool:

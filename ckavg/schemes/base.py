@@ -94,6 +94,23 @@ class Coefficients:
             return given
         return 1.0 - ((self.alphas[index] or 0.0) if self.alphas is not None else 0.0)
 
+    @property
+    def anchor_weight(self) -> float:
+        """Weight of θ_start in the average: what the update rule makes of 1 there and 0 in all later checkpoints.
+
+        >>> Coefficients("bema", 0, (None, 0.5, 0.5), (None, 0.25, 0.125)).anchor_weight
+        0.125
+        """
+        average = second = 1.0
+        for index in range(self.start + 1, len(self.betas)):
+            beta = 1.0 if (given := self.betas[index]) is None else given
+            corrected = 1 - 1 / self.complement(index) if self.rule == "ouema" else 0.0
+            average += beta * (corrected - (1.0 if self.rule == "sum" else average))
+            second += beta * (average - second)
+        if self.rule == "bema" and self.start + 1 < len(self.betas):
+            return average - (1 - self.complement(-1))
+        return 2 * average - second if self.rule == "dema" else average
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme(abc.ABC):

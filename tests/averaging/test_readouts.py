@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import ckavg
+from ckavg.averaging.rules import effective_weights
 from ckavg.errors import SettingError
 from ckavg.output.record import read_record
 from tests.cli.runner import run_cli
@@ -42,6 +43,26 @@ def test_they_follow_from_the_weights(source: Path, scheme: ckavg.schemes.Scheme
     assert record.mean_age == pytest.approx(np.sum(weights * (300 - np.array(STEPS))), abs=1e-12)
     assert record.anchor_weight == record.weights[STEPS.index(record.anchor_step)]
     assert ckavg.verify_result(record.directory).problems == ()
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        ckavg.EMA(),
+        ckavg.BEMA(eta=0.0),
+        ckavg.BEMA(burn_in=300),
+        ckavg.OUEMA(burn_in=100),
+        ckavg.DEMA(),
+        ckavg.Mean(),
+        ckavg.Last(),
+        ckavg.Weights(weights=(0.5, -0.25, 0.75, 0.0)),
+    ],
+    ids=lambda s: s.label,
+)
+def test_the_weight_of_the_anchor_is_known_without_tensors(scheme: ckavg.schemes.Scheme) -> None:
+    coefficients = scheme.coefficients(ckavg.schemes.Timeline(STEPS))
+    expected = effective_weights(coefficients)[coefficients.start]
+    assert coefficients.anchor_weight == pytest.approx(expected, abs=1e-15)
 
 
 @pytest.mark.parametrize("name", ["effective_count", "mean_age", "anchor_weight"])

@@ -116,16 +116,20 @@ def test_a_trainer_state_that_may_not_be_read_is_a_warning(run: Path) -> None:
 
 @pytest.mark.parametrize("home", all_but(("/nonexistent",), ["", "/nonexistent", "/dev/null", "/proc"]))
 def test_homes(run: Path, home: str) -> None:
-    done = ckavg("pema", run, "--quiet", env={"HOME": home, "XDG_CACHE_HOME": "", "TMPDIR": "/nonexistent"})
+    done = ckavg(
+        "pema", run, "--gamma", "0.05", "--quiet", env={"HOME": home, "XDG_CACHE_HOME": "", "TMPDIR": "/nonexistent"}
+    )
     assert (done.returncode, done.stderr) == (0, b"")
-    assert visible(run / "averaged") == ["path.json", "pema-gamma0.15"]
+    assert visible(run / "averaged") == ["path.json", "pema-gamma0.05"]
 
 
 @needs_rights
 def test_nowhere_to_keep_the_path(run: Path, tmp_path: Path) -> None:
     run.chmod(0o555)
     env = {"HOME": "/nonexistent", "XDG_CACHE_HOME": "", "TMPDIR": "/nonexistent"}
-    done = ckavg("pema", run, "--quiet", "--out", tmp_path / "out", preexec=without_root_rights, env=env)
+    done = ckavg(
+        "pema", run, "--gamma", "0.05", "--quiet", "--out", tmp_path / "out", preexec=without_root_rights, env=env
+    )
     assert (done.returncode, done.stderr) == (0, b"")
 
 
