@@ -197,15 +197,16 @@ def _check_files(report: Report, directory: Path, record: Record, parts: Mapping
         check_others(report, part, () if part.prefix else snapshots)
     present = check_files(report, list(parts.values()), within=directory)
     copied = frozenset(record.copied)
+    named = {"copied": copied, "infinite": frozenset(record.infinite), "uncorrected": frozenset(record.uncorrected)}
     opened: dict[int, tuple[str, Checkpoint]] = {}
-    unknown: list[str] = []
+    unknown: dict[str, str] = {}
     for (index, part), sizes in zip(parts.items(), present, strict=True):
         if all(name in sizes for name in part.output.files if name.endswith(".safetensors")):
             checkpoint = open_weights(report, part, sizes)
             if checkpoint is not None:
                 floating = {name for name, entry in checkpoint.entries.items() if entry.is_floating}
-                unknown = sorted(copied - floating)
+                unknown |= {field: min(names - floating) for field, names in named.items() if names - floating}
                 opened[index] = part.prefix, checkpoint.with_copied(copied)
-    if unknown:
-        report.problem("record", f"copied names {unknown[0]!r}, which is no floating tensor of the result.")
+    for field, name in unknown.items():
+        report.problem("record", f"{field} names {name!r}, which is no floating tensor of the result.")
     return opened

@@ -296,14 +296,16 @@ def test_other_runs(
     assert "Traceback" not in damaged.output
 
 
-@pytest.mark.parametrize("name", ["nowhere", "position_ids", ""])
-def test_copied_names_tensors_of_the_result(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("field", "name"), [("copied", "nowhere"), ("copied", "position_ids"), ("infinite", ""), ("uncorrected", "nowhere")]
+)
+def test_what_a_record_names_are_tensors_of_the_result(tmp_path: Path, field: str, name: str) -> None:
     result = ckavg.average(ckavg.open_run(partly_frozen(tmp_path / "run"), common_only=True), ckavg.EMA()).directory
     record = json.loads((result / "ckavg.json").read_text())
     assert record["copied"] == ["bias", "odd"]
-    (result / "ckavg.json").write_text(json.dumps(record | {"copied": [*record["copied"], name]}))
+    (result / "ckavg.json").write_text(json.dumps(record | {field: [*record[field], name]}))
     problems = ckavg.verify_result(result).problems
-    assert f"copied names {name!r}, which is no floating tensor of the result." in problems
+    assert f"{field} names {name!r}, which is no floating tensor of the result." in problems
 
 
 @pytest.mark.parametrize("dtype", all_but((torch.bfloat16, torch.float32), DTYPES.values()), ids=DTYPES)
