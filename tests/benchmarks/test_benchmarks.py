@@ -79,6 +79,7 @@ def test_the_reference_the_obvious_loop_and_ckavg_measure_one_path(arena: Arena)
     assert path_length(weight_files(arena.run)) == pytest.approx(arena.path_length, rel=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_a_right_result_has_a_time(arena: Arena) -> None:
     sample = attempt(command(PEMA), arena, State.WARM)
     assert 0 < sample.outside_seconds < sample.seconds

@@ -173,6 +173,7 @@ def test_it_is_told_nothing_of_the_job(tmp_path: Path, monkeypatch: pytest.Monke
     assert os.environ["RANK"] == "0"
 
 
+@pytest.mark.exhaustive
 def test_it_may_start_torch_distributed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in OF_A_JOB.items():
         monkeypatch.setenv(name, value)

@@ -398,6 +398,7 @@ def test_nothing_is_asked_where_nothing_is_to_be_pushed(hub: Hub, run: Path) -> 
     assert hub.requests == []
 
 
+@pytest.mark.exhaustive
 def test_one_process_of_a_job_uploads(hub: Hub, run: Path, tmp_path: Path) -> None:
     words = ("ema", run, "--push-to-hub")
     jobs = tmp_path / "jobs"

@@ -311,6 +311,7 @@ def test_on_the_command_line(hub: Hub, source: str, tmp_path: Path) -> None:
     assert weights_of(out) == weights_of(tmp_path / "here")
 
 
+@pytest.mark.exhaustive
 def test_a_revision_that_is_another_one_by_then(hub: Hub, source: str, tmp_path: Path) -> None:
     """What was finished of other weights is not taken for these."""
     out = tmp_path / "out"

@@ -56,6 +56,7 @@ def test_revisions_offline(hub: Hub, repo: Repo, expected: dict[str, bytes], tmp
     assert hub.requests == []
 
 
+@pytest.mark.exhaustive
 def test_the_anchor_and_folders_offline(hub: Hub, run: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     publish_folders(hub, REPO, run, revision="v2")
     out = str(tmp_path / "out")

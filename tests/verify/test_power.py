@@ -94,6 +94,7 @@ def test_one_wrong_element(source: Path, tmp_path: Path) -> None:
     assert 6 <= sum(noticed(result, seed, elements=total * 3 // 10) for seed in range(60)) <= 30
 
 
+@pytest.mark.exhaustive
 def test_every_bit_of_an_element_that_is_drawn(source: Path, tmp_path: Path) -> None:
     """The last bit of a bfloat16 number is a whole unit, and more than half a unit is not allowed."""
     result = ckavg.average(ckavg.open_run(source), ckavg.PEMA(), out=tmp_path / "out").directory

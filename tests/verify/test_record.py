@@ -74,7 +74,7 @@ def put(record: Any, path: tuple[Any, ...], value: Any) -> Any:
     return changed
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_value_anywhere(made: tuple[Path, dict[str, Any]], data: st.DataObject) -> None:
     """Most are refused; what is not changes nothing that is checked, or is found to be wrong. Replayed all the same."""
