@@ -263,7 +263,8 @@ class Search:
         """The plans of what is tried next, each in a directory under its own name; empty when the search is over."""
         left = self.budget - _evaluated(contestants.values())
         tried = {candidate: each.value for candidate, each in contestants.items()}
-        candidates = _STRATEGIES[self.strategy](tried, self.goal, space_of(self.run), left) if left else ()
+        ages = {candidate: each.record.mean_age or 0.0 for candidate, each in contestants.items()}
+        candidates = _STRATEGIES[self.strategy](tried, self.goal, space_of(self.run), left, ages) if left else ()
         wanted = []
         for candidate in candidates:
             run, scheme = self._recipe(candidate)

@@ -1,10 +1,10 @@
 """The search of `ckavg best`: which averages to try next, given the values of those tried so far. Pure.
 
 `halving` begins with a coarse grid over schemes, values and windows, the most different first, for half of the budget.
-Then it takes large steps from the best, to half and twice its value and its window; then from the best of the second
-scheme, where its value is the least or the greatest tried; then small steps from the best, to its geometric mean with a
-neighbour. When nothing is left there, the next best has its turn. `soup` is the greedy soup of Wortsman et al.,
-Model soups, 2022, Recipe 1, of the newest checkpoints, as many as the budget can judge and add.
+Then it takes large steps from the best, to half and twice its value and its window; then one from the best of each
+other scheme, towards the age of the best; then small steps from the best, to its geometric mean with a neighbour. When
+nothing is left there, the next best has its turn. `soup` is the greedy soup of Wortsman et al., Model soups, 2022,
+Recipe 1, of the newest checkpoints, as many as the budget can judge and add.
 
 Both begin with the last checkpoint, hang on what was tried alone, and use no random numbers.
 """
@@ -84,6 +84,9 @@ class Candidate:
 Tried = Mapping[Candidate, float | None]
 """The value of each candidate, in the order in which they were tried; None where its evaluation failed."""
 
+Ages = Mapping[Candidate, float]
+"""The mean age of each, in optimizer steps."""
+
 
 @dataclass(frozen=True, slots=True)
 class Space:
@@ -133,20 +136,20 @@ def grid(space: Space) -> list[Candidate]:
     return [Candidate(LAST), *(each for _, each in sorted(places, key=lambda place: place[0]))]
 
 
-def next_by_halving(tried: Tried, goal: Goal, space: Space, left: int) -> tuple[Candidate, ...]:
+def next_by_halving(tried: Tried, goal: Goal, space: Space, left: int, ages: Ages) -> tuple[Candidate, ...]:
     """What to try next, at most `left`; empty when the search is over.
 
     >>> tried = {Candidate("last"): 2.0, Candidate("ema", 0.2): 1.0, Candidate("ema", 0.1): 3.0}
-    >>> [(each.value, each.window) for each in next_by_halving(tried, "min", Space(8), 9)]
+    >>> [(each.value, each.window) for each in next_by_halving(tried, "min", Space(8), 9, {})]
     [(0.4, 0), (0.2, 4)]
     """
     if not tried:
         return tuple(grid(space)[: left // 2 + 1])
     order = [each for each in ranked(tried, goal) if each.scheme != LAST]
-    second = next((each for each in order if each.scheme != order[0].scheme), None)
+    leaders = {each.scheme: each for each in reversed(order)}
     for steps in (
         *(_around(best, tried, space, large=True) for best in order[:1]),
-        *(() if second is None else (_beyond(second, tried),)),
+        *(_towards(order[0], each, tried, ages) for each in order[1:] if each == leaders[each.scheme]),
         *(_around(best, tried, space, large=large) for best in order for large in (False, True)),
     ):
         if untried := tuple(each for each in steps if each not in tried):
@@ -154,16 +157,19 @@ def next_by_halving(tried: Tried, goal: Goal, space: Space, left: int) -> tuple[
     return ()
 
 
-def _beyond(best: Candidate, tried: Tried) -> Iterator[Candidate]:
-    """Half and twice a value that is the least or the greatest tried of its scheme."""
-    family, value = _FAMILIES[best.scheme], best.value
+def _towards(best: Candidate, other: Candidate, tried: Tried, ages: Ages) -> Iterator[Candidate]:
+    """Twice a value that is the greatest tried of its scheme where the best average is older, or half of the least
+    where it is younger: an average is the older, the larger its value.
+    """
+    family, value = _FAMILIES[other.scheme], other.value
     if family is None or value is None:
         return
-    values = [each.value for each in tried if each.scheme == best.scheme and each.value is not None]
-    if value == min(values) > family.least:
-        yield replace(best, value=max(value / 2, family.least))
-    if value == max(values) < family.most:
-        yield replace(best, value=min(value * 2, family.most))
+    values = [each.value for each in tried if each.scheme == other.scheme and each.value is not None]
+    older = ages.get(best, 0.0) - ages.get(other, 0.0)
+    if older < 0 and value == min(values) > family.least:
+        yield replace(other, value=max(value / 2, family.least))
+    if older > 0 and value == max(values) < family.most:
+        yield replace(other, value=min(value * 2, family.most))
 
 
 def _around(best: Candidate, tried: Tried, space: Space, *, large: bool) -> Iterator[Candidate]:
@@ -195,10 +201,10 @@ def _between(best: float, others: Sequence[float], least: float, most: float, *,
             yield step
 
 
-def next_in_soup(tried: Tried, goal: Goal, space: Space, left: int) -> tuple[Candidate, ...]:
+def next_in_soup(tried: Tried, goal: Goal, space: Space, left: int, ages: Ages) -> tuple[Candidate, ...]:
     """What to try next of a greedy soup, at most `left`: each checkpoint alone, then one soup after the other.
 
-    >>> [each.soup or each.scheme for each in next_in_soup({}, "min", Space(9), 4)]
+    >>> [each.soup or each.scheme for each in next_in_soup({}, "min", Space(9), 4, {})]
     ['last', (7,)]
     """
     last = space.count - 1
