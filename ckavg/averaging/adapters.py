@@ -17,6 +17,7 @@ from ckavg.checkpoints.adapters import (
     config_file,
     configs_of,
     find_pairs,
+    hold_factors,
     names_of_pairs,
     no_adapter,
     with_config,
@@ -92,8 +93,6 @@ def find_products(run: Run, lora: str | None, rank: int | None) -> Products | No
 
 def check_holds_adapter(run: Run) -> None:
     """Refuse a run without any factor of a product by its names."""
-    from ckavg.averaging.advice import hold_factors
-
     if not (names_of_pairs(run.last) or hold_factors(run.tensors)):
         raise no_adapter(run.last)
 

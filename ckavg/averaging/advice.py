@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Collection, Iterable, Sequence
 
+from ckavg.checkpoints.adapters import hold_factors
 from ckavg.checkpoints.run import Run
 from ckavg.checkpoints.trainer_log import Course, Series, learning_rates
 from ckavg.errors import listed
@@ -30,6 +31,7 @@ from ckavg.schemes import (
     Scheme,
     Weights,
 )
+from ckavg.schemes.base import effective_count, mean_age
 
 _NAMED = 3
 _FAR = 4.0
@@ -87,9 +89,6 @@ _CONSTANT = 0.9
 
 _WITHOUT_ANCHOR = (Mean, PowerEMA, PowerExponentEMA, Weights)
 """Schemes for which the first checkpoint is one like the others."""
-
-_FACTORS = ("lora_", "hada_", "lokr_", "vera_lambda_")
-"""How parts of tensor names begin that hold a factor of a product: LoRA, LoHa, LoKr, VeRA."""
 
 
 def before(
@@ -175,8 +174,7 @@ def about_trend(
         weights: effective weight of each.
         tried: names of the results that are there already, or are made at the same time.
     """
-    lag = math.fsum(weight * (steps[-1] - step) for weight, step in zip(weights, steps, strict=True))
-    count = 1 / math.fsum(weight**2 for weight in weights)
+    lag, count = mean_age(steps, weights), effective_count(weights)
     metric = course.metric if course.metric == "eval_loss" else "The training loss"
     if course.trend == "falling" and count >= _SOME and lag > 0:
         choices = _narrower(scheme, len(steps), tried)
@@ -199,11 +197,11 @@ def _narrower(scheme: Scheme, count: int, tried: Collection[str]) -> list[str]:
     return []
 
 
-def _wider(scheme: Scheme, steps: Sequence[int], effective_count: float, tried: Collection[str]) -> list[str]:
+def _wider(scheme: Scheme, steps: Sequence[int], count: float, tried: Collection[str]) -> list[str]:
     """What averages over more than a scheme, of what was not tried."""
     if not isinstance(scheme, PEMA | EMA):
         return []
-    if effective_count < _SOME:  # on a short path, no power changes much
+    if count < _SOME:  # on a short path, no power changes much
         return [] if _is_tried("mean", tried) else ["mean"]
     every = _wider_interval(steps) if scheme.gamma <= _NARROW_POWER else None
     if every and not _is_tried(f"{scheme.label}-every{every}", tried):
@@ -300,17 +298,12 @@ def _wider_interval(steps: Sequence[int]) -> int | None:
     return every if kept > _FEWEST else None
 
 
-def hold_factors(names: Iterable[str]) -> bool:
-    """Whether tensors, by their names, are factors of a product, as in low-rank adapters."""
-    return any(part.startswith(_FACTORS) for name in names for part in name.split("."))
-
-
 def about_adapters(names: Iterable[str]) -> tuple[str, ...]:
     """What the names of the tensors tell: whether they are factors, whose product is what acts on the model."""
     names = list(names)
     if not hold_factors(names):
         return ()
-    is_lora = any(part.startswith("lora_") for name in names for part in name.split("."))
+    is_lora = hold_factors(names, ("lora_",))
     return (
         "These are low-rank adapters, whose factors A and B are averaged each by itself: the product of the means is "
         "near the mean of the products BA, but not the same. "

@@ -10,23 +10,19 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ckavg.averaging.evaluation import Criterion
 from ckavg.checkpoints.fingerprints import fingerprint
 from ckavg.checkpoints.run import Checkpoint, Run
 from ckavg.output.record import Evaluation, Output
 from ckavg.path.cache import cache_files
-from ckavg.storage.atomic import write_bytes
-from ckavg.storage.local import parse_json, read_small
+from ckavg.storage.table import load_table, not_believed, save_table
 
 NAME = "evaluations.json"
 
 _FORMAT = 1
-_CHECKSUM = "sha256"
 _MOST_BYTES = 1 << 26
 _KEY_LETTERS = 64
 
@@ -57,12 +53,7 @@ class EvaluationCache:
         if anew:
             return cls(criterion, files)
         loaded = {file: _load(file) for file in files}
-        warnings = tuple(
-            f"{file} is not as this version of ckavg writes it: damaged, edited, or of another version. It is not "
-            "believed; what it held is evaluated again."
-            for file, values in loaded.items()
-            if values is None
-        )
+        warnings = tuple(not_believed(file, "evaluated") for file, values in loaded.items() if values is None)
         values = {key: value for each in reversed(loaded.values()) for key, value in (each or {}).items()}
         return cls(criterion, files, values, warnings)
 
@@ -95,22 +86,20 @@ class EvaluationCache:
         for file in self.files:
             table = {"format": _FORMAT, "evaluations": (_load(file) or {}) | {key: self.values[key]}}
             with contextlib.suppress(OSError):  # what is there may be somebody else's, too
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_bytes(file, _as_bytes(table | {_CHECKSUM: _checksum(table)}), follow=False)
+                save_table(file, table)
                 return
 
 
 def _load(file: Path) -> Values | None:
     """What a file holds as it was written; empty where none can be read, None where it is not as it was written."""
+    table = load_table(file, _FORMAT, most_bytes=_MOST_BYTES, follow=False)
+    if not table:
+        return None if table is None else {}
+    if table.keys() != {"format", "evaluations"}:
+        return None
     try:
-        table = parse_json(read_small(file, _MOST_BYTES, follow=False))
-        checksum = table.pop(_CHECKSUM)
-        if table.keys() != {"format", "evaluations"} or table["format"] != _FORMAT or checksum != _checksum(table):
-            return None
         return {_checked_key(key): _checked(*pair) for key, pair in table["evaluations"].items()}
-    except OSError:
-        return {}
-    except (ValueError, RecursionError, AttributeError, TypeError, KeyError):
+    except (ValueError, OverflowError, AttributeError, TypeError, KeyError):
         return None
 
 
@@ -126,11 +115,3 @@ def _checked(value: float, stderr: float | None) -> tuple[float, float | None]:
     if stderr is not None and (type(stderr) not in (int, float) or not 0 <= stderr < math.inf):
         raise ValueError(stderr)
     return float(value), None if stderr is None else float(stderr)
-
-
-def _checksum(table: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_as_bytes(table)).hexdigest()
-
-
-def _as_bytes(table: Mapping[str, Any]) -> bytes:
-    return json.dumps(table, separators=(",", ":")).encode()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckavg.checkpoints.configs import ADAPTER_CONFIG
 from ckavg.errors import EvaluationError, ReadError, SettingError, listed
 from ckavg.output.side_files import CONFIG
 from ckavg.storage.local import read_small
@@ -19,7 +20,6 @@ from ckavg.storage.local import read_small
 if TYPE_CHECKING:
     from torch import Tensor
 
-ADAPTER_CONFIG = "adapter_config.json"
 DEFAULT_LENGTH = 1024
 """Tokens of a window, where the model takes as many: what most small models were trained with."""
 

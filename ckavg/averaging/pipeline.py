@@ -216,7 +216,8 @@ def _carry_out(reading: Reading, context: Context) -> tuple[tuple[Record, ...], 
         if ranks.is_first:
             for directory in {resolved(plan.out).parent for plan in plans}:
                 remove_stale(directory)
-        fingerprints = {id(plan.run): file_fingerprints(plan.run) for plan in plans}
+        runs = {id(plan.run): plan.run for plan in plans}
+        fingerprints = {key: file_fingerprints(each) for key, each in runs.items()}
         fetch(fetching_of(plans), context.on_progress)
         stagings = stage(plans, ranks, stack)
         compared = check_constant(run, {*reading.places}, context)

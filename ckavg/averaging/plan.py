@@ -158,11 +158,16 @@ class Plan:
     @property
     def foreseen(self) -> tuple[str, ...]:
         """What can be said of the coefficients before anything is read; a result's record says it, too."""
+        known = self.known_coefficients
+        return () if known is None else advice.about_coefficients(self.scheme, known, self.run.steps)
+
+    @property
+    def known_coefficients(self) -> Coefficients | None:
+        """β and α, where they can be told before anything is read; None where they hang on the path."""
         if self.scheme.needs_path:
-            return ()
+            return None
         timeline = Timeline(self.run.steps, anchor_is_init=self.run.anchor_is_init)
-        coefficients = self.scheme.coefficients(timeline).sparing(averaged_statistics(self.run.tensors))
-        return advice.about_coefficients(self.scheme, coefficients, self.run.steps)
+        return self.scheme.coefficients(timeline).sparing(averaged_statistics(self.run.tensors))
 
     @property
     def path_bytes(self) -> int:
@@ -228,7 +233,7 @@ def plan_averages(wanted: Sequence[Wanted], options: Options | None = None) -> l
         )
         # Each by itself: those that do not fit together are refused where they are carried out together.
         problems += space_problems([(plan.out, plan.write_bytes)])
-        problems += [] if (problem := _anchor_problem(plan)) is None else [problem]
+        problems += [] if (problem := anchor_problem(plan, plan.known_coefficients)) is None else [problem]
     raise_all(worst_first(problems))
     return plans
 
@@ -294,18 +299,11 @@ def _results_in(directory: Path) -> frozenset[str]:
         return frozenset()
 
 
-def _anchor_problem(plan: Plan) -> SettingError | None:
-    """What speaks against an average whose weights are known before anything is read."""
-    if plan.scheme.needs_path:
-        return None
-    timeline = Timeline(plan.run.steps, anchor_is_init=plan.run.anchor_is_init)
-    coefficients = plan.scheme.coefficients(timeline).sparing(averaged_statistics(plan.run.tensors))
-    return anchor_problem(plan, coefficients)
-
-
-def anchor_problem(plan: Plan, coefficients: Coefficients) -> SettingError | None:
-    """The error where an average would be in effect its anchor, and that is not allowed."""
-    if plan.options.allow_anchor or coefficients.anchor_weight < 1 - 2 * ALL_OTHERS:
+def anchor_problem(plan: Plan, coefficients: Coefficients | None) -> SettingError | None:
+    """The error where an average would be in effect its anchor, and that is not allowed; None as long as its
+    coefficients are not known.
+    """
+    if coefficients is None or plan.options.allow_anchor or coefficients.anchor_weight < 1 - 2 * ALL_OTHERS:
         return None
     from ckavg.averaging.rules import effective_weights  # and with it torch, which a plan can do without
 

@@ -107,8 +107,8 @@ def fetching_of(plans: Sequence[Plan]) -> Fetching | None:
     """What carrying out these plans fetches, and how; None for a run on this machine."""
     fetched: dict[RemotePath, float] = {}
     for reading in readings(plans):
-        path_read = reading.paths.to_read if reading.paths and reading.path_bytes else ()
-        sample, to_replay = reading.paths.sample if reading.paths else 0.0, reading.to_replay
+        paths, to_replay = reading.paths, reading.to_replay
+        path_read, sample = (paths.to_read, paths.sample) if paths and paths.nbytes(reading.run) else ((), 0.0)
         for place in range(len(reading.run.checkpoints)):
             _add(fetched, reading.run, place, sample * (place in path_read) + (place in to_replay))
     return plan_fetching(fetched, other_bytes=sum(plan.write_bytes for plan in plans)) if fetched else None
@@ -117,8 +117,9 @@ def fetching_of(plans: Sequence[Plan]) -> Fetching | None:
 def fetching_of_path(run: Run, path: PathPlan) -> Fetching | None:
     """What measuring a path fetches, and how; None for a run on this machine."""
     fetched: dict[RemotePath, float] = {}
+    to_read = path.to_read if path.nbytes else ()
     for place in range(len(run.checkpoints)):
-        _add(fetched, run, place, path.sample * (path.nbytes > 0 and place in path.to_read))
+        _add(fetched, run, place, path.sample * (place in to_read))
     return plan_fetching(fetched, other_bytes=0) if fetched else None
 
 

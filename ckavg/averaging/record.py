@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from ckavg.output.record import Input, Output, Record, Seconds
 from ckavg.output.weight_files import sha256
 from ckavg.path.table import PathLength
 from ckavg.schemes import Coefficients
+from ckavg.schemes.base import effective_count, mean_age
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,8 +117,8 @@ def record_of(plan: Plan, coefficients: Coefficients, path: PathLength | None, w
 def _readouts(steps: Sequence[int], weights: Sequence[float], start: int, last: int) -> dict[str, Any]:
     """What the weights of an average after checkpoint `last` say of it, by the names of a record."""
     return {
-        "effective_count": 1 / math.fsum(weight**2 for weight in weights),
-        "mean_age": math.fsum(weight * (steps[last] - step) for weight, step in zip(weights, steps, strict=True)),
+        "effective_count": effective_count(weights),
+        "mean_age": mean_age(steps, weights, last),
         "anchor_weight": weights[start],
     }
 

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +30,9 @@ _FACTOR = re.compile(
     r"lora[_.](?P<kohya>down|up)\.weight)|(?P<processor>.+_lora)\.(?P<diffusers>down|up)\.weight"
 )
 """A factor as PEFT, sd-scripts and diffusers name it; `down` is A."""
+
+_FACTOR_PREFIXES = ("lora_", "hada_", "lokr_", "vera_lambda_")
+"""How parts of tensor names begin that hold a factor of a product: LoRA, LoHa, LoKr, VeRA."""
 
 _OTHER = re.compile(
     r"(?:.*\.)?(?:lora_(?:mid|E|diag|magnitude\w*|[ab])|dora_scale|hada_\w+|lokr_\w+|oft_\w+|boft_\w+|vera_\w+)"
@@ -120,6 +123,11 @@ def no_adapter(checkpoint: Checkpoint) -> UnsupportedFormatError:
         f"{checkpoint.path} holds no low-rank adapter: no file of lora_A and lora_B, or lora_down and lora_up.",
         hint="Leave out --lora: it is for adapters as PEFT, diffusers and sd-scripts save them.",
     )
+
+
+def hold_factors(names: Iterable[str], prefixes: tuple[str, ...] = _FACTOR_PREFIXES) -> bool:
+    """Whether tensors, by their names, are factors of a product, as in low-rank adapters."""
+    return any(part.startswith(prefixes) for name in names for part in name.split("."))
 
 
 def names_of_pairs(checkpoint: Checkpoint) -> frozenset[str]:

@@ -172,7 +172,9 @@ class Loader:
                 )
             if self._selection.best > len(steps) - len(absent):
                 told.append(f"--best {self._selection.best} asks for more checkpoints than have a {metric}.")
-            told.append(f"Chosen by {metric}, which is optimistic for them now: judge the average on other data.")
+            told.append(
+                f"Chosen by {metric}, which is optimistic for these checkpoints: judge the average on other data."
+            )
         for path, why in self._incomplete.items():
             first = why.errors[0] if isinstance(why, CombinedError) else why
             told.append(f"{path.name} is incomplete and left out: {first.message}")

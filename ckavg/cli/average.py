@@ -168,10 +168,8 @@ def plans_of(
             check_file(options.csv, run)
         check_report(options, run)
     by_selection = dict(zip(words, runs, strict=True))
-    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
-    given["path_exclude"] = tuple(options.path_exclude or ())
     wanted = [(by_selection[each.selection], each.scheme, place) for each, place in zip(asked, places, strict=True)]
-    plans = plan_averages(wanted, Options(**given))
+    plans = plan_averages(wanted, library_options(options))
     warn_of(attributed([(plan, plan.warnings) for plan in plans]))
     for directory in {place.parent: None for place in places}:
         warn_of(map(str, find_leftovers(directory, but=places)))
@@ -180,6 +178,12 @@ def plans_of(
     if options.dry_run:
         warn_of(attributed([(plan, plan.foreseen) for plan in plans]))
     return plans
+
+
+def library_options(options: Averaging) -> Options:
+    """What the options of a verb ask for, as the library takes it."""
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
+    return Options(**given | {"path_exclude": tuple(options.path_exclude or ())})
 
 
 def attributed(told: Sequence[tuple[Plan, Sequence[str]]]) -> list[str]:

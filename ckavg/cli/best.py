@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from rich.filesize import decimal
 
 from ckavg.averaging.best import NAME, SCRATCH, Best, Search
-from ckavg.averaging.evaluation import Criterion, Outcome, evaluate
+from ckavg.averaging.evaluation import DIRECTORY, Criterion
 from ckavg.averaging.evaluation_cache import EvaluationCache
 from ckavg.averaging.pipeline import Done
-from ckavg.averaging.plan import Options, Plan, checked
+from ckavg.averaging.plan import Plan, checked
 from ckavg.averaging.reading import readings
 from ckavg.averaging.sources import inspect_sources
 from ckavg.checkpoints.run import Run
-from ckavg.cli.average import carry_out_shown
+from ckavg.cli.average import carry_out_shown, library_options
 from ckavg.cli.errors import distributed
-from ckavg.cli.evaluation import criterion_from, shown_value
+from ckavg.cli.evaluation import Job, add_said, criterion_from, judge, shown_value
 from ckavg.cli.options import Averaging, evaluation, with_options
 from ckavg.cli.push import destination_of, push_shown
 from ckavg.cli.text import Output, plain_table, print_json, quoted, say, warn, warn_of
@@ -75,47 +75,46 @@ def _search(options: Searching, ranks: Ranks) -> None:
         return
     if destination is not None:
         check_access(destination, first.files)
-    judge = _Judging(criterion, search.run, options)
+    judging = _Judging(criterion, search.run, options)
     try:
         found = search.carry_out(
             lambda plans: _formed(plans, options, ranks),
-            judge,
+            judging,
             None if confirm is None else _Judging(confirm, search.run, options),
         )
     except KeyboardInterrupt as error:
         error.add_note("What was evaluated is remembered: the same command goes on from there.")
         raise
     except EvaluationError as error:
-        for line in ("The last lines of what the command said:", *judge.said) if judge.said else ():
-            error.add_note(line)
+        add_said(error, judging.said)
         raise
     warn_of(warning for warning in found.record.warnings if warning not in first.warnings)
-    pushed = destination is not None and found.beats_last
     if options.as_json:
         print_json(found.record.to_dict() | {"search": found.to_dict()})
     elif not options.quiet:
         print_search(found, criterion)
     if destination is not None:
-        _push(found, destination, pushes=pushed, quiet=options.quiet)
+        _push(found, destination, quiet=options.quiet)
 
 
 def _search_of(options: Searching, criterion: Criterion) -> Search:
     found = inspect_sources(options.source, [options.selection()], max_disk=options.max_disk)
     place = options.out if options.out is not None else path_within(found[0].home, "averaged", NAME)
-    given: dict[str, Any] = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
     return Search(
         run=checked(found, [place], force=options.force)[0],
         goal=criterion.goal,
         budget=options.budget,
         strategy=options.strategy,
         out=place,
-        options=Options(**given | {"path_exclude": tuple(options.path_exclude or ())}),
+        options=library_options(options),
     )
 
 
 def _confirming(criterion: Criterion, command: str) -> Criterion:
-    if "{dir}" not in command:
-        raise SettingError(f"--confirm is {command!r}; it must say with {{dir}} where the directory of a result goes.")
+    if DIRECTORY not in command:
+        raise SettingError(
+            f"--confirm is {command!r}; it must say with {DIRECTORY} where the directory of a result goes."
+        )
     return dataclasses.replace(criterion, command=command)
 
 
@@ -130,7 +129,7 @@ class _Judging:
     """Evaluates results by the user's command, and remembers; `said` is what the first that failed printed."""
 
     def __init__(self, criterion: Criterion, run: Run, options: Searching) -> None:
-        self._criterion, self._quiet = criterion, options.quiet
+        self._quiet = options.quiet
         self._cache = EvaluationCache.load(run, criterion, anew=options.eval_again)
         warn_of(self._cache.warnings)
         self._count = 0
@@ -139,23 +138,18 @@ class _Judging:
     def __call__(self, record: Record, plan: Plan) -> Evaluation:
         self._count += 1
         key = self._cache.key_of_result(record.output, tuple(shard.name for shard in plan.weights.shards))
-        known = self._cache.get(key)
-        if not self._quiet:
-            say(f"{'evaluated before:' if known else 'evaluating'} {printable(record.output.name)}, {self._count}")
-        if known is not None:
-            return known
-        outcome: Outcome = evaluate(record.directory, self._criterion)
-        self._cache.add(key, outcome.evaluation)
+        job = Job(record.output.name, record.directory, key, 0, record.output.step)
+        outcome = judge(job, self._cache, "" if self._quiet else f", {self._count}")
         if outcome.evaluation.problem:
             warn("warning", f"{record.output.name}: {outcome.evaluation.problem}.")
             self.said = self.said or outcome.said
         return outcome.evaluation
 
 
-def _push(found: Best, destination: Destination, *, pushes: bool, quiet: bool) -> None:
+def _push(found: Best, destination: Destination, *, quiet: bool) -> None:
     """Upload a winner that beats the last checkpoint; of any other, say how."""
     directory = found.record.directory
-    if not pushes:
+    if not found.beats_last:
         told = "Nothing is uploaded: the result is not shown to beat the last checkpoint."
         warn("warning", f"{told} {continued(directory, destination)}")
         return

@@ -75,10 +75,9 @@ class Evaluated:
         if self.has_failed and self.failure is not None:
             error = EvaluationError(
                 f"No evaluation succeeded. The first problem: {self.failure.evaluation.problem}.",
-                hint="All averages are complete; nothing was uploaded. Correct --eval, and run again with --force.",
+                hint="All averages are complete; nothing was uploaded. Correct --eval, and run the command again.",
             )
-            for line in ("The last lines of what the command said:", *self.failure.said) if self.failure.said else ():
-                error.add_note(line)
+            add_said(error, self.failure.said)
             raise error
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,6 +90,12 @@ class Evaluated:
             for step, each in curve
         )
         return {"curves": list(points)}
+
+
+def add_said(error: EvaluationError, said: Sequence[str]) -> None:
+    """Add the last lines of what a command said to an error."""
+    for line in ("The last lines of what the command said:", *said) if said else ():
+        error.add_note(line)
 
 
 def criterion_from(options: Averaging) -> Criterion | None:
@@ -112,7 +117,7 @@ def criterion_from(options: Averaging) -> Criterion | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
     """One thing to evaluate.
 
     Attributes:
@@ -146,7 +151,7 @@ def evaluate_all(
     failure, interrupted = None, False
     try:
         for number, job in enumerate(jobs, start=1):
-            outcome = _judge(job, criterion, cache, "" if options.quiet else f", {number} of {len(jobs)}")
+            outcome = judge(job, cache, "" if options.quiet else f", {number} of {len(jobs)}")
             if outcome.evaluation.problem:
                 what = "has no evaluation" if outcome.evaluation.value is None else "is evaluated, but"
                 warn("warning", f"{job.name} {what}: {outcome.evaluation.problem}.")
@@ -169,14 +174,12 @@ def evaluate_all(
     )
 
 
-def _jobs(
-    results: Sequence[Record], plans: Sequence[Plan], cache: EvaluationCache, *, with_run: bool
-) -> Iterator[_Job]:
+def _jobs(results: Sequence[Record], plans: Sequence[Plan], cache: EvaluationCache, *, with_run: bool) -> Iterator[Job]:
     """The results first, since they decide; then the checkpoints of the run, and the snapshots."""
 
-    def output_job(series: int, output: Written, name: str) -> _Job:
+    def output_job(series: int, output: Written, name: str) -> Job:
         key = cache.key_of_result(output, tuple(shard.name for shard in plans[series].weights.shards))
-        return _Job(name, output.directory, key, series, output.step)
+        return Job(name, output.directory, key, series, output.step)
 
     for series, record in enumerate(results):
         yield dataclasses.replace(output_job(series, record.output, record.output.name), is_result=True)
@@ -185,21 +188,22 @@ def _jobs(
     visited = {(point.step, point.path): point for plan in plans for point in plan.run.checkpoints}
     for point in sorted(visited.values(), key=lambda point: point.step):
         directory = None if isinstance(point.path, RemotePath) or point.kind == "file" else Path(point.path)
-        yield _Job(f"step {point.step} of the run", directory, cache.key_of_checkpoint(point), -1, point.step)
+        yield Job(f"step {point.step} of the run", directory, cache.key_of_checkpoint(point), -1, point.step)
     for series, record in enumerate(results):
         for output in record.outputs[:-1]:
             yield output_job(series, output, f"{record.output.name}/{output.name}")
 
 
-def _judge(job: _Job, criterion: Criterion, cache: EvaluationCache, number: str) -> Outcome:
+def judge(job: Job, cache: EvaluationCache, number: str) -> Outcome:
+    """Evaluate one thing, or remember it; `number` is said after its name, and nothing at all without."""
     known = cache.get(job.key)
     if number:
         say(f"{'evaluated before:' if known else 'evaluating'} {printable(job.name)}{number}")
     if known is not None:
         return Outcome(known)
     if job.directory is None:
-        return failed(criterion, "it is no directory of this machine, and does not load as it stands")
-    outcome = evaluate(job.directory, criterion)
+        return failed(cache.criterion, "it is no directory of this machine, and does not load as it stands")
+    outcome = evaluate(job.directory, cache.criterion)
     cache.add(job.key, outcome.evaluation)
     return outcome
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,14 +17,13 @@ from typing import Any
 from ckavg.checkpoints.fingerprints import Fingerprints, fingerprint_run
 from ckavg.checkpoints.run import Run
 from ckavg.path.table import PathLength
-from ckavg.storage.atomic import cache_directory, resolved, write_bytes
+from ckavg.storage.atomic import cache_directory, resolved
 from ckavg.storage.base import AnyPath, RemotePath
-from ckavg.storage.local import parse_json, read_small
+from ckavg.storage.table import load_table, not_believed, save_table
 
 NAME = "path.json"
 
 _FORMAT = 2
-_CHECKSUM = "sha256"
 _MOST_BYTES = 1 << 28
 
 
@@ -61,7 +59,7 @@ def load_cached_path(run: Run) -> CachedPath:
         next((found for table in tables if (found := _row(table, "distances", _pair(before, after)))), {})
         for before, after in itertools.pairwise(fingerprints)
     )
-    warnings = tuple(_warning(file) for file, table in loaded.items() if table is None)
+    warnings = tuple(not_believed(file, "measured") for file, table in loaded.items() if table is None)
     return CachedPath(sigmas, distances, fingerprints, warnings)
 
 
@@ -88,8 +86,7 @@ def save_path(run: Run, path: PathLength, fingerprints: Fingerprints) -> Path | 
             continue
         table = _merged(_load(place) or {}, run, path, unchanged)
         with contextlib.suppress(OSError):  # what is there may be somebody else's, too
-            place.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(place, _as_bytes(table | {_CHECKSUM: _checksum(table)}), follow=False)
+            save_table(place, table)
             return place
     return None
 
@@ -118,30 +115,8 @@ def _pair(before: str | None, after: str | None) -> str | None:
 
 def _load(place: Path) -> dict[str, Any] | None:
     """A table as it was written; empty where none can be read, None where it is not as it was written."""
-    try:
-        table = parse_json(read_small(place, _MOST_BYTES))
-        checksum = table.pop(_CHECKSUM)
-        is_sound = table["format"] == _FORMAT and isinstance(table["tensors"], list) and checksum == _checksum(table)
-    except OSError:
-        return {}
-    except (ValueError, RecursionError, AttributeError, TypeError, KeyError):
-        return None
-    return table if is_sound else None
-
-
-def _warning(place: Path) -> str:
-    return (
-        f"{place} is not as this version of ckavg writes it: damaged, edited, or of an earlier version. It is not "
-        "believed; what it held is measured again."
-    )
-
-
-def _checksum(table: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_as_bytes(table)).hexdigest()
-
-
-def _as_bytes(table: Mapping[str, Any]) -> bytes:
-    return json.dumps(table, separators=(",", ":")).encode()
+    table = load_table(place, _FORMAT, most_bytes=_MOST_BYTES)
+    return table if not table or isinstance(table.get("tensors"), list) else None
 
 
 def _row(table: Mapping[str, Any], kind: str, key: str | None) -> dict[str, float]:

@@ -197,6 +197,24 @@ def burned_in(scheme: Scheme, burn_in: int, timeline: Timeline) -> int:
     return start
 
 
+def effective_count(weights: Sequence[float]) -> float:
+    """1 / Σ w²: how many equal checkpoints would be spread as wide.
+
+    >>> effective_count([0.5, 0.5, 0.0])
+    2.0
+    """
+    return 1 / math.fsum(weight**2 for weight in weights)
+
+
+def mean_age(steps: Sequence[int], weights: Sequence[float], last: int = -1) -> float:
+    """Σ w_k (t_K − t_k) in optimizer steps, of an average that ends with checkpoint `last`; negative where it leads.
+
+    >>> mean_age([0, 10, 20], [0.25, 0.25, 0.5])
+    7.5
+    """
+    return math.fsum(weight * (steps[last] - step) for weight, step in zip(weights, steps, strict=True))
+
+
 def require(condition: bool, message: str, *, hint: str = "") -> None:
     """Raise `SettingError` unless the condition holds."""
     if not condition:
