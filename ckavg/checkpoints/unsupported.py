@@ -35,14 +35,17 @@ TRAINING_STATE = (
 )
 """In the name of a file, or of a part of one: no weights, but a trainer's state or an average that training made."""
 
+MODELS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "student")
+"""Under which trainers save the model, among other things; the surest first."""
+
 _STATE = re.compile(rf"{TRAINING_STATE}|^(?:train(?:er|ing)?(?:_state)?|recipe_state|meta)[.]", re.IGNORECASE)
 _ZERO = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_(?:model|optim)_states\.pt")
 _RANK = re.compile(r"mp_rank_\d+_model_states\.pt")
 _MOST_NAMES = 2000
 _DEEPEST = 5
 
-_CONVERTS = "ckavg never unpickles. This command converts them to safetensors"
-DOWNLOAD_FIRST = "ckavg never unpickles. Download the run; ckavg inspect of the copy has a command that converts it."
+_CONVERTS = "This command converts them to safetensors"
+DOWNLOAD_FIRST = "Download the run; ckavg inspect of the copy has a command that converts it."
 _NO_COMMAND = "Save the checkpoints as safetensors; ckavg reads nothing else."
 _BESIDE = f"{_CONVERTS} and changes nothing that is there:"
 
@@ -313,7 +316,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 TRAINING_STATE = re.compile("(?i)@TRAINING_STATE")
-MODELS = "state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "student"
+MODELS = @MODELS
 
 def flat(tensors, before=""):
     for name, value in tensors.items():
@@ -458,8 +461,8 @@ def word(text: str) -> str:
 
 
 def _program(source: str, paths: Iterable[AnyPath]) -> str:
-    lines = source.replace("@TRAINING_STATE", TRAINING_STATE).replace("    ", " ").splitlines()
-    text = json.dumps("\n".join(filter(None, lines)))
+    source = source.replace("@TRAINING_STATE", TRAINING_STATE).replace("@MODELS", repr(MODELS)).replace("    ", " ")
+    text = json.dumps("\n".join(filter(None, source.splitlines())))
     return f"{interpreter(ours=True)} -c {shlex.quote(f'exec({text})')} {_words(paths)}"
 
 

@@ -1,0 +1,183 @@
+"""Stage *discover*: where the files lie in a zip archive of `torch.save`, so that their bytes are read in place.
+
+Such an archive stores every file as it is. Its directory, at the end, is checked against the size of the archive; files
+may not overlap, and none may be compressed or encrypted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ckavg.storage.base import AnyPath, RemotePath
+from ckavg.storage.download import thread_map
+from ckavg.storage.local import storage_of
+
+FIRST_BYTES = b"PK\3\4"
+"""How an archive begins."""
+
+MOST_DIRECTORY_BYTES = 100_000_000
+
+_TAIL_BYTES = (1 << 16) + (1 << 15)
+"""What is read of the end at once: the longest comment, and the directory of some 300 tensors."""
+
+_END = struct.Struct("<4s4H2IH")
+_END_64 = struct.Struct("<4sQ2H2I4Q")
+_LOCATOR = struct.Struct("<4sIQI")
+_ENTRY = struct.Struct("<4s6H3I5H2I")
+_LOCAL = struct.Struct("<4s5H3I2H")
+_DESCRIPTOR, _HAS_DESCRIPTOR, _ENCRYPTED = 16, 8, 1
+_LARGE, _LARGEST = 0xFFFF_FFFF, 1 << 62
+_ALIGNMENT = 64
+"""Where torch begins every file of an archive, in multiples of so many bytes."""
+
+
+class CutOffError(ValueError):
+    """An archive that has no end: it is still being written, or was cut off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where the bytes of one file lie in the archive."""
+
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One file, as the directory of the archive tells it; its own header lies at `offset`."""
+
+    name: str
+    flags: int
+    nbytes: int
+    offset: int
+
+
+def read_directory(path: AnyPath, size: int) -> Mapping[str, Span]:
+    """The files of an archive of `size` bytes, by name.
+
+    Raises:
+        CutOffError: it has no end.
+        ValueError: it is damaged, or was not written by `torch.save`.
+        OSError, ReadError: the system would not let us read it.
+    """
+    begin = max(0, size - _TAIL_BYTES)
+    tail = storage_of(path).read(path, begin, size)
+
+    def read(start: int, stop: int) -> bytes:
+        """Bytes of the archive, of its tail where they are there."""
+        if not 0 <= start <= stop <= size:
+            raise ValueError("its directory lies outside of it")
+        data = tail[start - begin : stop - begin] if start >= begin else storage_of(path).read(path, start, stop)
+        if len(data) != stop - start:
+            raise CutOffError("it became shorter while it was read")
+        return data
+
+    try:
+        start, stop, count = _find_directory(tail, begin, read)
+        entries = _parse_directory(read(start, stop), count)
+    except (struct.error, StopIteration) as error:
+        raise ValueError("its directory is damaged") from error
+    starts = [entry.offset for entry in entries]
+    if starts != sorted(set(starts)) or (starts and starts[0] != 0) or len(entries) < 2:
+        raise ValueError("its files overlap, or something lies before them")
+    spans = _spans(entries, start) or _spans_by_headers(path, entries, read)
+    for entry, after in zip(entries, [*starts[1:], start], strict=True):
+        if spans[entry.name].start + entry.nbytes > after:
+            raise ValueError(f"its file {entry.name[:80]!r} is longer than there is room for")
+    return spans
+
+
+def _find_directory(tail: bytes, begin: int, read: Callable[[int, int], bytes]) -> tuple[int, int, int]:
+    """Where the directory begins and ends, and how many files it lists."""
+    place = tail.rfind(b"PK\5\6")
+    if place < 0 or len(tail) - place < _END.size:
+        raise CutOffError("it has no end")
+    _, disk, first_disk, here, count, nbytes, start, comment = _END.unpack_from(tail, place)
+    if disk or first_disk or here != count or comment != len(tail) - place - _END.size:
+        raise ValueError("its end is damaged")
+    stop = begin + place
+    if stop >= _LOCATOR.size + _END_64.size:
+        signature, disk, where, _ = _LOCATOR.unpack(read(stop - _LOCATOR.size, stop))
+        if signature == b"PK\6\7":
+            stop -= _LOCATOR.size + _END_64.size
+            signature, _, _, _, disk, first_disk, here, count, nbytes, start = _END_64.unpack(
+                read(stop, stop + _END_64.size)
+            )
+            if signature != b"PK\6\6" or where != stop or disk or first_disk or here != count:
+                raise ValueError("its end is damaged")
+    if start + nbytes != stop or nbytes > MOST_DIRECTORY_BYTES:
+        raise ValueError("its directory does not lie before its end")
+    return start, stop, count
+
+
+def _parse_directory(data: bytes, count: int) -> list[_Entry]:
+    entries: list[_Entry] = []
+    at = 0
+    while at < len(data):
+        signature, _, _, flags, method, _, _, _, packed, nbytes, name_bytes, extra, comment, disk, _, _, offset = (
+            _ENTRY.unpack_from(data, at)
+        )
+        name = data[at + _ENTRY.size : at + _ENTRY.size + name_bytes].decode()
+        at += _ENTRY.size + name_bytes
+        if _LARGE in (packed, nbytes, offset):
+            packed, nbytes, offset = _large(data[at : at + extra], packed, nbytes, offset)
+        at += extra + comment
+        if signature != b"PK\1\2" or at > len(data) or disk:
+            raise ValueError("its directory is damaged")
+        if method or packed != nbytes or flags & _ENCRYPTED:
+            raise ValueError(f"its file {name[:80]!r} is compressed or encrypted")
+        if nbytes > _LARGEST or offset > _LARGEST:
+            raise ValueError("its directory lies outside of it")
+        entries.append(_Entry(name, flags, nbytes, offset))
+    if len(entries) != count or len({entry.name for entry in entries}) != count:
+        raise ValueError("its directory lists a file twice, or not as many as it says")
+    return sorted(entries, key=lambda entry: entry.offset)
+
+
+def _large(extra: bytes, *values: int) -> list[int]:
+    """Sizes and offset of a large file, those that do not fit into 32 bits in a field behind its name."""
+    at = 0
+    while at + 4 <= len(extra):
+        kind, nbytes = struct.unpack_from("<HH", extra, at)
+        if kind == 1:
+            wide = iter(struct.unpack(f"<{nbytes // 8}Q", extra[at + 4 : at + 4 + nbytes // 8 * 8]))
+            packed, whole, offset = values
+            whole = next(wide) if whole == _LARGE else whole  # in this order, and those alone
+            packed = next(wide) if packed == _LARGE else packed
+            return [packed, whole, next(wide) if offset == _LARGE else offset]
+        at += 4 + nbytes
+    raise ValueError("its directory is damaged")
+
+
+def _spans(entries: list[_Entry], end: int) -> dict[str, Span] | None:
+    """Where the bytes of the files lie by the directory alone: before what describes them, and the next file.
+
+    None where one would not begin at a multiple of 64 bytes, as torch has them do: then each file has to be asked.
+    """
+    spans: dict[str, Span] = {}
+    for entry, after in itertools.zip_longest(entries, entries[1:]):
+        stop = (end if after is None else after.offset) - (_DESCRIPTOR if entry.flags & _HAS_DESCRIPTOR else 0)
+        start = stop - entry.nbytes
+        if start % _ALIGNMENT or start < entry.offset + _LOCAL.size + len(entry.name.encode()):
+            return None
+        spans[entry.name] = Span(start, entry.nbytes)
+    return spans
+
+
+def _spans_by_headers(path: AnyPath, entries: list[_Entry], read: Callable[[int, int], bytes]) -> dict[str, Span]:
+    """Where the bytes of the files lie by the header before each of them."""
+
+    def span(entry: _Entry) -> Span:
+        name = entry.name.encode()
+        header = read(entry.offset, entry.offset + _LOCAL.size + len(name))
+        signature, _, _, method, _, _, _, _, _, name_bytes, extra = _LOCAL.unpack_from(header)
+        if signature != FIRST_BYTES or method or header[_LOCAL.size :] != name or name_bytes != len(name):
+            raise ValueError(f"its file {entry.name[:80]!r} is another one than its directory says")
+        return Span(entry.offset + _LOCAL.size + name_bytes + extra, entry.nbytes)
+
+    spans = thread_map(span, entries) if isinstance(path, RemotePath) else map(span, entries)
+    return {entry.name: each for entry, each in zip(entries, spans, strict=True)}
