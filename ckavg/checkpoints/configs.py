@@ -69,7 +69,7 @@ def read_facts(checkpoint: Checkpoint) -> Facts:
     """Read the configs of a checkpoint. Of a single file there are none: what lies beside need not be its own."""
     if checkpoint.kind == "file":
         return Facts({}, {})
-    of_adapters = {shard.path.parent for shard in checkpoint.shards if shard.path.name in ADAPTERS}
+    of_adapters = {shard.path.parent for shard in checkpoint.shards if shard.saved_as in ADAPTERS}
     places = {folder: checkpoint.path / folder for folder in checkpoint.folders}
     return Facts(
         {folder: _read(place / CONFIG) for folder, place in places.items() if place not in of_adapters},

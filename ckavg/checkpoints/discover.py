@@ -18,6 +18,7 @@ from ckavg.checkpoints.check_consistent import same_weights
 from ckavg.checkpoints.checkpoint import RESULT_RECORD, read_checkpoint
 from ckavg.checkpoints.headers import stated_step
 from ckavg.checkpoints.layouts import (
+    WEIGHTS,
     Clock,
     Label,
     is_averaged,
@@ -27,10 +28,12 @@ from ckavg.checkpoints.layouts import (
     label_run,
     read_label,
     read_labels,
+    stem_of,
 )
+from ckavg.checkpoints.pickles import UnreadPickleError, pickled_step
 from ckavg.checkpoints.trainer_log import TRAINER_STATE, Logs, read_trainer_state
-from ckavg.checkpoints.unsupported import holds_unsupported, refused, stem, unsupported_weights
-from ckavg.checkpoints.weight_files import WEIGHTS, find_weights, holds_weights, list_folder
+from ckavg.checkpoints.unsupported import holds_unsupported, is_pickled, refused, stem, unsupported_weights
+from ckavg.checkpoints.weight_files import find_weights, holds_weights, list_folder
 from ckavg.errors import (
     CkavgError,
     DuplicateStepError,
@@ -42,6 +45,7 @@ from ckavg.errors import (
 )
 from ckavg.storage.atomic import resolved
 from ckavg.storage.base import AnyPath, RemotePath
+from ckavg.storage.download import thread_map
 from ckavg.storage.local import is_link, size_of, storage_of
 from ckavg.storage.remote import storages_of
 
@@ -61,6 +65,7 @@ class Candidate:
         label: what its name says.
         stated: whether log or header gave the step.
         log: number of the log that its trainer kept, which checkpoints of one run have in common; None without one.
+        is_file: whether it is a single file.
     """
 
     path: AnyPath
@@ -68,11 +73,7 @@ class Candidate:
     label: Label
     stated: bool
     log: int | None = None
-
-    @property
-    def is_file(self) -> bool:
-        """Whether it is a single file, by its name."""
-        return self.path.suffix == WEIGHTS
+    is_file: bool = False
 
     @property
     def clock(self) -> Clock:
@@ -209,7 +210,7 @@ def _children(source: AnyPath) -> list[AnyPath]:
 
 
 def _stem(path: AnyPath) -> str:
-    return path.stem if path.suffix == WEIGHTS else path.name
+    return stem_of(path.name)
 
 
 def _matches(path: AnyPath, pattern: str) -> bool:
@@ -219,13 +220,19 @@ def _matches(path: AnyPath, pattern: str) -> bool:
 def _labels(source: AnyPath, children: Sequence[AnyPath]) -> dict[AnyPath, Label]:
     """What is a checkpoint by its name, directories before files."""
     folders = {path.name: path for path in children if path.suffix != WEIGHTS and _may_be_checkpoint(path)}
-    files = {path.name: path for path in children if path.suffix == WEIGHTS}
+    files = {path.name: path for path in children if path.suffix == WEIGHTS} or _pickles(children)
     is_one_model = any((source / name).is_file() for name in ("model_index.json", "modules.json"))
-    stems = [path.stem for path in files.values()]
+    stems = [_stem(path) for path in files.values()]
     labels = label_run(
         folders, stems, lambda name: _holds_weights(folders[name], of_any_kind=True), is_one_model=is_one_model
     )
     return {(folders | files)[name]: label for name, label in labels.items()}
+
+
+def _pickles(children: Sequence[AnyPath]) -> dict[str, AnyPath]:
+    """Files of `torch.save` that may be checkpoints, by the names that they would have as safetensors."""
+    files = {f"{_stem(path)}{WEIGHTS}": path for path in reversed(children) if is_pickled(path.name)}
+    return {name: path for name, path in files.items() if not path.is_dir()}
 
 
 def _may_be_checkpoint(path: AnyPath) -> bool:
@@ -236,8 +243,8 @@ def _may_be_checkpoint(path: AnyPath) -> bool:
 
 
 def _candidate(path: AnyPath, label: Label, logs: Logs, warnings: list[str]) -> Candidate:
-    if path.suffix == WEIGHTS:
-        return Candidate(path, label.number or 0, label, stated=False)
+    if path.suffix == WEIGHTS or (is_pickled(path.name) and not path.is_dir()):
+        return Candidate(path, label.number or 0, label, stated=False, is_file=True)
     state, stated = _trainer_state(path, warnings)
     log = logs.number(state)
     if stated is None:
@@ -293,7 +300,7 @@ def _files_of_runs(found: Sequence[Candidate], twins: set[AnyPath], warnings: li
 
 def _on_one_clock(files: Sequence[Candidate]) -> list[Candidate]:
     """The files of a run whose steps have a common order: by their headers if all tell, else those that count steps."""
-    stated = {each: stated_step(each.path) for each in files}
+    stated = dict(zip(files, thread_map(_stated_step, files), strict=True))
     numbered = [each for each in files if each.label.number is not None]
     if all(step is not None for step in stated.values()):
         _check_headers_consistent([(each, stated[each] or 0) for each in numbered])
@@ -312,6 +319,15 @@ def _on_one_clock(files: Sequence[Candidate]) -> list[Candidate]:
         end = dataclasses.replace(ends[0], step=kept[-1].step + max(interval, 1), label=label)
         kept.append(_stating(end, stated[ends[0]]) if "step" in clocks else end)
     return kept
+
+
+def _stated_step(file: Candidate) -> int | None:
+    """What a single file states, as far as it can be read: whoever reads its weights says what is wrong."""
+    if file.path.suffix == WEIGHTS:
+        return stated_step(file.path)
+    with suppress(CkavgError, UnreadPickleError):
+        return pickled_step(file.path)
+    return None
 
 
 def _stating(file: Candidate, step: int | None) -> Candidate:
@@ -388,7 +404,7 @@ def _passed_over(children: Iterable[AnyPath], candidates: Sequence[Candidate]) -
     for path in children:
         if resolved(path) in taken or path.name in _NOT_RUNS:
             continue
-        if path.suffix == WEIGHTS:
+        if path.suffix == WEIGHTS or (flat and is_pickled(path.name)):
             if flat or not _is_in(path, candidates[-1].path):
                 unstated.append(path.name)
         elif path.is_dir() and is_half_written(path.name):
@@ -450,7 +466,7 @@ def _nothing_found(source: AnyPath, match: str | None) -> CkavgError:
         )
     if holds_weights(source) or any((source / name).is_file() for name in ("model_index.json", "modules.json")):
         return _one_checkpoint(source)
-    foreign = [name for name in names if unsupported_weights([name])]
+    foreign = [name for name in names if unsupported_weights([name]) and not is_pickled(name)]
     found = refused(_numbered(source, foreign))
     if found is not None:
         more = f" and {len(foreign) - 1} more like it" if len(foreign) > 1 else ""

@@ -83,7 +83,7 @@ def read_pickle(path: AnyPath, *, shard: int = 0) -> Header:
         entries = {name: _located(name, tensor, saved.spans, shard) for name, tensor in tensors.items()}
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path} cannot be read: {error}.", hint=RESAVE) from error
-    in_order = sorted(entries, key=lambda name: (entries[name].offset, name))
+    in_order = sorted(entries, key=lambda name: entries[name].offset)  # of names for one tensor, the first stays so
     return Header({name: entries[name] for name in in_order}, saved.info, {}, tuple(left_out))
 
 
