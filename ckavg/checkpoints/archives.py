@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import itertools
 import struct
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ckavg.storage.base import AnyPath, RemotePath
+from ckavg.storage.base import AnyPath
 from ckavg.storage.download import thread_map
 from ckavg.storage.local import storage_of
 
 FIRST_BYTES = b"PK\3\4"
 """How an archive begins."""
 
-MOST_DIRECTORY_BYTES = 100_000_000
+_MOST_DIRECTORY_BYTES = 100_000_000
+_MOST_FILES = 500_000
 
 _TAIL_BYTES = (1 << 16) + (1 << 15)
 """What is read of the end at once: the longest comment, and the directory of some 300 tensors."""
+
+_AHEAD_BYTES, _KEPT = 1 << 10, 4
+"""The order of bytes is told just behind the pickle."""
 
 _END = struct.Struct("<4s4H2IH")
 _END_64 = struct.Struct("<4sQ2H2I4Q")
@@ -32,6 +37,10 @@ _DESCRIPTOR, _HAS_DESCRIPTOR, _ENCRYPTED = 16, 8, 1
 _LARGE, _LARGEST = 0xFFFF_FFFF, 1 << 62
 _ALIGNMENT = 64
 """Where torch begins every file of an archive, in multiples of so many bytes."""
+
+
+Read = Callable[[int, int], bytes]
+"""Gives the bytes of a file from one place to another."""
 
 
 class CutOffError(ValueError):
@@ -56,42 +65,54 @@ class _Entry:
     offset: int
 
 
-def read_directory(path: AnyPath, size: int) -> Mapping[str, Span]:
+def reader(path: AnyPath, size: int) -> Read:
+    """What reads from a file of `size` bytes, a little more each time, and keeps the last of what it has read.
+
+    It raises ValueError where bytes lie outside of the file, CutOffError where that has become shorter, and what its
+    storage raises.
+    """
+    pieces: deque[tuple[int, bytes]] = deque(maxlen=_KEPT)
+
+    def read(start: int, stop: int) -> bytes:
+        if not 0 <= start <= stop <= size:
+            raise ValueError("something in it lies outside of it")
+        for begin, piece in tuple(pieces):
+            if begin <= start and stop <= begin + len(piece):
+                return piece[start - begin : stop - begin]
+        piece = storage_of(path).read(path, start, min(stop + _AHEAD_BYTES, size))
+        if len(piece) < stop - start:
+            raise CutOffError("it became shorter while it was read")
+        pieces.append((start, piece))
+        return piece[: stop - start]
+
+    return read
+
+
+def read_directory(read: Read, size: int, *, is_remote: bool) -> Mapping[str, Span]:
     """The files of an archive of `size` bytes, by name.
 
     Raises:
         CutOffError: it has no end.
         ValueError: it is damaged, or was not written by `torch.save`.
-        OSError, ReadError: the system would not let us read it.
+        OSError, CkavgError: it cannot be read.
     """
     begin = max(0, size - _TAIL_BYTES)
-    tail = storage_of(path).read(path, begin, size)
-
-    def read(start: int, stop: int) -> bytes:
-        """Bytes of the archive, of its tail where they are there."""
-        if not 0 <= start <= stop <= size:
-            raise ValueError("its directory lies outside of it")
-        data = tail[start - begin : stop - begin] if start >= begin else storage_of(path).read(path, start, stop)
-        if len(data) != stop - start:
-            raise CutOffError("it became shorter while it was read")
-        return data
-
     try:
-        start, stop, count = _find_directory(tail, begin, read)
+        start, stop, count = _find_directory(read(begin, size), begin, read)
         entries = _parse_directory(read(start, stop), count)
     except (struct.error, StopIteration) as error:
         raise ValueError("its directory is damaged") from error
     starts = [entry.offset for entry in entries]
     if starts != sorted(set(starts)) or (starts and starts[0] != 0) or len(entries) < 2:
         raise ValueError("its files overlap, or something lies before them")
-    spans = _spans(entries, start) or _spans_by_headers(path, entries, read)
+    spans = _spans(entries, start) or _spans_by_headers(entries, read, is_remote=is_remote)
     for entry, after in zip(entries, [*starts[1:], start], strict=True):
         if spans[entry.name].start + entry.nbytes > after:
             raise ValueError(f"its file {entry.name[:80]!r} is longer than there is room for")
     return spans
 
 
-def _find_directory(tail: bytes, begin: int, read: Callable[[int, int], bytes]) -> tuple[int, int, int]:
+def _find_directory(tail: bytes, begin: int, read: Read) -> tuple[int, int, int]:
     """Where the directory begins and ends, and how many files it lists."""
     place = tail.rfind(b"PK\5\6")
     if place < 0 or len(tail) - place < _END.size:
@@ -109,7 +130,7 @@ def _find_directory(tail: bytes, begin: int, read: Callable[[int, int], bytes]) 
             )
             if signature != b"PK\6\6" or where != stop or disk or first_disk or here != count:
                 raise ValueError("its end is damaged")
-    if start + nbytes != stop or nbytes > MOST_DIRECTORY_BYTES:
+    if start + nbytes != stop or nbytes > _MOST_DIRECTORY_BYTES or count > _MOST_FILES:
         raise ValueError("its directory does not lie before its end")
     return start, stop, count
 
@@ -168,7 +189,7 @@ def _spans(entries: list[_Entry], end: int) -> dict[str, Span] | None:
     return spans
 
 
-def _spans_by_headers(path: AnyPath, entries: list[_Entry], read: Callable[[int, int], bytes]) -> dict[str, Span]:
+def _spans_by_headers(entries: list[_Entry], read: Read, *, is_remote: bool) -> dict[str, Span]:
     """Where the bytes of the files lie by the header before each of them."""
 
     def span(entry: _Entry) -> Span:
@@ -179,5 +200,5 @@ def _spans_by_headers(path: AnyPath, entries: list[_Entry], read: Callable[[int,
             raise ValueError(f"its file {entry.name[:80]!r} is another one than its directory says")
         return Span(entry.offset + _LOCAL.size + name_bytes + extra, entry.nbytes)
 
-    spans = thread_map(span, entries) if isinstance(path, RemotePath) else map(span, entries)
+    spans = thread_map(span, entries) if is_remote else map(span, entries)
     return {entry.name: each for entry, each in zip(entries, spans, strict=True)}

@@ -88,6 +88,19 @@ def ties_embeddings(facts: Facts) -> bool | None:
     return any(stated) if stated else None
 
 
+def without_shared(checkpoint: Checkpoint, facts: Facts) -> Checkpoint:
+    """A checkpoint as transformers would have saved it as safetensors: of tensors that are one in memory, as a pickle
+    tells, the first alone, unless the config denies that they are tied.
+    """
+    if not any("model_type" in config for config in facts.configs.values()) or ties_embeddings(facts) is False:
+        return checkpoint
+    first: dict[tuple[int, int, tuple[int, ...], str], str] = {}
+    for name, entry in checkpoint.entries.items():
+        first.setdefault((entry.shard, entry.offset, entry.shape, entry.dtype), name)
+    kept = set(first.values())
+    return checkpoint.without({name for name, entry in checkpoint.entries.items() if entry.numel and name not in kept})
+
+
 def quantized(checkpoints: Sequence[Checkpoint], facts: Sequence[Facts]) -> list[CkavgError]:
     """One error where weights are quantized, by the names of their tensors or by their config."""
     found = [

@@ -23,6 +23,7 @@ from ckavg.checkpoints.configs import (
     several_named_runs,
     ties_embeddings,
     without_entries,
+    without_shared,
 )
 from ckavg.checkpoints.discover import Scan, duplicate_steps, scan, several_runs
 from ckavg.checkpoints.loader import Loader
@@ -125,6 +126,7 @@ def _compared(
     problems += different + in_headers
     warnings += [*doubtful, *also_doubtful, *_about_left_out(checkpoints)]
     checkpoints[-1] = without_entries(checkpoints[-1], hashes)
+    checkpoints = [without_shared(*each) for each in zip(checkpoints, facts, strict=True)]
     checkpoints = _without_copies(checkpoints, [ties_embeddings(each) for each in facts], warnings)
     mismatches = differences(checkpoints, anchor_is_init=with_init, common_only=selection.common_only)
     problems += mismatches
@@ -234,7 +236,7 @@ def _about_left_out(checkpoints: Sequence[Checkpoint]) -> list[str]:
     texts: dict[WhyLeftOut, str] = {
         "average": "Averages that training made are neither averaged nor copied",
         "training state": "Training state is neither averaged nor copied",
-        "pickle": "Pickles are never read, so neither averaged nor copied",
+        "pickle": "Pickles that are no part of the model are neither averaged nor copied",
         "other format": "Not safetensors, so neither averaged nor copied",
         "not everywhere": "Not in every checkpoint, so neither averaged nor copied",
     }

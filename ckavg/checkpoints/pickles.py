@@ -10,17 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckavg.checkpoints.archives import FIRST_BYTES, CutOffError, Span, read_directory
+from ckavg.checkpoints.archives import FIRST_BYTES, CutOffError, Span, read_directory, reader
 from ckavg.checkpoints.headers import LARGEST, RESAVE, STILL_WRITTEN, Header, product, shown
 from ckavg.checkpoints.run import ITEM_BYTES, TensorInfo
 from ckavg.checkpoints.state_dict import find_weights_in, step_of
 from ckavg.checkpoints.unpickler import Global, Opaque, unpickled
 from ckavg.errors import CorruptFileError, MissingShardError, ReadError, TruncatedShardError
-from ckavg.storage.base import AnyPath, FileInfo
+from ckavg.storage.base import AnyPath, FileInfo, RemotePath
 from ckavg.storage.local import storage_of
 
 _MOST_PICKLE_BYTES = 100_000_000
 _MOST_DIMENSIONS = 64
+_HEAD_BYTES = 64
 _LEGACY = (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", b"sys_info\0")
 """How the layouts before torch 1.6, and before 0.2, begin."""
 
@@ -98,18 +99,19 @@ def pickled_step(path: AnyPath) -> int | None:
 
 def _read(path: AnyPath) -> _Saved:
     try:
-        with storage_of(path).open(path) as (info, read):
-            first = read(64)
+        with storage_of(path).open(path) as (info, read_next):
+            first = read_next(_HEAD_BYTES)
         if not first.startswith(FIRST_BYTES):
             raise _not_an_archive(path, first)
-        found = read_directory(path, info.nbytes)
-        spans = _without_prefix(found)
-        if spans["data.pkl"].nbytes > _MOST_PICKLE_BYTES:
+        read = reader(path, info.nbytes)
+        spans = _without_prefix(read_directory(read, info.nbytes, is_remote=isinstance(path, RemotePath)))
+        pickle = spans["data.pkl"]
+        if pickle.nbytes > _MOST_PICKLE_BYTES:
             raise ValueError(f"its pickle is longer than {_MOST_PICKLE_BYTES:,} bytes")
-        order = _content(path, spans["byteorder"]) if "byteorder" in spans else b"little"
-        if order != b"little":
+        value = unpickled(read(pickle.start, pickle.start + pickle.nbytes), known=_KNOWN, persistent=_storage)
+        order = spans.get("byteorder")
+        if order is not None and (order.nbytes != 6 or read(order.start, order.start + 6) != b"little"):
             raise UnreadPickleError("was saved by a machine with another order of bytes")
-        value = unpickled(_content(path, spans["data.pkl"]), known=_KNOWN, persistent=_storage)
     except FileNotFoundError as error:
         raise MissingShardError(f"{path} does not exist.", hint=STILL_WRITTEN) from error
     except OSError as error:
@@ -140,13 +142,6 @@ def _without_prefix(found: Mapping[str, Span]) -> dict[str, Span]:
     if "data.pkl" not in spans or more:
         raise ValueError("it is a zip archive that torch.save did not write")
     return spans
-
-
-def _content(path: AnyPath, span: Span) -> bytes:
-    data = storage_of(path).read(path, span.start, span.start + span.nbytes)
-    if len(data) != span.nbytes:
-        raise CutOffError("it became shorter while it was read")
-    return data
 
 
 def _located(name: str, tensor: _Tensor, spans: Mapping[str, Span], shard: int) -> TensorInfo:

@@ -152,6 +152,8 @@ class Checkpoint:
 
     def without(self, names: Collection[str]) -> Checkpoint:
         """The same, as if these of its tensors were not there."""
+        if not names:
+            return self
         entries = {name: entry for name, entry in self.entries.items() if name not in names}
         return dataclasses.replace(self, entries=entries)
 
