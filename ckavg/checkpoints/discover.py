@@ -384,10 +384,21 @@ def _without_derived(candidates: Sequence[Candidate]) -> list[Candidate]:
         runs[candidate.label.stem, candidate.clock].append(candidate)
     kept = [of_run for (stem, _), of_run in runs.items() if not is_averaged(stem)] or [*runs.values()]
     if len(kept) > 1:
-        readable = [of_run for of_run in kept if any(each.is_file or _holds_weights(each.path) for each in of_run)]
-        kept = readable or kept
+        held = [[of_run for of_run in kept if any(map(holds, of_run))] for holds in (_holds_safetensors, _is_read)]
+        kept = next(filter(None, held), kept)
     left = [candidate for of_run in kept for candidate in of_run]
     return [each for each in left if not any(_is_derived(each, other) for other in left)]
+
+
+def _holds_safetensors(candidate: Candidate) -> bool:
+    path = candidate.path
+    with suppress(OSError, UnsupportedFormatError):
+        return path.suffix == WEIGHTS if candidate.is_file else not all(each.pickled for each in find_weights(path)[0])
+    return False
+
+
+def _is_read(candidate: Candidate) -> bool:
+    return candidate.is_file or _holds_weights(candidate.path)
 
 
 def _is_derived(one: Candidate, other: Candidate) -> bool:
@@ -466,7 +477,7 @@ def _nothing_found(source: AnyPath, match: str | None) -> CkavgError:
         )
     if holds_weights(source) or any((source / name).is_file() for name in ("model_index.json", "modules.json")):
         return _one_checkpoint(source)
-    foreign = [name for name in names if unsupported_weights([name]) and not is_pickled(name)]
+    foreign = [] if any(map(is_pickled, names)) else [name for name in names if unsupported_weights([name])]
     found = refused(_numbered(source, foreign))
     if found is not None:
         more = f" and {len(foreign) - 1} more like it" if len(foreign) > 1 else ""
@@ -481,7 +492,7 @@ def _nothing_found(source: AnyPath, match: str | None) -> CkavgError:
         return NoCheckpointsError(
             f"{source} holds no checkpoints, but {inside[0].name} in it seems to.", hint=f"Try {inside[0]}"
         )
-    seen = [f"{path.name}/" for path in folders if _holds_weights(path)]
+    seen = [f"{path.name}/" for path in folders if _holds_weights(path)] + [name for name in names if is_pickled(name)]
     told = f" It holds weights in {listed(seen)}, whose names state no step." if seen else ""
     return NoCheckpointsError(
         f"{source} holds no checkpoints.{told}",

@@ -19,7 +19,7 @@ from ckavg.errors import CorruptFileError, MissingShardError, ReadError, Truncat
 from ckavg.storage.base import AnyPath, FileInfo, RemotePath
 from ckavg.storage.local import storage_of
 
-_MOST_PICKLE_BYTES = 100_000_000
+_MOST_PICKLE_BYTES = 64_000_000
 _MOST_DIMENSIONS = 64
 _HEAD_BYTES = 64
 _LEGACY = (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", b"sys_info\0")

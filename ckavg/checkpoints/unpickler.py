@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
-MOST_OPCODES = 8_000_000
+MOST_OPCODES = 4_000_000
 """Of one pickle. A tensor takes some 35. What a hostile one makes Python build stays below a gigabyte, in seconds."""
 
 _MOST_DIGITS = 1000

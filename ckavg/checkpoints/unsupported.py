@@ -101,7 +101,7 @@ def holds_unsupported(path: AnyPath) -> bool:
 def refused(paths: Iterable[AnyPath]) -> UnsupportedFormatError | None:
     """One error for all checkpoints whose weights are in formats that are not read; None where there are none."""
     groups: dict[tuple[object, ...], _Group] = {}
-    for path in paths:
+    for path in dict.fromkeys(paths):
         found = _unsupported_names(path)
         for form in _FORMATS:
             name = next((name for name in found if form.pattern.fullmatch(name)), None)

@@ -242,16 +242,28 @@ def test_folders_of_revisions(hub: Hub, repo: Repo) -> None:
     assert run.checkpoints[0].entries.keys() == {"w"}
 
 
-def test_pickles_are_refused_with_their_names(hub: Hub, repo: Repo) -> None:
+def test_old_pickles_are_refused_with_their_names(hub: Hub, repo: Repo) -> None:
     for step in (10, 30):
-        change(
-            hub, repo, f"step{step}", {"pytorch_model.bin": (b"\x80\x02." * 3_000, True)}, without="model.safetensors"
-        )
+        change(hub, repo, f"step{step}", {"pytorch_model.bin": (OLD_PICKLE * 3_000, True)}, without="model.safetensors")
     told = refused("ema", FAR, "--revisions", "step*", named=f"{FAR}@step10")
     assert "pytorch_model.bin" in told
     assert "Download the run; ckavg inspect of the copy has a command that converts it." in told
     assert "python -c" not in told
-    assert served_of(hub.served, ".bin") == 0
+
+
+@pytest.mark.parametrize("bound", [None, 0])
+def test_pickles_are_read_as_safetensors_are(hub: Hub, repo: Repo, tmp_path: Path, bound: int | None) -> None:
+    """Of a pickle, too, no more is fetched than its ends and its tensors; the optimizer in it is left where it is."""
+    expected = ckavg.average(ckavg.open_run(REVISIONS, max_disk=bound), ckavg.PEMA(), out=tmp_path / "safetensors")
+    for step in (10, 20, 30):
+        tensors = load(repo.files_at(f"step{step}")["model.safetensors"])
+        file = io.BytesIO()
+        torch.save({"model": tensors, "optimizer": {"exp_avg": torch.zeros(1 << 20)}}, file)
+        change(hub, repo, f"step{step}", {"pytorch_model.bin": (file.getvalue(), True)}, without="model.safetensors")
+    result = ckavg.average(ckavg.open_run(REVISIONS, max_disk=bound), ckavg.PEMA(), out=tmp_path / "pickles")
+    weights = [each.directory / "model.safetensors" for each in (expected, result)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert bound is None or served_of(hub.served, ".bin") < 3 << 20
 
 
 def test_a_revision_without_weights(hub: Hub, repo: Repo, tmp_path: Path) -> None:
