@@ -71,43 +71,48 @@ FORMS: dict[str, Callable[[str, str, tuple[object, ...]], bytes]] = {
 }
 
 SHELL = (
-    "os.system", "posix.system", "nt.system", "os.popen", "os.execvp", "os.posix_spawn", "pty.spawn", "commands.getoutput",
-    "subprocess.call", "subprocess.run", "subprocess.Popen", "subprocess.check_output", "subprocess.getoutput",
-    "_posixsubprocess.fork_exec", "asyncio.create_subprocess_shell", "uuid._get_command_stdout",
-    "_osx_support._read_output", "_aix_support._read_cmd_output", "imaplib.IMAP4_stream", "_pyrepl.pager.pipe_pager",
-    "pydoc.pipepager", "pydoc.tempfilepager", "test.support.script_helper.assert_python_ok", "ensurepip._run_pip",
-    "pip.main", "pip._internal.main", "venv.create", "webbrowser.open", "torch.utils.collect_env.run",
-    "torch.utils.collect_env.run_and_read_all", "multiprocessing.process.Process", "shutil.rmtree", "os.remove",
+    "os.system", "posix.system", "nt.system", "os.popen", "os.execvp", "os.posix_spawn", "pty.spawn",
+    "commands.getoutput", "subprocess.call", "subprocess.run", "subprocess.Popen", "subprocess.check_output",
+    "subprocess.getoutput", "_posixsubprocess.fork_exec", "asyncio.create_subprocess_shell",
+    "uuid._get_command_stdout", "_osx_support._read_output", "_aix_support._read_cmd_output",
+    "imaplib.IMAP4_stream", "_pyrepl.pager.pipe_pager", "pydoc.pipepager", "pydoc.tempfilepager",
+    "test.support.script_helper.assert_python_ok", "ensurepip._run_pip", "pip.main", "pip._internal.main",
+    "venv.create", "webbrowser.open", "torch.utils.collect_env.run", "torch.utils.collect_env.run_and_read_all",
+    "multiprocessing.process.Process", "shutil.rmtree", "os.remove",
 )  # fmt: skip
 CODE = (
-    "builtins.eval", "builtins.exec", "builtins.compile", "__builtin__.eval", "__builtin__.exec", "__builtin__.apply",
-    "__builtin__.execfile", "builtins.__import__", "builtins.getattr", "builtins.open", "builtins.globals", "__main__.x",
-    "code.InteractiveInterpreter.runcode", "codeop.compile_command", "timeit.timeit", "timeit.main", "bdb.Bdb.run",
-    "pdb.run", "doctest.debug_script", "trace.Trace.run", "trace.Trace.runctx", "profile.run", "profile.Profile.runctx",
-    "cProfile.run", "cProfile.runctx", "runpy.run_path", "runpy._run_code", "idlelib.run.Executive.runcode",
+    "builtins.eval", "builtins.exec", "builtins.compile", "__builtin__.eval", "__builtin__.exec",
+    "__builtin__.apply", "__builtin__.execfile", "builtins.__import__", "builtins.getattr", "builtins.open",
+    "builtins.globals", "__main__.x", "code.InteractiveInterpreter.runcode", "codeop.compile_command",
+    "timeit.timeit", "timeit.main", "bdb.Bdb.run", "pdb.run", "doctest.debug_script", "trace.Trace.run",
+    "trace.Trace.runctx", "profile.run", "profile.Profile.runctx", "cProfile.run", "cProfile.runctx",
+    "runpy.run_path", "runpy._run_code", "idlelib.run.Executive.runcode",
     "idlelib.pyshell.ModifiedInterpreter.runcode", "idlelib.autocomplete.AutoComplete.get_entity",
-    "idlelib.calltip.get_entity", "idlelib.debugobj.ObjectTreeItem.SetText", "lib2to3.pgen2.grammar.Grammar.loads",
-    "numpy.testing._private.utils.runstring", "numpy.f2py.crackfortran.getlincoef", "numpy.load",
-    "torch.utils.bottleneck.__main__.run_cprofile", "torch._dynamo.guards.GuardBuilder.get",
-    "torch.jit.unsupported_tensor_ops.execWrapper", "torch.utils.data.datapipes.utils.decoder.basichandlers",
-    "torch.fx.experimental.symbolic_shapes.ShapeEnv.evaluate_guards_expression", "torch._inductor.codecache.compile_file",
-    "torch.load", "torch.serialization.load", "torch.hub.load", "torch.storage._load_from_bytes", "torch.jit.load",
-    "pickle.loads", "_pickle.loads", "pickle.Unpickler", "marshal.loads", "dill.loads", "joblib.load", "yaml.unsafe_load",
-    "cloudpickle.cloudpickle._make_function", "cloudpickle.cloudpickle.subimport", "types.FunctionType",
-    "types.CodeType", "ctypes.CDLL", "importlib.import_module", "pkgutil.resolve_name", "pydoc.locate", "site.main",
-    "operator.attrgetter", "operator.methodcaller", "_operator.methodcaller", "functools.partial", "functools.reduce",
-    "copyreg._reconstructor", "copyreg.add_extension", "collections.Counter", "logging.FileHandler", "_io.FileIO",
-    "io.open", "pathlib.Path.write_text", "distutils.file_util.write_file", "sqlite3.connect", "linecache.getline",
-    "socket.create_connection", "requests.api.get", "aiohttp.client.ClientSession", "httplib.HTTPSConnection",
-    "http.client.HTTPSConnection", "urllib.request.urlopen", "ssl.get_server_certificate", "sys.exit", "os._exit",
-    "signal.raise_signal", "antigravity.geohash", "this.s", "unknown.os", "42.os", "_rebuild_tensor.unknown",
+    "idlelib.calltip.get_entity", "idlelib.debugobj.ObjectTreeItem.SetText",
+    "lib2to3.pgen2.grammar.Grammar.loads", "numpy.testing._private.utils.runstring",
+    "numpy.f2py.crackfortran.getlincoef", "numpy.load", "torch.utils.bottleneck.__main__.run_cprofile",
+    "torch._dynamo.guards.GuardBuilder.get", "torch.jit.unsupported_tensor_ops.execWrapper",
+    "torch.utils.data.datapipes.utils.decoder.basichandlers",
+    "torch.fx.experimental.symbolic_shapes.ShapeEnv.evaluate_guards_expression",
+    "torch._inductor.codecache.compile_file", "torch.load", "torch.serialization.load", "torch.hub.load",
+    "torch.storage._load_from_bytes", "torch.jit.load", "pickle.loads", "_pickle.loads", "pickle.Unpickler",
+    "marshal.loads", "dill.loads", "joblib.load", "yaml.unsafe_load", "cloudpickle.cloudpickle._make_function",
+    "cloudpickle.cloudpickle.subimport", "types.FunctionType", "types.CodeType", "ctypes.CDLL",
+    "importlib.import_module", "pkgutil.resolve_name", "pydoc.locate", "site.main", "operator.attrgetter",
+    "operator.methodcaller", "_operator.methodcaller", "functools.partial", "functools.reduce",
+    "copyreg._reconstructor", "copyreg.add_extension", "collections.Counter", "logging.FileHandler",
+    "_io.FileIO", "io.open", "pathlib.Path.write_text", "distutils.file_util.write_file", "sqlite3.connect",
+    "linecache.getline", "socket.create_connection", "requests.api.get", "aiohttp.client.ClientSession",
+    "httplib.HTTPSConnection", "http.client.HTTPSConnection", "urllib.request.urlopen",
+    "ssl.get_server_certificate", "sys.exit", "os._exit", "signal.raise_signal", "antigravity.geohash",
+    "this.s", "unknown.os", "42.os", "_rebuild_tensor.unknown",
 )  # fmt: skip
 NAMES = {name: (*name.rsplit(".", 1),) for name in (*SHELL, *CODE)}
 
 
 def payloads(canary: Path) -> dict[str, bytes]:
     """By name and form: what would make a file, or do other harm, where it were executed."""
-    found = {}
+    found: dict[str, bytes] = {}
     for name, (module, attribute) in NAMES.items():
         args = (f"touch {canary}",) if name in SHELL else (f"__import__('os').system('touch {canary}')",)
         found |= {f"{name}, {form}": write(module, attribute, args) for form, write in FORMS.items()}
@@ -120,9 +125,11 @@ def payloads(canary: Path) -> dict[str, bytes]:
     return found
 
 
-def archive(path: Path, data: bytes, files: dict[str, bytes] | None = None, **how: int) -> Path:
+def archive(
+    path: Path, data: bytes, files: dict[str, bytes] | None = None, *, method: int = zipfile.ZIP_STORED
+) -> Path:
     """A zip archive as torch writes it, but for the places of its files."""
-    with zipfile.ZipFile(path, "w", **how) as file:
+    with zipfile.ZipFile(path, "w", method) as file:
         for name, content in {"data.pkl": data, "byteorder": b"little", **(files or {}), "version": b"3\n"}.items():
             file.writestr(f"archive/{name}", content)
     return path
@@ -198,7 +205,7 @@ def test_nothing_known_is_changed_by_a_state(tmp_path: Path) -> None:
 # --- time and memory ---
 
 LAUGHS = b")" + b"2\x86" * 200
-"""A tuple of two tuples, each of two, 200 deep: 48 opcodes of it take longer to hash than the universe has been there."""
+"""A tuple of two tuples, each of two, 200 deep: to hash it would take longer than there is time."""
 
 
 def in_dict(key: bytes, value: bytes = b"N") -> bytes:
@@ -253,7 +260,7 @@ MOST_PEAK = 700_000
 @pytest.mark.parametrize("name", BOMBS)
 def test_time_and_memory_are_bounded(tmp_path: Path, name: str) -> None:
     path = archive(tmp_path / "bomb.pt", b"\x80\x02" + BOMBS[name]() + b".")
-    command = [sys.executable, "-c", PEAK_OF, path]
+    command = [sys.executable, "-c", PEAK_OF, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=MOST_SECONDS, check=False)
     assert done.returncode == 0, done.stderr[-500:]
     told, peak = done.stdout.splitlines()
@@ -378,16 +385,17 @@ def test_archives_that_say_two_things(tmp_path: Path, honest: tuple[bytes, dict[
     first, end = data.index(b"PK\1\2"), data.rindex(b"PK\5\6")
     second = data.index(b"PK\1\2", first + 1)
     twice, prefixes = tmp_path / "twice.pt", tmp_path / "prefixes.pt"
-    with zipfile.ZipFile(twice, "w") as file, pytest.warns(UserWarning, match="Duplicate"):
-        for content in (b"N.", pickled):
-            file.writestr("archive/data.pkl", content)
+    with zipfile.ZipFile(twice, "w") as file:
+        file.writestr("archive/data.pkl", b"N.")
+        with pytest.warns(UserWarning, match="Duplicate"):
+            file.writestr("archive/data.pkl", pickled)
     with zipfile.ZipFile(prefixes, "w") as file:
         for prefix in ("archive", "other"):
             file.writestr(f"{prefix}/data.pkl", pickled)
     cases = {
         "two pickles": twice.read_bytes(),
         "two archives": prefixes.read_bytes(),
-        "compressed": archive(tmp_path / "a.pt", pickled, files, compression=zipfile.ZIP_DEFLATED).read_bytes(),
+        "compressed": archive(tmp_path / "a.pt", pickled, files, method=zipfile.ZIP_DEFLATED).read_bytes(),
         "compressed, says the directory": patched(data, first + 10, "<H", 8),
         "encrypted": patched(data, first + 8, "<H", 1),
         "another name in front": patched(data, 30, "<H", 0x4141),
@@ -469,7 +477,7 @@ def test_any_opcodes_are_read_or_refused(count: int) -> None:
     pieces = [
         *(bytes([code]) for code in range(128)),
         *(opcodes(value) for value in (1, -5, 2**70, "a", "os", b"b", 1.5, None, True, (1, "a"), [1], {"a": 1})),
-        *(named(*name) for name in itertools.islice(NAMES.values(), 9)),  # type: ignore[arg-type]
+        *(named(*name) for name in itertools.islice(NAMES.values(), 9)),
         *(named(*name) for name in pickles._KNOWN),
         *(b"\x80\x02 ( ) ] } t l d o R b 0 2 1 a e s u \x81 \x85 \x86 \x87 \x93 \x94 \x90 \x91 \x92 Q".split() * 4),
     ]
