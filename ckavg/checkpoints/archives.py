@@ -1,7 +1,7 @@
 """Stage *discover*: where the files lie in a zip archive of `torch.save`, so that their bytes are read in place.
 
-Such an archive stores every file as it is. Its directory, at the end, is checked against the size of the archive; files
-may not overlap, and none may be compressed or encrypted.
+Such an archive stores every file as it is. Its directory, at the end, is checked against the size of the archive, and
+files may not overlap.
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ class CutOffError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Where the bytes of one file lie in the archive."""
+    """Where the bytes of one file lie in the archive, and whether they are its content, or compressed or encrypted."""
 
     start: int
     nbytes: int
+    is_stored: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class _Entry:
     flags: int
     nbytes: int
     offset: int
+    is_stored: bool
 
 
 def reader(path: AnyPath, size: int) -> Read:
@@ -149,11 +151,10 @@ def _parse_directory(data: bytes, count: int) -> list[_Entry]:
         at += extra + comment
         if signature != b"PK\1\2" or at > len(data) or disk:
             raise ValueError("its directory is damaged")
-        if method or packed != nbytes or flags & _ENCRYPTED:
-            raise ValueError(f"its file {name[:80]!r} is compressed or encrypted")
-        if nbytes > _LARGEST or offset > _LARGEST:
+        if packed > _LARGEST or offset > _LARGEST:
             raise ValueError("its directory lies outside of it")
-        entries.append(_Entry(name, flags, nbytes, offset))
+        is_stored = not method and packed == nbytes and not flags & _ENCRYPTED
+        entries.append(_Entry(name, flags, packed, offset, is_stored))
     if len(entries) != count or len({entry.name for entry in entries}) != count:
         raise ValueError("its directory lists a file twice, or not as many as it says")
     return sorted(entries, key=lambda entry: entry.offset)
@@ -185,7 +186,7 @@ def _spans(entries: list[_Entry], end: int) -> dict[str, Span] | None:
         start = stop - entry.nbytes
         if start % _ALIGNMENT or start < entry.offset + _LOCAL.size + len(entry.name.encode()):
             return None
-        spans[entry.name] = Span(start, entry.nbytes)
+        spans[entry.name] = Span(start, entry.nbytes, entry.is_stored)
     return spans
 
 
@@ -196,9 +197,10 @@ def _spans_by_headers(entries: list[_Entry], read: Read, *, is_remote: bool) -> 
         name = entry.name.encode()
         header = read(entry.offset, entry.offset + _LOCAL.size + len(name))
         signature, _, _, method, _, _, _, _, _, name_bytes, extra = _LOCAL.unpack_from(header)
-        if signature != FIRST_BYTES or method or header[_LOCAL.size :] != name or name_bytes != len(name):
+        is_other = header[_LOCAL.size :] != name or name_bytes != len(name) or (method and entry.is_stored)
+        if signature != FIRST_BYTES or is_other:
             raise ValueError(f"its file {entry.name[:80]!r} is another one than its directory says")
-        return Span(entry.offset + _LOCAL.size + name_bytes + extra, entry.nbytes)
+        return Span(entry.offset + _LOCAL.size + name_bytes + extra, entry.nbytes, entry.is_stored)
 
     spans = thread_map(span, entries) if is_remote else map(span, entries)
     return {entry.name: each for entry, each in zip(entries, spans, strict=True)}

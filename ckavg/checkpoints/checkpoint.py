@@ -12,7 +12,14 @@ from ckavg.checkpoints.headers import SHARDED, Header, read_header
 from ckavg.checkpoints.layouts import WEIGHTS, as_safetensors
 from ckavg.checkpoints.pickles import UnreadPickleError, read_pickle
 from ckavg.checkpoints.run import Checkpoint, Kind, Shard, TensorInfo
-from ckavg.checkpoints.unsupported import holds_unsupported, is_pickled, refused, refused_pickle, refused_slices
+from ckavg.checkpoints.unsupported import (
+    holds_pickles_alone,
+    holds_unsupported,
+    is_pickled,
+    refused,
+    refused_pickle,
+    refused_slices,
+)
 from ckavg.checkpoints.weight_files import LeftOut, Weights, beside, by_family, find_weights
 from ckavg.errors import (
     CkavgError,
@@ -304,7 +311,7 @@ def _no_weights(path: AnyPath, left_out: Sequence[LeftOut]) -> CkavgError:
         foreign = refused([path])
     except OSError as error:
         return ReadError(f"{path} cannot be listed: {error.strerror}.", hint="Check that you may read it.")
-    if foreign is not None and any(is_pickled(name.rpartition("/")[2]) for _, name in left_out):
+    if any(why == "pickle" for why, _ in left_out) and holds_pickles_alone(path):
         return CorruptFileError(f"{path} holds no tensors: {listed([name for _, name in left_out])}.", hint=_REWRITE)
     return foreign or MissingShardError(
         f"{path} holds no weights.",

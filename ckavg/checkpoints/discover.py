@@ -231,8 +231,11 @@ def _labels(source: AnyPath, children: Sequence[AnyPath]) -> dict[AnyPath, Label
 
 def _pickles(children: Sequence[AnyPath]) -> dict[str, AnyPath]:
     """Files of `torch.save` that may be checkpoints, by the names that they would have as safetensors."""
-    files = {f"{_stem(path)}{WEIGHTS}": path for path in reversed(children) if is_pickled(path.name)}
-    return {name: path for name, path in files.items() if not path.is_dir()}
+    files: dict[str, AnyPath] = {}
+    for path in children:
+        if is_pickled(path.name) and not path.is_dir():
+            files.setdefault(f"{_stem(path)}{WEIGHTS}", path)
+    return files
 
 
 def _may_be_checkpoint(path: AnyPath) -> bool:
@@ -336,7 +339,7 @@ def _stating(file: Candidate, step: int | None) -> Candidate:
 
 def _check_headers_consistent(numbered: Sequence[tuple[Candidate, int]]) -> None:
     """Refuse headers that order the files of one clock in another way than their names."""
-    by_number = sorted(numbered, key=lambda each: (each[0].label.clock, each[0].label.number or 0))
+    by_number = sorted(numbered, key=lambda each: (each[0].label.clock, each[0].label.number or 0, each[1]))
     for (before, first), (after, second) in itertools.pairwise(by_number):
         if before.label.clock == after.label.clock and first > second:
             raise MixedOrderError(

@@ -29,7 +29,7 @@ from ckavg.checkpoints.discover import Scan, duplicate_steps, scan, several_runs
 from ckavg.checkpoints.loader import Loader
 from ckavg.checkpoints.run import Checkpoint, Run, Selection, WhyLeftOut
 from ckavg.checkpoints.trainer_log import unrelated_logs
-from ckavg.checkpoints.unsupported import refused, refused_slices
+from ckavg.checkpoints.unsupported import NOT_SAFETENSORS, refused, refused_slices
 from ckavg.errors import (
     CkavgError,
     CorruptFileError,
@@ -204,7 +204,7 @@ def _first_of_kind(problems: Sequence[CkavgError]) -> list[CkavgError]:
     """
     unread = [path for problem in problems for path in getattr(problem, "unread", ())]
     if len(unread) > 1:
-        in_others = refused(unread)
+        in_others = _with_reason(refused(unread), problems)
         sliced = [path for path in unread if in_others is None or path not in in_others.unread]
         of_all = [*filter(None, [in_others]), *([refused_slices(sliced)] if sliced else [])]
         problems = [*of_all, *(problem for problem in problems if not getattr(problem, "unread", ()))]
@@ -216,6 +216,18 @@ def _first_of_kind(problems: Sequence[CkavgError]) -> list[CkavgError]:
         f"{len(rest)} more checkpoints are in a format that is not read.", hint="They are to be converted likewise."
     )
     return [problem for problem in problems if problem not in rest] + [counted]
+
+
+def _with_reason(
+    refusal: UnsupportedFormatError | None, problems: Sequence[CkavgError]
+) -> UnsupportedFormatError | None:
+    """What is said of all that is not read, and of the first pickle among it why that is not."""
+    unread = [each.message for each in problems if getattr(each, "unread", ())]
+    of_pickles = [message for message in unread if NOT_SAFETENSORS not in message]
+    if refusal is None or not of_pickles:
+        return refusal
+    message = f"{refusal.message} {of_pickles[0]}"
+    return UnsupportedFormatError(message, hint=refusal.hint, command=refusal.command, unread=refusal.unread)
 
 
 def _about_left_out(checkpoints: Sequence[Checkpoint]) -> list[str]:

@@ -141,6 +141,9 @@ def _without_prefix(found: Mapping[str, Span]) -> dict[str, Span]:
         raise UnreadPickleError("is a TorchScript program", can_convert=False)
     if "data.pkl" not in spans or more:
         raise ValueError("it is a zip archive that torch.save did not write")
+    packed = next((name for name, span in spans.items() if not span.is_stored), None)
+    if packed is not None:
+        raise ValueError(f"its file {shown(packed)} is compressed or encrypted")
     return spans
 
 

@@ -45,6 +45,7 @@ _RANK = re.compile(r"mp_rank_\d+_model_states\.pt")
 _MOST_NAMES = 2000
 _DEEPEST = 5
 
+NOT_SAFETENSORS = "not safetensors"
 _CONVERTS = "This command converts them to safetensors"
 DOWNLOAD_FIRST = "Download the run; ckavg inspect of the copy has a command that converts it."
 _NO_COMMAND = "Save the checkpoints as safetensors."
@@ -118,9 +119,9 @@ def refused(paths: Iterable[AnyPath]) -> UnsupportedFormatError | None:
     path, file = next(iter(unread.items()))
     if len(unread) > 1:
         kinds = " and ".join(dict.fromkeys(group.form.kind for group in groups.values()))
-        what = f"{len(unread)} checkpoints hold {kinds}, such as {file}, not safetensors."
+        what = f"{len(unread)} checkpoints hold {kinds}, such as {file}, {NOT_SAFETENSORS}."
     else:
-        what = f"{path} {'is' if file == path else f'holds {file.relative_to(path)},'} not safetensors."
+        what = f"{path} {'is' if file == path else f'holds {file.relative_to(path)},'} {NOT_SAFETENSORS}."
     if all(isinstance(path, Path) for path in unread):
         advised = [group.form.advise(group) for group in groups.values()]
     else:

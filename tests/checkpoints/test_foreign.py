@@ -121,10 +121,10 @@ def test_formats_side_by_side(tmp_path: Path) -> None:
     write_foreign(tmp_path, "checkpoint-{}", ("pytorch_model_fsdp_0/__0_0.distcp",), steps=(30, 40))
     write_foreign(tmp_path, "checkpoint-{}", ("model.gguf",), steps=(50,))
     told, advice, command = run_cli("ema", tmp_path).stderr.splitlines()
-    assert told == (
-        "error: 12 checkpoints hold pickles that are not read and files of torch.distributed and weights in other formats, such as "
-        f"{tmp_path}/checkpoint-0/pytorch_model.bin, not safetensors."
-    )
+    kinds = "pickles that are not read and files of torch.distributed and weights in other formats"
+    pickle = f"{tmp_path}/checkpoint-0/pytorch_model.bin"
+    why = f"{pickle} has the layout that torch wrote before 1.6."
+    assert told == f"error: 12 checkpoints hold {kinds}, such as {pickle}, not safetensors. {why}"
     assert advice.count("This command converts them") == 1
     assert advice.endswith("Save the checkpoints as safetensors.")
     folders = f"{tmp_path}/checkpoint-*/pytorch_model_fsdp_0"
