@@ -60,7 +60,7 @@ def unpickled(
 ) -> Any:
     """The value that a pickle describes: dicts, lists, tuples, texts, numbers, bytes, and what `known` makes.
 
-    Ordered, default and counting dicts become dicts, sets lists, and frozen sets tuples. Names that are not `known`
+    Ordered, default and counting dicts become dicts, and sets lists or tuples. Names that are not `known`
     become `Global`, and what is called by them `Opaque`; so do keys of dicts that are neither text nor number, such as
     tuples. Nothing is copied, and nothing recurses. But values may be shared or nested without end, and a list may hold
     itself: whoever goes through them must count.
@@ -76,7 +76,7 @@ def unpickled(
         ValueError: it is no pickle, is cut off, is longer than `most`, has a number of unreasonable size, calls what is
             no class or function, needs buffers beside it, or gives a known callable wrong arguments.
     """
-    machine = _Machine(data, {**_DICTS, **known}, persistent)
+    machine = _Machine(data, {**_CONTAINERS, **known}, persistent)
     try:
         return machine.run(most)
     except (TypeError, KeyError, IndexError, AttributeError, OverflowError, struct.error) as error:
@@ -94,10 +94,16 @@ def _dict(*args: Any) -> dict[Any, Any]:
     return made
 
 
-_DICTS: Mapping[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): _dict,
-    ("collections", "defaultdict"): _dict,
-    ("collections", "Counter"): _dict,
+def _list(values: Any = ()) -> list[Any]:
+    """What a set is made of."""
+    if type(values) not in (list, tuple):
+        raise ValueError("the pickle makes a set of what is no list")
+    return [*values]
+
+
+_CONTAINERS: Mapping[tuple[str, str], Any] = {
+    **{("collections", name): _dict for name in ("OrderedDict", "defaultdict", "Counter")},
+    **{(module, name): _list for module in ("builtins", "__builtin__") for name in ("set", "frozenset")},
 }
 _HASHED = frozenset({str, bytes, float, bool, type(None), Global, Opaque})
 _LARGEST_KEY = 2**60
