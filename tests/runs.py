@@ -12,6 +12,15 @@ from torch import Tensor
 
 Weights = Mapping[str, Tensor]
 
+OLD_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""How a file of `torch.save` begins that is not read: one in the layout before torch 1.6."""
+
+
+def save_old(saved: object, path: Path) -> None:
+    """In that layout."""
+    torch.save(saved, path, _use_new_zipfile_serialization=False)
+
+
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32"}
 
 

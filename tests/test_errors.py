@@ -16,7 +16,7 @@ import ckavg
 from ckavg import errors
 from ckavg.averaging.held_out import held_out_loss
 from ckavg.engine.distributed import Ranks
-from tests.runs import write_checkpoint, write_run
+from tests.runs import save_old, write_checkpoint, write_run
 
 STEPS = (0, 10, 20)
 MODEL = "checkpoint-20/model.safetensors"
@@ -40,7 +40,7 @@ def _too_few(run: Path) -> None:
 
 def _unsupported(run: Path) -> None:
     (run / MODEL).unlink()
-    torch.save(weights(), run / "checkpoint-20" / "pytorch_model.bin")
+    save_old(weights(), run / "checkpoint-20" / "pytorch_model.bin")
     ckavg.open_run(run)
 
 

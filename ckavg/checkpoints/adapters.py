@@ -147,10 +147,10 @@ def configs_of(checkpoint: Checkpoint, facts: Facts) -> dict[str, Mapping[str, A
     for shard in checkpoint.shards:
         folder = shard.path.parent.relative_to(checkpoint.directory).as_posix()
         config = facts.adapters.get("" if folder == "." else folder, {}) if checkpoint.kind == "adapter" else {}
-        if config and shard.path.name == _PEFT:
+        if config and shard.saved_as == _PEFT:
             own = [name for name in checkpoint.entries if name.startswith(f"{shard.part}{_PEFT_PREFIX}")]
             configs[f"{shard.part}{_PEFT_PREFIX}" if own else shard.part] = config
-        elif shard.path.name == _PEFT or any(
+        elif shard.saved_as == _PEFT or any(
             name.startswith(f"{shard.part}{_PEFT_PREFIX}") for name in checkpoint.entries
         ):
             raise UnsupportedFormatError(

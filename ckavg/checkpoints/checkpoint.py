@@ -9,9 +9,18 @@ from contextlib import suppress
 from pathlib import Path
 
 from ckavg.checkpoints.headers import SHARDED, Header, read_header
+from ckavg.checkpoints.layouts import WEIGHTS, as_safetensors
+from ckavg.checkpoints.pickles import UnreadPickleError, read_pickle
 from ckavg.checkpoints.run import Checkpoint, Kind, Shard, TensorInfo
-from ckavg.checkpoints.unsupported import holds_unsupported, refused, refused_slices
-from ckavg.checkpoints.weight_files import WEIGHTS, LeftOut, Weights, beside, by_family, find_weights
+from ckavg.checkpoints.unsupported import (
+    holds_pickles_alone,
+    holds_unsupported,
+    is_pickled,
+    refused,
+    refused_pickle,
+    refused_slices,
+)
+from ckavg.checkpoints.weight_files import LeftOut, Weights, beside, by_family, find_weights
 from ckavg.errors import (
     CkavgError,
     CombinedError,
@@ -23,7 +32,7 @@ from ckavg.errors import (
     raise_all,
 )
 from ckavg.storage.base import AnyPath, RemotePath
-from ckavg.storage.local import Bounds, problem_with, read_object, size_of
+from ckavg.storage.local import Bounds, problem_with, read_object, size_of, storage_of
 
 RESULT_RECORD = "ckavg.json"
 """A directory with this file in it is a result, never a checkpoint."""
@@ -44,7 +53,7 @@ _WAIT = (
 
 
 def read_checkpoint(path: AnyPath, step: int, *, within: AnyPath | None = None) -> Checkpoint:
-    """Read the headers of one checkpoint, a directory or a single safetensors file, whose links may lead into `within`.
+    """Read the headers of one checkpoint, a directory or a single weight file, whose links may lead into `within`.
 
     Raises:
         MissingShardError: a shard is not there, or the directory holds no weights.
@@ -83,7 +92,7 @@ def read_checkpoint(path: AnyPath, step: int, *, within: AnyPath | None = None) 
 def _read_file(path: AnyPath, step: int) -> Checkpoint:
     found = problem_with(path, Bounds((Path("/"),)))  # named by itself, a link may lead anywhere
     raise_all([] if found is None else [found])
-    if path.suffix != WEIGHTS and path.is_file() and holds_unsupported(path):
+    if path.suffix != WEIGHTS and not is_pickled(path.name) and path.is_file() and holds_unsupported(path):
         raise _no_weights(path, [])
     if isinstance(path, Path) and path.is_symlink() and not path.exists():
         raise MissingShardError(
@@ -114,20 +123,33 @@ class _Group:
 def _groups(weights: Weights, path: AnyPath, bounds: Bounds) -> tuple[list[_Group], list[LeftOut]]:
     """The weights of a folder, and what lies beside them."""
     folder = weights.folder
-    placed = _weight_map(folder / weights.index, bounds) if weights.index else None
+    placed, files = None, dict(weights.pickled)
+    if weights.index:
+        stated = _weight_map(folder / _index_of(weights), bounds)
+        files |= {as_safetensors(file): file for file in stated.values()}
+        placed = {name: as_safetensors(file) for name, file in stated.items()}
     names = weights.files if placed is None else tuple(sorted(set(placed.values())))
     if len(names) > MOST_SHARDS:
         raise CorruptFileError(f"{folder} consists of {len(names):,} files, more than {MOST_SHARDS:,}.", hint=_REWRITE)
-    raise_all(_missing_of_count(folder, names) if placed is None else _missing(folder, names, weights.others))
+    raise_all(_missing_of_count(folder, names) if placed is None else _missing(folder, names, weights.others, files))
     part = "" if folder == path else f"{folder.relative_to(path).as_posix()}/"
-    groups = [_Group(part, folder, tuple(folder / name for name in names), weights.index, placed)]
+    paths = {name: folder / files.get(name, name) for name in {*names, *weights.others}}
+    groups = [_Group(part, folder, tuple(paths[name] for name in names), _index_of(weights), placed)]
     others, left_out = beside(weights, names)
     for name, of_part in others.items():
         raise_all(_missing_of_count(folder, of_part))
-        groups.append(_Group(f"{part}{name}/", folder, tuple(folder / each for each in of_part)))
-    files = [file for group in groups for file in group.files]
-    raise_all([found for file in files if (found := problem_with(file, bounds)) is not None])
-    return groups, [(why, part + name) for why, name in left_out]
+        groups.append(_Group(f"{part}{name}/", folder, tuple(paths[each] for each in of_part)))
+    of_groups = [file for group in groups for file in group.files]
+    raise_all([found for file in of_groups if (found := problem_with(file, bounds)) is not None])
+    return groups, [(why, part + files.get(name, name)) for why, name in left_out]
+
+
+def _index_of(weights: Weights) -> str:
+    """The name of the index of some weights; empty where there is none."""
+    if not weights.pickled or not weights.index:
+        return weights.index
+    names = storage_of(weights.folder).list(weights.folder).files
+    return next(name for name in sorted(names) if as_safetensors(name) == weights.index)
 
 
 def _weight_map(index: AnyPath, bounds: Bounds) -> Mapping[str, str]:
@@ -145,10 +167,10 @@ def _weight_map(index: AnyPath, bounds: Bounds) -> Mapping[str, str]:
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptFileError(f"{index} is not a shard index: it has no weight_map.", hint=_REWRITE) from error
     for file in set(placed.values()):
-        if Path(file).name != file or not file.endswith(".safetensors") or "\0" in file:
-            raise CorruptFileError(
-                f"{index} names {file!r}: shards must be safetensors files beside their index.", hint=_REWRITE
-            )
+        is_weights = file.endswith(WEIGHTS) if WEIGHTS in index.name else is_pickled(file)
+        if Path(file).name != file or not is_weights or "\0" in file:
+            kind = "safetensors files" if WEIGHTS in index.name else "pickles"
+            raise CorruptFileError(f"{index} names {file!r}: shards must be {kind} beside their index.", hint=_REWRITE)
     if not placed:
         raise CorruptFileError(f"{index} lists no tensors.", hint=_REWRITE)
     return placed
@@ -164,7 +186,8 @@ def _assemble(
     left_out = list(left_out)
     for group in groups:
         try:
-            headers = _headers(group, first=len(shards))
+            headers, of_pickles = _headers(path, group, first=len(shards))
+            left_out += of_pickles
         except CkavgError as error:
             errors += error.errors if isinstance(error, CombinedError) else (error,)
             continue
@@ -196,23 +219,32 @@ def _assemble(
     return Checkpoint(step, path, kind, tuple(shards), indexes, entries, tuple(sorted(left_out)))
 
 
-def _headers(group: _Group, *, first: int) -> dict[AnyPath, Header]:
+def _headers(path: AnyPath, group: _Group, *, first: int) -> tuple[dict[AnyPath, Header], list[LeftOut]]:
+    """The headers of the files, and what is left out of them: of pickles, those that hold no tensors, too."""
     headers: dict[AnyPath, Header] = {}
+    left_out: list[LeftOut] = []
     errors: list[CkavgError] = []
-    for number, file in enumerate(group.files, start=first):
+    for file in group.files:
         try:
-            headers[file] = read_header(file, shard=number)
+            header = (read_pickle if is_pickled(file.name) else read_header)(file, shard=first + len(headers))
+            left_out += header.left_out
+            if header.entries or group.placed is not None or not is_pickled(file.name):
+                headers[file] = header
+            elif not header.left_out:
+                left_out.append(("pickle", file.name if file == path else file.relative_to(path).as_posix()))
+        except UnreadPickleError as error:
+            errors.append(refused_pickle(path, file, error.why, can_convert=error.can_convert))
         except CkavgError as error:
             errors.append(error)
     if not errors and group.placed is not None:
-        found = {name: file.name for file, header in headers.items() for name in header.entries}
+        found = {name: as_safetensors(file.name) for file, header in headers.items() for name in header.entries}
         wrong = [name for name in {**group.placed, **found} if group.placed.get(name) != found.get(name)]
         if wrong:
             index = group.folder / group.index
             what = f"{index} and its shards disagree about {len(wrong)} tensors, such as {wrong[0]!r}."
             errors.append(CorruptFileError(what, hint=_REWRITE))
     raise_all(errors)
-    return headers
+    return headers, left_out
 
 
 def _parts(group: _Group, headers: Mapping[AnyPath, Header]) -> dict[AnyPath, str]:
@@ -229,10 +261,9 @@ def _parts(group: _Group, headers: Mapping[AnyPath, Header]) -> dict[AnyPath, st
         seen |= dict.fromkeys(header.entries, file)
     if not twice:
         return dict.fromkeys(headers, group.part)
+    files = {as_safetensors(file.name): file for file in headers}
     families = {
-        group.folder / name: f"{group.part}{stem}{WEIGHTS}/"
-        for stem, names in by_family(file.name for file in headers).items()
-        for name in names
+        files[name]: f"{group.part}{stem}{WEIGHTS}/" for stem, names in by_family(files).items() for name in names
     }
     for name, (first, second) in twice.items():
         if group.placed is not None or families[first] == families[second]:
@@ -244,12 +275,15 @@ def _parts(group: _Group, headers: Mapping[AnyPath, Header]) -> dict[AnyPath, st
     return families
 
 
-def _missing(path: AnyPath, names: Sequence[str], present: frozenset[str]) -> list[CkavgError]:
+def _missing(
+    path: AnyPath, names: Sequence[str], present: frozenset[str], files: Mapping[str, str]
+) -> list[CkavgError]:
+    """The error where files are not there, each of which has its name in `files`, or that of safetensors."""
     absent = [name for name in names if name not in present]
     if not absent:
         return []
     more = f", and neither do {len(absent) - 1} more of its {len(names)} shards" if len(absent) > 1 else ""
-    return [MissingShardError(f"{path / absent[0]} does not exist{more}.", hint=_WAIT)]
+    return [MissingShardError(f"{path / files.get(absent[0], absent[0])} does not exist{more}.", hint=_WAIT)]
 
 
 def _missing_of_count(path: AnyPath, files: Sequence[str]) -> list[CkavgError]:
@@ -262,7 +296,7 @@ def _missing_of_count(path: AnyPath, files: Sequence[str]) -> list[CkavgError]:
         if len(match[2]) <= len(str(MOST_SHARDS)) and int(match[2]) <= MOST_SHARDS:
             first = 0 if f"{start}{0:0{width}d}{rest}" in present else 1
             expected = [f"{start}{number:0{width}d}{rest}" for number in range(first, first + int(match[2]))]
-            errors += _missing(path, expected, present)
+            errors += _missing(path, expected, present, {})
     return errors
 
 
@@ -277,6 +311,8 @@ def _no_weights(path: AnyPath, left_out: Sequence[LeftOut]) -> CkavgError:
         foreign = refused([path])
     except OSError as error:
         return ReadError(f"{path} cannot be listed: {error.strerror}.", hint="Check that you may read it.")
+    if any(why == "pickle" for why, _ in left_out) and holds_pickles_alone(path):
+        return CorruptFileError(f"{path} holds no tensors: {listed([name for _, name in left_out])}.", hint=_REWRITE)
     return foreign or MissingShardError(
         f"{path} holds no weights.",
         hint="It is still being written, perhaps; --skip-incomplete leaves it out, and so does --skip-step.",

@@ -69,7 +69,7 @@ def read_facts(checkpoint: Checkpoint) -> Facts:
     """Read the configs of a checkpoint. Of a single file there are none: what lies beside need not be its own."""
     if checkpoint.kind == "file":
         return Facts({}, {})
-    of_adapters = {shard.path.parent for shard in checkpoint.shards if shard.path.name in ADAPTERS}
+    of_adapters = {shard.path.parent for shard in checkpoint.shards if shard.saved_as in ADAPTERS}
     places = {folder: checkpoint.path / folder for folder in checkpoint.folders}
     return Facts(
         {folder: _read(place / CONFIG) for folder, place in places.items() if place not in of_adapters},
@@ -86,6 +86,19 @@ def ties_embeddings(facts: Facts) -> bool | None:
         if isinstance(each.get("tie_word_embeddings"), bool)
     ]
     return any(stated) if stated else None
+
+
+def without_shared(checkpoint: Checkpoint, facts: Facts) -> Checkpoint:
+    """A checkpoint as transformers would have saved it as safetensors: of tensors that are one in memory, as a pickle
+    tells, the first alone, unless the config denies that they are tied.
+    """
+    if not any("model_type" in config for config in facts.configs.values()) or ties_embeddings(facts) is False:
+        return checkpoint
+    first: dict[tuple[int, int, tuple[int, ...], str], str] = {}
+    for name, entry in checkpoint.entries.items():
+        first.setdefault((entry.shard, entry.offset, entry.shape, entry.dtype), name)
+    kept = set(first.values())
+    return checkpoint.without({name for name, entry in checkpoint.entries.items() if entry.numel and name not in kept})
 
 
 def quantized(checkpoints: Sequence[Checkpoint], facts: Sequence[Facts]) -> list[CkavgError]:

@@ -18,6 +18,7 @@ from ckavg.checkpoints.check_consistent import same_weights
 from ckavg.checkpoints.checkpoint import RESULT_RECORD, read_checkpoint
 from ckavg.checkpoints.headers import stated_step
 from ckavg.checkpoints.layouts import (
+    WEIGHTS,
     Clock,
     Label,
     is_averaged,
@@ -27,10 +28,12 @@ from ckavg.checkpoints.layouts import (
     label_run,
     read_label,
     read_labels,
+    stem_of,
 )
+from ckavg.checkpoints.pickles import UnreadPickleError, pickled_step
 from ckavg.checkpoints.trainer_log import TRAINER_STATE, Logs, read_trainer_state
-from ckavg.checkpoints.unsupported import holds_unsupported, refused, stem, unsupported_weights
-from ckavg.checkpoints.weight_files import WEIGHTS, find_weights, holds_weights, list_folder
+from ckavg.checkpoints.unsupported import holds_unsupported, is_pickled, refused, stem, unsupported_weights
+from ckavg.checkpoints.weight_files import find_weights, holds_weights, list_folder
 from ckavg.errors import (
     CkavgError,
     DuplicateStepError,
@@ -42,6 +45,7 @@ from ckavg.errors import (
 )
 from ckavg.storage.atomic import resolved
 from ckavg.storage.base import AnyPath, RemotePath
+from ckavg.storage.download import thread_map
 from ckavg.storage.local import is_link, size_of, storage_of
 from ckavg.storage.remote import storages_of
 
@@ -61,6 +65,7 @@ class Candidate:
         label: what its name says.
         stated: whether log or header gave the step.
         log: number of the log that its trainer kept, which checkpoints of one run have in common; None without one.
+        is_file: whether it is a single file.
     """
 
     path: AnyPath
@@ -68,11 +73,7 @@ class Candidate:
     label: Label
     stated: bool
     log: int | None = None
-
-    @property
-    def is_file(self) -> bool:
-        """Whether it is a single file, by its name."""
-        return self.path.suffix == WEIGHTS
+    is_file: bool = False
 
     @property
     def clock(self) -> Clock:
@@ -209,7 +210,7 @@ def _children(source: AnyPath) -> list[AnyPath]:
 
 
 def _stem(path: AnyPath) -> str:
-    return path.stem if path.suffix == WEIGHTS else path.name
+    return stem_of(path.name)
 
 
 def _matches(path: AnyPath, pattern: str) -> bool:
@@ -219,13 +220,22 @@ def _matches(path: AnyPath, pattern: str) -> bool:
 def _labels(source: AnyPath, children: Sequence[AnyPath]) -> dict[AnyPath, Label]:
     """What is a checkpoint by its name, directories before files."""
     folders = {path.name: path for path in children if path.suffix != WEIGHTS and _may_be_checkpoint(path)}
-    files = {path.name: path for path in children if path.suffix == WEIGHTS}
+    files = {path.name: path for path in children if path.suffix == WEIGHTS} or _pickles(children)
     is_one_model = any((source / name).is_file() for name in ("model_index.json", "modules.json"))
-    stems = [path.stem for path in files.values()]
+    stems = [_stem(path) for path in files.values()]
     labels = label_run(
         folders, stems, lambda name: _holds_weights(folders[name], of_any_kind=True), is_one_model=is_one_model
     )
     return {(folders | files)[name]: label for name, label in labels.items()}
+
+
+def _pickles(children: Sequence[AnyPath]) -> dict[str, AnyPath]:
+    """Files of `torch.save` that may be checkpoints, by the names that they would have as safetensors."""
+    files: dict[str, AnyPath] = {}
+    for path in children:
+        if is_pickled(path.name) and not path.is_dir():
+            files.setdefault(f"{_stem(path)}{WEIGHTS}", path)
+    return files
 
 
 def _may_be_checkpoint(path: AnyPath) -> bool:
@@ -236,8 +246,8 @@ def _may_be_checkpoint(path: AnyPath) -> bool:
 
 
 def _candidate(path: AnyPath, label: Label, logs: Logs, warnings: list[str]) -> Candidate:
-    if path.suffix == WEIGHTS:
-        return Candidate(path, label.number or 0, label, stated=False)
+    if path.suffix == WEIGHTS or (is_pickled(path.name) and not path.is_dir()):
+        return Candidate(path, label.number or 0, label, stated=False, is_file=True)
     state, stated = _trainer_state(path, warnings)
     log = logs.number(state)
     if stated is None:
@@ -293,7 +303,7 @@ def _files_of_runs(found: Sequence[Candidate], twins: set[AnyPath], warnings: li
 
 def _on_one_clock(files: Sequence[Candidate]) -> list[Candidate]:
     """The files of a run whose steps have a common order: by their headers if all tell, else those that count steps."""
-    stated = {each: stated_step(each.path) for each in files}
+    stated = dict(zip(files, thread_map(_stated_step, files), strict=True))
     numbered = [each for each in files if each.label.number is not None]
     if all(step is not None for step in stated.values()):
         _check_headers_consistent([(each, stated[each] or 0) for each in numbered])
@@ -314,13 +324,22 @@ def _on_one_clock(files: Sequence[Candidate]) -> list[Candidate]:
     return kept
 
 
+def _stated_step(file: Candidate) -> int | None:
+    """What a single file states, as far as it can be read: whoever reads its weights says what is wrong."""
+    if file.path.suffix == WEIGHTS:
+        return stated_step(file.path)
+    with suppress(CkavgError, UnreadPickleError):
+        return pickled_step(file.path)
+    return None
+
+
 def _stating(file: Candidate, step: int | None) -> Candidate:
     return file if step is None else dataclasses.replace(file, step=step, stated=True)
 
 
 def _check_headers_consistent(numbered: Sequence[tuple[Candidate, int]]) -> None:
     """Refuse headers that order the files of one clock in another way than their names."""
-    by_number = sorted(numbered, key=lambda each: (each[0].label.clock, each[0].label.number or 0))
+    by_number = sorted(numbered, key=lambda each: (each[0].label.clock, each[0].label.number or 0, each[1]))
     for (before, first), (after, second) in itertools.pairwise(by_number):
         if before.label.clock == after.label.clock and first > second:
             raise MixedOrderError(
@@ -368,10 +387,21 @@ def _without_derived(candidates: Sequence[Candidate]) -> list[Candidate]:
         runs[candidate.label.stem, candidate.clock].append(candidate)
     kept = [of_run for (stem, _), of_run in runs.items() if not is_averaged(stem)] or [*runs.values()]
     if len(kept) > 1:
-        readable = [of_run for of_run in kept if any(each.is_file or _holds_weights(each.path) for each in of_run)]
-        kept = readable or kept
+        held = [[of_run for of_run in kept if any(map(holds, of_run))] for holds in (_holds_safetensors, _is_read)]
+        kept = next(filter(None, held), kept)
     left = [candidate for of_run in kept for candidate in of_run]
     return [each for each in left if not any(_is_derived(each, other) for other in left)]
+
+
+def _holds_safetensors(candidate: Candidate) -> bool:
+    path = candidate.path
+    with suppress(OSError, UnsupportedFormatError):
+        return path.suffix == WEIGHTS if candidate.is_file else not all(each.pickled for each in find_weights(path)[0])
+    return False
+
+
+def _is_read(candidate: Candidate) -> bool:
+    return candidate.is_file or _holds_weights(candidate.path)
 
 
 def _is_derived(one: Candidate, other: Candidate) -> bool:
@@ -388,7 +418,7 @@ def _passed_over(children: Iterable[AnyPath], candidates: Sequence[Candidate]) -
     for path in children:
         if resolved(path) in taken or path.name in _NOT_RUNS:
             continue
-        if path.suffix == WEIGHTS:
+        if path.suffix == WEIGHTS or (flat and is_pickled(path.name)):
             if flat or not _is_in(path, candidates[-1].path):
                 unstated.append(path.name)
         elif path.is_dir() and is_half_written(path.name):
@@ -450,7 +480,7 @@ def _nothing_found(source: AnyPath, match: str | None) -> CkavgError:
         )
     if holds_weights(source) or any((source / name).is_file() for name in ("model_index.json", "modules.json")):
         return _one_checkpoint(source)
-    foreign = [name for name in names if unsupported_weights([name])]
+    foreign = [] if any(map(is_pickled, names)) else [name for name in names if unsupported_weights([name])]
     found = refused(_numbered(source, foreign))
     if found is not None:
         more = f" and {len(foreign) - 1} more like it" if len(foreign) > 1 else ""
@@ -465,7 +495,7 @@ def _nothing_found(source: AnyPath, match: str | None) -> CkavgError:
         return NoCheckpointsError(
             f"{source} holds no checkpoints, but {inside[0].name} in it seems to.", hint=f"Try {inside[0]}"
         )
-    seen = [f"{path.name}/" for path in folders if _holds_weights(path)]
+    seen = [f"{path.name}/" for path in folders if _holds_weights(path)] + [name for name in names if is_pickled(name)]
     told = f" It holds weights in {listed(seen)}, whose names state no step." if seen else ""
     return NoCheckpointsError(
         f"{source} holds no checkpoints.{told}",

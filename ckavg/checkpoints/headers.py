@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ckavg.checkpoints.run import ITEM_BYTES, TensorInfo
+from ckavg.checkpoints.run import ITEM_BYTES, TensorInfo, WhyLeftOut
 from ckavg.errors import (
     CheckpointError,
     CorruptFileError,
@@ -41,11 +41,11 @@ in one file, and what a hostile header makes Python build stays within a few hun
 
 _STEPS = ("ss_steps", "global_step", "step", "steps", "iteration")
 _FACTS = "training_info"
-_LARGEST = 2**63 - 1
+LARGEST = 2**63 - 1
 _SHOWN = 200
 _LENGTH = struct.Struct("<Q")
-_RESAVE = "Save it again with safetensors, or leave it out with --from-step, --to-step or --last."
-_STILL_WRITTEN = (
+RESAVE = "Save it again with safetensors, or leave it out with --from-step, --to-step or --last."
+STILL_WRITTEN = (
     "It is still being written, or was cut off when it was copied: wait, copy it again, "
     "or leave such checkpoints out with --skip-incomplete."
 )
@@ -53,11 +53,14 @@ _STILL_WRITTEN = (
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What one file declares, checked against its size: tensors by offset, and what it says besides."""
+    """What one file declares, checked against its size: tensors by offset, and what it says besides; of a pickle, also
+    what holds tensors in it and is left out.
+    """
 
     entries: Mapping[str, TensorInfo]
     info: FileInfo
     metadata: Mapping[str, str]
+    left_out: tuple[tuple[WhyLeftOut, str], ...] = ()
 
 
 def read_header(path: AnyPath, *, shard: int = 0) -> Header:
@@ -73,22 +76,22 @@ def read_header(path: AnyPath, *, shard: int = 0) -> Header:
     try:
         info, text = _read(path)
     except FileNotFoundError as error:
-        raise MissingShardError(f"{path} does not exist.", hint=_STILL_WRITTEN) from error
+        raise MissingShardError(f"{path} does not exist.", hint=STILL_WRITTEN) from error
     except OSError as error:
         raise ReadError(f"{path} cannot be read: {error.strerror}.", hint="Check that you may read it.") from error
     except ValueError as error:  # a name that the system cannot have: with a zero byte, or no text
-        raise MissingShardError(f"{path} does not exist: no file can have this name.", hint=_RESAVE) from error
+        raise MissingShardError(f"{path} does not exist: no file can have this name.", hint=RESAVE) from error
     try:
         declared = _parsed(text)
         metadata = _metadata(declared)
         entries, end = _checked(path, declared, _LENGTH.size + len(text), shard)
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path} has a corrupt header: {error}.", hint=_RESAVE) from error
+        raise CorruptFileError(f"{path} has a corrupt header: {error}.", hint=RESAVE) from error
     size = info.nbytes
     if end > size:
-        raise TruncatedShardError(f"{path} is {size:,} bytes long, but its header says {end:,}.", hint=_STILL_WRITTEN)
+        raise TruncatedShardError(f"{path} is {size:,} bytes long, but its header says {end:,}.", hint=STILL_WRITTEN)
     if end < size:
-        raise CorruptFileError(f"{path} is {size:,} bytes long, but its header accounts for {end:,}.", hint=_RESAVE)
+        raise CorruptFileError(f"{path} is {size:,} bytes long, but its header accounts for {end:,}.", hint=RESAVE)
     return Header(entries, info, metadata)
 
 
@@ -114,16 +117,16 @@ def _read(path: AnyPath) -> tuple[FileInfo, bytes]:
         prefix = read(_LENGTH.size)
         if len(prefix) < _LENGTH.size:
             raise TruncatedShardError(
-                f"{path} is {info.nbytes} bytes long: too short to be safetensors.", hint=_STILL_WRITTEN
+                f"{path} is {info.nbytes} bytes long: too short to be safetensors.", hint=STILL_WRITTEN
             )
         (length,) = _LENGTH.unpack(prefix)
         if not 2 <= length <= MAX_HEADER_BYTES:
-            raise CorruptFileError(f"{path} is not safetensors: it claims a header of {length:,} bytes.", hint=_RESAVE)
+            raise CorruptFileError(f"{path} is not safetensors: it claims a header of {length:,} bytes.", hint=RESAVE)
         text = read(length) if _LENGTH.size + length <= info.nbytes else b""
     if len(text) < length:
         raise TruncatedShardError(
             f"{path} is {info.nbytes:,} bytes long, but its header alone says {_LENGTH.size + length:,}.",
-            hint=_STILL_WRITTEN,
+            hint=STILL_WRITTEN,
         )
     return info, text
 
@@ -158,56 +161,56 @@ def _checked(
     end = 0
     for name, dtype, shape, start, stop in spans:
         if start != end:
-            raise ValueError(f"tensor {_shown(name)} begins at byte {start:,}, expected {end:,}")
+            raise ValueError(f"tensor {shown(name)} begins at byte {start:,}, expected {end:,}")
         end = stop
         entries[name] = TensorInfo(dtype, shape, shard, data_start + start)
     return entries, data_start + end
 
 
 def _span(path: AnyPath, name: str, value: Any) -> tuple[str, str, tuple[int, ...], int, int]:
-    shown = _shown(name)
+    named = shown(name)
     try:
         name.encode()
         dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     except UnicodeEncodeError as error:
-        raise ValueError(f"{shown} is no text") from error
+        raise ValueError(f"{named} is no text") from error
     except (TypeError, KeyError) as error:
-        raise ValueError(f"tensor {shown} lacks dtype, shape or data_offsets") from error
+        raise ValueError(f"tensor {named} lacks dtype, shape or data_offsets") from error
     if not (_are_counts(shape) and _are_counts(offsets) and len(offsets) == 2):
-        raise ValueError(f"shape and offsets of tensor {shown} must be whole numbers")
+        raise ValueError(f"shape and offsets of tensor {named} must be whole numbers")
     if not isinstance(dtype, str):
-        raise ValueError(f"the dtype of tensor {shown} is no text")
+        raise ValueError(f"the dtype of tensor {named} is no text")
     item = ITEM_BYTES.get(dtype)
     if item is None:
         raise UnsupportedFormatError(
-            f"{path}: tensor {shown} has dtype {_shown(dtype)}, which cannot be averaged.",
+            f"{path}: tensor {named} has dtype {shown(dtype)}, which cannot be averaged.",
             hint="Quantized weights do not average. Average the checkpoints before quantizing them.",
         )
     start, stop = offsets
-    nbytes = _product(item, shape)
+    nbytes = product(item, shape)
     if nbytes != stop - start:
         needs = "too many" if nbytes is None else f"{nbytes:,}"
         raise ValueError(
-            f"tensor {shown} ({dtype}, {_shown(tuple(shape))}) needs {needs} bytes, but has {stop - start:,}"
+            f"tensor {named} ({dtype}, {shown(tuple(shape))}) needs {needs} bytes, but has {stop - start:,}"
         )
     return name, dtype, tuple(shape), start, stop
 
 
 def _are_counts(values: object) -> bool:
-    return isinstance(values, list) and all(type(number) is int and 0 <= number <= _LARGEST for number in values)
+    return isinstance(values, list) and all(type(number) is int and 0 <= number <= LARGEST for number in values)
 
 
-def _product(item: int, shape: list[int]) -> int | None:
+def product(item: int, shape: Sequence[int]) -> int | None:
     """Bytes of a tensor; None where a product on the way is beyond what any program can address."""
     nbytes = item
     for size in shape:
         nbytes *= size
-        if nbytes > _LARGEST:  # at once: a long list of large numbers would take hours to multiply
+        if nbytes > LARGEST:  # at once: a long list of large numbers would take hours to multiply
             return None
     return nbytes
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value as a message shows it, however large it is."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -23,12 +23,13 @@ from ckavg.checkpoints.configs import (
     several_named_runs,
     ties_embeddings,
     without_entries,
+    without_shared,
 )
 from ckavg.checkpoints.discover import Scan, duplicate_steps, scan, several_runs
 from ckavg.checkpoints.loader import Loader
 from ckavg.checkpoints.run import Checkpoint, Run, Selection, WhyLeftOut
 from ckavg.checkpoints.trainer_log import unrelated_logs
-from ckavg.checkpoints.unsupported import refused, refused_slices
+from ckavg.checkpoints.unsupported import NOT_SAFETENSORS, refused, refused_slices
 from ckavg.errors import (
     CkavgError,
     CorruptFileError,
@@ -125,6 +126,7 @@ def _compared(
     problems += different + in_headers
     warnings += [*doubtful, *also_doubtful, *_about_left_out(checkpoints)]
     checkpoints[-1] = without_entries(checkpoints[-1], hashes)
+    checkpoints = [without_shared(*each) for each in zip(checkpoints, facts, strict=True)]
     checkpoints = _without_copies(checkpoints, [ties_embeddings(each) for each in facts], warnings)
     mismatches = differences(checkpoints, anchor_is_init=with_init, common_only=selection.common_only)
     problems += mismatches
@@ -202,7 +204,7 @@ def _first_of_kind(problems: Sequence[CkavgError]) -> list[CkavgError]:
     """
     unread = [path for problem in problems for path in getattr(problem, "unread", ())]
     if len(unread) > 1:
-        in_others = refused(unread)
+        in_others = _with_reason(refused(unread), problems)
         sliced = [path for path in unread if in_others is None or path not in in_others.unread]
         of_all = [*filter(None, [in_others]), *([refused_slices(sliced)] if sliced else [])]
         problems = [*of_all, *(problem for problem in problems if not getattr(problem, "unread", ()))]
@@ -214,6 +216,18 @@ def _first_of_kind(problems: Sequence[CkavgError]) -> list[CkavgError]:
         f"{len(rest)} more checkpoints are in a format that is not read.", hint="They are to be converted likewise."
     )
     return [problem for problem in problems if problem not in rest] + [counted]
+
+
+def _with_reason(
+    refusal: UnsupportedFormatError | None, problems: Sequence[CkavgError]
+) -> UnsupportedFormatError | None:
+    """What is said of all that is not read, and of the first pickle among it why that is not."""
+    unread = [each.message for each in problems if getattr(each, "unread", ())]
+    of_pickles = [message for message in unread if NOT_SAFETENSORS not in message]
+    if refusal is None or not of_pickles:
+        return refusal
+    message = f"{refusal.message} {of_pickles[0]}"
+    return UnsupportedFormatError(message, hint=refusal.hint, command=refusal.command, unread=refusal.unread)
 
 
 def _about_left_out(checkpoints: Sequence[Checkpoint]) -> list[str]:
@@ -234,7 +248,7 @@ def _about_left_out(checkpoints: Sequence[Checkpoint]) -> list[str]:
     texts: dict[WhyLeftOut, str] = {
         "average": "Averages that training made are neither averaged nor copied",
         "training state": "Training state is neither averaged nor copied",
-        "pickle": "Pickles are never read, so neither averaged nor copied",
+        "pickle": "Pickles that are no part of the model are neither averaged nor copied",
         "other format": "Not safetensors, so neither averaged nor copied",
         "not everywhere": "Not in every checkpoint, so neither averaged nor copied",
     }

@@ -121,7 +121,8 @@ def read_label(stem: str) -> Label | None:
 def label_run(
     folders: Collection[str], files: Collection[str], holds_weights: Callable[[str], bool], *, is_one_model: bool
 ) -> dict[str, Label]:
-    """Which of the folders, and of the weight files without their ending, are checkpoints; the folders come first.
+    """Which of the folders, and of the weight files without their ending, are checkpoints; the folders come first, and
+    files are given with the ending of safetensors.
 
     A word such as `step` makes a folder a checkpoint, weights or none: it may still be written. A number alone says too
     little without weights, and one after any other word counts only where no folder is named better. `is_one_model`
@@ -137,7 +138,7 @@ def label_run(
         numbered = {name: label for name, label in found.items() if label.number is not None}
         labels = numbered if max((label.number or 0 for label in numbered.values()), default=0) >= _LEAST else {}
     flat = [name for name in files if not (is_training_state(name) or ("model" in files and _SECOND.fullmatch(name)))]
-    return labels | {f"{name}.safetensors": label for name, label in read_labels(flat).items()}
+    return labels | {f"{name}{WEIGHTS}": label for name, label in read_labels(flat).items()}
 
 
 def label_revisions(names: Collection[str]) -> dict[str, Label]:
@@ -254,6 +255,40 @@ def _cut(stem: str, spans: list[tuple[int, int]]) -> str:
             mark = piece[:1] if piece[:1] in _SEPARATORS else "-"
             kept += (mark if kept else "") + bare
     return kept
+
+
+# --- names of weight files ---
+
+WEIGHTS = ".safetensors"
+PICKLED = (".bin", ".pt", ".pth", ".th", ".ckpt", ".pt.tar", ".pth.tar")
+"""How files of `torch.save` end."""
+
+_ENDING = re.compile(
+    rf"(.+?)(?:{'|'.join(map(re.escape, (WEIGHTS, *reversed(PICKLED))))})(\.index(?:\.[\w-]+)?\.json)?", re.ASCII
+)
+_TORCH_NAME = re.compile(r"^pytorch_model(?:_fsdp)?(?![A-Za-z])")
+
+
+def stem_of(name: str) -> str:
+    """The name of a weight file without its ending; any other name as it is.
+
+    >>> stem_of("checkpoint-12.pth.tar"), stem_of("epoch=1-step=100.ckpt"), stem_of("model-v1.5"), stem_of("step_5")
+    ('checkpoint-12', 'epoch=1-step=100', 'model-v1.5', 'step_5')
+    """
+    found = _ENDING.fullmatch(name)
+    return name if found is None or found[2] else found[1]
+
+
+def as_safetensors(name: str) -> str:
+    """The name that a weight file of a checkpoint, or an index of such files, has in a result.
+
+    >>> as_safetensors("pytorch_model-00001-of-00002.bin"), as_safetensors("pytorch_model.bin.index.json")
+    ('model-00001-of-00002.safetensors', 'model.safetensors.index.json')
+    >>> as_safetensors("adapter_model.bin"), as_safetensors("lit_model.pth"), as_safetensors("unet.safetensors")
+    ('adapter_model.safetensors', 'lit_model.safetensors', 'unet.safetensors')
+    """
+    found = _ENDING.fullmatch(name)
+    return name if found is None else f"{_TORCH_NAME.sub('model', found[1])}{WEIGHTS}{found[2] or ''}"
 
 
 # --- names that say something else ---

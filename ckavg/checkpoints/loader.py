@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from ckavg.checkpoints.checkpoint import read_checkpoint
 from ckavg.checkpoints.configs import read_facts
 from ckavg.checkpoints.discover import Candidate, Scan
+from ckavg.checkpoints.layouts import WEIGHTS
 from ckavg.checkpoints.run import Checkpoint, Selection, TensorInfo
 from ckavg.checkpoints.trainer_log import TRAINER_STATE, Goal, Series, goal_of, read_history, values_at
-from ckavg.checkpoints.weight_files import WEIGHTS
 from ckavg.errors import (
     CkavgError,
     CombinedError,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ckavg.checkpoints.layouts import as_safetensors
 from ckavg.errors import CkavgError, UnsupportedFormatError
 from ckavg.storage.base import AnyPath, RemotePath
 from ckavg.storage.remote import RemoteStorage, storages_of
@@ -85,7 +86,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file.
+    """One weight file.
 
     Attributes:
         path: where it is.
@@ -103,6 +104,11 @@ class Shard:
     part: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def saved_as(self) -> str:
+        """The name of such a file in a result."""
+        return as_safetensors(self.path.name)
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -111,8 +117,8 @@ class Checkpoint:
     Attributes:
         step: optimizer step (`global_step`) at which it was saved.
         path: the directory, or the file of a flat layout.
-        kind: `model`, `adapter` (PEFT, LoRA), `pipeline` (models in folders, its components), or `file` (one
-            safetensors file on its own).
+        kind: `model`, `adapter` (PEFT, LoRA), `pipeline` (models in folders, its components), or `file` (one weight
+            file on its own).
         shards: its weight files, in the order of their names.
         indexes: the shard indexes beside them, where there are any; a pipeline may have one in each component.
         entries: every tensor by name, which begins with the part that it is in.
@@ -146,6 +152,8 @@ class Checkpoint:
 
     def without(self, names: Collection[str]) -> Checkpoint:
         """The same, as if these of its tensors were not there."""
+        if not names:
+            return self
         entries = {name: entry for name, entry in self.entries.items() if name not in names}
         return dataclasses.replace(self, entries=entries)
 
@@ -158,6 +166,11 @@ class Checkpoint:
     def names(self) -> tuple[str, ...]:
         """Its weight files, by path relative to its directory."""
         return tuple(self._within(shard.path) for shard in self.shards)
+
+    @property
+    def names_of_result(self) -> tuple[str, ...]:
+        """The weight files of a result that is laid out like it, likewise."""
+        return tuple(self._within(shard.path.parent / shard.saved_as) for shard in self.shards)
 
     def _within(self, path: AnyPath) -> str:
         return path.relative_to(self.directory).as_posix()

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ckavg.checkpoints.layouts import WEIGHTS
 from ckavg.checkpoints.run import Checkpoint
-from ckavg.checkpoints.weight_files import WEIGHTS
 from ckavg.errors import CkavgError, MismatchError, listed
 from ckavg.storage.base import AnyPath
 from ckavg.storage.local import read_object
@@ -163,7 +163,7 @@ def read_history(checkpoint: AnyPath) -> History:
     """The log beside a checkpoint. Empty where there is none, where it is malformed or very large, or where the
     checkpoint is a single file: what lies beside that need not be of its run. Never raises.
     """
-    if checkpoint.suffix == WEIGHTS:
+    if checkpoint.suffix == WEIGHTS or not checkpoint.is_dir():
         return History({})
     try:
         return History(read_trainer_state(checkpoint))

@@ -1,6 +1,6 @@
 """Stage *discover*: weights in formats that are not read, and the command that converts them. Looks at names alone.
 
-Nothing is unpickled here, and nothing is run. A command is one line for a shell: the trainer's own tool, or a program
+Nothing is run here. A command is one line for a shell: the trainer's own tool, or a program
 of ours. That is written below as one would write it into a file, and is the argument of `exec` in the command. It needs
 torch and safetensors, and lets torch load tensors alone (`weights_only=True`).
 """
@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from ckavg.checkpoints.layouts import PICKLED
 from ckavg.errors import UnsupportedFormatError
 from ckavg.storage.base import AnyPath
 from ckavg.storage.local import storage_of, walk
 
-PICKLES = (".bin", ".pt", ".pth", ".th", ".ckpt", ".pkl", ".pt.tar", ".pth.tar")
+PICKLES = (*PICKLED, ".pkl")
 OTHERS = (".distcp", ".nemo", ".h5", ".keras", ".msgpack", ".gguf", ".npz", ".pdparams", ".ocdbt")
 _NOT_WEIGHTS = re.compile(
     r"optimizer.*|scheduler.*|scaler.*|rng_state.*|training_args.*|random_states.*|sampler.*|dl_state.*|"
@@ -35,20 +36,47 @@ TRAINING_STATE = (
 )
 """In the name of a file, or of a part of one: no weights, but a trainer's state or an average that training made."""
 
+MODELS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "student")
+"""Under which trainers save the model, among other things; the surest first."""
+
 _STATE = re.compile(rf"{TRAINING_STATE}|^(?:train(?:er|ing)?(?:_state)?|recipe_state|meta)[.]", re.IGNORECASE)
 _ZERO = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_(?:model|optim)_states\.pt")
 _RANK = re.compile(r"mp_rank_\d+_model_states\.pt")
 _MOST_NAMES = 2000
 _DEEPEST = 5
 
-_CONVERTS = "ckavg never unpickles. This command converts them to safetensors"
-DOWNLOAD_FIRST = "ckavg never unpickles. Download the run; ckavg inspect of the copy has a command that converts it."
-_NO_COMMAND = "Save the checkpoints as safetensors; ckavg reads nothing else."
+NOT_SAFETENSORS = "not safetensors"
+_CONVERTS = "This command converts them to safetensors"
+DOWNLOAD_FIRST = "Download the run; ckavg inspect of the copy has a command that converts it."
+_NO_COMMAND = "Save the checkpoints as safetensors."
 _BESIDE = f"{_CONVERTS} and changes nothing that is there:"
 
 
+def is_pickled(name: str) -> bool:
+    """Whether a file, by its name, is one of `torch.save` that may hold a model, and none of a format that is not read.
+
+    >>> [is_pickled(name) for name in ("pytorch_model.bin", "optimizer.pt", "mp_rank_00_model_states.pt", "a.pkl")]
+    [True, False, False, False]
+    """
+    return (
+        name.endswith(PICKLED)
+        and _is_unsupported(name)
+        and not _is_state(name)
+        and next(form for form in _FORMATS if form.pattern.fullmatch(name)).advise is _find_pickles
+    )
+
+
+def holds_pickles_alone(path: AnyPath) -> bool:
+    """Whether all weights of a directory that are no safetensors are pickles, by their names."""
+    found = _unsupported_names(path)
+    return all(
+        form.advise is _find_pickles or not any(form.pattern.fullmatch(name) for name in found)
+        for form in _FORMATS[:-1]
+    )
+
+
 def unsupported_weights(names: Iterable[str]) -> str | None:
-    """The first of the files that holds weights in a format that is not read; None where there is none.
+    """The first of the files that holds weights, and not as safetensors; None where there is none.
 
     >>> unsupported_weights(["config.json", "optimizer.pt", "pytorch_model.bin"])
     'pytorch_model.bin'
@@ -59,8 +87,8 @@ def unsupported_weights(names: Iterable[str]) -> str | None:
 def stem(name: str) -> str:
     """The name of a file that is not read, without its ending.
 
-    >>> stem("checkpoint-12.pth.tar"), stem("epoch=1-step=100.ckpt"), stem("v1.5.bin")
-    ('checkpoint-12', 'epoch=1-step=100', 'v1.5')
+    >>> stem("megatron_gpt--step=10.nemo"), stem("ckpt-10.weights.h5"), stem("v1.5.pkl")
+    ('megatron_gpt--step=10', 'ckpt-10.weights', 'v1.5')
     """
     ending = next((ending for ending in PICKLES[::-1] + OTHERS if name.endswith(ending)), "")
     return name.removesuffix(ending)
@@ -74,7 +102,7 @@ def holds_unsupported(path: AnyPath) -> bool:
 def refused(paths: Iterable[AnyPath]) -> UnsupportedFormatError | None:
     """One error for all checkpoints whose weights are in formats that are not read; None where there are none."""
     groups: dict[tuple[object, ...], _Group] = {}
-    for path in paths:
+    for path in dict.fromkeys(paths):
         found = _unsupported_names(path)
         for form in _FORMATS:
             name = next((name for name in found if form.pattern.fullmatch(name)), None)
@@ -91,9 +119,9 @@ def refused(paths: Iterable[AnyPath]) -> UnsupportedFormatError | None:
     path, file = next(iter(unread.items()))
     if len(unread) > 1:
         kinds = " and ".join(dict.fromkeys(group.form.kind for group in groups.values()))
-        what = f"{len(unread)} checkpoints hold {kinds}, such as {file}, not safetensors."
+        what = f"{len(unread)} checkpoints hold {kinds}, such as {file}, {NOT_SAFETENSORS}."
     else:
-        what = f"{path} {'is' if file == path else f'holds {file.relative_to(path)},'} not safetensors."
+        what = f"{path} {'is' if file == path else f'holds {file.relative_to(path)},'} {NOT_SAFETENSORS}."
     if all(isinstance(path, Path) for path in unread):
         advised = [group.form.advise(group) for group in groups.values()]
     else:
@@ -101,6 +129,15 @@ def refused(paths: Iterable[AnyPath]) -> UnsupportedFormatError | None:
     hint = " ".join(dict.fromkeys(told for told, _ in advised))
     command = " && ".join(command for _, command in advised if command)
     return UnsupportedFormatError(what, hint=hint, command=command, unread=tuple(unread))
+
+
+def refused_pickle(checkpoint: AnyPath, file: AnyPath, why: str, *, can_convert: bool) -> UnsupportedFormatError:
+    """The error for a file of `torch.save` that is not read, with what converts all pickles of its checkpoint."""
+    message = f"{file} {why}."
+    found = refused([checkpoint]) if can_convert else None
+    if found is None:
+        return UnsupportedFormatError(message, hint=_NO_COMMAND)
+    return UnsupportedFormatError(message, hint=found.hint, command=found.command, unread=(checkpoint,))
 
 
 def refused_slices(directories: Sequence[AnyPath]) -> UnsupportedFormatError:
@@ -298,7 +335,7 @@ _FORMATS = tuple(
         ("files of torch.distributed", r"[^/]+\.distcp", _find_torch_distributed),
         ("files of verl", r"model_world_size_\d+_rank_\d+\.pt", _find_verl),
         ("NeMo archives", r"[^/]+\.nemo", _find_nemo),
-        ("pickles", rf"[^/]+(?:{'|'.join(map(re.escape, PICKLES))})", _find_pickles),
+        ("pickles that are not read", rf"[^/]+(?:{'|'.join(map(re.escape, PICKLES))})", _find_pickles),
         ("weights in other formats", r"[^/]+", lambda group: (_NO_COMMAND, "")),
     )
 )
@@ -313,7 +350,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 TRAINING_STATE = re.compile("(?i)@TRAINING_STATE")
-MODELS = "state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "student"
+MODELS = @MODELS
 
 def flat(tensors, before=""):
     for name, value in tensors.items():
@@ -458,8 +495,8 @@ def word(text: str) -> str:
 
 
 def _program(source: str, paths: Iterable[AnyPath]) -> str:
-    lines = source.replace("@TRAINING_STATE", TRAINING_STATE).replace("    ", " ").splitlines()
-    text = json.dumps("\n".join(filter(None, lines)))
+    source = source.replace("@TRAINING_STATE", TRAINING_STATE).replace("@MODELS", repr(MODELS)).replace("    ", " ")
+    text = json.dumps("\n".join(filter(None, source.splitlines())))
     return f"{interpreter(ours=True)} -c {shlex.quote(f'exec({text})')} {_words(paths)}"
 
 

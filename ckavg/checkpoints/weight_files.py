@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
-from ckavg.checkpoints.layouts import is_averaged, is_training_state, may_hold_model
+from ckavg.checkpoints.layouts import WEIGHTS, as_safetensors, is_averaged, is_training_state, may_hold_model
 from ckavg.checkpoints.run import Kind, WhyLeftOut
-from ckavg.checkpoints.unsupported import PICKLES, refused, unsupported_weights
+from ckavg.checkpoints.unsupported import PICKLES, holds_pickles_alone, is_pickled, unsupported_weights
 from ckavg.errors import UnsupportedFormatError
 from ckavg.storage.base import AnyPath, Listing
 from ckavg.storage.local import is_link, storage_of
@@ -21,12 +21,12 @@ from ckavg.storage.local import is_link, storage_of
 ADAPTERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 """The names under which PEFT and diffusers save an adapter."""
 
-WEIGHTS = ".safetensors"
-
 _MODELS = ("model", "diffusion_pytorch_model")
 _INDEX = re.compile(r".+\.safetensors\.index(?:\.[\w-]+)?\.json", re.ASCII)
 _WHOLE = re.compile(r"(?:ft-)?model.*|consolidated.*|.*-\d+-of-\d+\.safetensors", re.ASCII)
-_PICKLED = re.compile(r"(?:diffusion_)?pytorch_model.*\.bin", re.ASCII)
+_PICKLED = re.compile(r"(?:(?:diffusion_)?pytorch_model|adapter_model|pytorch_lora_weights)\b.*\.bin", re.ASCII)
+"""Pickles whose names say that they are a model, whatever lies beside them."""
+
 _COUNTED = re.compile(r"-\d+-of-\d+$", re.ASCII)
 _CONSOLIDATED = re.compile(r"consolidated(?:[-_.]\d+)?", re.ASCII)
 _SECOND = re.compile(r"model_\d+", re.ASCII)
@@ -42,7 +42,8 @@ LeftOut = tuple[WhyLeftOut, str]
 @dataclass(frozen=True, slots=True)
 class Weights:
     """The weights of one folder that its loader takes, in files or those that an index lists; `others` are all
-    weight files that may be of the model.
+    weight files that may be of the model. Pickles have the names that they would have as safetensors: `pickled` are
+    their own, by those.
     """
 
     folder: AnyPath
@@ -50,6 +51,7 @@ class Weights:
     files: tuple[str, ...]
     index: str
     others: frozenset[str]
+    pickled: Mapping[str, str] = field(default_factory=dict)
 
 
 def list_folder(directory: AnyPath) -> Listing:
@@ -79,33 +81,42 @@ def find_weights(directory: AnyPath, own: Iterable[str] = ()) -> tuple[list[Weig
         own: folders that belong to the model, whatever they are called: those that its `model_index.json` names.
 
     Raises:
-        UnsupportedFormatError: a folder holds several models, and none has the name that loaders look for; or a model
-            in a folder has its weights in another format than the others.
+        UnsupportedFormatError: a folder holds several models, and none has the name that loaders look for.
         OSError: the system would not let us list a folder.
     """
     found: list[Weights] = []
     left_out: list[LeftOut] = []
-    pickled: list[str] = []
+    pickled: list[Weights] = []
+    others: list[str] = []
     for folder, files in _walk(directory, directory, frozenset(own), left_out, depth=0):
         place = "" if folder == directory else f"{folder.relative_to(directory).as_posix()}/"
         names = frozenset(name for name in files if name.endswith(WEIGHTS))
         excluded = {name: why for name in names if (why := _not_of_model(name)) is not None}
         weights = _choose(folder, names - excluded.keys(), files)
-        pickles = sorted(name for name in files if unsupported_weights([name]) is not None)
-        if weights is None and folder != directory:
-            pickled += [place + name for name in pickles if _PICKLED.fullmatch(name)][:1]
         found += [] if weights is None else [weights]
+        pickled += _choose_pickles(folder, files) if weights is None else []
         left_out += [(why, place + name) for name, why in sorted(excluded.items())]
-        left_out += [("pickle" if name.endswith(PICKLES) else "other format", place + name) for name in pickles]
-    in_root = any(each.folder == directory for each in found)
-    if found and pickled and not in_root and (foreign := refused([directory])) is not None:
-        raise UnsupportedFormatError(
-            f"{directory} holds models as safetensors, but {pickled[0]} is a pickle.",
-            hint=foreign.hint,
-            command=foreign.command,
-            unread=(directory,),
-        )
+        others += sorted(place + name for name in files if unsupported_weights([name]) is not None)
+    if found or not holds_pickles_alone(directory):
+        pickled = [each for each in pickled if any(map(_PICKLED.fullmatch, each.pickled.values()))]
+    found += pickled
+    read = {each.folder / name for each in pickled for name in each.pickled.values()}
+    left_out += [
+        ("pickle" if name.endswith(PICKLES) else "other format", name)
+        for name in others
+        if directory / name not in read
+    ]
     return found, left_out
+
+
+def _choose_pickles(folder: AnyPath, files: frozenset[str]) -> list[Weights]:
+    """The pickles of a folder that a loader would take, under the names that they would have as safetensors."""
+    pickled: dict[str, str] = {}
+    for name in sorted(files, key=lambda name: (_PICKLED.fullmatch(name) is None, name)):
+        if is_pickled(name) and not _not_of_model(as_safetensors(name)):
+            pickled.setdefault(as_safetensors(name), name)  # of one model in two files, the one that loaders look for
+    weights = _choose(folder, frozenset(pickled), frozenset(map(as_safetensors, files)))
+    return [] if weights is None or not pickled else [replace(weights, pickled=pickled)]
 
 
 def _choose(folder: AnyPath, weights: frozenset[str], names: frozenset[str]) -> Weights | None:

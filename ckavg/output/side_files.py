@@ -11,7 +11,7 @@ from pathlib import PurePath
 from typing import Any
 
 from ckavg.checkpoints.checkpoint import RESULT_RECORD, own_folders
-from ckavg.checkpoints.layouts import is_averaged, is_training_state, may_hold_model
+from ckavg.checkpoints.layouts import as_safetensors, is_averaged, is_training_state, may_hold_model
 from ckavg.checkpoints.run import DTYPE_NAMES, Checkpoint, Run
 from ckavg.checkpoints.unsupported import OTHERS, PICKLES, unsupported_weights
 from ckavg.checkpoints.weight_files import holds_weights
@@ -95,7 +95,7 @@ def gather_side_files(run: Run, weights: WeightPlan) -> SideFiles:
     for index in last.indexes:
         place = index.relative_to(last.directory)
         part = "" if place.parent == PurePath() else f"{place.parent.as_posix()}/"
-        files[place.as_posix()] = _index(index, *weights.index_of(part))
+        files[f"{part}{as_safetensors(index.name)}"] = _index(index, *weights.index_of(part))
     if not (_tells_what_it_is(files) or _needs_no_config(last)):
         warnings.append(
             "The result has no config, so that no loader will know what its weights are: there is none in the "

@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from ckavg.checkpoints.headers import KNOWN_HASHES
-from ckavg.checkpoints.run import DTYPE_NAMES, ITEM_BYTES, Checkpoint, TensorInfo
+from ckavg.checkpoints.run import DTYPE_NAMES, ITEM_BYTES, Checkpoint, Shard, TensorInfo
 from ckavg.errors import ReadError, WriteError
 
 if TYPE_CHECKING:
@@ -26,6 +26,12 @@ _WRITE = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 _CODES = {name: code for code, name in DTYPE_NAMES.items()}
 _ALIGNMENT = 8
+_IN_ORDER = (
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
+    "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
+)  # fmt: skip
+"""In which order the safetensors library lays out dtypes, and of each, tensors by name."""
+
 _FLAT_NAME = "model.safetensors"
 _LEGACY_START, _LEGACY_BYTES = 1 << 20, 1 << 16
 _MOST_THREADS = 8
@@ -88,21 +94,26 @@ def plan_weights(like: Checkpoint, dtype: str = "source", *, file_name: str = ""
     by_shard: list[dict[str, TensorInfo]] = [{} for _ in like.shards]
     for name, entry in like.entries.items():
         by_shard[entry.shard][name] = entry
-    names = (file_name or _FLAT_NAME,) if like.kind == "file" else like.names
+    names = (file_name or _FLAT_NAME,) if like.kind == "file" else like.names_of_result
     shards = tuple(
-        _plan_shard(name, entries, out, part=shard.part, metadata=shard.metadata)
+        _plan_shard(name, entries, out, shard)
         for name, entries, shard in zip(names, by_shard, like.shards, strict=True)
     )
     floating = {name: code for name, code in out.items() if like.entries[name].is_floating}
     return WeightPlan(shards, floating)
 
 
-def _plan_shard(
-    file: str, entries: Mapping[str, TensorInfo], dtypes: Mapping[str, str], *, part: str, metadata: Mapping[str, str]
-) -> ShardPlan:
+def _plan_shard(file: str, entries: Mapping[str, TensorInfo], dtypes: Mapping[str, str], source: Shard) -> ShardPlan:
     """Lay out one file; in it, tensors have their names without that of the part."""
-    # Widest items first, as the safetensors library lays them out: every tensor is aligned to its item size.
-    in_order = sorted(entries, key=lambda name: (-ITEM_BYTES[dtypes[name]], entries[name].offset, name))
+    part, metadata = source.part, source.metadata
+
+    def place(name: str) -> tuple[int, int, str]:
+        # Widest items first, as the safetensors library lays them out: every tensor is aligned to its item size.
+        entry = entries[name]
+        of_source = _IN_ORDER.index(entry.dtype) if source.saved_as != source.path.name else entry.offset
+        return -ITEM_BYTES[dtypes[name]], of_source, name
+
+    in_order = sorted(entries, key=place)
     to_come = {key: "0" * digits for key, digits in KNOWN_HASHES.items() if key in metadata}
     metadata = {**metadata, **to_come} or {"format": "pt"}
     declared: dict[str, object] = {"__metadata__": metadata}

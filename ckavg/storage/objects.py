@@ -36,6 +36,9 @@ _TIMES = ("LastModified", "last_modified", "mtime", "created")
 _MOST_OF_A_REASON = 4_000
 _FINAL = (FileNotFoundError, PermissionError, NotImplementedError, IsADirectoryError)
 
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt", ".tar")
+"""Endings of what must not change while it is read; logs may."""
+
 _LOCK = ".lock"
 _NAME = re.compile("[0-9a-f]{32}")
 _SECONDS_CACHED = 7 * 24 * 3600
@@ -95,7 +98,7 @@ class ObjectTree:
         self._fs.invalidate_cache()
         before, now = self.files, self._list()
         for name, file in before.items():
-            if name.endswith(".safetensors") and now.get(name) != file:
+            if name.endswith(_WEIGHTS) and now.get(name) != file:
                 self.remove_downloads()  # they may be of either state, and must not be taken for what was listed
                 raise ChangedError(
                     f"{self.url}/{name} was changed or replaced while it was read.",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
+from ckavg.checkpoints.archives import FIRST_BYTES
 from ckavg.checkpoints.checkpoint import read_checkpoint
 from ckavg.checkpoints.configs import ADAPTER_CONFIG
 from ckavg.checkpoints.run import Checkpoint, TensorInfo
@@ -28,7 +29,7 @@ from ckavg.verify.findings import Report
 _ACTING = ("/net/", "/sys/", "/proc/")
 """To look below `/net` is to mount what another machine offers; files of the kernel act when they are read."""
 
-_INDEX = ".safetensors.index"
+_INDEXES = (".safetensors.index", ".bin.index")
 _LENGTH = 8
 """Bytes that state the length of a header."""
 
@@ -204,7 +205,7 @@ def _open_remote(address: Address, recorded: Input) -> Checkpoint:
     def is_shown(name: str) -> bool:
         """Weights that were averaged, what tells which of them are loaded as one, and how adapters are scaled."""
         path = PurePosixPath(name)
-        is_index = _INDEX in path.name and str(path.parent) in folders
+        is_index = any(each in path.name for each in _INDEXES) and str(path.parent) in folders
         return name in recorded.files or path.name in ("model_index.json", ADAPTER_CONFIG) or is_index
 
     storage = open_storage(address, show=is_shown)
@@ -244,12 +245,13 @@ def _check_length(path: Path) -> None:
     """Refuse a file that does not begin as weights do."""
     try:
         with open_regular(path) as file:
-            length = int.from_bytes(file.read(_LENGTH), "little")
+            first = file.read(_LENGTH)
+            length = int.from_bytes(first, "little")
             size = os.fstat(file.fileno()).st_size
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ReadError(f"{path} cannot be read: {reason}.", hint="Check that you may read it.") from error
-    if not 2 <= length <= size - _LENGTH:
+    if not (2 <= length <= size - _LENGTH or first.startswith(FIRST_BYTES)):
         raise CorruptFileError(f"{path} is not safetensors: it claims a header of {length:,} bytes.")
 
 

@@ -27,11 +27,12 @@ from torch import Tensor
 
 import ckavg
 from ckavg.checkpoints import unsupported
+from ckavg.checkpoints.pickles import read_pickle
 from ckavg.checkpoints.unsupported import refused_slices
 from tests.cli.runner import run_cli, snapshot
 from tests.exhaustive import all_but
 from tests.ranks.launch import torchrun
-from tests.runs import write_checkpoint
+from tests.runs import OLD_PICKLE, save_old, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 STEPS = (10, 20, 30)
@@ -132,7 +133,7 @@ def test_nothing_is_written_through_a_link_that_was_planted(tmp_path: Path, kind
         checkpoint.mkdir(parents=True)
         names = [f"pytorch_model-0000{place}-of-00002.bin" for place in (1, 2)]
         for place, name in enumerate(names):
-            torch.save({f"w{place}": torch.full((4,), float(step))}, checkpoint / name)
+            save_old({f"w{place}": torch.full((4,), float(step))}, checkpoint / name)
         index = {"weight_map": {f"w{place}": name for place, name in enumerate(names)}}
         (checkpoint / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     command = command_of(run_cli("ema", tmp_path / "run").stderr.splitlines())
@@ -159,11 +160,10 @@ def zeros(tensors: Weights) -> Weights:
 
 FLAT: dict[str, tuple[str, Callable[[Weights], dict[str, Any]]]] = {
     "a state dict": ("step_{}.pt", OrderedDict),
-    "a state dict, in the format before torch 1.6": ("model-step-{}.pth", OrderedDict),
     "Lightning": (
         "epoch=1-step={}.ckpt",
         lambda tensors: {
-            "global_step": 20,
+            "global_step": int(tensors["logit_scale"]),
             "pytorch-lightning_version": "2.5.0",
             "state_dict": OrderedDict(tensors),
             "loops": {"fit_loop": {"state_dict": {}}},
@@ -208,50 +208,34 @@ FLAT: dict[str, tuple[str, Callable[[Weights], dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.parametrize("case", all_but(("a state dict, in the format before torch 1.6",), FLAT))
+@pytest.mark.parametrize("case", FLAT)
 def test_single_pickles(tmp_path: Path, case: str) -> None:
     name, saved = FLAT[case]
     run = tmp_path / "run"
     run.mkdir()
     for step in STEPS:
-        torch.save(saved(weights(step)), run / name.format(step), _use_new_zipfile_serialization="before" not in case)
+        save_old(saved(weights(step)), run / name.format(step))
     convert(run)
     converted = re.sub(r"(\.[a-z]+)+$", ".safetensors", name)
     assert {path.name for path in run.glob("*.safetensors")} == {converted.format(step) for step in STEPS}
     check_mean(run, weights)
 
 
-# --- what lies in directories ---
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_shards_of_transformers(tmp_path: Path) -> None:
-    """A classifier keeps its head and its names; no class is guessed. A second time changes nothing."""
-    from huggingface_hub import save_torch_state_dict
-    from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
-
-    sizes = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    config = BertConfig(**sizes, intermediate_size=8, num_labels=3, architectures=["BertForSequenceClassification"])
-    run, states = tmp_path / "run", {}
+def test_a_transposed_tensor_is_put_in_order(tmp_path: Path) -> None:
+    """All pickles of the checkpoint are converted, not only the one that holds it: the others would be passed over."""
+    run = tmp_path / "run"
     for step in STEPS:
-        torch.manual_seed(step)
-        states[step] = dict(BertForSequenceClassification(config).state_dict())
-        place, pattern = run / f"checkpoint-{step}", "pytorch_model{suffix}.bin"
-        place.mkdir(parents=True)
-        save_torch_state_dict(
-            states[step], place, filename_pattern=pattern, max_shard_size=80, safe_serialization=False
-        )
-        config.save_pretrained(run / f"checkpoint-{step}")
-        torch.save(STATE, run / f"checkpoint-{step}" / "optimizer.pt")
-        torch.save(Namespace(lr=0.1), run / f"checkpoint-{step}" / "training_args.bin")
-    assert len([*(run / "checkpoint-10").glob("pytorch_model-*.bin")]) > 2
-    command = convert(run)
-    once = {name: content for name, (_, _, content) in snapshot(run).items()}
-    assert in_shell(command, shell="bash").returncode == 0
-    assert {name: content for name, (_, _, content) in snapshot(run).items()} == once
-    check_mean(run, lambda step: states[step])
-    _, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "mean", output_loading_info=True)
-    assert not any(report.values())
+        (run / f"checkpoint-{step}").mkdir(parents=True)
+        names = [f"pytorch_model-0000{place}-of-00002.bin" for place in (1, 2)]
+        torch.save({"a": torch.full((2,), float(step))}, run / f"checkpoint-{step}" / names[0])
+        torch.save({"t": weights(step)["transposed.weight"]}, run / f"checkpoint-{step}" / names[1])
+        index = {"metadata": {}, "weight_map": dict(zip(("a", "t"), names, strict=True))}
+        (run / f"checkpoint-{step}" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    convert(run)
+    check_mean(run, lambda step: {"a": torch.full((2,), float(step)), "t": weights(step)["transposed.weight"]})
+
+
+# --- what lies in directories ---
 
 
 DIRECTORIES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
@@ -293,7 +277,7 @@ def test_directories(tmp_path: Path, case: str) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             saved: object = {f"{place}.{tensor}": value for tensor, value in weights(step).items()}
             saved = {"module": saved, "optimizer": STATE} if "mp_rank" in name else saved
-            torch.save(saved if name in files else STATE, path)
+            save_old(saved if name in files else STATE, path)
     convert(run)
     for step in STEPS:
         directory = run / f"checkpoint-{step}"
@@ -316,9 +300,9 @@ def test_one_component_that_is_a_pickle(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for step in STEPS:
         write_checkpoint(run / f"checkpoint-{step}" / "unet", {"w": torch.ones(2) * step})
-        torch.save({"w": torch.zeros(2)}, run / f"checkpoint-{step}" / "unet" / "pytorch_model.bin")
+        save_old({"w": torch.zeros(2)}, run / f"checkpoint-{step}" / "unet" / "pytorch_model.bin")
         (run / f"checkpoint-{step}" / "vae").mkdir()
-        torch.save({"v": torch.ones(3) * step}, run / f"checkpoint-{step}" / "vae" / "diffusion_pytorch_model.bin")
+        save_old({"v": torch.ones(3) * step}, run / f"checkpoint-{step}" / "vae" / "diffusion_pytorch_model.bin")
     convert(run)
     check_mean(run, lambda step: {"unet/w": torch.ones(2) * step, "vae/v": torch.ones(3) * step})
 
@@ -331,9 +315,11 @@ def test_forty_checkpoints_have_one_command(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for step in range(40):
         (run / f"checkpoint-{step}").mkdir(parents=True)
-        torch.save({"model": {"w": torch.full((3,), float(step))}}, run / f"checkpoint-{step}" / "pytorch_model.bin")
+        save_old({"model": {"w": torch.full((3,), float(step))}}, run / f"checkpoint-{step}" / "pytorch_model.bin")
     done = run_cli("ema", run)
-    assert done.stderr.startswith(f"error: 40 checkpoints hold pickles, such as {run}/checkpoint-0/pytorch_model.bin, ")
+    assert done.stderr.startswith(
+        f"error: 40 checkpoints hold pickles that are not read, such as {run}/checkpoint-0/pytorch_model.bin, "
+    )
     assert done.stderr.count("\n") == 3
     for lines in (done.stderr.splitlines(), printed("ema", run), printed("inspect", run)):
         assert command_of(lines).endswith(f" {run}/checkpoint-*/pytorch_model.bin")
@@ -352,10 +338,10 @@ def test_no_other_directories_are_named(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for name in ("checkpoint-10", "checkpoint-20", "checkpoint-best"):
         (run / name).mkdir(parents=True)
-        torch.save({"w": torch.ones(2)}, run / name / "pytorch_model.bin")
+        save_old({"w": torch.ones(2)}, run / name / "pytorch_model.bin")
     assert command_of(printed("ema", run)).endswith(f" {run}/checkpoint-[0-9]*/pytorch_model.bin")
     (run / "checkpoint-30x").mkdir()
-    torch.save({"w": torch.ones(2)}, run / "checkpoint-30x" / "pytorch_model.bin")
+    save_old({"w": torch.ones(2)}, run / "checkpoint-30x" / "pytorch_model.bin")
     assert convert(run).endswith(f" {run}/checkpoint-10/pytorch_model.bin {run}/checkpoint-20/pytorch_model.bin")
     assert {path.parent.name for path in run.glob("*/*.safetensors")} == {"checkpoint-10", "checkpoint-20"}
 
@@ -367,11 +353,13 @@ def test_among_checkpoints_that_are_read(tmp_path: Path) -> None:
         write_checkpoint(run / f"checkpoint-{step}", {"w": torch.ones(2) * step})
     for step in (30, 40, 50):
         (run / f"checkpoint-{step}").mkdir()
-        torch.save({"w": torch.ones(2) * step}, run / f"checkpoint-{step}" / "pytorch_model.bin")
+        save_old({"w": torch.ones(2) * step}, run / f"checkpoint-{step}" / "pytorch_model.bin")
     (run / "checkpoint-60").mkdir()
     lines = printed("ema", run)
     assert lines[0] == "error: 2 problems:"
-    assert lines[1] == f"- 3 checkpoints hold pickles, such as {run}/checkpoint-30/pytorch_model.bin, not safetensors."
+    pickle = f"{run}/checkpoint-30/pytorch_model.bin"
+    assert lines[1].startswith(f"- 3 checkpoints hold pickles that are not read, such as {pickle}, not safetensors. ")
+    assert lines[1].endswith(f" {pickle} has the layout that torch wrote before 1.6.")
     assert in_shell(command_of(lines)).returncode == 0
     (run / "checkpoint-60").rmdir()
     check_mean(run, lambda step: {"w": torch.ones(2) * step}, (10, 20, 30, 40, 50))
@@ -381,7 +369,7 @@ def test_the_model_that_the_run_began_with(tmp_path: Path) -> None:
     run, base = tmp_path / "run", tmp_path / "base"
     for directory in (run / "checkpoint-10", run / "checkpoint-20", base):
         directory.mkdir(parents=True)
-        torch.save({"w": torch.ones(2)}, directory / "pytorch_model.bin")
+        save_old({"w": torch.ones(2)}, directory / "pytorch_model.bin")
     command = command_of(printed("ema", run, "--init", base))
     assert in_shell(command).returncode == 0
     assert run_cli("ema", run, "--init", base).exit_code == 0
@@ -416,7 +404,7 @@ def test_names(tmp_path: Path, case: tuple[str, str]) -> None:
     run = tmp_path / "here" / name
     for step in (*STEPS, *filter(None, [more])):
         (run / f"checkpoint-{step}").mkdir(parents=True)
-        (run / f"checkpoint-{step}" / f"{name}.pt").write_bytes(b"not to be unpickled")
+        (run / f"checkpoint-{step}" / f"{name}.pt").write_bytes(OLD_PICKLE)
     lines = printed("ema", "--", name, cwd=run.parent)
     assert all(line.isprintable() for line in lines)
     (words,) = said_to(tmp_path / "tools", command_of(lines), cwd=run.parent)
@@ -455,7 +443,7 @@ class Custom:
 )
 def test_what_cannot_be_converted(tmp_path: Path, saved: dict[str, Any], told: str) -> None:
     for step in STEPS:
-        torch.save(saved, tmp_path / f"step_{step}.pt")
+        save_old(saved, tmp_path / f"step_{step}.pt")
     done = in_shell(command_of(printed("ema", tmp_path)))
     assert done.returncode != 0
     assert told in done.stdout + done.stderr
@@ -495,13 +483,19 @@ SHAPES: dict[str, tuple[dict[Any, Any], set[str]]] = {
 
 
 @pytest.mark.parametrize("case", SHAPES)
-def test_what_the_model_is(case: str) -> None:
+def test_what_the_model_is(tmp_path: Path, case: str) -> None:
+    """By the program that converts, and to the reader."""
     saved, expected = SHAPES[case]
     program: dict[str, Any] = {}
-    exec(unsupported._WRITE.replace("@TRAINING_STATE", unsupported.TRAINING_STATE), program)
+    source = unsupported._WRITE.replace("@TRAINING_STATE", unsupported.TRAINING_STATE)
+    exec(source.replace("@MODELS", repr(unsupported.MODELS)), program)
     found = dict(program["flat"](program["weights"](saved)))
     assert found.keys() == expected
     assert all(tensor.any() for tensor in found.values())
+    torch.save(saved, tmp_path / "saved.pt")
+    header, data = read_pickle(tmp_path / "saved.pt"), (tmp_path / "saved.pt").read_bytes()
+    assert header.entries.keys() == expected
+    assert all(any(data[entry.offset : entry.offset + entry.nbytes]) for entry in header.entries.values())
 
 
 # --- torch.distributed ---

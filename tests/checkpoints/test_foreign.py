@@ -12,7 +12,7 @@ import torch
 import ckavg
 from ckavg.errors import CkavgError, UnsupportedFormatError
 from tests.cli.runner import run_cli
-from tests.runs import write_checkpoint, write_run
+from tests.runs import OLD_PICKLE, write_checkpoint, write_run
 
 CASES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "sharded pickle": (
@@ -46,7 +46,9 @@ def write_foreign(run: Path, directory: str, files: tuple[str, ...], steps: tupl
         for file in files:
             path = run / directory.format(step) / file.format(step)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"not to be unpickled")
+            path.write_bytes(OLD_PICKLE)
+            if file.endswith(".index.json"):
+                path.write_text(json.dumps({"weight_map": {name: name for name in files if name.endswith(".bin")}}))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -57,7 +59,7 @@ def test_refused_with_the_command_that_converts(tmp_path: Path, case: str) -> No
     done = run_cli("ema", run)
     assert done.exit_code == 1
     assert "not safetensors." in done.stderr
-    assert "ckavg never unpickles" in done.stderr
+    assert "This command converts them" in done.stderr
     assert done.stderr.count("\n") == 3
     line = done.stderr.splitlines()[-1]
     assert command.replace("RUN", str(run)) in line
@@ -68,30 +70,41 @@ def test_refused_with_the_command_that_converts(tmp_path: Path, case: str) -> No
 @pytest.mark.parametrize(
     ("names", "command"),
     [
-        (("epoch=0-step=10.ckpt", "epoch=1-step=20.ckpt"), "RUN/epoch=*-step=*.ckpt"),
-        (("checkpoint-9.pth.tar", "checkpoint-10.pth.tar"), "RUN/checkpoint-*.pth.tar"),
-        (("ckpt.pt",), "RUN/ckpt.pt"),
-        (("ema_0.99_010.pt", "model010.pt", "opt010.pt"), "RUN/model010.pt"),
         (("megatron_gpt--step=10.nemo",), "convert_llama_nemo_to_hf.py --input_name_or_path "),
-        (("model.gguf",), "Save the checkpoints as safetensors; ckavg reads nothing else."),
-        (("ckpt-1.keras", "ckpt-2.keras"), "Save the checkpoints as safetensors; ckavg reads nothing else."),
+        (("model.gguf",), "Save the checkpoints as safetensors."),
+        (("ckpt-1.keras", "ckpt-2.keras"), "Save the checkpoints as safetensors."),
     ],
 )
 def test_single_files(tmp_path: Path, names: tuple[str, ...], command: str) -> None:
     for name in (*names, "optimizer.pt", "training_args.bin"):
-        (tmp_path / name).write_bytes(b"not to be unpickled")
+        (tmp_path / name).write_bytes(OLD_PICKLE)
     done = run_cli("ema", tmp_path)
     assert done.exit_code == 1
     more = f" and {len(names) - 1} more like it" if len(names) > 1 else ""
     assert f"holds no safetensors checkpoints, only {sorted(names)[0]}{more}.\n" in done.stderr
-    line = done.stderr.splitlines()[-1]
-    assert command.replace("RUN", str(tmp_path)) in line
-    assert not command.startswith("RUN") or line.endswith(f" {command.replace('RUN', str(tmp_path))}")
+    assert command in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("epoch=0-step=10.ckpt", "epoch=1-step=20.ckpt"), " RUN/epoch=*-step=*.ckpt\n"),
+        (("checkpoint-9.pth.tar", "checkpoint-10.pth.tar"), " RUN/checkpoint-*.pth.tar\n"),
+        (("ckpt.pt",), "RUN holds no checkpoints. It holds weights in ckpt.pt, whose names state no step.\n"),
+        (("ema_0.99_010.pt", "model010.pt", "opt010.pt"), "weights in model010.pt, whose names state no step.\n"),
+    ],
+)
+def test_single_pickles_in_the_layout_before(tmp_path: Path, names: tuple[str, ...], told: str) -> None:
+    for name in (*names, "optimizer.pt", "training_args.bin"):
+        (tmp_path / name).write_bytes(OLD_PICKLE)
+    done = run_cli("ema", tmp_path)
+    assert done.exit_code == 1
+    assert told.replace("RUN", str(tmp_path)) in done.stderr
 
 
 def test_last_and_best_are_not_converted_beside_numbered_ones(tmp_path: Path) -> None:
     for name in ("best.ckpt", "last.ckpt", "step=1.ckpt", "step=2.ckpt"):
-        (tmp_path / name).write_bytes(b"not to be unpickled")
+        (tmp_path / name).write_bytes(OLD_PICKLE)
     assert run_cli("ema", tmp_path).stderr.endswith(f" {tmp_path}/step=*.ckpt\n")
 
 
@@ -108,12 +121,12 @@ def test_formats_side_by_side(tmp_path: Path) -> None:
     write_foreign(tmp_path, "checkpoint-{}", ("pytorch_model_fsdp_0/__0_0.distcp",), steps=(30, 40))
     write_foreign(tmp_path, "checkpoint-{}", ("model.gguf",), steps=(50,))
     told, advice, command = run_cli("ema", tmp_path).stderr.splitlines()
-    assert told == (
-        "error: 12 checkpoints hold pickles and files of torch.distributed and weights in other formats, such as "
-        f"{tmp_path}/checkpoint-0/pytorch_model.bin, not safetensors."
-    )
+    kinds = "pickles that are not read and files of torch.distributed and weights in other formats"
+    pickle = f"{tmp_path}/checkpoint-0/pytorch_model.bin"
+    why = f"{pickle} has the layout that torch wrote before 1.6."
+    assert told == f"error: 12 checkpoints hold {kinds}, such as {pickle}, not safetensors. {why}"
     assert advice.count("This command converts them") == 1
-    assert advice.endswith("Save the checkpoints as safetensors; ckavg reads nothing else.")
+    assert advice.endswith("Save the checkpoints as safetensors.")
     folders = f"{tmp_path}/checkpoint-*/pytorch_model_fsdp_0"
     assert f" {tmp_path}/checkpoint-*/pytorch_model.bin && (for d in {folders}; do accelerate " in command
 

@@ -134,9 +134,7 @@ def test_moments_are_training_state_under_any_name(tmp_path: Path) -> None:
     assert any("Training state" in each and "adam.safetensors, aux/state.safetensors" in each for each in run.warnings)
 
 
-@pytest.mark.parametrize(
-    "file", ["pytorch_model.bin", "non_lora_trainables.bin", "value_head.pt", "head/pytorch_model.bin"]
-)
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "non_lora_trainables.bin", "value_head.pt", "head/head.pt"])
 def test_pickles_beside_are_named(tmp_path: Path, file: str) -> None:
     write_run(tmp_path / "run", main="adapter_model.safetensors")
     for step in STEPS:
@@ -144,7 +142,7 @@ def test_pickles_beside_are_named(tmp_path: Path, file: str) -> None:
         note(tmp_path / f"run/checkpoint-{step}/optimizer.pt", "a pickle that every trainer leaves")
     run = ckavg.open_run(tmp_path / "run")
     assert [each for each in run.warnings if "Pickles" in each] == [
-        f"Pickles are never read, so neither averaged nor copied: {file}."
+        f"Pickles that are no part of the model are neither averaged nor copied: {file}."
     ]
     assert not (ckavg.average(run, ckavg.Mean(), out=tmp_path / "mean").directory / file).exists()
 

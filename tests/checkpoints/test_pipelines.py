@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ckavg
@@ -157,12 +157,15 @@ def test_a_component_that_is_missing_or_cut_short_is_told(tmp_path: Path) -> Non
     assert f"checkpoint-1000/vae/{UNET} is 50 bytes long" in done.stderr
 
 
-def test_a_pickled_component_among_others_is_refused(tmp_path: Path) -> None:
+def test_a_pickled_component_is_averaged_among_others(tmp_path: Path) -> None:
     run = write_pipeline(tmp_path / "run", (0, 1, 2))
-    (run / "checkpoint-500" / "vae" / UNET).rename(run / "checkpoint-500" / "vae" / "diffusion_pytorch_model.bin")
-    done = run_cli("ema", run)
-    assert done.exit_code == 1
-    assert "but vae/diffusion_pytorch_model.bin is a pickle" in done.stderr
+    expected = ckavg.average(ckavg.open_run(run), ckavg.EMA(), out=tmp_path / "expected").directory
+    pickled = run / "checkpoint-500" / "vae" / "diffusion_pytorch_model.bin"
+    torch.save(load_file(pickled.with_name(UNET)), pickled)
+    pickled.with_name(UNET).unlink()
+    result = ckavg.average(ckavg.open_run(run), ckavg.EMA(), out=tmp_path / "out").directory
+    for place in (f"unet/{UNET}", f"vae/{UNET}"):
+        assert (result / place).read_bytes() == (expected / place).read_bytes()
 
 
 def test_a_whole_pipeline_is_the_anchor_of_a_run_of_one_component(tmp_path: Path) -> None:

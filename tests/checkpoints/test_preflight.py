@@ -23,7 +23,7 @@ from ckavg.engine.distributed import MOST_THREADS, worker_threads
 from ckavg.errors import CombinedError, WriteError
 from ckavg.output import output_path
 from tests.cli.runner import run_cli, snapshot
-from tests.runs import write_checkpoint, write_run
+from tests.runs import OLD_PICKLE, write_checkpoint, write_run
 
 STEPS = (10, 20, 30)
 MODEL = "model.safetensors"
@@ -49,7 +49,8 @@ def test_all_problems_at_once_worst_first(source: Path, tmp_path: Path, verb: st
     os.truncate(source / "checkpoint-40" / MODEL, 40)
     write_checkpoint(source / "step_20", weights(20))
     write_checkpoint(source / "checkpoint-50", weights(50))
-    (source / "checkpoint-50" / MODEL).rename(source / "checkpoint-50" / "pytorch_model.bin")
+    (source / "checkpoint-50" / MODEL).unlink()
+    (source / "checkpoint-50" / "pytorch_model.bin").write_bytes(OLD_PICKLE)
     write_checkpoint(source / "checkpoint-60", weights(60))
     (source / "checkpoint-60" / MODEL).unlink()
     (tmp_path / "out" / "ema-gamma0.15").mkdir(parents=True)
@@ -61,7 +62,7 @@ def test_all_problems_at_once_worst_first(source: Path, tmp_path: Path, verb: st
     assert done.exit_code == 1
     assert "error: 6 problems:" in done.stderr
     told = [
-        "pytorch_model.bin, not safetensors",
+        "pytorch_model.bin has the layout that torch wrote before 1.6",
         "step 20 is there 2 times",
         "checkpoint-40/model.safetensors is 40 bytes long",
         "checkpoint-60 holds no weights",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import ckavg
 from tests.cli.runner import run_cli, snapshot
-from tests.runs import random_run, write_checkpoint, write_run
+from tests.runs import OLD_PICKLE, random_run, write_checkpoint, write_run
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 STEPS = (0, 10, 20)
@@ -82,7 +82,8 @@ def float8(run: Path) -> None:
 
 def pickles(run: Path) -> None:
     for path in run.glob(f"*/{MODEL}"):
-        path.rename(path.with_name("pytorch_model.bin"))
+        path.unlink()
+        path.with_name("pytorch_model.bin").write_bytes(OLD_PICKLE)
 
 
 F32 = {"dtype": "F32", "shape": [7], "data_offsets": [0, 28]}
@@ -123,7 +124,7 @@ CASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "NaN": (spoilt(20, "w", (1, 2), float("nan")), ("step 20: tensor 'w' holds NaN or infinity", "--to-step 19")),
     "infinity": (spoilt(10, "b", (0,), float("-inf")), ("step 10: tensor 'b' holds NaN or infinity",)),
     "same step twice": (same_step, ("step 20 is there 2 times: checkpoint-20, step_20",)),
-    "pickles": (pickles, ("pytorch_model.bin, not safetensors", "never unpickles", "weights_only=True")),
+    "pickles": (pickles, ("pytorch_model.bin, not safetensors", "This command converts them", "weights_only=True")),
     "no weights": (lambda run: (run / LAST).unlink(), ("checkpoint-20 holds no weights",)),
     "bad index": (with_index({"weight_map": 3}), ("is not a shard index",)),
     "escaping index": (

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import ckavg
+from ckavg.checkpoints.layouts import as_safetensors
 from tests.cli.runner import run_cli
 from tests.exhaustive import all_but
-from tests.formats import laid_out, of_images, of_language, of_models, of_others
+from tests.formats import laid_out, of_images, of_language, of_models, of_others, pickled
 from tests.formats.document import Cell, Row, table
 from tests.formats.trained import Build, Trained, mean
 from tests.output.test_loading import loaded_by
@@ -28,7 +29,12 @@ from tests.output.test_loading import loaded_by
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("without_pictures")]
 
 BUILDERS: Mapping[str, Build] = (
-    of_language.BUILDERS | of_images.BUILDERS | of_others.BUILDERS | of_models.BUILDERS | laid_out.BUILDERS
+    of_language.BUILDERS
+    | of_images.BUILDERS
+    | of_others.BUILDERS
+    | of_models.BUILDERS
+    | laid_out.BUILDERS
+    | pickled.BUILDERS
 )
 ROWS = table("What is read")
 MADE_HERE = {"README.md", "ckavg.json", ".ckavg-local.json"}
@@ -78,7 +84,9 @@ def assert_files(row: Row, last: Path, out: Path, told: str) -> None:
     """Every file of the last checkpoint has its place in the row, and the row names none that is not there."""
     result = files(out) - MADE_HERE
     own = files(last) - MADE_HERE if last.is_dir() else set()
+    own = {safe if (safe := as_safetensors(name)) in result else name for name in own}
     left_out = own - result
+    left_out |= {name for name in row["left out"].bold if not re.search("[./]", name)}  # entries of a pickle
     assert_matched(row["averaged"].code + row["copied"].code, result)
     assert_matched(row["left out"].code, left_out)
     warnings = [line for line in told.splitlines() if line.startswith("warning: ")]
@@ -88,9 +96,9 @@ def assert_files(row: Row, last: Path, out: Path, told: str) -> None:
     assert weights == matching(row["left out"].bold, weights)
     assert len(warnings) == 0 or "neither" not in told or row["left out"].bold
     for name in result.intersection(own) - matching(row["averaged"].code, result):
-        if name.endswith(".safetensors"):
+        if name.endswith(".safetensors") and (last / name).exists():
             assert are_equal(load_file(out / name), load_file(last / name))
-        elif not name.endswith((".index.json", "config.json")):
+        elif not name.endswith((".index.json", "config.json", ".safetensors")):
             assert (out / name).read_bytes() == (last / name).read_bytes()
 
 
@@ -120,7 +128,7 @@ def assert_averaged(cell: Cell, checkpoints: list[Path], out: Path) -> dict[str,
         if not name.endswith(".safetensors"):
             continue
         found[name] = load_file(out / name)
-        sources = [load_file(each / name if each.is_dir() else each) for each in checkpoints]
+        sources = [tensors_of(each, name) for each in checkpoints]
         assert found[name].keys() == sources[-1].keys()
         for tensor, got in found[name].items():
             want = mean([each[tensor] for each in sources])
@@ -128,6 +136,15 @@ def assert_averaged(cell: Cell, checkpoints: list[Path], out: Path) -> dict[str,
         assert any(not torch.equal(got, sources[-1][tensor]) for tensor, got in found[name].items())
     assert found
     return found
+
+
+def tensors_of(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    """Those of a weight file of the result, as a checkpoint has them."""
+    path = checkpoint / name if checkpoint.is_dir() else checkpoint
+    if path.suffix == ".safetensors" and path.exists():
+        found: dict[str, Tensor] = load_file(path)
+        return found
+    return pickled.tensors_in(checkpoint, name) if checkpoint.is_dir() else pickled.tensors_of(path)
 
 
 def assert_loads(trained: Trained, model: Any, averaged: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -15,20 +15,20 @@ import ckavg
 from ckavg.errors import CkavgError, CombinedError
 from tests.cli.runner import run_cli, snapshot
 from tests.formats.document import table
+from tests.runs import save_old
 from tests.trainers import PT, note, put
 
 ROWS = table("What is refused")
 STEPS = (10, 20)
 
 FILES: Mapping[str, Sequence[str]] = {
-    "Trainer without safetensors": ("checkpoint-{}/pytorch_model.bin", "checkpoint-{}/optimizer.pt"),
-    "PEFT without safetensors": ("checkpoint-{}/adapter_model.bin", "checkpoint-{}/adapter_config.json"),
-    "diffusers without safetensors": ("checkpoint-{}/unet/diffusion_pytorch_model.bin", "checkpoint-{}/optimizer.bin"),
+    "torch before 1.6": ("checkpoint-{}/pytorch_model.bin", "checkpoint-{}/optimizer.pt"),
+    "transposed or expanded tensors": ("checkpoint-{}/pytorch_model.bin",),
+    "TorchScript": ("step_{}.pt",),
     "accelerate, FSDP": (
         "checkpoint-{}/pytorch_model_fsdp_0/.metadata",
         "checkpoint-{}/pytorch_model_fsdp_0/__0_0.distcp",
     ),
-    "accelerate, FSDP, full state": ("checkpoint-{}/pytorch_model_fsdp.bin", "checkpoint-{}/optimizer.bin"),
     "Trainer with DeepSpeed": (
         "checkpoint-{0}/global_step{0}/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
         "checkpoint-{0}/global_step{0}/mp_rank_00_model_states.pt",
@@ -49,12 +49,6 @@ FILES: Mapping[str, Sequence[str]] = {
     "Megatron-LM": ("iter_{:07d}/mp_rank_00/model_optim_rng.pt", "iter_{:07d}/mp_rank_01/model_optim_rng.pt"),
     "GPT-NeoX": ("global_step{}/mp_rank_00_model_states.pt", "global_step{}/mp_rank_01_model_states.pt"),
     "verl, pieces alone": ("global_step_{}/actor/model_world_size_2_rank_0.pt", "global_step_{}/data.pt"),
-    "LitGPT": ("step-{:08d}/lit_model.pth", "step-{:08d}/model_config.yaml"),
-    "Lightning": ("epoch=1-step={}.ckpt",),
-    "timm": ("checkpoint-{}.pth.tar",),
-    "Ultralytics": ("epoch{}.pt", "best.pt", "last.pt"),
-    "open_clip": ("epoch_{}.pt", "epoch_latest.pt"),
-    "fairseq": ("checkpoint{}.pt", "checkpoint_best.pt", "checkpoint_last.pt"),
     "PaddlePaddle": ("checkpoint-{}/model_state.pdparams", "checkpoint-{}/optimizer.pdopt"),
     "Flax": ("checkpoint-{}/flax_model.msgpack",),
     "Keras": ("ckpt-{}.weights.h5",),
@@ -87,11 +81,22 @@ def test_every_row_is_tried_and_every_try_is_a_row() -> None:
 def build(root: Path, name: str) -> None:
     for step in STEPS:
         for file in FILES.get(name, ()):
-            note(root / file.format(step), "nothing that is read")
+            write(root / file.format(step), name)
         if name in CODES:
             tensors = {each: torch.full((4, 4), float(step % 7)).to(dtype) for each, dtype in CODES[name].items()}
             put(root / f"checkpoint-{step}/model.safetensors", tensors | {"norm.weight": torch.ones(4) * step}, PT)
             note(root / f"checkpoint-{step}/config.json", {"model_type": "llama"})
+
+
+def write(path: Path, name: str) -> None:
+    """A file as torch writes it, where the row is about that."""
+    note(path, "nothing that is read")
+    if name == "torch before 1.6":
+        save_old({"w": torch.ones(2, 3)}, path)
+    elif name == "transposed or expanded tensors":
+        torch.save({"w": torch.ones(2, 3).T, "x": torch.ones(2, 1).expand(2, 3)}, path)
+    elif name == "TorchScript":
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
 
 
 @pytest.mark.parametrize("name", sorted(ROWS.keys() & (FILES.keys() | CODES.keys())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 from pathlib import Path
@@ -25,7 +26,7 @@ from ckavg.errors import (
 from tests.checkpoints.test_pipelines import write_pipeline
 from tests.cli.runner import run_cli
 from tests.hub.server import Hub, Repo, Tree, entry_of
-from tests.runs import write_run
+from tests.runs import OLD_PICKLE, write_run
 from tests.storage.outcome import nothing_is_busy, refused, served_of, weights_of
 from tests.storage.published import BY_TOKENS, OF_A_MODEL, REPO, publish_folders, publish_revisions, tree_of, weights
 
@@ -242,16 +243,32 @@ def test_folders_of_revisions(hub: Hub, repo: Repo) -> None:
     assert run.checkpoints[0].entries.keys() == {"w"}
 
 
-def test_pickles_are_refused_with_their_names(hub: Hub, repo: Repo) -> None:
+def test_old_pickles_are_refused_with_their_names(hub: Hub, repo: Repo) -> None:
     for step in (10, 30):
-        change(
-            hub, repo, f"step{step}", {"pytorch_model.bin": (b"\x80\x02." * 3_000, True)}, without="model.safetensors"
-        )
+        change(hub, repo, f"step{step}", {"pytorch_model.bin": (OLD_PICKLE * 3_000, True)}, without="model.safetensors")
     told = refused("ema", FAR, "--revisions", "step*", named=f"{FAR}@step10")
     assert "pytorch_model.bin" in told
     assert "Download the run; ckavg inspect of the copy has a command that converts it." in told
     assert "python -c" not in told
-    assert served_of(hub.served, ".bin") == 0
+
+
+@pytest.mark.parametrize("bound", [None, 0])
+def test_pickles_are_read_as_safetensors_are(hub: Hub, model: Repo, tmp_path: Path, bound: int | None) -> None:
+    """Of a pickle, too, no more is fetched than its ends and its tensors; the optimizer in it is left where it is."""
+    results = []
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        for step in (10, 20, 30):
+            generator = torch.Generator().manual_seed(step)
+            tensors = {name: torch.randn(300, 70, generator=generator) for name in ("z", "a")}
+            file = io.BytesIO(save(tensors))
+            if name == "pytorch_model.bin":
+                torch.save({"model": tensors, "optimizer": {"exp_avg": torch.zeros(1 << 20)}}, file)
+            tree: Tree = {name: (file.getvalue(), True), "config.json": (b"{}", False)}
+            model.branches[f"step{step}"] = hub.put(model, tree, f"{name} {step}", label=f"step{step}")
+        run = ckavg.open_run(REVISIONS, max_disk=bound)
+        results.append(ckavg.average(run, ckavg.PEMA(), out=tmp_path / name).directory / "model.safetensors")
+    assert results[0].read_bytes() == results[1].read_bytes()
+    assert bound is None or served_of(hub.served, ".bin") < 3 << 20
 
 
 def test_a_revision_without_weights(hub: Hub, repo: Repo, tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""Stage *discover*: which tensors of what a trainer saved are the model's: `{"model": …, "optimizer": …, "epoch": 3}`.
+
+What has the name of a model is it, or what alone holds tensors; all that is no trainer's state, where there is neither.
+Below it only a further wrapper is taken off, so that the names of its tensors stay whole. Values come from a pickle:
+they may be nested or shared without end, and hold themselves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ckavg.checkpoints.layouts import is_averaged
+from ckavg.checkpoints.run import WhyLeftOut
+from ckavg.checkpoints.unpickler import Opaque
+from ckavg.checkpoints.unsupported import MODELS, TRAINING_STATE
+
+_TRAINING_STATE = re.compile(TRAINING_STATE, re.IGNORECASE)
+_STEPS = ("global_step", "step", "steps", "iteration", "iter", "iter_num", "num_updates")
+"""Under which trainers save the optimizer step."""
+
+_LARGEST_STEP = 10**18
+_DEEPEST = 32
+_MOST_VALUES = 4_000_000
+
+Found = tuple[dict[str, Any], list[tuple[WhyLeftOut, str]]]
+"""Tensors by name; and of what was saved beside them, what holds tensors, too: why it is left out, and its name."""
+
+
+def find_weights_in(saved: Any, tensor: type) -> Found:
+    """The tensors of the model among what was saved, values of type `tensor`, by their names in it.
+
+    Raises:
+        ValueError: it is nested more deeply than any state dict, or a tensor has no name, or two have one.
+    """
+    left_out: list[tuple[WhyLeftOut, str]] = []
+    top = True
+    for _ in range(_DEEPEST):
+        items = _items(saved)
+        held = {name: value for name, value in items.items() if _holds(value, tensor, in_lists=False)}
+        kept = [name for name in held if "." in str(name) or not _TRAINING_STATE.search(str(name))]
+        parts = [name for name in kept if type(held[name]) is not tensor]
+        loose = [name for name in kept if type(held[name]) is tensor and (held[name].shape or not parts)]
+        known = [name for name in MODELS if name in parts]
+        alone = len(parts) == 1 and not loose
+        is_wrapped = bool(known or alone) if top else bool(known and alone and len(items) > 1)
+        chosen = (known or parts)[:1] if is_wrapped else parts + loose if top else [*held]
+        left_out += [
+            ("average" if is_averaged(str(name)) else "training state", str(name))
+            for name, value in items.items()
+            if name not in chosen and _holds(value, tensor, in_lists=True)
+        ]
+        if not is_wrapped:
+            return _flattened({name: held[name] for name in chosen}, tensor), left_out
+        saved, top = held[chosen[0]], False
+    raise ValueError("it is nested more deeply than any state dict")
+
+
+def step_of(saved: Any) -> int | None:
+    """The optimizer step that a trainer saved beside the model; None where it saved none."""
+    items = _items(saved)
+    history = items.get("optimizer_history")  # of fairseq
+    last = _items(history[-1]) if type(history) is list and history else {}
+    for value in (*map(items.get, _STEPS), last.get("num_updates")):
+        if type(value) is int and 0 <= value < _LARGEST_STEP:
+            return value
+    return None
+
+
+def _items(value: Any) -> Mapping[Any, Any]:
+    """What a dict holds, or a subclass of dict; of a pickled module, its parameters, buffers and modules."""
+    if type(value) is dict:
+        return value
+    if type(value) is not Opaque:
+        return {}
+    state = value.state
+    if type(state) is not dict or type(state.get("_modules")) is not dict:
+        return value.items or {}
+    parameters, buffers = (_items(state.get(key)) for key in ("_parameters", "_buffers"))
+    transient = state.get("_non_persistent_buffers_set")
+    transient = transient if type(transient) is list else []
+    return {
+        **parameters,
+        **{name: each for name, each in buffers.items() if name not in transient},
+        **state["_modules"],
+    }
+
+
+def _holds(value: Any, tensor: type, *, in_lists: bool) -> bool:
+    """Whether a value is a tensor, or is a dict (or list) that holds one at any depth."""
+    seen: set[int] = set()
+    left = [value]
+    while left:
+        each = left.pop()
+        if type(each) is tensor:
+            return True
+        inner = each if in_lists and type(each) in (list, tuple) else _items(each).values()
+        if inner and id(each) not in seen:
+            seen.add(id(each))
+            left += inner
+    return False
+
+
+def _flattened(held: Mapping[Any, Any], tensor: type) -> dict[str, Any]:
+    """All tensors in nested dicts, by the names on the way to them."""
+    found: dict[str, Any] = {}
+    for name, value in _walk(held, "", tensor, _DEEPEST, iter(range(_MOST_VALUES))):
+        if name in found:
+            raise ValueError(f"it holds two tensors of the name {name[:80]!r}")
+        found[name] = value
+    return found
+
+
+def _walk(
+    held: Mapping[Any, Any], before: str, tensor: type, levels: int, budget: Iterator[int]
+) -> Iterator[tuple[str, Any]]:
+    if not levels:
+        raise ValueError("it is nested more deeply than any state dict")
+    for key, value in held.items():
+        if next(budget, None) is None:
+            raise ValueError(f"it holds more than {_MOST_VALUES:,} values")
+        is_tensor = type(value) is tensor
+        inner = {} if is_tensor else _items(value)
+        if not (is_tensor or inner):
+            continue
+        if type(key) not in (str, int):
+            raise ValueError("a name in it is no text")
+        if is_tensor:
+            yield f"{before}{key}", value
+        else:
+            yield from _walk(inner, f"{before}{key}.", tensor, levels - 1, budget)
