@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ckavg.checkpoints.pieces import Piece, overlapping
 from ckavg.errors import CkavgError, UnsupportedFormatError
 from ckavg.storage.base import AnyPath, RemotePath
 from ckavg.storage.remote import RemoteStorage, storages_of
@@ -49,6 +50,7 @@ class TensorInfo:
         shard: index into `Checkpoint.shards`.
         offset: where its bytes begin, counted from the start of the file.
         kept: whether it is copied whatever its dtype, since not every checkpoint has it.
+        pieces: where it lies, if not in one place; `shard` and `offset` are then those of the first.
     """
 
     dtype: str
@@ -56,6 +58,7 @@ class TensorInfo:
     shard: int
     offset: int
     kept: bool = False
+    pieces: tuple[Piece, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -71,6 +74,16 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Size in bytes."""
         return self.numel * self.item_bytes
+
+    def ranges(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Where its elements `start` to `stop` lie: shard, first byte and end of each range."""
+        item = self.item_bytes
+        if not self.pieces:
+            return [(self.shard, self.offset + start * item, self.offset + stop * item)]
+        return [
+            (piece.shard, piece.offset + first * item, piece.offset + last * item)
+            for piece, first, last in overlapping(self.pieces, start, stop)
+        ]
 
     @property
     def is_floating(self) -> bool:
@@ -128,6 +141,10 @@ class Checkpoint:
     entries: Mapping[str, TensorInfo]
     left_out: tuple[tuple[WhyLeftOut, str], ...] = ()
     saved_as: str = ""
+
+    def ranges(self, name: str, start: int, stop: int) -> list[tuple[AnyPath, int, int]]:
+        """Where elements `start` to `stop` of a tensor lie: file, first byte and end of each range."""
+        return [(self.shards[shard].path, begin, end) for shard, begin, end in self.entries[name].ranges(start, stop)]
 
     @property
     def directory(self) -> AnyPath:
