@@ -28,7 +28,7 @@ from ckavg.checkpoints.discover import Scan, duplicate_steps, scan, several_runs
 from ckavg.checkpoints.loader import Loader
 from ckavg.checkpoints.run import Checkpoint, Run, Selection, WhyLeftOut
 from ckavg.checkpoints.trainer_log import unrelated_logs
-from ckavg.checkpoints.unsupported import refused, refused_slices
+from ckavg.checkpoints.unsupported import refused
 from ckavg.errors import (
     CkavgError,
     CorruptFileError,
@@ -202,10 +202,10 @@ def _first_of_kind(problems: Sequence[CkavgError]) -> list[CkavgError]:
     """
     unread = [path for problem in problems for path in getattr(problem, "unread", ())]
     if len(unread) > 1:
-        in_others = refused(unread)
-        sliced = [path for path in unread if in_others is None or path not in in_others.unread]
-        of_all = [*filter(None, [in_others]), *([refused_slices(sliced)] if sliced else [])]
-        problems = [*of_all, *(problem for problem in problems if not getattr(problem, "unread", ()))]
+        problems = [
+            *filter(None, [refused(unread)]),
+            *(problem for problem in problems if not getattr(problem, "unread", ())),
+        ]
     of_format = [problem for problem in problems if isinstance(problem, UnsupportedFormatError)]
     rest = of_format[_NAMED:]
     if not rest:

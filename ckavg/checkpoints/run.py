@@ -130,7 +130,7 @@ class Checkpoint:
         indexes: the shard indexes beside them, where there are any; a pipeline may have one in each component.
         entries: every tensor by name, which begins with the part that it is in.
         left_out: weights in the directory that are not read: why, and the path relative to it.
-        saved_as: the file name of a result of such checkpoints; empty for directories, whose names it takes.
+        saved_as: the file name of a result of such checkpoints; empty where it takes the names of their files.
     """
 
     step: int
@@ -172,6 +172,11 @@ class Checkpoint:
         return sum(shard.nbytes for shard in self.shards)
 
     @property
+    def is_distributed(self) -> bool:
+        """Whether torch.distributed.checkpoint saved it, in files of its own format."""
+        return self.shards[0].path.suffix == ".distcp"
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Its weight files, by path relative to its directory."""
         return tuple(self._within(shard.path) for shard in self.shards)
@@ -188,8 +193,10 @@ class Checkpoint:
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """The folders that hold weights, sorted; the directory itself is `""`."""
+        """The folders that hold weights in a result, sorted; the directory itself is `""`."""
         places = {shard.path.parent for shard in self.shards}
+        if self.saved_as and self.kind != "file":
+            return ("",)
         return tuple(sorted("" if each == self.directory else self._within(each) for each in places))
 
     def with_parts(self, parts: Collection[str], *, why: WhyLeftOut | None = None) -> Checkpoint:
@@ -241,6 +248,7 @@ class Selection:
         skip_incomplete: leave out checkpoints that are not written in full.
         common_only: average the tensors that all checkpoints have, and copy the others.
         revisions: patterns of the revisions of a repository, each of which is a checkpoint.
+        prefix: how the names of the model's tensors begin in what torch.distributed.checkpoint saved; it is taken off.
         copy: shell patterns of further files of the last checkpoint that go into the result.
     """
 
@@ -260,6 +268,7 @@ class Selection:
     skip_incomplete: bool = False
     common_only: bool = False
     revisions: tuple[str, ...] = ()
+    prefix: str | None = None
     copy: tuple[str, ...] = ()
 
     @property
@@ -282,6 +291,7 @@ class Selection:
         parts = ["init"] if self.init is not None else []
         parts += [f"init-step{self.init_step}"] if self.init_step else []
         parts += [f"match-{_short(self.match)}"] if self.match is not None else []
+        parts += [f"prefix-{_short(self.prefix)}"] if self.prefix is not None else []
         named = {"steps": self.steps, "skip-step": self.skip_step}
         parts += [f"{name}{_short('-'.join(map(str, steps)))}" for name, steps in named.items() if steps]
         parts += [f"best{self.best}-{_short(self.metric or '')}"] if self.best is not None else []

@@ -103,21 +103,6 @@ def refused(paths: Iterable[AnyPath]) -> UnsupportedFormatError | None:
     return UnsupportedFormatError(what, hint=hint, command=command, unread=tuple(unread))
 
 
-def refused_slices(directories: Sequence[AnyPath]) -> UnsupportedFormatError:
-    """One error for safetensors that hold slices of tensors, by the directory of each checkpoint in which they lie."""
-    here = [directory for directory in directories if isinstance(directory, Path)]
-    is_inside = all(directory.name == "sharded" for directory in directories)  # torch's name for it, in a checkpoint
-    more = f", and so do {len(directories) - 1} more checkpoints" if len(directories) > 1 else ""
-    return UnsupportedFormatError(
-        f"{directories[0]} holds slices of tensors, as torch.distributed.checkpoint writes them{more}.",
-        hint="This command puts them together and changes nothing that is there:" if here else DOWNLOAD_FIRST,
-        command=from_distributed(here, _target("path.parent" if is_inside else "path"), "HuggingFaceStorageReader")
-        if here
-        else "",
-        unread=tuple(directories),
-    )
-
-
 def _is_unsupported(name: str) -> bool:
     return name.endswith(PICKLES + OTHERS) and _NOT_WEIGHTS.fullmatch(name.rpartition("/")[2]) is None
 

@@ -96,6 +96,8 @@ def gather_side_files(run: Run, weights: WeightPlan) -> SideFiles:
         place = index.relative_to(last.directory)
         part = "" if place.parent == PurePath() else f"{place.parent.as_posix()}/"
         files[place.as_posix()] = _index(index, *weights.index_of(part))
+    if last.saved_as and len(weights.shards) > 1:
+        files[f"{last.saved_as}.index.json"] = _index(None, *weights.index_of())
     if not (_tells_what_it_is(files) or _needs_no_config(last)):
         warnings.append(
             "The result has no config, so that no loader will know what its weights are: there is none in the "
@@ -324,7 +326,8 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
     return changed
 
 
-def _index(index: AnyPath, placed: Mapping[str, str], total_size: int) -> bytes:
-    metadata = read_config({CONFIG: _content(index)}).get("metadata")
+def _index(index: AnyPath | None, placed: Mapping[str, str], total_size: int) -> bytes:
+    """A shard index with what another one says of the model."""
+    metadata = read_config({CONFIG: _content(index)}).get("metadata") if index is not None else None
     stated = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total_size}
     return json.dumps({"metadata": stated, "weight_map": placed}, indent=2).encode() + b"\n"

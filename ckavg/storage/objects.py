@@ -95,7 +95,7 @@ class ObjectTree:
         self._fs.invalidate_cache()
         before, now = self.files, self._list()
         for name, file in before.items():
-            if name.endswith(".safetensors") and now.get(name) != file:
+            if name.endswith((".safetensors", ".distcp")) and now.get(name) != file:
                 self.remove_downloads()  # they may be of either state, and must not be taken for what was listed
                 raise ChangedError(
                     f"{self.url}/{name} was changed or replaced while it was read.",
