@@ -214,8 +214,8 @@ def _assemble(
             raise CorruptFileError(f"{path} holds more than {MOST_TENSORS:,} tensors.", hint=_REWRITE)
     raise_all(errors)
     if sliced:
-        beside = [("second model", shard.path.relative_to(path).as_posix()) for shard in shards]
-        return _join_sliced(path, step, sliced, [*left_out, *beside])
+        left_out += [("second model", shard.path.relative_to(path).as_posix()) for shard in shards]
+        return _join_sliced(path, step, sliced, left_out)
     if not shards:
         raise _no_weights(path, left_out)
     if not entries:

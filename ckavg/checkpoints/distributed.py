@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,8 +26,10 @@ from ckavg.errors import (
     CorruptFileError,
     MissingShardError,
     ReadError,
+    SettingError,
     TruncatedShardError,
     UnsupportedFormatError,
+    listed,
     raise_all,
 )
 from ckavg.storage.base import AnyPath, RemotePath
@@ -148,10 +151,17 @@ def read_distributed(folder: AnyPath, *, prefix: str | None, bounds: Bounds) -> 
     try:
         stated, paths = _parsed(data)
         names, left_out = choose_model(paths, prefix, scalars={name for name, each in stated.items() if not each.shape})
+        if prefix is not None and not names:
+            raise SettingError(
+                f"--prefix {prefix}: no tensor in {folder} begins so.",
+                hint=f"There are {listed(sorted(stated), 8)}.",
+            )
         chosen = {new: stated[old] for old, new in names.items()}
         shards, missing = _shards(folder, chosen, bounds)
         raise_all(missing)
         entries = _located(folder, chosen, shards)
+    except SettingError:  # a ValueError, too
+        raise
     except ValueError as error:
         raise CorruptFileError(f"{place} is damaged, or hostile: {error}.", hint=_REWRITE) from error
     if not entries:
@@ -263,15 +273,28 @@ def _located(folder: AnyPath, tensors: Mapping[str, _Stated], shards: Mapping[st
                 f"{folder}: tensor {name!r} has dtype {tensor.dtype}, which cannot be averaged.",
                 hint="Quantized weights do not average. Average the checkpoints before quantizing them.",
             )
+    entries = {
+        name: _joined(
+            name, each.dtype, each.shape, [(piece.box, order[piece.file], piece.offset) for piece in each.pieces]
+        )
+        for name, each in tensors.items()
+    }
     wanted.sort(key=lambda each: (order[each[2].file], each[2].offset))
     groups = _groups(wanted, gap=_GAP if isinstance(folder, RemotePath) else 0)
-    found = thread_map(lambda group: _read_heads(folder, shards, group), groups)
-    boxes: dict[str, list[tuple[Box, int, int]]] = {name: [] for name in tensors}
-    for group, starts in zip(groups, found, strict=True):
-        for (name, _, piece), start in zip(group, starts, strict=True):
-            boxes[name].append((piece.box, order[piece.file], start))
-    entries = {name: _joined(name, each.dtype, each.shape, boxes[name]) for name, each in tensors.items()}
-    return dict(sorted(entries.items(), key=lambda item: (item[1].shard, item[1].offset)))
+    starts: dict[tuple[str, int, int], int] = {}
+    for group, found in zip(groups, thread_map(lambda each: _read_heads(folder, shards, each), groups), strict=True):
+        starts |= {
+            (name, order[piece.file], piece.offset): at for (name, _, piece), at in zip(group, found, strict=True)
+        }
+    return {name: _moved(entry, lambda *archive, name=name: starts[name, *archive]) for name, entry in entries.items()}
+
+
+def _moved(entry: TensorInfo, start: Callable[[int, int], int]) -> TensorInfo:
+    """A tensor whose pieces begin elsewhere in their files."""
+    if not entry.numel:
+        return entry
+    pieces = tuple(dataclasses.replace(each, offset=start(each.shard, each.offset)) for each in entry.pieces)
+    return dataclasses.replace(entry, offset=start(entry.shard, entry.offset), pieces=pieces)
 
 
 _Wanted = tuple[str, _Stated, _Piece]

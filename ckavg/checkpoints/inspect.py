@@ -26,6 +26,7 @@ from ckavg.checkpoints.configs import (
 )
 from ckavg.checkpoints.discover import Scan, duplicate_steps, scan, several_runs
 from ckavg.checkpoints.loader import Loader
+from ckavg.checkpoints.model_names import conversion
 from ckavg.checkpoints.run import Checkpoint, Run, Selection, WhyLeftOut
 from ckavg.checkpoints.trainer_log import unrelated_logs
 from ckavg.checkpoints.unsupported import refused
@@ -238,6 +239,11 @@ def _about_left_out(checkpoints: Sequence[Checkpoint]) -> list[str]:
         "other format": "Not safetensors, so neither averaged nor copied",
         "not everywhere": "Not in every checkpoint, so neither averaged nor copied",
     }
+    if last.is_distributed and (found := conversion(last.entries)) is not None:
+        told.append(
+            f"The tensors have the names of {found[0]}, and so has the result. Those of Hugging Face come from "
+            f"{found[1]}, which reads distributed checkpoints."
+        )
     return told + [f"{text}: {listed(by_why[why], _LISTED)}." for why, text in texts.items() if by_why[why]]
 
 

@@ -1,13 +1,13 @@
-"""Stage *discover*: which of the tensors that a trainer saved together are the model's, and what they are called. Pure.
+"""Stage *discover*: which of the tensors that a trainer saved together are the model's, and their names in it. Pure.
 
-A trainer saves `{"model": …, "optimizer": …, "step": 3}`. How deep a tensor lies is known, so that what wraps the model is
-told from the names of its modules: `{"model": {"lm_head.weight": …}}` from `{"model.lm_head.weight": …}`.
+A trainer saves `{"model": …, "optimizer": …, "step": 3}`. The keys that lead to a tensor are known, so that what wraps
+the model is told from its modules: `{"model": {"lm_head.weight": …}}` from `{"model.lm_head.weight": …}`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from ckavg.checkpoints.layouts import is_averaged, is_training_state
 from ckavg.checkpoints.run import WhyLeftOut
@@ -29,20 +29,29 @@ MOMENT = re.compile(
 """In the name of a tensor that an optimizer keeps."""
 
 _DEEPEST = 4
+_CONVERSIONS = {
+    r"(?:.*\.)?decoder\.layers\..*linear_(?:qkv|fc1|proj)\..*": (
+        "Megatron",
+        "Megatron Bridge (AutoBridge.export_ckpt)",
+    ),
+    r"tok_embeddings\.weight": ("torchtitan", "its scripts/checkpoint_conversion/convert_to_hf.py"),
+    r"blocks\.0\.attention\.w_q\.weight": ("OLMo-core", "its src/examples/huggingface/convert_checkpoint_to_hf.py"),
+}
+"""By a tensor's name: whose names these are, and what maps them to those of Hugging Face."""
 
 
 def choose_model(
     paths: Mapping[str, tuple[str, ...]], prefix: str | None = None, *, scalars: Collection[str] = ()
 ) -> tuple[dict[str, str], list[tuple[WhyLeftOut, str]]]:
-    """The tensors of the model, by the name that they were saved under, with the name that they have in it; and what else
-    with weights was saved beside it.
+    """The tensors of the model, by the name that they were saved under, with the name that they have in it; and what
+    else with weights was saved beside it.
 
     Args:
         paths: by name, the keys that lead to each tensor.
         prefix: how the names of the model's tensors begin; None: as the keys tell.
-        scalars: names of tensors with one element and no dimension, which count something where they lie beside a model.
+        scalars: names of tensors without dimensions, which count something where they lie beside a model.
 
-    >>> choose_model({"model.w": ("model", "w"), "optimizer.w": ("optimizer", "w"), "step": ("step",)}, scalars=["step"])
+    >>> choose_model({"model.w": ("model", "w"), "optimizer.w": ("optimizer", "w")})
     ({'model.w': 'w'}, [])
     >>> choose_model({"model.w": ("model.w",), "head.w": ("head.w",)})
     ({'model.w': 'model.w', 'head.w': 'head.w'}, [])
@@ -69,6 +78,19 @@ def choose_model(
         kept = {name: path for name, path in kept.items() if len(path) > depth + 1 and path[depth] == chosen}
         depth += 1
     return {name: ".".join(path[depth:]) for name, path in kept.items()}, left_out
+
+
+def conversion(names: Iterable[str]) -> tuple[str, str] | None:
+    """The trainer whose own names a model has, and what maps them to those of Hugging Face; None for any other model.
+
+    >>> conversion(["layers.0.attention.wq.weight", "tok_embeddings.weight"])[0]
+    'torchtitan'
+    """
+    for name in names:
+        for pattern, found in _CONVERSIONS.items():
+            if re.fullmatch(pattern, name):
+                return found
+    return None
 
 
 def _is_state(path: tuple[str, ...]) -> bool:

@@ -59,8 +59,8 @@ class Piece:
         return before
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """Its elements `start` to `stop` as rows of the tensor: the first element, how many rows, how far apart, and the
-        elements of each.
+        """Its elements `start` to `stop` as rows of the tensor: the first element, how many rows, how far apart, and
+        the elements of each.
         """
         length = self.rows[-1][0]
         count, distance = self.rows[-2] if len(self.rows) > 1 else (1, 0)
@@ -110,8 +110,8 @@ def overlapping(pieces: Sequence[Piece], start: int, stop: int) -> Iterator[tupl
 
 
 def spread(piece: Piece, start: int, stop: int, data: memoryview, target: memoryview, *, at: int, item: int) -> None:
-    """Put the elements `start` to `stop` of a piece, of `item` bytes each, to where they belong in `target`, which begins
-    with element `at` of the tensor.
+    """Put the elements `start` to `stop` of a piece, of `item` bytes each, to where they belong in `target`, which
+    begins with element `at` of the tensor.
     """
     import numpy as np
 

@@ -1,7 +1,7 @@
-"""Stage *discover*: single tensors that `torch.save` wrote one after another into a file, and where the data of each is.
+"""Stage *discover*: tensors that `torch.save` wrote one after another into a file, and where the data of each begins.
 
-Each is a zip archive of its own: a pickle that tells dtype, shape and strides, some notes, and the data uncompressed. All
-that stands before the data is read, a kilobyte of each, and believed only where it agrees with what is expected.
+Each is a zip archive of its own: a pickle that tells dtype, shape and strides, some notes, and the data uncompressed.
+What stands before the data is read, a kilobyte of each, and believed only where it agrees with what is expected.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ckavg.checkpoints.run import ITEM_BYTES
 from ckavg.checkpoints.unpickler import Global, Opaque, unpickled
 
 HEAD_BYTES = 1 << 10
-"""How much of each archive is read at first. What precedes the data takes 700 bytes, or more where it is aligned to more
-than 64."""
+"""How much of each archive is read at first. What precedes the data takes 700 bytes, or more where it is aligned to
+more than 64."""
 
 _LONGEST_HEAD = 1 << 18
 _MOST_OPCODES = 2000
@@ -46,7 +46,7 @@ class NotInOrderError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """A tensor in an archive of its own, as it is expected to be: dtype, sizes, and the bytes of the archive in the file."""
+    """A tensor in an archive of its own, as it is expected to be: dtype, sizes, and the place of the archive."""
 
     dtype: str
     sizes: tuple[int, ...]

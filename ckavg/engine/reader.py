@@ -49,7 +49,7 @@ class Files:
     def read_elements(
         self, checkpoint: Checkpoint, name: str, start: int, buffer: memoryview, *, on_miss: Callable[[], None]
     ) -> None:
-        """Fill `buffer` with the elements of a tensor from `start` on, in row-major order, put together from its pieces.
+        """Fill `buffer` with the elements of a tensor from `start` on, in row-major order, wherever they lie.
 
         Args, errors: as of `read_into`.
         """

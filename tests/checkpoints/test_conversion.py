@@ -528,47 +528,6 @@ def test_torch_distributed(tmp_path: Path, case: str) -> None:
     check_mean(run, weights, steps)
 
 
-SHARDS = """
-import os, sys
-import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
-
-dist.init_process_group("gloo")
-mesh = init_device_mesh("cpu", (2,))
-for step in (10, 20, 30):
-    full = torch.load(f"{sys.argv[1]}/{step}.pt")
-    placed = {name: [Shard(min(1, tensor.ndim - 1)) if tensor.ndim else Replicate()] for name, tensor in full.items()}
-    state = {name: distribute_tensor(tensor, mesh, placed[name]) for name, tensor in full.items()}
-    files = {name: 1 + place % 2 for place, name in enumerate(full)}
-    target = f"{sys.argv[1]}/run/step-{step}"
-    dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(target, files, save_distributed=True))
-dist.barrier()
-os._exit(0)  # the threads of gloo do not always end in order
-"""
-
-
-@pytest.mark.exhaustive
-def test_slices_that_torch_wrote_as_safetensors(tmp_path: Path) -> None:
-    for step in STEPS:
-        torch.save(weights(step), tmp_path / f"{step}.pt")
-    (tmp_path / "job.py").write_text(SHARDS)
-    job = subprocess.run(torchrun(2, tmp_path / "job.py", tmp_path), capture_output=True, text=True, check=False)
-    assert job.returncode == 0, job.stderr
-    run = tmp_path / "run"
-    directories = [run / f"step-{step}" for step in STEPS]
-    assert (directories[0] / "shard-00002-model-00001-of-00002.safetensors").exists()
-    told = run_cli("ema", run).stderr
-    assert "step-10 holds slices of tensors, as torch.distributed.checkpoint writes them, and so do 2 more" in told
-    assert "embed.weight" not in told
-    command = convert(run)
-    assert command.endswith(f" {run}/step-*")
-    check_mean(run, weights)
-    assert in_shell(command).returncode == 0  # again
-    assert "target = path.parent /" in refused_slices([each / "sharded" for each in directories]).command
-
-
 # --- the trainers' own tools ---
 
 ZERO_TO_FP32 = """

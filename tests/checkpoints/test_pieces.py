@@ -36,15 +36,16 @@ def cut_tensors(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
 
 def written(path: Path, whole: np.ndarray, boxes: list[Box]) -> Checkpoint:
     """The boxes of a tensor in two files, some bytes between them."""
-    files, places = [bytearray(b"x"), bytearray(b"yy")], []
+    files = [bytearray(b"x"), bytearray(b"yy")]
+    places: list[tuple[Box, int, int]] = []
     for number, (start, sizes) in enumerate(boxes):
         data = whole[tuple(slice(first, first + size) for first, size in zip(start, sizes, strict=True))].tobytes()
         places.append(((start, sizes), number % 2, len(files[number % 2])))
         files[number % 2] += data + bytes(number % 3)
     shards = []
-    for number, data in enumerate(files):
-        (path / str(number)).write_bytes(data)
-        shards.append(Shard(path / str(number), len(data)))
+    for number, content in enumerate(files):
+        (path / str(number)).write_bytes(content)
+        shards.append(Shard(path / str(number), len(content)))
     pieces = cut(whole.shape, places)
     entry = TensorInfo(CODES[whole.itemsize], whole.shape, pieces[0].shard, pieces[0].offset, pieces=pieces)
     return Checkpoint(1, path, "model", tuple(shards), (), {"w": entry})
