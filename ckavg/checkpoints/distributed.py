@@ -34,7 +34,7 @@ from ckavg.errors import (
 )
 from ckavg.storage.base import AnyPath, RemotePath
 from ckavg.storage.download import thread_map
-from ckavg.storage.local import Bounds, is_link, parse_json, problem_with, storage_of
+from ckavg.storage.local import LOCAL, Bounds, is_link, parse_json, problem_with, size_of, storage_of
 
 METADATA = ".metadata"
 SLICES = ".distcp"
@@ -246,11 +246,9 @@ def _shards(
             errors.append(found)
             continue
         try:
-            with storage_of(path).open(path) as (info, _):
-                identity = path.storage.identity(path) if isinstance(path, RemotePath) else None
-                shards[name] = Shard(path, info.nbytes, info.state, identity)
-            if end > info.nbytes:
-                what = f"{path} is {info.nbytes:,} bytes long, but {METADATA} says {end:,}."
+            shards[name] = _shard(path)
+            if end > shards[name].nbytes:
+                what = f"{path} is {shards[name].nbytes:,} bytes long, but {METADATA} says {end:,}."
                 errors.append(TruncatedShardError(what, hint=_WAIT))
         except FileNotFoundError:
             errors.append(MissingShardError(f"{path} does not exist.", hint=_WAIT))
@@ -258,6 +256,14 @@ def _shards(
             what = f"{path} cannot be read: {error.strerror}."
             errors.append(ReadError(what, hint="Check that you may read it."))
     return shards, errors
+
+
+def _shard(path: AnyPath) -> Shard:
+    """A file; OSError where there is none, or the system would not let us look."""
+    if not isinstance(path, RemotePath):
+        with LOCAL.open(path) as (info, _):
+            return Shard(path, info.nbytes, info.state)
+    return Shard(path, size_of(path), identity=path.storage.identity(path))
 
 
 # --- where the data of each piece begins ---
@@ -282,7 +288,9 @@ def _located(folder: AnyPath, tensors: Mapping[str, _Stated], shards: Mapping[st
     wanted.sort(key=lambda each: (order[each[2].file], each[2].offset))
     groups = _groups(wanted, gap=_GAP if isinstance(folder, RemotePath) else 0)
     starts: dict[tuple[str, int, int], int] = {}
-    for group, found in zip(groups, thread_map(lambda each: _read_heads(folder, shards, each), groups), strict=True):
+    for group, found in zip(
+        groups, thread_map(lambda each: _read_beginnings(folder, shards, each), groups), strict=True
+    ):
         starts |= {
             (name, order[piece.file], piece.offset): at for (name, _, piece), at in zip(group, found, strict=True)
         }
@@ -313,7 +321,7 @@ def _groups(wanted: Sequence[_Wanted], *, gap: int) -> list[list[_Wanted]]:
     return groups
 
 
-def _read_heads(folder: AnyPath, shards: Mapping[str, Shard], group: Sequence[_Wanted]) -> list[int]:
+def _read_beginnings(folder: AnyPath, shards: Mapping[str, Shard], group: Sequence[_Wanted]) -> list[int]:
     """Where the data of each piece begins in its file."""
     first, last = group[0][2], group[-1][2]
     path = shards[first.file].path

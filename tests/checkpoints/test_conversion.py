@@ -27,7 +27,6 @@ from torch import Tensor
 
 import ckavg
 from ckavg.checkpoints import unsupported
-from ckavg.checkpoints.unsupported import refused_slices
 from tests.cli.runner import run_cli, snapshot
 from tests.exhaustive import all_but
 from tests.ranks.launch import torchrun

@@ -92,7 +92,9 @@ def test_what_torch_saves_gives_the_bytes_of_safetensors(
 
 
 def test_every_verb_reads_such_a_run(jobs: Callable[[str], Path], expected: bytes, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(jobs("2 of two-dimensional"), tmp_path / "run", ignore=shutil.ignore_patterns("averaged")))
+    run = Path(
+        shutil.copytree(jobs("2 of two-dimensional"), tmp_path / "run", ignore=shutil.ignore_patterns("averaged"))
+    )
     found = json.loads(run_cli("inspect", run, "--json", "--deep").stdout)
     assert [each["files"] for each in found["checkpoints"]] == [["__0_0.distcp", "__1_0.distcp"]] * 3
     assert found["problems"] == []
