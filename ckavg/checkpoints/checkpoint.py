@@ -100,7 +100,7 @@ def _read_distributed(
         raise ReadError(f"{path} cannot be listed: {error.strerror}.", hint="Check that you may read it.") from error
     if folder is None:
         raise _no_weights(path, left_out)
-    found = read_distributed(folder, prefix=prefix, bounds=bounds)
+    found = read_distributed(folder, path, prefix=prefix, bounds=bounds)
     left_out = [each for each in left_out if not each[1].endswith(SLICES)] + others + list(found.left_out)
     return Checkpoint(step, path, "model", found.shards, (), found.entries, tuple(sorted(left_out)), saved_as=WHOLE)
 

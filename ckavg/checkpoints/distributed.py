@@ -7,19 +7,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from functools import partial
+from pathlib import Path
 
+from ckavg.checkpoints.distributed_metadata import StatedTensor, parse_metadata, sizes_of_tensor
 from ckavg.checkpoints.layouts import is_averaged, is_training_state
 from ckavg.checkpoints.model_names import choose_model
 from ckavg.checkpoints.pieces import Box, cut
 from ckavg.checkpoints.run import ITEM_BYTES, Shard, TensorInfo, WhyLeftOut
-from ckavg.checkpoints.saved_tensors import DTYPES, HEAD_BYTES, NotInOrderError, SavedTensor, find_data
-from ckavg.checkpoints.unpickler import Global, Opaque, unpickled
+from ckavg.checkpoints.saved_tensors import HEAD_BYTES, NotInOrderError, SavedTensor, find_data
 from ckavg.checkpoints.unsupported import from_distributed
 from ckavg.errors import (
     CkavgError,
@@ -44,8 +43,9 @@ _MOST_BYTES = 1 << 29
 _MOST_OPCODES = 100_000_000
 _LARGEST = 2**63 - 1
 _DEEPEST = 3
-_GAP = 64 << 10
-"""Bytes between two heads elsewhere that are fetched rather than asked for around."""
+_GAP, _MOST_AT_ONCE = 64 << 10, 1 << 20
+"""Elsewhere, bytes between the beginnings of two archives that are fetched rather than asked for around; and how many
+bytes are fetched at once."""
 
 _REWRITE = "Save the checkpoint again, or leave it out with --skip-step."
 _WAIT = (
@@ -62,25 +62,6 @@ class Distributed:
     shards: tuple[Shard, ...]
     entries: Mapping[str, TensorInfo]
     left_out: tuple[LeftOut, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A piece as `.metadata` states it."""
-
-    box: Box
-    file: str
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Stated:
-    """A tensor as `.metadata` states it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    pieces: tuple[_Piece, ...]
 
 
 # --- where it lies ---
@@ -122,11 +103,12 @@ def holds_distributed(directory: AnyPath) -> bool:
 # --- what it holds ---
 
 
-def read_distributed(folder: AnyPath, *, prefix: str | None, bounds: Bounds) -> Distributed:
+def read_distributed(folder: AnyPath, checkpoint: AnyPath, *, prefix: str | None, bounds: Bounds) -> Distributed:
     """Read what a checkpoint holds of the model.
 
     Args:
         folder: where `.metadata` is.
+        checkpoint: the directory that is converted if it cannot be read.
         prefix: how the names of the model's tensors begin in it; None: as their nesting tells.
         bounds: how far links may lead.
 
@@ -149,8 +131,9 @@ def read_distributed(folder: AnyPath, *, prefix: str | None, bounds: Bounds) -> 
     if not data:
         raise TruncatedShardError(f"{place} is empty.", hint=_WAIT)
     try:
-        stated, paths = _parsed(data)
-        names, left_out = choose_model(paths, prefix, scalars={name for name, each in stated.items() if not each.shape})
+        stated = parse_metadata(data)
+        scalars = {name for name, each in stated.items() if not each.shape}
+        names, left_out = choose_model({name: each.keys for name, each in stated.items()}, prefix, scalars=scalars)
         if prefix is not None and not names:
             raise SettingError(
                 f"--prefix {prefix}: no tensor in {folder} begins so.",
@@ -159,9 +142,16 @@ def read_distributed(folder: AnyPath, *, prefix: str | None, bounds: Bounds) -> 
         chosen = {new: stated[old] for old, new in names.items()}
         shards, missing = _shards(folder, chosen, bounds)
         raise_all(missing)
-        entries = _located(folder, chosen, shards)
+        entries = _located(chosen, shards)
     except SettingError:  # a ValueError, too
         raise
+    except NotInOrderError as error:
+        here = isinstance(folder, Path)
+        raise UnsupportedFormatError(
+            f"{error} is stored transposed, which is not read.",
+            hint="This command writes it in order, as safetensors, and changes nothing that is there:" if here else "",
+            command=from_distributed(folder, checkpoint) if here else "",
+        ) from error
     except ValueError as error:
         raise CorruptFileError(f"{place} is damaged, or hostile: {error}.", hint=_REWRITE) from error
     if not entries:
@@ -171,67 +161,8 @@ def read_distributed(folder: AnyPath, *, prefix: str | None, bounds: Bounds) -> 
     return Distributed(tuple(shards.values()), entries, tuple(left_out))
 
 
-def _parsed(data: bytes) -> tuple[dict[str, _Stated], dict[str, tuple[str, ...]]]:
-    """The tensors that `.metadata` states, and the keys that lead to each in what the trainer saved."""
-    found = unpickled(data, known={("torch", "Size"): tuple}, persistent=_refuse, most=_MOST_OPCODES)
-    fields = _fields(found, "Metadata", "MCoreMetadata")
-    tensors = {
-        _text(name): _fields(each, "TensorStorageMetadata")
-        for name, each in _mapping(fields.get("state_dict_metadata")).items()
-        if type(each) is Opaque and each.name.endswith(".TensorStorageMetadata")
-    }
-    places: dict[tuple[str, tuple[int, ...]], Mapping[str, Any]] = {}
-    for index, info in _mapping(fields.get("storage_data")).items():
-        key = _fields(index, "MetadataIndex")
-        if key.get("fqn") in tensors and key.get("offset") is not None:
-            places[key["fqn"], _sizes(key["offset"])] = _fields(info, "_StorageInfo")
-    if len(places) > MOST_PIECES:
-        raise ValueError(f"more than {MOST_PIECES:,} pieces")
-    keys = fields.get("planner_data")
-    paths = {name: (keys or {}).get(name) if type(keys) is dict else None for name in tensors}
-    stated = {name: _tensor(name, each, places) for name, each in tensors.items()}
-    return stated, {name: _keys(path) or (name,) for name, path in paths.items()}
-
-
-def _tensor(
-    name: str,
-    fields: Mapping[str, Any],
-    places: Mapping[tuple[str, tuple[int, ...]], Mapping[str, Any]],
-) -> _Stated:
-    properties = fields.get("properties")
-    state = properties.state if type(properties) is Opaque else None
-    kind = state[0] if type(state) is tuple and state else state.get("dtype") if type(state) is dict else None
-    dtype = DTYPES.get(kind.name.removeprefix("torch.")) if type(kind) is Global else None
-    shape = _sizes(fields.get("size"))
-    if math.prod(shape) > _LARGEST >> 3:
-        raise ValueError(f"tensor {name!r} has too many elements")
-    chunks = fields.get("chunks")
-    if type(chunks) is not list:
-        raise ValueError(f"tensor {name!r} has no chunks")
-    stated = (_fields(chunk, "ChunkStorageMetadata") for chunk in chunks)
-    boxes = dict.fromkeys((_sizes(each.get("offsets")), _sizes(each.get("sizes"))) for each in stated)  # replicas once
-    pieces = tuple(_placed(name, box, places) for box in boxes if math.prod(box[1]))
-    return _Stated(dtype or str(getattr(kind, "name", kind))[:80], shape, pieces)
-
-
-def _placed(name: str, box: Box, places: Mapping[tuple[str, tuple[int, ...]], Mapping[str, Any]]) -> _Piece:
-    """A piece with its place in a file."""
-    info = places.get((name, box[0]))
-    if info is None:
-        raise ValueError(f"it says not where the piece of {name!r} at {list(box[0])} is")
-    file, offset, nbytes = info.get("relative_path"), info.get("offset"), info.get("length")
-    if type(offset) is not int or type(nbytes) is not int or not (0 <= offset <= offset + nbytes <= _LARGEST):
-        raise ValueError(f"the piece of {name!r} at {list(box[0])} has no place in a file")
-    path = PurePosixPath(_text(file))
-    if not path.name or path.is_absolute() or ".." in path.parts or "\0" in str(path) or "\\" in str(path):
-        raise ValueError(f"it names {str(path)[:200]!r}, which is no file beside it")
-    if info.get("transform_descriptors"):
-        raise ValueError(f"the piece of {name!r} at {list(box[0])} is compressed by an extension")
-    return _Piece(box, str(path), offset, nbytes)
-
-
 def _shards(
-    folder: AnyPath, tensors: Mapping[str, _Stated], bounds: Bounds
+    folder: AnyPath, tensors: Mapping[str, StatedTensor], bounds: Bounds
 ) -> tuple[dict[str, Shard], list[CkavgError]]:
     """The files that hold pieces of the model, by name, and what is wrong with them."""
     ends: dict[str, int] = defaultdict(int)
@@ -269,122 +200,71 @@ def _shard(path: AnyPath) -> Shard:
 # --- where the data of each piece begins ---
 
 
-def _located(folder: AnyPath, tensors: Mapping[str, _Stated], shards: Mapping[str, Shard]) -> dict[str, TensorInfo]:
+def _located(tensors: Mapping[str, StatedTensor], shards: Mapping[str, Shard]) -> dict[str, TensorInfo]:
     """The tensors with the place of every byte."""
     order = {name: number for number, name in enumerate(shards)}
-    wanted = [(name, tensor, piece) for name, tensor in tensors.items() for piece in tensor.pieces]
-    for name, tensor, _ in wanted:
+    wanted: list[_Wanted] = []
+    entries: dict[str, TensorInfo] = {}
+    for name, tensor in tensors.items():
         if tensor.dtype not in ITEM_BYTES:
+            place = next(iter(shards.values())).path
             raise UnsupportedFormatError(
-                f"{folder}: tensor {name!r} has dtype {tensor.dtype}, which cannot be averaged.",
+                f"{place}: tensor {name!r} has dtype {tensor.dtype}, which cannot be averaged.",
                 hint="Quantized weights do not average. Average the checkpoints before quantizing them.",
             )
-    entries = {
-        name: _joined(
-            name, each.dtype, each.shape, [(piece.box, order[piece.file], piece.offset) for piece in each.pieces]
-        )
-        for name, each in tensors.items()
-    }
-    wanted.sort(key=lambda each: (order[each[2].file], each[2].offset))
-    groups = _groups(wanted, gap=_GAP if isinstance(folder, RemotePath) else 0)
-    starts: dict[tuple[str, int, int], int] = {}
-    for group, found in zip(
-        groups, thread_map(lambda each: _read_beginnings(folder, shards, each), groups), strict=True
-    ):
-        starts |= {
-            (name, order[piece.file], piece.offset): at for (name, _, piece), at in zip(group, found, strict=True)
-        }
-    return {name: _moved(entry, lambda *archive, name=name: starts[name, *archive]) for name, entry in entries.items()}
+        archives = [(piece.box, order[piece.file], piece.offset) for piece in tensor.pieces]
+        entries[name] = _joined(name, tensor.dtype, tensor.shape, archives)  # before anything is read
+        wanted += [
+            (piece.file, SavedTensor(name, tensor.dtype, piece.box[1], piece.offset, piece.nbytes))
+            for piece in tensor.pieces
+        ]
+    groups = _groups(wanted, gap=_GAP if any(isinstance(each.path, RemotePath) for each in shards.values()) else 0)
+    starts: dict[tuple[int, int], int] = {}
+    for group, found in zip(groups, thread_map(lambda each: _find_all(shards, each), groups), strict=True):
+        starts |= {(order[file], saved.offset): at for (file, saved), at in zip(group, found, strict=True)}
+    return {name: _moved(entry, starts) if entry.numel else entry for name, entry in entries.items()}
 
 
-def _moved(entry: TensorInfo, start: Callable[[int, int], int]) -> TensorInfo:
-    """A tensor whose pieces begin elsewhere in their files."""
-    if not entry.numel:
-        return entry
-    pieces = tuple(dataclasses.replace(each, offset=start(each.shard, each.offset)) for each in entry.pieces)
-    return dataclasses.replace(entry, offset=start(entry.shard, entry.offset), pieces=pieces)
+def _moved(entry: TensorInfo, starts: Mapping[tuple[int, int], int]) -> TensorInfo:
+    """A tensor whose pieces lie where their data begins, instead of their archives."""
+    pieces = tuple(dataclasses.replace(each, offset=starts[each.shard, each.offset]) for each in entry.pieces)
+    return dataclasses.replace(entry, offset=starts[entry.shard, entry.offset], pieces=pieces)
 
 
-_Wanted = tuple[str, _Stated, _Piece]
+_Wanted = tuple[str, SavedTensor]
+"""A file, and what is to be found in it."""
 
 
-def _groups(wanted: Sequence[_Wanted], *, gap: int) -> list[list[_Wanted]]:
-    """Pieces in order whose heads are read at once, for there is little between them."""
+def _groups(wanted: Iterable[_Wanted], *, gap: int) -> list[list[_Wanted]]:
+    """What is read at once, in the order of the bytes: archives with little between the beginnings of two."""
     groups: list[list[_Wanted]] = []
-    for each in wanted:
-        before = groups[-1][-1][2] if groups else None
-        piece = each[2]
-        if before and before.file == piece.file and piece.offset - before.offset <= HEAD_BYTES + gap:
-            groups[-1].append(each)
+    for file, saved in sorted(wanted, key=lambda each: (each[0], each[1].offset)):
+        (first_file, first), (_, last) = (groups[-1][0], groups[-1][-1]) if groups else (("", saved), ("", saved))
+        is_near = saved.offset - last.offset <= HEAD_BYTES + gap and saved.offset - first.offset < _MOST_AT_ONCE
+        if file == first_file and is_near:
+            groups[-1].append((file, saved))
         else:
-            groups.append([each])
+            groups.append([(file, saved)])
     return groups
 
 
-def _read_beginnings(folder: AnyPath, shards: Mapping[str, Shard], group: Sequence[_Wanted]) -> list[int]:
-    """Where the data of each piece begins in its file."""
-    first, last = group[0][2], group[-1][2]
-    path = shards[first.file].path
-    data = storage_of(path).read(path, first.offset, last.offset + min(HEAD_BYTES, last.nbytes))
-    return [_find_data(folder, path, each, data[each[2].offset - first.offset :][:HEAD_BYTES]) for each in group]
-
-
-def _find_data(folder: AnyPath, path: AnyPath, wanted: _Wanted, head: bytes) -> int:
-    name, tensor, piece = wanted
-    saved = SavedTensor(tensor.dtype, piece.box[1], piece.offset, piece.nbytes)
-    try:
-        return find_data(
-            saved,
-            head[: piece.nbytes],
-            lambda count: storage_of(path).read(path, piece.offset, piece.offset + count),
-        )
-    except NotInOrderError:
-        here = isinstance(folder, Path)
-        raise UnsupportedFormatError(
-            f"{path}: tensor {name!r} is stored transposed, which is not read.",
-            hint="This command writes it in order, as safetensors, and changes nothing that is there:" if here else "",
-            command=from_distributed([folder], 'path / "model.safetensors"') if here else "",
-        ) from None
-    except ValueError as error:
-        raise CorruptFileError(
-            f"{path}, byte {piece.offset:,}: the piece of {name!r} is damaged: {error}.", hint=_REWRITE
-        ) from error
-
-
-# --- values of a pickle that may hold anything ---
-
-
-def _refuse(what: Any) -> Any:
-    raise ValueError(f"{str(what)[:200]!r} makes no sense in it")
-
-
-def _fields(value: Any, *classes: str) -> Mapping[str, Any]:
-    """The attributes of an object of one of these classes, wherever they are defined."""
-    if type(value) is Opaque and value.name.rpartition(".")[2] in classes and type(value.state) is dict:
-        return value.state
-    raise ValueError(f"{classes[0]} is expected, where there is {type(value).__name__}")
-
-
-def _mapping(value: Any) -> Mapping[Any, Any]:
-    return value if type(value) is dict else _refuse(type(value).__name__)
-
-
-def _text(value: Any) -> str:
-    if type(value) is not str:
-        return str(_refuse(type(value).__name__))
-    value.encode()  # or it is no text
-    return value
-
-
-def _sizes(value: Any) -> tuple[int, ...]:
-    if type(value) is tuple and all(type(each) is int and 0 <= each <= _LARGEST for each in value) and len(value) <= 64:
-        return value
-    raise ValueError(f"{str(value)[:200]} is no size of a tensor")
-
-
-def _keys(path: Any) -> tuple[str, ...]:
-    """The keys that lead to a tensor; empty where they are not stated."""
-    return tuple(map(str, path)) if type(path) is tuple and all(type(key) in (str, int) for key in path) else ()
+def _find_all(shards: Mapping[str, Shard], group: Sequence[_Wanted]) -> list[int]:
+    """Where the data of each begins in its file."""
+    (file, first), (_, last) = group[0], group[-1]
+    path = shards[file].path
+    read = storage_of(path).read
+    data = read(path, first.offset, last.offset + min(HEAD_BYTES, last.nbytes))
+    found = []
+    for _, saved in group:
+        head = data[saved.offset - first.offset :][: min(HEAD_BYTES, saved.nbytes)]
+        try:
+            found.append(find_data(saved, head, partial(read, path, saved.offset)))
+        except NotInOrderError as error:
+            raise NotInOrderError(f"{path}: tensor {saved.name!r}") from error
+        except ValueError as error:
+            what = f"{path}, byte {saved.offset:,}: the piece of {saved.name!r} is damaged: {error}."
+            raise CorruptFileError(what, hint=_REWRITE) from error
+    return found
 
 
 # --- slices as safetensors ---
@@ -397,7 +277,7 @@ def read_slices(text: str) -> dict[str, tuple[int, ...]]:
         ValueError: it does not say.
     """
     try:
-        return {name: _sizes(tuple(each["saved_offsets"])) for name, each in parse_json(text).items()}
+        return {name: sizes_of_tensor(tuple(each["saved_offsets"])) for name, each in parse_json(text).items()}
     except (AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError("saved_offsets are expected by name") from error
 

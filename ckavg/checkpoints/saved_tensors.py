@@ -46,8 +46,9 @@ class NotInOrderError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """A tensor in an archive of its own, as it is expected to be: dtype, sizes, and the place of the archive."""
+    """A tensor in an archive of its own, as it is expected to be: name, dtype, sizes, and the place of the archive."""
 
+    name: str
     dtype: str
     sizes: tuple[int, ...]
     offset: int
@@ -60,7 +61,7 @@ def find_data(tensor: SavedTensor, head: bytes, more: Callable[[int], bytes]) ->
     Args:
         tensor: what is expected.
         head: the first bytes of its archive.
-        more: gives so many of the first bytes.
+        more: gives the bytes of its archive up to this one of the file.
 
     Raises:
         NotInOrderError: it is stored transposed.
@@ -73,7 +74,7 @@ def find_data(tensor: SavedTensor, head: bytes, more: Callable[[int], bytes]) ->
             longest = min(_LONGEST_HEAD, tensor.nbytes)
             if len(head) >= longest:
                 raise ValueError("no data was found where it should be") from None
-            head = more(longest)
+            head = more(tensor.offset + longest)
 
 
 class _TooShortError(Exception):

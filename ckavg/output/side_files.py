@@ -39,6 +39,9 @@ CONFIGS = frozenset(
 
 _LEFT_OUT = frozenset({"zero_to_fp32.py", "latest", "latest_checkpointed_iteration.txt"})
 _STEMS_LEFT_OUT = frozenset({"trainer_state", "training_args", "all_results"})
+_OF_MEGATRON = "metadata.json"
+"""Beside pieces of tensors, it tells what wrote them."""
+
 _LOGS = (".log", ".out", ".err")
 _OTHER_WEIGHTS = (
     ".safetensors", ".index.json", ".onnx", ".tflite", ".mlmodel", ".pb", ".ot", ".pickle", ".joblib", ".engine",
@@ -157,11 +160,17 @@ def _gather(checkpoint: Checkpoint, named: AnyPath, warnings: list[str]) -> dict
     directory, is_file = checkpoint.directory, checkpoint.kind == "file"
     skipped = {"adapter_config.json"} if any(why == "adapter" for why, _ in checkpoint.left_out) else set()
     skipped |= FOLDER_CONFIGS if is_file else set()
+    pieces = (
+        f"{checkpoint.shards[0].path.parent.relative_to(directory).as_posix()}/" if checkpoint.is_distributed else ""
+    )
+    skipped |= {_OF_MEGATRON} if pieces == "./" else set()
     own = frozenset() if is_file else own_folders(directory)
     names = [
         name
         for name in _names(directory, checkpoint, own, wanted_only=True)
-        if is_side_file(PurePath(name), own, beside_a_run=is_file) and name not in skipped
+        if is_side_file(PurePath(name), own, beside_a_run=is_file)
+        and name not in skipped
+        and not (pieces and name.startswith(pieces))
     ]
     return _contents(directory, names, Bounds.of(directory, named), warnings)
 

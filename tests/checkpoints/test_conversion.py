@@ -503,30 +503,6 @@ def test_what_the_model_is(case: str) -> None:
     assert all(tensor.any() for tensor in found.values())
 
 
-# --- torch.distributed ---
-
-
-DISTRIBUTED: dict[str, tuple[str, Callable[[Weights], dict[str, Any]]]] = {
-    "a script": ("step_{}/model", lambda tensors: {"model": tensors, "optimizer": STATE, "epoch": 3}),
-    "flat": ("step-{}", lambda tensors: {**tensors, "optimizer": STATE, "dataloader": {"state": torch.ones(2)}}),
-    "Lightning": ("epoch=0-step={}.ckpt", lambda tensors: {"state_dict": tensors, "optimizer_0": STATE}),
-    "accelerate": ("checkpoint-{}/pytorch_model_fsdp_0", lambda tensors: {"model": tensors}),
-}
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", all_but(("Lightning",), DISTRIBUTED))
-def test_torch_distributed(tmp_path: Path, case: str) -> None:
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    directory, saved = DISTRIBUTED[case]
-    run, steps = tmp_path / "run", STEPS[:2]
-    for step in steps:
-        save(saved(weights(step)), checkpoint_id=run / directory.format(step), no_dist=True)
-    convert(run)
-    check_mean(run, weights, steps)
-
-
 # --- the trainers' own tools ---
 
 ZERO_TO_FP32 = """
@@ -593,12 +569,6 @@ TOOLS: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"),
         "tools/ckpts/convert_neox_to_hf.py --input_dir RUN/global_step{} --config_file CONFIG.yml "
         "--output_dir OUT/global_step{}",
-    ),
-    "NeMo-RL": (
-        "step_{}",
-        ("config.yaml", "policy/weights/.metadata", "policy/weights/__0_0.distcp"),
-        "run examples/converters/convert_dcp_to_hf.py --config=RUN/step_{0}/config.yaml "
-        "--dcp-ckpt-path=RUN/step_{0}/policy/weights --hf-ckpt-path=OUT/step_{0}",
     ),
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 import ckavg
 from tests.cli.runner import run_cli
 from tests.exhaustive import all_but
-from tests.formats import laid_out, of_images, of_language, of_models, of_others
+from tests.formats import laid_out, of_distributed, of_images, of_language, of_models, of_others
 from tests.formats.document import Cell, Row, table
 from tests.formats.trained import Build, Trained, mean
 from tests.output.test_loading import loaded_by
@@ -28,7 +28,12 @@ from tests.output.test_loading import loaded_by
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("without_pictures")]
 
 BUILDERS: Mapping[str, Build] = (
-    of_language.BUILDERS | of_images.BUILDERS | of_others.BUILDERS | of_models.BUILDERS | laid_out.BUILDERS
+    of_language.BUILDERS
+    | of_images.BUILDERS
+    | of_others.BUILDERS
+    | of_models.BUILDERS
+    | laid_out.BUILDERS
+    | of_distributed.BUILDERS
 )
 ROWS = table("What is read")
 MADE_HERE = {"README.md", "ckavg.json", ".ckavg-local.json"}
@@ -57,8 +62,8 @@ def test_row(tmp_path: Path, trainer: str) -> None:
     done = run_cli("mean", root)
     assert done.exit_code == 0, done.stderr
     out = root / "averaged" / "mean"
-    assert_files(row, trained.checkpoints[-1], out, done.stderr)
-    averaged = assert_averaged(row["averaged"], trained.checkpoints, out)
+    assert_files(row, trained.checkpoints[-1], out, done.stderr, read=ckavg.open_run(root).last.names)
+    averaged = assert_averaged(row["averaged"], trained, out)
     command = next(line.removeprefix("next     ") for line in done.stdout.splitlines() if line.startswith("next     "))
     assert all(code in command for code in row["loads as"].code), command
     assert_loads(trained, loaded_by(command), averaged)
@@ -74,7 +79,7 @@ def assert_named(cell: Cell, trained: Trained) -> None:
     assert all(any(re.fullmatch(pattern, name) for name in names) for pattern in patterns)
 
 
-def assert_files(row: Row, last: Path, out: Path, told: str) -> None:
+def assert_files(row: Row, last: Path, out: Path, told: str, *, read: Collection[str]) -> None:
     """Every file of the last checkpoint has its place in the row, and the row names none that is not there."""
     result = files(out) - MADE_HERE
     own = files(last) - MADE_HERE if last.is_dir() else set()
@@ -84,7 +89,7 @@ def assert_files(row: Row, last: Path, out: Path, told: str) -> None:
     warnings = [line for line in told.splitlines() if line.startswith("warning: ")]
     for name in row["left out"].bold:
         assert any(name in line and "neither averaged nor copied" in line for line in warnings), told
-    weights = {name for name in left_out if name.endswith(".safetensors")}
+    weights = {name for name in left_out if name.endswith(".safetensors") and name not in read}
     assert weights == matching(row["left out"].bold, weights)
     assert len(warnings) == 0 or "neither" not in told or row["left out"].bold
     for name in result.intersection(own) - matching(row["averaged"].code, result):
@@ -113,14 +118,17 @@ def assert_matched(patterns: Iterable[str], names: set[str]) -> None:
     assert [each for each in patterns if not matching([each], names)] == []
 
 
-def assert_averaged(cell: Cell, checkpoints: list[Path], out: Path) -> dict[str, dict[str, Tensor]]:
+def assert_averaged(cell: Cell, trained: Trained, out: Path) -> dict[str, dict[str, Tensor]]:
     """The weight files of the result, each the mean of those of the checkpoints in float64."""
     found = {}
     for name in matching(cell.code, files(out)):
         if not name.endswith(".safetensors"):
             continue
         found[name] = load_file(out / name)
-        sources = [load_file(each / name if each.is_dir() else each) for each in checkpoints]
+        sources = [
+            load_file(each / name if each.is_dir() else each) for each in trained.checkpoints if saves(each, name)
+        ]
+        sources = sources or trained.states
         assert found[name].keys() == sources[-1].keys()
         for tensor, got in found[name].items():
             want = mean([each[tensor] for each in sources])
@@ -128,6 +136,11 @@ def assert_averaged(cell: Cell, checkpoints: list[Path], out: Path) -> dict[str,
         assert any(not torch.equal(got, sources[-1][tensor]) for tensor, got in found[name].items())
     assert found
     return found
+
+
+def saves(checkpoint: Path, name: str) -> bool:
+    """Whether a file of the result is a safetensors file of the checkpoint, too."""
+    return checkpoint.is_file() or (checkpoint / name).exists()
 
 
 def assert_loads(trained: Trained, model: Any, averaged: Mapping[str, Mapping[str, Tensor]]) -> None:
