@@ -39,7 +39,7 @@ CONFIGS = frozenset(
 
 _LEFT_OUT = frozenset({"zero_to_fp32.py", "latest", "latest_checkpointed_iteration.txt"})
 _STEMS_LEFT_OUT = frozenset({"trainer_state", "training_args", "all_results"})
-_OF_MEGATRON = "metadata.json"
+_WRITTEN_BY = "metadata.json"
 """Beside pieces of tensors, it tells what wrote them."""
 
 _LOGS = (".log", ".out", ".err")
@@ -163,7 +163,7 @@ def _gather(checkpoint: Checkpoint, named: AnyPath, warnings: list[str]) -> dict
     pieces = (
         f"{checkpoint.shards[0].path.parent.relative_to(directory).as_posix()}/" if checkpoint.is_distributed else ""
     )
-    skipped |= {_OF_MEGATRON} if pieces == "./" else set()
+    skipped |= {_WRITTEN_BY} if pieces == "./" else set()
     own = frozenset() if is_file else own_folders(directory)
     names = [
         name

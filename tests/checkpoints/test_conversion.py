@@ -29,7 +29,6 @@ import ckavg
 from ckavg.checkpoints import unsupported
 from tests.cli.runner import run_cli, snapshot
 from tests.exhaustive import all_but
-from tests.ranks.launch import torchrun
 from tests.runs import write_checkpoint
 
 ROOT = Path(__file__).parents[2]

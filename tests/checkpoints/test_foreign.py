@@ -87,16 +87,16 @@ def test_last_and_best_are_not_converted_beside_numbered_ones(tmp_path: Path) ->
 def test_formats_side_by_side(tmp_path: Path) -> None:
     """One problem, and one command."""
     write_foreign(tmp_path, "checkpoint-{}", ("pytorch_model.bin",), steps=tuple(range(9)))
-    write_foreign(tmp_path, "checkpoint-{}", ("mp_rank_00/model_optim_rng.pt",), steps=(30, 40))
+    write_foreign(tmp_path, "checkpoint-{}", ("state/zero_pp_rank_0_mp_rank_00_optim_states.pt",), steps=(30, 40))
     write_foreign(tmp_path, "checkpoint-{}", ("model.gguf",), steps=(50,))
     told, advice, command = run_cli("ema", tmp_path).stderr.splitlines()
     assert told == (
-        "error: 12 checkpoints hold pickles and files of Megatron and weights in other formats, such as "
+        "error: 12 checkpoints hold pickles and files of DeepSpeed and weights in other formats, such as "
         f"{tmp_path}/checkpoint-0/pytorch_model.bin, not safetensors."
     )
     assert advice.count("This command converts them") == 1
     assert advice.endswith("Save the checkpoints as safetensors; ckavg reads nothing else.")
-    assert f" {tmp_path}/checkpoint-*/pytorch_model.bin && (for d in {tmp_path}/checkpoint-" in command
+    assert f" {tmp_path}/checkpoint-*/pytorch_model.bin && (for d in {tmp_path}/checkpoint-*/state; do " in command
 
 
 def test_a_gathered_model_beside_deepspeeds_pieces_is_read(tmp_path: Path) -> None:

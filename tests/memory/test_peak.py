@@ -62,7 +62,8 @@ dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))
 own = torch.randn(int(sys.argv[2]) // 32768, 8192).bfloat16()
 for step in range(8):
-    dcp.save({"model": {"w": DTensor.from_local(own + step * 0.01, mesh, [Shard(1)])}}, checkpoint_id=f"{sys.argv[1]}/step-{step}")
+    whole = DTensor.from_local(own + step * 0.01, mesh, [Shard(1)])
+    dcp.save({"model": {"w": whole}}, checkpoint_id=f"{sys.argv[1]}/step-{step}")
 dist.barrier()
 os._exit(0)
 """
