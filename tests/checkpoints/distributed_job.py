@@ -4,6 +4,7 @@ that it can be sharded, for three steps each. `torchrun … distributed_job.py D
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import warnings
@@ -62,16 +63,22 @@ def placed(step: int, placement: Callable[[Tensor], Any]) -> dict[str, Any]:
     return {name: distribute_tensor(each, mesh, [placement(each)]) for name, each in weights(step).items()}
 
 
-def fully_sharded(step: int) -> dict[str, Any]:
-    """FSDP2, as torch wraps a model and names its state."""
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+def fsdp_model(step: int) -> Model:
+    """FSDP2, as torch wraps a model."""
     from torch.distributed.fsdp import fully_shard
 
     model = model_at(step)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in (model.up, model.down, model):
         fully_shard(layer, mesh=mesh)
-    return get_model_state_dict(model)
+    return model
+
+
+def fully_sharded(step: int) -> dict[str, Any]:
+    """The same, as torch names its state."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    return get_model_state_dict(fsdp_model(step))
 
 
 def tensor_parallel(step: int) -> dict[str, Any]:
@@ -104,6 +111,25 @@ def grid(step: int) -> dict[str, Any]:
     }
 
 
+def sharded_tensors(step: int) -> dict[str, Any]:
+    """Rows of each tensor in the class that the first FSDP saves them in; what has no rows is whole."""
+    sharded_tensor: Any = importlib.import_module("torch.distributed._shard.sharded_tensor")
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    state: dict[str, Any] = {}
+    for name, whole in weights(step).items():
+        parts = whole.chunk(world) if whole.ndim else []
+        begin = [sum(map(len, parts[:rank])), *[0] * (whole.ndim - 1)]
+        shards = [
+            sharded_tensor.Shard(
+                each.clone(), sharded_tensor.ShardMetadata(begin, list(each.shape), f"rank:{rank}/cpu")
+            )
+            for each in parts[rank : rank + 1]
+        ]
+        state[name] = sharded_tensor.init_from_local_shards(shards, *whole.shape) if whole.ndim else whole
+    return state
+
+
 KINDS: dict[str, Callable[[int], dict[str, Any]]] = {
     "fsdp2": fully_sharded,
     "tensor-parallel": tensor_parallel,
@@ -113,18 +139,29 @@ KINDS: dict[str, Callable[[int], dict[str, Any]]] = {
     "uneven": lambda step: placed(step, lambda each: Shard(0) if each.ndim else Replicate()),
     "last dimension": lambda step: placed(step, lambda each: Shard(each.ndim - 1) if each.ndim else Replicate()),
     "whole": weights,
+    "accelerate": fully_sharded,
+    "sharded tensors": sharded_tensors,
 }
 
 
 def save(kind: str, state: dict[str, Any], target: Path, step: int) -> None:
     """Write it as the kind says."""
-    nested = {"model": state, "optim": optimizer_state(state), "step": torch.tensor(step), "lr": 0.1}
+    extra = {} if kind == "sharded tensors" else {"optim": optimizer_state(state)}
+    nested = {"model": state, **extra, "step": torch.tensor(step), "lr": 0.1}
     if kind == "hf":
         writer = dcp.HuggingFaceStorageWriter(str(target), save_distributed=True)
         dcp.save(state, storage_writer=writer)
     elif kind == "hf, two files":
         files = {name: 1 + place % 2 for place, name in enumerate(state)}
         dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(target), files, save_distributed=True))
+    elif kind == "accelerate":
+        from accelerate import FullyShardedDataParallelPlugin, PartialState
+        from accelerate.utils.fsdp_utils import save_fsdp_model
+
+        PartialState(cpu=True)
+        sharded = {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": False}
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **sharded)
+        save_fsdp_model(plugin, None, fsdp_model(step), target)
     elif kind == "async":
         dcp.async_save(nested, checkpoint_id=target).result()
     elif kind == "a file each":
@@ -140,10 +177,8 @@ def main() -> None:
     root = Path(sys.argv[1])
     for kind in sys.argv[2:]:
         for step in STEPS:
-            state = KINDS.get(kind, KINDS["uneven"])(step)
-            state = {
-                name: each.detach() if isinstance(each, Tensor | DTensor) else each for name, each in state.items()
-            }
+            state = KINDS[kind if kind in KINDS else "uneven"](step)
+            state = {name: each.detach() if type(each) in (Tensor, DTensor) else each for name, each in state.items()}
             save(kind, state, root / kind / f"step-{step}", step)
     dist.barrier()
     sys.stdout.flush()
