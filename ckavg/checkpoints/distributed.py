@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ckavg.checkpoints.distributed_metadata import StatedTensor, parse_metadata, sizes_of_tensor
+from ckavg.checkpoints.distributed_metadata import StatedMetadata, StatedTensor, sizes_of_tensor
 from ckavg.checkpoints.layouts import is_averaged, is_training_state
 from ckavg.checkpoints.model_names import choose_model
 from ckavg.checkpoints.pieces import Box, cut
@@ -38,11 +38,9 @@ from ckavg.storage.local import LOCAL, Bounds, is_link, parse_json, problem_with
 METADATA = ".metadata"
 SLICES = ".distcp"
 
-MOST_PIECES = 4_000_000
 _MOST_BYTES = 1 << 29
-_MOST_OPCODES = 100_000_000
-_LARGEST = 2**63 - 1
 _DEEPEST = 3
+_MOST_FILES, _MOST_TENSORS = 100_000, 1_000_000
 _GAP, _MOST_AT_ONCE = 64 << 10, 1 << 20
 """Elsewhere, bytes between the beginnings of two archives that are fetched rather than asked for around; and how many
 bytes are fetched at once."""
@@ -131,15 +129,16 @@ def read_distributed(folder: AnyPath, checkpoint: AnyPath, *, prefix: str | None
     if not data:
         raise TruncatedShardError(f"{place} is empty.", hint=_WAIT)
     try:
-        stated = parse_metadata(data)
-        scalars = {name for name, each in stated.items() if not each.shape}
-        names, left_out = choose_model({name: each.keys for name, each in stated.items()}, prefix, scalars=scalars)
+        stated = StatedMetadata(data)
+        names, left_out = choose_model(stated.keys, prefix, scalars=stated.scalars)
         if prefix is not None and not names:
             raise SettingError(
                 f"--prefix {prefix}: no tensor in {folder} begins so.",
-                hint=f"There are {listed(sorted(stated), 8)}.",
+                hint=f"There are {listed(sorted(stated.keys), 8)}.",
             )
-        chosen = {new: stated[old] for old, new in names.items()}
+        if len(names) > _MOST_TENSORS:
+            raise ValueError(f"more than {_MOST_TENSORS:,} tensors")
+        chosen = {names[name]: each for name, each in stated.tensors(names).items()}
         shards, missing = _shards(folder, chosen, bounds)
         raise_all(missing)
         entries = _located(chosen, shards)
@@ -168,6 +167,8 @@ def _shards(
     ends: dict[str, int] = defaultdict(int)
     for piece in (piece for tensor in tensors.values() for piece in tensor.pieces):
         ends[piece.file] = max(ends[piece.file], piece.offset + piece.nbytes)
+    if len(ends) > _MOST_FILES:
+        raise ValueError(f"{len(ends):,} files, more than {_MOST_FILES:,}")
     shards: dict[str, Shard] = {}
     errors: list[CkavgError] = []
     for name, end in sorted(ends.items()):

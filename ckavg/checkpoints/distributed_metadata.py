@@ -6,7 +6,7 @@ It is a pickle, and described rather than run. It may hold anything: nothing is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -37,63 +37,73 @@ class StatedPiece:
 
 @dataclass(frozen=True, slots=True)
 class StatedTensor:
-    """A tensor.
-
-    Attributes:
-        dtype: as a safetensors code; torch's name where there is none.
-        shape: its dimensions.
-        keys: those that lead to it in what the trainer saved; its name alone where they are not told.
-        pieces: that are not empty, replicas once.
+    """A tensor: its dtype as a safetensors code, torch's name where there is none; and its pieces that are not empty,
+    replicas once.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    keys: tuple[str, ...]
     pieces: tuple[StatedPiece, ...]
 
 
-def parse_metadata(data: bytes) -> dict[str, StatedTensor]:
-    """The tensors that a `.metadata` states, by name.
+class StatedMetadata:
+    """What a `.metadata` states.
+
+    Args:
+        data: its content.
+
+    Attributes:
+        keys: by the name of each tensor, those that lead to it in what the trainer saved; its name alone where they are
+            not told.
+        scalars: the tensors without dimensions.
 
     Raises:
-        ValueError: it is damaged, or does not fit together.
+        ValueError: it is damaged, or is none.
     """
-    found = unpickled(data, known={("torch", "Size"): tuple}, persistent=_refuse, most=_MOST_OPCODES)
-    fields = _fields(found, "Metadata", "MCoreMetadata")
-    tensors = {
-        _text(name): _fields(each, "TensorStorageMetadata")
-        for name, each in _mapping(fields.get("state_dict_metadata")).items()
-        if not (type(each) is Opaque and each.name.endswith(".BytesStorageMetadata"))
-    }
-    places: dict[tuple[str, tuple[int, ...]], Mapping[str, Any]] = {}
-    for index, info in _mapping(fields.get("storage_data")).items():
-        key = _fields(index, "MetadataIndex")
-        if key.get("fqn") in tensors and key.get("offset") is not None:
-            places[key["fqn"], sizes_of_tensor(key["offset"])] = _fields(info, "_StorageInfo")
-    if len(places) > MOST_PIECES:
-        raise ValueError(f"more than {MOST_PIECES:,} pieces")
-    paths = fields.get("planner_data")
-    paths = paths if type(paths) is dict else {}
-    return {name: _tensor(name, _keys(paths.get(name)) or (name,), each, places) for name, each in tensors.items()}
+
+    def __init__(self, data: bytes) -> None:
+        found = unpickled(data, known={("torch", "Size"): tuple}, persistent=_refuse, most=_MOST_OPCODES)
+        fields = _fields(found, "Metadata", "MCoreMetadata")
+        self._tensors = {
+            _text(name): _fields(each, "TensorStorageMetadata")
+            for name, each in _mapping(fields.get("state_dict_metadata")).items()
+            if not (type(each) is Opaque and each.name.endswith(".BytesStorageMetadata"))
+        }
+        self._places = _mapping(fields.get("storage_data"))
+        paths = fields.get("planner_data")
+        told = paths if type(paths) is dict else {}
+        self.keys = {name: _keys(told.get(name)) or (name,) for name in self._tensors}
+        self.scalars = frozenset(name for name, each in self._tensors.items() if each.get("size") == ())
+
+    def tensors(self, names: Collection[str]) -> dict[str, StatedTensor]:
+        """Some of the tensors, by name.
+
+        Raises:
+            ValueError: what is said of them does not fit together.
+        """
+        places: dict[tuple[str, tuple[int, ...]], Mapping[str, Any]] = {}
+        for index, info in self._places.items():
+            key = _fields(index, "MetadataIndex")
+            if key.get("fqn") in names and key.get("offset") is not None:
+                places[key["fqn"], sizes_of_tensor(key["offset"])] = _fields(info, "_StorageInfo")
+        chunks = {name: _chunks(self._tensors[name].get("chunks")) for name in names}
+        if sum(map(len, chunks.values())) > MOST_PIECES:  # before one of them is looked at: a list may be shared
+            raise ValueError(f"more than {MOST_PIECES:,} pieces")
+        return {name: _tensor(name, self._tensors[name], chunks[name], places) for name in names}
 
 
-def _tensor(name: str, keys: tuple[str, ...], fields: Mapping[str, Any], places: _Places) -> StatedTensor:
+def _tensor(name: str, fields: Mapping[str, Any], chunks: list[Any], places: _Places) -> StatedTensor:
     properties = fields.get("properties")
     state = properties.state if type(properties) is Opaque else None
     kind = state[0] if type(state) is tuple and state else state.get("dtype") if type(state) is dict else None
-    dtype = DTYPES.get(kind.name.removeprefix("torch.")) if type(kind) is Global else None
+    dtype = kind.name.removeprefix("torch.")[:_SHOWN] if type(kind) is Global else type(kind).__name__
     shape = sizes_of_tensor(fields.get("size"))
     if math.prod(shape) > _LARGEST >> 3:
         raise ValueError(f"tensor {name!r} has too many elements")
-    chunks = fields.get("chunks")
-    if type(chunks) is not list:
-        raise ValueError(f"tensor {name!r} has no chunks")
     stated = (_fields(chunk, "ChunkStorageMetadata") for chunk in chunks)
-    boxes = dict.fromkeys(
-        (sizes_of_tensor(each.get("offsets")), sizes_of_tensor(each.get("sizes"))) for each in stated
-    )  # replicas once
+    boxes = dict.fromkeys((sizes_of_tensor(each.get("offsets")), sizes_of_tensor(each.get("sizes"))) for each in stated)
     pieces = tuple(_placed(name, box, places) for box in boxes if math.prod(box[1]))
-    return StatedTensor(dtype or str(getattr(kind, "name", kind))[:_SHOWN], shape, keys, pieces)
+    return StatedTensor(DTYPES.get(dtype, dtype), shape, pieces)
 
 
 def _placed(name: str, box: Box, places: _Places) -> StatedPiece:
@@ -112,8 +122,8 @@ def _placed(name: str, box: Box, places: _Places) -> StatedPiece:
     return StatedPiece(box, str(path), offset, nbytes)
 
 
-def _refuse(what: Any) -> Any:
-    raise ValueError(f"{str(what)[:_SHOWN]!r} makes no sense in it")
+def _refuse(value: Any) -> Any:
+    raise ValueError(f"{type(value).__name__} makes no sense in it")  # its value may take for ever to be shown
 
 
 def _fields(value: Any, *classes: str) -> Mapping[str, Any]:
@@ -124,12 +134,12 @@ def _fields(value: Any, *classes: str) -> Mapping[str, Any]:
 
 
 def _mapping(value: Any) -> Mapping[Any, Any]:
-    return value if type(value) is dict else _refuse(type(value).__name__)
+    return value if type(value) is dict else _refuse(value)
 
 
 def _text(value: Any) -> str:
     if type(value) is not str:
-        return str(_refuse(type(value).__name__))
+        return str(_refuse(value))
     value.encode()  # or it is no text
     return value
 
@@ -142,7 +152,11 @@ def sizes_of_tensor(value: Any) -> tuple[int, ...]:
         and len(value) <= _MOST_DIMENSIONS
     ):
         return value
-    raise ValueError(f"{str(value)[:_SHOWN]} is no size of a tensor")
+    raise ValueError("a size of a tensor is none")
+
+
+def _chunks(value: Any) -> list[Any]:
+    return value if type(value) is list else [_refuse(value)]
 
 
 def _keys(path: Any) -> tuple[str, ...]:

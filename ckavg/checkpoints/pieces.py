@@ -16,7 +16,8 @@ from operator import attrgetter
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Where a box begins in a tensor, and its sizes, by dimension."""
 
-_MOST_IRREGULAR = 1000
+_MOST_IRREGULAR, _MOST_CUTS = 300, 50
+"""Pieces that no plane parts, and planes one within another: those of real runs are parted by one or two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +148,12 @@ def _check_cover(boxes: list[Box], whole: tuple[tuple[int, int], ...]) -> None:
     Planes that cut none of the boxes part them, again and again, as whoever shards a tensor has parted them. What no
     plane parts is compared pair by pair.
     """
-    todo = [(boxes, whole)]
+    todo, left = [(boxes, whole)], _MOST_CUTS * (len(boxes) + 10)
     while todo:
         boxes, whole = todo.pop()
+        left -= len(boxes)
+        if left < 0:
+            raise ValueError(f"{len(boxes):,} pieces that are cut too often")
         if not boxes:
             raise ValueError(f"no piece holds {_shown(whole)}")
         parted = next(filter(None, (_parted(boxes, whole, axis) for axis in range(len(whole)))), None)
