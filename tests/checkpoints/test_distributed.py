@@ -98,6 +98,11 @@ def test_every_verb_reads_such_a_run(jobs: Callable[[str], Path], expected: byte
     found = json.loads(run_cli("inspect", run, "--json", "--deep").stdout)
     assert [each["files"] for each in found["checkpoints"]] == [["__0_0.distcp", "__1_0.distcp"]] * 3
     assert found["problems"] == []
+    of_sample = [
+        run_cli("path", each, "--sample", "0.2", "--json") for each in (run, write_safetensors(tmp_path / "st"))
+    ]
+    sampled = [json.loads(each.stdout)["path_length"] for each in of_sample]
+    assert sampled[0] == sampled[1]
     (run / "config.json").write_text('{"hidden_size": 8}')
     result = run / "averaged/pema-gamma0.15"
     told = run_cli("pema", run, "-q")
