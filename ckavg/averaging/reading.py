@@ -124,10 +124,18 @@ def fetching_of_path(run: Run, path: PathPlan) -> Fetching | None:
 
 
 def _add(fetched: dict[RemotePath, float], run: Run, place: int, count: float) -> None:
-    """Count how often the weight files of a checkpoint are read, of those that are elsewhere."""
-    for shard in run.checkpoints[place].shards:
+    """Count how often the weight files of a checkpoint are read, of those that are elsewhere, by the part of a file
+    that is.
+    """
+    checkpoint = run.checkpoints[place]
+    used: dict[int, int] = {}
+    for entry in checkpoint.entries.values() if checkpoint.is_distributed else ():  # an optimizer lies between them
+        for which, begin, end in entry.ranges(0, entry.numel):
+            used[which] = used.get(which, 0) + end - begin
+    for number, shard in enumerate(checkpoint.shards):
         if isinstance(shard.path, RemotePath):
-            fetched[shard.path] = fetched.get(shard.path, 0.0) + count
+            part = used.get(number, 0) / shard.nbytes if checkpoint.is_distributed else 1.0
+            fetched[shard.path] = fetched.get(shard.path, 0.0) + count * part
 
 
 _LIBRARIES = 235_000_000
@@ -138,6 +146,9 @@ _PLOT = 45_000_000
 
 _PER_ENTRY = 450
 """A tensor in the table of a checkpoint: its name, its shape, and their places in a dictionary."""
+
+_PER_PIECE = 300
+"""A piece of a tensor that several processes saved."""
 
 _PER_DISTANCE = 100
 """A number of the path, by tensor and checkpoint, and its line in `path.json`."""
@@ -159,8 +170,9 @@ def memory_bytes(plans: Sequence[Plan]) -> int:
     checkpoints = [checkpoint for run in runs for checkpoint in run.checkpoints]
     tiles = (1 + _STATE_TILES * len(plans)) * TILE * (8 if holds_float64(checkpoints) else 4)
     buffers = worker_threads() * (2 * TILE * _RAW_BYTES_OF_ELEMENT + tiles)
-    tables = {id(checkpoint.entries): len(checkpoint.entries) for checkpoint in checkpoints}
-    known = _PER_ENTRY * sum(tables.values())
+    tables = {id(checkpoint.entries): checkpoint.entries for checkpoint in checkpoints}
+    entries = (entry for table in tables.values() for entry in table.values())
+    known = sum(_PER_ENTRY + _PER_PIECE * len(entry.pieces) for entry in entries)
     with_path = {id(plan.run): plan.run for plan in plans if plan.path}
     known += _PER_DISTANCE * sum(len(run.tensors) * len(run.checkpoints) for run in with_path.values())
     of_pairs = [(plan.run, pair) for plan in plans if plan.products for pair in plan.products.pairs]

@@ -44,6 +44,7 @@ def open_run(
     common_only: bool = False,
     copy: Sequence[str] = (),
     revisions: Sequence[str] = (),
+    prefix: str | None = None,
     max_disk: int | str | None = None,
 ) -> Run:
     """Open saved checkpoints as one run. Reads headers only, never a weight.
@@ -68,6 +69,8 @@ def open_run(
         common_only: average the tensors that all checkpoints have; the others are copied from the last one.
         copy: shell patterns of further files of the last checkpoint that go into the result, by relative path.
         revisions: shell patterns of the revisions of a repository, each of which is a checkpoint.
+        prefix: how the names of the model's tensors begin in what torch.distributed.checkpoint saved; it is taken off.
+            None: as they are nested.
         max_disk: how many bytes may be fetched to the disk, such as `50GB`; None: all, if there is room. The rest is
             fetched as it is read, and not kept.
 
@@ -91,6 +94,7 @@ def open_run(
         skip_incomplete=skip_incomplete,
         common_only=common_only,
         revisions=tuple(revisions),
+        prefix=prefix,
         copy=tuple(copy),
     )
     return as_run(inspect_source(source, selection, max_disk=max_disk))

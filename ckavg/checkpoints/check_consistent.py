@@ -11,6 +11,7 @@ import itertools
 import shlex
 from collections.abc import Sequence
 
+from ckavg.checkpoints.pieces import overlapping, spread
 from ckavg.checkpoints.run import FLOATING, Checkpoint, not_constant
 from ckavg.errors import CkavgError, MismatchError, UnsupportedFormatError, listed
 from ckavg.storage.local import storage_of
@@ -215,14 +216,26 @@ def _same(one: Checkpoint, name: str, other: Checkpoint, its_name: str, *, most:
     first, second = one.entries.get(name), other.entries.get(its_name)
     if first is None or second is None or (first.shape, first.dtype) != (second.shape, second.dtype):
         return False
-    paths = one.shards[first.shard].path, other.shards[second.shard].path
-    end = first.nbytes if most is None else min(most, first.nbytes)
+    end = first.numel if most is None else min(-(-most // first.item_bytes), first.numel)
+    step = _AT_ONCE // first.item_bytes
     return all(
-        storage_of(paths[0]).read(paths[0], first.offset + start, first.offset + stop)
-        == storage_of(paths[1]).read(paths[1], second.offset + start, second.offset + stop)
-        for start in range(0, end, _AT_ONCE)
-        for stop in (min(start + _AT_ONCE, end),)
+        _read(one, name, start, min(start + step, end)) == _read(other, its_name, start, min(start + step, end))
+        for start in range(0, end, step)
     )
+
+
+def _read(checkpoint: Checkpoint, name: str, start: int, stop: int) -> bytes:
+    """The bytes of elements `start` to `stop` of a tensor."""
+    entry = checkpoint.entries[name]
+    if not entry.pieces:
+        ((path, begin, end),) = checkpoint.ranges(name, start, stop)
+        return storage_of(path).read(path, begin, end)
+    target = bytearray((stop - start) * entry.item_bytes)
+    found = zip(overlapping(entry.pieces, start, stop), checkpoint.ranges(name, start, stop), strict=True)
+    for (piece, first, last), (path, begin, end) in found:
+        data = storage_of(path).read(path, begin, end)
+        spread(piece, first, last, memoryview(data), memoryview(target), at=start, item=entry.item_bytes)
+    return bytes(target)
 
 
 def _prefix_between(before: Checkpoint, after: Checkpoint) -> tuple[str, bool] | None:

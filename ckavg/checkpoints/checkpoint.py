@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from ckavg.checkpoints.distributed import SLICES, find_distributed, join_slices, read_distributed, read_slices
 from ckavg.checkpoints.headers import SHARDED, Header, read_header
 from ckavg.checkpoints.layouts import WEIGHTS, as_safetensors
+from ckavg.checkpoints.model_names import MOMENT
 from ckavg.checkpoints.pickles import UnreadPickleError, read_pickle
 from ckavg.checkpoints.run import Checkpoint, Kind, Shard, TensorInfo
 from ckavg.checkpoints.unsupported import (
@@ -18,7 +20,6 @@ from ckavg.checkpoints.unsupported import (
     is_pickled,
     refused,
     refused_pickle,
-    refused_slices,
 )
 from ckavg.checkpoints.weight_files import LeftOut, Weights, beside, by_family, find_weights
 from ckavg.errors import (
@@ -34,6 +35,9 @@ from ckavg.errors import (
 from ckavg.storage.base import AnyPath, RemotePath
 from ckavg.storage.local import Bounds, problem_with, read_object, size_of, storage_of
 
+WHOLE = "model.safetensors"
+"""The name of the weights of a result whose checkpoints are in pieces, where one file holds them."""
+
 RESULT_RECORD = "ckavg.json"
 """A directory with this file in it is a result, never a checkpoint."""
 
@@ -43,17 +47,22 @@ MOST_TENSORS = 1_000_000
 
 _MOST_INDEX_BYTES = 1 << 28
 _SHARD_OF = re.compile(r".*-(\d+)-of-(\d+)\.safetensors", re.ASCII)
-_MOMENT = re.compile(
-    r"(?:^|[./])(?:(?:max_)?exp_avg(?:_sq|_res)?|exp_inf|momentum_buffer|square_avg|acc_delta|grad_avg)(?:[./]|$)"
-)
 _REWRITE = "Save the checkpoint again, or leave it out with --skip-step."
 _WAIT = (
     "It is still being written, or was not copied: wait, or copy it again. --skip-incomplete leaves the checkpoint out."
 )
 
 
-def read_checkpoint(path: AnyPath, step: int, *, within: AnyPath | None = None) -> Checkpoint:
-    """Read the headers of one checkpoint, a directory or a single weight file, whose links may lead into `within`.
+def read_checkpoint(
+    path: AnyPath, step: int, *, within: AnyPath | None = None, prefix: str | None = None
+) -> Checkpoint:
+    """Read the headers of one checkpoint, a directory or a single safetensors file.
+
+    Args:
+        path: where it is.
+        step: its optimizer step.
+        within: where links in it may lead, besides itself.
+        prefix: as of `Selection`.
 
     Raises:
         MissingShardError: a shard is not there, or the directory holds no weights.
@@ -73,7 +82,7 @@ def read_checkpoint(path: AnyPath, step: int, *, within: AnyPath | None = None) 
             f"{error.filename or path} cannot be listed: {error.strerror}.", hint="Check that you may read it."
         ) from error
     if not found:
-        raise _no_weights(path, left_out)
+        return _read_distributed(path, step, prefix, bounds, left_out)
     groups: list[_Group] = []
     errors: list[CkavgError] = []
     for weights in found:
@@ -87,6 +96,21 @@ def read_checkpoint(path: AnyPath, step: int, *, within: AnyPath | None = None) 
     raise_all(errors)
     kind: Kind = next((weights.kind for weights in found if weights.folder == path), "pipeline")
     return _assemble(path, step, kind, groups, left_out)
+
+
+def _read_distributed(
+    path: AnyPath, step: int, prefix: str | None, bounds: Bounds, left_out: list[LeftOut]
+) -> Checkpoint:
+    """What torch.distributed.checkpoint saved in a directory without safetensors."""
+    try:
+        folder, others = find_distributed(path)
+    except OSError as error:
+        raise ReadError(f"{path} cannot be listed: {error.strerror}.", hint="Check that you may read it.") from error
+    if folder is None:
+        raise _no_weights(path, left_out)
+    found = read_distributed(folder, path, prefix=prefix, bounds=bounds)
+    left_out = [each for each in left_out if not each[1].endswith(SLICES)] + others + list(found.left_out)
+    return Checkpoint(step, path, "model", found.shards, (), found.entries, tuple(sorted(left_out)), saved_as=WHOLE)
 
 
 def _read_file(path: AnyPath, step: int) -> Checkpoint:
@@ -184,6 +208,7 @@ def _assemble(
     entries: dict[str, TensorInfo] = {}
     errors: list[CkavgError] = []
     left_out = list(left_out)
+    sliced: list[tuple[_Group, dict[AnyPath, Header]]] = []
     for group in groups:
         try:
             headers, of_pickles = _headers(path, group, first=len(shards))
@@ -192,14 +217,13 @@ def _assemble(
             errors += error.errors if isinstance(error, CombinedError) else (error,)
             continue
         if any(SHARDED in header.metadata for header in headers.values()):
-            whole = group.folder / "consolidated"  # put together already
-            if group.part.endswith(f"{WEIGHTS}/") or any(each.folder == whole for each in groups):
-                left_out += [("copy", file.relative_to(path).as_posix()) for file in group.files]
+            if any(each.folder in (group.folder / "consolidated", group.folder.parent) for each in groups):
+                left_out += [("copy", file.relative_to(path).as_posix()) for file in group.files]  # put together there
             else:
-                errors.append(refused_slices([group.folder]))
+                sliced.append((group, headers))
             continue
         names = [name for header in headers.values() for name in header.entries]
-        if kind != "file" and 2 * sum(_MOMENT.search(name) is not None for name in names) >= len(names) > 0:
+        if kind != "file" and 2 * sum(MOMENT.search(name) is not None for name in names) >= len(names) > 0:
             left_out += [("training state", file.relative_to(path).as_posix()) for file in group.files]
             continue
         parts = _parts(group, headers)
@@ -211,12 +235,39 @@ def _assemble(
         if len(entries) > MOST_TENSORS:
             raise CorruptFileError(f"{path} holds more than {MOST_TENSORS:,} tensors.", hint=_REWRITE)
     raise_all(errors)
+    if sliced:
+        left_out += [("second model", shard.path.relative_to(path).as_posix()) for shard in shards]
+        return _join_sliced(path, step, sliced, left_out)
     if not shards:
         raise _no_weights(path, left_out)
     if not entries:
         raise CorruptFileError(f"{path} holds no tensors.", hint=_REWRITE)
     indexes = tuple(group.folder / group.index for group in groups if group.index)
     return Checkpoint(step, path, kind, tuple(shards), indexes, entries, tuple(sorted(left_out)))
+
+
+def _join_sliced(
+    path: AnyPath, step: int, sliced: Sequence[tuple[_Group, Mapping[AnyPath, Header]]], left_out: Sequence[LeftOut]
+) -> Checkpoint:
+    """The tensors whose slices torch.distributed.checkpoint wrote as safetensors."""
+    files = [(file, header) for _, headers in sliced for file, header in headers.items()]
+    shards: list[Shard] = []
+    found: list[tuple[str, TensorInfo, tuple[int, ...]]] = []
+    for number, (file, header) in enumerate(files):
+        identity = file.storage.identity(file) if isinstance(file, RemotePath) else None
+        shards.append(Shard(file, header.info.nbytes, header.info.state, identity))
+        try:
+            starts = read_slices(header.metadata.get(SHARDED, "{}"))
+        except ValueError as error:
+            raise CorruptFileError(f"{file} does not tell where its slices begin: {error}.", hint=_REWRITE) from error
+        for name, entry in header.entries.items():
+            start = starts.get(name, (0,) * len(entry.shape))
+            found.append((name, dataclasses.replace(entry, shard=number), start))
+    try:
+        entries = join_slices(found)
+    except ValueError as error:
+        raise CorruptFileError(f"{path}: {error}.", hint=_REWRITE) from error
+    return Checkpoint(step, path, "model", tuple(shards), (), entries, tuple(sorted(left_out)), saved_as=WHOLE)
 
 
 def _headers(path: AnyPath, group: _Group, *, first: int) -> tuple[dict[AnyPath, Header], list[LeftOut]]:

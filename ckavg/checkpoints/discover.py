@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from ckavg.checkpoints.check_consistent import same_weights
 from ckavg.checkpoints.checkpoint import RESULT_RECORD, read_checkpoint
+from ckavg.checkpoints.distributed import METADATA, holds_distributed
 from ckavg.checkpoints.headers import stated_step
 from ckavg.checkpoints.layouts import (
     WEIGHTS,
@@ -267,7 +268,8 @@ def _is_result(path: AnyPath) -> bool:
 def _holds_weights(path: AnyPath, *, of_any_kind: bool = False) -> bool:
     """Whether a directory holds weights, in it or in its folders: those that are read, or any."""
     try:
-        return holds_weights(path) or bool(find_weights(path)[0]) or (of_any_kind and holds_unsupported(path))
+        is_read = holds_weights(path) or bool(find_weights(path)[0]) or holds_distributed(path)
+        return is_read or (of_any_kind and holds_unsupported(path))
     except (OSError, UnsupportedFormatError):
         return True  # whoever reads it says what is wrong
 
@@ -478,7 +480,11 @@ def _nothing_found(source: AnyPath, match: str | None) -> CkavgError:
         return NoCheckpointsError(
             f"{source} holds no checkpoints whose names match {match!r}.", hint=f"It holds {listed(names)}."
         )
-    if holds_weights(source) or any((source / name).is_file() for name in ("model_index.json", "modules.json")):
+    if (
+        holds_weights(source)
+        or (source / METADATA).is_file()
+        or any((source / name).is_file() for name in ("model_index.json", "modules.json"))
+    ):
         return _one_checkpoint(source)
     foreign = [] if any(map(is_pickled, names)) else [name for name in names if unsupported_weights([name])]
     found = refused(_numbered(source, foreign))

@@ -10,6 +10,7 @@ another stamp all the same.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -41,7 +42,7 @@ def fingerprint(checkpoint: Checkpoint) -> str | None:
     if states is None:
         return None
     tensors = [
-        [name, entry.dtype, entry.shape, entry.shard, entry.offset]
+        [name, entry.dtype, entry.shape, entry.shard, entry.offset, *map(dataclasses.astuple, entry.pieces)]
         for name, entry in sorted(checkpoint.entries.items())
     ]
     return _digest([*states, *tensors])

@@ -27,9 +27,10 @@ from ckavg.checkpoints.configs import (
 )
 from ckavg.checkpoints.discover import Scan, duplicate_steps, scan, several_runs
 from ckavg.checkpoints.loader import Loader
+from ckavg.checkpoints.model_names import conversion
 from ckavg.checkpoints.run import Checkpoint, Run, Selection, WhyLeftOut
 from ckavg.checkpoints.trainer_log import unrelated_logs
-from ckavg.checkpoints.unsupported import NOT_SAFETENSORS, refused, refused_slices
+from ckavg.checkpoints.unsupported import NOT_SAFETENSORS, refused
 from ckavg.errors import (
     CkavgError,
     CorruptFileError,
@@ -204,10 +205,10 @@ def _first_of_kind(problems: Sequence[CkavgError]) -> list[CkavgError]:
     """
     unread = [path for problem in problems for path in getattr(problem, "unread", ())]
     if len(unread) > 1:
-        in_others = _with_reason(refused(unread), problems)
-        sliced = [path for path in unread if in_others is None or path not in in_others.unread]
-        of_all = [*filter(None, [in_others]), *([refused_slices(sliced)] if sliced else [])]
-        problems = [*of_all, *(problem for problem in problems if not getattr(problem, "unread", ()))]
+        problems = [
+            *filter(None, [_with_reason(refused(unread), problems)]),
+            *(problem for problem in problems if not getattr(problem, "unread", ())),
+        ]
     of_format = [problem for problem in problems if isinstance(problem, UnsupportedFormatError)]
     rest = of_format[_NAMED:]
     if not rest:
@@ -252,6 +253,11 @@ def _about_left_out(checkpoints: Sequence[Checkpoint]) -> list[str]:
         "other format": "Not safetensors, so neither averaged nor copied",
         "not everywhere": "Not in every checkpoint, so neither averaged nor copied",
     }
+    if last.is_distributed and (found := conversion(last.entries)) is not None:
+        told.append(
+            f"The tensors have the names of {found[0]}, and so has the result. Those of Hugging Face come from "
+            f"{found[1]}, which reads distributed checkpoints."
+        )
     return told + [f"{text}: {listed(by_why[why], _LISTED)}." for why, text in texts.items() if by_why[why]]
 
 

@@ -226,11 +226,17 @@ class Loader:
         init = self._selection.init
         named = init if path == init and init is not None else self._found.source
         try:
-            checkpoint = read_checkpoint(path, step, within=named)
+            checkpoint = read_checkpoint(path, step, within=named, prefix=self._selection.prefix)
         except CkavgError as error:
-            if isinstance(path, RemotePath) and isinstance(error, HubError | ReadError):
+            is_remote = isinstance(path, RemotePath) and isinstance(error, HubError | ReadError)
+            if is_remote or isinstance(error, SettingError):
                 raise  # whatever it is, it is not the checkpoint
             return error
+        if self._selection.prefix is not None and path != init and not checkpoint.is_distributed:
+            raise SettingError(
+                f"--prefix is for checkpoints of torch.distributed.checkpoint; {path} is none.",
+                hint="Leave it out: the names of its tensors are those of the model.",
+            )
         if isinstance(path, RemotePath):
             read_facts(checkpoint)  # its configs are wanted later, one after another
         if checkpoint.entries == self._table:  # kept once: that of a large model takes tens of megabytes

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from ckavg.checkpoints.layouts import as_safetensors
+from ckavg.checkpoints.pieces import Piece, overlapping
 from ckavg.errors import CkavgError, UnsupportedFormatError
 from ckavg.storage.base import AnyPath, RemotePath
 from ckavg.storage.remote import RemoteStorage, storages_of
@@ -50,6 +51,7 @@ class TensorInfo:
         shard: index into `Checkpoint.shards`.
         offset: where its bytes begin, counted from the start of the file.
         kept: whether it is copied whatever its dtype, since not every checkpoint has it.
+        pieces: where it lies, if not in one place; `shard` and `offset` are then those of the first.
     """
 
     dtype: str
@@ -57,6 +59,7 @@ class TensorInfo:
     shard: int
     offset: int
     kept: bool = False
+    pieces: tuple[Piece, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -72,6 +75,16 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Size in bytes."""
         return self.numel * self.item_bytes
+
+    def ranges(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Where its elements `start` to `stop` lie: shard, first byte and end of each range."""
+        item = self.item_bytes
+        if not self.pieces:
+            return [(self.shard, self.offset + start * item, self.offset + stop * item)]
+        return [
+            (piece.shard, piece.offset + first * item, piece.offset + last * item)
+            for piece, first, last in overlapping(self.pieces, start, stop)
+        ]
 
     @property
     def is_floating(self) -> bool:
@@ -123,7 +136,7 @@ class Checkpoint:
         indexes: the shard indexes beside them, where there are any; a pipeline may have one in each component.
         entries: every tensor by name, which begins with the part that it is in.
         left_out: weights in the directory that are not read: why, and the path relative to it.
-        saved_as: the file name of a result of such checkpoints; empty for directories, whose names it takes.
+        saved_as: the file name of a result of such checkpoints; empty where it takes the names of their files.
     """
 
     step: int
@@ -134,6 +147,10 @@ class Checkpoint:
     entries: Mapping[str, TensorInfo]
     left_out: tuple[tuple[WhyLeftOut, str], ...] = ()
     saved_as: str = ""
+
+    def ranges(self, name: str, start: int, stop: int) -> list[tuple[AnyPath, int, int]]:
+        """Where elements `start` to `stop` of a tensor lie: file, first byte and end of each range."""
+        return [(self.shards[shard].path, begin, end) for shard, begin, end in self.entries[name].ranges(start, stop)]
 
     @property
     def directory(self) -> AnyPath:
@@ -163,6 +180,11 @@ class Checkpoint:
         return sum(shard.nbytes for shard in self.shards)
 
     @property
+    def is_distributed(self) -> bool:
+        """Whether torch.distributed.checkpoint saved it, in files of its own format."""
+        return self.shards[0].path.suffix == ".distcp"
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Its weight files, by path relative to its directory."""
         return tuple(self._within(shard.path) for shard in self.shards)
@@ -184,8 +206,10 @@ class Checkpoint:
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """The folders that hold weights, sorted; the directory itself is `""`."""
+        """The folders that hold weights in a result, sorted; the directory itself is `""`."""
         places = {shard.path.parent for shard in self.shards}
+        if self.saved_as and self.kind != "file":
+            return ("",)
         return tuple(sorted("" if each == self.directory else self._within(each) for each in places))
 
     def with_parts(self, parts: Collection[str], *, why: WhyLeftOut | None = None) -> Checkpoint:
@@ -237,6 +261,7 @@ class Selection:
         skip_incomplete: leave out checkpoints that are not written in full.
         common_only: average the tensors that all checkpoints have, and copy the others.
         revisions: patterns of the revisions of a repository, each of which is a checkpoint.
+        prefix: how the names of the model's tensors begin in what torch.distributed.checkpoint saved; it is taken off.
         copy: shell patterns of further files of the last checkpoint that go into the result.
     """
 
@@ -256,6 +281,7 @@ class Selection:
     skip_incomplete: bool = False
     common_only: bool = False
     revisions: tuple[str, ...] = ()
+    prefix: str | None = None
     copy: tuple[str, ...] = ()
 
     @property
@@ -278,6 +304,7 @@ class Selection:
         parts = ["init"] if self.init is not None else []
         parts += [f"init-step{self.init_step}"] if self.init_step else []
         parts += [f"match-{_short(self.match)}"] if self.match is not None else []
+        parts += [f"prefix-{_short(self.prefix)}"] if self.prefix is not None else []
         named = {"steps": self.steps, "skip-step": self.skip_step}
         parts += [f"{name}{_short('-'.join(map(str, steps)))}" for name, steps in named.items() if steps]
         parts += [f"best{self.best}-{_short(self.metric or '')}"] if self.best is not None else []

@@ -15,7 +15,7 @@ import shlex
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -140,21 +140,6 @@ def refused_pickle(checkpoint: AnyPath, file: AnyPath, why: str, *, can_convert:
     return UnsupportedFormatError(message, hint=found.hint, command=found.command, unread=(checkpoint,))
 
 
-def refused_slices(directories: Sequence[AnyPath]) -> UnsupportedFormatError:
-    """One error for safetensors that hold slices of tensors, by the directory of each checkpoint in which they lie."""
-    here = [directory for directory in directories if isinstance(directory, Path)]
-    is_inside = all(directory.name == "sharded" for directory in directories)  # torch's name for it, in a checkpoint
-    more = f", and so do {len(directories) - 1} more checkpoints" if len(directories) > 1 else ""
-    return UnsupportedFormatError(
-        f"{directories[0]} holds slices of tensors, as torch.distributed.checkpoint writes them{more}.",
-        hint="This command puts them together and changes nothing that is there:" if here else DOWNLOAD_FIRST,
-        command=from_distributed(here, _target("path.parent" if is_inside else "path"), "HuggingFaceStorageReader")
-        if here
-        else "",
-        unread=tuple(directories),
-    )
-
-
 def _is_unsupported(name: str) -> bool:
     return name.endswith(PICKLES + OTHERS) and _NOT_WEIGHTS.fullmatch(name.rpartition("/")[2]) is None
 
@@ -224,10 +209,6 @@ class _Group:
         return f"{_CONVERTS}, in {out}{note}:", for_each(self.found, command)
 
 
-_NEMO_RL = (
-    'uv run examples/converters/convert_dcp_to_hf.py --config="$d"/config.yaml '
-    '--dcp-ckpt-path="$d"/policy/weights --hf-ckpt-path=$o'
-)
 _MEGATRON = (
     '$python -c "import sys; from megatron.bridge import AutoBridge as B; '
     """B.from_hf_pretrained('BASE_MODEL').export_ckpt(*sys.argv[1:])" "$d" $o""",
@@ -252,17 +233,6 @@ def _find_pickles(group: _Group) -> tuple[str, str]:
         if not _is_state(name) and not (path.is_dir() and _holds_safetensors((path / name).parent))
     ]
     return _BESIDE, from_pickles(_file(path, name) for path, name in weights or pickles)
-
-
-def _find_torch_distributed(group: _Group) -> tuple[str, str]:
-    if "policy/weights/" in group.names[0]:
-        return group.for_each(_NEMO_RL)
-    if group.first.name.startswith("iter_"):
-        return group.for_each(*_MEGATRON)
-    if group.folders[0].name.startswith("pytorch_model_fsdp"):
-        return _BESIDE, for_each(group.folders, f'accelerate merge-weights "$d" {_above(group.depth)}')
-    checkpoint = f"path.parents[{group.depth - 1}]" if group.depth else "path"
-    return _BESIDE, from_distributed(group.folders, _target(checkpoint, group.first))
 
 
 def _find_zero(group: _Group) -> tuple[str, str]:
@@ -332,7 +302,6 @@ _FORMATS = tuple(
         ),
         ("files of DeepSpeed", _ZERO.pattern, _find_zero),
         ("files of DeepSpeed", _RANK.pattern, _find_ranks),
-        ("files of torch.distributed", r"[^/]+\.distcp", _find_torch_distributed),
         ("files of verl", r"model_world_size_\d+_rank_\d+\.pt", _find_verl),
         ("NeMo archives", r"[^/]+\.nemo", _find_nemo),
         ("pickles that are not read", rf"[^/]+(?:{'|'.join(map(re.escape, PICKLES))})", _find_pickles),
@@ -435,7 +404,7 @@ def load(reader):
 for path in map(Path, sys.argv[1:]):
     target = @TARGET
     if not target.exists():
-        write(load(dcp.@READER(path)), path, target)
+        write(load(dcp.FileSystemReader(path)), path, target)
 """
 
 
@@ -456,9 +425,11 @@ def from_pickles(paths: Iterable[AnyPath], target: str = "path.with_name(renamed
     return _program(f"{_WRITE}{_FROM_PICKLES}{indexes}sys.exit(not any(done))".replace("@TARGET", target), paths)
 
 
-def from_distributed(paths: Iterable[AnyPath], target: str, reader: str = "FileSystemReader") -> str:
-    """Convert directories that torch.distributed.checkpoint wrote; what is there already is left as it is."""
-    return _program(_WRITE + _FROM_DISTRIBUTED.replace("@TARGET", target).replace("@READER", reader), paths)
+def from_distributed(folder: AnyPath, checkpoint: AnyPath) -> str:
+    """Convert what torch.distributed.checkpoint wrote into a folder; what is there already is left as it is."""
+    depth = len(folder.relative_to(checkpoint).parts)
+    target = _target(f"path.parents[{depth - 1}]" if depth else "path")
+    return _program(_WRITE + _FROM_DISTRIBUTED.replace("@TARGET", target), [folder])
 
 
 def dequantized(paths: Iterable[AnyPath]) -> str:

@@ -124,6 +124,14 @@ class Choice:
         list[str] | None,
         choice("Revisions of hf://owner/name, each of which is a checkpoint (repeatable).", metavar="GLOB"),
     ] = None
+    prefix: Annotated[
+        str | None,
+        choice(
+            "Of torch.distributed checkpoints: how the names of the model's tensors begin, to be taken off.",
+            metavar="TEXT",
+            shown="as they are nested",
+        ),
+    ] = None
     max_disk: Annotated[
         str | None,
         choice(

@@ -34,10 +34,9 @@ def announcer(
         for checkpoint in checkpoints:
             if stopped():
                 return
-            entry = checkpoint.entries[block.name]
             for start, stop in block.ranges:
-                begin, size = start * entry.item_bytes, (stop - start) * entry.item_bytes
-                files.announce(checkpoint.shards[entry.shard].path, entry.offset + begin, size)
+                for path, begin, end in checkpoint.ranges(block.name, start, stop):
+                    files.announce(path, begin, end - begin)
 
     return announce
 

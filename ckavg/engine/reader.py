@@ -14,6 +14,8 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from ckavg.checkpoints.pieces import overlapping, spread
+from ckavg.checkpoints.run import Checkpoint
 from ckavg.errors import ReadError, TruncatedShardError
 from ckavg.storage.base import AnyPath
 from ckavg.storage.remote import local_path
@@ -41,7 +43,34 @@ class Files:
         self._most = max(2, usable_handles() // threads)
         self._open: OrderedDict[AnyPath, int] = OrderedDict()
         self._can_read_cached = _HAS_NOWAIT
+        self._scratch = bytearray()
         self.bytes_read = 0
+
+    def read_elements(
+        self, checkpoint: Checkpoint, name: str, start: int, buffer: memoryview, *, on_miss: Callable[[], None]
+    ) -> None:
+        """Fill `buffer` with the elements of a tensor from `start` on, in row-major order, wherever they lie.
+
+        Args, errors: as of `read_into`.
+        """
+        entry = checkpoint.entries[name]
+        item = entry.item_bytes
+        if not entry.pieces:
+            path = checkpoint.shards[entry.shard].path
+            self.read_into(path, entry.offset + start * item, buffer, on_miss=on_miss)
+            return
+        for piece, first, last in overlapping(entry.pieces, start, start + len(buffer) // item):
+            path, offset, size = checkpoint.shards[piece.shard].path, piece.offset + first * item, (last - first) * item
+            begin = piece.position(first)
+            if piece.position(last - 1) - begin == last - 1 - first:  # one row, or part of one
+                place = (begin - start) * item
+                self.read_into(path, offset, buffer[place : place + size], on_miss=on_miss)
+                continue
+            if len(self._scratch) < size:
+                self._scratch = bytearray(size)
+            data = memoryview(self._scratch)[:size]
+            self.read_into(path, offset, data, on_miss=on_miss)
+            spread(piece, first, last, data, buffer, at=start, item=item)
 
     def read_into(self, path: AnyPath, offset: int, buffer: memoryview, *, on_miss: Callable[[], None]) -> None:
         """Fill `buffer` with the bytes of `path` from `offset` on.

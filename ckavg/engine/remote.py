@@ -203,13 +203,13 @@ _Ranges = list[tuple[RemotePath, int, int]]
 
 def _needed(far: frozenset[RemotePath], checkpoints: Sequence[Checkpoint], block: Block) -> _Ranges:
     """What a block reads of files that are not here."""
-    found: _Ranges = []
-    for checkpoint in checkpoints:
-        entry = checkpoint.entries[block.name]
-        path, item = checkpoint.shards[entry.shard].path, entry.item_bytes
-        if isinstance(path, RemotePath) and path in far:
-            found += [(path, entry.offset + start * item, entry.offset + stop * item) for start, stop in block.ranges]
-    return found
+    return [
+        (path, begin, end)
+        for checkpoint in checkpoints
+        for start, stop in block.ranges
+        for path, begin, end in checkpoint.ranges(block.name, start, stop)
+        if isinstance(path, RemotePath) and path in far
+    ]
 
 
 def _cut(needed: Iterable[_Ranges], largest: int) -> dict[RemotePath, list[_Piece]]:

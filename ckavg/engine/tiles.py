@@ -111,10 +111,16 @@ class TileReader:
         """
         checkpoint = self._checkpoints[index]
         entry = checkpoint.entries[name]
-        offsets = [entry.offset + start * entry.item_bytes for start in starts]
         size = out.numel() * entry.item_bytes
-        path = checkpoint.shards[entry.shard].path
-        self._files.read_each(path, offsets, self._bytes[:size], on_miss=self._missed)
+        if entry.pieces:
+            each = size // len(starts)
+            for place, start in enumerate(starts):
+                part = self._bytes[place * each : (place + 1) * each]
+                self._files.read_elements(checkpoint, name, start, part, on_miss=self._missed)
+        else:
+            offsets = [entry.offset + start * entry.item_bytes for start in starts]
+            path = checkpoint.shards[entry.shard].path
+            self._files.read_each(path, offsets, self._bytes[:size], on_miss=self._missed)
         out.view(-1).copy_(self._raw[:size].view(TORCH_DTYPES[entry.dtype]))
 
     def raw(self, index: int, name: str, start: int, stop: int) -> Tensor:
@@ -127,11 +133,10 @@ class TileReader:
         if self._stopped():
             raise Stopped
         checkpoint = self._checkpoints[index]
-        entry = checkpoint.entries[name]
-        path = checkpoint.shards[entry.shard].path
-        self._files.read_into(path, entry.offset + start, buffer, on_miss=self._missed)
+        item = checkpoint.entries[name].item_bytes
+        self._files.read_elements(checkpoint, name, start // item, buffer, on_miss=self._missed)
         if self._sums is not None:
-            self._sums.take(index, start // entry.item_bytes, entry.item_bytes, buffer)
+            self._sums.take(index, start // item, item, buffer)
 
     def _missed(self) -> None:
         on_miss, self._on_miss = self._on_miss, lambda: None

@@ -39,6 +39,9 @@ CONFIGS = frozenset(
 
 _LEFT_OUT = frozenset({"zero_to_fp32.py", "latest", "latest_checkpointed_iteration.txt"})
 _STEMS_LEFT_OUT = frozenset({"trainer_state", "training_args", "all_results"})
+_WRITTEN_BY = "metadata.json"
+"""Beside pieces of tensors, it tells what wrote them."""
+
 _LOGS = (".log", ".out", ".err")
 _OTHER_WEIGHTS = (
     ".safetensors", ".index.json", ".onnx", ".tflite", ".mlmodel", ".pb", ".ot", ".pickle", ".joblib", ".engine",
@@ -96,6 +99,8 @@ def gather_side_files(run: Run, weights: WeightPlan) -> SideFiles:
         place = index.relative_to(last.directory)
         part = "" if place.parent == PurePath() else f"{place.parent.as_posix()}/"
         files[f"{part}{as_safetensors(index.name)}"] = _index(index, *weights.index_of(part))
+    if last.saved_as and len(weights.shards) > 1:
+        files[f"{last.saved_as}.index.json"] = _index(None, *weights.index_of())
     if not (_tells_what_it_is(files) or _needs_no_config(last)):
         warnings.append(
             "The result has no config, so that no loader will know what its weights are: there is none in the "
@@ -155,11 +160,17 @@ def _gather(checkpoint: Checkpoint, named: AnyPath, warnings: list[str]) -> dict
     directory, is_file = checkpoint.directory, checkpoint.kind == "file"
     skipped = {"adapter_config.json"} if any(why == "adapter" for why, _ in checkpoint.left_out) else set()
     skipped |= FOLDER_CONFIGS if is_file else set()
+    pieces = (
+        f"{checkpoint.shards[0].path.parent.relative_to(directory).as_posix()}/" if checkpoint.is_distributed else ""
+    )
+    skipped |= {_WRITTEN_BY} if pieces == "./" else set()
     own = frozenset() if is_file else own_folders(directory)
     names = [
         name
         for name in _names(directory, checkpoint, own, wanted_only=True)
-        if is_side_file(PurePath(name), own, beside_a_run=is_file) and name not in skipped
+        if is_side_file(PurePath(name), own, beside_a_run=is_file)
+        and name not in skipped
+        and not (pieces and name.startswith(pieces))
     ]
     return _contents(directory, names, Bounds.of(directory, named), warnings)
 
@@ -324,7 +335,8 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
     return changed
 
 
-def _index(index: AnyPath, placed: Mapping[str, str], total_size: int) -> bytes:
-    metadata = read_config({CONFIG: _content(index)}).get("metadata")
+def _index(index: AnyPath | None, placed: Mapping[str, str], total_size: int) -> bytes:
+    """A shard index with what another one says of the model."""
+    metadata = read_config({CONFIG: _content(index)}).get("metadata") if index is not None else None
     stated = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total_size}
     return json.dumps({"metadata": stated, "weight_map": placed}, indent=2).encode() + b"\n"

@@ -33,6 +33,9 @@ _IN_ORDER = (
 """In which order the safetensors library lays out dtypes, and of each, tensors by name."""
 
 _FLAT_NAME = "model.safetensors"
+LARGEST_SHARD = 5_000_000_000
+"""Bytes of tensors in a file of a result that is not cut as its checkpoints are."""
+
 _LEGACY_START, _LEGACY_BYTES = 1 << 20, 1 << 16
 _MOST_THREADS = 8
 
@@ -85,12 +88,16 @@ def plan_weights(like: Checkpoint, dtype: str = "source", *, file_name: str = ""
     """Lay out the result with the file names, the shard cut and the header entries of its last checkpoint.
 
     Floating tensors get `dtype`: `source` (their own), `float32`, `bfloat16`, `float16` or `float64`. Where the
-    checkpoints are single files, that of the result has a `file_name`.
+    checkpoints are single files, that of the result has a `file_name`; so have those that are in other formats than
+    safetensors, of at most 5 GB each.
     """
     out = {
         name: entry.dtype if dtype == "source" or not entry.is_floating else _CODES[dtype]
         for name, entry in like.entries.items()
     }
+    floating = {name: code for name, code in out.items() if like.entries[name].is_floating}
+    if like.saved_as and like.kind != "file":
+        return WeightPlan(_cut(like.entries, out, file_name), floating)
     by_shard: list[dict[str, TensorInfo]] = [{} for _ in like.shards]
     for name, entry in like.entries.items():
         by_shard[entry.shard][name] = entry
@@ -99,18 +106,41 @@ def plan_weights(like: Checkpoint, dtype: str = "source", *, file_name: str = ""
         _plan_shard(name, entries, out, shard)
         for name, entries, shard in zip(names, by_shard, like.shards, strict=True)
     )
-    floating = {name: code for name, code in out.items() if like.entries[name].is_floating}
     return WeightPlan(shards, floating)
 
 
-def _plan_shard(file: str, entries: Mapping[str, TensorInfo], dtypes: Mapping[str, str], source: Shard) -> ShardPlan:
-    """Lay out one file; in it, tensors have their names without that of the part."""
-    part, metadata = source.part, source.metadata
+def _cut(entries: Mapping[str, TensorInfo], dtypes: Mapping[str, str], file_name: str) -> tuple[ShardPlan, ...]:
+    """One file for all tensors or, where it would be too large, several, named as transformers does."""
+    groups: list[dict[str, TensorInfo]] = [{}]
+    size = 0
+    for name, entry in sorted(entries.items()):
+        nbytes = entry.numel * ITEM_BYTES[dtypes[name]]
+        if groups[-1] and size + nbytes > LARGEST_SHARD:
+            groups.append({})
+            size = 0
+        groups[-1][name] = entry
+        size += nbytes
+    stem, count = file_name.removesuffix(".safetensors"), len(groups)
+    names = [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    return tuple(
+        _plan_shard(name, group, dtypes)
+        for name, group in zip(names if count > 1 else [file_name], groups, strict=True)
+    )
+
+
+def _plan_shard(
+    file: str, entries: Mapping[str, TensorInfo], dtypes: Mapping[str, str], source: Shard | None = None
+) -> ShardPlan:
+    """Lay out one file: in the order of its source or, of other formats, as safetensors are saved; in it, tensors have
+    their names without that of the part.
+    """
+    part, metadata = (source.part, source.metadata) if source is not None else ("", {})
+    keeps_order = source is not None and source.saved_as == source.path.name
 
     def place(name: str) -> tuple[int, int, str]:
         # Widest items first, as the safetensors library lays them out: every tensor is aligned to its item size.
         entry = entries[name]
-        of_source = _IN_ORDER.index(entry.dtype) if source.saved_as != source.path.name else entry.offset
+        of_source = entry.offset if keeps_order else _IN_ORDER.index(entry.dtype)
         return -ITEM_BYTES[dtypes[name]], of_source, name
 
     in_order = sorted(entries, key=place)

@@ -371,20 +371,26 @@ def bytes_to_gather(entry: TensorInfo, places: tuple[int, ...]) -> int:
 
 def _gather(files: Files, checkpoint: Checkpoint, name: str, places: tuple[int, ...]) -> Stored:
     entry = checkpoint.entries[name]
-    path, dtype = checkpoint.shards[entry.shard].path, _NUMPY_DTYPES[entry.dtype]
+    item, dtype = entry.item_bytes, _NUMPY_DTYPES[entry.dtype]
     buffer = bytearray(bytes_to_gather(entry, places))
     if len(buffer) == entry.nbytes:
-        files.read_into(path, entry.offset, memoryview(buffer), on_miss=lambda: None)
+        files.read_elements(checkpoint, name, 0, memoryview(buffer), on_miss=lambda: None)
         return np.frombuffer(buffer, dtype=dtype)[list(places)]
-    offsets = [entry.offset + place * entry.item_bytes for place in places]
-    pending = list(offsets)
+    pending = list(places)
 
     def announce() -> None:
-        for offset in pending:  # all of them at the first that is not in memory, so that they are fetched together
-            files.announce(path, offset, entry.item_bytes)
+        for place in pending:  # all of them at the first that is not in memory, so that they are fetched together
+            for path, begin, end in checkpoint.ranges(name, place, place + 1):
+                files.announce(path, begin, end - begin)
         pending.clear()
 
-    files.read_each(path, offsets, memoryview(buffer), on_miss=announce)
+    if entry.pieces:
+        for count, place in enumerate(places):
+            one = memoryview(buffer)[count * item : (count + 1) * item]
+            files.read_elements(checkpoint, name, place, one, on_miss=announce)
+    else:
+        path, offsets = checkpoint.shards[entry.shard].path, [entry.offset + place * item for place in places]
+        files.read_each(path, offsets, memoryview(buffer), on_miss=announce)
     return np.frombuffer(buffer, dtype=dtype)
 
 
@@ -392,7 +398,7 @@ def read_whole(files: Files, checkpoint: Checkpoint, name: str) -> Array:
     """(n,) all elements of a tensor in float64."""
     entry = checkpoint.entries[name]
     buffer = bytearray(entry.nbytes)
-    files.read_into(checkpoint.shards[entry.shard].path, entry.offset, memoryview(buffer), on_miss=lambda: None)
+    files.read_elements(checkpoint, name, 0, memoryview(buffer), on_miss=lambda: None)
     return widened(np.frombuffer(buffer, dtype=_NUMPY_DTYPES[entry.dtype]), entry.dtype)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from ckavg.checkpoints.archives import FIRST_BYTES
 from ckavg.checkpoints.checkpoint import read_checkpoint
 from ckavg.checkpoints.configs import ADAPTER_CONFIG
+from ckavg.checkpoints.distributed import METADATA, SLICES
 from ckavg.checkpoints.run import Checkpoint, TensorInfo
 from ckavg.errors import CkavgError, CorruptFileError, ReadError, SettingError
 from ckavg.output.published import Local, read_local
@@ -88,6 +89,8 @@ def find_sources(
         on_addresses: called with the directories in which they are read, before a file there is opened.
     """
     located: dict[int, Place | Address] = {}
+    stated = record.selection.get("prefix")
+    prefix = stated if isinstance(stated, str) else None
     local = read_local(directory)
     for index, recorded in enumerate(record.inputs):
         if index >= first:
@@ -102,9 +105,9 @@ def find_sources(
         place, recorded = located[index], record.inputs[index]
         try:
             if isinstance(place, Address):
-                checkpoint = _open_remote(place, recorded)
+                checkpoint = _open_remote(place, recorded, prefix)
             else:
-                checkpoint = _open_local(place, record, recorded)
+                checkpoint = _open_local(place, record, recorded, prefix)
             checkpoint = checkpoint.with_copied(frozenset(record.copied))
             _check_tensors(checkpoint, tensors, skipped=record.copied if index < len(record.inputs) - 1 else ())
         except CkavgError as error:
@@ -198,14 +201,15 @@ def _wrong_size(place: Place, recorded: Input) -> CkavgError | None:
     return None
 
 
-def _open_remote(address: Address, recorded: Input) -> Checkpoint:
+def _open_remote(address: Address, recorded: Input, prefix: str | None) -> Checkpoint:
     """Open a checkpoint that has an address: its headers are fetched, none of its weights."""
     folders = {str(PurePosixPath(name).parent) for name in recorded.files}
 
     def is_shown(name: str) -> bool:
         """Weights that were averaged, what tells which of them are loaded as one, and how adapters are scaled."""
         path = PurePosixPath(name)
-        is_index = any(each in path.name for each in _INDEXES) and str(path.parent) in folders
+        is_listed = any(each in path.name for each in _INDEXES) or path.name == METADATA
+        is_index = is_listed and str(path.parent) in folders
         return name in recorded.files or path.name in ("model_index.json", ADAPTER_CONFIG) or is_index
 
     storage = open_storage(address, show=is_shown)
@@ -217,19 +221,20 @@ def _open_remote(address: Address, recorded: Input) -> Checkpoint:
             raise CorruptFileError(
                 f"{address}/{name} is {there.nbytes:,} bytes long; it was {size:,} when it was averaged."
             )
-    return read_checkpoint(storage.root, recorded.step)
+    return read_checkpoint(storage.root, recorded.step, prefix=prefix)
 
 
-def _open_local(place: Place, record: Record, recorded: Input) -> Checkpoint:
+def _open_local(place: Place, record: Record, recorded: Input, prefix: str | None) -> Checkpoint:
     """The checkpoint that these files are: all or some parts of their directory, or a single file among others."""
     directory, files = _directory(place), set(place.values())
     for each in files:  # before anything beside it is looked at
-        _check_length(each)
+        if each.suffix != SLICES:
+            _check_length(each)
     is_single = len(files) == 1
     shares_directory = sum(each.directory == recorded.directory for each in record.inputs) > 1
     if not (is_single and shares_directory):
         try:
-            whole = read_checkpoint(directory, recorded.step)
+            whole = read_checkpoint(directory, recorded.step, prefix=prefix)
             checkpoint = whole.with_parts({shard.part for shard in whole.shards if shard.path in files})
             if {shard.path for shard in checkpoint.shards} == files:
                 return checkpoint

@@ -28,10 +28,8 @@ from torch import Tensor
 import ckavg
 from ckavg.checkpoints import unsupported
 from ckavg.checkpoints.pickles import read_pickle
-from ckavg.checkpoints.unsupported import refused_slices
 from tests.cli.runner import run_cli, snapshot
 from tests.exhaustive import all_but
-from tests.ranks.launch import torchrun
 from tests.runs import OLD_PICKLE, save_old, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -498,71 +496,6 @@ def test_what_the_model_is(tmp_path: Path, case: str) -> None:
     assert all(any(data[entry.offset : entry.offset + entry.nbytes]) for entry in header.entries.values())
 
 
-# --- torch.distributed ---
-
-
-DISTRIBUTED: dict[str, tuple[str, Callable[[Weights], dict[str, Any]]]] = {
-    "a script": ("step_{}/model", lambda tensors: {"model": tensors, "optimizer": STATE, "epoch": 3}),
-    "flat": ("step-{}", lambda tensors: {**tensors, "optimizer": STATE, "dataloader": {"state": torch.ones(2)}}),
-    "Lightning": ("epoch=0-step={}.ckpt", lambda tensors: {"state_dict": tensors, "optimizer_0": STATE}),
-    "accelerate": ("checkpoint-{}/pytorch_model_fsdp_0", lambda tensors: {"model": tensors}),
-}
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", all_but(("Lightning",), DISTRIBUTED))
-def test_torch_distributed(tmp_path: Path, case: str) -> None:
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    directory, saved = DISTRIBUTED[case]
-    run, steps = tmp_path / "run", STEPS[:2]
-    for step in steps:
-        save(saved(weights(step)), checkpoint_id=run / directory.format(step), no_dist=True)
-    convert(run)
-    check_mean(run, weights, steps)
-
-
-SHARDS = """
-import os, sys
-import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
-
-dist.init_process_group("gloo")
-mesh = init_device_mesh("cpu", (2,))
-for step in (10, 20, 30):
-    full = torch.load(f"{sys.argv[1]}/{step}.pt")
-    placed = {name: [Shard(min(1, tensor.ndim - 1)) if tensor.ndim else Replicate()] for name, tensor in full.items()}
-    state = {name: distribute_tensor(tensor, mesh, placed[name]) for name, tensor in full.items()}
-    files = {name: 1 + place % 2 for place, name in enumerate(full)}
-    target = f"{sys.argv[1]}/run/step-{step}"
-    dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(target, files, save_distributed=True))
-dist.barrier()
-os._exit(0)  # the threads of gloo do not always end in order
-"""
-
-
-@pytest.mark.exhaustive
-def test_slices_that_torch_wrote_as_safetensors(tmp_path: Path) -> None:
-    for step in STEPS:
-        torch.save(weights(step), tmp_path / f"{step}.pt")
-    (tmp_path / "job.py").write_text(SHARDS)
-    job = subprocess.run(torchrun(2, tmp_path / "job.py", tmp_path), capture_output=True, text=True, check=False)
-    assert job.returncode == 0, job.stderr
-    run = tmp_path / "run"
-    directories = [run / f"step-{step}" for step in STEPS]
-    assert (directories[0] / "shard-00002-model-00001-of-00002.safetensors").exists()
-    told = run_cli("ema", run).stderr
-    assert "step-10 holds slices of tensors, as torch.distributed.checkpoint writes them, and so do 2 more" in told
-    assert "embed.weight" not in told
-    command = convert(run)
-    assert command.endswith(f" {run}/step-*")
-    check_mean(run, weights)
-    assert in_shell(command).returncode == 0  # again
-    assert "target = path.parent /" in refused_slices([each / "sharded" for each in directories]).command
-
-
 # --- the trainers' own tools ---
 
 ZERO_TO_FP32 = """
@@ -629,12 +562,6 @@ TOOLS: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"),
         "tools/ckpts/convert_neox_to_hf.py --input_dir RUN/global_step{} --config_file CONFIG.yml "
         "--output_dir OUT/global_step{}",
-    ),
-    "NeMo-RL": (
-        "step_{}",
-        ("config.yaml", "policy/weights/.metadata", "policy/weights/__0_0.distcp"),
-        "run examples/converters/convert_dcp_to_hf.py --config=RUN/step_{0}/config.yaml "
-        "--dcp-ckpt-path=RUN/step_{0}/policy/weights --hf-ckpt-path=OUT/step_{0}",
     ),
 }
 

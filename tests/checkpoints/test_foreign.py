@@ -20,17 +20,6 @@ CASES: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"),
         "RUN/checkpoint-*/pytorch_model-*-of-00002.bin",
     ),
-    "FSDP": (
-        "checkpoint-{}",
-        ("pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/__0_0.distcp"),
-        'for d in RUN/checkpoint-*/pytorch_model_fsdp_0; do accelerate merge-weights "$d" "${d%/*}" ||',
-    ),
-    "torch.distributed, the optimizer beside": (
-        "step-{}",
-        ("model/.metadata", "model/__0_0.distcp", "optim/.metadata", "optim/__0_0.distcp"),
-        "RUN/step-*/model",
-    ),
-    "Megatron, distributed": ("iter_{:07d}", ("common.pt", ".metadata", "__0_0.distcp"), "export_ckpt("),
     "torchtune": ("epoch_{}", ("hf_model_0001_0.pt", "hf_model_0002_0.pt"), "weights_only=True"),
     "diffusers": (
         "checkpoint-{}",
@@ -108,27 +97,19 @@ def test_last_and_best_are_not_converted_beside_numbered_ones(tmp_path: Path) ->
     assert run_cli("ema", tmp_path).stderr.endswith(f" {tmp_path}/step=*.ckpt\n")
 
 
-def test_a_directory_that_lightning_saved(tmp_path: Path) -> None:
-    write_foreign(tmp_path, "epoch=0-step={}.ckpt", (".metadata", "__0_0.distcp", "meta.pt"), steps=(10,))
-    done = run_cli("ema", tmp_path)
-    assert 'path.with_suffix(\\".safetensors\\")' in done.stderr
-    assert f" {tmp_path}/epoch=0-step=10.ckpt\n" in done.stderr
-
-
 def test_formats_side_by_side(tmp_path: Path) -> None:
     """One problem, and one command."""
     write_foreign(tmp_path, "checkpoint-{}", ("pytorch_model.bin",), steps=tuple(range(9)))
-    write_foreign(tmp_path, "checkpoint-{}", ("pytorch_model_fsdp_0/__0_0.distcp",), steps=(30, 40))
+    write_foreign(tmp_path, "checkpoint-{}", ("state/zero_pp_rank_0_mp_rank_00_optim_states.pt",), steps=(30, 40))
     write_foreign(tmp_path, "checkpoint-{}", ("model.gguf",), steps=(50,))
     told, advice, command = run_cli("ema", tmp_path).stderr.splitlines()
-    kinds = "pickles that are not read and files of torch.distributed and weights in other formats"
+    kinds = "pickles that are not read and files of DeepSpeed and weights in other formats"
     pickle = f"{tmp_path}/checkpoint-0/pytorch_model.bin"
     why = f"{pickle} has the layout that torch wrote before 1.6."
     assert told == f"error: 12 checkpoints hold {kinds}, such as {pickle}, not safetensors. {why}"
     assert advice.count("This command converts them") == 1
     assert advice.endswith("Save the checkpoints as safetensors.")
-    folders = f"{tmp_path}/checkpoint-*/pytorch_model_fsdp_0"
-    assert f" {tmp_path}/checkpoint-*/pytorch_model.bin && (for d in {folders}; do accelerate " in command
+    assert f" {tmp_path}/checkpoint-*/pytorch_model.bin && (for d in {tmp_path}/checkpoint-*/state; do " in command
 
 
 def test_a_gathered_model_beside_deepspeeds_pieces_is_read(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import ckavg
 from ckavg.checkpoints.layouts import as_safetensors
 from tests.cli.runner import run_cli
 from tests.exhaustive import all_but
-from tests.formats import laid_out, of_images, of_language, of_models, of_others, pickled
+from tests.formats import laid_out, of_distributed, of_images, of_language, of_models, of_others, pickled
 from tests.formats.document import Cell, Row, table
 from tests.formats.trained import Build, Trained, mean
 from tests.output.test_loading import loaded_by
@@ -35,6 +35,7 @@ BUILDERS: Mapping[str, Build] = (
     | of_models.BUILDERS
     | laid_out.BUILDERS
     | pickled.BUILDERS
+    | of_distributed.BUILDERS
 )
 ROWS = table("What is read")
 MADE_HERE = {"README.md", "ckavg.json", ".ckavg-local.json"}
@@ -63,8 +64,8 @@ def test_row(tmp_path: Path, trainer: str) -> None:
     done = run_cli("mean", root)
     assert done.exit_code == 0, done.stderr
     out = root / "averaged" / "mean"
-    assert_files(row, trained.checkpoints[-1], out, done.stderr)
-    averaged = assert_averaged(row["averaged"], trained.checkpoints, out)
+    assert_files(row, trained.checkpoints[-1], out, done.stderr, read=ckavg.open_run(root).last.names)
+    averaged = assert_averaged(row["averaged"], trained, out)
     command = next(line.removeprefix("next     ") for line in done.stdout.splitlines() if line.startswith("next     "))
     assert all(code in command for code in row["loads as"].code), command
     assert_loads(trained, loaded_by(command), averaged)
@@ -80,7 +81,7 @@ def assert_named(cell: Cell, trained: Trained) -> None:
     assert all(any(re.fullmatch(pattern, name) for name in names) for pattern in patterns)
 
 
-def assert_files(row: Row, last: Path, out: Path, told: str) -> None:
+def assert_files(row: Row, last: Path, out: Path, told: str, *, read: Collection[str]) -> None:
     """Every file of the last checkpoint has its place in the row, and the row names none that is not there."""
     result = files(out) - MADE_HERE
     own = files(last) - MADE_HERE if last.is_dir() else set()
@@ -92,7 +93,7 @@ def assert_files(row: Row, last: Path, out: Path, told: str) -> None:
     warnings = [line for line in told.splitlines() if line.startswith("warning: ")]
     for name in row["left out"].bold:
         assert any(name in line and "neither averaged nor copied" in line for line in warnings), told
-    weights = {name for name in left_out if name.endswith(".safetensors")}
+    weights = {name for name in left_out if name.endswith(".safetensors") and name not in read}
     assert weights == matching(row["left out"].bold, weights)
     assert len(warnings) == 0 or "neither" not in told or row["left out"].bold
     for name in result.intersection(own) - matching(row["averaged"].code, result):
@@ -121,14 +122,15 @@ def assert_matched(patterns: Iterable[str], names: set[str]) -> None:
     assert [each for each in patterns if not matching([each], names)] == []
 
 
-def assert_averaged(cell: Cell, checkpoints: list[Path], out: Path) -> dict[str, dict[str, Tensor]]:
+def assert_averaged(cell: Cell, trained: Trained, out: Path) -> dict[str, dict[str, Tensor]]:
     """The weight files of the result, each the mean of those of the checkpoints in float64."""
     found = {}
     for name in matching(cell.code, files(out)):
         if not name.endswith(".safetensors"):
             continue
         found[name] = load_file(out / name)
-        sources = [tensors_of(each, name) for each in checkpoints]
+        in_pieces = any(map(is_in_pieces, trained.checkpoints)) and not (trained.checkpoints[-1] / name).exists()
+        sources = trained.states if in_pieces else [tensors_of(each, name) for each in trained.checkpoints]
         assert found[name].keys() == sources[-1].keys()
         for tensor, got in found[name].items():
             want = mean([each[tensor] for each in sources])
@@ -145,6 +147,11 @@ def tensors_of(checkpoint: Path, name: str) -> dict[str, Tensor]:
         found: dict[str, Tensor] = load_file(path)
         return found
     return pickled.tensors_in(checkpoint, name) if checkpoint.is_dir() else pickled.tensors_of(path)
+
+
+def is_in_pieces(checkpoint: Path) -> bool:
+    """Whether torch.distributed.checkpoint saved it."""
+    return any(checkpoint.rglob("*.distcp")) or any(checkpoint.glob("shard-*"))
 
 
 def assert_loads(trained: Trained, model: Any, averaged: Mapping[str, Mapping[str, Tensor]]) -> None:

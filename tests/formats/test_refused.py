@@ -25,10 +25,6 @@ FILES: Mapping[str, Sequence[str]] = {
     "torch before 1.6": ("checkpoint-{}/pytorch_model.bin", "checkpoint-{}/optimizer.pt"),
     "transposed or expanded tensors": ("checkpoint-{}/pytorch_model.bin",),
     "TorchScript": ("step_{}.pt",),
-    "accelerate, FSDP": (
-        "checkpoint-{}/pytorch_model_fsdp_0/.metadata",
-        "checkpoint-{}/pytorch_model_fsdp_0/__0_0.distcp",
-    ),
     "Trainer with DeepSpeed": (
         "checkpoint-{0}/global_step{0}/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
         "checkpoint-{0}/global_step{0}/mp_rank_00_model_states.pt",
@@ -38,14 +34,7 @@ FILES: Mapping[str, Sequence[str]] = {
         "global_step{}/mp_rank_00_model_states.pt",
         "global_step{}/zero_pp_rank_0_mp_rank_00_optim_states.pt",
     ),
-    "torch.distributed, torchtitan": ("step-{}/.metadata", "step-{}/__0_0.distcp"),
-    "OLMo-core": ("step{}/model_and_optim/.metadata", "step{}/model_and_optim/__0_0.distcp", "step{}/train/rank0.pt"),
-    "NeMo 2": (
-        "llama--val_loss=0.5-step={}-consumed_samples=80.0/weights/.metadata",
-        "llama--val_loss=0.5-step={}-consumed_samples=80.0/weights/__0_0.distcp",
-    ),
     "NeMo": ("megatron_gpt--step={}.nemo",),
-    "NeMo-RL": ("step_{}/config.yaml", "step_{}/policy/weights/.metadata", "step_{}/policy/weights/__0_0.distcp"),
     "Megatron-LM": ("iter_{:07d}/mp_rank_00/model_optim_rng.pt", "iter_{:07d}/mp_rank_01/model_optim_rng.pt"),
     "GPT-NeoX": ("global_step{}/mp_rank_00_model_states.pt", "global_step{}/mp_rank_01_model_states.pt"),
     "verl, pieces alone": ("global_step_{}/actor/model_world_size_2_rank_0.pt", "global_step_{}/data.pt"),

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.ranks.launch import environment, torchrun
+
 MODEL_BYTES = 192 << 20
 BUFFERS = (32 << 20) + (8 << 20) * min(os.cpu_count() or 1, 16)
 """Every thread's tiles, with room: far less than one model, and than six more of them."""
@@ -51,6 +53,32 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+_SAVE_COLUMNS = """
+import os, sys, torch
+import torch.distributed as dist, torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+own = torch.randn(int(sys.argv[2]) // 32768, 8192).bfloat16()
+for step in range(8):
+    whole = DTensor.from_local(own + step * 0.01, mesh, [Shard(1)])
+    dcp.save({"model": {"w": whole}}, checkpoint_id=f"{sys.argv[1]}/step-{step}")
+dist.barrier()
+os._exit(0)
+"""
+"""Two processes, each with half the columns of a matrix."""
+
+
+@pytest.fixture(scope="module")
+def columns(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("columns")
+    (root / "job.py").write_text(_SAVE_COLUMNS)
+    command = torchrun(2, root / "job.py", root / "run", MODEL_BYTES)
+    subprocess.run(command, check=True, capture_output=True, env=environment())
+    return root / "run"
+
+
 def _run(code: str, *arguments: Path) -> list[int]:
     command = [sys.executable, "-c", code, *map(str, arguments)]
     peaks: list[int] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -59,6 +87,12 @@ def _run(code: str, *arguments: Path) -> list[int]:
 
 def test_peak_is_that_of_the_buffers(run: Path, tmp_path: Path) -> None:
     imports, two, eight = _run(_MEASURE, run, tmp_path)
+    assert two - imports < BUFFERS
+    assert eight - imports < BUFFERS
+
+
+def test_peak_of_a_tensor_in_columns_is_that_of_the_buffers(columns: Path, tmp_path: Path) -> None:
+    imports, two, eight = _run(_MEASURE, columns, tmp_path)
     assert two - imports < BUFFERS
     assert eight - imports < BUFFERS
 
