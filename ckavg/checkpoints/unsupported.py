@@ -69,7 +69,7 @@ def is_pickled(name: str) -> bool:
 def holds_pickles_alone(path: AnyPath) -> bool:
     """Whether all weights of a directory that are no safetensors are pickles, by their names."""
     found = _unsupported_names(path)
-    return all(
+    return not any(name.endswith(".distcp") for name in found) and all(
         form.advise is _find_pickles or not any(form.pattern.fullmatch(name) for name in found)
         for form in _FORMATS[:-1]
     )
