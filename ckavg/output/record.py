@@ -131,7 +131,7 @@ class Output:
     Attributes:
         name: its name.
         step: the optimizer step it stands for.
-        directory: where it is.
+        directory: where it is; of a result that went to an address, an `AddressPath`.
         files: the files in it, by path relative to `directory`.
         sha256: SHA-256 of each of them, but for the record itself.
         discarded_energy: where products of low-rank adapters were cut to a rank, the part of the squared Frobenius norm
@@ -381,7 +381,7 @@ def read_record(directory: Path) -> Record:
     """
     for place in (directory.parent, directory):  # the result, perhaps, of which this is a snapshot
         bring_back(place)
-    path, version = directory / RESULT_RECORD, __version__
+    path = directory / RESULT_RECORD
     try:
         data = read_small(path, MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -394,6 +394,12 @@ def read_record(directory: Path) -> Record:
         raise ReadError(
             f"{path} cannot be read: {told}.", hint="Check that it is a record, and that you may read it."
         ) from error
+    return parse_record(data, path)
+
+
+def parse_record(data: bytes, path: object) -> Record:
+    """The record in a file; RecordError where it is not what a record must be. `path` is for messages."""
+    version = __version__
     try:
         fields = parse_fields(data)
         version = str(fields.get("ckavg_version", version))

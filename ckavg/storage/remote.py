@@ -16,7 +16,7 @@ from ckavg.errors import ReadError
 from ckavg.storage.address import Address
 from ckavg.storage.atomic import cache_directory
 from ckavg.storage.base import AnyPath, FileInfo, Listing, OnBytes, Opened, RemotePath, Tree
-from ckavg.storage.download import thread_map
+from ckavg.storage.download import Stopped, thread_map
 from ckavg.storage.hub import Repository
 from ckavg.storage.objects import ObjectTree
 
@@ -25,10 +25,6 @@ HEAD_BYTES = 64 << 10
 
 _LEFT_FREE = 1 << 30
 """What is left of a disk whatever happens."""
-
-
-class Stopped(Exception):  # noqa: N818 - nothing is wrong with what it stops
-    """The work is over, whatever is left of it; raised in a thread of it, and seen by nobody else."""
 
 
 class RemoteStorage:
