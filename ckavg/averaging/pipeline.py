@@ -10,8 +10,8 @@ import hashlib
 import platform
 import secrets
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,9 +197,8 @@ def carry_out(plans: Sequence[Plan], context: Context) -> Done:
     Raises:
         CkavgError: as of `average`. A result that was complete by then stays.
     """
-    with context.ranks.fail_together():
+    with context.ranks.fail_together(), _begin_sending(plans, context.ranks):
         check_compatible(plans)
-        _begin_sending(plans, context.ranks)
         done: dict[int, Sequence[Any]] = {id(plan): (plan.current, None) for plan in plans if plan.current is not None}
         new = [plan for plan in plans if plan.current is None]
         if new:
@@ -213,20 +212,24 @@ def carry_out(plans: Sequence[Plan], context: Context) -> Done:
     return Done(records, paths)
 
 
-def _begin_sending(plans: Sequence[Plan], ranks: Ranks) -> None:
-    """Refuse an address that cannot be written, before anything is read for it."""
+@contextmanager
+def _begin_sending(plans: Sequence[Plan], ranks: Ranks) -> Iterator[None]:
+    """Refuse an address that cannot be written, before anything is read for it; no other command is at it then."""
     targets = [plan.target for plan in plans if plan.target is not None and not plan.is_there]
-    if not targets:
-        return
-    if ranks.world > 1 and len({*ranks.gather(platform.node())}) > 1:
+    if targets and ranks.world > 1 and len({*ranks.gather(platform.node())}) > 1:
         raise SettingError(
             f"{targets[0].address}: the processes run on several machines, and a result that goes elsewhere is put "
             "together on the disk of one.",
             hint="Write to a directory that all machines share, and copy the result from there.",
         )
-    if ranks.is_first:
-        for target in targets:
+    try:
+        for target in targets if ranks.is_first else ():
             target.begin()
+        yield
+    except BaseException:
+        for target in targets:
+            target.release()
+        raise
 
 
 def send_results(plans: Sequence[Plan], records: Sequence[Record], context: Context) -> tuple[Record, ...]:

@@ -43,6 +43,7 @@ from ckavg.output.record import MOST_BYTES, Record
 from ckavg.output.staging import find_leftovers
 from ckavg.schemes import SCHEMES, Scheme
 from ckavg.schemes.parse import Parameter, described, make_scheme, parameters_of, shown
+from ckavg.storage.address import output_address
 from ckavg.storage.local import parse_json, read_small
 from ckavg.storage.remote import Fetching
 
@@ -105,6 +106,8 @@ def _read_weights(file: Path) -> Any:
 
 
 def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
+    if options.out is not None:
+        output_address(options.out)  # what is misspelled is told at once
     criterion = criterion_from(options)
     destination, selection = destination_of(options), options.selection(scheme.every_from)
     asked = [Asked(scheme, selection)]

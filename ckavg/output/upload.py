@@ -35,7 +35,7 @@ from ckavg.storage.atomic import cache_directory, make_own_directory, open_own, 
 from ckavg.storage.base import FileInfo, RemotePath
 from ckavg.storage.download import CONNECTIONS, Stopped, complete, thread_map
 from ckavg.storage.local import parse_json, read_small
-from ckavg.storage.objects import LOCK, ObjectTree, md5_of, remove_old, short_hash
+from ckavg.storage.objects import LOCK, PROBE, ObjectTree, md5_of, remove_old, short_hash
 
 _NOTES = ".sent.json"
 _PARTS = 16
@@ -130,7 +130,19 @@ class Target:
         if handle is None:
             raise OutputError(f"Another ckavg is writing {self.address} right now.", hint=f"Wait for it. {_CHOOSE}")
         self._held = weakref.finalize(self, os.close, handle)
-        self._tree.check_writable()
+        try:
+            self._tree.check_writable()
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Let other commands of this machine at the result again, which may go on with what there is of it."""
+        if self._held is not None and self._held.alive:
+            if not any(path.name != LOCK for path in self._home.iterdir()):
+                shutil.rmtree(self._home, ignore_errors=True)
+            self._held()
+        self._held = None
 
     def at_address(self, record: Record) -> Record:
         """The record, with the address in the place of where the result was formed."""
@@ -166,6 +178,7 @@ class Target:
         try:
             self._send(_names(record), on_progress)
         except BaseException as error:
+            self.release()
             if is_passing(error):
                 error.add_note(
                     f"The average is finished, and kept in {self.place} for a week: the same command sends the rest."
@@ -210,6 +223,10 @@ class Target:
                 handle = _lock(self._home)
                 self._held = None if handle is None else weakref.finalize(self, os.close, handle)
             if self._held is not None and self._held.alive:
+                with suppress(CkavgError):  # the answer to the last request was lost
+                    notes = _Notes(self._home / _NOTES)
+                    if notes.token and self._mark(self._tree.list_files()).get("token") == notes.token:
+                        self._tree.remove(PARTIAL)
                 shutil.rmtree(self._home, ignore_errors=True)
                 self._held()
         self._held = None
@@ -232,6 +249,7 @@ class Target:
         self._tree.put(RESULT_RECORD, (self.place / RESULT_RECORD).read_bytes())
         with suppress(CkavgError):  # nobody minds it beside a record
             self._tree.remove(PARTIAL)
+            (self._home / _NOTES).unlink(missing_ok=True)
 
     def _begin_sending(self, names: Sequence[str], there: Mapping[str, FileInfo]) -> _Notes:
         """Leave the mark; what was noted under it before counts."""
@@ -331,7 +349,7 @@ class Target:
             OutputExistsError: something else is there.
             ReadError: it cannot be told.
         """
-        own = {name for name in there if is_cache_file(PurePosixPath(name).name)} | {PARTIAL, RESULT_RECORD}
+        own = {name for name in there if is_cache_file(PurePosixPath(name).name)} | {PARTIAL, PROBE, RESULT_RECORD}
         if RESULT_RECORD in there:
             if not force:
                 raise OutputExistsError(
@@ -343,7 +361,7 @@ class Target:
             known = recorded_files(data) or {*files, PLOT}
         elif mark := self._mark(there):
             known = {str(name) for name in mark["files"]} if isinstance(mark["files"], list) else set()
-        elif there:
+        elif there.keys() - {PROBE}:
             raise OutputExistsError(f"{self.address} exists and is not a result of ckavg.", hint=_CHOOSE)
         else:
             return

@@ -42,6 +42,9 @@ _FINAL = (FileNotFoundError, FileExistsError, PermissionError, NotImplementedErr
 _NO_CREDENTIALS = re.compile("Credentials?(?:Retrieval|NotFound)?Error$|^(?:Profile|Config)NotFound$")
 """How drivers' clients call errors that another attempt meets, too."""
 
+PROBE = ".ckavg-probe"
+"""What is written to see whether anything can be; it stays where it can not be removed."""
+
 _REMOVING = ("rm_file", "_rm_file", "_rm")
 _PART_BYTES, _MOST_PARTS = 16 << 20, 10_000
 """Of a large file that is written in parts, as many as S3 allows."""
@@ -161,9 +164,8 @@ class ObjectTree:
 
     def check_writable(self) -> None:
         """Write a small file and remove it; WriteError where that cannot be done."""
-        name = f".ckavg-{secrets.token_hex(8)}"
-        self.put(name, b"Written and removed by ckavg, to see whether a result can be.\n")
-        self.remove(name)
+        self.put(PROBE, b"Written and removed by ckavg, to see whether a result can be.\n")
+        self.remove(PROBE)
 
     def put(self, name: str, data: bytes, *, is_vital: bool = True) -> None:
         """Write a small file, whole or not at all; once, unless it is vital.
