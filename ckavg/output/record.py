@@ -22,6 +22,7 @@ from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.errors import CkavgError, CombinedError, ReadError, RecordError, SettingError, raise_all
 from ckavg.output.staging import bring_back
 from ckavg.schemes import SCHEMES, Scheme
+from ckavg.storage.address import AddressPath, is_meant_for_address
 from ckavg.storage.local import parse_json, read_small
 
 if TYPE_CHECKING:
@@ -379,6 +380,11 @@ def read_record(directory: Path) -> Record:
         RecordError: there is none, or it is not what a record must be; all that is wrong is listed.
         ReadError: the system would not let us read it.
     """
+    if is_meant_for_address(directory):
+        raise RecordError(
+            f"{AddressPath(directory)} is not on this machine.",
+            hint="Copy it here first. Of all commands, verify and diff alone fetch a result.",
+        )
     for place in (directory.parent, directory):  # the result, perhaps, of which this is a snapshot
         bring_back(place)
     path = directory / RESULT_RECORD

@@ -27,13 +27,14 @@ from ckavg.checkpoints.fingerprints import fingerprint_files
 from ckavg.checkpoints.run import Checkpoint
 from ckavg.engine.context import OnProgress, Progress
 from ckavg.errors import CkavgError, OutputError, OutputExistsError, WriteError, is_passing, listed
+from ckavg.output.fetched import download
 from ckavg.output.output_path import CARD, LOCAL, PARTIAL, PLOT, is_cache_file, recorded_files, remove
 from ckavg.output.published import read_local
 from ckavg.output.record import MOST_BYTES, Record
 from ckavg.storage.address import Address, AddressPath, output_address
 from ckavg.storage.atomic import cache_directory, make_own_directory, open_own, write_bytes
 from ckavg.storage.base import FileInfo, RemotePath
-from ckavg.storage.download import CONNECTIONS, Stopped, complete, thread_map
+from ckavg.storage.download import CONNECTIONS, Stopped, thread_map
 from ckavg.storage.local import parse_json, read_small
 from ckavg.storage.objects import LOCK, PROBE, ObjectTree, md5_of, remove_old, short_hash
 
@@ -198,23 +199,7 @@ class Target:
         ):
             return
         remove(self.place)
-        total, done = sum(self.files[name].nbytes for name in _names(record) if name in self.files), 0
-
-        def count(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            if on_progress is not None:
-                on_progress(Progress("fetch", done, total))
-
-        for name in sorted({*_names(record), LOCAL} & self.files.keys(), key=lambda name: name == RESULT_RECORD):
-            info = self.files[name]
-            complete(
-                lambda start, stop, name=name: self._tree.read(name, start, stop),  # type: ignore[misc]
-                info.nbytes,
-                self.place / name,
-                count,
-                url=f"{self.address}/{name}",
-            )
+        download(self._tree, self.files, _names(record), self.place, on_progress)
 
     def discard(self) -> None:
         """Remove what is on this machine of it, unless another command uses that."""

@@ -80,20 +80,21 @@ class ObjectTree:
     @cached_property
     def files(self) -> Mapping[str, FileInfo]:
         """See `Tree`."""
-        listed = {name: file for name, file in self.list_files().items() if name}
+        listed = {name: file for name, file in self._list().items() if name}
         if not listed:
             raise NoCheckpointsError(f"{self.url} does not exist, or is empty.", hint="Check the name and the rights.")
         return listed
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """See `Tree`."""
-        return self._read(name, start, stop, self.files[name].nbytes)
+        return self.read_part(name, start, stop, self.files[name].nbytes)
 
     def read_whole(self, name: str, info: FileInfo) -> bytes:
         """All bytes of a file, as it was listed now."""
-        return self._read(name, 0, info.nbytes, info.nbytes) if info.nbytes else b""
+        return self.read_part(name, 0, info.nbytes, info.nbytes) if info.nbytes else b""
 
-    def _read(self, name: str, start: int, stop: int, nbytes: int) -> bytes:
+    def read_part(self, name: str, start: int, stop: int, nbytes: int) -> bytes:
+        """The bytes from `start` to `stop` of a file that was listed with so many bytes."""
         path = f"{self._root}/{name}" if name else self._root
 
         def read_range() -> bytes:
@@ -137,8 +138,11 @@ class ObjectTree:
 
     def list_files(self) -> Mapping[str, FileInfo]:
         """All files in it as they are now, by relative path; none where it does not exist, `""` where it is a file."""
+        self._fs.invalidate_cache()
+        return self._list()
+
+    def _list(self) -> Mapping[str, FileInfo]:
         with self._explaining(self.url):
-            self._fs.invalidate_cache()
             found: dict[str, dict[str, Any]] = retry(
                 lambda: self._fs.find(self._root, detail=True), is_transient=_may_pass
             )
