@@ -290,8 +290,16 @@ class Search:
             judge, confirm: what they are worth.
         """
         target = self.plan_result().target
-        if target is not None:
-            target.begin()
+        if target is None:
+            return self._carry_out(form, judge, confirm, None)
+        target.begin()
+        try:
+            return self._carry_out(form, judge, confirm, target)
+        except BaseException:
+            target.release()
+            raise
+
+    def _carry_out(self, form: Form, judge: Judge, confirm: Judge | None, target: Target | None) -> Best:
         contestants = self._contest(form, judge)
         order = ranked({candidate: each.value for candidate, each in contestants.items()}, self.goal)
         if not order:

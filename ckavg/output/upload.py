@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -36,9 +37,10 @@ from ckavg.storage.atomic import cache_directory, make_own_directory, open_own, 
 from ckavg.storage.base import FileInfo, RemotePath
 from ckavg.storage.download import CONNECTIONS, Stopped, thread_map
 from ckavg.storage.local import parse_json, read_small
-from ckavg.storage.objects import LOCK, PROBE, ObjectTree, md5_of, remove_old, short_hash
+from ckavg.storage.objects import LOCK, PROBE, ObjectTree, md5_of, part_bytes, remove_old, short_hash
 
 _NOTES = ".sent.json"
+_SECONDS_TO_STOP = 5.0
 _PARTS = 16
 """Parts of files that are sent, and held, at the same time."""
 
@@ -251,6 +253,7 @@ class Target:
         sizes = {name: (self.place / name).stat().st_size for name in names}
         came: deque[int] = deque()
         over = threading.Event()
+        in_parts: set[str] = set()
         done, total = 0, sum(sizes.values())
 
         def count(nbytes: int) -> None:
@@ -269,7 +272,11 @@ class Target:
             if has_come and info is not None and info.md5 == md5:
                 count(sizes[name])
             else:
-                self._tree.put_file(path, name, count, parts=max(1, _PARTS // min(CONNECTIONS, len(names))))
+                in_parts.update({name} if sizes[name] >= 2 * part_bytes(sizes[name]) else ())
+                try:
+                    self._tree.put_file(path, name, count, parts=max(1, _PARTS // min(CONNECTIONS, len(names))))
+                finally:
+                    in_parts.discard(name)
             notes.add(name, state, md5)
 
         def tell() -> None:
@@ -284,6 +291,9 @@ class Target:
             thread_map(send, sorted(names, key=lambda name: -sizes[name]), meanwhile=tell)
         finally:
             over.set()
+            end = time.monotonic() + _SECONDS_TO_STOP
+            while in_parts and time.monotonic() < end:  # who stops has the store remove the parts it has sent
+                threading.Event().wait(0.05)
 
     def _check_sent(self, names: Sequence[str], notes: _Notes) -> dict[str, str]:
         """Whether all has come and nobody else was at it; what tells later that files are still the same, by name.

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ckavg.errors import ChangedError, CkavgError, NoCheckpointsError, ReadError, SettingError, WriteError
-from ckavg.storage.address import Address
+from ckavg.storage.address import SCHEMES, Address
 from ckavg.storage.atomic import cache_directory, check_own, make_own_directory, open_own
 from ckavg.storage.base import FileInfo, OnBytes
 from ckavg.storage.download import Stopped, complete, exactly
@@ -224,6 +224,8 @@ class ObjectTree:
     def _write(self, name: str, do: Callable[[], object], done: str, *, is_vital: bool = True) -> None:
         def attempt() -> None:
             self._fs.invalidate_cache()
+            if self._scheme not in SCHEMES and done == "written":  # whose directories are more than parts of names
+                self._fs.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
             do()
 
         with self._explaining(f"{self.url}/{name}", done):

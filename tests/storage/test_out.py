@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -247,6 +248,9 @@ def test_it_is_verified_where_it_is(store: Store, run: Path, tmp_path: Path) -> 
     assert run_cli("ema", run, "--out", tmp_path / "here", "--gamma", "0.3").exit_code == 0
     difference = run_cli("diff", OUT, tmp_path / "here")
     assert difference.exit_code == 0, difference.output
+    assert "ema " in run_cli("ls", OUT.removesuffix("/ema")).stdout
+    listed = json.loads(run_cli("ls", OUT, "--json").stdout)["results"]
+    assert [each["directory"] for each in listed] == [f"{OUT}/checkpoint-20", OUT]
     weights = bytearray(there(store)["model.safetensors"])
     weights[-1] ^= 1
     store.put(f"{KEY}/model.safetensors", bytes(weights))
@@ -419,6 +423,18 @@ def test_killed_while_it_sends(s3: Store, tmp_path: Path, at: str) -> None:
         "ckavg.json",
     } | {".ckavg-local.json"}
     assert staged() == []
+
+
+def test_an_interrupt_leaves_no_part(s3: Store, tmp_path: Path) -> None:
+    run = large_run(tmp_path)
+    s3.stages = {"part": rf"PUT /{BUCKET}/{KEY}/model.safetensors"}
+    process = ckavg_process("ema", run, "--out", OUT)
+    s3.then["part"] = lambda: process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=120)[0].decode()
+    assert process.returncode == 130, told
+    assert "the same command sends it" in told
+    assert "model.safetensors" not in there(s3)
+    assert not client(s3).list_multipart_uploads(Bucket=BUCKET).get("Uploads")
 
 
 def test_several_processes_of_one_machine(s3: Store, run: Path, local: dict[str, bytes]) -> None:
