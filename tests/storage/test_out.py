@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -429,7 +430,12 @@ def test_an_interrupt_leaves_no_part(s3: Store, tmp_path: Path) -> None:
     run = large_run(tmp_path)
     s3.stages = {"part": rf"PUT /{BUCKET}/{KEY}/model.safetensors"}
     process = ckavg_process("ema", run, "--out", OUT)
-    s3.then["part"] = lambda: process.send_signal(signal.SIGINT)
+
+    def interrupt() -> None:
+        process.send_signal(signal.SIGINT)
+        s3.then["part"] = lambda: time.sleep(1.5)  # another part is on its way for so long
+
+    s3.then["part"] = interrupt
     told = process.communicate(timeout=120)[0].decode()
     assert process.returncode == 130, told
     assert "the same command sends it" in told
