@@ -153,7 +153,7 @@ def test_an_interrupted_search_leaves_nothing_but_what_was_evaluated(
             raise KeyboardInterrupt
         return evaluate(directory, criterion)
 
-    monkeypatch.setattr("ckavg.cli.best.evaluate", interrupted)
+    monkeypatch.setattr("ckavg.cli.evaluation.evaluate", interrupted)
     done = run_cli("best", run, "--eval", judge.command(720), "--eval-metric", "loss", "-q")
     assert done.exit_code == 130
     assert "the same command goes on from there" in done.stderr
