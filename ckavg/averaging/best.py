@@ -27,7 +27,9 @@ from ckavg.engine.context import Context, OnProgress
 from ckavg.errors import EvaluationError, SettingError, WriteError
 from ckavg.output.output_path import path_within, remove
 from ckavg.output.record import Evaluation, Record
+from ckavg.output.upload import Target, place_here
 from ckavg.schemes import Scheme
+from ckavg.storage.address import AddressPath
 from ckavg.storage.atomic import resolved
 
 Strategy = Literal["halving", "soup"]
@@ -91,6 +93,7 @@ class Best:
         winner: the index of the best.
         goal: whether the least or the greatest value is best.
         confirmed: what the other evaluation said of the winner and of the last checkpoint; None without one.
+        target: the address that the result is still to be sent to; None where it stays, or is there already.
     """
 
     record: Record
@@ -98,6 +101,7 @@ class Best:
     winner: int
     goal: Goal
     confirmed: tuple[Evaluation, Evaluation] | None = None
+    target: Target | None = None
 
     @property
     def evaluated(self) -> int:
@@ -189,7 +193,8 @@ def best(
         budget: how often `evaluate` may be called, 2 or more.
         strategy: `halving` or `soup`; see `averaging/search.py`.
         confirm: evaluates the winner and the last checkpoint once more, on other data.
-        out: where the result goes; None: `<source>/averaged/best`. If the last checkpoint wins, it is the result.
+        out: where the result goes, as of `average`; None: `<source>/averaged/best`. If the last checkpoint wins, it is
+            the result.
         device, on_progress: as of `average`.
         options: as of `Options`.
 
@@ -198,7 +203,7 @@ def best(
         CkavgError: as of `average`.
     """
     context = Context(device=device, on_progress=on_progress)
-    return Search(
+    found = Search(
         run=run,
         goal=goal,
         budget=budget,
@@ -210,6 +215,11 @@ def best(
         _judged_by(evaluate, goal),
         None if confirm is None else _judged_by(confirm, goal),
     )
+    if found.target is None:
+        return found
+    record = found.target.send(found.record, on_progress)
+    found.target.discard()
+    return dataclasses.replace(found, record=record)
 
 
 def _judged_by(function: Callable[[Path], float | tuple[float, float]], goal: Goal) -> Judge:
@@ -279,7 +289,17 @@ class Search:
             form: what forms averages.
             judge, confirm: what they are worth.
         """
-        self.plan_result()
+        target = self.plan_result().target
+        if target is None:
+            return self._carry_out(form, judge, confirm, None)
+        target.begin()
+        try:
+            return self._carry_out(form, judge, confirm, target)
+        except BaseException:
+            target.release()
+            raise
+
+    def _carry_out(self, form: Form, judge: Judge, confirm: Judge | None, target: Target | None) -> Best:
         contestants = self._contest(form, judge)
         order = ranked({candidate: each.value for candidate, each in contestants.items()}, self.goal)
         if not order:
@@ -287,16 +307,17 @@ class Search:
             raise EvaluationError(f"No evaluation succeeded. The first problem: {problem}.", hint="There is no result.")
         winner = order[0]
         confirmed = None if confirm is None else self._confirmed(winner, form, confirm)
-        plans = self._plans([(winner, self.out)])
+        plans = self._plans([(winner, target or self.out)])
         chosen = dataclasses.replace(contestants[winner].evaluation, best_of=_evaluated(contestants.values()))
         record = record_evaluation(form(plans).records[0], chosen, plans[0])
-        return Best(record, tuple(contestants.values()), [*contestants].index(winner), self.goal, confirmed)
+        to_send = None if isinstance(record.directory, AddressPath) else target
+        return Best(record, tuple(contestants.values()), [*contestants].index(winner), self.goal, confirmed, to_send)
 
     def _contest(self, form: Form, judge: Judge) -> Contestants:
         """Round after round, until the budget is spent or nothing is left to try."""
         contestants: Contestants = {}
         for number in itertools.count(1):
-            with _scratch(self.out) as scratch:
+            with _scratch(place_here(self.out)) as scratch:
                 plans = self.plan_round(contestants, scratch)
                 if not plans:
                     break
@@ -308,12 +329,12 @@ class Search:
 
     def _confirmed(self, winner: Candidate, form: Form, confirm: Judge) -> tuple[Evaluation, Evaluation]:
         """What another evaluation says of the winner and of the last checkpoint."""
-        with _scratch(self.out) as scratch:
+        with _scratch(place_here(self.out)) as scratch:
             plans = self._plans([(each, scratch / each.scheme) for each in dict.fromkeys((winner, Candidate(LAST)))])
             said = [confirm(record, plan) for record, plan in zip(form(plans).records, plans, strict=True)]
         return said[0], said[-1]
 
-    def _plans(self, wanted: Sequence[tuple[Candidate, Path]]) -> list[Plan]:
+    def _plans(self, wanted: Sequence[tuple[Candidate, Path | Target]]) -> list[Plan]:
         # Whether an average is any good is what the evaluation is for.
         options = dataclasses.replace(self.options, allow_anchor=True)
         return plan_averages([(*self._recipe(candidate), place) for candidate, place in wanted], options)

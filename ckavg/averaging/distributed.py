@@ -61,7 +61,9 @@ def stage(plans: Sequence[Plan], ranks: Ranks, stack: ExitStack) -> list[Staging
         OutputError: another job is writing the same result, or one process does not see what the first has made.
         WriteError: the system would not let us write.
     """
-    stagings = [Staging(plan.out, force=plan.options.force, files=plan.files) for plan in plans]
+    stagings = [
+        Staging(plan.out, force=plan.options.force or plan.target is not None, files=plan.files) for plan in plans
+    ]
     if ranks.is_first:
         for staging in stagings:
             stack.enter_context(staging)

@@ -225,7 +225,10 @@ def record_evaluation(result: Record, evaluation: Evaluation, plan: Plan) -> Rec
     evaluated = dataclasses.replace(result, evaluation=evaluation)
     if published(evaluated).evaluation == published(result).evaluation:  # of a result that is up to date
         return evaluated
-    path = result.directory / RESULT_RECORD
+    if plan.is_there and plan.target is not None:
+        plan.target.fetch(result)
+        evaluated = plan.target.here(evaluated)
+    path = evaluated.directory / RESULT_RECORD
     try:
         evaluated = _with_card(evaluated, plan)
         write_bytes(path, published(evaluated).to_bytes(), follow=False)

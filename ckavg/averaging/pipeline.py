@@ -7,10 +7,11 @@ for them.
 from __future__ import annotations
 
 import hashlib
+import platform
 import secrets
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from ckavg.checkpoints.run import Run, averaged_statistics, holds_float64
 from ckavg.engine.context import Context, OnProgress
 from ckavg.engine.distributed import ALONE, Ranks
 from ckavg.engine.remote import fetch
-from ckavg.errors import raise_all
+from ckavg.errors import SettingError, raise_all
 from ckavg.output.output_path import LOCAL
 from ckavg.output.published import local_of
 from ckavg.output.record import Record, Seconds
@@ -35,6 +36,7 @@ from ckavg.path.cache import save_path
 from ckavg.path.plan import PathReading, plan_path
 from ckavg.path.table import PathLength, ZeroSigma
 from ckavg.schemes import Coefficients, Scheme, Timeline
+from ckavg.storage.address import AddressPath
 from ckavg.storage.atomic import resolved
 
 if TYPE_CHECKING:
@@ -119,7 +121,8 @@ def average(
         run: the checkpoints, the anchor first; see `open_run`.
         scheme: how: `PEMA`, `BEMA`, `EMA`, `MomentumEMA`, `PowerEMA`, `PowerExponentEMA`, `OUEMA`, `DEMA`, `Mean`,
             `Weights` or `Last`.
-        out: where the result goes; None: `<source>/averaged/<scheme and selection>`, such as `ema-gamma0.15-last10`.
+        out: where the result goes, a directory or an address such as `s3://bucket/result`; None:
+            `<source>/averaged/<scheme and selection>`, such as `ema-gamma0.15-last10`.
         dtype: output dtype of floating tensors: `source`, `float32`, `bfloat16`, `float16` or `float64`.
         accumulate: `float32` or `float64`; float64 checkpoints are accumulated in float64 in any case.
         device: where the arithmetic happens: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -162,7 +165,10 @@ def average(
     )
     context = Context(device=device, on_progress=on_progress, ranks=ranks)
     with ranks.fail_together():
-        return carry_out(plan_averages([(run, scheme, out)], options), context).records[0]
+        plans = plan_averages([(run, scheme, out)], options)
+        records = send_results(plans, carry_out(plans, context).records, context)
+        discard_sent(plans, ranks)
+        return records[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +187,8 @@ class Done:
 def carry_out(plans: Sequence[Plan], context: Context) -> Done:
     """Do what plans say, all from one reading of the checkpoints; each result is what it would be by itself.
 
-    What is there already and up to date is not formed again.
+    What is there already and up to date is not formed again. What goes to an address is formed at `Plan.out`, whence
+    `send_results` sends it.
 
     Args:
         plans: of one source and with the same options, each to a place of its own; at least one.
@@ -190,7 +197,7 @@ def carry_out(plans: Sequence[Plan], context: Context) -> Done:
     Raises:
         CkavgError: as of `average`. A result that was complete by then stays.
     """
-    with context.ranks.fail_together():
+    with context.ranks.fail_together(), _begin_sending(plans, context.ranks):
         check_compatible(plans)
         done: dict[int, Sequence[Any]] = {id(plan): (plan.current, None) for plan in plans if plan.current is not None}
         new = [plan for plan in plans if plan.current is None]
@@ -203,6 +210,59 @@ def carry_out(plans: Sequence[Plan], context: Context) -> Done:
                 done[id(plan)] = outcome
     records, paths = zip(*(done[id(plan)] for plan in plans), strict=True)
     return Done(records, paths)
+
+
+@contextmanager
+def _begin_sending(plans: Sequence[Plan], ranks: Ranks) -> Iterator[None]:
+    """Refuse an address that cannot be written, before anything is read for it; no other command is at it then."""
+    targets = [plan.target for plan in plans if plan.target is not None and not plan.is_there]
+    if targets and ranks.world > 1 and len({*ranks.gather(platform.node())}) > 1:
+        raise SettingError(
+            f"{targets[0].address}: the processes run on several machines, and a result that goes elsewhere is put "
+            "together on the disk of one.",
+            hint="Write to a directory that all machines share, and copy the result from there.",
+        )
+    try:
+        for target in targets if ranks.is_first else ():
+            target.begin()
+        yield
+    except BaseException:
+        for target in targets:
+            target.release()
+        raise
+
+
+def send_results(plans: Sequence[Plan], records: Sequence[Record], context: Context) -> tuple[Record, ...]:
+    """Send the results that go to an address and were formed here, or changed.
+
+    Of several processes the first one sends; the others do not wait for it.
+
+    Args:
+        plans: as they were carried out.
+        records: what came of them.
+        context: as of `carry_out`.
+
+    Returns:
+        The records, with addresses.
+
+    Raises:
+        CkavgError: as of `Target.send`.
+    """
+    sent = []
+    for plan, record in zip(plans, records, strict=True):
+        if plan.target is not None and not isinstance(record.directory, AddressPath):
+            if context.ranks.is_first:
+                plan.target.send(record, context.on_progress)
+            record = plan.target.at_address(record)
+        sent.append(record)
+    return tuple(sent)
+
+
+def discard_sent(plans: Sequence[Plan], ranks: Ranks = ALONE) -> None:
+    """Remove from this machine what was sent from it."""
+    for plan in plans:
+        if plan.target is not None and ranks.is_first:
+            plan.target.discard()
 
 
 def _carry_out(reading: Reading, context: Context) -> tuple[tuple[Record, ...], tuple[PathLength | None, ...]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ckavg.averaging import advice
 from ckavg.averaging.adapters import Layout, Products, check_rank, find_products, lay_out
-from ckavg.averaging.recipe import current_result
+from ckavg.averaging.recipe import current_result, finished_result
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.fingerprints import Fingerprints, file_fingerprints
 from ckavg.checkpoints.inspect import Inspection, as_run, worst_first
@@ -22,10 +22,12 @@ from ckavg.output.output_path import CARD, is_result, output_path_problems, path
 from ckavg.output.record import ALL_OTHERS, Record, is_mostly_anchor
 from ckavg.output.side_files import gather_side_files, name_of_weights
 from ckavg.output.staging import bring_back
+from ckavg.output.upload import IN_CACHE, Target, place_here, target_of
 from ckavg.output.weight_files import WeightPlan, plan_weights
 from ckavg.path.plan import PathPlan, check_sample, plan_path
 from ckavg.path.table import ZeroSigma
 from ckavg.schemes import Coefficients, Scheme, Timeline
+from ckavg.storage.address import output_address
 from ckavg.storage.atomic import resolved
 
 DTYPES = ("source", "float32", "bfloat16", "float16", "float64")
@@ -100,7 +102,10 @@ class Plan:
         warnings: what a user should know before it starts.
         products: what is averaged by its products; None: nothing.
         layouts: of each output with products, by the index of its checkpoint: its rank depends on how many it sums.
-        current: the record of the result that is there, where making it again would change nothing.
+        current: the record of the result that is there, or was formed to be sent to an address, where making it again
+            would change nothing.
+        target: the address that the result goes to; it is formed at `out`, and sent from there.
+        is_there: whether `current` is at the address already.
     """
 
     run: Run
@@ -119,6 +124,8 @@ class Plan:
     products: Products | None = None
     layouts: Mapping[int, Layout] = field(default_factory=dict)
     current: Record | None = None
+    target: Target | None = None
+    is_there: bool = False
 
     def layout(self, index: int) -> Layout:
         """The files of the output that is written after checkpoint `index`."""
@@ -141,6 +148,13 @@ class Plan:
         return tuple(sorted({shard.name for shard in self.weights.shards} | {*self.side_files, CARD, RESULT_RECORD}))
 
     @property
+    def all_files(self) -> tuple[str, ...]:
+        """Every file of all outputs, by path in the result."""
+        return tuple(
+            (out / name).relative_to(self.out).as_posix() for out in self.outputs.values() for name in self.files
+        )
+
+    @property
     def weight_files(self) -> dict[Path, int]:
         """Bytes of every weight file, those of snapshots among them, by path in the result."""
         return {
@@ -154,6 +168,16 @@ class Plan:
         """Where the average goes after each checkpoint that has one written, by its index; the result itself last."""
         steps = self.run.steps
         return {index: self.out / f"checkpoint-{steps[index]}" for index in self.snapshots} | {len(steps) - 1: self.out}
+
+    def shown(self, place: Path | None = None) -> Path:
+        """Where the result, or an output of it, is for its user: its path, or its address."""
+        place = place or self.out
+        return place if self.target is None else self.target.directory / place.relative_to(self.out)
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Whether there is nothing to do."""
+        return self.current is not None and (self.target is None or self.is_there)
 
     @property
     def foreseen(self) -> tuple[str, ...]:
@@ -194,7 +218,7 @@ def plan_average(run: Run, scheme: Scheme, *, out: Path | str | None = None, **o
     return plan_averages([(run, scheme, out)], Options(**options))[0]
 
 
-Wanted = tuple[Run, Scheme, Path | str | None]
+Wanted = tuple[Run, Scheme, Path | str | Target | None]
 """An average: its checkpoints, the anchor first, how they are averaged, and where the result goes."""
 
 
@@ -221,18 +245,24 @@ def plan_averages(wanted: Sequence[Wanted], options: Options | None = None) -> l
     for place, plan in enumerate(plans):
         outcome = outcomes.get(place, "")
         if isinstance(outcome, Record):
-            plans[place] = replace(plan, current=outcome)
+            plans[place] = replace(plan, current=outcome, is_there=plan.target is not None)
             continue
-        problems += output_path_problems(
-            plan.out,
-            plan.run.source,
-            tuple(checkpoints.values()),
-            force=options.force,
-            files=plan.files,
-            differs=outcome,
-        )
+        if plan.target is not None:
+            problems += plan.target.problems(
+                checkpoints.values(), force=options.force, files=plan.all_files, differs=outcome
+            )
+            plans[place] = plan = replace(plan, current=finished_result(plan, file_fingerprints(plan.run)))
+        else:
+            problems += output_path_problems(
+                plan.out,
+                plan.run.source,
+                tuple(checkpoints.values()),
+                force=options.force,
+                files=plan.files,
+                differs=outcome,
+            )
         # Each by itself: those that do not fit together are refused where they are carried out together.
-        problems += space_problems([(plan.out, plan.write_bytes)])
+        problems += _space_problems([plan])
         problems += [] if (problem := anchor_problem(plan, plan.known_coefficients)) is None else [problem]
     raise_all(worst_first(problems))
     return plans
@@ -243,11 +273,20 @@ def _results_there(plans: Sequence[Plan]) -> dict[int, Record | str]:
     found: dict[int, Record | str] = {}
     fingerprints: dict[int, Fingerprints] = {}
     for place, plan in enumerate(plans):
-        if is_result(resolved(plan.out)):
+        if plan.target.holds_result if plan.target is not None else is_result(resolved(plan.out)):
             run = plan.run
             sources = fingerprints[id(run)] = fingerprints.get(id(run)) or file_fingerprints(run)
             found[place] = current_result(plan, sources)
     return found
+
+
+def _space_problems(plans: Sequence[Plan]) -> list[CkavgError]:
+    """One error for each disk that has too few bytes for what is still to be written there."""
+    new = [plan for plan in plans if plan.current is None]
+    elsewhere, here = (
+        [(plan.out, plan.write_bytes) for plan in new if bool(plan.target) is each] for each in (True, False)
+    )
+    return space_problems(here) + space_problems(elsewhere, hint=IN_CACHE)
 
 
 def _plan(wanted: Sequence[Wanted], options: Options) -> list[Plan]:
@@ -261,8 +300,14 @@ def _plan(wanted: Sequence[Wanted], options: Options) -> list[Plan]:
     path = plan_path(run, exclude=options.path_exclude, sample=options.sample) if needs_path else None
     course = read_course(run.last.path)
     tried = _results_in(run.home / "averaged") | {scheme.label for _, scheme, _ in wanted}
-    plans = []
+    plans: list[Plan] = []
+    target: Target | None = None
     for _, scheme, out in wanted:
+        if isinstance(out, Target):
+            target, place = out, out.place
+        else:
+            place = output_path(run.home, scheme, run.selection, out, options.lora, options.rank)
+            target = None if out is None else target_of(place, like=plans[-1].target if plans else None)
         start = start_of(run, scheme)
         snapshots = _snapshots(run, start, options.snapshot_every)
         of_path = path if scheme.needs_path else None
@@ -271,7 +316,8 @@ def _plan(wanted: Sequence[Wanted], options: Options) -> list[Plan]:
         plan = Plan(
             run=run,
             scheme=scheme,
-            out=output_path(run.home, scheme, run.selection, out, options.lora, options.rank),
+            out=place if target is None else target.place,
+            target=target,
             options=options,
             weights=weights,
             side_files=beside.files,
@@ -362,16 +408,17 @@ def checked(
     Raises:
         CkavgError: something does; `CombinedError` lists all of it at once, the worst first.
     """
+    elsewhere = {place for place in places if output_address(place) is not None}
     for place in places:
-        bring_back(place)
+        bring_back(place_here(place))
     problems = _problems(found, words)
     if problems:  # otherwise the plan says what is wrong with the places, and knows how much is written
         checkpoints = {(each.step, each.path): each for one in found for each in one.checkpoints}
-        for place in places:
+        for place in (place for place in places if place not in elsewhere):
             problems += output_path_problems(place, found[0].source, tuple(checkpoints.values()), force=force)
         if checkpoints:  # a result has about the size of the newest one
             newest = max(checkpoints.values(), key=lambda each: each.step)
-            problems += space_problems([(place, newest.nbytes) for place in places])
+            problems += space_problems([(place, newest.nbytes) for place in places if place not in elsewhere])
     raise_all(worst_first(problems))
     return [as_run(each) for each in found]
 
@@ -441,4 +488,4 @@ def check_compatible(plans: Sequence[Plan]) -> None:
     twice = next((place for place in places if places.count(place) > 1), None)
     if twice is not None:
         raise SettingError(f"Two averages would go to {twice}.", hint="Give each a place of its own.")
-    raise_all(space_problems([(plan.out, plan.write_bytes) for plan in plans if plan.current is None]))
+    raise_all(_space_problems(plans))

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.fingerprints import Fingerprints, fingerprint_files
 from ckavg.errors import CkavgError, listed
-from ckavg.output.output_path import CARD, PLOT
-from ckavg.output.published import Made, placed, read_local
-from ckavg.output.record import Record, read_record
+from ckavg.output.output_path import CARD, LOCAL, PLOT, is_result
+from ckavg.output.published import Local, Made, parse_local, placed, read_local
+from ckavg.output.record import Record, parse_record, read_record
 from ckavg.output.weight_files import sha256
 from ckavg.storage.atomic import resolved
 from ckavg.storage.base import RemotePath
@@ -42,7 +44,8 @@ def recipe_of(plan: Plan) -> dict[str, Any]:
     chosen: dict[str, Any] = dict(plan.run.selection.stated)
     init, card = plan.run.selection.init, plan.options.card
     if init is not None and not isinstance(init, RemotePath):
-        chosen["init"] = str(resolved(init))
+        place = str(resolved(init))
+        chosen["init"] = place if plan.target is None else sha256(place.encode())  # it is nobody's business elsewhere
     recipe = (
         {"format": FORMAT, "scheme": plan.scheme.name, "checkpoints": plan.run.steps}
         | plan.scheme.parameters()
@@ -77,14 +80,40 @@ def current_result(plan: Plan, sources: Fingerprints) -> Record | str:
         plan: what would be made, at a place where a record is.
         sources: of the files of the checkpoints as they are now.
     """
+    data, beside = (b"" if plan.target is None else plan.target.read_small(name) for name in (RESULT_RECORD, LOCAL))
     try:
-        record = read_record(plan.out)
+        if plan.target is None:
+            return _current(plan, sources, read_record(plan.out), read_local(plan.out), partial(_changed_files, plan))
+        record = parse_record(data, plan.shown() / RESULT_RECORD)
+        return _current(plan, sources, record, parse_local(beside), partial(_changed_there, plan))
     except CkavgError:
         return "its record is damaged, or of another version"
-    local = read_local(plan.out)
+
+
+def finished_result(plan: Plan, sources: Fingerprints) -> Record | None:
+    """The record of a result that was formed to be sent to an address, and need not be formed again."""
+    with suppress(CkavgError):
+        if is_result(plan.out):
+            local = read_local(plan.out)
+            found = _current(plan, sources, read_record(plan.out), local, partial(_changed_files, plan), is_here=True)
+            return found if isinstance(found, Record) else None
+    return None
+
+
+def _current(
+    plan: Plan,
+    sources: Fingerprints,
+    record: Record,
+    local: Local,
+    changed: Callable[[Made], list[str]],
+    *,
+    is_here: bool = False,
+) -> Record | str:
+    """The record, where making its result again would change nothing; else what differs."""
     if local.made is None:
         return "nothing there tells of which state of the checkpoints it was made"
-    asked, outputs = recipe_of(plan), list(plan.outputs.values())
+    asked = recipe_of(plan)
+    outputs = [out if is_here else plan.shown(out) for out in plan.outputs.values()]
     if differing := differences(local.made.recipe, asked):
         own = [each for each in differing if each[0] == "scheme"] or differing  # all others follow from that
         return "; ".join(
@@ -98,7 +127,7 @@ def current_result(plan: Plan, sources: Fingerprints) -> Record | str:
     beside = _side_files(plan)
     if other := [name for name, digest in beside.items() if local.made.side_files.get(name) != digest]:
         return f"the last checkpoint has another {listed(other)} now"
-    if other := _changed_files(plan, local.made):
+    if other := changed(local.made):
         return f"its own files have changed since: {listed(other)}"
     return placed(record, local, plan.run, outputs)
 
@@ -173,6 +202,18 @@ def _changed_files(plan: Plan, made: Made) -> list[str]:
             str((out / name).relative_to(plan.out)) for name in (CARD, RESULT_RECORD) if _size(out / name) is None
         ]
     return list(dict.fromkeys(changed))
+
+
+def _changed_there(plan: Plan, made: Made) -> list[str]:
+    """The same of a result at an address."""
+    files = {} if plan.target is None else plan.target.files
+    there = {name: info.identity for name, info in files.items()}
+    changed = [
+        name
+        for name in _own_files(plan)
+        if there.get(name) in (None, "") or there[name] != made.own_fingerprints.get(name)
+    ]
+    return changed + [name for name in plan.all_files if name not in there and name not in changed]
 
 
 def _size(path: Path) -> int | None:

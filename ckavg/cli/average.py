@@ -11,13 +11,24 @@ from typing import Annotated, Any
 import typer
 from rich.filesize import decimal
 
-from ckavg.averaging.pipeline import Done, carry_out
+from ckavg.averaging.pipeline import Done, carry_out, discard_sent
 from ckavg.averaging.plan import Options, Plan, checked, output_path, plan_averages
 from ckavg.averaging.reading import fetching_of, memory_bytes, readings
 from ckavg.averaging.sources import inspect_sources
 from ckavg.checkpoints.run import Run, Selection
 from ckavg.cli.errors import distributed, interrupted_with
-from ckavg.cli.evaluation import Evaluated, criterion_from, evaluate_all, marks, print_curves, shown_value, write_curves
+from ckavg.cli.evaluation import (
+    Evaluated,
+    criterion_from,
+    directory_here,
+    evaluate_all,
+    marks,
+    print_curves,
+    send_shown,
+    shown_value,
+    unsent,
+    write_curves,
+)
 from ckavg.cli.options import Averaging, Command, Measuring, with_options
 from ckavg.cli.push import destination_of, print_pushed, push_shown, when_complete
 from ckavg.cli.text import Output, as_count, print_json, say, show_progress, table_by_step, warn_of
@@ -32,6 +43,7 @@ from ckavg.output.record import MOST_BYTES, Record
 from ckavg.output.staging import find_leftovers
 from ckavg.schemes import SCHEMES, Scheme
 from ckavg.schemes.parse import Parameter, described, make_scheme, parameters_of, shown
+from ckavg.storage.address import output_address
 from ckavg.storage.local import parse_json, read_small
 from ckavg.storage.remote import Fetching
 
@@ -94,6 +106,8 @@ def _read_weights(file: Path) -> Any:
 
 
 def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
+    if options.out is not None:
+        output_address(options.out)  # what is misspelled is told at once
     criterion = criterion_from(options)
     destination, selection = destination_of(options), options.selection(scheme.every_from)
     asked = [Asked(scheme, selection)]
@@ -110,9 +124,10 @@ def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
     done = carry_out_shown(plans, options, ranks)
     if not ranks.is_first:
         return
-    with interrupted_with(when_complete(done.records[0].directory, destination)):
+    complete = unsent(plans) if plans[0].target is not None else when_complete(plans[0].out, destination)
+    with interrupted_with(complete):
         warn_of(new_warnings(done, plans))
-        evaluated = evaluate_all(done.records, plans, criterion, options)
+        evaluated = send_shown(evaluate_all(done.records, plans, criterion, options), plans, quiet=options.quiet)
         (result,), (plan,) = evaluated.records, plans
         if not (options.as_json or options.quiet):
             print_summary(result, plan)
@@ -122,7 +137,9 @@ def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
         write_report(done, options, evaluated)
         pushed = None
         if destination is not None and not evaluated.has_failed:
-            pushed = push_shown(result.directory, destination, quiet=options.quiet)
+            directory = directory_here(plan, result, quiet=options.quiet)
+            pushed = push_shown(directory, destination, quiet=options.quiet)
+        discard_sent(plans)
         if options.as_json:
             url = {} if pushed is None else {"url": pushed.url}
             print_json(as_result(result, plan) | evaluated.to_dict() | url)
@@ -171,8 +188,9 @@ def plans_of(
     wanted = [(by_selection[each.selection], each.scheme, place) for each, place in zip(asked, places, strict=True)]
     plans = plan_averages(wanted, library_options(options))
     warn_of(attributed([(plan, plan.warnings) for plan in plans]))
-    for directory in {place.parent: None for place in places}:
-        warn_of(map(str, find_leftovers(directory, but=places)))
+    own = [plan.out for plan in plans]
+    for directory in {place.parent: None for place in own}:
+        warn_of(map(str, find_leftovers(directory, but=own)))
     if destination is not None and ranks.is_first:
         check_access(destination, plans[0].files)
     if options.dry_run:
@@ -224,7 +242,7 @@ def to_form(plans: Sequence[Plan]) -> list[Plan]:
 
 def as_result(record: Record, plan: Plan) -> dict[str, Any]:
     """A record as plain JSON values, marked where the result was there already and is up to date."""
-    return record.to_dict() | ({} if plan.current is None else {"up_to_date": True})
+    return record.to_dict() | ({"up_to_date": True} if plan.is_up_to_date else {})
 
 
 def new_warnings(done: Done, plans: Sequence[Plan]) -> list[str]:
@@ -316,7 +334,7 @@ def plan_to_dict(plan: Plan, fetching: Fetching | None) -> dict[str, Any]:
     is_new = plan.current is None
     return {
         "dry_run": True,
-        **({} if is_new else {"up_to_date": True}),
+        **({"up_to_date": True} if plan.is_up_to_date else {}),
         "scheme": plan.scheme.name,
         "parameters": plan.scheme.parameters(),
         "steps": list(plan.run.steps),
@@ -333,7 +351,12 @@ def plan_to_dict(plan: Plan, fetching: Fetching | None) -> dict[str, Any]:
         },
         "warnings": list(plan.warnings + plan.foreseen),
         "outputs": [
-            {"name": out.name, "step": plan.run.steps[index], "directory": str(out), "files": list(plan.files)}
+            {
+                "name": out.name,
+                "step": plan.run.steps[index],
+                "directory": str(plan.shown(out)),
+                "files": list(plan.files),
+            }
             for index, out in plan.outputs.items()
         ],
     }
@@ -343,8 +366,10 @@ def print_plans(plans: Sequence[Plan]) -> None:
     """Print what would be read and written."""
     out = Output()
     for each in plans:
-        if each.current is not None:
-            out.line(f"{each.out} is up to date")
+        if each.is_up_to_date:
+            out.line(f"{each.shown()} is up to date")
+        elif each.current is not None:
+            out.line(f"would send   {decimal(each.write_bytes)} to {each.shown()}, finished in {each.out}")
     plans = to_form(plans)
     if not plans:
         out.line("Nothing was read or written.")
@@ -363,7 +388,7 @@ def print_plans(plans: Sequence[Plan]) -> None:
     for line in fetching_lines(fetching_of(plans)):
         out.line(f"would {line}")
     for each in plans:
-        out.line(f"would write  {decimal(each.write_bytes)} to {each.out}")
+        out.line(f"would write  {decimal(each.write_bytes)} to {each.shown()}")
     if len(plans) == 1:
         for name in (*plan.files, *(f"{place.name}/" for place in list(plan.outputs.values())[:-1])):
             out.line(f"             {name}")
@@ -374,8 +399,8 @@ def print_plans(plans: Sequence[Plan]) -> None:
 def print_summary(result: Record, plan: Plan) -> None:
     """Print what was averaged, the weight of each checkpoint as a bar, where the result is, and what to type next."""
     out = Output()
-    if plan.current is not None:
-        out.line(f"{plan.out} is up to date")
+    if plan.is_up_to_date:
+        out.line(f"{plan.shown()} is up to date")
     stated = ", ".join(f"{shown(name)} {value}" for name, value in plan.scheme.stated.items())
     out.line(f"{plan.scheme.title}: {stated}" if stated else plan.scheme.title, style="bold")
     floating = as_count(sum(entry.numel for entry in plan.run.tensors.values() if entry.is_floating))
@@ -398,6 +423,8 @@ def print_summary(result: Record, plan: Plan) -> None:
     if result.evaluation is not None:
         out.line(f"eval     {f'{result.evaluation.metric} {shown_value(result.evaluation)}'.strip()}")
     out.line(f"result   {result.directory}")
+    if plan.target is not None:
+        return
     largest = sorted(plan.weights.shards, key=lambda shard: -sum(each.nbytes for each in plan.weights.of(shard.part)))
     out.line(f"next     {load_command(result.directory, plan.side_files, [shard.name for shard in largest])}")
 

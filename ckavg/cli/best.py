@@ -18,11 +18,11 @@ from ckavg.averaging.reading import readings
 from ckavg.averaging.sources import inspect_sources
 from ckavg.checkpoints.run import Run
 from ckavg.cli.average import carry_out_shown, library_options
-from ckavg.cli.errors import distributed
-from ckavg.cli.evaluation import Job, add_said, criterion_from, judge, shown_value
+from ckavg.cli.errors import distributed, interrupted_with
+from ckavg.cli.evaluation import Job, add_said, criterion_from, directory_here, judge, shown_value, unsent
 from ckavg.cli.options import Averaging, evaluation, with_options
 from ckavg.cli.push import destination_of, push_shown
-from ckavg.cli.text import Output, plain_table, print_json, quoted, say, warn, warn_of
+from ckavg.cli.text import Output, plain_table, print_json, quoted, say, show_progress, warn, warn_of
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import EvaluationError, SettingError, listed, printable
 from ckavg.hub import Destination, check_access, continued
@@ -89,12 +89,18 @@ def _search(options: Searching, ranks: Ranks) -> None:
         add_said(error, judging.said)
         raise
     warn_of(warning for warning in found.record.warnings if warning not in first.warnings)
+    if found.target is not None:
+        with interrupted_with(unsent([first])), show_progress(1, quiet=options.quiet) as on_progress:
+            record = found.target.send(found.record, on_progress)
+        found = dataclasses.replace(found, record=record)
     if options.as_json:
         print_json(found.record.to_dict() | {"search": found.to_dict()})
     elif not options.quiet:
         print_search(found, criterion)
     if destination is not None:
-        _push(found, destination, quiet=options.quiet)
+        _push(found, first, destination, quiet=options.quiet)
+    if found.target is not None:
+        found.target.discard()
 
 
 def _search_of(options: Searching, criterion: Criterion) -> Search:
@@ -146,9 +152,9 @@ class _Judging:
         return outcome.evaluation
 
 
-def _push(found: Best, destination: Destination, *, quiet: bool) -> None:
+def _push(found: Best, plan: Plan, destination: Destination, *, quiet: bool) -> None:
     """Upload a winner that beats the last checkpoint; of any other, say how."""
-    directory = found.record.directory
+    directory = directory_here(plan, found.record, quiet=quiet)
     if not found.beats_last:
         told = "Nothing is uploaded: the result is not shown to beat the last checkpoint."
         warn("warning", f"{told} {continued(directory, destination)}")
@@ -174,7 +180,7 @@ def _show_plan(search: Search, first: Plan, options: Searching) -> None:
                 "first_round_bytes_to_read": nbytes,
                 "disk_bytes": written,
                 "bytes_to_write": first.write_bytes,
-                "directory": str(first.out),
+                "directory": str(first.shown()),
                 "files": list(first.files),
             }
         )
@@ -184,7 +190,7 @@ def _show_plan(search: Search, first: Plan, options: Searching) -> None:
     out.line(f"would try    first {listed(names, 12)}")
     out.line(f"would read   {decimal(nbytes)} for them, then as much or less in each round of a few")
     out.line(f"would take   {decimal(written)} beside {first.out} while the first round is evaluated, later less")
-    out.line(f"would write  {decimal(first.write_bytes)} to {first.out}")
+    out.line(f"would write  {decimal(first.write_bytes)} to {first.shown()}")
     out.line("Nothing was read or written.")
 
 

@@ -16,6 +16,7 @@ from ckavg.engine.distributed import Ranks
 from ckavg.errors import SettingError
 from ckavg.output.record import Record
 from ckavg.schemes import BEMA, EMA, PEMA
+from ckavg.storage.address import AddressPath, is_meant_for_address
 
 DEFAULT_DIRECTORY = Path("ckavg-demo")
 
@@ -37,6 +38,8 @@ def demo(
     with failures(verbose=verbose):
         if Ranks.from_environment().world > 1:
             raise SettingError("demo: this is work for one process.", hint="Start it without torchrun.")
+        if is_meant_for_address(directory):
+            raise SettingError(f"demo: {AddressPath(directory)} is no directory of this machine.", hint="Name one.")
         from ckavg.demo import held_out_loss, remove_earlier, train
 
         if force:

@@ -23,11 +23,13 @@ from ckavg.averaging.evaluation import (
     record_evaluation,
 )
 from ckavg.averaging.evaluation_cache import EvaluationCache
+from ckavg.averaging.pipeline import send_results
 from ckavg.averaging.plan import Plan
 from ckavg.cli.errors import INTERRUPTED
 from ckavg.cli.options import Averaging
-from ckavg.cli.text import Output, plain_table, quoted, say, warn, warn_of
-from ckavg.errors import EvaluationError, SettingError, WriteError, printable
+from ckavg.cli.text import Output, plain_table, quoted, say, show_progress, warn, warn_of
+from ckavg.engine.context import Context
+from ckavg.errors import EvaluationError, SettingError, WriteError, listed, printable
 from ckavg.output.record import Curves, Evaluation, Record
 from ckavg.output.record import Output as Written
 from ckavg.storage.atomic import write_bytes
@@ -151,6 +153,8 @@ def evaluate_all(
     failure, interrupted = None, False
     try:
         for number, job in enumerate(jobs, start=1):
+            if job.series >= 0 and cache.get(job.key) is None:
+                directory_here(plans[job.series], results[job.series], quiet=options.quiet)
             outcome = judge(job, cache, "" if options.quiet else f", {number} of {len(jobs)}")
             if outcome.evaluation.problem:
                 what = "has no evaluation" if outcome.evaluation.value is None else "is evaluated, but"
@@ -179,7 +183,8 @@ def _jobs(results: Sequence[Record], plans: Sequence[Plan], cache: EvaluationCac
 
     def output_job(series: int, output: Written, name: str) -> Job:
         key = cache.key_of_result(output, tuple(shard.name for shard in plans[series].weights.shards))
-        return Job(name, output.directory, key, series, output.step)
+        plan, place = plans[series], output.directory.relative_to(results[series].directory)
+        return Job(name, plan.out / place, key, series, output.step)
 
     for series, record in enumerate(results):
         yield dataclasses.replace(output_job(series, record.output, record.output.name), is_result=True)
@@ -206,6 +211,32 @@ def judge(job: Job, cache: EvaluationCache, number: str) -> Outcome:
     outcome = evaluate(job.directory, cache.criterion)
     cache.add(job.key, outcome.evaluation)
     return outcome
+
+
+def directory_here(plan: Plan, record: Record, *, quiet: bool) -> Path:
+    """Where a result is on this machine; one that is at an address alone is fetched."""
+    if plan.is_there and plan.target is not None:
+        with show_progress(1, quiet=quiet) as on_progress:
+            plan.target.fetch(record, on_progress)
+    return plan.out
+
+
+def send_shown(evaluated: Evaluated, plans: Sequence[Plan], *, quiet: bool) -> Evaluated:
+    """Send the results that go to an address, and show how far that has come."""
+    if all(plan.target is None for plan in plans):
+        return evaluated
+    if evaluated.interrupted:
+        warn("interrupted", unsent(plans))
+        raise typer.Exit(INTERRUPTED)
+    with show_progress(1, quiet=quiet) as on_progress:
+        records = send_results(plans, evaluated.records, Context(on_progress=on_progress))
+    return dataclasses.replace(evaluated, records=records)
+
+
+def unsent(plans: Sequence[Plan]) -> str:
+    """What an interrupt says before results have been sent."""
+    where = listed([str(plan.target.address) for plan in plans if plan.target is not None])
+    return f"What is not in {where} yet is finished, and kept for a week: the same command sends it."
 
 
 def _recorded(result: Record, evaluation: Evaluation, plan: Plan) -> Record:

@@ -193,7 +193,14 @@ class Averaging(Measuring):
     """The options of every verb that forms an average."""
 
     out: Annotated[
-        Path | None, result("Where the result goes.", "--out", "-o", metavar="DIR", shown="SOURCE/averaged/NAME")
+        Path | None,
+        result(
+            "Where the result goes: a directory, or an address such as s3://bucket/result.",
+            "--out",
+            "-o",
+            metavar="DIR",
+            shown="SOURCE/averaged/NAME",
+        ),
     ] = None
     dtype: Annotated[Literal["source", "float32", "bfloat16", "float16"], result("Output dtype.")] = "source"
     snapshot_every: Annotated[

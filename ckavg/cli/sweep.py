@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.filesize import decimal
 
+from ckavg.averaging.pipeline import discard_sent
 from ckavg.averaging.plan import Plan, result_name
 from ckavg.cli.average import (
     Asked,
@@ -27,11 +28,14 @@ from ckavg.cli.errors import distributed, interrupted_with
 from ckavg.cli.evaluation import (
     Evaluated,
     criterion_from,
+    directory_here,
     evaluate_all,
     marks,
     print_curves,
     ranking_to_dict,
+    send_shown,
     shown_value,
+    unsent,
     write_curves,
 )
 from ckavg.cli.options import Averaging, with_options
@@ -106,9 +110,10 @@ def _average_all(asked: list[Asked], options: Sweeping, ranks: Ranks) -> None:
     if not ranks.is_first:
         return
     goes_on = "" if destination is None else f" {continued(Path('DIR'), destination)}"
-    with interrupted_with(f"All averages are complete in {plans[0].out.parent}.{goes_on}"):
+    complete = f"All averages are complete in {plans[0].out.parent}.{goes_on}"
+    with interrupted_with(complete if plans[0].target is None else unsent(plans)):
         warn_of(new_warnings(done, plans))
-        evaluated = evaluate_all(done.records, plans, criterion, options)
+        evaluated = send_shown(evaluate_all(done.records, plans, criterion, options), plans, quiet=options.quiet)
         results = evaluated.records
         if options.as_json:
             averages = {"averages": [as_result(*each) for each in zip(results, plans, strict=True)]}
@@ -121,10 +126,11 @@ def _average_all(asked: list[Asked], options: Sweeping, ranks: Ranks) -> None:
         write_report(done, options, evaluated)
         evaluated.check()
         if destination is not None:
-            _push_best(evaluated, destination, quiet=options.quiet)
+            _push_best(evaluated, plans, destination, quiet=options.quiet)
+        discard_sent(plans)
 
 
-def _push_best(evaluated: Evaluated, destination: Destination, *, quiet: bool) -> None:
+def _push_best(evaluated: Evaluated, plans: Sequence[Plan], destination: Destination, *, quiet: bool) -> None:
     """Upload the best average; its address goes to stderr, where stdout holds one JSON object already."""
     names = [record.output.name for record in evaluated.records]
     best = 0
@@ -133,7 +139,8 @@ def _push_best(evaluated: Evaluated, destination: Destination, *, quiet: bool) -
         if ranking.equal:
             others = listed([names[index] for index in ranking.equal])
             warn("warning", f"{names[best]} is uploaded, the first in the order given; equal to it: {others}.")
-    pushed = push_shown(evaluated.records[best].directory, destination, quiet=quiet)
+    directory = directory_here(plans[best], evaluated.records[best], quiet=quiet)
+    pushed = push_shown(directory, destination, quiet=quiet)
     if not quiet:
         say(printable(f"uploaded {names[best]} to {pushed.url}"))
 
@@ -171,7 +178,7 @@ def print_results(evaluated: Evaluated, plans: Sequence[Plan]) -> None:
             cells = [f"{weight:.4f}" for weight in (record.weights[0], record.weights[-1], min(record.weights))]
             cells += [f"{record.effective_count or 1:.1f}", f"{record.mean_age or 0:.0f}"]
             cells += [] if criterion is None else [shown_value(record.evaluation), of_results[place]]
-            cells += [] if len(new) == len(results) else ["" if plans[place].current is None else "up to date"]
+            cells += [] if len(new) == len(results) else ["up to date" if plans[place].is_up_to_date else ""]
             table.add_row(quoted(name), _bars(record, visited), *cells, style="bold" if place == best else "")
     out.print(table)
     out.line()

@@ -20,7 +20,8 @@ from ckavg.engine.blocks import Block
 from ckavg.engine.context import OnProgress, Progress
 from ckavg.errors import SettingError
 from ckavg.storage.base import AnyPath, RemotePath
-from ckavg.storage.remote import Fetching, Stopped, download_all, plan_fetching
+from ckavg.storage.download import Stopped
+from ckavg.storage.remote import Fetching, download_all, plan_fetching
 
 HELD_BYTES = 384 << 20
 """How much is held at once, as a rule; twice as much where workers need more than that at the same time."""

@@ -15,7 +15,7 @@ from ckavg.engine.checksums import BlockSums
 from ckavg.engine.devices import CudaStreams, Uploader
 from ckavg.engine.reader import Files
 from ckavg.errors import NonFiniteError
-from ckavg.storage.remote import Stopped
+from ckavg.storage.download import Stopped
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Floating dtypes: safetensors code to torch dtype."""

@@ -16,6 +16,7 @@ from typing import Any
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.run import Checkpoint, Run
 from ckavg.errors import CkavgError, OutputError, OutputExistsError, WriteError, listed
+from ckavg.storage.address import AddressPath, is_meant_for_address
 from ckavg.storage.atomic import check_own, resolved
 from ckavg.storage.base import AnyPath
 from ckavg.storage.local import parse_json, read_small
@@ -92,7 +93,12 @@ def output_path_problems(
 
 
 def check_file(file: Path, run: Run) -> None:
-    """Refuse to put a file into a checkpoint, or over one, with an `OutputError`."""
+    """Refuse to put a file into a checkpoint, over one, or to an address, with an `OutputError`."""
+    if is_meant_for_address(file):
+        raise OutputError(
+            f"{AddressPath(file)} is an address; this file goes to a disk.",
+            hint="Name a path on this machine, and copy the file from there.",
+        )
     _check_outside(file, run.checkpoints, "Choose another place.")
 
 
@@ -140,7 +146,9 @@ def _why_not_made(place: Path) -> str:
     return ""
 
 
-def space_problems(places: Sequence[tuple[Path, int]]) -> list[CkavgError]:
+def space_problems(
+    places: Sequence[tuple[Path, int]], *, hint: str = "Free some space, or choose another disk with --out."
+) -> list[CkavgError]:
     """One error for each disk that has too few bytes left for the results of these sizes which go there."""
     needed: dict[int, tuple[Path, int]] = {}
     for out, nbytes in places:
@@ -150,7 +158,7 @@ def space_problems(places: Sequence[tuple[Path, int]]) -> list[CkavgError]:
     return [
         WriteError(
             f"{existing} has {free / 1e9:.2f} GB free; the result needs {nbytes / 1e9:.2f} GB.",
-            hint="Free some space, or choose another disk with --out.",
+            hint=hint,
         )
         for existing, nbytes in needed.values()
         if (free := shutil.disk_usage(existing).free) < nbytes + _MARGIN_BYTES
@@ -207,7 +215,7 @@ def check_partial(directory: Path, files: Collection[str] = ()) -> None:
     strange = []
     for path, is_directory in _all_in(directory):
         name = path.relative_to(directory).as_posix()
-        is_ours = name in known or name.partition("/")[2] in known or _is_cache_file(path.name)  # or of a snapshot
+        is_ours = name in known or name.partition("/")[2] in known or is_cache_file(path.name)  # or of a snapshot
         _check_own(path, directory=is_directory and not is_ours)
         if not (is_ours or is_directory or (has_journal and path.suffix == ".safetensors")):
             strange.append(name)
@@ -238,7 +246,7 @@ def unknown_files(directory: Path, written: Collection[str] = ()) -> list[str]:
     """
     known = _recorded(directory) or {*written, PLOT}
     files = (path.relative_to(directory) for path, is_directory in _all_in(directory) if not is_directory)
-    return sorted(str(path) for path in files if path.as_posix() not in known and not _is_cache_file(path.name))
+    return sorted(str(path) for path in files if path.as_posix() not in known and not is_cache_file(path.name))
 
 
 def restore(out: Path) -> bool:
@@ -273,8 +281,15 @@ def _is_record(path: Path) -> bool:
 
 def _recorded(directory: Path) -> set[str]:
     """The files that the record of a result lists, those of its snapshots among them; empty where it cannot be read."""
-    with suppress(OSError, ValueError, RecursionError, TypeError, KeyError, IndexError):
-        outputs: list[Any] = parse_json(read_small(directory / RESULT_RECORD, follow=False))["outputs"]
+    with suppress(OSError, ValueError):
+        return recorded_files(read_small(directory / RESULT_RECORD, follow=False))
+    return set()
+
+
+def recorded_files(record: bytes) -> set[str]:
+    """The files that a record lists, those of snapshots among them, by path in the result; empty where it is none."""
+    with suppress(ValueError, RecursionError, TypeError, KeyError, IndexError):
+        outputs: list[Any] = parse_json(record)["outputs"]
         of_snapshots = {f"{each['name']}/{file}" for each in outputs[:-1] for file in each["files"]}
         return of_snapshots | {str(file) for file in outputs[-1]["files"]}
     return set()
@@ -290,7 +305,8 @@ def _all_in(directory: Path) -> Iterator[tuple[Path, bool]]:
         yield from found
 
 
-def _is_cache_file(name: str) -> bool:
+def is_cache_file(name: str) -> bool:
+    """Whether a file of this name may lie in a result without being of it."""
     return any(fnmatch.fnmatchcase(name, each) for each in _CACHE_FILES)
 
 

@@ -15,7 +15,7 @@ from ckavg.checkpoints.run import Run
 from ckavg.errors import RecordError
 from ckavg.output.output_path import LOCAL
 from ckavg.output.record import BASE_MODEL, RUN, FileName, Record, Text, Texts, as_json, is_address, parse_fields
-from ckavg.storage.atomic import resolved
+from ckavg.storage.atomic import cache_directory, resolved
 from ckavg.storage.base import AnyPath, RemotePath
 from ckavg.storage.local import read_small
 from ckavg.storage.redaction import HIDDEN, without_paths, without_secrets
@@ -113,8 +113,16 @@ def _adapter() -> TypeAdapter[Local]:
 def read_local(directory: Path) -> Local:
     """What is kept beside a record, or beside that of the result which this is a snapshot of; anything may be there."""
     for place in (directory, directory.parent):
-        with contextlib.suppress(OSError, ValueError, RecordError):
-            return _adapter().validate_python(parse_fields(read_small(place / LOCAL, _MOST_BYTES_OF_LOCAL)))
+        with contextlib.suppress(OSError, ValueError):
+            if (found := parse_local(read_small(place / LOCAL, _MOST_BYTES_OF_LOCAL))) != Local():
+                return found
+    return Local()
+
+
+def parse_local(data: bytes) -> Local:
+    """What a file says that is kept beside a record; nothing where it is none."""
+    with contextlib.suppress(ValueError, RecordError):
+        return _adapter().validate_python(parse_fields(data))
     return Local()
 
 
@@ -149,6 +157,8 @@ def _in_run(record: Record, place: object) -> str:
 
 def _run_from(record: Record) -> str:
     """The way from the result to the run, where it leads upwards and so tells no name."""
+    if cache_directory() in record.directory.parents:  # on its way elsewhere
+        return RUN
     way = os.path.relpath(resolved(Path(record.source)), resolved(record.directory))
     return way if set(Path(way).parts) == {os.pardir} else RUN
 

@@ -22,6 +22,7 @@ from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.errors import CkavgError, CombinedError, ReadError, RecordError, SettingError, raise_all
 from ckavg.output.staging import bring_back
 from ckavg.schemes import SCHEMES, Scheme
+from ckavg.storage.address import AddressPath, is_meant_for_address
 from ckavg.storage.local import parse_json, read_small
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class Output:
     Attributes:
         name: its name.
         step: the optimizer step it stands for.
-        directory: where it is.
+        directory: where it is; of a result that went to an address, an `AddressPath`.
         files: the files in it, by path relative to `directory`.
         sha256: SHA-256 of each of them, but for the record itself.
         discarded_energy: where products of low-rank adapters were cut to a rank, the part of the squared Frobenius norm
@@ -379,9 +380,14 @@ def read_record(directory: Path) -> Record:
         RecordError: there is none, or it is not what a record must be; all that is wrong is listed.
         ReadError: the system would not let us read it.
     """
+    if is_meant_for_address(directory):
+        raise RecordError(
+            f"{AddressPath(directory)} is not on this machine.",
+            hint="Copy it here first. Of all commands, verify and diff alone fetch a result.",
+        )
     for place in (directory.parent, directory):  # the result, perhaps, of which this is a snapshot
         bring_back(place)
-    path, version = directory / RESULT_RECORD, __version__
+    path = directory / RESULT_RECORD
     try:
         data = read_small(path, MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -394,6 +400,12 @@ def read_record(directory: Path) -> Record:
         raise ReadError(
             f"{path} cannot be read: {told}.", hint="Check that it is a record, and that you may read it."
         ) from error
+    return parse_record(data, path)
+
+
+def parse_record(data: bytes, path: object) -> Record:
+    """The record in a file; RecordError where it is not what a record must be. `path` is for messages."""
+    version = __version__
     try:
         fields = parse_fields(data)
         version = str(fields.get("ckavg_version", version))

@@ -16,9 +16,11 @@ from typing import Any
 
 from ckavg.checkpoints.fingerprints import Fingerprints, fingerprint_run
 from ckavg.checkpoints.run import Run
+from ckavg.errors import CkavgError
 from ckavg.path.table import PathLength
 from ckavg.storage.atomic import cache_directory, resolved
 from ckavg.storage.base import AnyPath, RemotePath
+from ckavg.storage.objects import ObjectTree
 from ckavg.storage.table import load_table, not_believed, save_table
 
 NAME = "path.json"
@@ -52,7 +54,7 @@ class CachedPath:
 def load_cached_path(run: Run) -> CachedPath:
     """What was measured of these very files before. A table that is not as it was written counts as empty."""
     fingerprints = fingerprint_run(run)
-    loaded = {file: _load(file) for file in cache_files(run)}
+    loaded = {file: _load(file) for file in _places(run)}
     tables = [table for table in loaded.values() if table]
     sigmas = next((found for table in tables if (found := _row(table, "sigma", fingerprints[0]))), {})
     distances = tuple(
@@ -63,7 +65,7 @@ def load_cached_path(run: Run) -> CachedPath:
     return CachedPath(sigmas, distances, fingerprints, warnings)
 
 
-def save_path(run: Run, path: PathLength, fingerprints: Fingerprints) -> Path | None:
+def save_path(run: Run, path: PathLength, fingerprints: Fingerprints) -> AnyPath | None:
     """Keep an exact path for the next time.
 
     Args:
@@ -81,18 +83,28 @@ def save_path(run: Run, path: PathLength, fingerprints: Fingerprints) -> Path | 
     if not any(unchanged):
         return None
     checkpoints = {resolved(checkpoint.path) for checkpoint in run.checkpoints}
-    for place in cache_files(run):
-        if checkpoints & set(resolved(place).parents):
+    for place in _places(run):
+        if not isinstance(place, RemotePath) and checkpoints & set(resolved(place).parents):
             continue
         table = _merged(_load(place) or {}, run, path, unchanged)
-        with contextlib.suppress(OSError):  # what is there may be somebody else's, too
+        with contextlib.suppress(OSError, CkavgError):  # what is there may be somebody else's, too
             save_table(place, table)
             return place
     return None
 
 
+def _places(run: Run) -> tuple[AnyPath, ...]:
+    """Where the path of a run is kept: as any table or, of one in an object store, there at first."""
+    source = run.source
+    if isinstance(source, RemotePath):
+        tree = source.storage.trees.get("")
+        if isinstance(tree, ObjectTree) and not tree.url.startswith("hf:"):  # which would make a commit of it
+            return (source / "averaged" / NAME, *cache_files(run))
+    return cache_files(run)
+
+
 def cache_files(run: Run, file: str = NAME) -> tuple[Path, ...]:
-    """Where the table of a run is kept: beside its results or, where that cannot be written, in the user's cache.
+    """Where a table of a run is kept: beside its results or, where that cannot be written, in the user's cache.
 
     That of a run which is not on this machine, or whose results lie where a link leads, is kept in the cache alone.
 
@@ -113,7 +125,7 @@ def _pair(before: str | None, after: str | None) -> str | None:
     return None if before is None or after is None else f"{before} {after}"
 
 
-def _load(place: Path) -> dict[str, Any] | None:
+def _load(place: AnyPath) -> dict[str, Any] | None:
     """A table as it was written; empty where none can be read, None where it is not as it was written."""
     table = load_table(place, _FORMAT, most_bytes=_MOST_BYTES)
     return table if not table or isinstance(table.get("tensors"), list) else None

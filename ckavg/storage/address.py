@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PosixPath
 from urllib.parse import unquote
 
 from ckavg.errors import SettingError
@@ -15,6 +15,11 @@ SCHEMES = ("hf", "s3", "gs", "gcs", "abfs", "abfss", "az")
 
 _ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>/+|:.*:/+)(?P<rest>[^/].*)", re.DOTALL)
 _ONE_SLASH = re.compile(r"\A(?!file:|local:)([A-Za-z][A-Za-z0-9+.-]+):/(?=[^/])")
+_MEANT = re.compile(
+    rf"[A-Za-z][A-Za-z0-9+.-]*:(?:/|:.*:/|\\)|(?:{'|'.join(SCHEMES)}|file|https?):", re.DOTALL | re.IGNORECASE
+)
+_SPECIAL = re.compile(r"[?#*\[\]\\\x00-\x1f\x7f]")
+_CREDENTIALS = "Give credentials as the driver of the place wants them: in its configuration, or the environment."
 _HUB = re.compile(r"(?P<repo>[^/@]+(?:/[^/@]+)?)(?:@(?P<revision>[^/]+))?(?:/(?P<folder>.+))?")
 _OTHER_KINDS = ("datasets", "spaces", "buckets", "kernels")
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?:(?P<prefix>[KMGT])(?P<binary>i?)B?|B)?", re.IGNORECASE)
@@ -62,6 +67,15 @@ class Address:
         return (self.folder or self.place).rstrip("/").rpartition("/")[2]
 
 
+class AddressPath(PosixPath):
+    """The path of what a store holds: its text is the address, as are those of what is below it. Nothing is there for
+    the system of this machine.
+    """
+
+    def __str__(self) -> str:
+        return _ONE_SLASH.sub(r"\1://", super().__str__())
+
+
 def address_of(source: Path | str) -> Address | None:
     """Read an address such as `hf://owner/name@revision` or `s3://bucket/run`; None for a path on this machine.
 
@@ -88,7 +102,7 @@ def address_of(source: Path | str) -> Address | None:
     if (shown := shown_address(text)) != text:
         raise SettingError(
             f"{shown} holds a password or a key, which no address may.",
-            hint="Give credentials as the driver of the place wants them: in its configuration, or the environment.",
+            hint=_CREDENTIALS,
         )
     scheme, rest = match["scheme"].lower(), match["rest"].rstrip("/")
     address = Address(scheme, rest)
@@ -99,6 +113,60 @@ def address_of(source: Path | str) -> Address | None:
         raise SettingError(f"{source} names no repository.", hint="For example: hf://owner/name@revision")
     revision = found["revision"]
     return Address(scheme, found["repo"], unquote(revision) if revision else None, found["folder"] or "")
+
+
+def output_address(out: Path | str) -> Address | None:
+    """Read the address that a result goes to, such as `s3://bucket/dir/result`; None for a path on this machine.
+
+    Any file system that fsspec names may be written to, as long as it can be.
+
+    Raises:
+        SettingError: no result can go there; or it was meant for an address, and is none.
+
+    >>> str(output_address("memory://results/")), output_address("./averaged/c:d")
+    ('memory://results', None)
+    """
+    if not is_meant_for_address(out):
+        return None
+    text = _ONE_SLASH.sub(r"\1://", str(out))
+    match, kinds = _ADDRESS.fullmatch(text), ", ".join(f"{scheme}://" for scheme in SCHEMES if scheme != "hf")
+    scheme = match["scheme"].lower() if match is not None else ""
+    here = scheme in ("file", "local")
+    if match is None or match["slashes"] != "//" or "::" in text or here or scheme not in (*SCHEMES, *_protocols()):
+        raise SettingError(
+            f"{shown_address(text)} is no address that a result can go to: expected a directory, or one of {kinds}, "
+            "without '::'.",
+            hint=did_you_mean(text) or "For example: s3://bucket/run/averaged/pema",
+        )
+    if scheme == "hf":
+        raise SettingError(
+            f"{shown_address(text)}: results go to the Hub as one commit, and not with --out.",
+            hint="Leave out --out, and add --push-to-hub owner/name.",
+        )
+    if (shown := shown_address(text)) != text:
+        raise SettingError(f"{shown} holds a password or a key, which no address may.", hint=_CREDENTIALS)
+    address = Address(scheme, match["rest"].rstrip("/"))
+    parts = address.place.split("/")
+    if {"", ".", ".."} & {*parts} or {*parts[-1][:1]} & {"."} or _SPECIAL.search(address.place):
+        raise SettingError(
+            f"{text} holds what storages take for more than a name: an empty part, one of . .. ? # * [ ] \\, a dot at "
+            "the beginning of the last part, or a control character.",
+            hint="Name another directory.",
+        )
+    if len(parts) == 1 and scheme in SCHEMES:
+        raise SettingError(f"{text} is a whole bucket.", hint=f"Name a directory in it: {address}/averaged")
+    return address
+
+
+def is_meant_for_address(path: Path | str) -> bool:
+    """Whether nobody would call a file or a directory of this machine so."""
+    return _MEANT.match(str(path)) is not None
+
+
+def _protocols() -> list[str]:
+    from fsspec import available_protocols
+
+    return list(available_protocols())
 
 
 def did_you_mean(text: str) -> str:

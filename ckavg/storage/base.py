@@ -34,12 +34,15 @@ class FileInfo:
         identity: elsewhere, the same for the same content, as far as the storage tells: a hash, or what changes with
             every change. None where nothing tells.
         is_hash: whether the same identity in two places means the same content.
+        md5: elsewhere, the MD5 of the content in hexadecimal digits or, of one that was written in N parts, that of
+            their MD5s, and `-N`; a store that encrypts may tell something else of this form. None where nothing tells.
     """
 
     nbytes: int
     state: tuple[int, int] | None = None
     identity: str | None = None
     is_hash: bool = False
+    md5: str | None = None
 
 
 OnBytes = Callable[[int], None]

@@ -28,6 +28,10 @@ PIECE_BYTES = 16 << 20
 _SECONDS_BETWEEN_LOOKS = 0.1
 
 
+class Stopped(Exception):  # noqa: N818 - nothing is wrong with what it stops
+    """The work is over, whatever is left of it; raised in a thread of it, and seen by nobody else."""
+
+
 def complete(
     read: Callable[[int, int], bytes],
     nbytes: int,

@@ -1,4 +1,4 @@
-"""Directories of object stores that fsspec has a driver for, such as `s3://bucket/run`.
+"""Directories of object stores that fsspec has a driver for, such as `s3://bucket/run`: read, and written to.
 
 What is downloaded of them is kept in the user's cache, for all processes that read from the same address. A lock tells
 whether anybody still does: who is done first does not take it from the others, and who is done last leaves nothing.
@@ -6,8 +6,10 @@ whether anybody still does: who is done first does not take it from the others, 
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import hashlib
+import inspect
 import os
 import re
 import secrets
@@ -15,17 +17,17 @@ import shutil
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from ckavg.errors import ChangedError, CkavgError, NoCheckpointsError, ReadError, SettingError
-from ckavg.storage.address import Address
+from ckavg.errors import ChangedError, CkavgError, NoCheckpointsError, ReadError, SettingError, WriteError
+from ckavg.storage.address import SCHEMES, Address
 from ckavg.storage.atomic import cache_directory, check_own, make_own_directory, open_own
 from ckavg.storage.base import FileInfo, OnBytes
-from ckavg.storage.download import complete, exactly
+from ckavg.storage.download import Stopped, complete, exactly
 from ckavg.storage.hub_errors import retry, without_credentials
 from ckavg.storage.redaction import without_secrets
 
@@ -33,28 +35,47 @@ _HASHES = ("ETag", "etag", "md5Hash", "content_md5")
 _TIMES = ("LastModified", "last_modified", "mtime", "created")
 """Where drivers tell what changes when a file does."""
 
-_MOST_OF_A_REASON = 4_000
-_FINAL = (FileNotFoundError, PermissionError, NotImplementedError, IsADirectoryError)
+_MD5 = re.compile('"?([0-9a-f]{32}(?:-[0-9]+)?)"?')
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt", ".tar")
+_MOST_OF_A_REASON = 4_000
+_FINAL = (FileNotFoundError, FileExistsError, PermissionError, NotImplementedError, IsADirectoryError, Stopped)
+_NO_CREDENTIALS = re.compile("Credentials?(?:Retrieval|NotFound)?Error$|^(?:Profile|Config)NotFound$")
+"""How drivers' clients call errors that another attempt meets, too."""
+
+PROBE = ".ckavg-probe"
+"""What is written to see whether anything can be; it stays where it can not be removed."""
+
+_REMOVING = ("rm_file", "_rm_file", "_rm")
+_PART_BYTES, _MOST_PARTS = 16 << 20, 10_000
+"""Of a large file that is written in parts, as many as S3 allows."""
+
+LOCK = ".lock"
+"""In a directory of the cache that belongs to an address: who holds it uses what is beside it."""
+
+_WEIGHTS = (".safetensors", ".distcp", ".bin", ".pt", ".pth", ".th", ".ckpt", ".tar")
 """Endings of what must not change while it is read; logs may."""
 
-_LOCK = ".lock"
 _NAME = re.compile("[0-9a-f]{32}")
 _SECONDS_CACHED = 7 * 24 * 3600
 """For how long an interrupted attempt may be continued."""
 
 
 class ObjectTree:
-    """A directory of a file system that fsspec knows; see `Tree`."""
+    """A directory of a file system that fsspec knows; see `Tree`.
+
+    Args:
+        address: of the directory.
+        driver: of a tree in the same bucket; to make one takes a while.
+    """
 
     is_shared = False
     is_offline = False
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, driver: ObjectTree | None = None) -> None:
         self.url = self.pinned_url = str(address)
         self.directory = _downloads_directory()
-        self._fs, self._root = _file_system(address)
+        self._fs: Any
+        self._fs, self._root = _file_system(address, driver and driver._fs)
         self._downloads = Downloads(self.url)
         self._attempt = secrets.token_hex(8)
         """Stands for the state of files of which nothing is told that changes with it: they are not taken up again."""
@@ -62,15 +83,25 @@ class ObjectTree:
     @cached_property
     def files(self) -> Mapping[str, FileInfo]:
         """See `Tree`."""
-        return self._list()
+        listed = {name: file for name, file in self._list().items() if name}
+        if not listed:
+            raise NoCheckpointsError(f"{self.url} does not exist, or is empty.", hint="Check the name and the rights.")
+        return listed
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """See `Tree`."""
+        return self.read_part(name, start, stop, self.files[name].nbytes)
+
+    def read_whole(self, name: str, info: FileInfo) -> bytes:
+        """All bytes of a file, as it was listed now."""
+        return self.read_part(name, 0, info.nbytes, info.nbytes) if info.nbytes else b""
+
+    def read_part(self, name: str, start: int, stop: int, nbytes: int) -> bytes:
+        """The bytes from `start` to `stop` of a file that was listed with so many bytes."""
         path = f"{self._root}/{name}" if name else self._root
 
         def read_range() -> bytes:
-            data = self._fs.cat_file(path, start=start, end=stop)
-            return exactly(data, start, stop, self.files[name].nbytes)
+            return exactly(self._fs.cat_file(path, start=start, end=stop), start, stop, nbytes)
 
         with self._explaining(f"{self.url}/{name}"):
             return retry(read_range, is_transient=_may_pass)
@@ -95,8 +126,7 @@ class ObjectTree:
 
     def check_unchanged(self) -> None:
         """See `Tree`."""
-        self._fs.invalidate_cache()
-        before, now = self.files, self._list()
+        before, now = self.files, self.list_files()
         for name, file in before.items():
             if name.endswith(_WEIGHTS) and now.get(name) != file:
                 self.remove_downloads()  # they may be of either state, and must not be taken for what was listed
@@ -109,6 +139,11 @@ class ObjectTree:
         file = self.files[name]
         return self._downloads.target(name, file if file.identity is not None else (file, self._attempt))
 
+    def list_files(self) -> Mapping[str, FileInfo]:
+        """All files in it as they are now, by relative path; none where it does not exist, `""` where it is a file."""
+        self._fs.invalidate_cache()
+        return self._list()
+
     def _list(self) -> Mapping[str, FileInfo]:
         with self._explaining(self.url):
             found: dict[str, dict[str, Any]] = retry(
@@ -116,39 +151,134 @@ class ObjectTree:
             )
         listed = {}
         for path, told in found.items():
-            name = path.removeprefix(self._root).lstrip("/")
-            if told.get("type") == "file" and name:
-                listed[name] = _info(told)
-        if not listed:
-            raise NoCheckpointsError(f"{self.url} does not exist, or is empty.", hint="Check the name and the rights.")
+            if told.get("type") == "file":
+                listed[path.removeprefix(self._root).lstrip("/")] = _info(told)
         return listed
 
+    def check_driver(self) -> None:
+        """Refuse a driver that cannot write or remove anything. Asks nobody.
+
+        Raises:
+            WriteError: it cannot.
+        """
+        kinds = type(self._fs).__mro__
+        own = next((kind for kind in kinds if any(name in vars(kind) for name in _REMOVING)), None)
+        if own is None or own.__module__ in ("fsspec.spec", "fsspec.asyn"):
+            raise WriteError(
+                f"{self.url} cannot be written: the driver of {self._scheme}:// only reads, or removes nothing.",
+                hint="Choose another place with --out.",
+            )
+
+    def check_writable(self) -> None:
+        """Write a small file and remove it; WriteError where that cannot be done."""
+        self.put(PROBE, b"Written and removed by ckavg, to see whether a result can be.\n")
+        self.remove(PROBE)
+
+    def put(self, name: str, data: bytes, *, is_vital: bool = True) -> None:
+        """Write a small file, whole or not at all; once, unless it is vital.
+
+        Raises:
+            WriteError: it could not be written.
+        """
+        self._write(name, lambda: self._fs.pipe_file(f"{self._root}/{name}", data), "written", is_vital=is_vital)
+
+    def put_file(self, path: Path, name: str, on_bytes: OnBytes, *, parts: int) -> None:
+        """Write a file of this machine, a large one in parts; it appears complete or not at all.
+
+        Args:
+            path: the file.
+            name: relative path.
+            on_bytes: called, in other threads, with how many bytes were sent; a negative number where they are sent
+                anew. What it raises ends the work.
+            parts: how many are sent, and held, at the same time.
+
+        Raises:
+            WriteError: it could not be written.
+        """
+        from fsspec.callbacks import Callback
+
+        sent = 0
+
+        def count(nbytes: int) -> None:
+            nonlocal sent
+            sent += nbytes
+            on_bytes(nbytes)
+
+        class Counting(Callback):  # type: ignore[misc]
+            def relative_update(self, inc: int = 1) -> None:
+                count(int(inc))
+
+        takes = inspect.signature(getattr(self._fs, "_put_file", self._fs.put_file)).parameters
+        given = {"chunksize": part_bytes(path.stat().st_size), "max_concurrency": parts, "overwrite": True}
+        more = {option: value for option, value in given.items() if option in takes}
+
+        def send() -> None:
+            count(-sent)
+            self._fs.put_file(str(path), f"{self._root}/{name}", callback=Counting(), **more)
+            count(path.stat().st_size - sent)  # whatever the driver told
+
+        self._write(name, send, "written")
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there; WriteError where that cannot be done."""
+        with suppress(FileNotFoundError):
+            self._write(name, lambda: self._fs.rm_file(f"{self._root}/{name}"), "removed")
+
+    def _write(self, name: str, do: Callable[[], object], done: str, *, is_vital: bool = True) -> None:
+        def attempt() -> None:
+            self._fs.invalidate_cache()
+            if self._scheme not in SCHEMES and done == "written":  # whose directories are more than parts of names
+                self._fs.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
+            do()
+
+        with self._explaining(f"{self.url}/{name}", done):
+            retry(attempt, is_transient=_may_pass if is_vital else lambda error: False)
+
     @contextmanager
-    def _explaining(self, what: str) -> Iterator[None]:
+    def _explaining(self, what: str, done: str = "read") -> Iterator[None]:
         """Make an error of the driver one of ours; drivers raise what their clients do."""
+        kind = ReadError if done == "read" else WriteError
         try:
             yield
-        except CkavgError:
+        except (CkavgError, Stopped):
             raise
         except FileNotFoundError as error:
-            raise ReadError(f"{what} does not exist.", hint="Check the name, and the rights to list it.") from error
+            if done == "removed":
+                raise
+            missing = what if done == "read" else f"{what} cannot be written: the bucket, or what is above it,"
+            raise kind(f"{missing} does not exist.", hint="Check the name, and the rights to list it.") from error
         except Exception as error:
             verb, checked = "cannot", "the network and the credentials"
             if isinstance(error, PermissionError):
-                verb, checked = "may not", f"the credentials of {self._fs.protocol}"
-            raise ReadError(
-                f"{what} {verb} be read: {_reason(error)}.", hint=f"Check {checked}."
+                verb, checked = "may not", f"the credentials of {self._scheme}"
+            elif isinstance(error, NotImplementedError):
+                checked = "what the driver of the place can do"
+            raise kind(
+                f"{what} {verb} be {done}: {_reason(error)}.", hint=f"Check {checked}."
             ) from without_credentials(error)
 
+    @property
+    def _scheme(self) -> str:
+        return self.url.partition(":")[0]
 
-def _file_system(address: Address) -> tuple[Any, str]:
+
+def part_bytes(nbytes: int) -> int:
+    """The size of the parts in which a file of so many bytes is written, in whole MiB.
+
+    >>> part_bytes(10) >> 20, part_bytes(10**12) >> 20
+    (16, 96)
+    """
+    return max(_PART_BYTES, -(-nbytes // (_MOST_PARTS << 20)) << 20)
+
+
+def _file_system(address: Address, known: Any = None) -> tuple[Any, str]:
     """The driver of an address, and the path in it. Nothing of the address can name another driver."""
     try:
         from fsspec import get_filesystem_class
 
         driver = get_filesystem_class(address.scheme)
         # an instance of its own: a cached one remembers old lists, and the credentials of before
-        fs = driver(skip_instance_cache=True, **driver._get_kwargs_from_urls(str(address)))
+        fs = known or driver(skip_instance_cache=True, **driver._get_kwargs_from_urls(str(address)))
         return fs, str(driver._strip_protocol(str(address))).rstrip("/")
     except ImportError as error:
         raise SettingError(f"{address}: {error}", hint="Install the driver, then run the command again.") from error
@@ -164,13 +294,44 @@ def _reason(error: Exception) -> str:
 
 
 def _may_pass(error: Exception) -> bool:
-    return not isinstance(error, _FINAL)
+    return not (isinstance(error, _FINAL) or _NO_CREDENTIALS.search(type(error).__name__))
 
 
 def _info(told: Mapping[str, Any]) -> FileInfo:
     size = int(told.get("size") or 0)
     key = next((key for key in (*_HASHES, *_TIMES) if told.get(key)), None)
-    return FileInfo(size) if key is None else FileInfo(size, None, f"{key}:{told[key]}", key in _HASHES)
+    identity = None if key is None else f"{key}:{told[key]}"
+    return FileInfo(size, None, identity, key in _HASHES, _md5(told))
+
+
+def _md5(told: Mapping[str, Any]) -> str | None:
+    value = told.get("md5Hash") or told.get("content_md5")
+    if value:
+        with suppress(ValueError):
+            return (bytes(value) if isinstance(value, bytes | bytearray) else base64.b64decode(value)).hex()
+    found = _MD5.fullmatch(str(told.get("ETag", "")))
+    return found and found[1]
+
+
+def md5_of(path: Path, *, in_parts: bool) -> str:
+    """The MD5 of a file as a store tells it; see `FileInfo`.
+
+    Args:
+        path: the file.
+        in_parts: whether the store makes it of the parts in which `put_file` writes it, where those are several.
+    """
+    nbytes = path.stat().st_size
+    part = part_bytes(nbytes)
+    whole, digests = hashlib.md5(usedforsecurity=False), []
+    with path.open("rb") as file:
+        while data := file.read(part):
+            if in_parts and nbytes >= 2 * part:
+                digests.append(hashlib.md5(data, usedforsecurity=False).digest())
+            else:
+                whole.update(data)
+    if not digests:
+        return whole.hexdigest()
+    return f"{hashlib.md5(b''.join(digests), usedforsecurity=False).hexdigest()}-{len(digests)}"
 
 
 class Downloads:
@@ -178,13 +339,13 @@ class Downloads:
 
     def __init__(self, url: str) -> None:
         self._all = _downloads_directory()
-        self._directory = self._all / _short(url)
+        self._directory = self._all / short_hash(url)
         self._holding = threading.Lock()
         self._held: weakref.finalize[[int], Downloads] | None = None
 
     def target(self, name: str, state: object) -> Path:
         """Where a file goes: another place for another state of it."""
-        return self._directory / _short(repr((name, state))) / Path(name).name
+        return self._directory / short_hash(repr((name, state))) / Path(name).name
 
     def hold(self, target: Path | None = None) -> None:
         """Have nobody remove the files, until they are removed here or this object is gone.
@@ -216,11 +377,17 @@ class Downloads:
         with self._holding:
             if self._held is not None and (held := self._held.detach()) is not None:
                 _remove_unused(self._directory, held[2][0])
-        for other in self._all.iterdir():
+        remove_old(self._all)
+
+
+def remove_old(directory: Path) -> None:
+    """Remove what is kept for addresses in a directory of the cache that nobody came back to for a week."""
+    with suppress(OSError):
+        for each in [] if directory.is_symlink() else list(directory.iterdir()):
             with suppress(OSError):
-                if _NAME.fullmatch(other.name) and time.time() - (other / _LOCK).lstat().st_mtime > _SECONDS_CACHED:
-                    check_own(other, directory=True)
-                    _remove_unused(other, open_own(other / _LOCK, os.O_RDWR))
+                if _NAME.fullmatch(each.name) and time.time() - (each / LOCK).lstat().st_mtime > _SECONDS_CACHED:
+                    check_own(each, directory=True)
+                    _remove_unused(each, open_own(each / LOCK, os.O_RDWR))
 
 
 def _downloads_directory() -> Path:
@@ -233,10 +400,10 @@ def _lock_shared(directory: Path) -> int:
         make_own_directory(directory.parent)
         make_own_directory(directory)
         with suppress(FileNotFoundError):  # removed this very moment, and made again
-            lock = open_own(directory / _LOCK, os.O_RDWR, 0o600)
+            lock = open_own(directory / LOCK, os.O_RDWR, 0o600)
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH)
-                if os.fstat(lock).st_ino == (directory / _LOCK).stat().st_ino:
+                if os.fstat(lock).st_ino == (directory / LOCK).stat().st_ino:
                     os.utime(lock)
                     return lock
             except BaseException:
@@ -255,5 +422,6 @@ def _remove_unused(directory: Path, lock: int) -> None:
         os.close(lock)
 
 
-def _short(text: str) -> str:
+def short_hash(text: str) -> str:
+    """What an address is called in the cache."""
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -12,11 +12,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ckavg.errors import ReadError
+from ckavg.errors import ReadError, WriteError
 from ckavg.storage.address import Address
 from ckavg.storage.atomic import cache_directory
 from ckavg.storage.base import AnyPath, FileInfo, Listing, OnBytes, Opened, RemotePath, Tree
-from ckavg.storage.download import thread_map
+from ckavg.storage.download import Stopped, thread_map
 from ckavg.storage.hub import Repository
 from ckavg.storage.objects import ObjectTree
 
@@ -25,10 +25,6 @@ HEAD_BYTES = 64 << 10
 
 _LEFT_FREE = 1 << 30
 """What is left of a disk whatever happens."""
-
-
-class Stopped(Exception):  # noqa: N818 - nothing is wrong with what it stops
-    """The work is over, whatever is left of it; raised in a thread of it, and seen by nobody else."""
 
 
 class RemoteStorage:
@@ -129,6 +125,13 @@ class RemoteStorage:
         if path.inner not in self._small:
             self._small[path.inner] = self._read_whole(path)
         return self._small[path.inner]
+
+    def put(self, path: RemotePath, data: bytes) -> None:
+        """Write a small file, in one attempt; WriteError where it cannot be."""
+        tree, inner = self.within(path)
+        if not isinstance(tree, ObjectTree):
+            raise WriteError(f"{path} cannot be written: the Hub takes commits.", hint="Keep it on this machine.")
+        tree.put(inner.as_posix(), data, is_vital=False)
 
     def local(self, path: RemotePath) -> Path | None:
         """Where a file is on this machine, if it was downloaded."""

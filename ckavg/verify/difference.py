@@ -14,6 +14,7 @@ from ckavg.checkpoints.run import Checkpoint, TensorInfo
 from ckavg.engine.blocks import Block, cut_blocks
 from ckavg.engine.context import Context, OnProgress
 from ckavg.errors import MismatchError, RecordError, listed
+from ckavg.output.fetched import here
 from ckavg.output.output_path import is_result
 from ckavg.output.record import Record, read_record
 from ckavg.storage.atomic import resolved
@@ -72,7 +73,8 @@ def compare(one: Path | str, other: Path | str, *, on_progress: OnProgress | Non
     """Compare two results, or a result with a checkpoint, reading each of them once.
 
     Args:
-        one, other: directories of results or snapshots in them, or of checkpoints; at least one is a result.
+        one, other: directories of results or snapshots in them, or of checkpoints; at least one is a result. The
+            address of a result is downloaded.
         on_progress: called now and then in this thread.
 
     Raises:
@@ -80,13 +82,18 @@ def compare(one: Path | str, other: Path | str, *, on_progress: OnProgress | Non
         MismatchError: they do not have the same tensors.
         ReadError, CorruptFileError, TruncatedShardError: weights cannot be read.
     """
-    records = [read_record(path) if is_result(resolved(path)) else None for path in map(Path, (one, other))]
+    with here(Path(one), on_progress) as a, here(Path(other), on_progress) as b:
+        return _compare(a, b, on_progress)
+
+
+def _compare(one: Path, other: Path, on_progress: OnProgress | None) -> Difference:
+    records = [read_record(path) if is_result(resolved(path)) else None for path in (one, other)]
     known = [record for record in records if record is not None]
     if not known:
         raise RecordError(
             f"Neither {one} nor {other} is a result of ckavg.", hint="Name at least one, such as averaged/mean."
         )
-    pairs = zip(map(Path, (one, other)), records, strict=True)
+    pairs = zip((one, other), records, strict=True)
     a, b = (read_checkpoint(path, 0 if record is None else record.output.step) for path, record in pairs)
     _check_same_tensors(a, b)
     recipe, weights = [], []

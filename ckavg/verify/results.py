@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.fingerprints import fingerprint_files
-from ckavg.errors import CkavgError, ReadError, listed
+from ckavg.errors import CkavgError, ReadError, RecordError, listed
 from ckavg.output.output_path import CARD, PLOT, is_result
 from ckavg.output.published import Local, read_local
-from ckavg.output.record import Record, read_record
+from ckavg.output.record import MOST_BYTES, Record, parse_record, read_record
 from ckavg.output.staging import bring_back_all
-from ckavg.storage.address import Address, address_of
+from ckavg.storage.address import Address, AddressPath, address_of
 from ckavg.storage.base import AnyPath
+from ckavg.storage.objects import ObjectTree
 from ckavg.verify.sources import locate
 
 State = Literal["up to date", "sources changed", "copied or edited", "unknown"]
@@ -61,7 +62,7 @@ class Result:
 
 
 def list_results(source: AnyPath | str) -> list[Result]:
-    """The results in a directory and in `averaged` beneath it, by name; of a source elsewhere, those beneath here.
+    """The results in a directory and in `averaged` beneath it, by name; of a source elsewhere, those beneath here, too.
 
     Args:
         source: a run, a directory that results were put into, or a result.
@@ -69,7 +70,8 @@ def list_results(source: AnyPath | str) -> list[Result]:
     Raises:
         ReadError: it cannot be listed.
     """
-    home = Path(source) if address_of(str(source)) is None else Path()
+    address = address_of(str(source))
+    home = Path(source) if address is None else Path()
     averaged = home / "averaged"
     for place in (home, averaged):
         bring_back_all(place)
@@ -81,7 +83,25 @@ def list_results(source: AnyPath | str) -> list[Result]:
         raise ReadError(
             f"{home} cannot be listed: {error.strerror}.", hint="Name a run, or a directory that holds results."
         ) from error
-    return [_examine(each) for each in sorted(found, key=lambda path: (path.name, path))]
+    results = [_examine(each) for each in found]
+    if address is not None and address.scheme != "hf":
+        results += _results_at(address)
+    return sorted(results, key=lambda each: (each.directory.name, each.directory))
+
+
+def _results_at(address: Address) -> Iterator[Result]:
+    """The results at an address and in `averaged` beneath it; whether they are up to date is unknown."""
+    tree = ObjectTree(address)
+    for name, info in tree.list_files().items():
+        *folders, last = name.split("/")
+        if last == RESULT_RECORD and (len(folders) < 2 or (len(folders) == 2 and folders[0] == "averaged")):
+            directory = AddressPath(str(address)).joinpath(*folders)
+            try:
+                record = parse_record(tree.read_whole(name, info) if info.nbytes <= MOST_BYTES else b"", directory)
+            except RecordError as error:
+                yield Result(directory, None, None, "unknown", error.message.splitlines()[0])
+            else:
+                yield Result(directory, record, None, "unknown")
 
 
 def _results_in(directory: Path) -> list[Path]:

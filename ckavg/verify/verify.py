@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ckavg import __version__
 from ckavg.checkpoints.adapters import names_of_pairs
@@ -14,8 +16,9 @@ from ckavg.checkpoints.run import Checkpoint
 from ckavg.engine.context import OnProgress
 from ckavg.engine.remote import fetch_all
 from ckavg.errors import CkavgError, SettingError, listed
+from ckavg.output.fetched import here
 from ckavg.output.record import Output, Record, read_record
-from ckavg.storage.address import address_of
+from ckavg.storage.address import AddressPath, address_of
 from ckavg.storage.atomic import resolved
 from ckavg.storage.remote import storages_of
 from ckavg.verify.files import Part, check_files, check_finite, check_others, open_weights
@@ -50,7 +53,8 @@ def verify_result(
     another in its place, gets its name back first.
 
     Args:
-        result: directory of a result, or of one of its snapshots; it may have been moved, renamed or copied.
+        result: directory of a result, or of one of its snapshots; it may have been moved, renamed or copied. That
+            of an address is downloaded, and the copy removed.
         replay: compute elements, drawn at random, again from the checkpoints, and compare them.
         sources: read all checkpoints again, and compare their checksums with the record.
         source: directory of the checkpoints; None: where they were, as seen from the result or by its record.
@@ -78,6 +82,11 @@ def verify_result(
     for name, place in (("source", source), ("init", init)):
         if place is not None and (address := address_of(place)) is not None:
             raise SettingError(f"{name} is {address}; it must be on this machine.", hint="Fetch it, and name the copy.")
+    if (address := address_of(result)) is not None:
+        options: dict[str, Any] = {"replay": replay, "sources": sources, "source": source, "init": init, "fetch": fetch}
+        options |= {"elements": elements, "seed": seed, "on_progress": on_progress, "on_addresses": on_addresses}
+        with here(Path(result), on_progress) as copy:
+            return dataclasses.replace(verify_result(copy, **options), result=AddressPath(str(address)))
     directory, record, report = Path(result), read_record(Path(result)), Report(on_progress)
     source, init = Path(source) if source else None, Path(init) if init else None
     on_addresses = on_addresses or (lambda places: None)

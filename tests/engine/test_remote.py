@@ -19,7 +19,8 @@ from ckavg.engine.remote import RemoteReader
 from ckavg.errors import ReadError
 from ckavg.storage.address import Address
 from ckavg.storage.base import AnyPath, FileInfo, RemotePath
-from ckavg.storage.remote import RemoteStorage, Stopped
+from ckavg.storage.download import Stopped
+from ckavg.storage.remote import RemoteStorage
 
 HEAD = 64
 
