@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from ckavg.averaging.plan import Plan, start_of
-from ckavg.checkpoints.run import Run, TensorInfo, holds_float64
+from ckavg.checkpoints.run import Run, TensorInfo, distinct_tables, holds_float64
 from ckavg.engine.blocks import TILE
 from ckavg.engine.distributed import worker_threads
 from ckavg.engine.remote import HELD_BYTES
@@ -59,9 +59,8 @@ class Reading:
         }
         floating = [name for name, entry in self.run.tensors.items() if entry.is_floating]
         copied = sum(entry.nbytes for entry in self.run.tensors.values() if not entry.is_floating)
-        averaged = sum(
-            self.run.checkpoints[place].entries[name].nbytes for place in self.to_replay for name in floating
-        )
+        tables = distinct_tables([self.run.checkpoints[place] for place in self.to_replay])
+        averaged = sum(count * sum(table[name].nbytes for name in floating) for table, count in tables)
         return averaged + len(written) * copied
 
 
@@ -159,8 +158,7 @@ def memory_bytes(plans: Sequence[Plan]) -> int:
     checkpoints = [checkpoint for run in runs for checkpoint in run.checkpoints]
     tiles = (1 + _STATE_TILES * len(plans)) * TILE * (8 if holds_float64(checkpoints) else 4)
     buffers = worker_threads() * (2 * TILE * _RAW_BYTES_OF_ELEMENT + tiles)
-    tables = {id(checkpoint.entries): len(checkpoint.entries) for checkpoint in checkpoints}
-    known = _PER_ENTRY * sum(tables.values())
+    known = _PER_ENTRY * sum(len(table) for table, _ in distinct_tables(checkpoints))
     with_path = {id(plan.run): plan.run for plan in plans if plan.path}
     known += _PER_DISTANCE * sum(len(run.tensors) * len(run.checkpoints) for run in with_path.values())
     of_pairs = [(plan.run, pair) for plan in plans if plan.products for pair in plan.products.pairs]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ckavg.checkpoints.headers import SHARDED, Header, read_header
+from ckavg.checkpoints.headers import SHARDED, Header, KnownHeaders, read_header
 from ckavg.checkpoints.run import Checkpoint, Kind, Shard, TensorInfo
 from ckavg.checkpoints.unsupported import holds_unsupported, refused, refused_slices
 from ckavg.checkpoints.weight_files import WEIGHTS, LeftOut, Weights, beside, by_family, find_weights
@@ -34,17 +34,21 @@ MOST_TENSORS = 1_000_000
 
 _MOST_INDEX_BYTES = 1 << 28
 _SHARD_OF = re.compile(r".*-(\d+)-of-(\d+)\.safetensors", re.ASCII)
-_MOMENT = re.compile(
-    r"(?:^|[./])(?:(?:max_)?exp_avg(?:_sq|_res)?|exp_inf|momentum_buffer|square_avg|acc_delta|grad_avg)(?:[./]|$)"
-)
 _REWRITE = "Save the checkpoint again, or leave it out with --skip-step."
 _WAIT = (
     "It is still being written, or was not copied: wait, or copy it again. --skip-incomplete leaves the checkpoint out."
 )
 
 
-def read_checkpoint(path: AnyPath, step: int, *, within: AnyPath | None = None) -> Checkpoint:
+def read_checkpoint(
+    path: AnyPath, step: int, *, within: AnyPath | None = None, known: KnownHeaders | None = None
+) -> Checkpoint:
     """Read the headers of one checkpoint, a directory or a single safetensors file, whose links may lead into `within`.
+
+    Args:
+        path, step: of the checkpoint.
+        within: where links may lead; None: `path`.
+        known: headers of other checkpoints of the run; see `read_header`.
 
     Raises:
         MissingShardError: a shard is not there, or the directory holds no weights.
@@ -56,7 +60,7 @@ def read_checkpoint(path: AnyPath, step: int, *, within: AnyPath | None = None) 
     """
     bounds = Bounds.of(path, within or path)
     if path.suffix == WEIGHTS or not path.is_dir():
-        return _read_file(path, step)
+        return _read_file(path, step, known)
     try:
         found, left_out = find_weights(path, own_folders(path))
     except OSError as error:
@@ -77,10 +81,10 @@ def read_checkpoint(path: AnyPath, step: int, *, within: AnyPath | None = None) 
         left_out += of_others
     raise_all(errors)
     kind: Kind = next((weights.kind for weights in found if weights.folder == path), "pipeline")
-    return _assemble(path, step, kind, groups, left_out)
+    return _assemble(path, step, kind, groups, left_out, known)
 
 
-def _read_file(path: AnyPath, step: int) -> Checkpoint:
+def _read_file(path: AnyPath, step: int, known: KnownHeaders | None) -> Checkpoint:
     found = problem_with(path, Bounds((Path("/"),)))  # named by itself, a link may lead anywhere
     raise_all([] if found is None else [found])
     if path.suffix != WEIGHTS and path.is_file() and holds_unsupported(path):
@@ -90,7 +94,7 @@ def _read_file(path: AnyPath, step: int) -> Checkpoint:
             f"{path} is a link to {path.readlink()}, which leads to nothing.",
             hint="Restore what it led to, or remove the link. --skip-incomplete leaves the checkpoint out.",
         )
-    return _assemble(path, step, "file", [_Group("", path.parent, (path,))], [])
+    return _assemble(path, step, "file", [_Group("", path.parent, (path,))], [], known)
 
 
 def own_folders(path: AnyPath) -> frozenset[str]:
@@ -137,7 +141,7 @@ def _weight_map(index: AnyPath, bounds: Bounds) -> Mapping[str, str]:
         if size_of(index) == 0:
             raise TruncatedShardError(f"{index} is empty.", hint=_WAIT)
         weight_map = read_object(index, _MOST_INDEX_BYTES)["weight_map"]
-        placed = {str(name): str(file) for name, file in weight_map.items()}
+        placed = dict(zip(weight_map, map(str, weight_map.values()), strict=True))
     except OSError as error:
         raise ReadError(f"{index} cannot be read: {error.strerror}.", hint="Check that you may read it.") from error
     except ValueError as error:
@@ -155,7 +159,12 @@ def _weight_map(index: AnyPath, bounds: Bounds) -> Mapping[str, str]:
 
 
 def _assemble(
-    path: AnyPath, step: int, kind: Kind, groups: Sequence[_Group], left_out: Sequence[LeftOut]
+    path: AnyPath,
+    step: int,
+    kind: Kind,
+    groups: Sequence[_Group],
+    left_out: Sequence[LeftOut],
+    known: KnownHeaders | None,
 ) -> Checkpoint:
     """Merge the headers of all files into one table; every damaged file is reported."""
     shards: list[Shard] = []
@@ -164,7 +173,7 @@ def _assemble(
     left_out = list(left_out)
     for group in groups:
         try:
-            headers = _headers(group, first=len(shards))
+            headers = _headers(group, first=len(shards), known=known)
         except CkavgError as error:
             errors += error.errors if isinstance(error, CombinedError) else (error,)
             continue
@@ -175,14 +184,14 @@ def _assemble(
             else:
                 errors.append(refused_slices([group.folder]))
             continue
-        names = [name for header in headers.values() for name in header.entries]
-        if kind != "file" and 2 * sum(_MOMENT.search(name) is not None for name in names) >= len(names) > 0:
+        total = sum(len(header.entries) for header in headers.values())
+        if kind != "file" and 2 * sum(header.moments for header in headers.values()) >= total > 0:
             left_out += [("training state", file.relative_to(path).as_posix()) for file in group.files]
             continue
         parts = _parts(group, headers)
         for file, header in headers.items():
             part = parts[file]
-            entries.update((part + name, entry) for name, entry in header.entries.items())
+            entries |= {part + name: entry for name, entry in header.entries.items()} if part else header.entries
             identity = file.storage.identity(file) if isinstance(file, RemotePath) else None
             shards.append(Shard(file, header.info.nbytes, header.info.state, identity, part, header.metadata))
         if len(entries) > MOST_TENSORS:
@@ -196,18 +205,20 @@ def _assemble(
     return Checkpoint(step, path, kind, tuple(shards), indexes, entries, tuple(sorted(left_out)))
 
 
-def _headers(group: _Group, *, first: int) -> dict[AnyPath, Header]:
+def _headers(group: _Group, *, first: int, known: KnownHeaders | None) -> dict[AnyPath, Header]:
     headers: dict[AnyPath, Header] = {}
     errors: list[CkavgError] = []
     for number, file in enumerate(group.files, start=first):
         try:
-            headers[file] = read_header(file, shard=number)
+            headers[file] = read_header(file, shard=number, known=known)
         except CkavgError as error:
             errors.append(error)
     if not errors and group.placed is not None:
-        found = {name: file.name for file, header in headers.items() for name in header.entries}
-        wrong = [name for name in {**group.placed, **found} if group.placed.get(name) != found.get(name)]
-        if wrong:
+        found: dict[str, str] = {}
+        for file, header in headers.items():
+            found |= dict.fromkeys(header.entries, file.name)
+        if found != group.placed:
+            wrong = [name for name in {**group.placed, **found} if group.placed.get(name) != found.get(name)]
             index = group.folder / group.index
             what = f"{index} and its shards disagree about {len(wrong)} tensors, such as {wrong[0]!r}."
             errors.append(CorruptFileError(what, hint=_REWRITE))
