@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks import measure
 from benchmarks.measure import Measured
-from benchmarks.sparse import Model, build, squares
+from benchmarks.sparse import Built
 
 SCHEMES = ("pema", "bema", "mean")
 Say = Callable[[str], None]
@@ -76,14 +76,14 @@ def measure_costs(scratch: Path, *, megabytes: int, tensors: int, repeats: int, 
     """Measure what bytes cost, on tensors of one block, and what tensors cost, on tiny ones.
 
     Each is measured with two and with eight checkpoints: what further ones add is theirs, and the rest is that of
-    blocks, or of the result. Counted are seconds of the processor; of several turns the least, which was least disturbed.
+    blocks, or of the result. Counted are seconds of the processor; of several turns the least.
     """
-    sizes = {"one": (1, 16), "large": (max(1, megabytes // 8), 2048), "tiny": (tensors, 16)}
-    models = {name: squares(name, tensors=count, side=side, shards=1) for name, (count, side) in sizes.items()}
+    models = {"one": "1x16", "large": f"{max(1, megabytes // 8)}x2048", "tiny": f"{tensors}x16"}
+    built: dict[str, Built] = {}
     least: dict[tuple[str, str, int], float] = {}
     for name, model in models.items():
-        say(f"building and averaging {_ALL} checkpoints of {model.nbytes / 1e6:.0f} MB in {len(model.tensors)} tensors")
-        build(scratch / name, model, checkpoints=_ALL, filled=True)
+        say(f"building and averaging {_ALL} checkpoints of {model} tensors")
+        built[name] = build(scratch / name, model, _ALL, "--filled")
         for count in (_FEW, _ALL):
             turns = [_turn(scratch, name, count) for _ in range(repeats)]
             least |= {(name, part, count): min(turn[part] for turn in turns) for part in turns[0]}
@@ -96,11 +96,17 @@ def measure_costs(scratch: Path, *, megabytes: int, tensors: int, repeats: int, 
         return max(0.0, least[name, part, _FEW] - _FEW * per_checkpoint(name, part) - least["one", part, _FEW])
 
     def costs(part: str) -> PassCosts:
-        of_byte = per_checkpoint("large", part) / models["large"].nbytes
+        of_byte = per_checkpoint("large", part) / built["large"].nbytes
         return PassCosts(of_byte, per_checkpoint("tiny", part) / tensors, beside("tiny", part) / tensors)
 
-    written = beside("large", "mean") / models["large"].nbytes
+    written = beside("large", "mean") / built["large"].nbytes
     return Costs(costs("path"), {scheme: costs(scheme) for scheme in SCHEMES}, written)
+
+
+def build(run: Path, model: str, checkpoints: int, *options: str) -> Built:
+    """Have a process of its own build a run."""
+    words = ["-m", "benchmarks.sparse", str(run), model, "--checkpoints", str(checkpoints), *options]
+    return Built(**json.loads(measure.run(words).stdout))
 
 
 def _turn(scratch: Path, run: str, count: int) -> dict[str, float]:
@@ -116,29 +122,24 @@ class Planned:
     """What planning a run took.
 
     Attributes:
-        model: what is saved.
-        checkpoints: how often.
-        header_bytes: of all headers of one checkpoint.
+        run: the run.
         inspected: `ckavg inspect`.
         planned: `ckavg pema --dry-run`.
         memory_bytes: what that says averaging needs, with the threads of this machine.
     """
 
-    model: Model
-    checkpoints: int
-    header_bytes: int
+    run: Built
     inspected: Measured
     planned: Measured
     memory_bytes: int
 
 
-def measure_plan(scratch: Path, model: Model, checkpoints: int) -> Planned:
+def measure_plan(scratch: Path, model: str, checkpoints: int) -> Planned:
     """Build a run whose files are holes, and have it planned."""
     run = scratch / "sparse"
-    header_bytes = build(run, model, checkpoints=checkpoints)
+    built = build(run, model, checkpoints)
     inspected = measure.run(["-m", "ckavg", "inspect", str(run)])
     out = ("--out", str(scratch / "result"), "--force", "--json")
     planned = measure.run(["-m", "ckavg", "pema", str(run), "--dry-run", *out])
     shutil.rmtree(run)
-    memory = json.loads(planned.stdout)["memory_bytes"]
-    return Planned(model, checkpoints, header_bytes, inspected, planned, memory)
+    return Planned(built, inspected, planned, json.loads(planned.stdout)["memory_bytes"])

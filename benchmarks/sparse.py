@@ -1,22 +1,27 @@
 """Runs as large as one likes, on any disk: real safetensors headers, and files that are holes behind them.
 
-A plan reads no weight, so it cannot tell. Such a file takes a few pages, but its file system must allow its size.
+A plan reads no weight, so it cannot tell. Such a file takes a few pages, but its file system must allow its size. A
+process of its own builds a run, since a list of a million tensors is large: see `benchmarks.measure`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import shutil
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 RECORD = "sparse.json"
 """In a directory of sparse runs, so that it is known for what it is."""
 
-_ITEM = 2
+TILE, BLOCK, ITEM = 1 << 18, 1 << 22, 2
+"""Elements of what is computed at once and of the unit of work, and bytes of an element."""
+
 _STEPS_BETWEEN = 1000
 _PIECE = 8 << 20
 
@@ -34,7 +39,29 @@ class Model:
     @property
     def nbytes(self) -> int:
         """Bytes of one checkpoint, headers left out."""
-        return _ITEM * sum(math.prod(shape) for _, shape in self.tensors)
+        return ITEM * sum(math.prod(shape) for _, shape in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A run that was built: what one of its checkpoints holds.
+
+    Attributes:
+        model: its name.
+        checkpoints: how many there are.
+        files, tensors, tiles, blocks: of one checkpoint, in numbers.
+        nbytes: of one checkpoint, headers left out.
+        header_bytes: of its headers.
+    """
+
+    model: str
+    checkpoints: int
+    files: int
+    tensors: int
+    tiles: int
+    blocks: int
+    nbytes: int
+    header_bytes: int
 
 
 def llama(name: str, *, hidden: int, layers: int, intermediate: int, shards: int) -> Model:
@@ -112,8 +139,16 @@ def _feed_forward(prefix: str, hidden: int, intermediate: int) -> Tensors:
     return [(f"{prefix}.{part}.weight", shape) for part, shape in shapes.items()]
 
 
-def build(run: Path, model: Model, *, checkpoints: int, filled: bool = False) -> int:
-    """Write a run in place of what this made there before, and return the bytes of headers of one checkpoint.
+MODELS: Mapping[str, Callable[[], Model]] = {
+    "8B": lambda: llama("8B", hidden=4096, layers=32, intermediate=14336, shards=4),
+    "70B": lambda: llama("70B", hidden=8192, layers=80, intermediate=28672, shards=30),
+    "1T": lambda: experts("1T", layers=61, of_layer=384, hidden=7168, intermediate=2048, shards=200),
+    "1M tensors": lambda: squares("1M tensors", tensors=1_000_000, side=64, shards=200),
+}
+
+
+def build(run: Path, model: Model, *, checkpoints: int, filled: bool = False) -> Built:
+    """Write a run in place of what this made there before.
 
     Args:
         run: its directory.
@@ -146,13 +181,16 @@ def build(run: Path, model: Model, *, checkpoints: int, filled: bool = False) ->
                 for start in range(0, nbytes if filled else 0, _PIECE):
                     file.write(_numbers(min(_PIECE, nbytes - start)))
                 file.truncate(len(header) + nbytes)
-    return sum(len(header) for header, _ in files.values())
+    sizes = [math.prod(shape) for _, shape in model.tensors]
+    tiles, blocks = (sum(-(-size // unit) for size in sizes) for unit in (TILE, BLOCK))
+    header_bytes = sum(len(header) for header, _ in files.values())
+    return Built(model.name, checkpoints, len(files), len(sizes), tiles, blocks, model.nbytes, header_bytes)
 
 
 def _numbers(nbytes: int) -> bytearray:
     """Random numbers from 0.5 to 1, as bfloat16."""
-    numbers = bytearray(b"\x00\x3f" * (nbytes // _ITEM))
-    numbers[::_ITEM] = os.urandom(nbytes // _ITEM)
+    numbers = bytearray(b"\x00\x3f" * (nbytes // ITEM))
+    numbers[::ITEM] = os.urandom(nbytes // ITEM)
     return numbers
 
 
@@ -163,7 +201,7 @@ def _shards(model: Model) -> dict[str, Tensors]:
     done = 0
     for name, shape in model.tensors:
         parts[min(int(done // most), model.shards - 1)].append((name, shape))
-        done += _ITEM * math.prod(shape)
+        done += ITEM * math.prod(shape)
     parts = [part for part in parts if part]
     return {f"model-{number:05d}-of-{len(parts):05d}.safetensors": part for number, part in enumerate(parts, start=1)}
 
@@ -173,8 +211,28 @@ def _header(tensors: Tensors) -> tuple[bytes, int]:
     declared: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in tensors:
-        start, end = end, end + _ITEM * math.prod(shape)
+        start, end = end, end + ITEM * math.prod(shape)
         declared[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(declared, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text, end
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sparse", description=__doc__)
+    parser.add_argument("run", type=Path, help="its directory")
+    parser.add_argument("model", help=f"one of {', '.join(MODELS)}; or COUNTxSIDE, so many square tensors")
+    parser.add_argument("--checkpoints", type=int, required=True)
+    parser.add_argument("--filled", action="store_true", help="with random numbers instead of holes")
+    arguments = parser.parse_args()
+    name = arguments.model
+    if name in MODELS:
+        model = MODELS[name]()
+    else:
+        tensors, side = map(int, name.split("x"))
+        model = squares(name, tensors=tensors, side=side, shards=1)
+    print(json.dumps(asdict(build(arguments.run, model, checkpoints=arguments.checkpoints, filled=arguments.filled))))
+
+
+if __name__ == "__main__":
+    main()
