@@ -28,7 +28,7 @@ seconds of a pass = the largest of
   interpreter  (tiles × tile + blocks × block) ÷ processes
 seconds of a result = the larger of storage, its bytes ÷ the machine's bytes a second that are written, and
   cores        its bytes × write byte ÷ cores
-seconds of a plan = start + parsing + checkpoints × further + files × seconds to open one
+seconds of a plan = those of the processor that were measured + files × seconds to open one
 A tile is 262,144 elements of one checkpoint, or what a tensor has left; small tiles are those beyond bytes ÷ 512 KiB. A
 block is 4,194,304 elements of all checkpoints. A piece is 384 MiB ÷ (4 × checkpoints), from 1 to 32 MiB."""
 
@@ -275,9 +275,9 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     names = list(MODELS)
     parser.add_argument("--models", nargs="+", choices=names, default=names, help="default: all of them")
-    parser.add_argument("--megabytes", type=int, default=512, help="of a checkpoint that bytes are measured on")
-    parser.add_argument("--tensors", type=int, default=20_000, help="of one that tensors are measured on")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--megabytes", type=int, default=256, help="of a checkpoint that bytes are measured on")
+    parser.add_argument("--tensors", type=int, default=4_000, help="of one that tensors are measured on")
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="default: %(default)s")
     return parser.parse_args()
 
