@@ -36,12 +36,14 @@ class Measured:
         disk_bytes: bytes that were fetched from storage for it, not from the page cache; None where the system does not
             count them.
         stdout: what it printed.
+        cpu_seconds: what its threads computed, and the system for them. Other work on the machine counts less in it.
     """
 
     seconds: float
     peak_bytes: int
     disk_bytes: int | None
     stdout: str
+    cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,7 @@ def run(arguments: Sequence[str], *, python: str = sys.executable) -> Measured:
             usage.ru_maxrss * _MAXRSS_UNIT,
             usage.ru_inblock * _INBLOCK_UNIT if _LINUX else None,
             _text(stdout.fileno()),
+            usage.ru_utime + usage.ru_stime,
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckavg.averaging.plan import Plan
-from ckavg.checkpoints.run import Run
+from ckavg.checkpoints.run import Checkpoint, Run
 from ckavg.engine.distributed import Ranks
 from ckavg.engine.reader import usable_handles
 from ckavg.output.output_path import JOURNAL
@@ -192,9 +192,16 @@ def _journal(staging: Staging, key: str, ranks: Ranks) -> Journal | None:
 
 def _hash_run(run: Run) -> str:
     digest = hashlib.sha256()
+    before, tensors = run.checkpoints[0], _tensors(run.checkpoints[0])
     for checkpoint in run.checkpoints:
         digest.update(
             repr((checkpoint.step, [(shard.path.name, shard.nbytes) for shard in checkpoint.shards])).encode()
         )
-        digest.update(repr(sorted(checkpoint.entries.items())).encode())
+        if checkpoint.entries is not before.entries:
+            before, tensors = checkpoint, _tensors(checkpoint)
+        digest.update(tensors)
     return digest.hexdigest()
+
+
+def _tensors(checkpoint: Checkpoint) -> bytes:
+    return repr(sorted(checkpoint.entries.items())).encode()

@@ -14,7 +14,7 @@ from ckavg.averaging.recipe import current_result, finished_result
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.fingerprints import Fingerprints, file_fingerprints
 from ckavg.checkpoints.inspect import Inspection, as_run, worst_first
-from ckavg.checkpoints.run import Run, Selection, averaged_statistics
+from ckavg.checkpoints.run import Run, Selection, averaged_statistics, distinct_tables
 from ckavg.checkpoints.trainer_log import Course, read_course
 from ckavg.errors import CkavgError, SettingError, listed, raise_all
 from ckavg.output.origin import Origin, find_origin
@@ -449,7 +449,8 @@ def start_of(run: Run, scheme: Scheme) -> int:
 def _replay_bytes(run: Run, start: int, *, outputs: int) -> int:
     """Bytes that pass 2 reads: of what is averaged, and of what is copied to each output."""
     floating = [name for name, entry in run.tensors.items() if entry.is_floating]
-    averaged = sum(point.entries[name].nbytes for point in run.checkpoints[start:] for name in floating)
+    tables = distinct_tables(run.checkpoints[start:])
+    averaged = sum(count * sum(table[name].nbytes for name in floating) for table, count in tables)
     return averaged + outputs * sum(entry.nbytes for entry in run.tensors.values() if not entry.is_floating)
 
 

@@ -49,7 +49,7 @@ class ReplayedProducts:
 
     bytes_read: int
     blocks: tuple[Block, ...]
-    hashes: tuple[tuple[str, ...], ...]
+    hashes: tuple[str, ...]
     discarded: tuple[Mapping[int, float], ...]
 
 
@@ -140,7 +140,7 @@ class _ProductWorker:
         self._wanted = wanted
         self._tile = tile
 
-    def __call__(self, block: Block) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[float, float], ...]]:
+    def __call__(self, block: Block) -> tuple[tuple[str, ...], tuple[tuple[float, float], ...]]:
         """Form and write the averages of a pair: the hashes of what was read; the energy of each, and what was cut."""
         pair = self._pairs[block.name]
         a, of_a = self._load(pair.a)
@@ -160,7 +160,7 @@ class _ProductWorker:
                 self._write(average, index, pair.alpha, torch.tensor([scaling * rank], dtype=torch.float64), "F32")
         return of_a + of_b + of_alpha, tuple(energies)
 
-    def _load(self, name: str) -> tuple[Tensor, tuple[tuple[str, ...], ...]]:
+    def _load(self, name: str) -> tuple[Tensor, tuple[str, ...]]:
         """(checkpoints, elements) a tensor in all that are read, in float64, and the hashes of its blocks."""
         entry = self._tensors[name]
         values = torch.empty(len(self._read), entry.numel, dtype=torch.float64)
@@ -178,7 +178,7 @@ class _ProductWorker:
             hashes.append(sums.hashes())
         return values, tuple(hashes)
 
-    def _scaling(self, pair: Pair) -> tuple[float, tuple[tuple[str, ...], ...]]:
+    def _scaling(self, pair: Pair) -> tuple[float, tuple[str, ...]]:
         """The scaling s of a pair, and the hashes of what was read for it.
 
         Raises:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from ckavg.averaging.plan import Plan, start_of
-from ckavg.checkpoints.run import Run, TensorInfo, holds_float64
-from ckavg.engine.blocks import TILE
+from ckavg.checkpoints.run import Run, TensorInfo, distinct_tables, holds_float64
+from ckavg.engine.blocks import BLOCK, TILE
 from ckavg.engine.distributed import worker_threads
 from ckavg.engine.remote import HELD_BYTES
 from ckavg.path.plan import PathPlan, PathReading
@@ -59,9 +59,8 @@ class Reading:
         }
         floating = [name for name, entry in self.run.tensors.items() if entry.is_floating]
         copied = sum(entry.nbytes for entry in self.run.tensors.values() if not entry.is_floating)
-        averaged = sum(
-            self.run.checkpoints[place].entries[name].nbytes for place in self.to_replay for name in floating
-        )
+        tables = distinct_tables([self.run.checkpoints[place] for place in self.to_replay])
+        averaged = sum(count * sum(table[name].nbytes for name in floating) for table, count in tables)
         return averaged + len(written) * copied
 
 
@@ -153,6 +152,9 @@ _PER_PIECE = 300
 _PER_DISTANCE = 100
 """A number of the path, by tensor and checkpoint, and its line in `path.json`."""
 
+_PER_BLOCK, _PER_BLOCK_READ = 400, 64
+"""A block and what came of it; of each checkpoint, the hash of its bytes and a distance."""
+
 _STATE_TILES = 3
 _RAW_BYTES_OF_ELEMENT = 8
 
@@ -161,7 +163,7 @@ def memory_bytes(plans: Sequence[Plan]) -> int:
     """Peak memory of carrying out plans of one source together on the CPU, in bytes; an estimate.
 
     Every thread has two buffers for bytes as they are stored, the widened tile, and the tiles of each average's state.
-    The tables of the checkpoints and the side files come on top, and what the libraries take by themselves.
+    The tables of checkpoints and blocks and the side files come on top, and what the libraries take by themselves.
 
     Args:
         plans: what is carried out together; at least one.
@@ -170,11 +172,13 @@ def memory_bytes(plans: Sequence[Plan]) -> int:
     checkpoints = [checkpoint for run in runs for checkpoint in run.checkpoints]
     tiles = (1 + _STATE_TILES * len(plans)) * TILE * (8 if holds_float64(checkpoints) else 4)
     buffers = worker_threads() * (2 * TILE * _RAW_BYTES_OF_ELEMENT + tiles)
-    tables = {id(checkpoint.entries): checkpoint.entries for checkpoint in checkpoints}
-    entries = (entry for table in tables.values() for entry in table.values())
+    entries = (entry for table, _ in distinct_tables(checkpoints) for entry in table.values())
     known = sum(_PER_ENTRY + _PER_PIECE * len(entry.pieces) for entry in entries)
     with_path = {id(plan.run): plan.run for plan in plans if plan.path}
     known += _PER_DISTANCE * sum(len(run.tensors) * len(run.checkpoints) for run in with_path.values())
+    for run in runs:
+        blocks = sum(-(-entry.numel // BLOCK) for entry in run.tensors.values() if entry.is_floating)
+        known += blocks * (_PER_BLOCK + _PER_BLOCK_READ * len(run.checkpoints))
     of_pairs = [(plan.run, pair) for plan in plans if plan.products for pair in plan.products.pairs]
     # Of one pair, all checkpoints in float64, the columns of the sum, and as much again where they are cut.
     known += max((3 * 8 * len(run.checkpoints) * sum(pair.numel) for run, pair in of_pairs), default=0)

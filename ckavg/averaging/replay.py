@@ -80,7 +80,7 @@ class BlockResult:
     of its checkpoints are not, and how many elements are the same infinity in all of them.
     """
 
-    hashes: tuple[str, ...]
+    hashes: str
     nonfinite: tuple[int, ...]
     infinite: tuple[int, ...]
 
@@ -91,7 +91,8 @@ class BlockResult:
     @classmethod
     def from_json(cls, values: list[Any]) -> BlockResult:
         """The same from such values."""
-        return cls(*map(tuple, values))
+        hashes, *counts = values
+        return cls(hashes, *map(tuple, counts))
 
 
 def replay(

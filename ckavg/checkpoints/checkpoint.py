@@ -9,9 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from ckavg.checkpoints.distributed import SLICES, find_distributed, join_slices, read_distributed, read_slices
-from ckavg.checkpoints.headers import SHARDED, Header, read_header
+from ckavg.checkpoints.headers import SHARDED, Header, KnownHeaders, read_header
 from ckavg.checkpoints.layouts import WEIGHTS, as_safetensors
-from ckavg.checkpoints.model_names import MOMENT
 from ckavg.checkpoints.pickles import UnreadPickleError, read_pickle
 from ckavg.checkpoints.run import Checkpoint, Kind, Shard, TensorInfo
 from ckavg.checkpoints.unsupported import (
@@ -54,15 +53,20 @@ _WAIT = (
 
 
 def read_checkpoint(
-    path: AnyPath, step: int, *, within: AnyPath | None = None, prefix: str | None = None
+    path: AnyPath,
+    step: int,
+    *,
+    within: AnyPath | None = None,
+    prefix: str | None = None,
+    known: KnownHeaders | None = None,
 ) -> Checkpoint:
-    """Read the headers of one checkpoint, a directory or a single safetensors file.
+    """Read the headers of one checkpoint, a directory or a single weight file.
 
     Args:
-        path: where it is.
-        step: its optimizer step.
-        within: where links in it may lead, besides itself.
+        path, step: of the checkpoint.
+        within: where links may lead; None: `path`.
         prefix: as of `Selection`.
+        known: headers of other checkpoints of the run; see `read_header`.
 
     Raises:
         MissingShardError: a shard is not there, or the directory holds no weights.
@@ -74,7 +78,7 @@ def read_checkpoint(
     """
     bounds = Bounds.of(path, within or path)
     if path.suffix == WEIGHTS or not path.is_dir():
-        return _read_file(path, step)
+        return _read_file(path, step, known)
     try:
         found, left_out = find_weights(path, own_folders(path))
     except OSError as error:
@@ -95,7 +99,7 @@ def read_checkpoint(
         left_out += of_others
     raise_all(errors)
     kind: Kind = next((weights.kind for weights in found if weights.folder == path), "pipeline")
-    return _assemble(path, step, kind, groups, left_out)
+    return _assemble(path, step, kind, groups, left_out, known)
 
 
 def _read_distributed(
@@ -113,7 +117,7 @@ def _read_distributed(
     return Checkpoint(step, path, "model", found.shards, (), found.entries, tuple(sorted(left_out)), saved_as=WHOLE)
 
 
-def _read_file(path: AnyPath, step: int) -> Checkpoint:
+def _read_file(path: AnyPath, step: int, known: KnownHeaders | None) -> Checkpoint:
     found = problem_with(path, Bounds((Path("/"),)))  # named by itself, a link may lead anywhere
     raise_all([] if found is None else [found])
     if path.suffix != WEIGHTS and not is_pickled(path.name) and path.is_file() and holds_unsupported(path):
@@ -123,7 +127,7 @@ def _read_file(path: AnyPath, step: int) -> Checkpoint:
             f"{path} is a link to {path.readlink()}, which leads to nothing.",
             hint="Restore what it led to, or remove the link. --skip-incomplete leaves the checkpoint out.",
         )
-    return _assemble(path, step, "file", [_Group("", path.parent, (path,))], [])
+    return _assemble(path, step, "file", [_Group("", path.parent, (path,))], [], known)
 
 
 def own_folders(path: AnyPath) -> frozenset[str]:
@@ -183,7 +187,7 @@ def _weight_map(index: AnyPath, bounds: Bounds) -> Mapping[str, str]:
         if size_of(index) == 0:
             raise TruncatedShardError(f"{index} is empty.", hint=_WAIT)
         weight_map = read_object(index, _MOST_INDEX_BYTES)["weight_map"]
-        placed = {str(name): str(file) for name, file in weight_map.items()}
+        placed = dict(zip(weight_map, map(str, weight_map.values()), strict=True))
     except OSError as error:
         raise ReadError(f"{index} cannot be read: {error.strerror}.", hint="Check that you may read it.") from error
     except ValueError as error:
@@ -201,7 +205,12 @@ def _weight_map(index: AnyPath, bounds: Bounds) -> Mapping[str, str]:
 
 
 def _assemble(
-    path: AnyPath, step: int, kind: Kind, groups: Sequence[_Group], left_out: Sequence[LeftOut]
+    path: AnyPath,
+    step: int,
+    kind: Kind,
+    groups: Sequence[_Group],
+    left_out: Sequence[LeftOut],
+    known: KnownHeaders | None,
 ) -> Checkpoint:
     """Merge the headers of all files into one table; every damaged file is reported."""
     shards: list[Shard] = []
@@ -211,7 +220,7 @@ def _assemble(
     sliced: list[tuple[_Group, dict[AnyPath, Header]]] = []
     for group in groups:
         try:
-            headers, of_pickles = _headers(path, group, first=len(shards))
+            headers, of_pickles = _headers(path, group, first=len(shards), known=known)
             left_out += of_pickles
         except CkavgError as error:
             errors += error.errors if isinstance(error, CombinedError) else (error,)
@@ -222,14 +231,14 @@ def _assemble(
             else:
                 sliced.append((group, headers))
             continue
-        names = [name for header in headers.values() for name in header.entries]
-        if kind != "file" and 2 * sum(MOMENT.search(name) is not None for name in names) >= len(names) > 0:
+        total = sum(len(header.entries) for header in headers.values())
+        if kind != "file" and 2 * sum(header.moments for header in headers.values()) >= total > 0:
             left_out += [("training state", file.relative_to(path).as_posix()) for file in group.files]
             continue
         parts = _parts(group, headers)
         for file, header in headers.items():
             part = parts[file]
-            entries.update((part + name, entry) for name, entry in header.entries.items())
+            entries |= {part + name: entry for name, entry in header.entries.items()} if part else header.entries
             identity = file.storage.identity(file) if isinstance(file, RemotePath) else None
             shards.append(Shard(file, header.info.nbytes, header.info.state, identity, part, header.metadata))
         if len(entries) > MOST_TENSORS:
@@ -270,16 +279,20 @@ def _join_sliced(
     return Checkpoint(step, path, "model", tuple(shards), (), entries, tuple(sorted(left_out)), saved_as=WHOLE)
 
 
-def _headers(path: AnyPath, group: _Group, *, first: int) -> tuple[dict[AnyPath, Header], list[LeftOut]]:
+def _headers(
+    path: AnyPath, group: _Group, *, first: int, known: KnownHeaders | None
+) -> tuple[dict[AnyPath, Header], list[LeftOut]]:
     """The headers of the files, and what is left out of them: of pickles, those that hold no tensors, too."""
     headers: dict[AnyPath, Header] = {}
     left_out: list[LeftOut] = []
     errors: list[CkavgError] = []
     for file in group.files:
         try:
-            header = (read_pickle if is_pickled(file.name) else read_header)(file, shard=first + len(headers))
+            shard = first + len(headers)
+            is_pickle = is_pickled(file.name)
+            header = read_pickle(file, shard=shard) if is_pickle else read_header(file, shard=shard, known=known)
             left_out += header.left_out
-            if header.entries or group.placed is not None or not is_pickled(file.name):
+            if header.entries or group.placed is not None or not is_pickle:
                 headers[file] = header
             elif not header.left_out:
                 left_out.append(("pickle", file.name if file == path else file.relative_to(path).as_posix()))

@@ -33,19 +33,20 @@ Fingerprints = tuple[str | None, ...]
 
 def fingerprint_run(run: Run) -> Fingerprints:
     """The stamp of each checkpoint as it is now."""
-    return tuple(map(fingerprint, run.checkpoints))
+    found: list[str | None] = []
+    before, tensors = run.checkpoints[0], _tensors(run.checkpoints[0])
+    for checkpoint in run.checkpoints:
+        if checkpoint.entries is not before.entries:
+            before, tensors = checkpoint, _tensors(checkpoint)
+        states = _states(checkpoint)
+        found.append(None if states is None else _digest(states, tensors))
+    return tuple(found)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str | None:
     """What tells this state of a checkpoint from any other; None where it changed too recently to tell."""
     states = _states(checkpoint)
-    if states is None:
-        return None
-    tensors = [
-        [name, entry.dtype, entry.shape, entry.shard, entry.offset, *map(dataclasses.astuple, entry.pieces)]
-        for name, entry in sorted(checkpoint.entries.items())
-    ]
-    return _digest([*states, *tensors])
+    return None if states is None else _digest(states, _tensors(checkpoint))
 
 
 def file_fingerprints(run: Run) -> Fingerprints:
@@ -92,8 +93,19 @@ def _state(status: os.stat_result) -> list[int]:
     return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _digest(parts: list[object] | list[list[int]]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+def _tensors(checkpoint: Checkpoint) -> bytes:
+    """What the headers of a checkpoint declare, as the end of a JSON list."""
+    tensors = [
+        [name, entry.dtype, entry.shape, entry.shard, entry.offset, *map(dataclasses.astuple, entry.pieces)]
+        for name, entry in sorted(checkpoint.entries.items())
+    ]
+    return f", {json.dumps(tensors)[1:]}".encode()
+
+
+def _digest(states: list[object] | list[list[int]], tensors: bytes = b"]") -> str:
+    digest = hashlib.sha256(json.dumps(states)[:-1].encode())
+    digest.update(tensors)
+    return digest.hexdigest()[:32]
 
 
 def check_unchanged(checkpoints: Iterable[Checkpoint]) -> None:

@@ -5,13 +5,16 @@ A header from elsewhere may hold anything: nothing is believed, and nothing is p
 
 from __future__ import annotations
 
+import hashlib
 import re
 import struct
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ckavg.checkpoints.model_names import count_moments
 from ckavg.checkpoints.run import ITEM_BYTES, TensorInfo, WhyLeftOut
 from ckavg.errors import (
     CheckpointError,
@@ -53,18 +56,37 @@ STILL_WRITTEN = (
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What one file declares, checked against its size: tensors by offset, and what it says besides; of a pickle, also
-    what holds tensors in it and is left out.
+    """What one file declares, checked against its size.
+
+    Attributes:
+        entries: its tensors, by offset.
+        info: size and state of the file.
+        metadata: what it says besides.
+        moments: how many of the tensors have names of an optimizer's moments.
+        sha256: of the text; empty of a pickle.
+        left_out: of a pickle, what holds tensors in it and is left out.
     """
 
     entries: Mapping[str, TensorInfo]
     info: FileInfo
     metadata: Mapping[str, str]
+    moments: int
+    sha256: bytes = b""
     left_out: tuple[tuple[WhyLeftOut, str], ...] = ()
 
 
-def read_header(path: AnyPath, *, shard: int = 0) -> Header:
+KnownHeaders = dict[int, Header]
+"""The headers of a checkpoint, by the number of the shard."""
+
+
+def read_header(path: AnyPath, *, shard: int = 0, known: KnownHeaders | None = None) -> Header:
     """Read and check the header of a safetensors file, which is number `shard` of its checkpoint.
+
+    Args:
+        path: the file.
+        shard: its number.
+        known: headers of the checkpoint before, mostly with the same text, which is then parsed and kept once. That of
+            `shard` is replaced by this one.
 
     Raises:
         MissingShardError: there is no such file.
@@ -81,6 +103,11 @@ def read_header(path: AnyPath, *, shard: int = 0) -> Header:
         raise ReadError(f"{path} cannot be read: {error.strerror}.", hint="Check that you may read it.") from error
     except ValueError as error:  # a name that the system cannot have: with a zero byte, or no text
         raise MissingShardError(f"{path} does not exist: no file can have this name.", hint=RESAVE) from error
+    sha256 = hashlib.sha256(text).digest()
+    known = {} if known is None else known
+    same = known.get(shard)
+    if same is not None and (same.sha256, same.info.nbytes) == (sha256, info.nbytes):
+        return replace(same, info=info)
     try:
         declared = _parsed(text)
         metadata = _metadata(declared)
@@ -92,7 +119,9 @@ def read_header(path: AnyPath, *, shard: int = 0) -> Header:
         raise TruncatedShardError(f"{path} is {size:,} bytes long, but its header says {end:,}.", hint=STILL_WRITTEN)
     if end < size:
         raise CorruptFileError(f"{path} is {size:,} bytes long, but its header accounts for {end:,}.", hint=RESAVE)
-    return Header(entries, info, metadata)
+    moments = count_moments(entries)
+    known[shard] = Header(entries, info, metadata, moments, sha256)
+    return known[shard]
 
 
 def stated_step(path: AnyPath) -> int | None:
@@ -158,12 +187,14 @@ def _checked(
     """The tensors in the order of their bytes, and where the last of these ends in the file."""
     spans = sorted((_span(path, name, value) for name, value in declared.items()), key=lambda span: span[3:])
     entries: dict[str, TensorInfo] = {}
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal ones kept once, as names and dtypes are
     end = 0
     for name, dtype, shape, start, stop in spans:
         if start != end:
             raise ValueError(f"tensor {shown(name)} begins at byte {start:,}, expected {end:,}")
         end = stop
-        entries[name] = TensorInfo(dtype, shape, shard, data_start + start)
+        shape = shapes.setdefault(shape, shape)
+        entries[sys.intern(name)] = TensorInfo(sys.intern(dtype), shape, shard, data_start + start)
     return entries, data_start + end
 
 

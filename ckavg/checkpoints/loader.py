@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from ckavg.checkpoints.checkpoint import read_checkpoint
 from ckavg.checkpoints.configs import read_facts
 from ckavg.checkpoints.discover import Candidate, Scan
+from ckavg.checkpoints.headers import KnownHeaders
 from ckavg.checkpoints.layouts import WEIGHTS
 from ckavg.checkpoints.run import Checkpoint, Selection, TensorInfo
 from ckavg.checkpoints.trainer_log import TRAINER_STATE, Goal, Series, goal_of, read_history, values_at
@@ -139,6 +140,7 @@ class Loader:
         self._found = found
         self._read: dict[tuple[AnyPath, int], Checkpoint | CkavgError] = {}
         self._table: Mapping[str, TensorInfo] = {}
+        self._headers: KnownHeaders = {}
 
     def load(self, selection: Selection) -> None:
         """Choose among what is not known to be incomplete, and read it, until all that is chosen is complete.
@@ -226,7 +228,7 @@ class Loader:
         init = self._selection.init
         named = init if path == init and init is not None else self._found.source
         try:
-            checkpoint = read_checkpoint(path, step, within=named, prefix=self._selection.prefix)
+            checkpoint = read_checkpoint(path, step, within=named, prefix=self._selection.prefix, known=self._headers)
         except CkavgError as error:
             is_remote = isinstance(path, RemotePath) and isinstance(error, HubError | ReadError)
             if is_remote or isinstance(error, SettingError):

@@ -23,7 +23,7 @@ _FLAT_STATE = re.compile(
     r"random[-_]state|grad[-_]scaler)[./].*",
     re.ASCII,
 )
-MOMENT = re.compile(
+_MOMENT = re.compile(
     r"(?:^|[./])(?:(?:max_)?exp_avg(?:_sq|_res)?|exp_inf|momentum_buffer|square_avg|acc_delta|grad_avg)(?:[./]|$)"
 )
 """In the name of a tensor that an optimizer keeps."""
@@ -96,6 +96,11 @@ def conversion(names: Iterable[str]) -> tuple[str, str] | None:
 def _is_state(path: tuple[str, ...]) -> bool:
     """Whether a tensor is a trainer's, by the keys that lead to it, or by its name."""
     *above, name = path
-    if MOMENT.search(name) or _FLAT_STATE.match(name):
+    if _MOMENT.search(name) or _FLAT_STATE.match(name):
         return True
     return any(_STATE.search(key) or is_training_state(key) for key in above)
+
+
+def count_moments(names: Iterable[str]) -> int:
+    """How many names of tensors are those of an optimizer's moments."""
+    return sum(_MOMENT.search(name) is not None for name in names)

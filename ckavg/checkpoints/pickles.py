@@ -12,6 +12,7 @@ from typing import Any
 
 from ckavg.checkpoints.archives import FIRST_BYTES, CutOffError, Span, read_directory, reader
 from ckavg.checkpoints.headers import LARGEST, RESAVE, STILL_WRITTEN, Header, product, shown
+from ckavg.checkpoints.model_names import count_moments
 from ckavg.checkpoints.run import ITEM_BYTES, TensorInfo
 from ckavg.checkpoints.state_dict import find_weights_in, step_of
 from ckavg.checkpoints.unpickler import Global, Opaque, unpickled
@@ -85,7 +86,8 @@ def read_pickle(path: AnyPath, *, shard: int = 0) -> Header:
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path} cannot be read: {error}.", hint=RESAVE) from error
     in_order = sorted(entries, key=lambda name: entries[name].offset)  # of names for one tensor, the first stays so
-    return Header({name: entries[name] for name in in_order}, saved.info, {}, tuple(left_out))
+    entries = {name: entries[name] for name in in_order}
+    return Header(entries, saved.info, {}, count_moments(entries), left_out=tuple(left_out))
 
 
 def pickled_step(path: AnyPath) -> int | None:

@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -385,9 +386,17 @@ class Run:
         return any(checkpoint.entries[name].dtype == "F64" for checkpoint in self.checkpoints)
 
 
-def holds_float64(checkpoints: Iterable[Checkpoint]) -> bool:
+def distinct_tables(checkpoints: Sequence[Checkpoint]) -> list[tuple[Mapping[str, TensorInfo], int]]:
+    """Their tables of tensors, each once, and how many of them have it: mostly it is one that they share."""
+    counts = Counter(id(checkpoint.entries) for checkpoint in checkpoints)
+    tables = {id(checkpoint.entries): checkpoint.entries for checkpoint in checkpoints}
+    return [(tables[key], count) for key, count in counts.items()]
+
+
+def holds_float64(checkpoints: Sequence[Checkpoint]) -> bool:
     """Whether any of them has a float64 tensor."""
-    return any("float64" in checkpoint.dtypes for checkpoint in checkpoints)
+    tables = distinct_tables(checkpoints)
+    return any(entry.dtype == "F64" and entry.is_floating for table, _ in tables for entry in table.values())
 
 
 def not_constant(name: str, other: Checkpoint, last: Checkpoint) -> CkavgError:

@@ -320,13 +320,12 @@ def show_plans(plans: Sequence[Plan], options: Averaging, *, of_sweep: bool = Fa
     new = to_form(plans)
     fetching = fetching_of(new)
     as_dicts = [plan_to_dict(plan, fetching) for plan in plans]
-    whole = {
-        "dry_run": True,
-        "bytes_to_read": sum(reading.path_bytes + reading.replay_bytes for reading in readings(new)),
-        "memory_bytes": memory_bytes(new),
-        "averages": as_dicts,
-    }
-    print_json(whole if of_sweep else as_dicts[0])
+    if not of_sweep:
+        print_json(as_dicts[0])
+        return
+    bytes_to_read = sum(reading.path_bytes + reading.replay_bytes for reading in readings(new))
+    whole = {"dry_run": True, "bytes_to_read": bytes_to_read, "memory_bytes": memory_bytes(new), "averages": as_dicts}
+    print_json(whole)
 
 
 def plan_to_dict(plan: Plan, fetching: Fetching | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from rich.table import Table
 from ckavg.averaging.advice import about_anchor
 from ckavg.averaging.sources import inspect_source
 from ckavg.checkpoints.inspect import Inspection
+from ckavg.checkpoints.run import Checkpoint
 from ckavg.checkpoints.trainer_log import Course, Trend, read_course, values_at
 from ckavg.cli.errors import FAILED, failures, message_of
 from ckavg.cli.options import Choice, Json, Quiet, Verbose, with_options
@@ -121,10 +122,10 @@ def inspection_to_dict(found: Inspection, course: Course) -> dict[str, Any]:
                 "directory": str(checkpoint.path),
                 "files": list(checkpoint.names),
                 "bytes": checkpoint.nbytes,
-                "dtype": "+".join(checkpoint.dtypes),
+                "dtype": dtypes,
                 "eval_loss": loss,
             }
-            for checkpoint, loss in zip(found.checkpoints, losses, strict=True)
+            for checkpoint, dtypes, loss in zip(found.checkpoints, _dtypes(found.checkpoints), losses, strict=True)
         ],
         "log": {
             "metric": course.metric or None,
@@ -182,7 +183,7 @@ def _table(found: Inspection, course: Course) -> Table:
     columns = ("step", "interval", *of_loss, "shards", "size", "dtype", "directory")
     table = plain_table(*columns, left=("dtype", "directory"))
     before: int | None = None
-    for checkpoint, loss in zip(found.checkpoints, losses, strict=True):
+    for checkpoint, dtypes, loss in zip(found.checkpoints, _dtypes(found.checkpoints), losses, strict=True):
         is_anchor = before is None
         address = address_of(str(checkpoint.path))
         name = checkpoint.path.name
@@ -196,11 +197,18 @@ def _table(found: Inspection, course: Course) -> Table:
             *(["" if loss is None else f"{loss:.4g}"] if of_loss else []),
             str(len(checkpoint.shards)),
             decimal(checkpoint.nbytes),
-            "+".join(checkpoint.dtypes) or "none",
+            dtypes or "none",
             quoted(name + (" (anchor)" if is_anchor else "")),
         )
         before = checkpoint.step
     return table
+
+
+def _dtypes(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """The floating dtypes of each; of checkpoints with one table of tensors, they are looked for once."""
+    known = {id(each.entries): each for each in checkpoints}
+    names = {key: "+".join(each.dtypes) for key, each in known.items()}
+    return [names[id(each.entries)] for each in checkpoints]
 
 
 def health_to_dict(health: Health, *, seconds: float) -> dict[str, Any]:

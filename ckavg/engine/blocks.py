@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckavg.checkpoints.run import Checkpoint, TensorInfo
+from ckavg.checkpoints.run import Checkpoint, TensorInfo, distinct_tables
 from ckavg.errors import SettingError
 
 CHUNK = 1 << 14
@@ -79,7 +79,10 @@ def cut_blocks(entries: Mapping[str, TensorInfo]) -> tuple[Block, ...]:
 
 def sizes_of(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block]) -> list[int]:
     """Bytes that are read of each block."""
-    items = {block.name: sum(each.entries[block.name].item_bytes for each in checkpoints) for block in blocks}
+    tables = distinct_tables(checkpoints)
+    items = {
+        name: sum(count * table[name].item_bytes for table, count in tables) for name in {each.name for each in blocks}
+    }
     return [items[block.name] * block.size for block in blocks]
 
 

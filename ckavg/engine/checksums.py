@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -18,6 +18,7 @@ from ckavg.checkpoints.run import Checkpoint
 from ckavg.engine.blocks import BLOCK, CHUNK, Block
 
 _WORD = 8
+_DIGITS = 32
 
 
 class BlockSums:
@@ -56,31 +57,29 @@ class BlockSums:
             tail[:rest] = data[chunks * width :]
             sums[first + chunks] = torch.frombuffer(tail, dtype=torch.int64).sum()
 
-    def hashes(self) -> tuple[str, ...]:
-        """The hash of the block's chunk sums, of each checkpoint."""
+    def hashes(self) -> str:
+        """The hashes of the block's chunk sums, 32 digits for each checkpoint."""
         chunks = -(-(self._block.stop - self._block.start) // CHUNK)
-        return tuple(hashlib.sha256(row[:chunks].numpy().astype("<i8")).hexdigest()[:32] for row in self._sums)
+        rows = (row[:chunks].numpy().astype("<i8") for row in self._sums)
+        return "".join(hashlib.sha256(row).hexdigest()[:_DIGITS] for row in rows)
 
 
-def checksums(
-    checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], hashes: Sequence[tuple[str, ...]]
-) -> tuple[str, ...]:
+def checksums(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], hashes: Sequence[str]) -> tuple[str, ...]:
     """The checksum of each checkpoint, over the tensors that were cut into blocks.
 
     Args:
         checkpoints: what was read.
         blocks: all blocks, in any order.
-        digests: of every block, in the order of `blocks`: the hash for each checkpoint.
+        hashes: of every block, in the order of `blocks`.
     """
-    return tuple(
-        _checksum(checkpoint, {block: of_block[index] for block, of_block in zip(blocks, hashes, strict=True)})
-        for index, checkpoint in enumerate(checkpoints)
-    )
-
-
-def _checksum(checkpoint: Checkpoint, hashes: Mapping[Block, str]) -> str:
-    whole = hashlib.sha256()
-    for block in sorted(hashes, key=lambda each: (each.name, each.start)):
-        entry = checkpoint.entries[block.name]
-        whole.update(json.dumps([block.name, entry.dtype, entry.shape, block.start, hashes[block]]).encode())
-    return whole.hexdigest()
+    of_checkpoints = [hashlib.sha256() for _ in checkpoints]
+    of_blocks = dict(zip(blocks, hashes, strict=True))
+    for block in sorted(of_blocks, key=lambda each: (each.name, each.start)):
+        stated, begin = None, b""
+        for index, (checkpoint, whole) in enumerate(zip(checkpoints, of_checkpoints, strict=True)):
+            entry = checkpoint.entries[block.name]
+            if entry is not stated:
+                stated, begin = entry, json.dumps([block.name, entry.dtype, entry.shape, block.start])[:-1].encode()
+            digits = of_blocks[block][_DIGITS * index : _DIGITS * (index + 1)]
+            whole.update(b'%b, "%b"]' % (begin, digits.encode()))
+    return tuple(whole.hexdigest() for whole in of_checkpoints)

@@ -6,9 +6,10 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 import torch
@@ -156,20 +157,50 @@ def _stream_own(
         prefetch = open_files.enter_context(Prefetch(work.checkpoints, blocks, announce))
         executor = ThreadPoolExecutor(threads, thread_name_prefix="ckavg")
         try:
-            places = {executor.submit(do, place, block): place for place, block in enumerate(blocks)}
             report = _reporter(work, blocks, context.on_progress)
             note = _Notes(work.journal)
-            for future in as_completed(places):
-                place = places[future]
-                results[own[place]] = future.result()
+            for place, result in _as_done(blocks, do, stop, executor, threads):
+                results[own[place]] = result
                 report(place)
-                note(own[place], results[own[place]])
+                note(own[place], result)
         except BaseException:
             stop.set()  # not only between two blocks: a block may be a second's work, or many on slow storage
             raise
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
         return results, sum(reader.bytes_read for reader in readers)
+
+
+def _as_done(
+    blocks: Sequence[Unit],
+    do: Callable[[int, Unit], Result],
+    stop: threading.Event,
+    executor: ThreadPoolExecutor,
+    threads: int,
+) -> Iterator[tuple[int, Result]]:
+    """The place of every block with what came of it, as it is done; raises what a worker raised first.
+
+    Each thread takes the next block by itself. A future for each block would take half a gigabyte for a model of 10¹²
+    parameters, and a short queue of them would run empty while the thread that reads this waits for the disk.
+    """
+    to_do = iter(enumerate(blocks))  # of which several threads may take the next: no Python code runs in it
+    done: SimpleQueue[tuple[int, Result] | Future[None]] = SimpleQueue()
+
+    def work() -> None:
+        for place, block in to_do:
+            if stop.is_set():
+                return
+            done.put((place, do(place, block)))
+
+    for _ in range(threads):
+        executor.submit(work).add_done_callback(done.put)
+    while threads:
+        each = done.get()
+        if isinstance(each, Future):
+            each.result()
+            threads -= 1
+        else:
+            yield each
 
 
 def partition(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], ranks: Ranks) -> list[int]:

@@ -80,7 +80,8 @@ class WeightPlan:
     def index_of(self, part: str = "") -> tuple[dict[str, str], int]:
         """What a shard index states of a part: the file of every tensor, and the bytes of all of them."""
         shards = self.of(part)
-        placed = {name.removeprefix(part): PurePath(shard.name).name for shard in shards for name in shard.offsets}
+        files = {PurePath(shard.name).name: shard.offsets for shard in shards}
+        placed = {name.removeprefix(part): file for file, offsets in files.items() for name in offsets}
         return dict(sorted(placed.items())), sum(shard.nbytes - len(shard.header) for shard in shards)
 
 

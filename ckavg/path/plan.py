@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ckavg.checkpoints.run import Run
+from ckavg.checkpoints.run import Run, distinct_tables
 from ckavg.errors import SettingError
 from ckavg.path.cache import CachedPath, load_cached_path
 from ckavg.path.sampling import plan_samples
@@ -126,7 +126,8 @@ class PathReading:
 
     def nbytes(self, run: Run) -> int:
         """Bytes of checkpoints of a run that are read."""
-        return _bytes_read(run, self.to_read, self.plans[0].names, self.sample)
+        plan = self.plans[0]
+        return plan.nbytes if len(self.plans) == 1 else _bytes_read(run, self.to_read, plan.names, self.sample)
 
 
 def plan_path(
@@ -159,8 +160,10 @@ def _bytes_read(run: Run, indices: Iterable[int], names: Iterable[str], sample: 
     elements = {name: entry.numel for name, entry in tensors.items()}
     if sample < 1:
         elements = {name: each.elements for name, each in plan_samples(run, tensors, sample).items()}
-    entries = [run.checkpoints[index].entries for index in indices]
-    return sum(each[name].item_bytes * count for each in entries for name, count in elements.items())
+    tables = distinct_tables([run.checkpoints[index] for index in indices])
+    return sum(
+        times * sum(table[name].item_bytes * count for name, count in elements.items()) for table, times in tables
+    )
 
 
 def check_sample(sample: float) -> None:

@@ -303,8 +303,8 @@ def check_checksums(report: Report, record: Record, sources: Sources, outputs: S
         return
     blocks = cut_blocks({name: read[-1].entries[name] for name in names})
 
-    def make_worker(reader: TileReader) -> Callable[[Block], tuple[str, ...]]:
-        def hashes(block: Block) -> tuple[str, ...]:
+    def make_worker(reader: TileReader) -> Callable[[Block], str]:
+        def hashes(block: Block) -> str:
             sums = reader.sum_up(block)
             for start, stop in block.tiles(TILE):
                 for index, checkpoint in enumerate(read):

@@ -93,7 +93,7 @@ def test_what_passes_and_records_are_made_of(tmp_path: Path) -> None:
         CachedPath.empty(run),
         result,
         dataclasses.replace(result, evaluation=Evaluation("cat {dir}/x", 0.1)),
-        {7: BlockResult(("a", "b"), (0, 3), (1, 0))},
+        {7: BlockResult("ab", (0, 3), (1, 0))},
         [(_Partial((0.1, math.inf), -0.0, 5e-324),)],
     ):
         assert sent(value) == value
