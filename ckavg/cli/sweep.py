@@ -61,7 +61,7 @@ class Sweeping(Averaging):
     ] = dataclasses.field(kw_only=True)
 
 
-@with_options(Sweeping, without=("source",))
+@with_options(Sweeping, without=("source", "part", "wait"))
 def sweep(options: Sweeping) -> None:
     """Form many averages from one reading of the checkpoints: every value of every scheme.
 
@@ -69,7 +69,7 @@ def sweep(options: Sweeping) -> None:
     of them is best.
     """
     words = list(options.words)
-    with distributed(verbose=options.verbose) as ranks:
+    with distributed(verbose=options.verbose, timeout=options.rank_timeout) as ranks:
         if words and not is_scheme(words[0]):
             options = dataclasses.replace(options, source=Path(words.pop(0)))
         if not words:

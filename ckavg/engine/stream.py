@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -16,7 +17,8 @@ import torch
 from ckavg.checkpoints.run import Checkpoint
 from ckavg.engine.blocks import Block, check_tile, sizes_of
 from ckavg.engine.context import Context, OnProgress, Pass, Progress
-from ckavg.engine.distributed import Ranks, worker_threads
+from ckavg.engine.distributed import PassJournal, Ranks, worker_threads
+from ckavg.engine.job import SECONDS_BETWEEN_LOOKS
 from ckavg.engine.prefetch import Prefetch, announcer
 from ckavg.engine.reader import Files
 from ckavg.engine.remote import RemoteReader, far_files
@@ -28,9 +30,6 @@ Unit = TypeVar("Unit", bound=Block)
 SECONDS_BETWEEN_NOTES = 2.0
 """How much work may be lost to a crash. A note waits for the disk, in a thread that has nothing else to do."""
 
-_BLOCKS_AT_ONCE = 1024
-"""What comes of so many blocks goes from process to process in one message, whose size has a bound."""
-
 
 @dataclass(frozen=True, slots=True)
 class Streamed(Generic[Result]):
@@ -40,19 +39,6 @@ class Streamed(Generic[Result]):
     bytes_read: int
 
 
-@dataclass(frozen=True, slots=True)
-class PassJournal(Generic[Result]):
-    """What an interrupted attempt has done of a pass, and who notes what is done now.
-
-    Attributes:
-        done: what came of blocks that need not be worked on again, by their place; the same in every process.
-        note: called now and then with what came of further blocks of this process; it keeps them.
-    """
-
-    done: Mapping[int, Result]
-    note: Callable[[Mapping[int, Result]], None]
-
-
 def stream(
     stage: Pass,
     checkpoints: Sequence[Checkpoint],
@@ -60,6 +46,7 @@ def stream(
     make_worker: Callable[[TileReader], Callable[[Unit], Result]],
     context: Context,
     journal: PassJournal[Result] | None = None,
+    what: str = "",
 ) -> Streamed[Result]:
     """Work on every block once, and return what came of all of them in every process.
 
@@ -69,35 +56,41 @@ def stream(
         blocks: the work.
         make_worker: called once in each thread; what it returns is called with one block after another.
         context: threads, tile, listener and processes.
-        journal: what is done already.
+        journal: what is done already; where several processes share the work, what comes of it goes through it.
+        what: of the shares of other processes, in messages.
 
     Raises:
         Exception: whatever a worker raised first; the blocks not yet begun are dropped.
+        UnfinishedError: other parts of the work are missing, and this process does not wait for them.
     """
     ranks = context.ranks
-    journal = journal or PassJournal({}, lambda _: None)
-    work = _Work(
-        stage, checkpoints, blocks, journal, sum(sizes_of(checkpoints, [blocks[each] for each in journal.done]))
-    )
+    journal = journal or PassJournal({}, (), lambda _: None)
+    sizes = sizes_of(checkpoints, blocks)
     left = [place for place in range(len(blocks)) if place not in journal.done]
-    if ranks.world == 1:
-        parts = [_stream_own(work, left, make_worker, context)]
+    work = _Work(stage, checkpoints, blocks, journal, sum(sizes) - sum(sizes[place] for place in left))
+    results = dict(journal.found)
+    if not ranks.is_shared:
+        own_results, nbytes = _stream_own(work, left, make_worker, context)
+        results |= own_results
     else:
+        # A part's share is the same whatever the others have done, a job's whatever is left at its beginning.
+        dealt = left if ranks.mode == "job" else list(range(len(blocks)))
+        owners = dict(zip(dealt, deal(checkpoints, [blocks[place] for place in dealt], ranks), strict=True))
+        own = [place for place in left if owners[place] == ranks.rank and ranks.mode != "join"]
         to_do = [blocks[place] for place in left]
-        own = [left[each] for each in partition(checkpoints, to_do, ranks)]
         listener = GlobalProgress(stage, checkpoints, to_do, context.on_progress, kept=work.kept_bytes)
         on_own_progress = dataclasses.replace(context, on_progress=listener.on_own_progress)
-        results, nbytes = _stream_own(work, own, make_worker, on_own_progress)
-        parts = [({}, each) for each in ranks.gather(nbytes)]
-        for first in range(0, len(left), _BLOCKS_AT_ONCE):
-            some = {place: results[place] for place in left[first : first + _BLOCKS_AT_ONCE] if place in results}
-            parts += [(part, 0) for part in ranks.gather(some)]
+        own_results, _ = _stream_own(work, own, make_worker, on_own_progress)
+        results |= own_results
+
+        def late() -> set[int]:
+            results.update(journal.read())
+            return {owners.get(place, 0) for place in range(len(blocks)) if place not in results}
+
+        ranks.wait(late, what or f"their shares of pass {1 if stage == 'path' else 2}")
         listener.end()
-    results = dict(journal.done)
-    for part, _ in parts:
-        results |= part
-    in_order = tuple(results[place] for place in range(len(blocks)))
-    return Streamed(in_order, sum(nbytes for _, nbytes in parts))
+        nbytes = sum(sizes[place] for place in (left if ranks.mode == "job" else range(len(blocks))))
+    return Streamed(tuple(results[place] for place in range(len(blocks))), nbytes)
 
 
 def by_tensor(blocks: Sequence[Block], results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -135,7 +128,6 @@ def _stream_own(
     remote: RemoteReader | None = None
 
     def do(place: int, block: Unit) -> Result:
-        context.ranks.check()
         if not hasattr(of_thread, "worker"):
             files = open_files.enter_context(Files(threads=threads + 1, remote=remote))
             of_thread.reader = TileReader(work.checkpoints, files, tile=tile, stopped=stop.is_set)
@@ -144,7 +136,8 @@ def _stream_own(
         reader: TileReader = of_thread.reader
         reader.begin(lambda: prefetch.miss(place))
         prefetch.begin(place)
-        result: Result = of_thread.worker(block)
+        with context.ranks.working_on(f"{block.name!r}, elements {block.start:,} to {block.stop:,}"):
+            result: Result = of_thread.worker(block)
         return result
 
     results: dict[int, Result] = {}
@@ -159,11 +152,13 @@ def _stream_own(
             places = {executor.submit(do, place, block): place for place, block in enumerate(blocks)}
             report = _reporter(work, blocks, context.on_progress)
             note = _Notes(work.journal)
-            for future in as_completed(places):
+            for future in _as_completed(places, context.ranks):
                 place = places[future]
                 results[own[place]] = future.result()
                 report(place)
                 note(own[place], results[own[place]])
+            if context.ranks.is_shared:
+                note.flush()
         except BaseException:
             stop.set()  # not only between two blocks: a block may be a second's work, or many on slow storage
             raise
@@ -172,8 +167,22 @@ def _stream_own(
         return results, sum(reader.bytes_read for reader in readers)
 
 
-def partition(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], ranks: Ranks) -> list[int]:
-    """Places of the blocks that fall to this process, in their order.
+def _as_completed(futures: Collection[Future[Result]], ranks: Ranks) -> Iterator[Future[Result]]:
+    """The futures as they are done; meanwhile, the other processes are looked at."""
+    done: queue.SimpleQueue[Future[Result]] = queue.SimpleQueue()
+    for future in futures:
+        future.add_done_callback(done.put)
+    left = len(futures)
+    while left:
+        ranks.check()
+        with suppress(queue.Empty):
+            future = done.get(timeout=SECONDS_BETWEEN_LOOKS)
+            left -= 1
+            yield future
+
+
+def deal(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], ranks: Ranks) -> list[int]:
+    """The process that each block falls to.
 
     They are dealt out in the order of the files, whatever the order of the pass: what a machine has read in pass 1, and
     may have in memory still, falls to it in pass 2.
@@ -188,7 +197,8 @@ def partition(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], ranks:
             blocks[place].start,
         ),
     )
-    return sorted(in_files[each] for each in ranks.share([sizes[place] for place in in_files]))
+    owners = dict(zip(in_files, ranks.share([sizes[place] for place in in_files]), strict=True))
+    return [owners[place] for place in range(len(blocks))]
 
 
 class GlobalProgress:
@@ -233,16 +243,21 @@ class _Notes(Generic[Result]):
     """Has finished blocks noted every few seconds, never sooner: a short pass is not worth a note."""
 
     def __init__(self, journal: PassJournal[Result]) -> None:
-        self._ledger = journal
+        self._journal = journal
         self._new: dict[int, Result] = {}
         self._noted = time.monotonic()
 
     def __call__(self, place: int, result: Result) -> None:
         self._new[place] = result
         if time.monotonic() - self._noted >= SECONDS_BETWEEN_NOTES:
-            self._ledger.note(self._new)
-            self._new = {}
-            self._noted = time.monotonic()
+            self.flush()
+
+    def flush(self) -> None:
+        """Note what is new now."""
+        if self._new:
+            self._journal.note(self._new)
+        self._new = {}
+        self._noted = time.monotonic()
 
 
 def _reporter(
