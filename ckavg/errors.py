@@ -154,14 +154,19 @@ class UnfinishedError(RanksError):
     Args:
         parts: which, from 0.
         count: of how many.
-        what: what of their work is missing.
+        what: of which work.
     """
 
     def __init__(self, parts: Sequence[int], count: int, what: str) -> None:
         self.parts, self.count, self.what = tuple(parts), count, what
-        named = f"Part{'s' * (len(parts) > 1)} {listed([f'{part}/{count}' for part in parts])}"
+        named = listed([f"{part}/{count}" for part in parts])
+        some = (
+            f"Parts {named} have not finished their shares"
+            if len(parts) > 1
+            else f"Part {named} has not finished its share"
+        )
         super().__init__(
-            f"{named} {'have' if len(parts) > 1 else 'has'} not finished: {what}.",
+            f"{some} of {what}.",
             hint="Run what is missing, and then this command again; a part can also wait for the others, with --wait.",
         )
 

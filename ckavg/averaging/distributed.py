@@ -199,7 +199,8 @@ def open_writers(
 
         if ranks.is_first:
             writers += map(opened, plans, stagings)
-        ranks.agreed("made", bool)
+        if ranks.mode == "job":
+            ranks.agreed("made", bool)
         if not ranks.is_first:
             writers += map(opened, plans, stagings)
         yield writers, journals
@@ -238,7 +239,7 @@ def finalize(
             hashes.update(journal.read())
             return {place % ranks.world for place in range(len(outputs)) if place not in hashes}
 
-        ranks.wait(late, "SHA-256 of their files")
+        ranks.wait(late, "hashing")
     by_path = {path: hashes[place] for place, (path, _) in enumerate(outputs)}
     return [
         {name: by_path[staging.path / name] for name in plan.weight_files}

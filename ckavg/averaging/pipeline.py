@@ -482,7 +482,7 @@ def _replay(
             for plan in plans
         ],
         (options.lora, options.rank),
-        [[str(out) for out in plan.outputs.values()] for plan in plans],
+        [[str(out.relative_to(plan.out)) for out in plan.outputs.values()] for plan in plans],
         options.accumulate,
         options.allow_nonfinite,
         _kind(context),

@@ -46,7 +46,6 @@ def stream(
     make_worker: Callable[[TileReader], Callable[[Unit], Result]],
     context: Context,
     journal: PassJournal[Result] | None = None,
-    what: str = "",
 ) -> Streamed[Result]:
     """Work on every block once, and return what came of all of them in every process.
 
@@ -57,40 +56,54 @@ def stream(
         make_worker: called once in each thread; what it returns is called with one block after another.
         context: threads, tile, listener and processes.
         journal: what is done already; where several processes share the work, what comes of it goes through it.
-        what: of the shares of other processes, in messages.
 
     Raises:
         Exception: whatever a worker raised first; the blocks not yet begun are dropped.
         UnfinishedError: other parts of the work are missing, and this process does not wait for them.
     """
-    ranks = context.ranks
     journal = journal or PassJournal({}, (), lambda _: None)
     sizes = sizes_of(checkpoints, blocks)
     left = [place for place in range(len(blocks)) if place not in journal.done]
+    if context.ranks.is_shared:
+        return _stream_share(_Work(stage, checkpoints, blocks, journal, 0), left, sizes, make_worker, context)
     work = _Work(stage, checkpoints, blocks, journal, sum(sizes) - sum(sizes[place] for place in left))
-    results = dict(journal.found)
-    if not ranks.is_shared:
-        own_results, nbytes = _stream_own(work, left, make_worker, context)
-        results |= own_results
-    else:
-        # A part's share is the same whatever the others have done, a job's whatever is left at its beginning.
-        dealt = left if ranks.mode == "job" else list(range(len(blocks)))
-        owners = dict(zip(dealt, deal(checkpoints, [blocks[place] for place in dealt], ranks), strict=True))
-        own = [place for place in left if owners[place] == ranks.rank and ranks.mode != "join"]
-        to_do = [blocks[place] for place in left]
-        listener = GlobalProgress(stage, checkpoints, to_do, context.on_progress, kept=work.kept_bytes)
-        on_own_progress = dataclasses.replace(context, on_progress=listener.on_own_progress)
-        own_results, _ = _stream_own(work, own, make_worker, on_own_progress)
-        results |= own_results
-
-        def late() -> set[int]:
-            results.update(journal.read())
-            return {owners.get(place, 0) for place in range(len(blocks)) if place not in results}
-
-        ranks.wait(late, what or f"their shares of pass {1 if stage == 'path' else 2}")
-        listener.end()
-        nbytes = sum(sizes[place] for place in (left if ranks.mode == "job" else range(len(blocks))))
+    own_results, nbytes = _stream_own(work, left, make_worker, context)
+    results = {**journal.found, **own_results}
     return Streamed(tuple(results[place] for place in range(len(blocks))), nbytes)
+
+
+def _stream_share(
+    work: _Work[Unit, Result],
+    left: Sequence[int],
+    sizes: Sequence[int],
+    make_worker: Callable[[TileReader], Callable[[Unit], Result]],
+    context: Context,
+) -> Streamed[Result]:
+    """Work on the share of this process, and wait for those of the others; errors as of `stream`."""
+    ranks, blocks, places = context.ranks, work.blocks, range(len(work.blocks))
+    # A part's share is the same whatever the others have done, a job's of what is left at its beginning.
+    dealt = left if ranks.mode == "job" else places
+    owners = dict(zip(dealt, _deal(work.checkpoints, [blocks[place] for place in dealt], ranks), strict=True))
+    own = [place for place in left if owners[place] == ranks.rank and ranks.mode != "join"]
+    listener = None
+    if ranks.mode == "job":
+        to_do = [blocks[place] for place in left]
+        kept = sum(sizes) - sum(sizes[place] for place in left)
+        listener = GlobalProgress(work.stage, work.checkpoints, to_do, context.on_progress, kept=kept)
+        context = dataclasses.replace(context, on_progress=listener.on_own_progress)
+    results = dict(work.journal.found)
+    if own:
+        results |= _stream_own(work, own, make_worker, context)[0]
+
+    def late() -> set[int]:
+        results.update(work.journal.read())
+        return {owners.get(place, 0) for place in places if place not in results}
+
+    ranks.wait(late, f"pass {1 if work.stage == 'path' else 2}")
+    if listener is not None:
+        listener.end()
+    nbytes = sum(sizes[place] for place in dealt)
+    return Streamed(tuple(results[place] for place in places), nbytes)
 
 
 def by_tensor(blocks: Sequence[Block], results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -119,6 +132,8 @@ def _stream_own(
     context: Context,
 ) -> tuple[dict[int, Result], int]:
     """Work on the blocks of this process, by place: what came of each, and the bytes read; errors as of `stream`."""
+    if not own:
+        return {}, 0
     threads = context.threads or worker_threads(context.ranks.local_world)
     tile = check_tile(context.tile)
     blocks = [work.blocks[place] for place in own]
@@ -181,7 +196,7 @@ def _as_completed(futures: Collection[Future[Result]], ranks: Ranks) -> Iterator
             yield future
 
 
-def deal(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], ranks: Ranks) -> list[int]:
+def _deal(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], ranks: Ranks) -> list[int]:
     """The process that each block falls to.
 
     They are dealt out in the order of the files, whatever the order of the pass: what a machine has read in pass 1, and
