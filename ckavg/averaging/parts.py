@@ -187,7 +187,7 @@ def plan_of_parts(directory: Path, parts: Parts) -> Plan:
         selection = Selection(**_typed(Selection, parts.selection))
         options = Options(**_typed(Options, parts.options))
         scheme = scheme_from(parts.scheme, parts.parameters)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecordError) as error:
         raise RecordError(
             f"{directory / JOB} cannot be understood: {str(error).partition(chr(10))[0]}.", hint=_AFRESH
         ) from error

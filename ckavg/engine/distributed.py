@@ -225,7 +225,7 @@ class Ranks:
         path = self._job.directory / f"{AGREED}{self._job.name or _PARTS}-{name}"
         made = b""
         if self.mode == "job" and self.rank > 0:
-            self._job.wait(lambda: [] if path.exists() else [0], name)
+            self._job.wait(lambda: [] if path.exists() else [0], "what it must say first")
         elif not path.exists():
             made = json.dumps(function()).encode()
         try:

@@ -151,6 +151,7 @@ class Job:
         while late := missing():
             who = f"rank {listed([str(rank) for rank in late])}"
             if waited >= self._timeout:
+                self.lost.update(late)
                 raise RanksError(
                     f"Rank {self._rank} of {self._world} has waited {waited:.0f} s in vain for {who} in "
                     f"{self.directory} on {platform.node()}.",

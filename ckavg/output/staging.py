@@ -197,17 +197,19 @@ class Staging:
     def _enter_part(self, begin: Callable[[Path, bool], None]) -> int | None:
         """A lock that other parts may have, too; None where somebody who is no part has one."""
         end = time.monotonic() + _SECONDS_TO_ENTER  # who only looks whether it is free has it for a moment
-        while True:
-            if (handle := _lock(self.path, self._files)) is not None:
-                begin(self.path, True)
+        while time.monotonic() < end:
+            is_alone = (handle := _lock(self.path, self._files)) is not None
+            if handle is None and (handle := _lock(self.path, is_shared=True)) is None:
+                time.sleep(0.05)
+                continue
+            try:
+                begin(self.path, is_alone)
                 fcntl.flock(handle, fcntl.LOCK_SH)
-                return handle
-            if (handle := _lock(self.path, is_shared=True)) is not None:
-                begin(self.path, False)
-                return handle
-            if time.monotonic() > end:
-                return None
-            time.sleep(0.05)
+            except BaseException:
+                os.close(handle)
+                raise
+            return handle
+        return None
 
     def _leave_part(self, *, failed: bool) -> None:
         """Leave what parts have finished, and remove it where that is nothing, and nobody is at work."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 JOBS = Path(__file__).with_name("jobs.py")
-SECONDS = 120
+SECONDS = 300
 MAIN = "\nfrom ckavg.cli import main\nmain()\n"
 
 
