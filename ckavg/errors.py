@@ -21,7 +21,7 @@ CkavgError
 │   ├── OutputExistsError        something is there already
 │   └── WriteError               the system would not let us write
 ├── RanksError                   the processes of one job cannot work together any more
-│   └── UnfinishedError          parts of a piece of work are missing that are done by themselves
+│   └── MissingPartsError        parts of a piece of work are missing that are done by themselves
 ├── HubError                     the Hugging Face Hub refused, or cannot be reached
 ├── EvaluationError              no evaluation of a result succeeded, or a model cannot be evaluated
 └── CombinedError               more than one of the above, all listed
@@ -148,7 +148,7 @@ class RanksError(CkavgError):
     """One of the processes of a job ended, did not come, or sees something else than the others."""
 
 
-class UnfinishedError(RanksError):
+class MissingPartsError(RanksError):
     """Parts that are done by themselves have not finished yet.
 
     Args:

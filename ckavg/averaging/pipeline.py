@@ -33,7 +33,7 @@ from ckavg.checkpoints.run import Run, averaged_statistics, holds_float64
 from ckavg.engine.context import Context, OnProgress
 from ckavg.engine.distributed import ALONE, PassJournal, Ranks
 from ckavg.engine.remote import fetch
-from ckavg.errors import CkavgError, RanksError, UnfinishedError, raise_all
+from ckavg.errors import CkavgError, MissingPartsError, RanksError, raise_all
 from ckavg.output.output_path import LOCAL
 from ckavg.output.published import local_of, placed, read_local
 from ckavg.output.record import Record, Seconds, read_record
@@ -245,7 +245,7 @@ def do_part(plan: Plan, context: Context) -> tuple[int, ...]:
         The parts that are not finished yet, from 0. Where there are none, they are to be joined.
 
     Raises:
-        UnfinishedError: this part needs what others have not finished.
+        MissingPartsError: this part needs what others have not finished.
         CkavgError: as of `average`.
     """
     from ckavg.engine.devices import tuned
@@ -257,7 +257,7 @@ def do_part(plan: Plan, context: Context) -> tuple[int, ...]:
         prepared = _prepare(reading, replace(context, ranks=met))
         try:
             _replay(prepared, stagings, replace(context, ranks=replace(met, waits=False)))
-        except UnfinishedError as error:
+        except MissingPartsError as error:
             return error.parts
         _check_unchanged(plan.run)
     return ()
@@ -310,7 +310,9 @@ def _prepare(reading: Reading, context: Context) -> _Prepared:
     if ranks.is_shared:
         journal = ranks.journal(CONSTANT, hashlib.sha256(repr((fingerprints, reading.places)).encode()).hexdigest())
     compared = 0
-    with nullcontext() if ranks.mode == "join" else suppress(UnfinishedError):  # who joins knows that all was compared
+    with (
+        nullcontext() if ranks.mode == "join" else suppress(MissingPartsError)
+    ):  # who joins knows that all was compared
         compared = check_constant(run, {*reading.places}, context, journal)
     measuring = time.perf_counter()
     paths = _measure_all(reading, fingerprints, context)

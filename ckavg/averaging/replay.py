@@ -25,7 +25,7 @@ from ckavg.engine.context import Context
 from ckavg.engine.distributed import PassJournal
 from ckavg.engine.stream import stream
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader, all_finite
-from ckavg.errors import UnfinishedError, raise_all
+from ckavg.errors import MissingPartsError, raise_all
 from ckavg.schemes import Coefficients
 
 
@@ -123,7 +123,7 @@ def replay(
         journals: what is in its place already.
 
     Raises:
-        UnfinishedError: this process has done its part, and others have not; it does not wait for them.
+        MissingPartsError: this process has done its part, and others have not; it does not wait for them.
         NonFiniteError: a checkpoint holds NaN or infinity and may not, or a value does not fit the output dtype.
         TruncatedShardError, ReadError: a file changed or cannot be read.
         OutputError: a writer could not take its bytes.
@@ -154,7 +154,7 @@ def replay(
     blocks = tuple(block for block in replay_blocks(run) if block.name not in paired)
     journals = journals or _no_journals
     nbytes = 0
-    unfinished: list[UnfinishedError] = []
+    unfinished: list[MissingPartsError] = []
     if copied:
         quiet = dataclasses.replace(context, on_progress=None)
         of_written = [run.checkpoints[place] for place in written]
@@ -193,11 +193,11 @@ def replay(
 
 
 @contextmanager
-def _put_off(unfinished: list[UnfinishedError]) -> Iterator[None]:
+def _put_off(unfinished: list[MissingPartsError]) -> Iterator[None]:
     """Go on with the rest of a part where other parts have not finished this."""
     try:
         yield
-    except UnfinishedError as error:
+    except MissingPartsError as error:
         unfinished.append(error)
 
 

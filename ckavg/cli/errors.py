@@ -18,8 +18,8 @@ import typer
 
 from ckavg.cli.text import Stdout, say, say_labelled, warn
 from ckavg.engine.distributed import SECONDS_WITHOUT_PROGRESS
-from ckavg.engine.failures import ELSEWHERE, is_from_elsewhere
-from ckavg.errors import CkavgError, CombinedError, RanksError, SettingError, UnfinishedError, printable
+from ckavg.engine.failures import OTHER_PROCESS, is_from_another
+from ckavg.errors import CkavgError, CombinedError, MissingPartsError, RanksError, SettingError, printable
 
 if TYPE_CHECKING:
     from ckavg.engine.distributed import Ranks
@@ -47,13 +47,13 @@ def failures(*, verbose: bool) -> Iterator[None]:
                 traceback.print_exception(error, file=sys.stderr)
         if isinstance(error, CkavgError):
             message, *rest = message_of(error)
-            say_labelled("unfinished" if isinstance(error, UnfinishedError) else "error", message)
+            say_labelled("unfinished" if isinstance(error, MissingPartsError) else "error", message)
             _say_all(*rest, *_notes(error))
         elif isinstance(error, MemoryError):
             warn("error", f"There is not enough memory. {_AS_IT_WAS}")
         elif not isinstance(error, BrokenPipeError):  # nobody reads stdout any more, and so nobody misses it
             warn("error", system_error(error))
-        statuses = {SettingError: USAGE, UnfinishedError: UNFINISHED}
+        statuses = {SettingError: USAGE, MissingPartsError: UNFINISHED}
         raise typer.Exit(next((each for kind, each in statuses.items() if isinstance(error, kind)), FAILED)) from error
     except KeyboardInterrupt as error:
         warn("interrupted", _AS_IT_WAS)
@@ -149,7 +149,7 @@ def _speaks_for_itself(error: BaseException, ranks: Ranks) -> bool:
 def _tell_torchrun(error: BaseException) -> None:
     """Leave what ended this process where torchrun looks for it, so that its summary tells; not what others told."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file and isinstance(error, Exception) and not (isinstance(error, typer.Exit) or is_from_elsewhere(error)):
+    if file and isinstance(error, Exception) and not (isinstance(error, typer.Exit) or is_from_another(error)):
         shown = str(error) if isinstance(error, CkavgError) else f"{type(error).__name__}: {error}"
         more = {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(int(time.time()))}
         with suppress(OSError):
@@ -190,7 +190,7 @@ def _shortened(line: str) -> str:
 
 def _notes(error: BaseException) -> list[str]:
     """What was added to an exception on its way here: what is kept of the work it ended."""
-    return [printable(note) for note in getattr(error, "__notes__", ()) if not note.startswith(ELSEWHERE)]
+    return [printable(note) for note in getattr(error, "__notes__", ()) if not note.startswith(OTHER_PROCESS)]
 
 
 def _say_all(*lines: str) -> None:

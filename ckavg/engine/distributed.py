@@ -20,7 +20,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from ckavg.engine.job import ALONE as HOW_TO_RUN_ALONE
 from ckavg.engine.job import RANK_FILE, SECONDS_BETWEEN_LOOKS, Job
-from ckavg.errors import RanksError, UnfinishedError, WriteError
+from ckavg.errors import MissingPartsError, RanksError, WriteError
 from ckavg.storage.atomic import create_whole, write_bytes
 from ckavg.storage.journal import Journal, JournalReader
 from ckavg.storage.local import read_small
@@ -304,7 +304,7 @@ class Ranks:
             what: of what, for a message.
 
         Raises:
-            UnfinishedError: they are not, and nobody works on them now.
+            MissingPartsError: they are not, and nobody works on them now.
             BaseException: what ended the job, wherever it happened.
         """
         job = self._job
@@ -318,7 +318,7 @@ class Ranks:
             quiet = 0.0 if now != before else quiet + SECONDS_BETWEEN_LOOKS
             before = now
             if not self.waits or quiet >= self.timeout:
-                raise UnfinishedError(missing, self.world, what)
+                raise MissingPartsError(missing, self.world, what)
             job.pause(what)
 
     def own_device(self, device: str) -> str:

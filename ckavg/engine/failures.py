@@ -9,9 +9,9 @@ import traceback
 from typing import Any
 
 from ckavg import errors
-from ckavg.errors import CkavgError, CombinedError
+from ckavg.errors import CkavgError, CombinedError, MissingPartsError, RanksError
 
-ELSEWHERE = "In another process:\n"
+OTHER_PROCESS = "In another process:\n"
 """How the note begins that holds the traceback of an error from another process."""
 
 _MOST_CHARS = 100_000
@@ -32,8 +32,8 @@ def as_json(error: BaseException) -> list[Any]:
         case SystemExit():
             values = [error.code if isinstance(error.code, int) else int(error.code is not None), "", ""]
     notes = [*getattr(error, "__notes__", ())][:10]
-    if not any(note.startswith(ELSEWHERE) for note in notes):
-        notes.append(ELSEWHERE + "".join(traceback.format_exception(error)))
+    if not any(note.startswith(OTHER_PROCESS) for note in notes):
+        notes.append(OTHER_PROCESS + "".join(traceback.format_exception(error)))
     return [name, *(each[:_MOST_CHARS] if isinstance(each, str) else each for each in values), *notes]
 
 
@@ -51,6 +51,8 @@ def from_json(found: Any) -> BaseException:
     if kind is CombinedError:
         error = CombinedError([each for each in map(from_json, first) if isinstance(each, CkavgError)])
         error.hint, error.command = str(second), str(third)
+    elif kind is MissingPartsError:
+        error = RanksError(str(first), hint=str(second))
     elif isinstance(kind, type) and issubclass(kind, CkavgError):
         error = kind(str(first), hint=str(second), command=str(third))
     elif name == "OSError" and isinstance(first, int):
@@ -66,9 +68,9 @@ def from_json(found: Any) -> BaseException:
     return error
 
 
-def is_from_elsewhere(error: BaseException) -> bool:
+def is_from_another(error: BaseException) -> bool:
     """Whether another process has raised it first."""
-    return any(note.startswith(ELSEWHERE) for note in getattr(error, "__notes__", ()))
+    return any(note.startswith(OTHER_PROCESS) for note in getattr(error, "__notes__", ()))
 
 
 def _said(error: BaseException) -> str:

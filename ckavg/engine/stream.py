@@ -59,7 +59,7 @@ def stream(
 
     Raises:
         Exception: whatever a worker raised first; the blocks not yet begun are dropped.
-        UnfinishedError: other parts of the work are missing, and this process does not wait for them.
+        MissingPartsError: other parts of the work are missing, and this process does not wait for them.
     """
     journal = journal or PassJournal({}, (), lambda _: None)
     sizes = sizes_of(checkpoints, blocks)

@@ -17,7 +17,7 @@ from pathlib import Path
 from ckavg.engine.distributed import AGREED, JOURNAL
 from ckavg.engine.job import RANK_FILE
 from ckavg.engine.members import look_at
-from ckavg.errors import OutputError, OutputExistsError, UnfinishedError, is_passing
+from ckavg.errors import MissingPartsError, OutputError, OutputExistsError, is_passing
 from ckavg.output.output_path import (
     PARTIAL,
     REPLACED,
@@ -103,7 +103,7 @@ class Staging:
         if self.begin_part is not None:
             self._leave_part(failed=error is not None)
         elif error is not None and self._keeps and not self._committed and is_passing(error):
-            if not isinstance(error, UnfinishedError):
+            if not isinstance(error, MissingPartsError):
                 error.add_note(
                     f"What was finished is kept in {self.path}: the same command continues from there. "
                     "Delete that directory to start afresh."
