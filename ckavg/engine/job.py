@@ -144,6 +144,7 @@ class Job:
     def _finds(self, rank: int) -> bool:
         if rank not in self._seen and (seen := self._look_at(rank)) is not None and seen[0].job == self.name:
             self._seen[rank] = seen[0]
+            self._held |= {rank} if seen[1] else set()
         return rank in self._seen
 
     def _wait_to_join(self, missing: Callable[[], Collection[int]]) -> None:
@@ -260,7 +261,7 @@ class Job:
                 self._hear(rank, told)
         elif is_held:
             self._held.add(rank)
-        elif rank in self._held:
+        elif rank in self._held or (told.locks and self._member and told.locks == self._member.told.locks):
             self._lose(rank, "is gone without a word", _GONE)
         if self._silence[rank] >= self._timeout and rank not in self._left:
             at = f", at {printable(told.at)}" if told.at else ""

@@ -34,6 +34,8 @@ class Told:
         launch: what the launcher calls the job, the same in all of its processes.
         rank, world: which process this is, and of how many.
         host, pid: where it runs.
+        locks: what those processes have in common that see each other's locks for sure: the machine since it was started,
+            and the file system as it is mounted. Empty where that is not known.
         beat: grows whenever it has come further, or waits.
         at: what it is doing, for a message.
         state: whether it works, has no file of the job open any more, or has failed.
@@ -46,6 +48,7 @@ class Told:
     world: int
     host: str
     pid: int
+    locks: str = ""
     beat: int = 0
     at: str = ""
     state: State = "working"
@@ -79,6 +82,7 @@ class Member:
         try:
             with suppress(OSError):  # a file system without locks: changes tell that the process lives
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.told = dataclasses.replace(told, locks=_common_locks(self._handle))
             self.tell()
             os.rename(name, path)  # noqa: PTH104 - a name that mkstemp gave
         except BaseException:
@@ -118,6 +122,13 @@ def look_at(path: Path) -> tuple[Told, bool] | None:
         told = _validated(parsed_line(text.rstrip(b"\n")))
         return None if told is None else (told, is_held)
     return None
+
+
+def _common_locks(handle: int) -> str:
+    with suppress(OSError):
+        started = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{started} {os.fstat(handle).st_dev}"
+    return ""
 
 
 def _is_held(handle: int) -> bool:

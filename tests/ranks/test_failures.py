@@ -138,8 +138,10 @@ def test_one_fails_and_all_end(
             expecting = rf"Rank {rank} on {HOST} is gone without a word; the others give up\."
         else:
             expecting = r"disk: broken\."
+        if (moment, rank) == ("joining", 0):  # the other one may have come too late to have seen it
+            expecting = rf"({expecting}|Rank 1 of 2 has waited 6 s in vain for rank 0 in )"
         assert re.search(f"^error: {expecting}", "\n".join(all_said), re.MULTILINE), errors
-        assert len(all_said) == 1 + (moment == "before joining" and act == FAIL)
+        assert len(all_said) <= 1 + (act == FAIL and moment in ("before joining", "joining"))
     assert "Traceback" not in "".join(errors)
 
     again = subprocess.run(

@@ -114,16 +114,18 @@ def test_nothing_between_processes_can_unpickle() -> None:
 def test_what_is_told_is_seen_and_held(tmp_path: Path) -> None:
     path = tmp_path / "file"
     member = Member(path, TOLD)
-    assert look_at(path) == (TOLD, True)
+    told = dataclasses.replace(TOLD, locks=member.told.locks)
+    assert told.locks
+    assert look_at(path) == (told, True)
     member.tell(beat=1, at="here, where the text is longer")
     member.tell(beat=2, at="here")
-    assert look_at(path) == (dataclasses.replace(TOLD, beat=2, at="here"), True)
+    assert look_at(path) == (dataclasses.replace(told, beat=2, at="here"), True)
     with pytest.raises(BlockingIOError, match="process 7 on host"):
         Member(path, TOLD)
     member.tell(state="left")
     member.close()
     member.tell(state="working")
-    assert look_at(path) == (dataclasses.replace(TOLD, beat=2, at="here", state="left"), False)
+    assert look_at(path) == (dataclasses.replace(told, beat=2, at="here", state="left"), False)
     Member(path, TOLD).close()
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
