@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckavg.averaging.parts import begin_part, parts_of
+from ckavg.averaging.parts import begin_part, parts_at_work, parts_of
 from ckavg.averaging.plan import Plan
 from ckavg.averaging.recipe import recipe_of
 from ckavg.checkpoints.fingerprints import Fingerprints, fingerprint_run
@@ -20,7 +20,7 @@ from ckavg.checkpoints.run import Run
 from ckavg.engine.distributed import AGREED, JOURNAL, PassJournal, Ranks
 from ckavg.engine.job import RANK_FILE
 from ckavg.engine.reader import usable_handles
-from ckavg.errors import OutputError
+from ckavg.errors import MissingPartsError, OutputError
 from ckavg.output.staging import Staging, is_worth_continuing
 from ckavg.output.weight_files import WeightFiles, create_shared, sha256_of, write_own_hashes
 
@@ -63,6 +63,8 @@ def staged(plans: Sequence[Plan], ranks: Ranks, device: str) -> Iterator[tuple[l
         "options": [[recipe_of(plan), plan.files] for plan in plans],
         "device": device,
     }
+    if ranks.mode == "join" and (working := parts_at_work(stagings[0].path, ranks.world)):
+        raise MissingPartsError(working, ranks.world, "the work that is going on")
     with ExitStack() as stack:
         if ranks.is_first:
             for staging in stagings:

@@ -22,6 +22,8 @@ from ckavg.averaging.recipe import differences, recipe_of, setting_shown
 from ckavg.averaging.sources import inspect_source
 from ckavg.checkpoints.fingerprints import file_fingerprints
 from ckavg.checkpoints.run import Selection
+from ckavg.engine.job import RANK_FILE
+from ckavg.engine.members import look_at
 from ckavg.errors import OutputError, RecordError
 from ckavg.output.output_path import JOB, PARTIAL, beside, empty, is_result
 from ckavg.output.record import Count, Digest, Parameter, Text, parse_fields, scheme_from
@@ -153,6 +155,12 @@ def find_parts(result: Path) -> tuple[Path, Parts]:
     if beside(resolved(Path(parts.out)), PARTIAL) != directory:
         raise RecordError(f"{directory / JOB} is of another result: {parts.out}.", hint=_AFRESH)
     return directory, parts
+
+
+def parts_at_work(directory: Path, count: int) -> list[int]:
+    """The parts that a process is working on, as far as its lock is seen."""
+    seen = {part: look_at(directory / f"{RANK_FILE}{part}") for part in range(count)}
+    return [part for part, told in seen.items() if told is not None and told[1]]
 
 
 def read_parts(directory: Path) -> Parts:

@@ -61,7 +61,7 @@ class Sweeping(Averaging):
     ] = dataclasses.field(kw_only=True)
 
 
-@with_options(Sweeping, without=("source", "part", "wait"))
+@with_options(Sweeping, without=("source",))
 def sweep(options: Sweeping) -> None:
     """Form many averages from one reading of the checkpoints: every value of every scheme.
 
@@ -70,6 +70,11 @@ def sweep(options: Sweeping) -> None:
     """
     words = list(options.words)
     with distributed(verbose=options.verbose, timeout=options.rank_timeout) as ranks:
+        if options.part is not None:
+            raise SettingError(
+                "sweep: --part is a part of one average.",
+                hint="Do each average by its own command, and join its parts.",
+            )
         if words and not is_scheme(words[0]):
             options = dataclasses.replace(options, source=Path(words.pop(0)))
         if not words:

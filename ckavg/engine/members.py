@@ -34,8 +34,8 @@ class Told:
         launch: what the launcher calls the job, the same in all of its processes.
         rank, world: which process this is, and of how many.
         host, pid: where it runs.
-        locks: what those processes have in common that see each other's locks for sure: the machine since it was started,
-            and the file system as it is mounted. Empty where that is not known.
+        locks: what processes have in common that see each other's locks for sure: the machine since it was started, and
+            the file system as it is mounted. Empty where that is not known.
         beat: grows whenever it has come further, or waits.
         at: what it is doing, for a message.
         state: whether it works, has no file of the job open any more, or has failed.
