@@ -140,8 +140,9 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 MpiDefault=none
 ReturnToService=2
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
-PartitionName=tests Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:8
+SlurmdParameters=config_overrides
+NodeName={host} NodeAddr=127.0.0.1 CPUs=8 State=UNKNOWN
+PartitionName=tests Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
 
 
@@ -156,7 +157,7 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
     for name in ("state", "spool"):
         (root / name).mkdir(parents=True)
     file = root / "slurm.conf"
-    file.write_text(CONFIGURATION.format(host=host, root=root, cpus=os.cpu_count()))
+    file.write_text(CONFIGURATION.format(host=host, root=root))
     key = root / "munge.key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o600)
@@ -185,7 +186,7 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
 def test_slurm(slurm: dict[str, str], run: Path, expected: bytes, tmp_path: Path, script: str) -> None:
     log = tmp_path / "log"
     tasks = ["--ntasks-per-node", "3" if script == "slurm.sbatch" else "1"]
-    words = ["sbatch", "--wait", "--nodes", "1", *tasks, "--cpus-per-task", "1", "--overcommit", "--output", str(log)]
+    words = ["sbatch", "--wait", "--nodes", "1", *tasks, "--cpus-per-task", "1", "--output", str(log)]
     words += [f"--export=ALL,RUN={run},OUT={tmp_path / 'out'},PROCESSES=2", str(EXAMPLES / script)]
     done = subprocess.run(words, env=slurm, timeout=SECONDS, capture_output=True, text=True)
     assert done.returncode == 0, (done.stderr, log.read_text() if log.exists() else "")
