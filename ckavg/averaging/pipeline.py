@@ -230,7 +230,7 @@ def _carry_out(reading: Reading, context: Context) -> tuple[tuple[Record, ...], 
         if ranks.is_first:
             _check_unchanged(run)
             seconds = prepared.seconds(begun)
-            records = _publish(prepared, replayed, hashes, stagings, seconds, sources)
+            records = _publish(prepared, replayed, hashes, stagings, seconds, sources, met)
     if not ranks.is_first:
         records = tuple(_published(plan) for plan in prepared.plans)
     for storage in run.storages:
@@ -336,6 +336,7 @@ def _publish(
     stagings: Sequence[Staging],
     seconds: Seconds,
     sources: Mapping[int, Fingerprints],
+    ranks: Ranks,
 ) -> tuple[Record, ...]:
     """Write what goes beside the weights, and give the results their names; the first one last, since the others of a
     job wait for that.
@@ -355,6 +356,8 @@ def _publish(
             seconds=seconds,
         )
         record = record_of(plan, each, prepared.paths[number], work)
+        with ranks.working_on("what goes beside the weights"):
+            ranks.check()
         record, files = completed(plan, each, record, hashes[number])
         for name, data in files.items():
             staging.write(name, data)

@@ -116,9 +116,10 @@ def test_one_fails_and_all_end(
     rank: int,
     act: str,
 ) -> None:
+    timeout = 6 if moment in ("before joining", "joining") else 60
     for each in range(2):
         before = sabotage(run, moment, act) if each == rank else ""
-        jobs.append(start(each, 2, "pema", run, "--rank-timeout", 6, before=before))
+        jobs.append(start(each, 2, "pema", run, "--rank-timeout", timeout, before=before))
     wait_for((run.parent / "acted").exists)
     acted = time.monotonic()
     errors = [process.communicate(timeout=SECONDS)[1] for process in jobs]
