@@ -19,7 +19,15 @@ import typer
 from ckavg.cli.text import Stdout, say, say_labelled, warn
 from ckavg.engine.distributed import SECONDS_WITHOUT_PROGRESS
 from ckavg.engine.failures import OTHER_PROCESS, is_from_another
-from ckavg.errors import CkavgError, CombinedError, MissingPartsError, RanksError, SettingError, printable
+from ckavg.errors import (
+    CkavgError,
+    CombinedError,
+    MissingPartsError,
+    OutputExistsError,
+    RanksError,
+    SettingError,
+    printable,
+)
 
 if TYPE_CHECKING:
     from ckavg.engine.distributed import Ranks
@@ -137,7 +145,8 @@ def _speaks_for_itself(error: BaseException, ranks: Ranks) -> bool:
 
     Most often, the first process has the same error at the same time, and what has started them ends this one.
     """
-    if ranks.has_met or not isinstance(error, CkavgError | OSError) or isinstance(error, SettingError):
+    same_for_all = isinstance(error, SettingError | OutputExistsError)
+    if ranks.has_met or same_for_all or not isinstance(error, CkavgError | OSError):
         return False
     try:
         time.sleep(_SECONDS_FOR_THE_FIRST)

@@ -195,7 +195,7 @@ class Ranks:
         differing = next((what for what, value in by_first.items() if own.get(what) != value), None)
         if differing is not None:
             raise RanksError(
-                f"{job.name_of(self.rank)} has other {differing} than {job.name_of(0)}.",
+                f"{job.name_of(self.rank)} has other {differing} than {job.name_of(0, within=True)}.",
                 hint="Start the same command on every machine, with a file system that all of them share.",
             )
 

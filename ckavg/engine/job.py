@@ -201,7 +201,7 @@ class Job:
         while ranks := late():
             if waited >= tell_at:
                 tell_at *= 4
-                who = listed([self.name_of(rank).replace("Rank", "rank", 1) for rank in sorted(ranks)])
+                who = listed([self.name_of(rank, within=True) for rank in sorted(ranks)])
                 self._say(f"{waited:.0f} s of waiting for {who}: {what}.")
             self.pause(what, seconds)
             waited += seconds
@@ -286,12 +286,13 @@ class Job:
     def _look_at(self, rank: int) -> tuple[Told, bool] | None:
         return look_at(self.directory / f"{RANK_FILE}{rank}")
 
-    def name_of(self, rank: int) -> str:
-        """What messages call a process."""
+    def name_of(self, rank: int, *, within: bool = False) -> str:
+        """What messages call a process, at the beginning of a sentence or within it."""
         told = self._seen.get(rank)
         if rank == self._rank and self._member is not None:
             told = self._member.told
-        return f"Rank {rank} on {told.host}" if told is not None else f"Rank {rank}"
+        name = f"rank {rank}" if within else f"Rank {rank}"
+        return f"{name} on {told.host}" if told is not None else name
 
     # --- ending ---
 
