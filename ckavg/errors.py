@@ -21,6 +21,7 @@ CkavgError
 │   ├── OutputExistsError        something is there already
 │   └── WriteError               the system would not let us write
 ├── RanksError                   the processes of one job cannot work together any more
+│   └── MissingPartsError        parts of a piece of work are missing that are done by themselves
 ├── HubError                     the Hugging Face Hub refused, or cannot be reached
 ├── EvaluationError              no evaluation of a result succeeded, or a model cannot be evaluated
 └── CombinedError               more than one of the above, all listed
@@ -145,6 +146,32 @@ class WriteError(OutputError):
 
 class RanksError(CkavgError):
     """One of the processes of a job ended, did not come, or sees something else than the others."""
+
+
+class MissingPartsError(RanksError):
+    """Parts that are done by themselves have not finished yet.
+
+    Args:
+        parts: which, from 0.
+        count: of how many.
+        what: of which work.
+    """
+
+    def __init__(self, parts: Sequence[int], count: int, what: str) -> None:
+        self.parts, self.count, self.what = tuple(parts), count, what
+        named = listed([f"{part}/{count}" for part in parts])
+        some = (
+            f"Parts {named} have not finished their shares"
+            if len(parts) > 1
+            else f"Part {named} has not finished its share"
+        )
+        super().__init__(
+            f"{some} of {what}.",
+            hint="Run what is missing, and then this command again; a part can also wait for the others, with --wait.",
+        )
+
+    def __reduce__(self) -> tuple[Callable[..., CkavgError], tuple[Any, ...], dict[str, Any]]:
+        return type(self), (self.parts, self.count, self.what), self.__dict__
 
 
 class HubError(CkavgError):

@@ -15,6 +15,8 @@ from torch import Tensor
 import ckavg
 from ckavg import errors
 from ckavg.averaging.held_out import held_out_loss
+from ckavg.averaging.pipeline import do_part
+from ckavg.engine.context import Context
 from ckavg.engine.distributed import Ranks
 from tests.runs import save_old, write_checkpoint, write_run
 
@@ -117,6 +119,11 @@ def _ranks(run: Path) -> None:
     Ranks.from_environment()
 
 
+def _missing_parts(run: Path) -> None:
+    plan = ckavg.plan_average(ckavg.open_run(run), ckavg.PEMA())
+    do_part(plan, Context(ranks=Ranks(1, 2, mode="part")))
+
+
 def _hub(run: Path) -> None:
     ckavg.push_result(averaged(run).directory, "owner/name")  # the tests are offline
 
@@ -150,6 +157,7 @@ CASES: dict[type[errors.CkavgError], Callable[[Path], None]] = {
     errors.OutputExistsError: _exists,
     errors.WriteError: _write,
     errors.RanksError: _ranks,
+    errors.MissingPartsError: _missing_parts,
     errors.HubError: _hub,
     errors.EvaluationError: _evaluation,
     errors.CombinedError: _combined,

@@ -1,79 +1,135 @@
-"""The pipeline in several processes: what they must agree on before it begins, and which of them makes what."""
+"""The pipeline in several processes: what must be the same in all of them, and which of them makes what."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckavg.averaging.parts import begin_part, parts_at_work, parts_of
 from ckavg.averaging.plan import Plan
+from ckavg.averaging.recipe import recipe_of
+from ckavg.checkpoints.fingerprints import Fingerprints, fingerprint_run
 from ckavg.checkpoints.run import Checkpoint, Run
-from ckavg.engine.distributed import Ranks
+from ckavg.engine.distributed import AGREED, JOURNAL, PassJournal, Ranks
+from ckavg.engine.job import RANK_FILE
 from ckavg.engine.reader import usable_handles
-from ckavg.output.output_path import JOURNAL
-from ckavg.output.staging import Staging
-from ckavg.output.weight_files import WeightFiles, sha256_of, write_own_hashes
-from ckavg.storage.journal import Journal
+from ckavg.errors import MissingPartsError, OutputError
+from ckavg.output.staging import Staging, is_worth_continuing
+from ckavg.output.weight_files import WeightFiles, create_shared, sha256_of, write_own_hashes
 
 if TYPE_CHECKING:
-    from ckavg.averaging.replay import BlockResult
-    from ckavg.engine.stream import PassJournal
+    from ckavg.averaging.replay import Journals
+
+PASS_1, CONSTANT, SAMPLE = "path", "constant", "sample"
+"""Names of the journals of what comes before pass 2."""
+
+_STAYS = (RANK_FILE, AGREED, *(f"{JOURNAL}{name}-" for name in (PASS_1, CONSTANT, SAMPLE)))
+"""How the names of files begin that others may be reading still, when the first process empties a directory."""
+
+_SECONDS_TO_AGE = 3.0
+"""After which every file system's clock tells a change from the last one."""
 
 
-def check_same_run(run: Run, ranks: Ranks, *options: object) -> None:
-    """Refuse to begin where one process has found other checkpoints than the first, or was given other options.
-
-    Args:
-        run: as this process found it; files count by name and size, tensors by what headers say of them.
-        ranks: all processes.
-        options: whatever else changes the result.
-
-    Raises:
-        RanksError: they differ.
-    """
-    if ranks.world > 1:
-        ranks.check_same({"checkpoints": _hash_run(run), "options": repr(options)})
-
-
-def check_same_plans(run: Run, plans: Sequence[Plan], ranks: Ranks) -> None:
-    """The same for plans that are carried out together, of checkpoints of one run; where a result goes may have another
-    name on another machine.
-    """
-    asked = [
-        (plan.scheme, plan.run.steps, plan.snapshots, plan.path and plan.path.exclude, plan.files) for plan in plans
-    ]
-    check_same_run(run, ranks, asked, replace(plans[0].options, card=None, force=False))
-
-
-def stage(plans: Sequence[Plan], ranks: Ranks, stack: ExitStack) -> list[Staging]:
-    """A staging directory for each plan, that all processes see. The first makes it, and removes or renames it.
+@contextmanager
+def staged(plans: Sequence[Plan], ranks: Ranks, device: str) -> Iterator[tuple[list[Staging], Ranks]]:
+    """A staging directory for each plan, and the processes at work there. The first of a job makes the directories, and
+    removes or renames them when all others have left; parts that are done by themselves share them.
 
     Args:
         plans: what is to be written.
         ranks: all processes.
-        stack: left when all is done. The first process leaves it after all others, even after an error, so that nobody
-            writes any more when it removes a directory.
+        device: the kind of device on which they compute.
 
     Raises:
-        OutputError: another job is writing the same result, or one process does not see what the first has made.
+        OutputError: another job is writing the same result.
+        RanksError: the others do not come, or see something else.
         WriteError: the system would not let us write.
     """
+    checkpoints = hash_run(plans[0].run)
     stagings = [
         Staging(plan.out, force=plan.options.force or plan.target is not None, files=plan.files) for plan in plans
     ]
-    if ranks.is_first:
-        for staging in stagings:
+    if ranks.mode == "part":
+        for staging, plan in zip(stagings, plans, strict=True):
+            parts = parts_of(plan, ranks.world, device, checkpoints)
+            staging.begin_part = begin_part(plan, parts, holds_files=partial(staging.has_files, plan.weight_files))
+    told = {
+        "checkpoints": checkpoints,
+        "options": [[recipe_of(plan), plan.files] for plan in plans],
+        "device": device,
+    }
+    if ranks.mode == "join" and (working := parts_at_work(stagings[0].path, ranks.world)):
+        raise MissingPartsError(working, ranks.world, "the work that is going on")
+    with ExitStack() as stack:
+        if ranks.is_first:
+            for staging in stagings:
+                stack.enter_context(staging)
+            if ranks.mode in ("alone", "job"):
+                stagings[0].forget_processes()
+            if ranks.mode == "join":
+                stagings[0].keep()
+        try:
+            with ranks.meet(stagings[0].path, told) as joined:
+                yield stagings, joined
+        except BaseException:
+            if ranks.is_first and is_worth_continuing(stagings[0].path):
+                for staging in stagings:
+                    staging.keep()
+            raise
+
+
+@contextmanager
+def met_to_measure(run: Run, ranks: Ranks, *options: object) -> Iterator[Ranks]:
+    """The processes in a directory for measuring a path alone, beside the table of finished paths; this process as it
+    is where it is alone.
+
+    Raises:
+        RanksError, OutputError, WriteError: as of `staged`.
+    """
+    if not ranks.is_shared:
+        yield ranks
+        return
+    from ckavg.path.cache import cache_files
+
+    told = {"checkpoints": hash_run(run), "options": repr(options)}
+    name = f"path-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}"
+    staging = Staging(cache_files(run)[0].parent / name)
+    with ExitStack() as stack:
+        if ranks.is_first:
             stack.enter_context(staging)
-    if ranks.world > 1:
-        stack.enter_context(ranks.fail_together())
-        marks = ranks.first(lambda: [staging.mark() for staging in stagings])
-        if not ranks.is_first:
-            for staging, mark in zip(stagings, marks, strict=True):
-                staging.wait_for(mark)
-    return stagings
+            staging.forget_processes()
+        try:
+            with ranks.meet(staging.path, told) as joined:
+                yield joined
+                joined.leave()
+        except BaseException:
+            if ranks.is_first and is_worth_continuing(staging.path):
+                staging.keep()
+            raise
+
+
+def agreed_fingerprints(run: Run, ranks: Ranks) -> Fingerprints:
+    """The fingerprints of a run, which machines may see differently, as they count in all processes; in a shared job
+    each checkpoint has one.
+    """
+    if not ranks.is_shared:
+        return fingerprint_run(run)
+
+    def found() -> list[str]:
+        fingerprints = fingerprint_run(run)
+        if None in fingerprints:
+            time.sleep(_SECONDS_TO_AGE)
+            fingerprints = fingerprint_run(run)
+        return [each or secrets.token_hex(16) for each in fingerprints]
+
+    return tuple(ranks.agreed("fingerprints", found))
 
 
 Writers = list[dict[int, WeightFiles]]
@@ -83,10 +139,10 @@ Writers = list[dict[int, WeightFiles]]
 @contextmanager
 def open_writers(
     plans: Sequence[Plan], stagings: Sequence[Staging], key: str, ranks: Ranks
-) -> Iterator[tuple[Writers, PassJournal[BlockResult]]]:
-    """The weight files of all plans, open, and what an interrupted attempt at the same work has finished of them.
+) -> Iterator[tuple[Writers, Journals]]:
+    """The weight files of all plans, open, and the journals of what is finished of them.
 
-    The first process makes the files, and the others open what it has made.
+    The first process of a job makes the files, and the others open what it has made. Parts make what is not there.
 
     Args:
         plans: what is to be written.
@@ -97,17 +153,43 @@ def open_writers(
     Raises:
         WriteError: the system would not let us write.
     """
-    from ckavg.averaging.replay import BlockResult
-    from ckavg.engine.stream import PassJournal
-
-    key, done = ranks.first(lambda: (key, _continued(plans, stagings, key)))  # file times may look different elsewhere
-    create = ranks.is_first and not done
-    keep_open = sum(len(plan.weight_files) for plan in plans) <= usable_handles() // 2
     with ExitStack() as stack:
-        if not ranks.is_first:
-            ranks.wait()
-        writers = [
-            {
+        writers: Writers = []
+
+        def sync() -> None:
+            """What a journal says is finished is on the disk, whatever becomes of the machine."""
+            for of_plan in writers:
+                for writer in of_plan.values():
+                    writer.sync()
+
+        def journals(name: str, as_json: Callable[[Any], Any], from_json: Callable[[Any], Any]) -> PassJournal[Any]:
+            return ranks.journal(name, key, as_json, from_json, before_note=sync)
+
+        def begun() -> bool:
+            """Whether there is something to continue; the places are empty where there is not."""
+            is_there = all(staging.holds(key, plan.weight_files) for staging, plan in zip(stagings, plans, strict=True))
+            if is_there and is_worth_continuing(stagings[0].path):
+                return True
+            for staging in stagings:
+                staging.begin(key, but=_STAYS if ranks.is_shared else ())
+            return False
+
+        if ranks.mode == "part":
+            for staging, plan in zip(stagings, plans, strict=True):
+                staging.say(key)
+                for index, out in plan.outputs.items():
+                    create_shared(staging.path / out.relative_to(plan.out), plan.layout(index).weights.shards)
+                if not staging.has_files(plan.weight_files):
+                    raise OutputError(
+                        f"{staging.path} holds weight files of other sizes than this average has.",
+                        hint="Delete that directory to start afresh.",
+                    )
+        is_made = ranks.mode in ("part", "join")
+        create = not is_made and not ranks.agreed("begun", begun) and ranks.is_first
+        keep_open = sum(len(plan.weight_files) for plan in plans) <= usable_handles() // 2
+
+        def opened(plan: Plan, staging: Staging) -> dict[int, WeightFiles]:
+            return {
                 index: stack.enter_context(
                     WeightFiles(
                         staging.path / out.relative_to(plan.out),
@@ -118,30 +200,18 @@ def open_writers(
                 )
                 for index, out in plan.outputs.items()
             }
-            for staging, plan in zip(stagings, plans, strict=True)
-        ]
+
         if ranks.is_first:
-            ranks.wait()
-        journal = _journal(stagings[0], key, ranks)
-        if journal is not None:
-            stack.callback(journal.close)
-
-        def note(finished: Mapping[int, BlockResult]) -> None:
-            """What a journal says is finished is on the disk, whatever becomes of the machine."""
-            for of_plan in writers:
-                for writer in of_plan.values():
-                    writer.sync()
-            with suppress(OSError):  # no room for a journal, perhaps: the result has its own already
-                if journal is not None:
-                    journal.add({place: block_result.to_json() for place, block_result in finished.items()})
-                    for staging in stagings:
-                        staging.keep()
-
-        yield writers, PassJournal({place: BlockResult.from_json(values) for place, values in done.items()}, note)
+            writers += map(opened, plans, stagings)
+        if ranks.mode == "job":
+            ranks.agreed("made", bool)
+        if not ranks.is_first:
+            writers += map(opened, plans, stagings)
+        yield writers, journals
 
 
 def finalize(
-    plans: Sequence[Plan], stagings: Sequence[Staging], writers: Writers, ranks: Ranks
+    plans: Sequence[Plan], stagings: Sequence[Staging], writers: Writers, key: str, ranks: Ranks
 ) -> list[dict[Path, str]]:
     """Have all weight files on the disk, and give the SHA-256 of each by its path in the result.
 
@@ -149,48 +219,40 @@ def finalize(
         WriteError: the system would not let us write.
         ReadError: what was written cannot be read again.
     """
-    paths = [
-        {name: staging.path / name for name in plan.weight_files} for staging, plan in zip(stagings, plans, strict=True)
+    outputs = [
+        (staging.path / out.relative_to(plan.out) / shard.name, shard)
+        for staging, plan in zip(stagings, plans, strict=True)
+        for index, out in plan.outputs.items()
+        for shard in plan.layout(index).weights.shards
     ]
-    of_all = [path for of_plan in paths for path in of_plan.values()]
     syncs = [writer.sync for of_plan in writers for writer in of_plan.values()]
-    if ranks.world > 1:
-        sha256_of((), beside=syncs)
-        ranks.wait()  # the others have written into these files, too
-    if ranks.is_first:
-        for plan, of_plan in zip(plans, paths, strict=True):
-            for index, out in plan.outputs.items():
-                for shard in plan.layout(index).weights.shards:
-                    write_own_hashes(of_plan[out.relative_to(plan.out) / shard.name], shard)
-    ranks.wait()
-    own = of_all[ranks.rank :: ranks.world]
-    hashes: dict[Path, str] = {}
-    for part in ranks.gather(dict(zip(own, sha256_of(own, beside=syncs), strict=True))):
-        hashes |= part
-    return [{name: hashes[path] for name, path in of_plan.items()} for of_plan in paths]
+    if ranks.mode != "job":
+        for path, shard in outputs:
+            write_own_hashes(path, shard)
+        hashes = dict(enumerate(sha256_of([path for path, _ in outputs], beside=syncs)))
+    else:
+        journal: PassJournal[str] = ranks.journal("files", key)
+        own = [place for place in range(ranks.rank, len(outputs), ranks.world) if place not in journal.done]
+        for place in own:
+            write_own_hashes(*outputs[place])
+        hashes = dict(journal.found)
+        hashes |= zip(own, sha256_of([outputs[place][0] for place in own], beside=syncs), strict=True)
+        journal.note({place: hashes[place] for place in own})
+
+        def late() -> set[int]:
+            hashes.update(journal.read())
+            return {place % ranks.world for place in range(len(outputs)) if place not in hashes}
+
+        ranks.wait(late, "hashing")
+    by_path = {path: hashes[place] for place, (path, _) in enumerate(outputs)}
+    return [
+        {name: by_path[staging.path / name] for name in plan.weight_files}
+        for staging, plan in zip(stagings, plans, strict=True)
+    ]
 
 
-def _continued(plans: Sequence[Plan], stagings: Sequence[Staging], key: str) -> dict[int, Any]:
-    """What is finished already; where nothing is, the places are empty afterwards."""
-    if all(staging.holds(key, plan.weight_files) for staging, plan in zip(stagings, plans, strict=True)):
-        done, *_ = [staging.finished(key) for staging in stagings]
-        if done:
-            for staging in stagings:
-                staging.keep()
-            return done
-    for staging in stagings:
-        staging.begin(key)
-    return {}
-
-
-def _journal(staging: Staging, key: str, ranks: Ranks) -> Journal | None:
-    """The journal of this process; None where there is no room for one."""
-    with suppress(OSError):
-        return Journal(staging.path / f"{JOURNAL}{ranks.rank}", key)
-    return None
-
-
-def _hash_run(run: Run) -> str:
+def hash_run(run: Run) -> str:
+    """What is the same of a run wherever it is seen: files count by name and size, tensors by what headers say."""
     digest = hashlib.sha256()
     before, tensors = run.checkpoints[0], _tensors(run.checkpoints[0])
     for checkpoint in run.checkpoints:

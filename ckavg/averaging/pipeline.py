@@ -7,33 +7,39 @@ for them.
 from __future__ import annotations
 
 import hashlib
-import platform
 import secrets
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckavg import __version__
-from ckavg.averaging.distributed import check_same_plans, check_same_run, finalize, open_writers, stage
+from ckavg.averaging.distributed import (
+    CONSTANT,
+    agreed_fingerprints,
+    finalize,
+    met_to_measure,
+    open_writers,
+    staged,
+)
 from ckavg.averaging.plan import Options, Plan, anchor_problem, check_compatible, plan_averages
 from ckavg.averaging.reading import Reading, fetching_of, fetching_of_path, readings
 from ckavg.averaging.recipe import made_of
 from ckavg.averaging.record import Work, completed, record_of
-from ckavg.checkpoints.fingerprints import check_unchanged, file_fingerprints, fingerprint_run
+from ckavg.checkpoints.fingerprints import Fingerprints, check_unchanged, file_fingerprints, fingerprint_run
 from ckavg.checkpoints.run import Run, averaged_statistics, holds_float64
 from ckavg.engine.context import Context, OnProgress
-from ckavg.engine.distributed import ALONE, Ranks
+from ckavg.engine.distributed import ALONE, PassJournal, Ranks
 from ckavg.engine.remote import fetch
-from ckavg.errors import SettingError, raise_all
+from ckavg.errors import CkavgError, MissingPartsError, RanksError, SettingError, raise_all
 from ckavg.output.output_path import LOCAL
-from ckavg.output.published import local_of
-from ckavg.output.record import Record, Seconds
+from ckavg.output.published import local_of, placed, read_local
+from ckavg.output.record import Record, Seconds, read_record
 from ckavg.output.staging import remove_stale
 from ckavg.path.cache import save_path
-from ckavg.path.plan import PathReading, plan_path
+from ckavg.path.plan import PathPlan, PathReading, plan_path
 from ckavg.path.table import PathLength, ZeroSigma
 from ckavg.schemes import Coefficients, Scheme, Timeline
 from ckavg.storage.address import AddressPath
@@ -80,12 +86,13 @@ def measure_path(
     options = Options(
         path_exclude=tuple(path_exclude), zero_sigma=zero_sigma, sample=sample, allow_nonfinite=allow_nonfinite
     )
-    with ranks.fail_together():
-        plan = plan_path(run, exclude=options.path_exclude, sample=sample)
-        context = tuned(Context(device=device, on_progress=on_progress, ranks=ranks))
-        check_same_run(run, ranks, options)
-        fetch(fetching_of_path(run, plan), on_progress)
-        (path,) = _measure(run, [run], PathReading.single(plan), options, context)
+    plan = plan_path(run, exclude=options.path_exclude, sample=sample)
+    context = tuned(Context(device=device, on_progress=on_progress, ranks=ranks))
+    fetch(fetching_of_path(run, plan), on_progress)
+    with met_to_measure(run, ranks, options, _kind(context)) as met:
+        context = replace(context, ranks=met)
+        fingerprints = agreed_fingerprints(run, met)
+        (path,) = _measure(run, [run], PathReading.single(plan), fingerprints, options, context)
         if ranks.is_first:
             _check_unchanged(run)
         return path
@@ -164,11 +171,10 @@ def average(
         rank=rank,
     )
     context = Context(device=device, on_progress=on_progress, ranks=ranks)
-    with ranks.fail_together():
-        plans = plan_averages([(run, scheme, out)], options)
-        records = send_results(plans, carry_out(plans, context).records, context)
-        discard_sent(plans, ranks)
-        return records[0]
+    plans = plan_averages([(run, scheme, out)], options)
+    records = send_results(plans, carry_out(plans, context).records, context)
+    discard_sent(plans, ranks)
+    return records[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,17 +203,17 @@ def carry_out(plans: Sequence[Plan], context: Context) -> Done:
     Raises:
         CkavgError: as of `average`. A result that was complete by then stays.
     """
-    with context.ranks.fail_together(), _begin_sending(plans, context.ranks):
+    with _begin_sending(plans, context.ranks):
         check_compatible(plans)
         done: dict[int, Sequence[Any]] = {id(plan): (plan.current, None) for plan in plans if plan.current is not None}
         new = [plan for plan in plans if plan.current is None]
         if new:
             from ckavg.engine.devices import tuned
 
-            context = tuned(context, averages=len(new))
-        for reading in readings(new):
-            for plan, *outcome in zip(reading.plans, *_carry_out(reading, context), strict=True):
-                done[id(plan)] = outcome
+        context = tuned(context, averages=len(new))
+    for reading in readings(new):
+        for plan, *outcome in zip(reading.plans, *_carry_out(reading, context), strict=True):
+            done[id(plan)] = outcome
     records, paths = zip(*(done[id(plan)] for plan in plans), strict=True)
     return Done(records, paths)
 
@@ -216,9 +222,9 @@ def carry_out(plans: Sequence[Plan], context: Context) -> Done:
 def _begin_sending(plans: Sequence[Plan], ranks: Ranks) -> Iterator[None]:
     """Refuse an address that cannot be written, before anything is read for it; no other command is at it then."""
     targets = [plan.target for plan in plans if plan.target is not None and not plan.is_there]
-    if targets and ranks.world > 1 and len({*ranks.gather(platform.node())}) > 1:
+    if targets and ranks.local_world < ranks.world:
         raise SettingError(
-            f"{targets[0].address}: the processes run on several machines, and a result that goes elsewhere is put "
+            f"{targets[0].address}: the processes may run on several machines, and a result that goes elsewhere is put "
             "together on the disk of one.",
             hint="Write to a directory that all machines share, and copy the result from there.",
         )
@@ -267,65 +273,173 @@ def discard_sent(plans: Sequence[Plan], ranks: Ranks = ALONE) -> None:
 
 def _carry_out(reading: Reading, context: Context) -> tuple[tuple[Record, ...], tuple[PathLength | None, ...]]:
     """The records and paths of averages that are formed together."""
-    from ckavg.averaging.replay import check_constant
-
     begun = time.perf_counter()
     plans, run, ranks = reading.plans, reading.run, context.ranks
-    with ranks.fail_together(), ExitStack() as stack:
-        check_same_plans(run, plans, ranks)
-        if ranks.is_first:
-            for directory in {resolved(plan.out).parent for plan in plans}:
-                remove_stale(directory)
-        runs = {id(plan.run): plan.run for plan in plans}
-        fingerprints = {key: file_fingerprints(each) for key, each in runs.items()}
+    if ranks.mode in ("alone", "job") and ranks.is_first:
+        for directory in {resolved(plan.out).parent for plan in plans}:
+            remove_stale(directory)
+    runs = {id(plan.run): plan.run for plan in plans}
+    sources = {key: file_fingerprints(each) for key, each in runs.items()}
+    if ranks.mode != "join":  # who joins reads no weights
         fetch(fetching_of(plans), context.on_progress)
-        stagings = stage(plans, ranks, stack)
-        compared = check_constant(run, {*reading.places}, context)
-        measuring = time.perf_counter()
-        paths = _measure_all(reading, context)
-        replaying = time.perf_counter()
-        statistics = averaged_statistics(run.tensors)
-        coefficients = [
-            plan.scheme.coefficients(_timeline(plan.run, path)).sparing(statistics)
-            for plan, path in zip(plans, paths, strict=True)
-        ]
-        raise_all([problem for each in zip(plans, coefficients, strict=True) if (problem := anchor_problem(*each))])
-        plans = tuple(_with_terms(plan, each) for plan, each in zip(plans, coefficients, strict=True))
-        replayed, hashes = _replay(replace(reading, plans=plans), coefficients, stagings, context)
+    with staged(plans, ranks, _kind(context)) as (stagings, met):
+        context = replace(context, ranks=met)
+        prepared = _prepare(reading, context)
+        replayed, hashes = _replay(prepared, stagings, context)
+        met.leave()
         if ranks.is_first:
             _check_unchanged(run)
-        done = time.perf_counter()
-        path_bytes = max(path.bytes_read if path else 0 for path in paths)
-        seconds = Seconds(replaying - measuring if path_bytes else 0.0, done - replaying, done - begun)
+            seconds = prepared.seconds(begun)
+            records = _publish(prepared, replayed, hashes, stagings, seconds, sources, met)
+    if not ranks.is_first:
+        records = tuple(_published(plan) for plan in prepared.plans)
+    for storage in run.storages:
+        storage.remove_downloads()
+    return records, prepared.paths
 
-        def publish() -> tuple[Record, ...]:
-            records = []
-            for number, (plan, each, staging) in enumerate(zip(plans, coefficients, stagings, strict=True)):
-                own = [replayed.checksums[place] for place in reading.places[number]]
-                work = Work(
-                    accumulate=_accumulated(run, plan.options.accumulate),
-                    bytes_read=compared + replayed.bytes_read + path_bytes,
-                    checksums=(*(None,) * each.start, *own[each.start :]),
-                    infinite=replayed.infinite[number],
-                    nonfinite=replayed.nonfinite[number],
-                    discarded=replayed.discarded[number],
-                    seconds=seconds,
-                )
-                record = record_of(plan, each, paths[number], work)
-                record, files = completed(plan, each, record, hashes[number])
-                for name, data in files.items():
-                    staging.write(name, data)
-                made = made_of(reading.plans[number], fingerprints[id(plan.run)], staging.path)
-                staging.write(LOCAL, local_of(record, made).to_bytes())
-                records.append(record)
-            for staging in stagings:
-                staging.commit()
-            return tuple(records)
 
-        records = ranks.first(publish)
-        for storage in run.storages:
-            storage.remove_downloads()
-    return records, paths
+def do_part(plan: Plan, context: Context) -> tuple[int, ...]:
+    """Do one part of an average, as `context.ranks` says, beside the place of its result.
+
+    Returns:
+        The parts that are not finished yet, from 0. Where there are none, they are to be joined.
+
+    Raises:
+        MissingPartsError: this part needs what others have not finished.
+        CkavgError: as of `average`.
+    """
+    from ckavg.engine.devices import tuned
+
+    (reading,) = readings([plan])
+    context = tuned(context)
+    fetch(fetching_of([plan]), context.on_progress)
+    with staged([plan], context.ranks, _kind(context)) as (stagings, met):
+        prepared = _prepare(reading, replace(context, ranks=met))
+        try:
+            _replay(prepared, stagings, replace(context, ranks=replace(met, waits=False)))
+        except MissingPartsError as error:
+            return error.parts
+        _check_unchanged(plan.run)
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """Averages before pass 2.
+
+    Attributes:
+        asked: the averages as they were planned.
+        reading: the same with the ranks of averaged products.
+        fingerprints: of all checkpoints, the same in all processes.
+        compared: bytes that were read to compare what must not differ.
+        paths, coefficients: of each average.
+        times: when pass 1 and pass 2 began.
+    """
+
+    asked: tuple[Plan, ...]
+    reading: Reading
+    fingerprints: Fingerprints
+    compared: int
+    paths: tuple[PathLength | None, ...]
+    coefficients: tuple[Coefficients, ...]
+    times: tuple[float, float]
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The plans of the averages."""
+        return self.reading.plans
+
+    @property
+    def path_bytes(self) -> int:
+        """Bytes that pass 1 read."""
+        return max(path.bytes_read if path else 0 for path in self.paths)
+
+    def seconds(self, begun: float) -> Seconds:
+        """How long it took until now, of all that began then."""
+        (measuring, replaying), done = self.times, time.perf_counter()
+        return Seconds(replaying - measuring if self.path_bytes else 0.0, done - replaying, done - begun)
+
+
+def _prepare(reading: Reading, context: Context) -> _Prepared:
+    """What comes before pass 2: what must not differ is compared, and the path measured."""
+    from ckavg.averaging.replay import check_constant
+
+    plans, run, ranks = reading.plans, reading.run, context.ranks
+    fingerprints = agreed_fingerprints(run, ranks)
+    journal: PassJournal[None] | None = None
+    if ranks.is_shared:
+        journal = ranks.journal(CONSTANT, hashlib.sha256(repr((fingerprints, reading.places)).encode()).hexdigest())
+    compared = 0
+    with (
+        nullcontext() if ranks.mode == "join" else suppress(MissingPartsError)
+    ):  # who joins knows that all was compared
+        compared = check_constant(run, {*reading.places}, context, journal)
+    measuring = time.perf_counter()
+    paths = _measure_all(reading, fingerprints, context)
+    replaying = time.perf_counter()
+    statistics = averaged_statistics(run.tensors)
+    coefficients = tuple(
+        plan.scheme.coefficients(_timeline(plan.run, path)).sparing(statistics)
+        for plan, path in zip(plans, paths, strict=True)
+    )
+    raise_all([problem for each in zip(plans, coefficients, strict=True) if (problem := anchor_problem(*each))])
+    plans = tuple(_with_terms(plan, each) for plan, each in zip(plans, coefficients, strict=True))
+    times = measuring, replaying
+    with_terms = replace(reading, plans=plans)
+    return _Prepared(reading.plans, with_terms, fingerprints, compared, paths, coefficients, times)
+
+
+def _publish(
+    prepared: _Prepared,
+    replayed: Replayed,
+    hashes: Sequence[Mapping[Path, str]],
+    stagings: Sequence[Staging],
+    seconds: Seconds,
+    sources: Mapping[int, Fingerprints],
+    ranks: Ranks,
+) -> tuple[Record, ...]:
+    """Write what goes beside the weights, and give the results their names; the first one last, since the others of a
+    job wait for that.
+    """
+    records = []
+    reading = prepared.reading
+    accumulate = _accumulated(reading.run, prepared.plans[0].options.accumulate)
+    for number, (plan, each, staging) in enumerate(zip(prepared.plans, prepared.coefficients, stagings, strict=True)):
+        own = [replayed.checksums[place] for place in reading.places[number]]
+        work = Work(
+            accumulate=accumulate,
+            bytes_read=prepared.compared + replayed.bytes_read + prepared.path_bytes,
+            checksums=(*(None,) * each.start, *own[each.start :]),
+            infinite=replayed.infinite[number],
+            nonfinite=replayed.nonfinite[number],
+            discarded=replayed.discarded[number],
+            seconds=seconds,
+        )
+        record = record_of(plan, each, prepared.paths[number], work)
+        with ranks.working_on("what goes beside the weights"):
+            ranks.check()
+        record, files = completed(plan, each, record, hashes[number])
+        for name, data in files.items():
+            staging.write(name, data)
+        made = made_of(prepared.asked[number], sources[id(plan.run)], staging.path)
+        staging.write(LOCAL, local_of(record, made).to_bytes())
+        records.append(record)
+    for staging in reversed(stagings):
+        staging.commit()
+    return tuple(records)
+
+
+def _published(plan: Plan) -> Record:
+    """The record of a result that the first process of a job has published."""
+    try:
+        return placed(read_record(plan.out), read_local(plan.out), plan.run, list(plan.outputs.values()))
+    except CkavgError as error:
+        raise RanksError("Rank 0 has ended without a result.", hint="What it says tells why.") from error
+
+
+def _kind(context: Context) -> str:
+    """The kind of device on which it runs."""
+    return context.device.partition(":")[0]
 
 
 def _check_unchanged(run: Run) -> None:
@@ -334,14 +448,14 @@ def _check_unchanged(run: Run) -> None:
         storage.check_unchanged()
 
 
-def _measure_all(reading: Reading, context: Context) -> tuple[PathLength | None, ...]:
+def _measure_all(reading: Reading, fingerprints: Fingerprints, context: Context) -> tuple[PathLength | None, ...]:
     """Pass 1: the path of each plan that needs one."""
     paths = reading.paths
     if paths is None:
         return (None,) * len(reading.plans)
     own = {places: plan.run for plan, places in zip(reading.plans, reading.places, strict=True)}
     runs = [own[places] for places in paths.places]
-    measured = _measure(reading.run, runs, paths, reading.plans[0].options, context)
+    measured = _measure(reading.run, runs, paths, fingerprints, reading.plans[0].options, context)
     by_places = dict(zip(paths.places, measured, strict=True))
     return tuple(
         by_places[places] if plan.path else None for plan, places in zip(reading.plans, reading.places, strict=True)
@@ -349,7 +463,12 @@ def _measure_all(reading: Reading, context: Context) -> tuple[PathLength | None,
 
 
 def _measure(
-    run: Run, runs: Sequence[Run], reading: PathReading, options: Options, context: Context
+    run: Run,
+    runs: Sequence[Run],
+    reading: PathReading,
+    fingerprints: Fingerprints,
+    options: Options,
+    context: Context,
 ) -> tuple[PathLength, ...]:
     """Pass 1: from the cache, measured, or estimated, as planned.
 
@@ -357,6 +476,7 @@ def _measure(
         run: all checkpoints.
         runs: of each path, those that it visits.
         reading: what is measured.
+        fingerprints: of all checkpoints.
         options, context: as of the command.
     """
     from ckavg.path.estimate import estimate_paths
@@ -364,8 +484,10 @@ def _measure(
     from ckavg.path.measure import measure_paths
 
     ranks, zero_sigma, allow_nonfinite = context.ranks, options.zero_sigma, options.allow_nonfinite
-    # What is cached depends on file times, which machines may see differently.
-    plans, fingerprints = ranks.first(lambda: (reading.plans, fingerprint_run(run)))
+    plans = reading.plans
+    if ranks.is_shared:  # what is cached depends on file times, which machines may see differently
+        agreed = ranks.agreed("paths", lambda: [plan.to_json() for plan in reading.plans])
+        plans = tuple(map(PathPlan.from_json, agreed))
     exact = [number for number, plan in enumerate(plans) if plan.sample == 1]
     sampled = [number for number, plan in enumerate(plans) if plan.sample < 1]
     paths: dict[int, PathLength] = {}
@@ -377,7 +499,12 @@ def _measure(
 
     if sampled:
         estimated = estimate_paths(
-            run, of(sampled), zero_sigma=zero_sigma, allow_nonfinite=allow_nonfinite, context=context
+            run,
+            of(sampled),
+            zero_sigma=zero_sigma,
+            allow_nonfinite=allow_nonfinite,
+            context=context,
+            key=fingerprints,
         )
         paths |= zip(sampled, estimated, strict=True)
     if exact:
@@ -400,13 +527,16 @@ def _measure(
 
 
 def _replay(
-    reading: Reading, coefficients: Sequence[Coefficients], stagings: Sequence[Staging], context: Context
+    prepared: _Prepared, stagings: Sequence[Staging], context: Context
 ) -> tuple[Replayed, list[dict[Path, str]]]:
-    """Pass 2, and the SHA-256 of every weight file that came of it, by plan and by path in the result."""
+    """Pass 2, and the SHA-256 of every weight file that came of it, by plan and by path in the result; a part leaves
+    that to whoever joins.
+    """
     from ckavg.averaging.replay import Average, replay
 
-    plans, run, options, ranks = reading.plans, reading.run, reading.plans[0].options, context.ranks
-    fingerprints = fingerprint_run(run)
+    reading, coefficients, ranks = prepared.reading, prepared.coefficients, context.ranks
+    plans, run, options = reading.plans, reading.run, reading.plans[0].options
+    fingerprints = prepared.fingerprints if ranks.is_shared else fingerprint_run(run)
     request = (
         __version__,
         fingerprints,
@@ -417,13 +547,13 @@ def _replay(
             for plan in plans
         ],
         (options.lora, options.rank),
-        [[str(out) for out in plan.outputs.values()] for plan in plans],
+        [[str(out.relative_to(plan.out)) for out in plan.outputs.values()] for plan in plans],
         options.accumulate,
         options.allow_nonfinite,
-        context.device.partition(":")[0],
+        _kind(context),
     )
     key = hashlib.sha256(repr(request).encode()).hexdigest() if None not in fingerprints else secrets.token_hex(32)
-    with open_writers(plans, stagings, key, ranks) as (writers, journal):
+    with open_writers(plans, stagings, key, ranks) as (writers, journals):
         averages = [
             Average(each, plan.weights.dtypes, own, places)
             for each, plan, own, places in zip(coefficients, plans, writers, reading.places, strict=True)
@@ -435,10 +565,9 @@ def _replay(
             wide=options.accumulate == "float64",
             allow_nonfinite=options.allow_nonfinite,
             context=context,
-            journal=journal,
+            journals=journals,
         )
-        hashes = finalize(plans, stagings, writers, ranks)
-    ranks.wait()
+        hashes = [] if ranks.mode == "part" else finalize(plans, stagings, writers, key, ranks)
     return replayed, hashes
 
 

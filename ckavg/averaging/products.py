@@ -22,8 +22,9 @@ from ckavg.averaging.adapters import Products, different_scaling
 from ckavg.averaging.rules import effective_weights, round_into, too_large
 from ckavg.checkpoints.adapters import Pair
 from ckavg.checkpoints.run import Checkpoint, Run
-from ckavg.engine.blocks import Block, cut_blocks
+from ckavg.engine.blocks import Block, cut_blocks, sizes_of
 from ckavg.engine.context import Context
+from ckavg.engine.distributed import PassJournal
 from ckavg.engine.stream import stream
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader, all_finite
 from ckavg.errors import NonFiniteError
@@ -31,6 +32,9 @@ from ckavg.schemes import Coefficients
 
 if TYPE_CHECKING:
     from ckavg.averaging.replay import Average
+
+_OfPair = tuple[tuple[str, ...], tuple[tuple[float, float], ...]]
+"""Of a pair: the hashes of what was read of it, and of each average its energy, and what was cut off."""
 
 Weights = Mapping[str, tuple[float, ...]]
 """The weight of every checkpoint in the average of each product, by the name of A."""
@@ -70,7 +74,13 @@ def count_terms(weights: Weights) -> dict[str, int]:
 
 
 def replay_products(
-    run: Run, products: Products, averages: Sequence[Average], *, places: Sequence[int], context: Context
+    run: Run,
+    products: Products,
+    averages: Sequence[Average],
+    *,
+    places: Sequence[int],
+    context: Context,
+    journal: PassJournal[_OfPair] | None = None,
 ) -> ReplayedProducts:
     """Form all averages of the products of a run in one reading.
 
@@ -80,6 +90,7 @@ def replay_products(
         averages: what to form; the writers take whole factors.
         places: indices of the checkpoints that are read, ascending.
         context: how the pass runs.
+        journal: what is in its place already.
 
     Raises:
         NonFiniteError: a factor holds NaN or infinity, or a value does not fit the output dtype.
@@ -99,16 +110,17 @@ def replay_products(
 
     blocks = tuple(Block(pair.a, 0, pair.numel[0]) for pair in products.pairs)
     one_at_a_time = dataclasses.replace(context, threads=1)
-    streamed = stream("replay", read, blocks, make_worker, one_at_a_time)
+    streamed = stream("replay", read, blocks, make_worker, one_at_a_time, journal)
     of_pairs = [block for each in blocks for block in _blocks_of(run, pairs[each.name])]
     hashes = [each for of_pair, _ in streamed.results for each in of_pair]
+    nbytes = sum(sizes_of(read, of_pairs)) if context.ranks.is_shared else streamed.bytes_read
     energies = [energies for _, energies in streamed.results]
     discarded: dict[int, dict[int, float]] = {id(average): {} for average in averages}
     for place, (average, index, _) in enumerate(wanted if products.rank is not None else ()):
         total, lost = (math.fsum(each[place][part] for each in energies) for part in (0, 1))
         discarded[id(average)][index] = lost / total if total else 0.0
     return ReplayedProducts(
-        streamed.bytes_read, tuple(of_pairs), tuple(hashes), tuple(discarded[id(average)] for average in averages)
+        nbytes, tuple(of_pairs), tuple(hashes), tuple(discarded[id(average)] for average in averages)
     )
 
 
@@ -140,7 +152,7 @@ class _ProductWorker:
         self._wanted = wanted
         self._tile = tile
 
-    def __call__(self, block: Block) -> tuple[tuple[str, ...], tuple[tuple[float, float], ...]]:
+    def __call__(self, block: Block) -> _OfPair:
         """Form and write the averages of a pair: the hashes of what was read; the energy of each, and what was cut."""
         pair = self._pairs[block.name]
         a, of_a = self._load(pair.a)

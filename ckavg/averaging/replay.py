@@ -7,7 +7,8 @@ reading, each tile being widened once for all of them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,8 +22,10 @@ from ckavg.checkpoints.run import ITEM_BYTES, Run, TensorInfo, not_constant
 from ckavg.engine.blocks import Block, cut_blocks
 from ckavg.engine.checksums import checksums
 from ckavg.engine.context import Context
-from ckavg.engine.stream import PassJournal, stream
+from ckavg.engine.distributed import PassJournal
+from ckavg.engine.stream import stream
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader, all_finite
+from ckavg.errors import MissingPartsError, raise_all
 from ckavg.schemes import Coefficients
 
 
@@ -95,6 +98,10 @@ class BlockResult:
         return cls(hashes, *map(tuple, counts))
 
 
+Journals = Callable[[str, Callable[[Any], Any], Callable[[Any], Any]], PassJournal[Any]]
+"""From the name of a pass, and the way of what comes of a block to JSON values and back, to the journal of the pass."""
+
+
 def replay(
     run: Run,
     averages: Sequence[Average],
@@ -103,7 +110,7 @@ def replay(
     wide: bool = False,
     allow_nonfinite: bool = False,
     context: Context | None = None,
-    journal: PassJournal[BlockResult] | None = None,
+    journals: Journals | None = None,
 ) -> Replayed:
     """Form all averages of a run in one reading. A checkpoint that has a part in none of them is not read.
 
@@ -114,9 +121,10 @@ def replay(
         wide: accumulate in float64; float64 checkpoints always do.
         allow_nonfinite: let NaN and infinity through instead of ending the pass.
         context: how the pass runs.
-        journal: which of `replay_blocks` are in their place already.
+        journals: what is in its place already.
 
     Raises:
+        MissingPartsError: this process has done its part, and others have not; it does not wait for them.
         NonFiniteError: a checkpoint holds NaN or infinity and may not, or a value does not fit the output dtype.
         TruncatedShardError, ReadError: a file changed or cannot be read.
         OutputError: a writer could not take its bytes.
@@ -145,12 +153,31 @@ def replay(
         return _CopyWorker(reader, run.tensors, writers, tile=context.tile)
 
     blocks = tuple(block for block in replay_blocks(run) if block.name not in paired)
-    averaged = stream("replay", read, blocks, average_worker, context, journal)
-    nbytes = averaged.bytes_read
+    journals = journals or _no_journals
+    nbytes = 0
+    unfinished: list[MissingPartsError] = []
     if copied:
         quiet = dataclasses.replace(context, on_progress=None)
         of_written = [run.checkpoints[place] for place in written]
-        nbytes += stream("replay", of_written, cut_blocks(copied), copy_worker, quiet).bytes_read
+        with _put_off(unfinished):
+            journal = journals("copy", _as_it_is, _as_it_is)
+            nbytes = stream("replay", of_written, cut_blocks(copied), copy_worker, quiet, journal).bytes_read
+    discarded: tuple[Mapping[int, float], ...] = ({},) * len(averages)
+    of_pairs = None
+    if products is not None:
+        with _put_off(unfinished):
+            journal = journals("products", _as_it_is, _as_it_is)
+            of_pairs = replay_products(run, products, averages, places=places, context=context, journal=journal)
+    averaged = stream(
+        "replay",
+        read,
+        blocks,
+        average_worker,
+        context,
+        journals("average", BlockResult.to_json, BlockResult.from_json),
+    )
+    raise_all(unfinished)
+    nbytes += averaged.bytes_read
     hashes = [block_result.hashes for block_result in averaged.results]
     numbers = range(len(averages))
     nonfinite = tuple(sum(block_result.nonfinite[number] for block_result in averaged.results) for number in numbers)
@@ -159,22 +186,43 @@ def replay(
         tuple(sorted({block.name for block, block_result in by_block if block_result.infinite[number]}))
         for number in numbers
     )
-    discarded: tuple[Mapping[int, float], ...] = ({},) * len(averages)
-    if products is not None:
-        of_pairs = replay_products(run, products, averages, places=places, context=context)
+    if of_pairs is not None:
         nbytes, discarded = nbytes + of_pairs.bytes_read, of_pairs.discarded
         blocks, hashes = blocks + of_pairs.blocks, hashes + list(of_pairs.hashes)
     of_places = dict(zip(places, checksums(read, blocks, hashes), strict=True))
     return Replayed(nbytes, tuple(map(of_places.get, everywhere)), nonfinite, infinite, discarded)
 
 
-def check_constant(run: Run, selections: Collection[tuple[int, ...]], context: Context) -> int:
+@contextmanager
+def _put_off(unfinished: list[MissingPartsError]) -> Iterator[None]:
+    """Go on with the rest of a part where other parts have not finished this."""
+    try:
+        yield
+    except MissingPartsError as error:
+        unfinished.append(error)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _no_journals(*_: object) -> PassJournal[Any]:
+    return PassJournal({}, (), lambda _: None)
+
+
+def check_constant(
+    run: Run,
+    selections: Collection[tuple[int, ...]],
+    context: Context,
+    journal: PassJournal[None] | None = None,
+) -> int:
     """Compare all bytes of the tensors that can only be copied; how many bytes were read.
 
     Args:
         run: the checkpoints.
         selections: indices of those that must hold the same, of each average.
         context: how the pass runs.
+        journal: what is compared already.
 
     Raises:
         UnsupportedFormatError: one is not the same in all checkpoints of an average.
@@ -198,7 +246,7 @@ def check_constant(run: Run, selections: Collection[tuple[int, ...]], context: C
 
     quiet = dataclasses.replace(context, on_progress=None)
     blocks = cut_blocks(entries)
-    return stream("replay", run.checkpoints, blocks, compare_worker, quiet).bytes_read if blocks else 0
+    return stream("replay", run.checkpoints, blocks, compare_worker, quiet, journal).bytes_read if blocks else 0
 
 
 def replay_blocks(run: Run) -> tuple[Block, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import itertools
 import os
 import resource
 import signal
@@ -20,6 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 from ckavg import __version__
 from ckavg.cli.errors import FAILED, INTERRUPTED, mute_others, system_error
 from ckavg.cli.text import Stdout, warn
+from ckavg.engine.distributed import slurm_environment
 from ckavg.errors import printable
 from ckavg.schemes import SCHEMES
 from ckavg.schemes.parse import described
@@ -32,6 +34,7 @@ _VERBS = {
     **{scheme.name: described(scheme.name) for scheme in SCHEMES if scheme.has_verb},
     "sweep": "Form many averages from one reading of the checkpoints: every value of every scheme.",
     "best": "Search for the average that your own command finds best, and compare it with the last checkpoint.",
+    "join": "Put the parts of an average together that were done with --part.",
     "path": "Measure how far the weights travelled: pass 1 alone, kept for later runs.",
     "inspect": "Show what was found, in which order, and what is wrong with it. Reads no weights without --deep.",
     "eval": "Compute the held-out loss of a causal language model on a text, in nats per token.",
@@ -127,6 +130,8 @@ def main() -> None:
         sys.stdout = Stdout(sys.stdout.detach(), errors="replace", **of_stdout)
     _occupy_standard_streams()
     _allow_many_files()
+    if "slurm" in _values_of("--distributed"):
+        os.environ.update(slurm_environment(os.environ))
     mute_others()
     _check_directory()
     try:
@@ -138,6 +143,13 @@ def main() -> None:
     except OSError as error:  # from --help or --version; verbs look after theirs
         warn("error", system_error(error))
         _leave(FAILED)
+
+
+def _values_of(option: str) -> list[str]:
+    """What was typed for an option, before anything is parsed: of several processes, most are mute by then."""
+    words = sys.argv[1:]
+    separate = [word for before, word in itertools.pairwise(words) if before == option]
+    return separate + [word.partition("=")[2] for word in words if word.startswith(f"{option}=")]
 
 
 def _occupy_standard_streams() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.filesize import decimal
 
-from ckavg.averaging.pipeline import Done, carry_out, discard_sent
+from ckavg.averaging.evaluation import Criterion
+from ckavg.averaging.pipeline import Done, carry_out, discard_sent, do_part
 from ckavg.averaging.plan import Options, Plan, checked, output_path, plan_averages
 from ckavg.averaging.reading import fetching_of, memory_bytes, readings
 from ckavg.averaging.sources import inspect_sources
@@ -30,6 +32,7 @@ from ckavg.cli.evaluation import (
     write_curves,
 )
 from ckavg.cli.options import Averaging, Command, Measuring, with_options
+from ckavg.cli.parts import print_part, ranks_of_part
 from ckavg.cli.push import destination_of, print_pushed, push_shown, when_complete
 from ckavg.cli.text import Output, as_count, print_json, say, show_progress, table_by_step, warn_of
 from ckavg.engine.context import Context
@@ -59,7 +62,7 @@ def scheme_verb(name: str) -> Command:
     options_class = dataclasses.make_dataclass(name, fields, bases=(Averaging,), frozen=True, slots=True)
 
     def verb(options: Averaging) -> None:
-        with distributed(verbose=options.verbose) as ranks:
+        with distributed(verbose=options.verbose, timeout=options.rank_timeout) as ranks:
             typed = {each.name: _typed(each, getattr(options, each.name)) for each in own}
             stated = {each.name: typed[each.name] for each in own if typed[each.name] not in (None, each.default)}
             _average(make_scheme(name, stated), options, ranks)
@@ -108,6 +111,7 @@ def _read_weights(file: Path) -> Any:
 def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
     if options.out is not None:
         output_address(options.out)  # what is misspelled is told at once
+    ranks = ranks_of_part(options, ranks)
     criterion = criterion_from(options)
     destination, selection = destination_of(options), options.selection(scheme.every_from)
     asked = [Asked(scheme, selection)]
@@ -121,10 +125,24 @@ def _average(scheme: Scheme, options: Averaging, ranks: Ranks) -> None:
     if options.dry_run:
         show_plans(plans, options)
         return
-    done = carry_out_shown(plans, options, ranks)
-    if not ranks.is_first:
+    if ranks.mode == "part":
+        print_part(plans[0], do_part_shown(plans[0], options, ranks), options, ranks)
         return
-    complete = unsent(plans) if plans[0].target is not None else when_complete(plans[0].out, destination)
+    done = carry_out_shown(plans, options, ranks)
+    if ranks.is_first:
+        finish(done, plans, options, criterion, destination)
+
+
+def finish(
+    done: Done,
+    plans: Sequence[Plan],
+    options: Averaging,
+    criterion: Criterion | None,
+    destination: Destination | None,
+) -> None:
+    """What follows on an average that is complete: evaluate, show and upload it."""
+    is_sent = plans[0].target is not None
+    complete = unsent(plans) if is_sent else when_complete(done.records[0].directory, destination)
     with interrupted_with(complete):
         warn_of(new_warnings(done, plans))
         evaluated = send_shown(evaluate_all(done.records, plans, criterion, options), plans, quiet=options.quiet)
@@ -180,10 +198,7 @@ def plans_of(
     places = paths_in(found[0].home)
     runs = checked(found, places, words=[listed(some) for some in words.values()], force=options.force)
     for run in runs:
-        check_plot(options, run)
-        if options.csv is not None:
-            check_file(options.csv, run)
-        check_report(options, run)
+        check_files(options, run)
     by_selection = dict(zip(words, runs, strict=True))
     wanted = [(by_selection[each.selection], each.scheme, place) for each, place in zip(asked, places, strict=True)]
     plans = plan_averages(wanted, library_options(options))
@@ -196,6 +211,14 @@ def plans_of(
     if options.dry_run:
         warn_of(attributed([(plan, plan.foreseen) for plan in plans]))
     return plans
+
+
+def check_files(options: Averaging, run: Run) -> None:
+    """Refuse files that were asked for beside the result and have no place where they are to go."""
+    check_plot(options, run)
+    if options.csv is not None:
+        check_file(options.csv, run)
+    check_report(options, run)
 
 
 def library_options(options: Averaging) -> Options:
@@ -225,14 +248,29 @@ def attributed(told: Sequence[tuple[Plan, Sequence[str]]]) -> list[str]:
 
 def carry_out_shown(plans: Sequence[Plan], options: Averaging, ranks: Ranks) -> Done:
     """Carry out plans and show how far they have come."""
+    with shown_progress(plans, options, ranks) as context:
+        return carry_out(plans, context)
+
+
+def do_part_shown(plan: Plan, options: Averaging, ranks: Ranks) -> tuple[int, ...]:
+    """Do a part of a plan and show how far it has come; with the parts that are not finished."""
+    if plan.current is not None:
+        return ()
+    with shown_progress([plan], options, ranks) as context:
+        return do_part(plan, context)
+
+
+@contextmanager
+def shown_progress(plans: Sequence[Plan], options: Averaging, ranks: Ranks) -> Iterator[Context]:
+    """A context in which carrying out plans is shown."""
     quiet = options.quiet or not ranks.is_first
     new = to_form(plans)
-    fetching = fetching_of(new)
+    fetching = None if ranks.mode == "join" else fetching_of(new)
     say_fetching(fetching, quiet=quiet)
     passes = sum(2 if reading.path_bytes else 1 for reading in readings(new))
     passes += fetching is not None and bool(fetching.whole)
     with show_progress(passes, quiet=quiet) as on_progress:
-        return carry_out(plans, Context(device=options.device, on_progress=on_progress, ranks=ranks))
+        yield Context(device=options.device, on_progress=on_progress, ranks=ranks)
 
 
 def to_form(plans: Sequence[Plan]) -> list[Plan]:

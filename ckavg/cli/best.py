@@ -47,14 +47,20 @@ class Searching(Averaging):
     ] = None
 
 
-@with_options(Searching, without=("snapshot_every", "allow_anchor", "eval_run", "csv", "plot", "report"))
+@with_options(
+    Searching,
+    without=(
+        *("snapshot_every", "allow_anchor", "eval_run", "csv", "plot", "report"),
+        *("part", "wait", "distributed", "rank_timeout"),
+    ),
+)
 def best(options: Searching) -> None:
     """Search for the average that your own command finds best, and compare it with the last checkpoint.
 
     Tries schemes, values and windows in rounds, each from one reading, within --budget evaluations. One result stays,
     in averaged/best; if no average is better, it is the last checkpoint itself.
     """
-    with distributed(verbose=options.verbose) as ranks:
+    with distributed(verbose=options.verbose, timeout=options.rank_timeout) as ranks:
         if ranks.world > 1:
             raise SettingError("best: the search runs in one process.", hint="Start it without torchrun.")
         _search(options, ranks)

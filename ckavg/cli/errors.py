@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import typer
 
 from ckavg.cli.text import Stdout, say, say_labelled, warn
-from ckavg.engine.messages import ELSEWHERE
-from ckavg.errors import CkavgError, CombinedError, RanksError, SettingError, printable
+from ckavg.engine.distributed import SECONDS_WITHOUT_PROGRESS
+from ckavg.engine.failures import OTHER_PROCESS, is_from_another
+from ckavg.errors import (
+    CkavgError,
+    CombinedError,
+    MissingPartsError,
+    OutputExistsError,
+    RanksError,
+    SettingError,
+    printable,
+)
 
 if TYPE_CHECKING:
     from ckavg.engine.distributed import Ranks
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+FAILED, USAGE, UNFINISHED, INTERRUPTED = 1, 2, 3, 130
 _AS_IT_WAS = "No result was left in part; the checkpoints are as they were."
 _STDOUT, _STDERR = 1, 2
 _LONGEST_LINE = 10_000
 """Characters; twice the longest path."""
+
+_SECONDS_FOR_THE_FIRST = 2.0
 
 _voice: list[int] = []
 """Where stderr led before this process was muted."""
@@ -41,13 +55,14 @@ def failures(*, verbose: bool) -> Iterator[None]:
                 traceback.print_exception(error, file=sys.stderr)
         if isinstance(error, CkavgError):
             message, *rest = message_of(error)
-            say_labelled("error", message)
+            say_labelled("unfinished" if isinstance(error, MissingPartsError) else "error", message)
             _say_all(*rest, *_notes(error))
         elif isinstance(error, MemoryError):
             warn("error", f"There is not enough memory. {_AS_IT_WAS}")
         elif not isinstance(error, BrokenPipeError):  # nobody reads stdout any more, and so nobody misses it
             warn("error", system_error(error))
-        raise typer.Exit(USAGE if isinstance(error, SettingError) else FAILED) from error
+        statuses = {SettingError: USAGE, MissingPartsError: UNFINISHED}
+        raise typer.Exit(next((each for kind, each in statuses.items() if isinstance(error, kind)), FAILED)) from error
     except KeyboardInterrupt as error:
         warn("interrupted", _AS_IT_WAS)
         _say_all(*_notes(error))
@@ -107,24 +122,47 @@ def mute_others() -> None:
 
 
 @contextmanager
-def distributed(*, verbose: bool) -> Iterator[Ranks]:
-    """Join the other processes, if there are any. An error in one ends all of them, and is shown once."""
+def distributed(*, verbose: bool, timeout: float = SECONDS_WITHOUT_PROGRESS) -> Iterator[Ranks]:
+    """The processes of this job, if there are any others. An error in one ends all of them, and is shown once."""
     from ckavg.engine.distributed import all_ranks
 
     with failures(verbose=verbose):
         ranks = None
         try:
-            with all_ranks(_say_aloud) as ranks:
+            with all_ranks(_say_aloud, timeout=timeout) as ranks:
                 if ranks.world > 1:
                     _interrupt_once(ranks)
-                try:
-                    yield ranks
-                except typer.Exit as done:  # nothing that engine/messages.py knows
-                    raise SystemExit(done.exit_code) from done
-        except BaseException:
-            if _voice and (ranks is None or ranks.speaks):
+                yield ranks
+        except BaseException as error:
+            _tell_torchrun(error)
+            if _voice and (ranks is None or ranks.speaks or _speaks_for_itself(error, ranks)):
                 os.dup2(_voice.pop(), _STDERR)
             raise
+
+
+def _speaks_for_itself(error: BaseException, ranks: Ranks) -> bool:
+    """Whether a process is to show an error that it had before it came to the others, who do not know of it.
+
+    Most often, the first process has the same error at the same time, and what has started them ends this one.
+    """
+    same_for_all = isinstance(error, SettingError | OutputExistsError)
+    if ranks.has_met or same_for_all or not isinstance(error, CkavgError | OSError):
+        return False
+    try:
+        time.sleep(_SECONDS_FOR_THE_FIRST)
+    except KeyboardInterrupt:
+        return False
+    return True
+
+
+def _tell_torchrun(error: BaseException) -> None:
+    """Leave what ended this process where torchrun looks for it, so that its summary tells; not what others told."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file and isinstance(error, Exception) and not (isinstance(error, typer.Exit) or is_from_another(error)):
+        shown = str(error) if isinstance(error, CkavgError) else f"{type(error).__name__}: {error}"
+        more = {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": shown, "extraInfo": more}}), encoding="utf-8")
 
 
 def _say_aloud(line: str) -> None:
@@ -161,7 +199,7 @@ def _shortened(line: str) -> str:
 
 def _notes(error: BaseException) -> list[str]:
     """What was added to an exception on its way here: what is kept of the work it ended."""
-    return [printable(note) for note in getattr(error, "__notes__", ()) if not note.startswith(ELSEWHERE)]
+    return [printable(note) for note in getattr(error, "__notes__", ()) if not note.startswith(OTHER_PROCESS)]
 
 
 def _say_all(*lines: str) -> None:

@@ -61,6 +61,7 @@ def option(panel: str, text: str, *names: str, shown: str | bool = True, **more:
 choice = partial(option, "Which checkpoints")
 result = partial(option, "The result")
 work = partial(option, "How it is computed")
+processes = partial(option, "Several processes")
 display = partial(option, "What is shown")
 evaluation = partial(option, "Evaluation by your own command")
 hub = partial(option, "The Hugging Face Hub")
@@ -183,6 +184,13 @@ class Measuring(Choice):
     allow_nonfinite: Annotated[
         bool, work("Continue where a checkpoint holds NaN or infinity.", "--allow-nonfinite")
     ] = False
+    distributed: Annotated[
+        Literal["torchrun", "slurm"], processes("Who starts the processes: torchrun sets RANK, Slurm SLURM_PROCID.")
+    ] = "torchrun"
+    rank_timeout: Annotated[
+        float,
+        processes("End the job where a process comes no further for so long.", metavar="SECONDS", min=1, shown="600"),
+    ] = 600.0
     as_json: Json = False
     quiet: Quiet = False
     verbose: Verbose = False
@@ -233,6 +241,11 @@ class Averaging(Measuring):
     rank: Annotated[
         int | None, work("Cut averaged products to rank R.", metavar="R", min=1, shown="exact, the sum of all ranks")
     ] = None
+    part: Annotated[
+        str | None,
+        processes("Do the I-th of N parts by itself, I from 0; see ckavg join.", metavar="I/N", shown="all of it"),
+    ] = None
+    wait: Annotated[bool, processes("Of --part: wait for the other parts of pass 1.", "--wait")] = False
     eval_command: Annotated[
         str | None,
         evaluation(

@@ -52,7 +52,7 @@ def path(options: MeasuringPath) -> None:
 
     The table is kept in SOURCE/averaged/path.json, so that ckavg pema need not read the checkpoints for it again.
     """
-    with distributed(verbose=options.verbose) as ranks:
+    with distributed(verbose=options.verbose, timeout=options.rank_timeout) as ranks:
         run = as_run(inspect_source(options.source, options.selection(), max_disk=options.max_disk))
         check_plot(options, run)
         if options.csv is not None:

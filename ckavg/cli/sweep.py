@@ -73,7 +73,12 @@ def sweep(options: Sweeping) -> None:
     of them is best.
     """
     words = list(options.words)
-    with distributed(verbose=options.verbose) as ranks:
+    with distributed(verbose=options.verbose, timeout=options.rank_timeout) as ranks:
+        if options.part is not None:
+            raise SettingError(
+                "sweep: --part is a part of one average.",
+                hint="Do each average by its own command, and join its parts.",
+            )
         if words and not is_scheme(words[0]):
             options = dataclasses.replace(options, source=Path(words.pop(0)))
         if not words:

@@ -32,7 +32,12 @@ _BAR_WIDTH = 32
 _WIDTH = 120
 """Columns where stdout is no terminal."""
 
-_COLOURS = {"error": typer.colors.RED, "warning": typer.colors.YELLOW, "interrupted": typer.colors.YELLOW}
+_COLOURS = {
+    "unfinished": typer.colors.YELLOW,
+    "error": typer.colors.RED,
+    "warning": typer.colors.YELLOW,
+    "interrupted": typer.colors.YELLOW,
+}
 _HEIGHTS = "▁▂▃▄▅▆▇█"
 _COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 

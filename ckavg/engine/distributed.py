@@ -1,21 +1,44 @@
-"""Stage *engine*: the cores of this machine, and how many threads share them. Imports nothing heavy."""
+"""Stage *engine*: the cores of this machine, and the processes that share a piece of work. Imports nothing heavy.
+
+Processes exchange through files in a directory that all of them see: each notes what comes of its share in a journal
+of its own, and reads those of the others. Those of one job work at the same time, and one that fails ends all
+(`job.py`). A part is the same share by itself, whenever it is started.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import heapq
+import json
 import os
-import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
 
-from ckavg.engine.links import Links
-from ckavg.errors import RanksError
+from ckavg.engine.job import ALONE as HOW_TO_RUN_ALONE
+from ckavg.engine.job import RANK_FILE, SECONDS_BETWEEN_LOOKS, Job
+from ckavg.errors import MissingPartsError, RanksError, WriteError
+from ckavg.storage.atomic import create_whole, write_bytes
+from ckavg.storage.journal import Journal, JournalReader
+from ckavg.storage.local import read_small
 
 MOST_THREADS = 16
 """More do not read faster; each has its own buffers."""
+
+SECONDS_WITHOUT_PROGRESS = 600.0
+AGREED = ".ckavg-agreed-"
+"""How the names of files begin that hold what must be the same in all processes."""
+
+JOURNAL = ".ckavg-journal-"
+"""How the names of journals begin; what is noted, and the rank of who notes it, follow."""
+
+NAMES_OF_A_JOB = (f"{RANK_FILE}*", f"{AGREED}*", f"{JOURNAL}*")
+"""Shell patterns of the names of files by which processes exchange."""
+
+_PARTS = "parts"
 
 
 def available_cores(processes: int = 1) -> int:
@@ -33,28 +56,39 @@ def worker_threads(processes: int = 1) -> int:
 
 
 Value = TypeVar("Value")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The processes of a job, as one of them sees them. Every one of them calls the same methods in the same order.
+    """The processes that share a piece of work, as one of them sees them. All of them call the same methods.
 
     Attributes:
         rank: which of them this is, from 0.
         world: how many there are.
         local_rank: which of those on this machine.
         local_world: how many there are on this machine.
+        mode: whether this process works `alone`, in a `job` of several, at a `part` without the others, or is to `join`
+            what parts have left.
+        timeout: seconds without progress after which a process is taken for gone.
+        waits: of a part, whether it waits for the others.
+        on_wait: called with a sentence on who is waited for, after a while and then seldom.
     """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
-    _links: Links | None = None
+    mode: Literal["alone", "job", "part", "join"] = "alone"
+    timeout: float = SECONDS_WITHOUT_PROGRESS
+    waits: bool = False
+    on_wait: Callable[[str], None] | None = None
+    _job: Job | None = None
+    _jobs: list[Job] = dataclasses.field(default_factory=list, compare=False)
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """What torchrun tells a process in its environment, with no connection yet; elsewhere, one process alone."""
+        """What a launcher tells a process in its environment; elsewhere, one process alone."""
         names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
         if any(name not in os.environ for name in names):
             return cls()
@@ -65,134 +99,261 @@ class Ranks:
             raise RanksError(
                 f"{', '.join(names)} in the environment are not all numbers.", hint="torchrun sets them."
             ) from error
-        return cls(rank, world, local_rank, local_world) if world > 1 else cls()
+        if world <= 1:
+            return cls()
+        if not 0 <= rank < world:
+            raise RanksError(f"RANK is {rank} and WORLD_SIZE {world} in the environment.", hint=HOW_TO_RUN_ALONE)
+        return cls(rank, world, local_rank, local_world, "job")
 
     @property
     def is_first(self) -> bool:
         """Whether this process speaks for all, and makes what is made once."""
-        return self.rank == 0
+        return self.rank == 0 or self.mode == "part"
 
     @property
     def speaks(self) -> bool:
         """Whether this process is to show messages: the first or, where that is gone, the one after it."""
-        return self.is_first or (self.rank == 1 and self._links is not None and self._links.has_lost(0))
+        return self.is_first or (bool(self._jobs) and {*range(self.rank)} <= self._jobs[-1].lost)
+
+    @property
+    def has_met(self) -> bool:
+        """Whether this process has come to the others."""
+        return bool(self._jobs)
 
     @property
     def is_ending(self) -> bool:
         """Whether this process is giving up already."""
-        return self._links is not None and self._links.is_ending
+        return any(job.is_ending for job in self._jobs)
 
-    def share(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Indices of what falls to this process: each in turn goes to whoever has least by then, the same in each pass.
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes have a share in the work."""
+        return self.mode != "alone"
 
-        >>> Ranks(0, 2).share([8, 1, 8, 1]), Ranks(1, 2).share([8, 1, 8, 1])
-        ((0, 3), (1, 2))
+    def share(self, sizes: Sequence[int]) -> list[int]:
+        """Whose each unit of work is: each in turn goes to whoever has least by then.
+
+        >>> Ranks(0, 2).share([8, 1, 8, 1])
+        [0, 1, 1, 0]
         """
-        if self.world == 1:
-            return tuple(range(len(sizes)))
         loads = [(0, rank) for rank in range(self.world)]
-        own = []
-        for index, size in enumerate(sizes):
+        owners = []
+        for size in sizes:
             load, rank = loads[0]
             heapq.heapreplace(loads, (load + size, rank))
-            if rank == self.rank:
-                own.append(index)
-        return tuple(own)
+            owners.append(rank)
+        return owners
+
+    @contextmanager
+    def meet(self, directory: Path, told: Mapping[str, Any]) -> Iterator[Ranks]:
+        """The same processes at work in a directory, which the first of a job has emptied of what others left there.
+
+        An error that leaves this block in one process of a job leaves it in all of them. The first leaves it last, when
+        the others have closed their files.
+
+        Args:
+            directory: that all of them see.
+            told: by what it is, such as `checkpoints`, what must be the same in all processes.
+
+        Raises:
+            RanksError: the others do not come, or see something else.
+            OutputError: others are filling the directory.
+        """
+        if self.mode in ("alone", "join"):
+            yield dataclasses.replace(self, _job=Job(directory, self.rank, self.world))
+            return
+        job = Job(
+            directory,
+            self.rank,
+            self.world,
+            launch=_launch(),
+            timeout=self.timeout,
+            on_wait=self.on_wait if self.rank < 2 else None,
+        )
+        joined = dataclasses.replace(self, _job=job)
+        self._jobs.append(job)
+        try:
+            if self.mode == "part":
+                job.enter(_PARTS)
+            else:
+                job.join()
+                joined._check_same(job, told)
+            yield joined
+            job.leave()
+        except BaseException as error:
+            if self.mode == "part":
+                job.leave()
+                raise
+            reason = job.fail(error)
+            if reason is error:
+                raise
+            raise reason from error
+
+    def _check_same(self, job: Job, told: Mapping[str, Any]) -> None:
+        by_first = self.agreed("told", lambda: dict(told))
+        own = json.loads(json.dumps(told))
+        differing = next((what for what, value in by_first.items() if own.get(what) != value), None)
+        if differing is not None:
+            raise RanksError(
+                f"{job.name_of(self.rank)} has other {differing} than {job.name_of(0, within=True)}.",
+                hint="Start the same command on every machine, with a file system that all of them share.",
+            )
 
     def check(self) -> None:
         """Raise what ended the job in another process, if something has."""
-        if self._links is not None:
-            self._links.check()
+        if self._job is not None and self.mode in ("job", "part"):
+            self._job.check()
 
-    def gather(self, value: Value) -> list[Value]:
-        """What every process gives here, by rank."""
-        if self._links is None:
-            return [value]
-        if not self.is_first:
-            self._links.send(value)
-            return list(self._links.receive()[0])
-        of_others = self._links.receive()
-        values = [value, *(of_others[rank] for rank in range(1, self.world))]
-        for rank, theirs in of_others.items():
-            if not _alike(value, theirs):
-                raise RanksError(
-                    f"Rank {rank} tells something else than rank 0 asks for.",
-                    hint="Give all processes of a job the same command, and the same version of ckavg.",
-                )
-        self._links.send(values)
-        return values
+    @contextmanager
+    def working_on(self, block: str) -> Iterator[None]:
+        """Have the others know that this process works on a block, and that it has come further."""
+        if self._job is not None:
+            self._job.begin(block)
+        yield
+        if self._job is not None:
+            self._job.end(block)
 
-    def wait(self) -> None:
-        """Wait until all processes are here."""
-        self.gather(None)
-
-    def first(self, function: Callable[[], Value]) -> Value:
-        """What the first process gets from a function, in all of them; the others wait for it."""
-        if self._links is None:
-            return function()
-        if not self.is_first:
-            value: Value = self._links.receive()[0]
-            return value
-        self._links.check()
-        value = function()
-        self._links.send(value)
-        return value
-
-    def check_same(self, seen: Mapping[str, str]) -> None:
-        """Refuse to go on where one process sees something else than the first.
-
-        Args:
-            seen: by what it is, such as `checkpoints`, what matters most first.
+    def agreed(self, name: str, function: Callable[[], Value]) -> Value:
+        """What a function gives, a JSON value, once for all: in the first process of a job, or in the part that comes
+        first. The others wait for it, or find it.
 
         Raises:
-            RanksError: one does; in all processes.
+            RanksError: it cannot be written or read.
         """
-        (first_host, by_first), *others = self.gather((platform.node(), dict(seen)))
-        for rank, (host, by_other) in enumerate(others, start=1):
-            differing = next((what for what, value in by_first.items() if by_other.get(what) != value), None)
-            if differing is not None:
-                raise RanksError(
-                    f"Rank {rank} on {host} has other {differing} than rank 0 on {first_host}.",
-                    hint="Start the same command on every machine, with a file system that all of them share.",
-                )
+        if self._job is None or self.mode == "alone":
+            return function()
+        path = self._job.directory / f"{AGREED}{self._job.name or _PARTS}-{name}"
+        made = b""
+        if self.mode == "job" and self.rank > 0:
+            self._job.wait(lambda: [] if path.exists() else [0], "what it must say first")
+        elif not path.exists():
+            made = json.dumps(function()).encode()
+        try:
+            if made and self.mode == "job":
+                write_bytes(path, made, follow=False)
+            elif made:
+                create_whole(path, made)
+            value: Value = json.loads(read_small(path, 1 << 30, follow=False))
+        except (OSError, ValueError, RecursionError) as error:
+            raise RanksError(
+                f"{path} cannot be written or read: {getattr(error, 'strerror', None) or error}.",
+                hint="All processes must see this directory, with hard links: choose another place with --out.",
+            ) from error
+        return value
+
+    def journal(
+        self,
+        name: str,
+        key: str,
+        as_json: Callable[[Result], Any] = lambda result: result,
+        from_json: Callable[[Any], Result] = lambda value: value,
+        *,
+        known: Mapping[int, Result] | None = None,
+        before_note: Callable[[], None] = lambda: None,
+    ) -> PassJournal[Result]:
+        """What is done of a pass by any process, and who notes what this one does now.
+
+        Args:
+            name: of the pass, in the names of files.
+            key: whatever could change what comes of a block is in it.
+            as_json, from_json: the way of what comes of a block to JSON values, and back.
+            known: what came of blocks, as this process knows from elsewhere.
+            before_note: called before something is noted as done.
+        """
+        known = known or {}
+        if self._job is None:
+            return PassJournal(known, known.keys(), lambda _: None)
+        directory = self._job.directory
+        readers: dict[Path, JournalReader] = {}
+
+        def read() -> dict[int, Result]:
+            for path in directory.glob(f"{JOURNAL}{name}-*"):
+                readers.setdefault(path, JournalReader(path, key))
+            return {place: from_json(value) for each in readers.values() for place, value in each.read().items()}
+
+        def note(finished: Mapping[int, Result]) -> None:
+            before_note()
+            path = directory / f"{JOURNAL}{name}-{self.rank}"
+            try:
+                journal = Journal(path, key)
+                try:
+                    journal.add({place: as_json(result) for place, result in finished.items()})
+                finally:
+                    journal.close()
+            except OSError as error:
+                if self.is_shared:  # by itself, a process needs none: no room for a journal, perhaps
+                    raise WriteError(
+                        f"{path} cannot be written: {error.strerror or error}.",
+                        hint="The processes exchange through it: free some space, or choose another place with --out.",
+                    ) from error
+
+        if self.mode in ("job", "part"):
+            note(known)  # in any case: a network file system may remember for long what was not there
+        found = {**known, **read()}
+        return PassJournal(found, self.agreed_places(f"done-{name}-{key[:16]}", found), note, read)
+
+    def agreed_places(self, name: str, found: Collection[int]) -> frozenset[int]:
+        """Of units that are done, those that all processes of a job take for done from the beginning."""
+        return frozenset(self.agreed(name, lambda: sorted(found)) if self.mode == "job" else found)
+
+    def wait(self, late: Callable[[], Collection[int]], what: str) -> None:
+        """Wait until the shares of all others are there.
+
+        Args:
+            late: the ranks whose are missing, as it stands.
+            what: of what, for a message.
+
+        Raises:
+            MissingPartsError: they are not, and nobody works on them now.
+            BaseException: what ended the job, wherever it happened.
+        """
+        job = self._job
+        if job is None or self.mode == "job":
+            if job is not None:
+                job.wait(late, what)
+            return
+        quiet, before = 0.0, None
+        while missing := sorted(late()):
+            now = job.tellings(), len(missing)
+            quiet = 0.0 if now != before else quiet + SECONDS_BETWEEN_LOOKS
+            before = now
+            if not self.waits or quiet >= self.timeout:
+                raise MissingPartsError(missing, self.world, what)
+            job.pause(what)
 
     def own_device(self, device: str) -> str:
-        """The device of this process: with `cuda`, a GPU of its own, as far as its machine has enough.
-
-        Where one process has found none, nobody takes any: sums are formed in another order there.
-        """
-        if self.world == 1:
-            return device
-        if "cpu" in self.gather(device):
-            return "cpu"
-        if device != "cuda":
+        """The device of this process: with `cuda`, a GPU of its own, as far as its machine has enough."""
+        if device != "cuda" or self.mode != "job":
             return device
         import torch
 
         return f"cuda:{self.local_rank % torch.cuda.device_count()}"
 
-    @contextmanager
-    def fail_together(self) -> Iterator[None]:
-        """An error that leaves this block in one process leaves it in all of them, and ends the job.
-
-        The first process leaves it last, when the others have closed their files.
-        """
-        try:
-            yield
-        except BaseException as error:
-            if self._links is None:
-                raise
-            reason = self._links.end(error)
-            if reason is error:
-                raise
-            raise reason from error
+    def leave(self) -> None:
+        """Before the first process makes a result of what all have done: have the others close their files."""
+        if self._job is not None and self.mode == "job":
+            if self.is_first:
+                self._job.wait_for_leave()
+            else:
+                self._job.leave()
+                self._job.wait_for_end()
 
 
-def _alike(value: object, other: object) -> bool:
-    """Whether two values are of one kind; those in a tuple, too."""
-    if not (isinstance(value, tuple) and isinstance(other, tuple)):
-        return type(value) is type(other)
-    return len(value) == len(other) and all(map(_alike, value, other))
+@dataclass(frozen=True, slots=True)
+class PassJournal(Generic[Result]):
+    """What is done of a pass, and who notes what is done now.
+
+    Attributes:
+        found: what came of blocks by their place, as far as it was known at first.
+        done: the places of those that need not be worked on again; the same in every process of a job.
+        note: called now and then with what came of further blocks of this process; it keeps them.
+        read: what was noted since it was last called, by all processes.
+    """
+
+    found: Mapping[int, Result]
+    done: Collection[int]
+    note: Callable[[Mapping[int, Result]], None]
+    read: Callable[[], Mapping[int, Result]] = dict
 
 
 ALONE = Ranks()
@@ -200,32 +361,42 @@ ALONE = Ranks()
 
 
 @contextmanager
-def all_ranks(on_wait: Callable[[str], None] | None = None) -> Iterator[Ranks]:
-    """The job that torchrun has started, with this process in it; this process alone where there is no such job.
-
-    Every process of the job enters this, and leaves it when all have come to its end.
+def all_ranks(
+    on_wait: Callable[[str], None] | None = None, *, timeout: float = SECONDS_WITHOUT_PROGRESS
+) -> Iterator[Ranks]:
+    """The job that a launcher such as torchrun has started, with this process in it; this process alone elsewhere.
 
     Args:
-        on_wait: called in this thread with a sentence on who is waited for, after a while and then seldom. Once all
-            have come, the first process tells of the others, and the second of the first.
+        on_wait: called in this thread with a sentence on who is waited for, after a while and then seldom: in the first
+            process, and in the second.
+        timeout: seconds without progress after which a process is taken for gone, and the job ends.
 
     Raises:
-        RanksError: the others do not come.
+        RanksError: the environment makes no sense.
     """
-    ranks = Ranks.from_environment()
-    if ranks.world == 1:
-        yield ranks
-        return
-    from ckavg.engine.joining import join
+    yield dataclasses.replace(Ranks.from_environment(), on_wait=on_wait, timeout=timeout)
 
-    links = join(ranks.rank, ranks.world, on_wait)
-    try:
-        joined = dataclasses.replace(ranks, _links=links)
-        with joined.fail_together():
-            yield joined
-            links.leave()
-            if not ranks.is_first:
-                links.wait_for_leave()
-                links.check()
-    finally:
-        links.close()
+
+def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would say in the environment, from what Slurm's srun says; empty where there are no several tasks,
+    or torchrun has said it.
+
+    >>> slurm_environment({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"})["RANK"]
+    '3'
+    """
+    count = environment.get("SLURM_NTASKS", "1")
+    if "RANK" in environment or "SLURM_PROCID" not in environment or not count.isdecimal() or int(count) < 2:
+        return {}
+    on_node = re.findall(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": count,
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "LOCAL_WORLD_SIZE": on_node[0] if on_node else "1",
+    }
+
+
+def _launch() -> str:
+    """What the launcher calls the job, as far as it tells: the same in all of its processes."""
+    names = "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_STEP_ID"
+    return " ".join(os.environ.get(name, "-") for name in names)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 import torch
@@ -17,7 +17,8 @@ import torch
 from ckavg.checkpoints.run import Checkpoint
 from ckavg.engine.blocks import Block, check_tile, sizes_of
 from ckavg.engine.context import Context, OnProgress, Pass, Progress
-from ckavg.engine.distributed import Ranks, worker_threads
+from ckavg.engine.distributed import PassJournal, Ranks, worker_threads
+from ckavg.engine.job import SECONDS_BETWEEN_LOOKS
 from ckavg.engine.prefetch import Prefetch, announcer
 from ckavg.engine.reader import Files
 from ckavg.engine.remote import RemoteReader, far_files
@@ -29,9 +30,6 @@ Unit = TypeVar("Unit", bound=Block)
 SECONDS_BETWEEN_NOTES = 2.0
 """How much work may be lost to a crash. A note waits for the disk, in a thread that has nothing else to do."""
 
-_BLOCKS_AT_ONCE = 1024
-"""What comes of so many blocks goes from process to process in one message, whose size has a bound."""
-
 
 @dataclass(frozen=True, slots=True)
 class Streamed(Generic[Result]):
@@ -39,19 +37,6 @@ class Streamed(Generic[Result]):
 
     results: tuple[Result, ...]
     bytes_read: int
-
-
-@dataclass(frozen=True, slots=True)
-class PassJournal(Generic[Result]):
-    """What an interrupted attempt has done of a pass, and who notes what is done now.
-
-    Attributes:
-        done: what came of blocks that need not be worked on again, by their place; the same in every process.
-        note: called now and then with what came of further blocks of this process; it keeps them.
-    """
-
-    done: Mapping[int, Result]
-    note: Callable[[Mapping[int, Result]], None]
 
 
 def stream(
@@ -70,35 +55,55 @@ def stream(
         blocks: the work.
         make_worker: called once in each thread; what it returns is called with one block after another.
         context: threads, tile, listener and processes.
-        journal: what is done already.
+        journal: what is done already; where several processes share the work, what comes of it goes through it.
 
     Raises:
         Exception: whatever a worker raised first; the blocks not yet begun are dropped.
+        MissingPartsError: other parts of the work are missing, and this process does not wait for them.
     """
-    ranks = context.ranks
-    journal = journal or PassJournal({}, lambda _: None)
-    work = _Work(
-        stage, checkpoints, blocks, journal, sum(sizes_of(checkpoints, [blocks[each] for each in journal.done]))
-    )
+    journal = journal or PassJournal({}, (), lambda _: None)
+    sizes = sizes_of(checkpoints, blocks)
     left = [place for place in range(len(blocks)) if place not in journal.done]
-    if ranks.world == 1:
-        parts = [_stream_own(work, left, make_worker, context)]
-    else:
+    if context.ranks.is_shared:
+        return _stream_share(_Work(stage, checkpoints, blocks, journal, 0), left, sizes, make_worker, context)
+    work = _Work(stage, checkpoints, blocks, journal, sum(sizes) - sum(sizes[place] for place in left))
+    own_results, nbytes = _stream_own(work, left, make_worker, context)
+    results = {**journal.found, **own_results}
+    return Streamed(tuple(results[place] for place in range(len(blocks))), nbytes)
+
+
+def _stream_share(
+    work: _Work[Unit, Result],
+    left: Sequence[int],
+    sizes: Sequence[int],
+    make_worker: Callable[[TileReader], Callable[[Unit], Result]],
+    context: Context,
+) -> Streamed[Result]:
+    """Work on the share of this process, and wait for those of the others; errors as of `stream`."""
+    ranks, blocks, places = context.ranks, work.blocks, range(len(work.blocks))
+    # A part's share is the same whatever the others have done, a job's of what is left at its beginning.
+    dealt = left if ranks.mode == "job" else places
+    owners = dict(zip(dealt, _deal(work.checkpoints, [blocks[place] for place in dealt], ranks), strict=True))
+    own = [place for place in left if owners[place] == ranks.rank and ranks.mode != "join"]
+    listener = None
+    if ranks.mode == "job":
         to_do = [blocks[place] for place in left]
-        own = [left[each] for each in partition(checkpoints, to_do, ranks)]
-        listener = GlobalProgress(stage, checkpoints, to_do, context.on_progress, kept=work.kept_bytes)
-        on_own_progress = dataclasses.replace(context, on_progress=listener.on_own_progress)
-        results, nbytes = _stream_own(work, own, make_worker, on_own_progress)
-        parts = [({}, each) for each in ranks.gather(nbytes)]
-        for first in range(0, len(left), _BLOCKS_AT_ONCE):
-            some = {place: results[place] for place in left[first : first + _BLOCKS_AT_ONCE] if place in results}
-            parts += [(part, 0) for part in ranks.gather(some)]
+        kept = sum(sizes) - sum(sizes[place] for place in left)
+        listener = GlobalProgress(work.stage, work.checkpoints, to_do, context.on_progress, kept=kept)
+        context = dataclasses.replace(context, on_progress=listener.on_own_progress)
+    results = dict(work.journal.found)
+    if own:
+        results |= _stream_own(work, own, make_worker, context)[0]
+
+    def late() -> set[int]:
+        results.update(work.journal.read())
+        return {owners.get(place, 0) for place in places if place not in results}
+
+    ranks.wait(late, f"pass {1 if work.stage == 'path' else 2}")
+    if listener is not None:
         listener.end()
-    results = dict(journal.done)
-    for part, _ in parts:
-        results |= part
-    in_order = tuple(results[place] for place in range(len(blocks)))
-    return Streamed(in_order, sum(nbytes for _, nbytes in parts))
+    nbytes = sum(sizes[place] for place in dealt)
+    return Streamed(tuple(results[place] for place in places), nbytes)
 
 
 def by_tensor(blocks: Sequence[Block], results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -127,6 +132,8 @@ def _stream_own(
     context: Context,
 ) -> tuple[dict[int, Result], int]:
     """Work on the blocks of this process, by place: what came of each, and the bytes read; errors as of `stream`."""
+    if not own:
+        return {}, 0
     threads = context.threads or worker_threads(context.ranks.local_world)
     tile = check_tile(context.tile)
     blocks = [work.blocks[place] for place in own]
@@ -136,7 +143,6 @@ def _stream_own(
     remote: RemoteReader | None = None
 
     def do(place: int, block: Unit) -> Result:
-        context.ranks.check()
         if not hasattr(of_thread, "worker"):
             files = open_files.enter_context(Files(threads=threads + 1, remote=remote))
             of_thread.reader = TileReader(work.checkpoints, files, tile=tile, stopped=stop.is_set)
@@ -145,7 +151,8 @@ def _stream_own(
         reader: TileReader = of_thread.reader
         reader.begin(lambda: prefetch.miss(place))
         prefetch.begin(place)
-        result: Result = of_thread.worker(block)
+        with context.ranks.working_on(f"{block.name!r}, elements {block.start:,} to {block.stop:,}"):
+            result: Result = of_thread.worker(block)
         return result
 
     results: dict[int, Result] = {}
@@ -159,10 +166,12 @@ def _stream_own(
         try:
             report = _reporter(work, blocks, context.on_progress)
             note = _Notes(work.journal)
-            for place, result in _as_done(blocks, do, stop, executor, threads):
+            for place, result in _as_done(blocks, do, stop, executor, threads, context.ranks):
                 results[own[place]] = result
                 report(place)
                 note(own[place], result)
+            if context.ranks.is_shared:
+                note.flush()
         except BaseException:
             stop.set()  # not only between two blocks: a block may be a second's work, or many on slow storage
             raise
@@ -177,8 +186,10 @@ def _as_done(
     stop: threading.Event,
     executor: ThreadPoolExecutor,
     threads: int,
+    ranks: Ranks,
 ) -> Iterator[tuple[int, Result]]:
-    """The place of every block with what came of it, as it is done; raises what a worker raised first.
+    """The place of every block with what came of it, as it is done; raises what a worker raised first. Meanwhile, the
+    other processes are looked at.
 
     Each thread takes the next block by itself. A future for each block would take half a gigabyte for a model of 10¹²
     parameters, and a short queue of them would run empty while the thread that reads this waits for the disk.
@@ -195,7 +206,11 @@ def _as_done(
     for _ in range(threads):
         executor.submit(work).add_done_callback(done.put)
     while threads:
-        each = done.get()
+        ranks.check()
+        try:
+            each = done.get(timeout=SECONDS_BETWEEN_LOOKS if ranks.is_shared else None)
+        except Empty:
+            continue
         if isinstance(each, Future):
             each.result()
             threads -= 1
@@ -203,8 +218,8 @@ def _as_done(
             yield each
 
 
-def partition(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], ranks: Ranks) -> list[int]:
-    """Places of the blocks that fall to this process, in their order.
+def _deal(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], ranks: Ranks) -> list[int]:
+    """The process that each block falls to.
 
     They are dealt out in the order of the files, whatever the order of the pass: what a machine has read in pass 1, and
     may have in memory still, falls to it in pass 2.
@@ -219,7 +234,8 @@ def partition(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], ranks:
             blocks[place].start,
         ),
     )
-    return sorted(in_files[each] for each in ranks.share([sizes[place] for place in in_files]))
+    owners = dict(zip(in_files, ranks.share([sizes[place] for place in in_files]), strict=True))
+    return [owners[place] for place in range(len(blocks))]
 
 
 class GlobalProgress:
@@ -264,16 +280,21 @@ class _Notes(Generic[Result]):
     """Has finished blocks noted every few seconds, never sooner: a short pass is not worth a note."""
 
     def __init__(self, journal: PassJournal[Result]) -> None:
-        self._ledger = journal
+        self._journal = journal
         self._new: dict[int, Result] = {}
         self._noted = time.monotonic()
 
     def __call__(self, place: int, result: Result) -> None:
         self._new[place] = result
         if time.monotonic() - self._noted >= SECONDS_BETWEEN_NOTES:
-            self._ledger.note(self._new)
-            self._new = {}
-            self._noted = time.monotonic()
+            self.flush()
+
+    def flush(self) -> None:
+        """Note what is new now."""
+        if self._new:
+            self._journal.note(self._new)
+        self._new = {}
+        self._noted = time.monotonic()
 
 
 def _reporter(

@@ -15,6 +15,7 @@ from typing import Any
 
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.run import Checkpoint, Run
+from ckavg.engine.distributed import JOURNAL, NAMES_OF_A_JOB
 from ckavg.errors import CkavgError, OutputError, OutputExistsError, WriteError, listed
 from ckavg.storage.address import AddressPath, is_meant_for_address
 from ckavg.storage.atomic import check_own, resolved
@@ -30,9 +31,13 @@ LOCAL = ".ckavg-local.json"
 PARTIAL, REPLACED = ".ckavg-partial", ".ckavg-replaced"
 """How the names end under which a result is filled, and kept until another one has its place."""
 
-JOURNAL = ".ckavg-journal-"
-MARK = "." + "[0-9a-f]" * 32
-_CACHE_FILES = (f"{JOURNAL}*", f"{PARTIAL}.*", LOCAL, MARK, ".DS_Store")
+JOB = ".ckavg-job.json"
+"""What parts that are done by themselves belong to, where one is filled by several of them."""
+
+_WORK_FILES = (*NAMES_OF_A_JOB, JOB, f"{PARTIAL}.*")
+"""Names of files by which processes exchange while a result is filled."""
+
+_CACHE_FILES = (*_WORK_FILES, LOCAL, ".DS_Store")
 """Names in a result that no record lists: our own, and what a desktop leaves wherever it looks."""
 
 _MARGIN_BYTES = 16 << 20
@@ -223,12 +228,19 @@ def check_partial(directory: Path, files: Collection[str] = ()) -> None:
         raise OutputExistsError(f"{directory} holds what is not ckavg's: {listed(sorted(strange))}.", hint=_LEAVE)
 
 
-def empty(directory: Path, *, but: Path | None = None) -> None:
-    """Remove what is in a directory of ours, but for one file; what tells that all of it is ours goes last."""
+def is_work_file(name: str) -> bool:
+    """Whether processes exchange through a file of this name, and a finished result has none."""
+    return any(fnmatch.fnmatchcase(name, each) for each in _WORK_FILES)
+
+
+def empty(directory: Path, *, but: tuple[str, ...] = ()) -> None:
+    """Remove what is in a directory of ours, but for files whose names begin so; what tells that all of it is ours goes
+    last.
+    """
     for path in sorted(directory.iterdir(), key=lambda path: path.name.startswith((JOURNAL, RESULT_RECORD))):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path != but:
+        elif not path.name.startswith(but):
             path.unlink()
 
 

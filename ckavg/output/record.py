@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -303,25 +303,7 @@ class Record:
         Raises:
             RecordError: there is none.
         """
-        named = [scheme for scheme in SCHEMES if scheme.name == self.scheme]
-        if not named:
-            raise RecordError(f"scheme is {self.scheme[:40]!r}, which is not known.")
-        for scheme in named:
-            defaults = {field.name: field.default for field in dataclasses.fields(scheme)}
-            required = defaults.keys() - {*scheme.added_fields}
-            if required <= self.parameters.keys() <= defaults.keys():
-                try:
-                    return scheme(
-                        **{
-                            name: value
-                            if isinstance(value, str) and name in scheme.repeatable
-                            else _as_typed(value, defaults[name])
-                            for name, value in self.parameters.items()
-                        }
-                    )
-                except (ValueError, SettingError) as error:
-                    raise RecordError(f"parameters do not fit {self.scheme}: {error}") from error
-        raise RecordError(f"parameters are not those of {self.scheme}.")
+        return scheme_from(self.scheme, self.parameters)
 
     def columns(self) -> dict[str, list[str]]:
         """The numbers of each checkpoint as text, by column: step, ℓ and α where there are any, β, weight."""
@@ -356,6 +338,33 @@ def is_mostly_anchor(weights: Sequence[float], start: int, last: int) -> bool:
 def is_address(place: object) -> bool:
     """Whether a place is one for everybody, rather than a directory here."""
     return "://" in str(place)
+
+
+def scheme_from(name: str, parameters: Mapping[str, Any]) -> Scheme:
+    """The scheme of a name with these hyper-parameters, each of the type of its default.
+
+    Raises:
+        RecordError: there is none.
+    """
+    named = [scheme for scheme in SCHEMES if scheme.name == name]
+    if not named:
+        raise RecordError(f"scheme is {name[:40]!r}, which is not known.")
+    for scheme in named:
+        defaults = {field.name: field.default for field in dataclasses.fields(scheme)}
+        required = defaults.keys() - {*scheme.added_fields}
+        if required <= parameters.keys() <= defaults.keys():
+            try:
+                return scheme(
+                    **{
+                        name: value
+                        if isinstance(value, str) and name in scheme.repeatable
+                        else _as_typed(value, defaults[name])
+                        for name, value in parameters.items()
+                    }
+                )
+            except (ValueError, SettingError) as error:
+                raise RecordError(f"parameters do not fit {name}: {error}") from error
+    raise RecordError(f"parameters are not those of {name}.")
 
 
 def as_json(value: object) -> str:

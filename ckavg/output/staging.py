@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import fcntl
 import os
-import platform
-import secrets
 import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ckavg.errors import OutputError, OutputExistsError, is_passing
+from ckavg.engine.distributed import AGREED, JOURNAL
+from ckavg.engine.job import RANK_FILE
+from ckavg.engine.members import look_at
+from ckavg.errors import MissingPartsError, OutputError, OutputExistsError, is_passing
 from ckavg.output.output_path import (
-    JOURNAL,
-    MARK,
     PARTIAL,
     REPLACED,
     beside,
@@ -29,15 +27,19 @@ from ckavg.output.output_path import (
     check_replaceable,
     clear_replaced,
     empty,
+    is_work_file,
     remove,
     restore,
 )
 from ckavg.output.weight_files import write_errors
 from ckavg.storage.atomic import open_own, resolved
-from ckavg.storage.journal import Journal, is_of, read_journal
+from ckavg.storage.journal import Journal, is_of
 from ckavg.storage.local import open_regular
 
-_SECONDS_TO_SEE = 90.0
+_KEY = f"{JOURNAL}0"
+"""The file that says of which work the weight files are."""
+
+_SECONDS_TO_ENTER = 10.0
 _SECONDS_LEFT_ALONE = 3600
 """Some network file systems keep locks to one machine: what another one has begun just now is not taken for left."""
 
@@ -46,13 +48,17 @@ class Staging:
     """Fills `.<name>.ckavg-partial` beside `out`; `commit` renames it to `out`.
 
     Used as a context. On leaving it without a commit, whatever was written is removed, unless it is worth continuing:
-    then it stays, with a journal of what is finished. Where several processes fill it, one of them does all of this,
-    and the others wait until they see its `mark`.
+    then it stays, with a journal of what is finished. Where the processes of a job fill it, the first does all of this.
 
     Args:
         out: the final directory.
         force: replace a result that is there. Anything else that is there is left alone in any case.
         files: the names of the files of one output, by which a result is known whose record was damaged.
+
+    Attributes:
+        path: the directory that is filled.
+        begin_part: of a part that is done by itself, which shares the directory with other parts: called with the
+            directory, and whether this process is alone in it.
 
     Raises:
         OutputError: another process is writing the same result.
@@ -69,7 +75,7 @@ class Staging:
         self._made: list[Path] = []
         self._lock: int | None = None
         self._committed = False
-        self._mark: Path | None = None
+        self.begin_part: Callable[[Path, bool], None] | None = None
         self._keeps = False
 
     def __enter__(self) -> Staging:
@@ -78,13 +84,15 @@ class Staging:
                 check_names(self._out)
                 self._make_parents()
                 self.path.mkdir(exist_ok=True)
-                self._lock = _lock(self.path, self._files)
+                begin = self.begin_part
+                self._lock = _lock(self.path, self._files) if begin is None else self._enter_part(begin)
                 if self._lock is None:
                     raise OutputError(
                         f"Another ckavg is writing {self._out.name} right now.",
                         hint="Wait for it, or choose another place with --out.",
                     )
-                clear_replaced(self._out)
+                if begin is None:
+                    clear_replaced(self._out)
                 self._check_out()
             except BaseException:
                 self._clean_up()
@@ -92,42 +100,46 @@ class Staging:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None and self._keeps and not self._committed and is_passing(error):
-            error.add_note(
-                f"What was finished is kept in {self.path}: the same command continues from there. "
-                "Delete that directory to start afresh."
-            )
+        if self.begin_part is not None:
+            self._leave_part(failed=error is not None)
+        elif error is not None and self._keeps and not self._committed and is_passing(error):
+            if not isinstance(error, MissingPartsError):
+                error.add_note(
+                    f"What was finished is kept in {self.path}: the same command continues from there. "
+                    "Delete that directory to start afresh."
+                )
             self._close()
         else:
             self._clean_up()
 
     def holds(self, key: str, sizes: Mapping[Path, int]) -> bool:
         """Whether an interrupted attempt at the work of this key has left its weight files here, of these bytes."""
-        if not is_of(self.path / f"{JOURNAL}0", key):
-            return False
+        return is_of(self.path / _KEY, key) and self.has_files(sizes)
+
+    def has_files(self, sizes: Mapping[Path, int]) -> bool:
+        """Whether these files are here, of these bytes."""
         try:
             states = [((self.path / name).lstat(), size) for name, size in sizes.items()]
         except OSError:
             return False
         return all(stat.S_ISREG(state.st_mode) and state.st_size == size for state, size in states)
 
-    def finished(self, key: str) -> dict[int, Any]:
-        """What the journals of an interrupted attempt say is done; where it is anything, it is worth keeping."""
-        done: dict[int, Any] = {}
+    def begin(self, key: str, *, but: tuple[str, ...] = ()) -> None:
+        """Remove whatever is here, but for files whose names begin so, and say which work this is now."""
         with write_errors(self.path):
-            for path in sorted(self.path.glob(f"{JOURNAL}*")):
-                done |= read_journal(path, key)
-            for path in self.path.glob(MARK):
-                if path != self._mark:  # but that of a job which is gone
-                    path.unlink()
-        self._keeps = bool(done)
-        return done
+            empty(self.path, but=but)
+        self.say(key)
 
-    def begin(self, key: str) -> None:
-        """Remove whatever is here, and begin the journal of new work."""
+    def say(self, key: str) -> None:
+        """Say of which work the weight files here are."""
         with write_errors(self.path):
-            empty(self.path, but=self._mark)
-            Journal(self.path / f"{JOURNAL}0", key).close()
+            Journal(self.path / _KEY, key).close()
+
+    def forget_processes(self) -> None:
+        """Remove what the processes of an earlier job have left by which they knew of each other."""
+        with write_errors(self.path):
+            for path in [path for path in self.path.iterdir() if path.name.startswith((RANK_FILE, AGREED))]:
+                path.unlink()
 
     def keep(self) -> None:
         """Say that enough is finished to be worth continuing."""
@@ -143,28 +155,6 @@ class Staging:
                 file.flush()
                 os.fsync(file.fileno())
 
-    def mark(self) -> str:
-        """Leave an empty file with a name that nobody could have left before, and return the name."""
-        self._mark = self.path / f".{secrets.token_hex(16)}"
-        with write_errors(self._mark):
-            self._mark.touch(exist_ok=False)
-        return self._mark.name
-
-    def wait_for(self, mark: str) -> None:
-        """Wait until this process sees what another has made; network file systems take up to a minute to show it.
-
-        Raises:
-            OutputError: it does not come: the two are not filling one directory.
-        """
-        end = time.monotonic() + _SECONDS_TO_SEE
-        while not (self.path / mark).exists():
-            if time.monotonic() > end:
-                raise OutputError(
-                    f"{self._out.parent} on {platform.node()} is not the same directory as on the first machine.",
-                    hint="Choose a place with --out on a file system that all machines share.",
-                )
-            time.sleep(0.05)
-
     def commit(self) -> None:
         """Give it its final name. All files are on the disk by then.
 
@@ -173,7 +163,7 @@ class Staging:
             WriteError: the system would not let us; the final name is as it was.
         """
         with write_errors(self._out):
-            for ours in (*self.path.glob(f"{JOURNAL}*"), *([self._mark] if self._mark else [])):
+            for ours in [path for path in self.path.iterdir() if is_work_file(path.name)]:
                 ours.unlink()
             for directory, _, _ in os.walk(self.path):
                 _sync(Path(directory))
@@ -203,6 +193,32 @@ class Staging:
                 hint="It is left alone. Move it away, or choose another place with --out.",
             )
         return True
+
+    def _enter_part(self, begin: Callable[[Path, bool], None]) -> int | None:
+        """A lock that other parts may have, too; None where somebody who is no part has one."""
+        end = time.monotonic() + _SECONDS_TO_ENTER  # who only looks whether it is free has it for a moment
+        while time.monotonic() < end:
+            is_alone = (handle := _lock(self.path, self._files)) is not None
+            if handle is None and (handle := _lock(self.path, is_shared=True)) is None:
+                time.sleep(0.05)
+                continue
+            try:
+                begin(self.path, is_alone)
+                fcntl.flock(handle, fcntl.LOCK_SH)
+            except BaseException:
+                os.close(handle)
+                raise
+            return handle
+        return None
+
+    def _leave_part(self, *, failed: bool) -> None:
+        """Leave what parts have finished, and remove it where that is nothing, and nobody is at work."""
+        if failed and self._lock is not None:
+            with suppress(OSError):
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not is_worth_continuing(self.path):
+                    self._clean_up()
+        self._close()
 
     def _make_parents(self) -> None:
         for parent in reversed([parent for parent in self._out.parents if not parent.exists()]):
@@ -239,7 +255,7 @@ def _held(path: Path) -> Iterator[bool]:
             os.close(handle)
 
 
-def _lock(path: Path, files: Collection[str] | None = None) -> int | None:
+def _lock(path: Path, files: Collection[str] | None = None, *, is_shared: bool = False) -> int | None:
     """A handle of a directory that keeps others from it until it is closed; None where somebody has one.
 
     The lock is on the directory itself. A lock file beside it would have to be opened under a name that something may
@@ -251,10 +267,12 @@ def _lock(path: Path, files: Collection[str] | None = None) -> int | None:
     """
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        if not is_shared and any((seen := look_at(each)) and seen[1] for each in path.glob(f"{RANK_FILE}*")):
+            raise BlockingIOError
+        if (files is not None or is_shared) and os.fstat(handle).st_ino != path.lstat().st_ino:
+            raise BlockingIOError
         if files is not None:
-            if os.fstat(handle).st_ino != path.lstat().st_ino:
-                raise BlockingIOError
             check_partial(path, files)
         return handle
     except BaseException as error:
@@ -292,7 +310,7 @@ def find_leftovers(directory: Path, *, but: Iterable[Path] = ()) -> tuple[Leftov
     found = []
     for path in _named(directory, PARTIAL):
         with _held(path) as free, suppress(OSError):
-            if free and path.name not in spared and _is_worth_continuing(path):
+            if free and path.name not in spared and is_worth_continuing(path):
                 nbytes = sum(each.lstat().st_blocks * 512 for each in path.rglob("*"))
                 found.append(Leftover(path, nbytes))
     return tuple(found)
@@ -302,7 +320,7 @@ def remove_stale(directory: Path) -> None:
     """Remove what cannot be continued, and bring back results that were moved aside and never replaced."""
     for path in _named(directory, PARTIAL):
         with _held(path) as free, suppress(OSError, OutputExistsError):
-            if free and not _is_worth_continuing(path) and _age(path) > _SECONDS_LEFT_ALONE:
+            if free and not is_worth_continuing(path) and _age(path) > _SECONDS_LEFT_ALONE:
                 check_partial(path)
                 remove(path)
     for out in _moved_aside(directory):
@@ -340,7 +358,7 @@ def _named(directory: Path, ending: str) -> list[Path]:
     return []
 
 
-def _is_worth_continuing(path: Path) -> bool:
+def is_worth_continuing(path: Path) -> bool:
     """Whether any block is noted as finished: a journal holds more than the line of its key."""
     for journal in path.glob(f"{JOURNAL}*"):
         with suppress(OSError), open_regular(journal, follow=False) as file:

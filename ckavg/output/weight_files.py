@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from ckavg.checkpoints.headers import KNOWN_HASHES
 from ckavg.checkpoints.run import DTYPE_NAMES, ITEM_BYTES, Checkpoint, Shard, TensorInfo
 from ckavg.errors import ReadError, WriteError
+from ckavg.storage.atomic import create_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -265,6 +266,19 @@ def _create(path: Path, shard: ShardPlan) -> None:
         os.truncate(handle, shard.nbytes)
     finally:
         os.close(handle)
+
+
+def create_shared(directory: Path, shards: Sequence[ShardPlan]) -> None:
+    """Make weight files that several processes may make at the same time: each appears once, with header and size.
+
+    Raises:
+        WriteError: the system would not let us write.
+    """
+    for path, shard in [(directory / shard.name, shard) for shard in shards]:
+        with write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                create_whole(path, shard.header, nbytes=shard.nbytes)
 
 
 def _reserve(handle: int, nbytes: int) -> None:

@@ -12,10 +12,12 @@ The arithmetic is the CPU's whatever the device: it is little, and the pieces ar
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +51,29 @@ class _Sums:
     shifted: Tensor
     exponent: int = 0
     infinite: Tensor | None = None
+
+    def to_json(self) -> list[Any]:
+        """The same as JSON values."""
+        infinite = None if self.infinite is None else self.infinite.tolist()
+        return [self.length, self.distances.tolist(), self.shifted.tolist(), self.exponent, infinite]
+
+    @classmethod
+    def from_json(cls, values: list[Any]) -> _Sums:
+        """The same from such values."""
+        length, distances, shifted, exponent, infinite = values
+        return cls(length, _tensor(distances), _tensor(shifted), exponent, infinite and _tensor(infinite))
+
+
+def _to_json(sums: tuple[_Sums, ...]) -> list[Any]:
+    return [each.to_json() for each in sums]
+
+
+def _from_json(rows: list[Any]) -> tuple[_Sums, ...]:
+    return tuple(map(_Sums.from_json, rows))
+
+
+def _tensor(values: list[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def estimate(
@@ -93,6 +118,7 @@ def estimate_paths(
     allow_nonfinite: bool = False,
     context: Context | None = None,
     few: bool | None = None,
+    key: object = None,
 ) -> tuple[PathLength, ...]:
     """Estimate the paths of several selections from a run in one reading, each as it would be by itself.
 
@@ -103,6 +129,7 @@ def estimate_paths(
         allow_nonfinite: tensors that hold NaN or infinity do not count, instead of ending the pass.
         context: how the pass runs.
         few: whether few long strips are read rather than many short ones; None: by where the run is.
+        key: what tells these checkpoints from others, where several processes estimate together.
 
     Raises:
         NonFiniteError: the sample holds NaN or infinity, and may not.
@@ -117,7 +144,11 @@ def estimate_paths(
         return _Worker(run, reading, reader, allow_nonfinite=allow_nonfinite)
 
     read = [run.checkpoints[index] for index in reading.to_read]
-    streamed = stream("path", read, units, make_worker, context)
+    journal = None
+    if context.ranks.is_shared:
+        request = repr((key, reading.places, reading.plans[0].names, reading.sample, few, allow_nonfinite))
+        journal = context.ranks.journal("sample", hashlib.sha256(request.encode()).hexdigest(), _to_json, _from_json)
+    streamed = stream("path", read, units, make_worker, context, journal)
     of_tensor = by_tensor(units, streamed.results)
     paths = []
     for number, places in enumerate(reading.places):

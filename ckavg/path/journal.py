@@ -7,6 +7,7 @@ path is known as a whole. What nobody comes back to is removed after a week.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import os
@@ -20,8 +21,7 @@ from typing import Any, TypeVar
 from ckavg import __version__
 from ckavg.checkpoints.fingerprints import Fingerprints
 from ckavg.checkpoints.run import Run
-from ckavg.engine.distributed import Ranks
-from ckavg.engine.stream import PassJournal
+from ckavg.engine.distributed import PassJournal, Ranks
 from ckavg.errors import is_passing
 from ckavg.path.cache import cache_files
 from ckavg.storage.atomic import check_own
@@ -41,12 +41,12 @@ class PathJournal:
     Args:
         run: what is measured.
         fingerprints: of its checkpoints; where one has none, nothing is kept.
-        ranks: the processes that measure it.
+        ranks: the processes that measure it; where there are several, they exchange what they measure through it.
     """
 
     def __init__(self, run: Run, fingerprints: Fingerprints, ranks: Ranks) -> None:
         self._paths = [place.parent for place in cache_files(run)]
-        self._of_run = None if None in fingerprints else _hash(__version__, fingerprints)
+        self._run_key = None if None in fingerprints else _hash(__version__, fingerprints)
         self._ranks = ranks
         self._key = ""
         self._journal: Journal | None = None
@@ -63,16 +63,19 @@ class PathJournal:
             asked: what is measured and how: all that could change what comes of a block, besides the checkpoints.
             as_json, from_json: the way of what comes of a block to JSON values, and back.
         """
-        if self._of_run is None:
+        if self._run_key is None:
             return None
-        self._key = f"{self._of_run}-{_hash(asked)}"
-        done = self._ranks.first(self._recovered)
-        self._keeps = bool(done)
+        self._key = f"{self._run_key}-{_hash(asked)}"
+        done = {place: from_json(value) for place, value in self._recovered().items()}
+        self._keeps = bool(done) and not self._ranks.is_shared
+        journal = self._ranks.journal("path", self._key, as_json, from_json, known=done)
+        if self._ranks.is_shared:
+            return journal
 
         def note(finished: Mapping[int, Value]) -> None:
             self._note({place: as_json(value) for place, value in finished.items()})
 
-        return PassJournal({place: from_json(value) for place, value in done.items()}, note)
+        return dataclasses.replace(journal, note=note)
 
     def __enter__(self) -> PathJournal:
         return self
@@ -107,7 +110,7 @@ class PathJournal:
                         os.close(handle)
 
     def _is_done_with(self, path: Path) -> bool:
-        ours = self._of_run is not None and path.name.startswith(f"{_PREFIX}{self._of_run}-")
+        ours = self._run_key is not None and path.name.startswith(f"{_PREFIX}{self._run_key}-")
         return ours or time.time() - path.stat().st_mtime > _SECONDS_CACHED
 
     def _recovered(self) -> dict[int, Any]:

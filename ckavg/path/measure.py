@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ckavg.engine.blocks import CHUNK, Block, cut_blocks
 from ckavg.engine.context import Context
 from ckavg.engine.stream import Streamed, by_tensor, stream
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader
+from ckavg.errors import RanksError
 from ckavg.path.cache import CachedPath
 from ckavg.path.journal import PathJournal
 from ckavg.path.kernels import DTYPES as KERNEL_DTYPES
@@ -164,11 +166,20 @@ def _from_json(rows: list[list[float]]) -> tuple[_Partial, ...]:
 
 
 def _kernel(plans: Sequence[PathPlan], context: Context) -> Distances | None:
-    """The compiled kernel, where it works, in all processes, and is worth loading for one of the paths by itself."""
+    """The compiled kernel, where it works and is worth loading for one of the paths by itself; the same in all
+    processes.
+    """
     if context.device != "cpu" or max(plan.nbytes for plan in plans) < context.compiled_from_bytes:
         return None
+    if context.ranks.is_shared and not context.ranks.agreed("kernel", lambda: load_kernel() is not None):
+        return None
     kernel = load_kernel()
-    return kernel if all(context.ranks.gather(kernel is not None)) else None
+    if kernel is None and context.ranks.is_shared:
+        raise RanksError(
+            f"The compiled kernel of pass 1 does not work on {platform.node()}, and does where the work began.",
+            hint="Install the same numba on every machine, or none.",
+        )
+    return kernel
 
 
 def _completed(run: Run, plan: PathPlan, partials: Mapping[str, Sequence[_Partial]]) -> dict[str, TensorPath]:

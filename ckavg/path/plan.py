@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ckavg.checkpoints.run import Run, distinct_tables
 from ckavg.errors import SettingError
@@ -31,6 +32,18 @@ class PathPlan:
     cached: CachedPath
     sample: float
     nbytes: int
+
+    def to_json(self) -> list[Any]:
+        """The same as JSON values, for another process."""
+        cached = [dict(self.cached.sigmas), list(map(dict, self.cached.distances)), list(self.cached.fingerprints)]
+        return [self.exclude, self.names, *cached, self.sample, self.nbytes]
+
+    @classmethod
+    def from_json(cls, values: list[Any]) -> PathPlan:
+        """The same from such values."""
+        exclude, names, sigmas, distances, fingerprints, sample, nbytes = values
+        cached = CachedPath(sigmas, tuple(distances), tuple(fingerprints))
+        return cls(tuple(exclude), tuple(names), cached, float(sample), int(nbytes))
 
     @property
     def needs_sigma(self) -> bool:

@@ -119,13 +119,17 @@ def replacing(path: Path, *, follow: bool = True) -> Iterator[Path]:
     with _held(path) as partial:
         try:
             yield partial
-            umask = os.umask(0)
-            os.umask(umask)
-            partial.chmod(0o666 & ~umask)  # that of any new file; this one was made for its owner alone
+            partial.chmod(0o666 & ~_umask())  # that of any new file; this one was made for its owner alone
             partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def write_bytes(path: Path, data: bytes, *, follow: bool = True) -> None:
@@ -135,6 +139,34 @@ def write_bytes(path: Path, data: bytes, *, follow: bool = True) -> None:
         file.flush()
         if partial.is_file():
             os.fsync(file.fileno())
+
+
+def create_whole(path: Path, data: bytes, *, nbytes: int = 0) -> bool:
+    """Make a file that appears complete; False where one is there already, of whichever process came first.
+
+    Args:
+        path: the file.
+        data: its first bytes.
+        nbytes: its size, where that is larger.
+
+    Raises:
+        OSError: the system would not let us write, or has no hard links there.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".ckavg-partial.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            if nbytes:
+                file.truncate(nbytes)
+                os.fchmod(handle, 0o666 & ~_umask())
+            os.fsync(handle)
+        os.link(name, path, follow_symlinks=False)
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(name)  # noqa: PTH108 - a name that mkstemp gave
+    return True
 
 
 @contextmanager

@@ -32,6 +32,7 @@ AVERAGING = ("pema", "bema", "ema", "power", "ouema", "dema", "mean", "weights")
 SHARED = "Options of every averaging command"
 HELP = {"--help", "-h"}
 OF_TORCHRUN = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}
+OF_SLURM = {"--kill-on-bad-exit"}
 OF_LM_EVAL = {"--model", "--model_args", "--tasks", "--output_path"}
 FREE_FORM = {"inputs[].files", "outputs[].sha256", "parameters", "selection", "evaluation"}
 """Objects in the record whose keys depend on what was asked for."""
@@ -139,7 +140,7 @@ def test_documented_defaults(verb: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_option_in_the_documents_exists(document: Path) -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", document.read_text(encoding="utf-8")))
-    assert named <= PROGRAM_OPTIONS | HELP | OF_TORCHRUN | OF_LM_EVAL | {
+    assert named <= PROGRAM_OPTIONS | HELP | OF_TORCHRUN | OF_SLURM | OF_LM_EVAL | {
         name for verb in VERBS for name in _declared(verb)
     }
 
@@ -177,7 +178,7 @@ def test_every_leaf_error_is_explained() -> None:
         return set().union(*(leaves(each) for each in below)) if below else {kind.__name__}
 
     documented = {name.strip("`") for name, _ in _rows(_sections(CLI)["Errors"])}
-    assert documented == (leaves(ckavg.CkavgError) - {"CombinedError"}) | {"OutputError"}
+    assert documented == (leaves(ckavg.CkavgError) - {"CombinedError"}) | {"OutputError", "RanksError"}
 
 
 # --- JSON ---

@@ -10,8 +10,8 @@ import os
 import re
 import shutil
 import signal
-import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 
@@ -137,7 +137,9 @@ INSIDE = (
     "README.md",
     "config.json",
     "checkpoint-10",
-    "." + "0" * 32,
+    ".ckavg-rank-0",
+    ".ckavg-agreed-parts-paths",
+    ".ckavg-job.json",
 )
 
 
@@ -149,7 +151,7 @@ def test_in_what_an_interrupted_average_has_left(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["ckavg.averaging.pipeline"], "completed", interrupt)
+        patch.setattr(import_module("ckavg.averaging.pipeline"), "completed", interrupt)
         with pytest.raises(KeyboardInterrupt):
             ckavg.average(ckavg.open_run(run), ckavg.Mean())
     partial = run / "averaged" / ".mean.ckavg-partial"

@@ -112,6 +112,19 @@ def test_after_averaging(hub: Hub, run: Path) -> None:
     assert not hub.repos[REPO].private
 
 
+def test_joined_parts(hub: Hub, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for part in range(2):
+        assert run_cli("ema", run, "--out", out, "--part", f"{part}/2").exit_code == 0
+    words = "--eval", "echo loss 0.5; : {dir}", "--eval-goal", "min", "--push-to-hub", REPO, "--json"
+    done = run_cli("join", out, *words)
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told.pop("url") == f"{hub.url}/{REPO}"
+    assert told["evaluation"]["value"] == 0.5
+    assert placeless(json.loads(hub.files(REPO)["ckavg.json"])) == placeless(told)
+
+
 def test_the_best_of_a_sweep(hub: Hub, run: Path) -> None:
     command = "echo {dir} | grep -c last"
     done = run_cli("sweep", run, "mean", "last", "--eval", command, "--eval-goal", "max", "--push-to-hub", REPO)

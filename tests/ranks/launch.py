@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 JOBS = Path(__file__).with_name("jobs.py")
-SECONDS = 120
+SECONDS = 300
 MAIN = "\nfrom ckavg.cli import main\nmain()\n"
 
 
@@ -75,9 +75,9 @@ def run_jobs(directory: Path, processes: int, *jobs: Job) -> list[Ran]:
     ]
 
 
-def start(rank: int, world: int, port: int, *words: object, before: str = "") -> subprocess.Popen[str]:
+def start(rank: int, world: int, *words: object, before: str = "", **more: str) -> subprocess.Popen[str]:
     """One process of a job that something else than torchrun starts, after some Python code."""
-    told = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    told = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank} | more
     return subprocess.Popen(
         [sys.executable, "-c", before + MAIN, *map(str, words)],
         stdout=subprocess.PIPE,

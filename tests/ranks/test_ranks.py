@@ -57,7 +57,6 @@ with ckavg.all_ranks() as ranks:
 assert result.path_length == path.lengths
 assert result.directory.is_dir()
 """
-IMPATIENT = "from ckavg.output import staging; staging._SECONDS_TO_SEE = 0.1"
 
 
 def weights() -> list[dict[str, torch.Tensor]]:
@@ -164,7 +163,7 @@ def averages_in(stdout: str, source: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class Case:
-    """A job that cannot succeed: its status by rank, and what it says."""
+    """A job that cannot succeed: its status by rank, what it says, and whether what was finished stays."""
 
     status: list[int]
     says: str
@@ -172,29 +171,57 @@ class Case:
     before: dict[int, str] = field(default_factory=dict)
     other: Sequence[object] = ()
     speaker: int = 0
+    stays: bool = False
 
 
+SOON = ("--rank-timeout", 3)
 CASES = {
     "nan": Case([1, 1], r"error: step 20: tensor 'large' holds NaN or infinity"),
     "nan in pass 1": Case([1, 1], r"error: step 20: tensor 'large' holds NaN or infinity", ["pema"]),
-    "full disk": Case([1, 1], r"error: .* cannot be written: No space left on device", before={1: FULL_DISK}),
-    "verbose": Case([1, 1], r"In another process:\nTraceback", ["bema", "--verbose"], before={1: FULL_DISK}),
-    "killed": Case([1, -9], r"error: Rank 1 on .* is gone without a word", before={1: KILLED}),
-    "first killed": Case([-9, 1], r"error: Rank 0 on .* is gone without a word", before={0: KILLED}, speaker=1),
-    "interrupted": Case([130, 130], r"interrupted: No result was left in part", before={1: STOPPED}),
+    "full disk": Case(
+        [1, 1], r"error: .* cannot be written: No space left on device", before={1: FULL_DISK}, stays=True
+    ),
+    "verbose": Case(
+        [1, 1], r"In another process:\nTraceback", ["bema", "--verbose"], before={1: FULL_DISK}, stays=True
+    ),
+    "killed": Case([1, -9], r"error: Rank 1 on .* is gone without a word", before={1: KILLED}, stays=True),
+    "first killed": Case(
+        [-9, 1], r"error: Rank 0 on .* is gone without a word", before={0: KILLED}, speaker=1, stays=True
+    ),
+    "interrupted": Case([130, 130], r"interrupted: No result was left in part", before={1: STOPPED}, stays=True),
     "bug": Case([1, 1], r"ZeroDivisionError: division by zero\nIn another process:", before={1: BROKEN}),
     "setting": Case([2, 2], r"error: bema: eta is -1", ["bema", "--eta", -1]),
     "usage": Case([2, 2], r"No such option: --no-such", ["bema", "--no-such"]),
-    "no run": Case([1, 1], r"error: .*nothing-there does not exist", other=["bema"]),
-    "other options": Case([1, 1], r"error: Rank 1 on .* has other options than rank 0", other=["bema", "--eta", 0.3]),
-    "other run": Case([1, 1], r"error: Rank 1 on .* has other checkpoints than rank 0", other=["bema", "--last", 3]),
+    "other options": Case(
+        [1, 1],
+        r"error: Rank 1 on .* has other options than rank 0",
+        ["bema", "--out", "OUT"],
+        other=["bema", "--out", "OUT", "--eta", 0.3],
+    ),
+    "other run": Case(
+        [1, 1],
+        r"error: Rank 1 on .* has other checkpoints than rank 0",
+        ["bema", "--out", "OUT"],
+        other=["bema", "--out", "OUT", "--last", 3],
+    ),
     "other place": Case(
         [1, 1],
-        r"error: .* is not the same directory as on the first machine",
-        other=["bema", "--snapshot-every", 20, "--out", "elsewhere/out"],
-        before={1: IMPATIENT},
+        r"error: Rank 0 of 2 has waited 3 s in vain for rank 1 in .*/averaged/\.bema-eta0\.2\.ckavg-partial on ",
+        ["bema", *SOON],
+        other=["bema", *SOON, "--out", "OUT"],
+    ),
+    "no run": Case(
+        [1, 1],
+        r"error: Rank 0 of 2 has waited 3 s in vain for rank 1 in ",
+        ["bema", *SOON],
+        other=["bema", *SOON],
     ),
 }
+ALSO_SAYS = {
+    "other place": r"error: Rank 1 of 2 has waited 3 s in vain for rank 0 in .*/\.OUT",
+    "no run": r"error: .*nothing-there does not exist",
+}
+"""What the other process says by itself, since it has not come to where the first is."""
 
 
 @pytest.fixture(scope="module")
@@ -206,10 +233,12 @@ def ended(original: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         put_nan_into(sources[name])
     jobs = []
     for name, case in CASES.items():
-        other = command(tuple(case.other), sources[name]) if case.other else []
+        own, other = (command(tuple(words), sources[name]) for words in (case.words, case.other or case.words))
         if name == "no run":
             other[1] = root / "nothing-there"
-        jobs.append(Job(command(tuple(case.words), sources[name]), case.before, {1: other} if other else {}))
+        out = root / name / "OUT"
+        own, other = ([out if word == "OUT" else word for word in words] for words in (own, other))
+        jobs.append(Job(own, case.before, {1: other}))
     again = sources["first killed"]
     ran = run_jobs(
         root, 2, *jobs, Job(["bema", again]), Job(["bema", again]), Job(["bema", again, "--dtype", "bfloat16"])
@@ -236,12 +265,17 @@ def test_one_message_one_status_and_nothing_left(ended: dict[str, tuple[Path, Ra
     (source, ran), case = ended[name], CASES[name]
     assert ran.status == case.status
     assert re.search(case.says, ran.err[case.speaker])
-    assert ran.err[1] == "" or case.speaker == 1
+    if name in ALSO_SAYS:
+        assert re.search(ALSO_SAYS[name], ran.err[1])
+    else:
+        assert ran.err[1] == "" or case.speaker == 1
     messages = [line for err in ran.err for line in err.splitlines() if line.startswith(("error:", "interrupted:"))]
-    assert len(messages) == (name not in ("bug", "usage"))
+    assert len(messages) == (name not in ("bug", "usage")) + (name in ALSO_SAYS)
     assert ("Traceback" in "".join(ran.err)) == (name in ("bug", "verbose"))
-    if name != "first killed":
-        assert sorted(path.name for path in source.iterdir()) == [f"checkpoint-{step}" for step in STEPS]
+    left = sorted(path.name for path in source.iterdir() if path.name != "averaged")
+    assert left == [f"checkpoint-{step}" for step in STEPS]
+    kept = [] if name == "first killed" else [path.name for path in source.glob("averaged/*")]
+    assert kept in ([], [".bema-eta0.2.ckavg-partial"] if case.stays else [])
 
 
 def test_what_a_killed_process_left_is_in_nobodys_way(ended: dict[str, tuple[Path, Ran]]) -> None:
