@@ -84,6 +84,9 @@ OLD_WORDS = {
 }
 """Words of an earlier house, each of which has a term of the field in its place."""
 
+UNPICKLERS = {"_pickle", "cloudpickle", "copyreg", "dill", "joblib", "marshal", "pickle", "pickletools", "shelve"}
+"""What runs a pickle, or its like. `checkpoints/unpickler.py` is a machine of our own, and needs none of them."""
+
 FOR_NOW = {"engine/joining.py", "engine/links.py", "engine/messages.py"}
 """Sockets between processes: they go when the processes meet in what starts them."""
 
@@ -110,6 +113,8 @@ def test_what_libraries_do_is_not_written_here() -> None:
     for path in PACKAGE.rglob("*.py"):
         used = {module.split(".")[0] for module in imports_of(path)}
         assert "ctypes" not in used, path
+        assert not used & UNPICKLERS, path
+        assert "torch.load" not in path.read_text() or path.name == "unsupported.py", path
         assert "socket" not in used or str(path.relative_to(PACKAGE)) in FOR_NOW, path
 
 
