@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ckavg.checkpoints.headers import SHARDED, Header, read_header
 from ckavg.checkpoints.layouts import WEIGHTS, as_safetensors
-from ckavg.checkpoints.pickles import UnreadPickleError, read_pickle
+from ckavg.checkpoints.pickles import UnreadPickleError, is_saved_by_torch, read_pickle
 from ckavg.checkpoints.run import Checkpoint, Kind, Shard, TensorInfo
 from ckavg.checkpoints.unsupported import (
     holds_pickles_alone,
@@ -138,6 +138,9 @@ def _groups(weights: Weights, path: AnyPath, bounds: Bounds) -> tuple[list[_Grou
     others, left_out = beside(weights, names)
     for name, of_part in others.items():
         raise_all(_missing_of_count(folder, of_part))
+        if weights.pickled and not all(is_saved_by_torch(paths[each]) for each in of_part):
+            left_out += [("pickle", each) for each in of_part]
+            continue
         groups.append(_Group(f"{part}{name}/", folder, tuple(paths[each] for each in of_part)))
     of_groups = [file for group in groups for file in group.files]
     raise_all([found for file in of_groups if (found := problem_with(file, bounds)) is not None])
@@ -312,7 +315,8 @@ def _no_weights(path: AnyPath, left_out: Sequence[LeftOut]) -> CkavgError:
     except OSError as error:
         return ReadError(f"{path} cannot be listed: {error.strerror}.", hint="Check that you may read it.")
     if any(why == "pickle" for why, _ in left_out) and holds_pickles_alone(path):
-        return CorruptFileError(f"{path} holds no tensors: {listed([name for _, name in left_out])}.", hint=_REWRITE)
+        of_files = "" if left_out[0][1] == path.name else f" in {listed([name for _, name in left_out])}"
+        return CorruptFileError(f"{path} holds no state dict{of_files}, tensors by name.", hint=_REWRITE)
     return foreign or MissingShardError(
         f"{path} holds no weights.",
         hint="It is still being written, perhaps; --skip-incomplete leaves it out, and so does --skip-step.",
