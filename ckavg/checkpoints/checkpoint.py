@@ -138,10 +138,12 @@ def _groups(weights: Weights, path: AnyPath, bounds: Bounds) -> tuple[list[_Grou
     others, left_out = beside(weights, names)
     for name, of_part in others.items():
         raise_all(_missing_of_count(folder, of_part))
-        if weights.pickled and not all(is_saved_by_torch(paths[each]) for each in of_part):
+        own = [paths[each] for each in of_part]
+        may_open = all(problem_with(each, bounds) is None for each in own)
+        if weights.pickled and may_open and not all(map(is_saved_by_torch, own)):
             left_out += [("pickle", each) for each in of_part]
             continue
-        groups.append(_Group(f"{part}{name}/", folder, tuple(paths[each] for each in of_part)))
+        groups.append(_Group(f"{part}{name}/", folder, tuple(own)))
     of_groups = [file for group in groups for file in group.files]
     raise_all([found for file in of_groups if (found := problem_with(file, bounds)) is not None])
     return groups, [(why, part + files.get(name, name)) for why, name in left_out]
