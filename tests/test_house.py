@@ -84,6 +84,9 @@ OLD_WORDS = {
 }
 """Words of an earlier house, each of which has a term of the field in its place."""
 
+UNPICKLERS = {"_pickle", "cloudpickle", "copyreg", "dill", "joblib", "marshal", "pickle", "pickletools", "shelve"}
+"""What runs a pickle, or its like. `checkpoints/unpickler.py` is a machine of our own, and needs none of them."""
+
 
 def names_in(path: Path) -> set[str]:
     """What a module is called, and what it defines: classes, functions, constants."""
@@ -107,6 +110,8 @@ def test_what_libraries_do_is_not_written_here() -> None:
         assert "ctypes" not in used, path
         assert "socket" not in used, path
         assert "torch.distributed" not in {*imports_of(path)}, path
+        assert not used & UNPICKLERS, path
+        assert "torch.load" not in path.read_text() or path.name == "unsupported.py", path
 
 
 def test_the_design_names_files_that_are_there() -> None:

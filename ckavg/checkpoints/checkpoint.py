@@ -11,7 +11,7 @@ from pathlib import Path
 from ckavg.checkpoints.distributed import SLICES, find_distributed, join_slices, read_distributed, read_slices
 from ckavg.checkpoints.headers import SHARDED, Header, KnownHeaders, read_header
 from ckavg.checkpoints.layouts import WEIGHTS, as_safetensors
-from ckavg.checkpoints.pickles import UnreadPickleError, read_pickle
+from ckavg.checkpoints.pickles import UnreadPickleError, is_saved_by_torch, read_pickle
 from ckavg.checkpoints.run import Checkpoint, Kind, Shard, TensorInfo
 from ckavg.checkpoints.unsupported import (
     holds_pickles_alone,
@@ -166,7 +166,12 @@ def _groups(weights: Weights, path: AnyPath, bounds: Bounds) -> tuple[list[_Grou
     others, left_out = beside(weights, names)
     for name, of_part in others.items():
         raise_all(_missing_of_count(folder, of_part))
-        groups.append(_Group(f"{part}{name}/", folder, tuple(paths[each] for each in of_part)))
+        own = [paths[each] for each in of_part]
+        may_open = all(problem_with(each, bounds) is None for each in own)
+        if weights.pickled and may_open and not all(map(is_saved_by_torch, own)):
+            left_out += [("pickle", each) for each in of_part]
+            continue
+        groups.append(_Group(f"{part}{name}/", folder, tuple(own)))
     of_groups = [file for group in groups for file in group.files]
     raise_all([found for file in of_groups if (found := problem_with(file, bounds)) is not None])
     return groups, [(why, part + files.get(name, name)) for why, name in left_out]
@@ -376,7 +381,8 @@ def _no_weights(path: AnyPath, left_out: Sequence[LeftOut]) -> CkavgError:
     except OSError as error:
         return ReadError(f"{path} cannot be listed: {error.strerror}.", hint="Check that you may read it.")
     if any(why == "pickle" for why, _ in left_out) and holds_pickles_alone(path):
-        return CorruptFileError(f"{path} holds no tensors: {listed([name for _, name in left_out])}.", hint=_REWRITE)
+        of_files = "" if left_out[0][1] == path.name else f" in {listed([name for _, name in left_out])}"
+        return CorruptFileError(f"{path} holds no state dict{of_files}, tensors by name.", hint=_REWRITE)
     return foreign or MissingShardError(
         f"{path} holds no weights.",
         hint="It is still being written, perhaps; --skip-incomplete leaves it out, and so does --skip-step.",

@@ -43,21 +43,24 @@ class UnreadPickleError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    """The elements of tensors: one file of the archive. `dtype` is empty where its class tells none that is read."""
+    """The elements of tensors: one file of the archive. `dtype` is a code, or whatever else its class is."""
 
     key: str
-    dtype: str
+    dtype: Any
 
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor as the pickle describes it: `offset` in bytes of its storage; `problem` is why it cannot be read."""
+    """A tensor as the pickle describes it: `offset` in bytes of its storage. `problem` is why it cannot be read, and
+    `can_convert` whether torch can write it anew as one that can.
+    """
 
     dtype: str = ""
     shape: tuple[int, ...] = ()
     key: str = ""
     offset: int = 0
     problem: str = ""
+    can_convert: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,15 @@ def read_pickle(path: AnyPath, *, shard: int = 0) -> Header:
     in_order = sorted(entries, key=lambda name: entries[name].offset)  # of names for one tensor, the first stays so
     entries = {name: entries[name] for name in in_order}
     return Header(entries, saved.info, {}, count_moments(entries), left_out=tuple(left_out))
+
+
+def is_saved_by_torch(path: AnyPath) -> bool:
+    """Whether a file begins as those of `torch.save` do; True where it cannot be read, for who reads it says so."""
+    try:
+        with storage_of(path).open(path) as (_, read):
+            return read(_HEAD_BYTES).startswith((FIRST_BYTES, *_LEGACY))
+    except OSError:
+        return True
 
 
 def pickled_step(path: AnyPath) -> int | None:
@@ -152,7 +164,8 @@ def _without_prefix(found: Mapping[str, Span]) -> dict[str, Span]:
 def _located(name: str, tensor: _Tensor, spans: Mapping[str, Span], shard: int) -> TensorInfo:
     """A tensor of the model in the file, checked against the sizes of both."""
     if tensor.problem:
-        raise UnreadPickleError(f"holds tensor {shown(name)}, which {tensor.problem}")
+        why = f"holds tensor {shown(name)}, which {tensor.problem}"
+        raise UnreadPickleError(why, can_convert=tensor.can_convert)
     try:
         name.encode()
     except UnicodeEncodeError as error:
@@ -191,7 +204,7 @@ def _storage(identifier: Any) -> Any:
     _, dtype, key, _, _ = identifier
     if type(key) is not str:
         raise ValueError("the pickle describes a storage wrongly")
-    return _Storage(key, dtype if type(dtype) is str and dtype in ITEM_BYTES else "")
+    return _Storage(key, dtype)
 
 
 def _typed(storage: Any, offset: Any, shape: Any, stride: Any, *more: Any) -> _Tensor:
@@ -219,7 +232,8 @@ def _tensor(storage: Any, dtype: Any, offset: Any, shape: Any, stride: Any, meta
     if metadata:
         return _Tensor(problem="is conjugated or negated when it is read")
     if 0 not in shape and not _is_contiguous(shape, stride):
-        return _Tensor(problem="is not stored in the order of its elements: it is transposed, or a part of another")
+        why = "is not stored in the order of its elements: it is transposed, or a part of another"
+        return _Tensor(problem=why, can_convert=True)
     return _Tensor(dtype, tuple(shape), storage.key, offset * ITEM_BYTES[dtype])
 
 

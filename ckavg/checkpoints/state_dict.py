@@ -23,6 +23,7 @@ _STEPS = ("global_step", "step", "steps", "iteration", "iter", "iter_num", "num_
 _LARGEST_STEP = 10**18
 _DEEPEST = 32
 _MOST_VALUES = 4_000_000
+_SHOWN = 80
 
 Found = tuple[dict[str, Any], list[tuple[WhyLeftOut, str]]]
 """Tensors by name; and of what was saved beside them, what holds tensors, too: why it is left out, and its name."""
@@ -46,10 +47,12 @@ def find_weights_in(saved: Any, tensor: type) -> Found:
         alone = len(parts) == 1 and not loose
         is_wrapped = bool(known or alone) if top else bool(known and alone and len(items) > 1)
         chosen = (known or parts)[:1] if is_wrapped else parts + loose if top else [*held]
+        taken = set(chosen)
         left_out += [
-            ("average" if is_averaged(str(name)) else "training state", str(name))
+            ("average" if is_averaged(shown) else "training state", shown)
             for name, value in items.items()
-            if name not in chosen and _holds(value, tensor, in_lists=True)
+            if name not in taken and _holds(value, tensor, in_lists=True)
+            for shown in (str(name)[:_SHOWN],)
         ]
         if not is_wrapped:
             return _flattened({name: held[name] for name in chosen}, tensor), left_out

@@ -232,6 +232,21 @@ def test_safetensors_beside_come_first(tmp_path: Path) -> None:
     assert "Pickles that are no part of the model are neither averaged nor copied: pytorch_model.bin." in run.warnings
 
 
+def test_what_torch_did_not_save_is_left_out_beside_a_model(tmp_path: Path) -> None:
+    for step in STEPS:
+        here = tmp_path / f"checkpoint-{step}"
+        here.mkdir()
+        torch.save({"w": torch.ones(2) * step}, here / "pytorch_model.bin")
+        torch.save({"v": torch.ones(2) * step}, here / "value_head.bin")
+        torch.save({"epoch": step}, here / "info.pt")
+        (here / "spm.bin").write_bytes(b"words")
+        (here / "data_state.pt").write_bytes(b"\x80\x04N.")
+    run = ckavg.open_run(tmp_path)
+    assert set(run.tensors) == {"w", "value_head.safetensors/v"}
+    told = "Pickles that are no part of the model are neither averaged nor copied: data_state.pt, info.pt, spm.bin."
+    assert told in run.warnings
+
+
 def test_averages_and_states_alone_are_no_model(tmp_path: Path) -> None:
     for step in STEPS:
         torch.save({"ema": {"w": torch.ones(2)}, "optimizer": {"m": torch.ones(2)}}, tmp_path / f"step_{step}.pt")

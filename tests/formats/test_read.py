@@ -85,7 +85,7 @@ def assert_files(row: Row, last: Path, out: Path, told: str, *, read: Collection
     """Every file of the last checkpoint has its place in the row, and the row names none that is not there."""
     result = files(out) - MADE_HERE
     own = files(last) - MADE_HERE if last.is_dir() else set()
-    own = {safe if (safe := as_safetensors(name)) in result else name for name in own}
+    own = {safe if (safe := as_safetensors(name)) in result - own else name for name in own}
     left_out = own - result
     left_out |= {name for name in row["left out"].bold if not re.search("[./]", name)}  # entries of a pickle
     assert_matched(row["averaged"].code + row["copied"].code, result)

@@ -238,6 +238,17 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "much kept": lambda: b"N" + b"\x94" * 3_900_000,
     "a dict in itself": lambda: b"}q\1" + opcodes("model") + b"h\1s",
     "a model in itself": lambda: b"}" + opcodes("model") + b"}q\1" + opcodes("a") + b"h\1ss",
+    "many tensors": lambda: (
+        b"("
+        + opcodes("storage")
+        + named("torch", "FloatStorage")
+        + opcodes("0")
+        + b"NK\1tQq\1"
+        + named("torch._utils", "_rebuild_tensor_v2")
+        + b"(h\1K\0))tRq\2}("
+        + b"".join(opcodes(f"{n}.w") + b"h\2" for n in range(300_000))
+        + b"u"
+    ),
     "models in models": lambda: (
         b"}q\1" + b"".join(opcodes("x") + b"h\1s" + b"0}q\1" + opcodes("y") + b"h\1s" for _ in range(20_000))
     ),

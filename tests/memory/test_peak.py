@@ -43,13 +43,18 @@ print(json.dumps([imports, peak()]))
 """
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["model.safetensors", "pytorch_model.bin"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("run")
     theta = torch.randn(MODEL_BYTES // 2).bfloat16()
     for step in range(8):
         (root / f"checkpoint-{step}").mkdir()
-        save_file({"w": theta + step * 0.01}, root / f"checkpoint-{step}" / "model.safetensors")
+        path = root / f"checkpoint-{step}" / request.param
+        tensors = {"w": theta + step * 0.01}
+        if path.suffix == ".bin":
+            torch.save({"model": tensors, "step": step}, path)
+        else:
+            save_file(tensors, path)
     return root
 
 
