@@ -76,9 +76,9 @@ def unpickled(
         ValueError: it is no pickle, is cut off, is longer than `most`, has a number of unreasonable size, calls what is
             no class or function, needs buffers beside it, or gives a known callable wrong arguments.
     """
-    machine = _Machine(data, {**_CONTAINERS, **known}, persistent)
+    machine = _Machine(data, {**_CONTAINERS, **known}, persistent, most)
     try:
-        return machine.run(most)
+        return machine.run()
     except (TypeError, KeyError, IndexError, AttributeError, OverflowError, struct.error) as error:
         raise ValueError(f"byte {machine.at:,} of the pickle makes no sense") from error
 
@@ -122,10 +122,11 @@ def _key(value: Any) -> Any:
 class _Machine:
     """The stack, the memo and the place in the pickle. A mark sets the stack aside and begins another."""
 
-    __slots__ = ("at", "callables", "data", "known", "marked", "memo", "names", "persistent", "stack")
+    __slots__ = ("at", "callables", "copied", "data", "known", "marked", "memo", "most", "names", "persistent", "stack")
 
-    def __init__(self, data: bytes, known: Mapping[tuple[str, str], Any], persistent: Persistent) -> None:
+    def __init__(self, data: bytes, known: Mapping[tuple[str, str], Any], persistent: Persistent, most: int) -> None:
         self.data, self.at = data, 0
+        self.most, self.copied = most, 0
         self.known, self.persistent = known, persistent
         self.callables = {id(value) for value in known.values() if callable(value)}
         self.names: dict[tuple[str, str], Global] = {}
@@ -133,17 +134,17 @@ class _Machine:
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self, most: int) -> Any:
+    def run(self) -> Any:
         """Obey the opcodes up to the one that ends the pickle."""
         data, table = self.data, _OPCODES
-        for _ in range(most):
+        for _ in range(self.most):
             opcode = data[self.at]
             self.at += 1
             if opcode == _STOP:
                 break
             table[opcode](self)
         else:
-            raise ValueError(f"the pickle has more than {most:,} opcodes")
+            raise ValueError(f"the pickle has more than {self.most:,} opcodes")
         if self.at != len(data):
             raise ValueError(f"{len(data) - self.at:,} bytes follow the pickle")
         return self.stack.pop()
@@ -193,6 +194,9 @@ class _Machine:
         if type(function) in (Global, Opaque):
             return Opaque(function.name, args)
         if id(function) in self.callables:
+            self.copied += sum(len(each) for each in args if isinstance(each, (dict, list, tuple)))
+            if self.copied > self.most:  # a few bytes can have a large list copied again and again
+                raise ValueError(f"the pickle makes more than {self.most:,} items of lists and dicts")
             return function(*args)
         raise ValueError(f"the pickle calls a {type(function).__name__}")
 

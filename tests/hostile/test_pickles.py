@@ -249,6 +249,14 @@ BOMBS: dict[str, Callable[[], bytes]] = {
         + b"".join(opcodes(f"{n}.w") + b"h\2" for n in range(300_000))
         + b"u"
     ),
+    "a dict copied again and again": lambda: (
+        b"}q\1("
+        + b"".join(b"J" + struct.pack("<i", n) + b"N" for n in range(400_000))
+        + b"u0"
+        + named("collections", "OrderedDict")
+        + b"q\2"
+        + b"0h\2h\1\x85R" * 400_000
+    ),
     "models in models": lambda: (
         b"}q\1" + b"".join(opcodes("x") + b"h\1s" + b"0}q\1" + opcodes("y") + b"h\1s" for _ in range(20_000))
     ),
