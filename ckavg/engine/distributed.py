@@ -12,6 +12,7 @@ import heapq
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -319,7 +320,7 @@ class Ranks:
             before = now
             if not self.waits or quiet >= self.timeout:
                 raise MissingPartsError(missing, self.world, what)
-            job.pause(what)
+            time.sleep(SECONDS_BETWEEN_LOOKS)  # without a beat: who waits makes no progress
 
     def own_device(self, device: str) -> str:
         """The device of this process: with `cuda`, a GPU of its own, as far as its machine has enough."""
