@@ -16,6 +16,11 @@ import ray
 UNFINISHED = 3
 
 
+def do_part(words: list[str]) -> int:
+    """One part, in a process of its own; its exit status."""
+    return subprocess.run([sys.executable, "-m", "ckavg", *words], check=False).returncode
+
+
 def main() -> None:
     """Do all parts, in as many rounds as the scheme has passes, and join them."""
     parser = argparse.ArgumentParser()
@@ -25,18 +30,13 @@ def main() -> None:
     parser.add_argument("--cpus", type=float, default=16, help="of each task")
     asked = parser.parse_args()
     ray.init()
-
-    @ray.remote(num_cpus=asked.cpus, max_retries=3)
-    def part(number: int) -> int:
-        words = "pema", asked.source, "--out", asked.result, "--part", f"{number}/{asked.parts}", "--quiet"
-        return subprocess.run([sys.executable, "-m", "ckavg", *words], check=False).returncode
-
+    task = ray.remote(num_cpus=asked.cpus, max_retries=3)(do_part)
+    words = ["pema", asked.source, "--out", asked.result, "--quiet"]
     for _ in range(2):
-        statuses = ray.get([part.remote(number) for number in range(asked.parts)])
+        statuses = ray.get([task.remote([*words, "--part", f"{part}/{asked.parts}"]) for part in range(asked.parts)])
         if UNFINISHED not in statuses:
             break
-    join = [sys.executable, "-m", "ckavg", "join", asked.result]
-    sys.exit(max(statuses) or subprocess.run(join, check=False).returncode)
+    sys.exit(max(statuses) or do_part(["join", asked.result]))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -100,7 +101,8 @@ def met_to_measure(run: Run, ranks: Ranks, *options: object) -> Iterator[Ranks]:
 
     told = {"checkpoints": hash_run(run), "options": repr(options)}
     name = f"path-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}"
-    staging = Staging(cache_files(run)[0].parent / name)
+    places = [place.parent for place in cache_files(run)]
+    staging = Staging(next(filter(_may_write, places), places[0]) / name)
     with ExitStack() as stack:
         if ranks.is_first:
             stack.enter_context(staging)
@@ -113,6 +115,12 @@ def met_to_measure(run: Run, ranks: Ranks, *options: object) -> Iterator[Ranks]:
             if ranks.is_first and is_worth_continuing(staging.path):
                 staging.keep()
             raise
+
+
+def _may_write(directory: Path) -> bool:
+    """Whether the system would let us write to a directory, or make it."""
+    existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    return os.access(existing, os.W_OK | os.X_OK)
 
 
 def agreed_fingerprints(run: Run, ranks: Ranks) -> Fingerprints:

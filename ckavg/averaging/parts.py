@@ -27,7 +27,7 @@ from ckavg.engine.members import look_at
 from ckavg.errors import OutputError, RecordError
 from ckavg.output.output_path import JOB, PARTIAL, beside, empty, is_result
 from ckavg.output.record import Count, Digest, Parameter, Text, parse_fields, scheme_from
-from ckavg.storage.atomic import resolved, write_bytes
+from ckavg.storage.atomic import create_whole, resolved
 from ckavg.storage.local import read_small
 
 if TYPE_CHECKING:
@@ -110,8 +110,8 @@ def begin_part(plan: Plan, parts: Parts, *, holds_files: Callable[[], bool]) -> 
         if not (directory / JOB).exists() and is_alone:
             if not holds_files():
                 empty(directory)
-            write_bytes(directory / JOB, json.dumps(dataclasses.asdict(parts), default=str).encode(), follow=False)
-            return
+            if create_whole(directory / JOB, json.dumps(dataclasses.asdict(parts), default=str).encode()):
+                return
         if why := _differing(read_parts(directory), parts, plan):
             raise OutputError(f"{directory} holds parts of something else: {why}.", hint=_AFRESH)
 

@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 from ckavg import __version__
 from ckavg.cli.errors import FAILED, INTERRUPTED, mute_others, system_error
 from ckavg.cli.text import Stdout, warn
-from ckavg.engine.distributed import slurm_environment
+from ckavg.engine.launchers import slurm_environment
 from ckavg.errors import printable
 from ckavg.schemes import SCHEMES
 from ckavg.schemes.parse import described

@@ -11,7 +11,7 @@ import dataclasses
 import heapq
 import json
 import os
-import re
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from ckavg.engine.job import ALONE as HOW_TO_RUN_ALONE
 from ckavg.engine.job import RANK_FILE, SECONDS_BETWEEN_LOOKS, Job
+from ckavg.engine.launchers import launch_name
 from ckavg.errors import MissingPartsError, RanksError, WriteError
 from ckavg.storage.atomic import create_whole, write_bytes
 from ckavg.storage.journal import Journal, JournalReader
@@ -166,7 +167,7 @@ class Ranks:
             directory,
             self.rank,
             self.world,
-            launch=_launch(),
+            launch=launch_name(),
             timeout=self.timeout,
             on_wait=self.on_wait if self.rank < 2 else None,
         )
@@ -319,7 +320,7 @@ class Ranks:
             before = now
             if not self.waits or quiet >= self.timeout:
                 raise MissingPartsError(missing, self.world, what)
-            job.pause(what)
+            time.sleep(SECONDS_BETWEEN_LOOKS)  # without a beat: who waits makes no progress
 
     def own_device(self, device: str) -> str:
         """The device of this process: with `cuda`, a GPU of its own, as far as its machine has enough."""
@@ -375,28 +376,3 @@ def all_ranks(
         RanksError: the environment makes no sense.
     """
     yield dataclasses.replace(Ranks.from_environment(), on_wait=on_wait, timeout=timeout)
-
-
-def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would say in the environment, from what Slurm's srun says; empty where there are no several tasks,
-    or torchrun has said it.
-
-    >>> slurm_environment({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"})["RANK"]
-    '3'
-    """
-    count = environment.get("SLURM_NTASKS", "1")
-    if "RANK" in environment or "SLURM_PROCID" not in environment or not count.isdecimal() or int(count) < 2:
-        return {}
-    on_node = re.findall(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-    return {
-        "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": count,
-        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
-        "LOCAL_WORLD_SIZE": on_node[0] if on_node else "1",
-    }
-
-
-def _launch() -> str:
-    """What the launcher calls the job, as far as it tells: the same in all of its processes."""
-    names = "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_STEP_ID"
-    return " ".join(os.environ.get(name, "-") for name in names)

@@ -56,7 +56,7 @@ def partial_of(out: Path) -> Path:
     return out.parent / f".{out.name}.ckavg-partial"
 
 
-def do_parts(words: tuple[object, ...], out: Path, count: int, seed: int = 0) -> None:
+def do_parts(words: tuple[str | Path, ...], out: Path, count: int, seed: int = 0) -> None:
     """All parts in a random order, again and again until each has finished."""
     order = list(range(count))
     left = set(order)

@@ -1,0 +1,32 @@
+"""Stage *engine*: what launchers tell a process in its environment: torchrun, and Slurm's srun."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+
+def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would say in the environment, from what Slurm's srun says; empty where there are no several tasks,
+    or torchrun has said it.
+
+    >>> slurm_environment({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"})["RANK"]
+    '3'
+    """
+    count = environment.get("SLURM_NTASKS", "1")
+    if "RANK" in environment or "SLURM_PROCID" not in environment or not count.isdecimal() or int(count) < 2:
+        return {}
+    on_node = re.findall(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": count,
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "LOCAL_WORLD_SIZE": on_node[0] if on_node else "1",
+    }
+
+
+def launch_name() -> str:
+    """What the launcher calls the job, as far as it tells: the same in all of its processes."""
+    names = "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_STEP_ID"
+    return " ".join(os.environ.get(name, "-") for name in names)
