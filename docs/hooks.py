@@ -1,0 +1,100 @@
+"""What the site makes of the program and of the files beside docs/, when mkdocs builds it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import typer
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from typer.core import TyperGroup
+
+from ckavg.cli.app import Verb, app
+from ckavg.schemes import SCHEMES
+
+ROOT = Path(__file__).parent.parent
+BESIDE = {"index.md": "README.md", "changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
+"""Pages that are files of the repository."""
+
+SHARED = "shared"
+"""In a marker, the options that all averaging commands have."""
+
+_MARKER = re.compile(r"^<!-- options: (\w+) -->$", re.MULTILINE)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are files of the repository."""
+    for page, name in BESIDE.items():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        files.append(File.generated(config, page, content=as_page(text)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put the options of the program in the place of their markers."""
+    return with_options(markdown)
+
+
+def as_page(text: str) -> str:
+    """A file of the repository with the links of the site."""
+    for page, name in BESIDE.items():
+        text = text.replace(f"]({name}", f"]({page}")
+    return text.replace("](docs/", "](")
+
+
+def with_options(markdown: str) -> str:
+    """A page with a table of options in the place of every `<!-- options: VERB -->`."""
+    return _MARKER.sub(lambda found: "\n".join(_lines(found[1])), markdown)
+
+
+def options(verb: str) -> dict[str, typer.core.TyperOption]:
+    """The options of a verb, by their names as they are typed, without the help."""
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    command = group.commands[verb]
+    assert isinstance(command, Verb)
+    found = (each for each in command.load().params if isinstance(each, typer.core.TyperOption))
+    return {", ".join(f"`{name}`" for name in (*each.opts, *each.secondary_opts)): each for each in found}
+
+
+def shared_options() -> dict[str, typer.core.TyperOption]:
+    """Those of every averaging command."""
+    schemes = [options(scheme.name) for scheme in SCHEMES if scheme.has_verb]
+    return {names: each for names, each in schemes[0].items() if all(names in others for others in schemes)}
+
+
+def _lines(verb: str) -> Iterator[str]:
+    shared = shared_options()
+    if verb == SHARED:
+        for panel in dict.fromkeys(each.rich_help_panel for each in shared.values()):
+            yield from ("", f"**{panel}**", "")
+            yield from _table((names, each) for names, each in shared.items() if each.rich_help_panel == panel)
+        return
+    own, known = options(verb), {names: str(each.help) for names, each in shared.items()}
+    also = [names for names, each in own.items() if known.get(names) == each.help]
+    rest = {names: each for names, each in own.items() if names not in also}
+    if rest:
+        yield from _table(rest.items())
+    if len(also) == len(shared):
+        yield from ("", "All [options of every averaging command](#options-of-every-averaging-command) apply.")
+    elif also:
+        yield from ("", f"As in the [averaging commands](#options-of-every-averaging-command): {', '.join(also)}.")
+
+
+def _table(rows: Iterable[tuple[str, typer.core.TyperOption]]) -> Iterator[str]:
+    yield from ("| option | default | meaning |", "|---|---|---|")
+    for names, each in rows:
+        yield f"| {names} | {_default(each)} | {str(each.help).replace('|', chr(92) + '|')} |"
+
+
+def _default(option: typer.core.TyperOption) -> str:
+    if option.required:
+        return "required"
+    if isinstance(option.show_default, str):
+        return option.show_default
+    if option.default is None or option.default is False:
+        return "off" if option.is_flag else "none"
+    return str(option.default)
