@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import cast
 
 import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from typer.core import TyperGroup
+from typer.core import TyperGroup, TyperOption
 
+from ckavg import errors
 from ckavg.cli.app import Verb, app
 from ckavg.schemes import SCHEMES
 
@@ -22,7 +25,7 @@ BESIDE = {"index.md": "README.md", "changelog.md": "CHANGELOG.md", "contributing
 SHARED = "shared"
 """In a marker, the options that all averaging commands have."""
 
-_MARKER = re.compile(r"^<!-- options: (\w+) -->$", re.MULTILINE)
+_MARKER = re.compile(r"^<!-- (?:options: (\w+)|errors) -->$", re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -34,8 +37,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put the options of the program in the place of their markers."""
-    return with_options(markdown)
+    """Put the options and the errors of the program in the place of their markers."""
+    return filled(markdown)
 
 
 def as_page(text: str) -> str:
@@ -45,28 +48,33 @@ def as_page(text: str) -> str:
     return text.replace("](docs/", "](")
 
 
-def with_options(markdown: str) -> str:
-    """A page with a table of options in the place of every `<!-- options: VERB -->`."""
-    return _MARKER.sub(lambda found: "\n".join(_lines(found[1])), markdown)
+def filled(markdown: str) -> str:
+    """A page with a table in the place of every `<!-- options: VERB -->` and `<!-- errors -->`."""
+    return _MARKER.sub(lambda found: "\n".join(_options(found[1]) if found[1] else _errors()), markdown)
 
 
-def options(verb: str) -> dict[str, typer.core.TyperOption]:
+def options(verb: str) -> dict[str, TyperOption]:
     """The options of a verb, by their names as they are typed, without the help."""
-    group = typer.main.get_command(app)
-    assert isinstance(group, TyperGroup)
-    command = group.commands[verb]
-    assert isinstance(command, Verb)
-    found = (each for each in command.load().params if isinstance(each, typer.core.TyperOption))
+    command = cast(Verb, cast(TyperGroup, typer.main.get_command(app)).commands[verb])
+    found = (each for each in command.load().params if isinstance(each, TyperOption))
     return {", ".join(f"`{name}`" for name in (*each.opts, *each.secondary_opts)): each for each in found}
 
 
-def shared_options() -> dict[str, typer.core.TyperOption]:
+def shared_options() -> dict[str, TyperOption]:
     """Those of every averaging command."""
     schemes = [options(scheme.name) for scheme in SCHEMES if scheme.has_verb]
     return {names: each for names, each in schemes[0].items() if all(names in others for others in schemes)}
 
 
-def _lines(verb: str) -> Iterator[str]:
+def _errors() -> Iterator[str]:
+    yield from ("| error | a kind of | meaning |", "|---|---|---|")
+    for name, kind in inspect.getmembers(errors, inspect.isclass):
+        if issubclass(kind, errors.CkavgError) and kind is not errors.CkavgError:
+            meaning = (inspect.getdoc(kind) or "").partition("\n\n")[0].replace("\n", " ")
+            yield f"| `{name}` | `{kind.__bases__[0].__name__}` | {meaning} |"
+
+
+def _options(verb: str) -> Iterator[str]:
     shared = shared_options()
     if verb == SHARED:
         for panel in dict.fromkeys(each.rich_help_panel for each in shared.values()):
@@ -84,13 +92,13 @@ def _lines(verb: str) -> Iterator[str]:
         yield from ("", f"As in the [averaging commands](#options-of-every-averaging-command): {', '.join(also)}.")
 
 
-def _table(rows: Iterable[tuple[str, typer.core.TyperOption]]) -> Iterator[str]:
+def _table(rows: Iterable[tuple[str, TyperOption]]) -> Iterator[str]:
     yield from ("| option | default | meaning |", "|---|---|---|")
     for names, each in rows:
         yield f"| {names} | {_default(each)} | {str(each.help).replace('|', chr(92) + '|')} |"
 
 
-def _default(option: typer.core.TyperOption) -> str:
+def _default(option: TyperOption) -> str:
     if option.required:
         return "required"
     if isinstance(option.show_default, str):

@@ -1,0 +1,72 @@
+"""What stands in the README runs as it stands, in an empty directory with a run in it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ckavg
+from tests.averaging.tiny import save_tiny_model
+from tests.reference import load_floats
+from tests.runs import random_run, write_run
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ELSEWHERE = ("uv ", "pipx ", "pip ", "ckavg demo", "torchrun ", "ckavg push", "ckavg pema hf://")
+"""What installs, trains, or needs a network or several processes; other tests run these."""
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+LINES = [line for block in _blocks("sh") for line in block.splitlines()]
+COMMANDS = [line for line in LINES if not line.startswith(ELSEWHERE)]
+
+
+def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_run(tmp_path / "checkpoints", random_run(0, 4, torch.float32), (0, 50, 100, 150))
+    monkeypatch.chdir(tmp_path)
+    (block,) = (block for block in _blocks("python") if "import ckavg" in block)
+    values: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), values)
+    run = ckavg.open_run(source)
+    assert values["path"].lengths == ckavg.measure_path(run).lengths
+    assert load_floats(values["result"].directory).keys() == run.tensors.keys()
+    assert {each.name for each in (source / "averaged").iterdir() if each.is_dir()} == {
+        scheme.label for scheme in (ckavg.PEMA(), ckavg.EMA(), ckavg.BEMA())
+    }
+
+
+@pytest.mark.exhaustive
+def test_commands_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their order, on a tiny run of the Trainer's layout beside its base model, a text and a script that judges."""
+    pytest.importorskip("transformers")
+    save_tiny_model(tmp_path / "base")
+    for number in range(1, 12):
+        save_tiny_model(tmp_path / "checkpoints" / f"checkpoint-{number * 100}", seed=number)
+    (tmp_path / "held_out.txt").write_text("What stands in the README runs as it stands.\n" * 40, encoding="utf-8")
+    script = tmp_path / "loss.sh"
+    script.write_text('test -f "$1/model.safetensors" && wc -c < "$1/ckavg.json"\n', encoding="utf-8")
+    script.chmod(0o755)
+    program = tmp_path / "bin" / "ckavg"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m ckavg "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    assert len(COMMANDS) >= 8
+    for command in COMMANDS:
+        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+    assert (tmp_path / "report.html").exists()
+    (block,) = (block for block in _blocks("python") if "transformers" in block)
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
