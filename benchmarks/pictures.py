@@ -1,4 +1,4 @@
-"""The picture of the README and the report of the gallery, made from a demo: `python -m benchmarks.pictures`."""
+"""Picture of the README, its numbers, and report of the gallery, from a demo: `python -m benchmarks.pictures`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ckavg
 from benchmarks.evidence.figures import Curve, Panel, draw
-from benchmarks.evidence.tables import ROOT
+from benchmarks.evidence.tables import ROOT, Table
 from ckavg.demo import held_out_loss, train
 
 PICTURES = ROOT / "docs" / "pictures"
@@ -20,33 +20,40 @@ _JUDGE = "-c 'from pathlib import Path; from ckavg.demo import held_out_loss; pr
 
 
 def main() -> None:
-    """Train a demo, average it in many ways, and write both files."""
+    """Train a demo, average it in many ways, and write all three files."""
     with tempfile.TemporaryDirectory() as place:
         run, report = Path(place) / "ckavg-demo", Path(place) / "report.html"
         train(run)
-        draw_gain(run)
+        table = judge_run(run)
+        table.write(REPORT.parent)
+        draw_gain(table)
         judge = ("--eval", f"python {_JUDGE}", "--eval-goal", "min")
         subprocess.run([sys.executable, "-m", "ckavg", "sweep", run, *_WORDS, *judge, "--report", report], check=True)
-        REPORT.parent.mkdir(exist_ok=True)
         shutil.copyfile(report, REPORT)
 
 
-def draw_gain(directory: Path) -> None:
-    """Draw the held-out loss by step, of the checkpoints and of their average up to each of them."""
+def judge_run(directory: Path) -> Table:
+    """The held-out loss by step, of the checkpoints and of their average up to each of them."""
     run = ckavg.open_run(directory)
-    out = ckavg.average(run, ckavg.PEMA(), snapshot_every=40, out=directory.parent / "average").directory
-    steps = run.steps[1:]
-    own = [held_out_loss(directory / f"checkpoint-{step}") for step in steps]
-    averaged = [held_out_loss(Path(out) / f"checkpoint-{step}") for step in steps[:-1]] + [held_out_loss(Path(out))]
-    curves = [
-        Curve(name="the run's own checkpoints", x=steps, y=own),
-        Curve(name="their average so far (ckavg pema)", x=steps, y=averaged),
+    out = Path(ckavg.average(run, ckavg.PEMA(), snapshot_every=40, out=directory.parent / "average").directory)
+    places = [out / f"checkpoint-{step}" for step in run.steps[1:-1]] + [out]
+    rows = [
+        (step, held_out_loss(directory / f"checkpoint-{step}"), held_out_loss(place))
+        for step, place in zip(run.steps[1:], places, strict=True)
     ]
-    for step, *losses in zip(steps, own, averaged, strict=True):
-        print(step, *(f"{loss:.4f}" for loss in losses))
+    return Table("gain", ("step", "checkpoint", "average"), tuple(rows))
+
+
+def draw_gain(table: Table) -> None:
+    """Draw such a table."""
+    steps, own, averaged = ([float(str(cell)) for cell in column] for column in zip(*table.rows, strict=True))
+    curves = [
+        Curve(name="the run itself", x=steps, y=own),
+        Curve(name="its average (ckavg pema)", x=steps, y=averaged),
+    ]
     title, x_label = "A small language model, trained at a constant rate", "optimizer step"
     panel = Panel(title=title, x_label=x_label, y_label="held-out loss, nats per byte", curves=curves, y_scale="linear")
-    draw("gain", [panel], columns=2, directory=PICTURES)
+    draw("gain", [panel], columns=1, directory=PICTURES)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import ckavg
 from tests.averaging.tiny import save_tiny_model
-from tests.reference import load_floats
 from tests.runs import random_run, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,8 @@ def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exec(compile(block, "README.md", "exec"), values)
     run = ckavg.open_run(source)
     assert values["path"].lengths == ckavg.measure_path(run).lengths
-    assert load_floats(values["result"].directory).keys() == run.tensors.keys()
+    averaged = load_file(values["result"].directory / "model.safetensors")
+    assert averaged.keys() == run.tensors.keys()
     assert {each.name for each in (source / "averaged").iterdir() if each.is_dir()} == {
         scheme.label for scheme in (ckavg.PEMA(), ckavg.EMA(), ckavg.BEMA())
     }
