@@ -42,7 +42,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def as_page(text: str) -> str:
-    """A file of the repository with the links of the site."""
+    """A file of the repository with the links of the site; what is not on it is named without a link."""
+    text = re.sub(r"\[([^]]+)\]\(examples/[^)]*\)", r"\1", text)
     for page, name in BESIDE.items():
         text = text.replace(f"]({name}", f"]({page}")
     return text.replace("](docs/", "](")

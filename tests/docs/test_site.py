@@ -95,6 +95,7 @@ def test_no_marker_is_left(reference: str) -> None:
 
 def test_links_of_the_repository_become_links_of_the_site() -> None:
     assert hooks.as_page("[a](docs/cli.md#x) [b](CHANGELOG.md)") == "[a](cli.md#x) [b](changelog.md)"
+    assert hooks.as_page("[c d](examples/e.ipynb)") == "c d"
 
 
 @pytest.mark.exhaustive
