@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ from typer.core import TyperGroup, TyperOption
 
 from ckavg import errors
 from ckavg.cli.app import Verb, app
+from ckavg.output.record import Input, Output, Record, Seconds
 from ckavg.schemes import SCHEMES
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +27,7 @@ BESIDE = {"index.md": "README.md", "changelog.md": "CHANGELOG.md", "contributing
 SHARED = "shared"
 """In a marker, the options that all averaging commands have."""
 
-_MARKER = re.compile(r"^<!-- (?:options: (\w+)|errors) -->$", re.MULTILINE)
+_MARKER = re.compile(r"^<!-- (options|errors|record)(?:: (\w+))? -->$", re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -37,7 +39,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put the options and the errors of the program in the place of their markers."""
+    """Put what the program knows of itself in the place of the markers."""
     return filled(markdown)
 
 
@@ -50,8 +52,13 @@ def as_page(text: str) -> str:
 
 
 def filled(markdown: str) -> str:
-    """A page with a table in the place of every `<!-- options: VERB -->` and `<!-- errors -->`."""
-    return _MARKER.sub(lambda found: "\n".join(_options(found[1]) if found[1] else _errors()), markdown)
+    """A page with a table in the place of every `<!-- options: VERB -->`, `<!-- errors -->` and `<!-- record -->`."""
+
+    def table(found: re.Match[str]) -> str:
+        lines = {"options": _options, "errors": _errors, "record": _record}[found[1]](found[2])
+        return "\n".join(lines)
+
+    return _MARKER.sub(table, markdown)
 
 
 def options(verb: str) -> dict[str, TyperOption]:
@@ -67,12 +74,30 @@ def shared_options() -> dict[str, TyperOption]:
     return {names: each for names, each in schemes[0].items() if all(names in others for others in schemes)}
 
 
-def _errors() -> Iterator[str]:
+def _errors(_: str) -> Iterator[str]:
     yield from ("| error | a kind of | meaning |", "|---|---|---|")
     for name, kind in inspect.getmembers(errors, inspect.isclass):
         if issubclass(kind, errors.CkavgError) and kind is not errors.CkavgError:
             meaning = (inspect.getdoc(kind) or "").partition("\n\n")[0].replace("\n", " ")
             yield f"| `{name}` | `{kind.__bases__[0].__name__}` | {meaning} |"
+
+
+def _record(_: str) -> Iterator[str]:
+    yield from ("| key | meaning |", "|---|---|")
+    parts = {"inputs": ("inputs[].", Input), "outputs": ("outputs[].", Output)}
+    for name, meaning in _attributes(Record):
+        prefix, kind = parts.get(name, ("", None))
+        rows = [(prefix + inner, text) for inner, text in _attributes(kind)] if kind else [(name, meaning)]
+        if name == "seconds":
+            rows = [(f"seconds.{field.name}", meaning) for field in dataclasses.fields(Seconds)]
+        yield from (f"| `{key}` | {text} |" for key, text in rows)
+
+
+def _attributes(kind: type) -> list[tuple[str, str]]:
+    """Names and meanings of the attributes in a docstring, None as JSON has it."""
+    _, _, section = (inspect.getdoc(kind) or "").partition("Attributes:\n")
+    entries = re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", section, flags=re.MULTILINE)
+    return [(name, " ".join(text.split()).replace("None", "null")) for name, text in entries]
 
 
 def _options(verb: str) -> Iterator[str]:

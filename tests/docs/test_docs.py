@@ -19,13 +19,13 @@ import ckavg
 from ckavg.cli.app import Verb, app
 from ckavg.schemes import Scheme
 from tests.cli.runner import placeless
+from tests.docs.site import page
 from tests.reference import load_floats
 from tests.runs import random_run, write_run
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 CLI = ROOT / "docs" / "cli.md"
-JSON = ROOT / "docs" / "json.md"
 DOCUMENTS = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 AVERAGING = ("pema", "bema", "ema", "power", "ouema", "dema", "mean", "weights")
 HELP = {"--help", "-h"}
@@ -62,7 +62,11 @@ PROGRAM_OPTIONS = {name for each in _program().params for name in each.opts}
 
 def _sections(document: Path) -> dict[str, str]:
     """The text below each heading, up to the next one."""
-    parts = re.split(r"^#+ (.+)$", _prose(document), flags=re.MULTILINE)
+    return _by_heading(_prose(document))
+
+
+def _by_heading(text: str) -> dict[str, str]:
+    parts = re.split(r"^#+ (.+)$", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
@@ -154,7 +158,7 @@ def _keys(value: Any, prefix: str = "") -> set[str]:
 
 
 def _documented_keys(heading: str) -> set[str]:
-    return {name for names, _ in _rows(_sections(JSON)[heading]) for name in re.findall(r"`(.+?)`", names)}
+    return {name for names, _ in _rows(_by_heading(page("json.md"))[heading]) for name in re.findall(r"`(.+?)`", names)}
 
 
 def _json_of(*arguments: object) -> Any:
@@ -214,8 +218,8 @@ def test_documented_selection(source: Path) -> None:
     best = ("--best", 3, "--metric", "loss", "--goal", "max")
     every = ("--init", source / "checkpoint-0", "--init-step", 1, "--every", 50, "--burn-in", 50)
     told = _json_of("bema", source, "--json", *every, "--from-step", 50, "--to-step", 150, "--last", 3, *further, *best)
-    row = next(line for line in JSON.read_text(encoding="utf-8").splitlines() if line.startswith("| `selection`"))
-    assert told["selection"].keys() == set(re.findall(r"`(\w+)`", row)[1:])
+    row = _by_heading(page("json.md"))["The JSON object"].partition("`selection` holds")[2].partition("`evaluation`")[0]
+    assert told["selection"].keys() == set(re.findall(r"`(\w+)`", row))
 
 
 # --- the worked example ---

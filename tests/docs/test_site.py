@@ -6,9 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer
@@ -17,21 +15,9 @@ from typer.core import TyperGroup
 import ckavg.schemes
 from ckavg import errors
 from ckavg.cli.app import Verb, app
+from tests.docs.site import ROOT, load_hooks, page
 
-ROOT = Path(__file__).parents[2]
-pytest.importorskip("mkdocs")
-
-
-def _loaded() -> Any:
-    spec = spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-hooks = _loaded()
+hooks = load_hooks()
 PROGRAM = typer.main.get_command(app)
 assert isinstance(PROGRAM, TyperGroup)
 VERBS = tuple(PROGRAM.commands)
@@ -47,7 +33,7 @@ def _section(page: str, heading: str) -> str:
 @pytest.fixture(scope="module")
 def reference() -> str:
     """The command reference as it stands on the site."""
-    return str(hooks.filled((ROOT / "docs" / "cli.md").read_text(encoding="utf-8")))
+    return page("cli.md")
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -103,7 +89,7 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path: Path) -> Non
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    pages = list(tmp_path.rglob("*.html"))
-    assert {"index.html", "cli.html", "api.html"} <= {page.name for page in pages}
+    built = list(tmp_path.rglob("*.html"))
+    assert {"index.html", "cli.html", "api.html"} <= {each.name for each in built}
     loaded = r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"?(?:https?:)?//|<link\b[^>]*rel=\"?(?:stylesheet|preconnect)[^>]*href=\"?https?://"
-    assert [page.name for page in pages if re.search(loaded, page.read_text(encoding="utf-8"))] == []
+    assert [each.name for each in built if re.search(loaded, each.read_text(encoding="utf-8"))] == []
