@@ -34,7 +34,10 @@ def test_wheel_holds_the_package(dist: Path) -> None:
     (wheel,) = dist.glob("*.whl")
     sources = (path for path in (ROOT / "ckavg").rglob("*") if path.is_file() and path.suffix != ".pyc")
     about = {f"{INFO}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")}
-    assert set(zipfile.ZipFile(wheel).namelist()) == {str(path.relative_to(ROOT)) for path in sources} | about
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert names == {str(path.relative_to(ROOT)) for path in sources} | about
+    data = {name for name in names - about if not name.endswith(".py")}
+    assert data == {"ckavg/output/report.html", "ckavg/py.typed"}
 
 
 def test_sdist_holds_what_builds_and_tests_it(dist: Path) -> None:
