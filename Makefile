@@ -6,7 +6,7 @@ BIN := .venv/bin
 # build with several GB of GPU libraries.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-exhaustive coverage check format bench reproduce reproduce-gpu gpu-check clean
+.PHONY: demo test test-exhaustive coverage check format docs dist bench reproduce reproduce-gpu gpu-check clean
 
 demo: .venv/.package
 	$(BIN)/ckavg demo ckavg-demo --force
@@ -27,6 +27,16 @@ check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The site, in build/site. Every link is checked; nothing is loaded from elsewhere, when it is built or when it is read.
+docs: .venv/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The wheel and the sdist, in dist.
+dist: .venv/.dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
 
 format: .venv/.dev
 	$(BIN)/ruff format .

@@ -34,9 +34,10 @@ class BEMA(Scheme):
     References:
         EMA Without the Lag: Bias-Corrected Iterate Averaging Schemes, Algorithm 1.
 
-    >>> coefficients = BEMA(eta=1.0, kappa=0.5, lag=4.0).coefficients(Timeline((0, 12)))
-    >>> coefficients.betas, coefficients.alphas
-    ((None, 0.25), (None, 0.0625))
+    Examples:
+        >>> coefficients = BEMA(eta=1.0, kappa=0.5, lag=4.0).coefficients(Timeline((0, 12)))
+        >>> coefficients.betas, coefficients.alphas
+        ((None, 0.25), (None, 0.0625))
     """
 
     name: ClassVar[str] = "bema"

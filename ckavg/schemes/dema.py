@@ -26,8 +26,9 @@ class DEMA(Scheme):
     References:
         EMA Without the Lag, Eq. 14–16.
 
-    >>> DEMA(kappa=0.5, lag=4.0).coefficients(Timeline((0, 12))).betas
-    (None, 0.25)
+    Examples:
+        >>> DEMA(kappa=0.5, lag=4.0).coefficients(Timeline((0, 12))).betas
+        (None, 0.25)
     """
 
     name: ClassVar[str] = "dema"

@@ -23,8 +23,9 @@ class EMA(Scheme):
     References:
         Pathwise EMA, Eq. 1.
 
-    >>> EMA(gamma=1.0).coefficients(Timeline((0, 1, 3))).betas
-    (None, 0.5, 0.25)
+    Examples:
+        >>> EMA(gamma=1.0).coefficients(Timeline((0, 1, 3))).betas
+        (None, 0.5, 0.25)
     """
 
     name: ClassVar[str] = "ema"

@@ -47,10 +47,11 @@ class Mean(Scheme):
         Kaddour, Stop Wasting My Time! (LAWA), 2022.
         Tian et al., WSM: Decay-Free Learning Rate Schedule via Checkpoint Merging, 2025 (c_j from w_j).
 
-    >>> Mean().coefficients(Timeline((0, 10, 20))).betas
-    (None, 0.5, 0.3333333333333333)
-    >>> round(Mean(decay="minus-sqrt").coefficients(Timeline((0, 10, 20, 30))).betas[1], 4)  # c = 0.5, 0.2071, …
-    0.2929
+    Examples:
+        >>> Mean().coefficients(Timeline((0, 10, 20))).betas
+        (None, 0.5, 0.3333333333333333)
+        >>> round(Mean(decay="minus-sqrt").coefficients(Timeline((0, 10, 20, 30))).betas[1], 4)  # c = 0.5, 0.2071, …
+        0.2929
     """
 
     name: ClassVar[str] = "mean"
@@ -83,8 +84,9 @@ class Mean(Scheme):
 class Last(Scheme):
     """The last checkpoint as it is, for comparisons.
 
-    >>> Last().coefficients(Timeline((0, 10, 20))).start
-    2
+    Examples:
+        >>> Last().coefficients(Timeline((0, 10, 20))).start
+        2
     """
 
     name: ClassVar[str] = "last"

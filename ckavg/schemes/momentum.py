@@ -43,8 +43,9 @@ class MomentumEMA(Scheme):
     References:
         How to Scale Your EMA, Definitions 1.1, 1.2 and 3.2.
 
-    >>> MomentumEMA(momentum=0.5, batch_scale="1,2:3").coefficients(Timeline((0, 1, 3))).betas  # 0.5^1, 0.5^(1 + 3)
-    (None, 0.5, 0.9375)
+    Examples:
+        >>> MomentumEMA(momentum=0.5, batch_scale="1,2:3").coefficients(Timeline((0, 1, 3))).betas  # 0.5^1, 0.5^(1 + 3)
+        (None, 0.5, 0.9375)
     """
 
     name: ClassVar[str] = "ema"

@@ -37,9 +37,10 @@ class OUEMA(Scheme):
     References:
         EMA Without the Lag, Eq. 13.
 
-    >>> coefficients = OUEMA(eta=1.0, kappa=0.5, lag=4.0).coefficients(Timeline((0, 12)))
-    >>> coefficients.betas, coefficients.alphas
-    ((None, 0.25), (None, 0.0625))
+    Examples:
+        >>> coefficients = OUEMA(eta=1.0, kappa=0.5, lag=4.0).coefficients(Timeline((0, 12)))
+        >>> coefficients.betas, coefficients.alphas
+        ((None, 0.25), (None, 0.0625))
     """
 
     name: ClassVar[str] = "ouema"

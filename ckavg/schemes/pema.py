@@ -32,8 +32,9 @@ class PEMA(Scheme):
     References:
         Pathwise EMA, Eq. 3 and Algorithm 1.
 
-    >>> PEMA(gamma=0.5).coefficients(Timeline((0, 3), (0.0, 1.0))).betas
-    (None, 0.5)
+    Examples:
+        >>> PEMA(gamma=0.5).coefficients(Timeline((0, 3), (0.0, 1.0))).betas
+        (None, 0.5)
     """
 
     name: ClassVar[str] = "pema"

@@ -29,8 +29,9 @@ class PowerEMA(Scheme):
     References:
         Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models (EDM2), 2024, Section 3.
 
-    >>> [round(beta, 4) for beta in PowerEMA(sigma_rel=0.10).coefficients(Timeline((0, 100, 200))).betas[1:]]
-    [1.0, 0.9959]
+    Examples:
+        >>> [round(beta, 4) for beta in PowerEMA(sigma_rel=0.10).coefficients(Timeline((0, 100, 200))).betas[1:]]
+        [1.0, 0.9959]
     """
 
     name: ClassVar[str] = "power"
@@ -60,8 +61,9 @@ class PowerExponentEMA(Scheme):
     References:
         Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models (EDM2), 2024, Section 3.
 
-    >>> PowerExponentEMA(exponent=1.0).coefficients(Timeline((0, 1, 2))).betas
-    (None, 1.0, 0.75)
+    Examples:
+        >>> PowerExponentEMA(exponent=1.0).coefficients(Timeline((0, 1, 2))).betas
+        (None, 1.0, 0.75)
     """
 
     name: ClassVar[str] = "power"

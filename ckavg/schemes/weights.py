@@ -34,11 +34,12 @@ class Weights(Scheme):
     References:
         Any; the weights are the user's.
 
-    >>> Weights(weights=[1, 1, 2], normalize=True).coefficients(Timeline((0, 10, 20))).betas
-    (None, 0.5, 0.5)
-    >>> Weights(weights={10: 1.5, 20: -0.5}).coefficients(Timeline((0, 10, 20)))  # θ_1 − 0.5 (θ_2 − θ_1)
-    ... # doctest: +ELLIPSIS
-    Coefficients(rule='sum', start=1, betas=(None, None, -0.5), ...
+    Examples:
+        >>> Weights(weights=[1, 1, 2], normalize=True).coefficients(Timeline((0, 10, 20))).betas
+        (None, 0.5, 0.5)
+        >>> Weights(weights={10: 1.5, 20: -0.5}).coefficients(Timeline((0, 10, 20)))  # θ_1 − 0.5 (θ_2 − θ_1)
+        ... # doctest: +ELLIPSIS
+        Coefficients(rule='sum', start=1, betas=(None, None, -0.5), ...
     """
 
     name: ClassVar[str] = "weights"
