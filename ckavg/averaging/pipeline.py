@@ -210,10 +210,10 @@ def carry_out(plans: Sequence[Plan], context: Context) -> Done:
         if new:
             from ckavg.engine.devices import tuned
 
-        context = tuned(context, averages=len(new))
-    for reading in readings(new):
-        for plan, *outcome in zip(reading.plans, *_carry_out(reading, context), strict=True):
-            done[id(plan)] = outcome
+            context = tuned(context, averages=len(new))
+        for reading in readings(new):
+            for plan, *outcome in zip(reading.plans, *_carry_out(reading, context), strict=True):
+                done[id(plan)] = outcome
     records, paths = zip(*(done[id(plan)] for plan in plans), strict=True)
     return Done(records, paths)
 
