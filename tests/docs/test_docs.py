@@ -277,7 +277,7 @@ def test_python_in_the_readme_runs(source: Path, monkeypatch: pytest.MonkeyPatch
         exec(compile(block, str(README), "exec"), values)
     run = ckavg.open_run(source)
     assert values["weights"].keys() == run.tensors.keys()
-    assert values["path"].lengths == values["result"].path_length == ckavg.measure_path(run).lengths
+    assert values["path"].lengths == values["result"].path_length == ckavg.path_length(run).lengths
     assert {each.name for each in (source / "averaged").iterdir() if each.is_dir()} == {
         scheme.label for scheme in (ckavg.PEMA(), ckavg.EMA(), ckavg.BEMA())
     }
