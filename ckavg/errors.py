@@ -259,8 +259,8 @@ _SWITCHES = {
 _LISTS = {"copy", "path_exclude", "revisions", "skip_step", "steps"}
 _OTHER_NAMES = {"rank_timeout": "timeout", "eval": "evaluate", "eval_goal": "goal"}
 _OPTION = re.compile(
-    r"(?P<command>(?:^|[:`] ?)(?:ckavg|hf|pip|python3?) .*)|(?<![^\s(])--(?P<name>[a-z][a-z0-9-]*)"
-    r"(?: (?P<value>'[^']*'|\d[\d.,:]*\d|\d|(?:cpu|min|max|product|eval_loss|b?float\d+|GLOB)\b|refs/pr/N))?",
+    r"(?P<command>(?:^|[:`] ?)(?:ckavg|hf|pip|python3?) .*)|(?<![^\s(])--(?P<name>[a-z][a-z0-9-]*)(?!\w)"
+    r"(?: (?P<value>'[^']*'|\d[\d.,:]*\d|\d|(?:cpu|min|max|product|eval_loss|b?float\d+|GLOB)\b|[^\s']+?(?=\.?$)))?",
     re.MULTILINE,
 )
 """A command, which stays as it is, or an option and, where it can be told from prose, its value."""
@@ -270,7 +270,7 @@ def as_arguments(text: str) -> str:
     """A text that speaks of options of the command line, with arguments in their place; commands stay as they are.
 
     >>> as_arguments("Add --force, or --skip-step 20; or choose with --out.")
-    'Add force=True, or skip_step=[20]; or choose with out.'
+    'Add force=True, or skip_step=[20]; or choose with `out`.'
     """
 
     def argument(found: re.Match[str]) -> str:
@@ -279,8 +279,8 @@ def as_arguments(text: str) -> str:
         name = found["name"].replace("-", "_")
         name, value = _OTHER_NAMES.get(name, name), found["value"]
         if value is None:
-            return f"{name}=True" if name in _SWITCHES else name
-        shown = value if value.startswith("'") or value.isdecimal() or name == "sample" else f"'{value}'"
+            return f"{name}=True" if name in _SWITCHES else f"`{name}`"
+        shown = value if value.startswith("'") or value.replace(".", "", 1).isdecimal() else f"'{value}'"
         return f"{name}=[{shown}]" if name in _LISTS else f"{name}={shown}"
 
     return _OPTION.sub(argument, text)

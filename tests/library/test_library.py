@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import itertools
 import math
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import ckavg
+from ckavg.errors import as_arguments
 from tests.runs import random_run, write_checkpoint, write_run
 
 STEPS = (10, 20, 30, 40, 50)
@@ -291,3 +293,60 @@ def test_old_names_warn(old: str, new: str) -> None:
     with pytest.warns(DeprecationWarning, match=f"ckavg.{new}"):
         assert getattr(ckavg, old) is getattr(ckavg, new)
     assert old not in ckavg.__all__
+
+
+# --- the documentation ---
+
+PACKAGE = Path(ckavg.__file__).parent
+DOCUMENT = PACKAGE.parent / "docs" / "library.md"
+OPTION = re.compile(r"(?<!\S)--[a-z][a-z0-9-]*(?![\w-])")
+
+
+def test_the_page_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {"my_loss": first_norm, "__name__": "page"}
+    for block in blocks:
+        exec(compile(block, DOCUMENT, "exec"), names)
+    assert names["result"].scheme == "ends"
+    assert names["results"].best.evaluation is not None
+    assert capsys.readouterr().out.startswith("Run('checkpoints', 6 checkpoints, steps 0 to 50)\n")
+
+
+def texts_in(path: Path) -> list[str]:
+    """All texts of a module but docstrings, with a number in each place that is filled in."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    formatted = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+    alone |= {id(part) for node in formatted for part in node.values}
+    texts = [
+        "".join(each.value if isinstance(each, ast.Constant) else "7" for each in node.values) for node in formatted
+    ]  # type: ignore[misc]
+    plain = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in alone]
+    return texts + [node.value for node in plain if isinstance(node.value, str)]
+
+
+def test_no_text_of_the_library_keeps_an_option() -> None:
+    below = [path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] != "cli"]
+    texts = [text for path in below for text in texts_in(path) if OPTION.search(text) and "_" not in text]
+    assert len(texts) > 80
+    left = [text for text in texts if OPTION.search(COMMANDS.sub("", as_arguments(text)))]
+    assert not left
+
+
+@pytest.mark.parametrize(
+    ("typed", "written"),
+    [
+        ("--best and --metric go together.", "`best` and `metric` go together."),
+        ("Use --device cpu.", "Use device='cpu'."),
+        ("Stop before it with --to-step 20.", "Stop before it with to_step=20."),
+        ("Leave it out: --path-exclude lm_head.weight", "Leave it out: path_exclude=['lm_head.weight']"),
+        ("Choose: --revisions 'step*'", "Choose: revisions=['step*']"),
+        ("--init /a/b does not exist.", "`init` /a/b does not exist."),
+        ("Then: hf auth login --force", "Then: hf auth login --force"),
+        ("See it with: ckavg verify x --replay", "See it with: ckavg verify x --replay"),
+        ("run--last is a name", "run--last is a name"),
+        ("python z.py --safe_serialization", "python z.py --safe_serialization"),
+    ],
+)
+def test_options_as_arguments(typed: str, written: str) -> None:
+    assert as_arguments(typed) == written
