@@ -254,10 +254,11 @@ _SWITCHES = {
     "fetch",
     "force",
     "normalize",
+    "private",
     "skip_incomplete",
 }
 _LISTS = {"copy", "path_exclude", "revisions", "skip_step", "steps"}
-_OTHER_NAMES = {"rank_timeout": "timeout", "eval": "evaluate", "eval_goal": "goal"}
+_OTHER_NAMES = {"rank_timeout": "timeout", "eval": "evaluate", "eval_goal": "goal", "public": "private=False"}
 _OPTION = re.compile(
     r"(?P<command>(?:^|[:`] ?)(?:ckavg|hf|pip|python3?) .*)|(?<![^\s(])--(?P<name>[a-z][a-z0-9-]*)(?!\w)"
     r"(?: (?P<value>'[^']*'|\d[\d.,:]*\d|\d|(?:cpu|min|max|product|eval_loss|b?float\d+|GLOB)\b|[^\s']+?(?=\.?$)))?",
@@ -278,6 +279,8 @@ def as_arguments(text: str) -> str:
             return found[0]
         name = found["name"].replace("-", "_")
         name, value = _OTHER_NAMES.get(name, name), found["value"]
+        if name == "push_to_hub":
+            return "result.push_to_hub(…)" if value is None else f"result.push_to_hub('{value}')"
         if value is None:
             return f"{name}=True" if name in _SWITCHES else f"`{name}`"
         shown = value if value.startswith("'") or value.replace(".", "", 1).isdecimal() else f"'{value}'"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import snapshot_download
 
 import ckavg
@@ -22,6 +23,7 @@ from ckavg.output.output_path import LOCAL
 from tests.cli.runner import placeless, run_cli
 from tests.hub.server import TOKEN, Hub
 from tests.ranks.launch import Job, run_jobs
+from tests.runs import random_run, write_run
 
 REPO = "ada/averaged"
 
@@ -45,6 +47,13 @@ def test_pull_gives_what_was_pushed(hub: Hub, result: Path, tmp_path: Path) -> N
     assert hub.repos[REPO].private
     assert hub.repos[REPO].messages == ["initial commit", "Upload ema-gamma0.15, the average of steps 0 to 20"]
     assert ckavg.verify_result(pulled).problems == ()
+
+
+def test_a_result_pushes_itself(hub: Hub, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", random_run(0, 3, torch.float32), (10, 20, 30))
+    pushed = ckavg.average(run, ckavg.Mean()).push_to_hub(REPO, private=True)
+    assert hub.repos[REPO].private
+    assert pushed.url == f"{hub.url}/{REPO}"
 
 
 def test_again_sends_nothing_and_commits_nothing(hub: Hub, result: Path) -> None:
@@ -305,7 +314,7 @@ def test_the_visibility_stays(hub: Hub, result: Path) -> None:
 
 def test_a_repository_that_was_made_public_meanwhile(hub: Hub, result: Path) -> None:
     hub.then["info"] = lambda: hub.add(REPO, private=False)
-    with pytest.raises(HubError, match="exists and is public; --private was asked for"):
+    with pytest.raises(HubError, match="exists and is public; private=True was asked for"):
         ckavg.push(result, REPO, private=True)
     assert hub.files(REPO) == {}
 

@@ -319,8 +319,9 @@ def texts_in(path: Path) -> list[str]:
     formatted = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
     alone |= {id(part) for node in formatted for part in node.values}
     texts = [
-        "".join(each.value if isinstance(each, ast.Constant) else "7" for each in node.values) for node in formatted
-    ]  # type: ignore[misc]
+        "".join(str(getattr(each, "value", "7")) if isinstance(each, ast.Constant) else "7" for each in node.values)
+        for node in formatted
+    ]
     plain = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in alone]
     return texts + [node.value for node in plain if isinstance(node.value, str)]
 
@@ -344,6 +345,7 @@ def test_no_text_of_the_library_keeps_an_option() -> None:
         ("--init /a/b does not exist.", "`init` /a/b does not exist."),
         ("Then: hf auth login --force", "Then: hf auth login --force"),
         ("See it with: ckavg verify x --replay", "See it with: ckavg verify x --replay"),
+        ("Try --sample 0.1 and --weights 0.1,0.9", "Try sample=0.1 and weights='0.1,0.9'"),
         ("run--last is a name", "run--last is a name"),
         ("python z.py --safe_serialization", "python z.py --safe_serialization"),
     ],
