@@ -35,7 +35,7 @@ def measured(name, work):
 
 average = lambda scheme: ckavg.average(run, scheme, out=out, force=True)
 average(ckavg.Last())  # whatever is imported on the way
-measured("path", lambda: ckavg.measure_path(run))
+measured("path", lambda: ckavg.path_length(run))
 for scheme in (ckavg.PEMA(), ckavg.BEMA(), ckavg.Mean()):
     measured(scheme.name, lambda: average(scheme))
 print(json.dumps(seconds))

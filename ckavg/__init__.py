@@ -1,16 +1,19 @@
 """Average the saved checkpoints of a training run into one model, without retraining.
 
-    run = ckavg.open_run("./checkpoints")
-    path = ckavg.measure_path(run)                      # how far the weights travelled
-    result = ckavg.average(run, ckavg.PEMA(gamma=0.15))
-    result.directory                                    # loads with from_pretrained
-    ckavg.verify_result(result.directory).problems      # nothing, if it is still what it was
+    run = ckavg.open_run("checkpoints")                     # or "hf://owner/name"
+    ckavg.path_length(run).plot()                           # how far the weights travelled
+    ckavg.effective_weights(run, ckavg.PEMA(0.15))          # {step: weight}; nothing is averaged yet
+    result = ckavg.average(run, ckavg.PEMA(0.15), progress=True)
+    result.directory                                        # loads with from_pretrained
+    ckavg.verify_result(result).problems                    # nothing, if it is still what it was
 
-Nothing here prints; progress is a callback. torch is imported when weights are read, not before.
+Wherever a run is taken, so is a directory or an address. Nothing here prints, but for `progress=True`. torch is
+imported when weights are read, not before.
 """
 
 __version__ = "0.1.0"
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -21,26 +24,35 @@ from ckavg.schemes import (
     EMA,
     OUEMA,
     PEMA,
+    Coefficients,
     Last,
     Mean,
     MomentumEMA,
     PowerEMA,
     PowerExponentEMA,
+    Scheme,
+    Timeline,
     Weights,
 )
 
 if TYPE_CHECKING:
     from ckavg.averaging.best import Best, best
-    from ckavg.averaging.pipeline import average, measure_path
+    from ckavg.averaging.pipeline import average, path_length
     from ckavg.averaging.plan import plan_average
     from ckavg.averaging.sources import open_run
+    from ckavg.averaging.sweep import Sweep, sweep
+    from ckavg.averaging.tensors import average_tensors, effective_weights
     from ckavg.checkpoints.run import Run
+    from ckavg.cli.text import show_progress as show_progress
     from ckavg.engine.context import Progress
     from ckavg.engine.distributed import all_ranks
-    from ckavg.hub import Pushed, push_result
+    from ckavg.hub import Pushed
+    from ckavg.hub import push_result as push
+    from ckavg.output.plots import path_figure as path_figure
     from ckavg.output.record import Record as Averaged
     from ckavg.path.table import PathLength
     from ckavg.verify.findings import Verified
+    from ckavg.verify.inspect import Inspected, inspect
     from ckavg.verify.verify import verify_result
 
 __all__ = [
@@ -52,6 +64,8 @@ __all__ = [
     "Averaged",
     "Best",
     "CkavgError",
+    "Coefficients",
+    "Inspected",
     "Last",
     "Mean",
     "MomentumEMA",
@@ -61,44 +75,73 @@ __all__ = [
     "Progress",
     "Pushed",
     "Run",
+    "Scheme",
+    "Sweep",
+    "Timeline",
     "Verified",
     "Weights",
     "__version__",
     "all_ranks",
     "average",
+    "average_tensors",
     "best",
-    "measure_path",
+    "effective_weights",
+    "inspect",
     "open_run",
+    "path_length",
     "plan_average",
-    "push_result",
+    "push",
+    "sweep",
     "verify_result",
 ]
 
 _MODULES = {
     "Averaged": "output.record:Record",
     "Best": "averaging.best",
+    "Inspected": "verify.inspect",
     "PathLength": "path.table",
     "Progress": "engine.context",
     "Pushed": "hub",
     "Run": "checkpoints.run",
+    "Sweep": "averaging.sweep",
     "Verified": "verify.findings",
     "all_ranks": "engine.distributed",
     "average": "averaging.pipeline",
+    "average_tensors": "averaging.tensors",
     "best": "averaging.best",
-    "measure_path": "averaging.pipeline",
+    "effective_weights": "averaging.tensors",
+    "inspect": "verify.inspect",
     "open_run": "averaging.sources",
+    "path_length": "averaging.pipeline",
     "plan_average": "averaging.plan",
-    "push_result": "hub",
+    "push": "hub:push_result",
+    "sweep": "averaging.sweep",
     "verify_result": "verify.verify",
 }
 """Where the names are that are imported when they are first used, so that `ckavg --help` need not wait for them."""
 
 
+_INTERNAL = {
+    "path_figure": "output.plots",
+    "show_progress": "cli.text",
+}
+"""What rooms that come earlier call of later ones, for the methods of their values."""
+
+_OLD = {"measure_path": "path_length", "push_result": "push"}
+"""Earlier names, which go with the next version."""
+
+
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name in _OLD:
+        new = _OLD[name]
+        warnings.warn(f"ckavg.{name} is called ckavg.{new} now.", DeprecationWarning, stacklevel=2)
+        return globals()[new] if new in globals() else __getattr__(new)
+    known = _MODULES | _INTERNAL
+    if name not in known:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, attribute = _MODULES[name].partition(":")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), attribute or name)
+    module, _, attribute = known[name].partition(":")
+    value = getattr(import_module(f"{__name__}.{module}"), attribute or name)
+    globals()[name] = value
     return value
 
 

@@ -29,14 +29,20 @@ CkavgError
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
+import re
+import reprlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 
 class CkavgError(Exception):
     """Root of every error ckavg raises on purpose.
+
+    Messages and hints name settings as options of the command line, `--force`; the text of the exception, which is what
+    Python shows, names them as arguments, `force=True`.
 
     Args:
         message: what is wrong, where, and what was expected.
@@ -51,6 +57,11 @@ class CkavgError(Exception):
         self.command = command
 
     def __str__(self) -> str:
+        return "\n".join(filter(None, (as_arguments(self.message), as_arguments(self.hint), self.command)))
+
+    @property
+    def as_typed(self) -> str:
+        """The same text for those who type commands, with options."""
         return "\n".join(filter(None, (self.message, self.hint, self.command)))
 
     def __reduce__(self) -> tuple[Callable[..., CkavgError], tuple[Any, ...], dict[str, Any]]:
@@ -232,4 +243,58 @@ def raise_all(errors: Sequence[CkavgError]) -> None:
 
 
 def _indented(error: CkavgError) -> str:
-    return str(error).replace("\n", "\n  ")
+    return error.as_typed.replace("\n", "\n  ")
+
+
+_SWITCHES = {
+    "allow_anchor",
+    "allow_nonfinite",
+    "common_only",
+    "create_pr",
+    "fetch",
+    "force",
+    "normalize",
+    "private",
+    "skip_incomplete",
+}
+_LISTS = {"copy", "path_exclude", "revisions", "skip_step", "steps"}
+_OTHER_NAMES = {"rank_timeout": "timeout", "eval": "evaluate", "eval_goal": "goal", "public": "private=False"}
+_OPTION = re.compile(
+    r"(?P<command>(?:^|[:`] ?)(?:ckavg|hf|pip|python3?) .*)|(?<![^\s(])--(?P<name>[a-z][a-z0-9-]*)(?!\w)"
+    r"(?: (?P<value>'[^']*'|\d[\d.,:]*\d|\d|(?:cpu|min|max|product|eval_loss|b?float\d+|GLOB)\b|[^\s']+?(?=\.?$)))?",
+    re.MULTILINE,
+)
+"""A command, which stays as it is, or an option and, where it can be told from prose, its value."""
+
+
+def as_arguments(text: str) -> str:
+    """A text that speaks of options of the command line, with arguments in their place; commands stay as they are.
+
+    >>> as_arguments("Add --force, or --skip-step 20; or choose with --out.")
+    'Add force=True, or skip_step=[20]; or choose with `out`.'
+    """
+
+    def argument(found: re.Match[str]) -> str:
+        if found["command"] is not None:
+            return found[0]
+        name = found["name"].replace("-", "_")
+        name, value = _OTHER_NAMES.get(name, name), found["value"]
+        if name == "push_to_hub":
+            return "result.push_to_hub(…)" if value is None else f"result.push_to_hub('{value}')"
+        if value is None:
+            return f"{name}=True" if name in _SWITCHES else f"`{name}`"
+        shown = value if value.startswith("'") or value.replace(".", "", 1).isdecimal() else f"'{value}'"
+        return f"{name}=[{shown}]" if name in _LISTS else f"{name}={shown}"
+
+    return _OPTION.sub(argument, text)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxtuple = _SHORT.maxlist = _SHORT.maxset = _SHORT.maxfrozenset = 3
+_SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 2, 80, 100
+
+
+def short_repr(value: Any) -> str:
+    """The repr of a dataclass in which long values are cut: as `__repr__` of what holds numbers of every checkpoint."""
+    fields = (f"{each.name}={_SHORT.repr(getattr(value, each.name))}" for each in dataclasses.fields(value))
+    return f"{type(value).__qualname__}({', '.join(fields)})"

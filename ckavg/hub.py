@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.engine.context import OnProgress, Progress
-from ckavg.errors import HubError, RecordError, SettingError, listed
+from ckavg.errors import HubError, RecordError, SettingError, listed, short_repr
 from ckavg.output.commands import as_options, shell_word
 from ckavg.output.output_path import CARD
 from ckavg.output.record import Record, read_record
@@ -123,6 +123,8 @@ class Pushed:
     bytes: int
     warnings: tuple[str, ...] = ()
 
+    __repr__ = short_repr
+
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON values."""
         values = dataclasses.asdict(self)
@@ -143,7 +145,7 @@ class PushPlan:
 
 
 def push_result(
-    result: Path | str,
+    result: Record | Path | str,
     repo: str,
     *,
     private: bool | None = None,
@@ -158,7 +160,7 @@ def push_result(
     again, so that an upload that failed is continued by the same call. The token is found as huggingface_hub does.
 
     Args:
-        result: directory of a result, or of one of its snapshots.
+        result: a result, or the directory of one or of one of its snapshots.
         repo: `owner/name`, or a name of the token's user; created where it does not exist.
         private, revision, commit_message, create_pr: as of `Destination`.
         on_progress: called now and then while files are read, and after each large file that was sent.
@@ -172,7 +174,8 @@ def push_result(
     destination = Destination(
         repo=repo, private=private, revision=revision, commit_message=commit_message, create_pr=create_pr
     )
-    return push(plan_push(Path(result), destination, on_progress=on_progress), on_progress=on_progress)
+    directory = result.directory if isinstance(result, Record) else Path(result)
+    return push(plan_push(directory, destination, on_progress=on_progress), on_progress=on_progress)
 
 
 def plan_push(directory: Path, destination: Destination, *, on_progress: OnProgress | None = None) -> PushPlan:

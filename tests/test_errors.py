@@ -125,7 +125,7 @@ def _missing_parts(run: Path) -> None:
 
 
 def _hub(run: Path) -> None:
-    ckavg.push_result(averaged(run).directory, "owner/name")  # the tests are offline
+    ckavg.push(averaged(run).directory, "owner/name")  # the tests are offline
 
 
 def _evaluation(run: Path) -> None:

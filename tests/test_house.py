@@ -27,7 +27,7 @@ ROOMS = (
 )
 """In the order in which they may import each other: a room imports itself and earlier ones."""
 
-TERMINAL = {"rich": {"cli"}, "typer": {"cli"}, "matplotlib": {"output"}}
+TERMINAL = {"rich": {"cli"}, "typer": {"cli"}, "matplotlib": {"output", "path", "averaging"}}  # the last two: a type
 
 
 def room_of(path: Path) -> str:

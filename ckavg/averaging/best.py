@@ -21,16 +21,18 @@ from ckavg.averaging.evaluation import record_evaluation
 from ckavg.averaging.pipeline import Done, carry_out
 from ckavg.averaging.plan import Options, Plan, plan_averages, result_name
 from ckavg.averaging.search import LAST, Candidate, Space, next_by_halving, next_in_soup, ranked
+from ckavg.averaging.sources import opened
 from ckavg.checkpoints.run import Run
 from ckavg.checkpoints.trainer_log import Goal
-from ckavg.engine.context import Context, OnProgress
-from ckavg.errors import EvaluationError, SettingError, WriteError
+from ckavg.engine.context import Context, OnProgress, listening
+from ckavg.errors import EvaluationError, SettingError, WriteError, short_repr
 from ckavg.output.output_path import path_within, remove
 from ckavg.output.record import Evaluation, Record
 from ckavg.output.upload import Target, place_here
 from ckavg.schemes import Scheme
 from ckavg.storage.address import AddressPath
 from ckavg.storage.atomic import resolved
+from ckavg.storage.base import AnyPath
 
 Strategy = Literal["halving", "soup"]
 _STRATEGIES = {"halving": next_by_halving, "soup": next_in_soup}
@@ -103,6 +105,8 @@ class Best:
     confirmed: tuple[Evaluation, Evaluation] | None = None
     target: Target | None = None
 
+    __repr__ = short_repr
+
     @property
     def evaluated(self) -> int:
         """How many averages were evaluated."""
@@ -172,7 +176,7 @@ class Best:
 
 
 def best(
-    run: Run,
+    run: Run | AnyPath | str,
     evaluate: Callable[[Path], float | tuple[float, float]],
     *,
     goal: Goal,
@@ -181,6 +185,7 @@ def best(
     confirm: Callable[[Path], float | tuple[float, float]] | None = None,
     out: Path | str | None = None,
     device: str = "auto",
+    progress: bool | OnProgress = False,
     on_progress: OnProgress | None = None,
     **options: Any,
 ) -> Best:
@@ -195,34 +200,38 @@ def best(
         confirm: evaluates the winner and the last checkpoint once more, on other data.
         out: where the result goes, as of `average`; None: `<source>/averaged/best`. If the last checkpoint wins, it is
             the result.
-        device, on_progress: as of `average`.
+        device, progress, on_progress: as of `average`.
         options: as of `Options`.
 
     Raises:
         EvaluationError: no average has a value.
         CkavgError: as of `average`.
     """
-    context = Context(device=device, on_progress=on_progress)
-    found = Search(
+    run = opened(run)
+    search = Search(
         run=run,
         goal=goal,
         budget=budget,
         strategy=strategy,
         out=Path(out) if out is not None else path_within(run.home, "averaged", NAME),
         options=Options(**options),
-    ).carry_out(
-        lambda plans: carry_out(plans, context),
-        _judged_by(evaluate, goal),
-        None if confirm is None else _judged_by(confirm, goal),
     )
-    if found.target is None:
-        return found
-    record = found.target.send(found.record, on_progress)
+    with listening(progress or on_progress or False) as listener:
+        context = Context(device=device, on_progress=listener)
+        found = search.carry_out(
+            lambda plans: carry_out(plans, context),
+            judged_by(evaluate, goal),
+            None if confirm is None else judged_by(confirm, goal),
+        )
+        if found.target is None:
+            return found
+        record = found.target.send(found.record, listener)
     found.target.discard()
     return dataclasses.replace(found, record=record)
 
 
-def _judged_by(function: Callable[[Path], float | tuple[float, float]], goal: Goal) -> Judge:
+def judged_by(function: Callable[[Path], float | tuple[float, float]], goal: Goal) -> Judge:
+    """The judge that a function makes, from the directory of a model to its value, or that and its standard error."""
     name = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}({{dir}})"
 
     def judge(record: Record, _: Plan) -> Evaluation:

@@ -174,7 +174,7 @@ def read_parts(directory: Path) -> Parts:
         fields = parse_fields(read_small(file, _MOST_BYTES, follow=False))
         return _adapter().validate_python(fields)
     except (OSError, ValueError, RecordError) as error:
-        why = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        why = getattr(error, "strerror", None) or getattr(error, "message", str(error)).partition("\n")[0]
         raise RecordError(f"{file} cannot be understood: {why}.", hint=_AFRESH) from error
 
 
@@ -197,7 +197,8 @@ def plan_of_parts(directory: Path, parts: Parts) -> Plan:
         scheme = scheme_from(parts.scheme, parts.parameters)
     except (ValueError, TypeError, KeyError, RecordError) as error:
         raise RecordError(
-            f"{directory / JOB} cannot be understood: {str(error).partition(chr(10))[0]}.", hint=_AFRESH
+            f"{directory / JOB} cannot be understood: {getattr(error, 'message', str(error)).partition(chr(10))[0]}.",
+            hint=_AFRESH,
         ) from error
     found, out = inspect_source(parts.source, selection), Path(parts.out)
     (run,) = checked([found], [out], force=options.force)

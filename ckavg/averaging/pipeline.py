@@ -6,6 +6,7 @@ for them.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import secrets
 import time
@@ -28,9 +29,10 @@ from ckavg.averaging.plan import Options, Plan, anchor_problem, check_compatible
 from ckavg.averaging.reading import Reading, fetching_of, fetching_of_path, readings
 from ckavg.averaging.recipe import made_of
 from ckavg.averaging.record import Work, completed, record_of
+from ckavg.averaging.sources import opened
 from ckavg.checkpoints.fingerprints import Fingerprints, check_unchanged, file_fingerprints, fingerprint_run
 from ckavg.checkpoints.run import Run, averaged_statistics, holds_float64
-from ckavg.engine.context import Context, OnProgress
+from ckavg.engine.context import Context, OnProgress, listening
 from ckavg.engine.distributed import ALONE, PassJournal, Ranks
 from ckavg.engine.remote import fetch
 from ckavg.errors import CkavgError, MissingPartsError, RanksError, SettingError, raise_all
@@ -44,20 +46,22 @@ from ckavg.path.table import PathLength, ZeroSigma
 from ckavg.schemes import Coefficients, Scheme, Timeline
 from ckavg.storage.address import AddressPath
 from ckavg.storage.atomic import resolved
+from ckavg.storage.base import AnyPath
 
 if TYPE_CHECKING:
-    from ckavg.averaging.replay import Replayed
+    from ckavg.averaging.replay import Replayed, TensorWriter
     from ckavg.output.staging import Staging
 
 
-def measure_path(
-    run: Run,
+def path_length(
+    run: Run | AnyPath | str,
     *,
     path_exclude: Sequence[str] = (),
     zero_sigma: ZeroSigma = "exclude",
     sample: float = 1.0,
     allow_nonfinite: bool = False,
     device: str = "auto",
+    progress: bool | OnProgress = False,
     on_progress: OnProgress | None = None,
     ranks: Ranks = ALONE,
 ) -> PathLength:
@@ -67,13 +71,14 @@ def measure_path(
     run's directory or, where that cannot be written, in the user's cache.
 
     Args:
-        run: the checkpoints, the anchor first.
+        run: the checkpoints, the anchor first, or the directory or address of all of them.
         path_exclude: shell patterns of tensor names that do not count.
         zero_sigma: `exclude` leaves tensors without spread out of the sum and of N; `eps` divides by σ_p + 1e-8.
         sample: estimate it from this fraction of each tensor, in (0, 1]; 1 is exact.
         allow_nonfinite: tensors that hold NaN or infinity do not count, instead of being refused.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        on_progress: called now and then in this thread.
+        progress: True draws a bar on stderr; a function is called now and then in this thread.
+        on_progress: the same under its earlier name.
         ranks: the processes that share the work, each of which calls this; see `all_ranks`.
 
     Raises:
@@ -86,9 +91,15 @@ def measure_path(
     options = Options(
         path_exclude=tuple(path_exclude), zero_sigma=zero_sigma, sample=sample, allow_nonfinite=allow_nonfinite
     )
+    run = opened(run)
     plan = plan_path(run, exclude=options.path_exclude, sample=sample)
-    context = tuned(Context(device=device, on_progress=on_progress, ranks=ranks))
-    fetch(fetching_of_path(run, plan), on_progress)
+    with listening(progress or on_progress or False) as listener:
+        return _path_length(run, plan, options, tuned(Context(device=device, on_progress=listener, ranks=ranks)))
+
+
+def _path_length(run: Run, plan: PathPlan, options: Options, context: Context) -> PathLength:
+    ranks = context.ranks
+    fetch(fetching_of_path(run, plan), context.on_progress)
     with met_to_measure(run, ranks, options, _kind(context)) as met:
         context = replace(context, ranks=met)
         fingerprints = agreed_fingerprints(run, met)
@@ -99,7 +110,7 @@ def measure_path(
 
 
 def average(
-    run: Run,
+    run: Run | AnyPath | str,
     scheme: Scheme,
     *,
     out: Path | str | None = None,
@@ -116,6 +127,7 @@ def average(
     force: bool = False,
     lora: str | None = None,
     rank: int | None = None,
+    progress: bool | OnProgress = False,
     on_progress: OnProgress | None = None,
     ranks: Ranks = ALONE,
 ) -> Record:
@@ -125,17 +137,17 @@ def average(
     it is, and nothing is read.
 
     Args:
-        run: the checkpoints, the anchor first; see `open_run`.
+        run: the checkpoints, the anchor first, as of `open_run`; or the directory or address of all of them.
         scheme: how: `PEMA`, `BEMA`, `EMA`, `MomentumEMA`, `PowerEMA`, `PowerExponentEMA`, `OUEMA`, `DEMA`, `Mean`,
-            `Weights` or `Last`.
+            `Weights`, `Last`, or a `Scheme` of your own.
         out: where the result goes, a directory or an address such as `s3://bucket/result`; None:
             `<source>/averaged/<scheme and selection>`, such as `ema-gamma0.15-last10`.
         dtype: output dtype of floating tensors: `source`, `float32`, `bfloat16`, `float16` or `float64`.
         accumulate: `float32` or `float64`; float64 checkpoints are accumulated in float64 in any case.
         device: where the arithmetic happens: `auto`, `cpu`, `cuda` or `cuda:N`.
         path_exclude: shell patterns of tensors that do not count in the path length.
-        zero_sigma: what becomes of tensors without spread; see `measure_path`.
-        sample: estimate the path length from this fraction of each tensor; see `measure_path`.
+        zero_sigma: what becomes of tensors without spread; see `path_length`.
+        sample: estimate the path length from this fraction of each tensor; see `path_length`.
         snapshot_every: also write the average as it stood after each checkpoint whose step is a multiple of this, to
             `<out>/checkpoint-<step>`.
         card: a Markdown file whose fields and text come first in the model card of the result.
@@ -144,7 +156,8 @@ def average(
         force: replace an existing result.
         lora: how low-rank adapters are averaged: `factors`, tensor by tensor, or `product`, the products s·BA.
         rank: with `product`, the rank to which the average is cut; None: it is exact, of the sum of all ranks.
-        on_progress: called now and then in this thread.
+        progress: True draws a bar on stderr; a function is called now and then in this thread.
+        on_progress: the same under its earlier name.
         ranks: the processes that share the work, each of which calls this; see `all_ranks`.
 
     Returns:
@@ -170,9 +183,10 @@ def average(
         lora=lora,
         rank=rank,
     )
-    context = Context(device=device, on_progress=on_progress, ranks=ranks)
-    plans = plan_averages([(run, scheme, out)], options)
-    records = send_results(plans, carry_out(plans, context).records, context)
+    plans = plan_averages([(opened(run), scheme, out)], options)
+    with listening(progress or on_progress or False, 1 + bool(plans[0].path_bytes)) as listener:
+        context = Context(device=device, on_progress=listener, ranks=ranks)
+        records = send_results(plans, carry_out(plans, context).records, context)
     discard_sent(plans, ranks)
     return records[0]
 
@@ -323,6 +337,31 @@ def do_part(plan: Plan, context: Context) -> tuple[int, ...]:
     return ()
 
 
+def in_memory(plan: Plan, writer: TensorWriter, context: Context) -> None:
+    """Form an average tensor by tensor, as `average` does, and hand its bytes to a writer.
+
+    Raises:
+        CkavgError: as of `average`.
+    """
+    from ckavg.averaging.replay import Average, replay
+    from ckavg.engine.devices import tuned
+
+    (reading,), context = readings([plan]), tuned(context)
+    fetch(fetching_of([plan]), context.on_progress)
+    prepared = _prepare(reading, context)
+    last = len(plan.run.checkpoints) - 1
+    replay(
+        plan.run,
+        [Average(prepared.coefficients[0], plan.weights.dtypes, {last: writer}, reading.places[0])],
+        wide=plan.options.accumulate == "float64",
+        allow_nonfinite=plan.options.allow_nonfinite,
+        context=context,
+    )
+    _check_unchanged(plan.run)
+    for storage in plan.run.storages:
+        storage.remove_downloads()
+
+
 @dataclass(frozen=True, slots=True)
 class _Prepared:
     """Averages before pass 2.
@@ -377,11 +416,7 @@ def _prepare(reading: Reading, context: Context) -> _Prepared:
     measuring = time.perf_counter()
     paths = _measure_all(reading, fingerprints, context)
     replaying = time.perf_counter()
-    statistics = averaged_statistics(run.tensors)
-    coefficients = tuple(
-        plan.scheme.coefficients(_timeline(plan.run, path)).sparing(statistics)
-        for plan, path in zip(plans, paths, strict=True)
-    )
+    coefficients = tuple(coefficients_with(*each) for each in zip(plans, paths, strict=True))
     raise_all([problem for each in zip(plans, coefficients, strict=True) if (problem := anchor_problem(*each))])
     plans = tuple(_with_terms(plan, each) for plan, each in zip(plans, coefficients, strict=True))
     times = measuring, replaying
@@ -541,7 +576,7 @@ def _replay(
         __version__,
         fingerprints,
         reading.places,
-        coefficients,
+        [dataclasses.astuple(each) for each in coefficients],
         [
             [(shard.name, shard.header) for index in plan.outputs for shard in plan.layout(index).weights.shards]
             for plan in plans
@@ -579,6 +614,12 @@ def _with_terms(plan: Plan, coefficients: Coefficients) -> Plan:
 
     terms = {index: count_terms(weights_of(plan.products, coefficients, index)) for index in plan.outputs}
     return plan.with_terms(terms)
+
+
+def coefficients_with(plan: Plan, path: PathLength | None) -> Coefficients:
+    """β and α of a planned average, from the path of its checkpoints."""
+    timeline = _timeline(plan.run, path)
+    return plan.scheme.checked_coefficients(timeline).sparing(averaged_statistics(plan.run.tensors))
 
 
 def _timeline(run: Run, path: PathLength | None) -> Timeline:

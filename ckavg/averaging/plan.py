@@ -11,12 +11,13 @@ from typing import Any
 from ckavg.averaging import advice
 from ckavg.averaging.adapters import Layout, Products, check_rank, find_products, lay_out
 from ckavg.averaging.recipe import current_result, finished_result
+from ckavg.averaging.sources import opened
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.fingerprints import Fingerprints, file_fingerprints
 from ckavg.checkpoints.inspect import Inspection, as_run, worst_first
 from ckavg.checkpoints.run import Run, Selection, averaged_statistics, distinct_tables
 from ckavg.checkpoints.trainer_log import Course, read_course
-from ckavg.errors import CkavgError, SettingError, listed, raise_all
+from ckavg.errors import CkavgError, SettingError, listed, raise_all, short_repr
 from ckavg.output.origin import Origin, find_origin
 from ckavg.output.output_path import CARD, is_result, output_path_problems, path_within, space_problems
 from ckavg.output.record import ALL_OTHERS, Record, is_mostly_anchor
@@ -29,6 +30,7 @@ from ckavg.path.table import ZeroSigma
 from ckavg.schemes import Coefficients, Scheme, Timeline
 from ckavg.storage.address import output_address
 from ckavg.storage.atomic import resolved
+from ckavg.storage.base import AnyPath
 
 DTYPES = ("source", "float32", "bfloat16", "float16", "float64")
 ACCUMULATE = ("float32", "float64")
@@ -127,6 +129,8 @@ class Plan:
     target: Target | None = None
     is_there: bool = False
 
+    __repr__ = short_repr
+
     def layout(self, index: int) -> Layout:
         """The files of the output that is written after checkpoint `index`."""
         return self.layouts.get(index) or Layout(self.weights, self.side_files)
@@ -191,7 +195,7 @@ class Plan:
         if self.scheme.needs_path:
             return None
         timeline = Timeline(self.run.steps, anchor_is_init=self.run.anchor_is_init)
-        return self.scheme.coefficients(timeline).sparing(averaged_statistics(self.run.tensors))
+        return self.scheme.checked_coefficients(timeline).sparing(averaged_statistics(self.run.tensors))
 
     @property
     def path_bytes(self) -> int:
@@ -205,7 +209,7 @@ class Plan:
         return sum(each.weights.nbytes + sum(map(len, each.side_files.values())) for each in layouts)
 
 
-def plan_average(run: Run, scheme: Scheme, *, out: Path | str | None = None, **options: Any) -> Plan:
+def plan_average(run: Run | AnyPath | str, scheme: Scheme, *, out: Path | str | None = None, **options: Any) -> Plan:
     """Say what `average` would read and write, and refuse what cannot be done. Reads no weight and writes nothing.
 
     Args:
@@ -215,7 +219,7 @@ def plan_average(run: Run, scheme: Scheme, *, out: Path | str | None = None, **o
     Raises:
         CkavgError: as of `average`.
     """
-    return plan_averages([(run, scheme, out)], Options(**options))[0]
+    return plan_averages([(opened(run), scheme, out)], Options(**options))[0]
 
 
 Wanted = tuple[Run, Scheme, Path | str | Target | None]
@@ -266,6 +270,17 @@ def plan_averages(wanted: Sequence[Wanted], options: Options | None = None) -> l
         problems += [] if (problem := anchor_problem(plan, plan.known_coefficients)) is None else [problem]
     raise_all(worst_first(problems))
     return plans
+
+
+def plan_in_memory(run: Run, scheme: Scheme, options: Options) -> Plan:
+    """The plan of an average that is not written: whatever is where its result would go does not matter.
+
+    Raises:
+        CkavgError: as of `average`.
+    """
+    (plan,) = _plan([(run, scheme, None)], options)
+    raise_all([] if (problem := anchor_problem(plan, plan.known_coefficients)) is None else [problem])
+    return plan
 
 
 def _results_there(plans: Sequence[Plan]) -> dict[int, Record | str]:
@@ -429,7 +444,7 @@ def _problems(found: Sequence[Inspection], words: Sequence[str]) -> list[CkavgEr
     problems: dict[tuple[type[CkavgError], str], CkavgError] = {}
     for number, each in enumerate(found):
         for problem in each.problems:
-            key = type(problem), str(problem)
+            key = type(problem), problem.as_typed
             problems[key] = problem
             owners.setdefault(key, []).append(number)
     for key, numbers in owners.items():
@@ -443,7 +458,7 @@ def start_of(run: Run, scheme: Scheme) -> int:
     """Index of the checkpoint with which an average begins: the anchor, where β hangs on the path."""
     if scheme.needs_path:
         return 0
-    return scheme.coefficients(Timeline(run.steps, anchor_is_init=run.anchor_is_init)).start
+    return scheme.checked_coefficients(Timeline(run.steps, anchor_is_init=run.anchor_is_init)).start
 
 
 def _replay_bytes(run: Run, start: int, *, outputs: int) -> int:

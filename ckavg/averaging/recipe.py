@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -21,6 +22,7 @@ from ckavg.output.output_path import CARD, LOCAL, PLOT, is_result
 from ckavg.output.published import Local, Made, parse_local, placed, read_local
 from ckavg.output.record import Record, parse_record, read_record
 from ckavg.output.weight_files import sha256
+from ckavg.schemes import SCHEMES
 from ckavg.storage.atomic import resolved
 from ckavg.storage.base import RemotePath
 
@@ -52,9 +54,18 @@ def recipe_of(plan: Plan) -> dict[str, Any]:
         | {name: value for name, value in options.items() if name not in unused}
         | chosen
         | {"card": card and sha256(Path(card).read_bytes())}
+        | _formulas(plan)
     )
     loaded: dict[str, Any] = json.loads(json.dumps(recipe))
     return loaded
+
+
+def _formulas(plan: Plan) -> dict[str, Any]:
+    """What stands for the formulas of a scheme that is not ours: they may change, and its name and fields may not."""
+    if type(plan.scheme) in SCHEMES:
+        return {}
+    known = plan.known_coefficients
+    return {"coefficients": secrets.token_hex() if known is None else sha256(repr(dataclasses.astuple(known)).encode())}
 
 
 def made_of(plan: Plan, sources: Fingerprints, directory: Path) -> Made:

@@ -100,6 +100,15 @@ def open_run(
     return as_run(inspect_source(source, selection, max_disk=max_disk))
 
 
+def opened(run: Run | AnyPath | str) -> Run:
+    """A run, or that of a directory or address, opened with all its checkpoints.
+
+    Raises:
+        CkavgError: as of `open_run`.
+    """
+    return run if isinstance(run, Run) else open_run(run)
+
+
 def inspect_source(source: AnyPath | str, selection: Selection, *, max_disk: int | str | None = None) -> Inspection:
     """Look at a source, wherever it is, and return its problems beside what is sound, instead of raising them.
 

@@ -67,6 +67,8 @@ class Inspection(Run):
 
     problems: tuple[CkavgError, ...]
 
+    __repr__, __str__ = Run.__repr__, Run.__str__
+
 
 def as_run(found: Inspection) -> Run:
     """The inspected checkpoints as a run; raises what stands in the way."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import html
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from ckavg.checkpoints.layouts import as_safetensors
 from ckavg.checkpoints.pieces import Piece, overlapping
-from ckavg.errors import CkavgError, UnsupportedFormatError
+from ckavg.errors import CkavgError, UnsupportedFormatError, short_repr
 from ckavg.storage.base import AnyPath, RemotePath
 from ckavg.storage.remote import RemoteStorage, storages_of
 
@@ -148,6 +149,8 @@ class Checkpoint:
     entries: Mapping[str, TensorInfo]
     left_out: tuple[tuple[WhyLeftOut, str], ...] = ()
     saved_as: str = ""
+
+    __repr__ = short_repr
 
     def ranges(self, name: str, start: int, stop: int) -> list[tuple[AnyPath, int, int]]:
         """Where elements `start` to `stop` of a tensor lie: file, first byte and end of each range."""
@@ -285,6 +288,8 @@ class Selection:
     prefix: str | None = None
     copy: tuple[str, ...] = ()
 
+    __repr__ = short_repr
+
     @property
     def stated(self) -> dict[str, int | str | tuple[int | str, ...]]:
         """The parts that differ from choosing everything, by name."""
@@ -325,6 +330,17 @@ def _short(text: str) -> str:
     return "-".join(filter(None, [safe, hashlib.sha256(text.encode()).hexdigest()[:6]]))
 
 
+_COLUMNS = ("step", "size", "dtype", "path")
+_MOST_ROWS = 10
+
+
+def _size(nbytes: int) -> str:
+    return next((f"{nbytes / unit:.1f} {name}" for unit, name in _UNITS if nbytes >= unit), f"{nbytes} B")
+
+
+_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """The checkpoints of one training run that take part, ordered by step; the first is the anchor.
@@ -340,6 +356,36 @@ class Run:
     selection: Selection
     checkpoints: tuple[Checkpoint, ...]
     warnings: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        steps = f", steps {self.steps[0]} to {self.steps[-1]}" if self.checkpoints else ""
+        return f"{type(self).__name__}({str(self.source)!r}, {len(self.checkpoints)} checkpoints{steps})"
+
+    def __str__(self) -> str:
+        lines = [
+            "  ".join((f"{step:>10}", f"{size:>10}", f"{dtype:<10}", path)) for step, size, dtype, path in self._rows()
+        ]
+        return "\n".join(
+            [repr(self), *(line.rstrip() for line in lines), *(f"warning: {each}" for each in self.warnings)]
+        )
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in list(self._rows())[1:]
+        )
+        head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
+        warnings = "".join(f"<p>warning: {html.escape(each)}</p>" for each in self.warnings)
+        return f"<p>{html.escape(repr(self))}</p><table><tr>{head}</tr>{rows}</table>{warnings}"
+
+    def _rows(self) -> Iterator[tuple[str, str, str, str]]:
+        """The cells of a table of the checkpoints, the titles first; of many, without those in the middle."""
+        yield _COLUMNS
+        for place, each in enumerate(self.checkpoints):
+            if len(self.checkpoints) > _MOST_ROWS and place == _MOST_ROWS // 2:
+                yield "…", "", "", f"{len(self.checkpoints) - _MOST_ROWS} more"
+            if min(place, len(self.checkpoints) - 1 - place) < _MOST_ROWS // 2:
+                path = f"{each.path}{'' if place else ' (anchor)'}"
+                yield str(each.step), _size(each.nbytes), "+".join(each.dtypes), path
 
     @property
     def address(self) -> str:

@@ -159,7 +159,7 @@ def _tell_torchrun(error: BaseException) -> None:
     """Leave what ended this process where torchrun looks for it, so that its summary tells; not what others told."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file and isinstance(error, Exception) and not (isinstance(error, typer.Exit) or is_from_another(error)):
-        shown = str(error) if isinstance(error, CkavgError) else f"{type(error).__name__}: {error}"
+        shown = error.as_typed if isinstance(error, CkavgError) else f"{type(error).__name__}: {error}"
         more = {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(int(time.time()))}
         with suppress(OSError):
             Path(file).write_text(json.dumps({"message": {"message": shown, "extraInfo": more}}), encoding="utf-8")

@@ -133,7 +133,7 @@ def inspection_to_dict(found: Inspection, course: Course) -> dict[str, Any]:
             "values": [value for _, value in course.values],
             "trend": course.trend,
         },
-        "problems": [str(problem) for problem in found.problems],
+        "problems": [problem.as_typed for problem in found.problems],
         "warnings": list(_warnings(found)),
     }
 

@@ -15,7 +15,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from ckavg.averaging.advice import about_anchor, about_path
-from ckavg.averaging.pipeline import measure_path
+from ckavg.averaging.pipeline import path_length
 from ckavg.averaging.reading import fetching_of_path
 from ckavg.averaging.record import left_out_of_path
 from ckavg.averaging.sources import inspect_source
@@ -84,14 +84,14 @@ def _measure(run: Run, options: MeasuringPath, ranks: Ranks) -> tuple[PathLength
     fetching = fetching_of_path(run, plan)
     say_fetching(fetching, quiet=quiet)
     with show_progress(1 + (fetching is not None and bool(fetching.whole)), quiet=quiet) as on_progress:
-        measured = measure_path(
+        measured = path_length(
             run,
             path_exclude=exclude,
             zero_sigma=options.zero_sigma,
             sample=options.sample,
             allow_nonfinite=options.allow_nonfinite,
             device=options.device,
-            on_progress=on_progress,
+            progress=on_progress or False,
             ranks=ranks,
         )
     after = about_path(measured, left_out_of_path(run, measured)) if ranks.is_first else ()

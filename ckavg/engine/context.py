@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +34,18 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+
+
+@contextmanager
+def listening(progress: bool | OnProgress, passes: int = 1) -> Iterator[OnProgress | None]:
+    """The listener that was asked for: one's own, none, or with True the bars of the command line on stderr."""
+    if progress is not True:
+        yield progress or None
+        return
+    from ckavg import show_progress  # of the last room, and loaded for nothing else
+
+    with show_progress(passes, quiet=False) as listener:
+        yield listener
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

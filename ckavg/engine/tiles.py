@@ -20,6 +20,20 @@ from ckavg.storage.download import Stopped
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Floating dtypes: safetensors code to torch dtype."""
 
+_OTHER_DTYPES = {
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "C64": "complex64", "BOOL": "bool",
+    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+    "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64",
+}  # fmt: skip
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """The torch dtype of any safetensors code."""
+    found = TORCH_DTYPES.get(code) or getattr(torch, _OTHER_DTYPES[code])
+    assert isinstance(found, torch.dtype)  # noqa: S101
+    return found
+
 
 class TileReader:
     """Reads tiles of the checkpoints of a run; one for each thread.

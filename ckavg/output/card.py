@@ -11,7 +11,7 @@ from ckavg import __version__
 from ckavg.output.commands import reproduce
 from ckavg.output.origin import Origin, is_hub_id
 from ckavg.output.record import Record, is_address
-from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Mean, MomentumEMA, PowerEMA, PowerExponentEMA, Scheme
+from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, SCHEMES, Mean, MomentumEMA, PowerEMA, PowerExponentEMA, Scheme
 
 _MARKUP = re.compile(r"[\\`*\[\]<>&|~$]")
 _MOST_ROWS, _FIRST_ROWS = 24, 8
@@ -296,6 +296,8 @@ def _table(record: Record) -> str:
 
 
 def _again(record: Record, scheme: Scheme, base: object) -> str:
+    if type(scheme) not in SCHEMES:
+        return f"`{scheme.name}` is a scheme of its author's own: the code that defines it forms this average again."
     where = "" if is_address(record.source) else ", in their directory"
     text = f"From the same checkpoints{where}:\n\n    {reproduce(record, scheme)}"
     if record.anchor_is_init and not is_address(record.selection["init"]):

@@ -74,13 +74,22 @@ def check_plot_file(file: Path) -> None:
     """
     if file.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise SettingError(f"plot is {str(file)!r}; it must end in .png, .svg or .pdf.")
+    require_matplotlib()
+    check_parent(file, "--plot")
+
+
+def require_matplotlib() -> None:
+    """Refuse to draw without matplotlib.
+
+    Raises:
+        SettingError: it is not installed.
+    """
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise SettingError(
             "Pictures need matplotlib, which is not installed.", hint="Install it: pip install 'ckavg[plot]'"
         ) from error
-    check_parent(file, "--plot")
 
 
 def save_figure(figure: Figure, file: Path) -> None:
@@ -143,7 +152,12 @@ def _selections_figure(results: Sequence[Record], path: PathLength | None, curve
 
 
 def path_figure(path: PathLength) -> Figure:
-    """How far the weights travelled: ℓ by optimizer step, and that of every tensor at the last one."""
+    """How far the weights travelled: ℓ by optimizer step, and that of every tensor at the last one.
+
+    Raises:
+        SettingError: matplotlib is not installed.
+    """
+    require_matplotlib()
     with plain_style():
         length = partial(_plot_length, path.steps, path.lengths, path.standard_errors)
         title = f"Path length ℓ(T) = {path.lengths[-1]:.5g}"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ckavg import __version__
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
-from ckavg.errors import CkavgError, CombinedError, ReadError, RecordError, SettingError, raise_all
+from ckavg.errors import CkavgError, CombinedError, ReadError, RecordError, SettingError, raise_all, short_repr
 from ckavg.output.staging import bring_back
 from ckavg.schemes import SCHEMES, Scheme
 from ckavg.storage.address import AddressPath, is_meant_for_address
@@ -27,6 +27,8 @@ from ckavg.storage.local import parse_json, read_small
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
+
+    from ckavg import Pushed
 
 RUN, BASE_MODEL = "RUN", "BASE_MODEL"
 """What stands in a record for a run, and for the model it began with, that lie elsewhere on the machine."""
@@ -264,6 +266,15 @@ class Record:
     bytes_read: Count
     seconds: Seconds
 
+    def __repr__(self) -> str:
+        return short_repr(self)
+
+    def push_to_hub(self, repo: str, *, private: bool | None = None, **options: Any) -> Pushed:
+        """Upload the result to the Hugging Face Hub: `ckavg.push` of its directory, with the same arguments."""
+        from ckavg import push  # the one call of a later room
+
+        return push(self.directory, repo, private=private, **options)
+
     @property
     def output(self) -> Output:
         """The entry of the result itself; those of its snapshots come before it."""
@@ -346,9 +357,12 @@ def scheme_from(name: str, parameters: Mapping[str, Any]) -> Scheme:
     Raises:
         RecordError: there is none.
     """
-    named = [scheme for scheme in SCHEMES if scheme.name == name]
+    named = [scheme for scheme in SCHEMES if scheme.name == name] or _own_schemes(Scheme, name)  # type: ignore[type-abstract]
     if not named:
-        raise RecordError(f"scheme is {name[:40]!r}, which is not known.")
+        raise RecordError(
+            f"scheme is {name[:40]!r}, which is not known.",
+            hint="If it is one of your own, read the result in Python, where its class has been imported.",
+        )
     for scheme in named:
         defaults = {field.name: field.default for field in dataclasses.fields(scheme)}
         required = defaults.keys() - {*scheme.added_fields}
@@ -365,6 +379,12 @@ def scheme_from(name: str, parameters: Mapping[str, Any]) -> Scheme:
             except (ValueError, SettingError) as error:
                 raise RecordError(f"parameters do not fit {name}: {error}") from error
     raise RecordError(f"parameters are not those of {name}.")
+
+
+def _own_schemes(base: type[Scheme], name: str) -> list[type[Scheme]]:
+    """The schemes of a name that were defined outside this package, the newest first."""
+    found = [each for kind in base.__subclasses__() for each in (*_own_schemes(kind, name), kind) if each.name == name]
+    return found[::-1]
 
 
 def as_json(value: object) -> str:

@@ -6,12 +6,16 @@ import fnmatch
 import itertools
 import math
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ckavg.checkpoints.run import TensorInfo, running_statistics
-from ckavg.errors import NonFiniteError
+from ckavg.errors import NonFiniteError, SettingError, short_repr
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 ZeroSigma = Literal["exclude", "eps"]
 
@@ -62,6 +66,30 @@ class PathLength:
     bytes_read: int
     sample: float = 1.0
     kernel: Literal["torch", "numba"] | None = "torch"
+
+    __repr__ = short_repr
+
+    def plot(self) -> Figure:
+        """ℓ by step and by tensor as a matplotlib figure.
+
+        Raises:
+            SettingError: matplotlib is not installed.
+        """
+        from ckavg import path_figure  # drawing is a later room's, and imported here alone
+
+        return path_figure(self)
+
+    def to_pandas(self) -> DataFrame:
+        """A data frame by step: ℓ as `path_length`, its `standard_error` where it was estimated, and ℓ of each tensor.
+
+        Raises:
+            SettingError: pandas is not installed.
+        """
+        columns: dict[str, tuple[float, ...]] = {"path_length": self.lengths}
+        if self.standard_errors is not None:
+            columns["standard_error"] = self.standard_errors
+        own = {name: self.tensor_lengths(name) for name in self.counted}
+        return data_frame(columns | own, index=self.steps, index_name="step")
 
     def sigma(self, name: str) -> float:
         """The divisor σ_p of one tensor."""
@@ -160,6 +188,21 @@ def refuse_infinite(tensors: Mapping[str, TensorPath]) -> None:
     name = next((name for name, tensor in tensors.items() if not tensor.is_finite), None)
     if name is not None:
         raise _beyond_float64(name, "its spread, or how far it moved, is larger than any number there is")
+
+
+def data_frame(columns: Mapping[str, Sequence[object]], *, index: Sequence[object], index_name: str) -> DataFrame:
+    """Columns as a pandas data frame.
+
+    Raises:
+        SettingError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise SettingError(
+            "Data frames need pandas, which is not installed.", hint="Install it: pip install pandas"
+        ) from error
+    return pandas.DataFrame(dict(columns), index=pandas.Index(index, name=index_name))
 
 
 def fsum(numbers: Iterable[float]) -> float:

@@ -7,9 +7,9 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
-from ckavg.errors import SettingError, listed
+from ckavg.errors import SettingError, listed, short_repr
 
 Rule = Literal["ema", "bema", "ouema", "dema", "sum"]
 """The update rules that `averaging/rules.py` knows."""
@@ -34,6 +34,8 @@ class Timeline:
     path_length: tuple[float, ...] | None = None
     tensor_path_length: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     anchor_is_init: bool = False
+
+    __repr__ = short_repr
 
     @property
     def ages(self) -> tuple[int, ...]:
@@ -67,6 +69,22 @@ class Coefficients:
     tensor_betas: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
     complements: tuple[float | None, ...] | None = None
     uncorrected: tuple[str, ...] = ()
+
+    @classmethod
+    def from_weights(cls, weights: Sequence[float]) -> Coefficients:
+        """Those that give checkpoints these weights, which must sum to 1; they may be negative.
+
+        >>> Coefficients.from_weights([0.25, 0.75]).anchor_weight
+        0.25
+
+        Raises:
+            SettingError: they do not sum to 1.
+        """
+        total = math.fsum(weights)
+        require(abs(total - 1) <= 1e-6, f"weights: they sum to {total:.10g}; they must sum to 1.")
+        return cls("sum", 0, (None, *map(float, weights[1:])))
+
+    __repr__ = short_repr
 
     def sparing(self, names: Iterable[str]) -> Coefficients:
         """The same, with these running statistics uncorrected; all of them are where there is no correction.
@@ -116,6 +134,16 @@ class Coefficients:
 class Scheme(abc.ABC):
     """A way to average: its hyper-parameters are its fields, its coefficients follow from a timeline.
 
+    One of your own is a subclass with `coefficients`. Its hyper-parameters, numbers or texts with defaults, are the
+    fields of a frozen dataclass; `needs_path = True` has the path length measured. The weights themselves are the
+    simplest coefficients:
+
+        class Ends(ckavg.Scheme):
+            def coefficients(self, timeline: ckavg.Timeline) -> ckavg.Coefficients:
+                return ckavg.Coefficients.from_weights([0.5, *[0.0] * (len(timeline.steps) - 2), 0.5])
+
+    Other commands and processes do not know it: verify such a result where the class has been imported.
+
     Attributes:
         name: what is typed on the command line, such as `pema`.
         title: what it is called in prose.
@@ -134,13 +162,20 @@ class Scheme(abc.ABC):
     title: ClassVar[str]
     reference: ClassVar[str]
     needs_path: ClassVar[bool] = False
-    label_fields: ClassVar[tuple[str, ...]]
+    label_fields: ClassVar[tuple[str, ...]] = ()
     chosen_by: ClassVar[str] = ""
     switches: ClassVar[Mapping[str, Mapping[str, float]]] = {}
     added_fields: ClassVar[tuple[str, ...]] = ()
     repeatable: ClassVar[tuple[str, ...]] = ()
     has_verb: ClassVar[bool] = True
     in_sweep: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        # not super(): a dataclass with slots is made twice, and its cell would be that of the first
+        abc.ABC.__init_subclass__(**settings)
+        for name, value in (("name", cls.__name__.lower()), ("title", cls.__name__), ("reference", cls.__name__)):
+            if name not in vars(cls):
+                setattr(cls, name, value)
 
     @abc.abstractmethod
     def coefficients(self, timeline: Timeline) -> Coefficients:
@@ -149,6 +184,17 @@ class Scheme(abc.ABC):
         Raises:
             SettingError: the hyper-parameters do not fit the timeline.
         """
+
+    def checked_coefficients(self, timeline: Timeline) -> Coefficients:
+        """The coefficients, if they are some that an update rule can take: a scheme may be anybody's.
+
+        Raises:
+            SettingError: they are not, or the hyper-parameters do not fit the timeline.
+        """
+        found = self.coefficients(timeline)
+        if wrong := _wrong(found, len(timeline.steps), needs_path=self.needs_path):
+            raise SettingError(f"{self.name}: {wrong}.", hint="See Coefficients for what each rule takes.")
+        return found
 
     @property
     def every_from(self) -> int | None:
@@ -182,6 +228,29 @@ class Scheme(abc.ABC):
             for name, value in self.stated.items()
         ]
         return "-".join([self.name, *parts])
+
+
+def _wrong(found: object, count: int, *, needs_path: bool) -> str:
+    """Why no update rule can take such coefficients of so many checkpoints; empty where one can."""
+    if not isinstance(found, Coefficients):
+        return f"coefficients() gives {type(found).__name__}; it must give Coefficients"
+    if found.rule not in get_args(Rule):
+        return f"rule is {found.rule!r}; it must be one of {', '.join(get_args(Rule))}"
+    if not 0 <= found.start < count or (needs_path and found.start):
+        return f"start is {found.start}; it must be {'0 with needs_path' if needs_path else f'from 0 to {count - 1}'}"
+    lists = [found.betas, *found.tensor_betas.values(), *filter(None, (found.alphas, found.complements))]
+    if any(len(each) != count for each in lists):
+        return f"betas and alphas have {[*map(len, lists)][:4]} values; they must have {count}, one for each checkpoint"
+    most = math.inf if found.rule == "sum" else 1.0
+    for name, values in (("beta", found.betas), *(("beta", each) for each in found.tensor_betas.values())):
+        for value in values[found.start + 1 :]:
+            if value is None or not math.isfinite(value) or value > most or (value < 0 and found.rule != "sum"):
+                return f"a {name} is {value}; it must be {'finite' if found.rule == 'sum' else 'from 0 to 1'}"
+    if found.rule in ("bema", "ouema"):
+        for value in (found.alphas or (None,) * count)[found.start + 1 :]:
+            if value is None or not 0 <= value < math.inf:
+                return f"an alpha is {value}; it must be finite, 0 or more"
+    return ""
 
 
 def burned_in(scheme: Scheme, burn_in: int, timeline: Timeline) -> int:

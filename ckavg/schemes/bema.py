@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from ckavg.schemes.base import Coefficients, Scheme, Timeline, burned_in, falling, require, require_finite, step_ages
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class BEMA(Scheme):
     """Bias-corrected EMA: an average that does not lag behind.
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from ckavg.schemes.base import Coefficients, Scheme, Timeline, burned_in, falling, require, require_finite, step_ages
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class DEMA(Scheme):
     """Double EMA: twice an average less its own average, which cancels the lag.
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from ckavg.schemes.base import Coefficients, Scheme, Timeline, require, require_finite
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class EMA(Scheme):
     """EMA with a power schedule, whose momentum grows with the age of the run: the baseline.
 

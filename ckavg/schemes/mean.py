@@ -20,7 +20,7 @@ _DECAYS: dict[str, Callable[[float], float]] = {
 """The shape of a learning-rate decay, from 1 at x = 0 to 0 at x = 1."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Mean(Scheme):
     """Mean of the checkpoints: SWA; LAWA of the newest few; WSM with a decay.
 
@@ -80,7 +80,7 @@ class Mean(Scheme):
         return [weight / total for weight, total in zip(weights, itertools.accumulate(weights), strict=True)][1:]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Last(Scheme):
     """The last checkpoint as it is, for comparisons.
 

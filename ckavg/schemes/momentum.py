@@ -25,7 +25,7 @@ def scaled_momentum(momentum: float, batch_scale: float) -> float:
     return scaled
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class MomentumEMA(Scheme):
     """EMA with a constant momentum, scaled to the batch.
 

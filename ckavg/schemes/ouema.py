@@ -18,7 +18,7 @@ from ckavg.schemes.base import (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class OUEMA(Scheme):
     """Ornstein–Uhlenbeck EMA: correct every checkpoint for the pull of the start, then average.
 

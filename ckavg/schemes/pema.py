@@ -10,7 +10,7 @@ from ckavg.errors import SettingError
 from ckavg.schemes.base import Coefficients, Scheme, Timeline, require, require_finite
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class PEMA(Scheme):
     """Pathwise EMA: forget by how far the weights travelled, not by how many steps were taken.
 

@@ -13,7 +13,7 @@ _WIDEST = 12**-0.5
 """σ_rel of the flat average over all steps, γ = 0."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class PowerEMA(Scheme):
     """Power-function EMA (EDM2): the weight of step t grows as t^γ, so that the average grows with the run.
 
@@ -51,7 +51,7 @@ class PowerEMA(Scheme):
         return _by_exponent(timeline, exponent_of(self.sigma_rel))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class PowerExponentEMA(Scheme):
     """The same, with γ itself in place of the width.
 

@@ -18,7 +18,7 @@ TOLERANCE = 1e-9
 Stated = str | Sequence[float] | Mapping[int, float]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Weights(Scheme):
     """Explicit weights, one for each checkpoint.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ckavg.engine.context import OnProgress, Pass, Progress
-from ckavg.errors import CkavgError
+from ckavg.errors import CkavgError, short_repr
 
 Check = Literal["record", "files", "weights", "sources", "replay"]
 """The checks of a result, in the order in which they are made."""
@@ -109,6 +109,8 @@ class Verified:
     seed: int | None
     bytes_read: int
     seconds: float
+
+    __repr__ = short_repr
 
     @property
     def problems(self) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from ckavg.engine.blocks import TILE, Block, cut_blocks
 from ckavg.engine.context import Context, OnProgress, Progress
 from ckavg.engine.stream import by_tensor, stream
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader
-from ckavg.errors import ReadError
+from ckavg.errors import ReadError, short_repr
 from ckavg.path.measure import EXTREME, scaled, times_power
 from ckavg.path.table import fsum
 from ckavg.storage.base import AnyPath
@@ -73,6 +73,8 @@ class Health:
     path: tuple[float | None, ...]
     sha256: Mapping[str, str]
     bytes_read: int
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,7 +35,7 @@ Outputs = Mapping[int, tuple[str, Checkpoint]]
 
 
 def verify_result(
-    result: Path | str,
+    result: Record | Path | str,
     *,
     replay: bool = False,
     sources: bool = False,
@@ -53,8 +53,8 @@ def verify_result(
     another in its place, gets its name back first.
 
     Args:
-        result: directory of a result, or of one of its snapshots; it may have been moved, renamed or copied. That
-            of an address is downloaded, and the copy removed.
+        result: a result, or the directory of one or of one of its snapshots; it may have been moved, renamed or
+            copied. One at an address is downloaded, and the copy removed.
         replay: compute elements, drawn at random, again from the checkpoints, and compare them.
         sources: read all checkpoints again, and compare their checksums with the record.
         source: directory of the checkpoints; None: where they were, as seen from the result or by its record.
@@ -75,6 +75,7 @@ def verify_result(
             not to be fetched; or `source` or `init` is an address.
     """
     begun = time.perf_counter()
+    result = result.directory if isinstance(result, Record) else result
     if elements < 1:
         raise SettingError(f"elements is {elements}; it must be 1 or more.")
     if seed is not None and seed < 0:

@@ -140,7 +140,7 @@ def test_path_length_is_the_reference(tmp_path: Path, dtype: torch.dtype) -> Non
     checkpoints = [reference.load_floats(source / f"checkpoint-{step}") for step in STEPS]
     lengths, without_spread, counted = reference.path_length(checkpoints)
 
-    path = ckavg.measure_path(ckavg.open_run(source))
+    path = ckavg.path_length(ckavg.open_run(source))
 
     assert path.lengths == pytest.approx(lengths, rel=1e-14 if dtype == torch.float64 else 1e-8)
     assert list(path.without_spread) == without_spread == ["norm", "scalar", "single"]

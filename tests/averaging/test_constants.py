@@ -84,7 +84,7 @@ def test_they_stay_what_they_are(tmp_path: Path, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("sample", "dtype"), thinned([1.0, 0.2], DTYPES, every=2))
 def test_the_path_is_that_of_the_rest(tmp_path: Path, dtype: torch.dtype, sample: float) -> None:
     checkpoints = run_of(dtype)
-    path = ckavg.measure_path(ckavg.open_run(write_run(tmp_path / "run", checkpoints, STEPS)), sample=sample)
+    path = ckavg.path_length(ckavg.open_run(write_run(tmp_path / "run", checkpoints, STEPS)), sample=sample)
     assert path.without_spread == ("mask", "none", "zeros")
     assert path.not_finite == ()
     finite = [each["head.bias"][:20_000].double() for each in checkpoints]
@@ -100,8 +100,8 @@ def test_the_path_is_that_of_the_rest(tmp_path: Path, dtype: torch.dtype, sample
 def test_the_compiled_kernel_and_the_path_of_a_run_that_grew(tmp_path: Path) -> None:
     checkpoints = run_of(torch.float32)
     source = write_run(tmp_path / "run", checkpoints, STEPS)
-    first = ckavg.measure_path(ckavg.open_run(source, to_step=20))
-    grown = ckavg.measure_path(ckavg.open_run(source))
+    first = ckavg.path_length(ckavg.open_run(source, to_step=20))
+    grown = ckavg.path_length(ckavg.open_run(source))
     assert grown.tensors["head.bias"].distances[:2] == first.tensors["head.bias"].distances
     context = Context(compiled_from_bytes=0)
     assert measure(ckavg.open_run(source), context=context).lengths == pytest.approx(grown.lengths, rel=1e-6)

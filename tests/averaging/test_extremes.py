@@ -72,7 +72,7 @@ def float_exponent(value: Fraction) -> int:
 )
 def test_spreads(tmp_path: Path, scale: float, sample: float) -> None:
     checkpoints = walk(scale, torch.float64)
-    path = ckavg.measure_path(ckavg.open_run(write_run(tmp_path / "run", checkpoints, STEPS)), sample=sample)
+    path = ckavg.path_length(ckavg.open_run(write_run(tmp_path / "run", checkpoints, STEPS)), sample=sample)
     sigma, lengths = exact_path(checkpoints)
     precise = 1e-12 if sample == 1 else 0.3
     assert path.tensors["w"].sigma == pytest.approx(sigma, rel=precise, abs=0)
@@ -132,7 +132,7 @@ def test_averages_near_the_largest_number(tmp_path: Path, dtype: torch.dtype) ->
     )
     run = ckavg.open_run(source)
     for number, scheme in enumerate(SCHEMES):
-        timeline = Timeline(STEPS, ckavg.measure_path(run, path_exclude=["w"]).lengths)
+        timeline = Timeline(STEPS, ckavg.path_length(run, path_exclude=["w"]).lengths)
         weights = effective_weights(scheme.coefficients(timeline))
         exact = [
             sum(

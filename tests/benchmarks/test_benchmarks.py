@@ -74,7 +74,7 @@ def test_the_sweep_makes_what_is_expected_with_the_weights_of_ckavg() -> None:
 
 
 def test_the_reference_the_obvious_loop_and_ckavg_measure_one_path(arena: Arena) -> None:
-    measured = ckavg.measure_path(ckavg.open_run(arena.run))
+    measured = ckavg.path_length(ckavg.open_run(arena.run))
     assert measured.lengths == pytest.approx(arena.path_length, rel=1e-6)
     assert path_length(weight_files(arena.run)) == pytest.approx(arena.path_length, rel=1e-5)
 

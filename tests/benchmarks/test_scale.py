@@ -48,7 +48,7 @@ def test_a_sparse_run_is_what_its_headers_say_and_takes_no_disk(tmp_path: Path) 
 
 def test_a_filled_run_can_be_averaged(tmp_path: Path) -> None:
     build(tmp_path / "run", SMALL, checkpoints=2, filled=True)
-    lengths = ckavg.measure_path(ckavg.open_run(tmp_path / "run")).lengths
+    lengths = ckavg.path_length(ckavg.open_run(tmp_path / "run")).lengths
     assert lengths[1] == pytest.approx(2 / 3**0.5, rel=0.02)  # E|x − y| = w/3 of a uniform width w, σ = w/√12
 
 

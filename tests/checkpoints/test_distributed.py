@@ -191,7 +191,7 @@ def test_safetensors_beside_it_are_read_instead(tmp_path: Path) -> None:
 def test_a_prefix_that_is_not_there_is_told(tmp_path: Path) -> None:
     for step in STEPS:
         dcp_save({"model": MODEL}, tmp_path / f"run/step-{step}")
-    with pytest.raises(SettingError, match=r"--prefix app.: no tensor in .* begins so") as told:
+    with pytest.raises(SettingError, match=r"`prefix` app.: no tensor in .* begins so") as told:
         ckavg.open_run(tmp_path / "run", prefix="app.")
     assert "model.layers.0.w" in str(told.value.hint)
     with pytest.raises(SettingError, match="is none"):

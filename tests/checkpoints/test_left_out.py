@@ -119,7 +119,7 @@ def test_common_tensors_are_averaged_and_others_copied(source: Path) -> None:
         (40, {"frozen": torch.zeros(2)}),
     ):
         save_file(weights(step) | extra, source / f"checkpoint-{step}" / MODEL)
-    with pytest.raises(CombinedError, match="--common-only averages those"):
+    with pytest.raises(CombinedError, match="common_only=True averages those"):
         ckavg.open_run(source)
     run = ckavg.open_run(source, common_only=True)
     assert run.warnings == (

@@ -318,7 +318,7 @@ def test_such_tensors_do_not_count_in_the_path(source: Path, tmp_path: Path, sco
     assert record["excluded_from_path"] == ["norm", "odd", "scalar", "single", "tiles"]
     assert "NaN or infinity, so not counted in the path length: 2 tensors (odd, tiles)." in record["warnings"]
     sound = write_run(tmp_path / "sound", random_run(5, 4, torch.float32), (0, 10, 20, 30))
-    without = ckavg.measure_path(ckavg.open_run(sound), path_exclude=["odd", "tiles"])
+    without = ckavg.path_length(ckavg.open_run(sound), path_exclude=["odd", "tiles"])
     assert record["path_length"] == list(without.lengths)
     assert run_cli("path", source).exit_code == 1, "what is cached of the path does not let them through"
     again = told("path", source, ALLOW)

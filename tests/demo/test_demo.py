@@ -212,7 +212,7 @@ def test_progress_counts_every_step(tmp_path: Path) -> None:
 
 def test_an_existing_run_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-5").mkdir()
-    with pytest.raises(OutputExistsError, match=r"holds checkpoints already.\n.*--force"):
+    with pytest.raises(OutputExistsError, match=r"holds checkpoints already.\n.*force=True"):
         tiny_run(tmp_path)
     assert [path.name for path in tmp_path.rglob("*")] == ["checkpoint-5"]
 

@@ -110,10 +110,10 @@ def test_a_pass_over_files_that_are_not_in_memory_announces_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = ckavg.open_run(write_run(tmp_path, random_run(0, 3, torch.bfloat16), (0, 1, 2)))
-    want = ckavg.measure_path(run)
+    want = ckavg.path_length(run)
     (tmp_path / "averaged" / "path.json").unlink()
     announced: set[Path] = set()
     monkeypatch.setattr(files.Files, "_read_cached", lambda *_: 0)
     monkeypatch.setattr(files.Files, "announce", lambda self, path, offset, nbytes: announced.add(path))
-    assert ckavg.measure_path(run).lengths == want.lengths
+    assert ckavg.path_length(run).lengths == want.lengths
     assert announced == {shard.path for point in run.checkpoints for shard in point.shards}

@@ -178,7 +178,7 @@ def test_in_the_place_of_the_path(run: Path, name: str, kind: str) -> None:
         pytest.skip("that is a folder")
     check(run, run / name, "path", run, allowed=(0,))
     check(run, run / name, "pema", run, "--out", run.parent / "out", allowed=(0,))
-    assert ckavg.measure_path(ckavg.open_run(run)).bytes_read == 0
+    assert ckavg.path_length(ckavg.open_run(run)).bytes_read == 0
 
 
 @pytest.mark.parametrize(("old", "kind"), thinned([False, True], KINDS))
@@ -191,7 +191,7 @@ def test_in_the_place_of_the_journal_of_the_path(
     with monkeypatch.context() as patch:
         patch.setattr("ckavg.path.measure.by_tensor", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            ckavg.measure_path(ckavg.open_run(run))
+            ckavg.path_length(ckavg.open_run(run))
     (journal,) = (run / "averaged").glob(".path-*")
     plant(journal, kind, run)
     if old and kind != "hard link":

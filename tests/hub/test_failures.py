@@ -120,7 +120,7 @@ def test_pauses(monkeypatch: pytest.MonkeyPatch, after: str, waits: tuple[float,
 def test_attempts_are_bounded(hub: Hub, result: Path, pauses: list[float], stage: str) -> None:
     hub.faults[stage] = 503, FOREVER
     with pytest.raises(HubError, match="503"):
-        ckavg.push_result(result, REPO)
+        ckavg.push(result, REPO)
     assert hub.faults[stage][1] == FOREVER - (len(WAITS) + 1)
     assert tuple(pauses) == WAITS
 
@@ -131,7 +131,7 @@ def test_what_passes_is_tried_again(hub: Hub, result: Path, stage: str, fault: i
     if stage in ("refs", "list", "right"):
         hub.add(REPO)
     hub.faults[stage] = fault, 2
-    ckavg.push_result(result, REPO, revision="averages")
+    ckavg.push(result, REPO, revision="averages")
     assert hub.faults[stage][1] == 0
     assert hub.sent.total() == large_of(result)
     assert len(hub.repos[REPO].commits) == 2
@@ -214,12 +214,12 @@ def test_a_resumed_upload_sends_only_the_rest(hub: Hub, result: Path) -> None:
     hub.passes_before["put"] = 1
     hub.faults["put"] = 403, FOREVER
     with pytest.raises(HubError, match=r"uploading model-0000[23]-of-00003.safetensors failed.*403") as met:
-        ckavg.push_result(result, REPO)
+        ckavg.push(result, REPO)
     assert met.value.__notes__ == [f"The result is complete in {result}. Continue with: ckavg push {result} {REPO}"]
     first = hub.sent.total()
     assert 0 < first < large_of(result)
     hub.faults.clear()
-    ckavg.push_result(result, REPO)
+    ckavg.push(result, REPO)
     assert hub.sent.total() == large_of(result)
     assert len(hub.repos[REPO].commits) == 2
 
@@ -238,7 +238,7 @@ def test_after_averaging_the_result_stays(hub: Hub, run: Path) -> None:
 def test_a_changed_file_is_not_uploaded(hub: Hub, run: Path, result: Path) -> None:
     (result / "config.json").write_text("{}")
     with pytest.raises(RecordError, match=r"config.json was changed"):
-        ckavg.push_result(result, REPO)
+        ckavg.push(result, REPO)
     assert f"ckavg verify {result}" in run_cli("push", result, REPO).stderr
     assert hub.repos == {}
     assert "is not a result of ckavg" in run_cli("push", run, REPO).stderr
@@ -251,7 +251,7 @@ def test_a_changed_file_is_not_uploaded(hub: Hub, run: Path, result: Path) -> No
 def test_an_answer_that_is_lost(hub: Hub, result: Path, stage: str) -> None:
     """It was done. The next attempt finds it, and does it no second time."""
     hub.faults[stage] = LOST, 1
-    pushed = ckavg.push_result(result, REPO, revision="averages")
+    pushed = ckavg.push(result, REPO, revision="averages")
     assert requests_of(hub, stage) == 1
     assert len(hub.repos[REPO].commits) == 2
     assert pushed.commit == hub.repos[REPO].branches["averages"]
@@ -272,7 +272,7 @@ def test_a_commit_that_arrives_late(hub: Hub, result: Path, monkeypatch: pytest.
         return refusal(412, "A commit has happened since. Please refresh and try again.")
 
     monkeypatch.setattr(server, "_commit", commit)
-    pushed = ckavg.push_result(result, REPO)
+    pushed = ckavg.push(result, REPO)
     assert len(hub.repos[REPO].commits) == 2
     assert pushed.commit == hub.repos[REPO].branches["main"]
 
@@ -289,7 +289,7 @@ def test_a_commit_of_somebody_else(hub: Hub, result: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(server, "_commit", commit)
     with pytest.raises(HubError, match=r"somebody else has changed the branch meanwhile \(412\)"):
-        ckavg.push_result(result, REPO)
+        ckavg.push(result, REPO)
     assert repo.messages == ["initial commit", "theirs"]
 
 
@@ -298,7 +298,7 @@ def test_a_pull_request_whose_answer_is_lost(hub: Hub, result: Path, fault: int,
     hub.add(REPO)
     hub.faults["commit"] = fault, 1
     with pytest.raises(HubError, match="the answer to the commit was lost; the pull request may be open") as met:
-        ckavg.push_result(result, REPO, create_pr=True)
+        ckavg.push(result, REPO, create_pr=True)
     assert f"{hub.url}/{REPO}/discussions" in met.value.hint
     assert (requests_of(hub, "commit"), len(hub.repos[REPO].pulls)) == (1, opened)
 
@@ -306,7 +306,7 @@ def test_a_pull_request_whose_answer_is_lost(hub: Hub, result: Path, fault: int,
 def test_a_pull_request_that_was_not_taken_is_asked_for_again(hub: Hub, result: Path) -> None:
     hub.add(REPO)
     hub.faults["commit"] = 429, 2
-    ckavg.push_result(result, REPO, create_pr=True)
+    ckavg.push(result, REPO, create_pr=True)
     assert (len(hub.repos[REPO].pulls), requests_of(hub, "commit")) == (1, 3)
 
 
@@ -400,7 +400,7 @@ def test_an_interrupt_costs_the_rest_of_the_upload(hub: Hub, run: Path, number: 
     line = f"interrupted: The result is complete in {out}. Continue with: ckavg push {out} {REPO}"
     assert said.splitlines()[-1] == line
     assert TOKEN not in said
-    ckavg.push_result(out, REPO)
+    ckavg.push(out, REPO)
     assert hub.sent.total() == large_of(out)
 
 

@@ -99,7 +99,7 @@ def test_nothing_of_the_machine_is_uploaded(
     assert any(f"{source}/README.md" in each for each in kept["warnings"])
     for place in (result, result / "checkpoint-10"):
         assert ckavg.verify_result(place, sources=True, replay=True).problems == ()
-        ckavg.push_result(place, "ada/again")
+        ckavg.push(place, "ada/again")
     assert_private(hub.files("ada/again"))
     (result / LOCAL).unlink()
     assert ckavg.verify_result(result).problems == ()
@@ -170,5 +170,5 @@ def test_a_record_with_paths_of_its_machine_is_verified(hub: Hub, places: dict[s
         (done.directory / LOCAL).unlink()
         (done.directory / "ckavg.json").write_bytes(done.to_bytes())
         assert ckavg.verify_result(done.directory, sources=True, replay=True).problems == ()
-        pushed = ckavg.push_result(done.directory, REPO)
+        pushed = ckavg.push(done.directory, REPO)
         assert "ckavg.json is as earlier versions wrote it: it names directories of this machine." in pushed.warnings

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import snapshot_download
 
 import ckavg
@@ -22,6 +23,7 @@ from ckavg.output.output_path import LOCAL
 from tests.cli.runner import placeless, run_cli
 from tests.hub.server import TOKEN, Hub
 from tests.ranks.launch import Job, run_jobs
+from tests.runs import random_run, write_run
 
 REPO = "ada/averaged"
 
@@ -33,7 +35,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_pull_gives_what_was_pushed(hub: Hub, result: Path, tmp_path: Path) -> None:
     (result / ".notes").write_text("hidden")
     (result / "eval.json").write_text("foreign")
-    pushed = ckavg.push_result(result, REPO)
+    pushed = ckavg.push(result, REPO)
     pulled = Path(snapshot_download(REPO, endpoint=hub.url, token=TOKEN, local_dir=tmp_path / "pulled"))
     expected = contents(result)
     del expected[".notes"], expected["eval.json"], expected[LOCAL]
@@ -47,21 +49,28 @@ def test_pull_gives_what_was_pushed(hub: Hub, result: Path, tmp_path: Path) -> N
     assert ckavg.verify_result(pulled).problems == ()
 
 
+def test_a_result_pushes_itself(hub: Hub, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", random_run(0, 3, torch.float32), (10, 20, 30))
+    pushed = ckavg.average(run, ckavg.Mean()).push_to_hub(REPO, private=True)
+    assert hub.repos[REPO].private
+    assert pushed.url == f"{hub.url}/{REPO}"
+
+
 def test_again_sends_nothing_and_commits_nothing(hub: Hub, result: Path) -> None:
-    first = ckavg.push_result(result, REPO)
+    first = ckavg.push(result, REPO)
     sent = hub.sent.total()
-    assert ckavg.push_result(result, REPO) == first
+    assert ckavg.push(result, REPO) == first
     assert hub.sent.total() == sent
     assert len(hub.repos[REPO].commits) == 2
 
 
 def test_a_name_alone_is_of_the_user(hub: Hub, result: Path) -> None:
-    assert ckavg.push_result(result, "averaged", private=False).repo == REPO
+    assert ckavg.push(result, "averaged", private=False).repo == REPO
     assert not hub.repos[REPO].private
 
 
 def test_a_branch_is_created(hub: Hub, result: Path) -> None:
-    pushed = ckavg.push_result(result, REPO, revision="pema", commit_message="Try it")
+    pushed = ckavg.push(result, REPO, revision="pema", commit_message="Try it")
     assert pushed.url == f"{hub.url}/{REPO}/tree/pema"
     assert hub.files(REPO, "pema").keys() == set(pushed.files)
     assert hub.files(REPO) == {}
@@ -71,13 +80,13 @@ def test_a_branch_is_created(hub: Hub, result: Path) -> None:
 def test_a_pull_request_and_more_for_it(hub: Hub, result: Path) -> None:
     hub.add("stranger/model", private=False)
     hub.no_write.add("stranger/model")
-    pushed = ckavg.push_result(result, "stranger/model", create_pr=True)
+    pushed = ckavg.push(result, "stranger/model", create_pr=True)
     assert (pushed.url, pushed.revision) == (f"{hub.url}/stranger/model/discussions/1", None)
     assert hub.files("stranger/model") == {}
     assert hub.files("stranger/model", "refs/pr/1").keys() == set(pushed.files)
     hub.no_write.clear()
     (result / "README.md").write_text("---\nlicense: mit\n---\nmine\n")
-    more = ckavg.push_result(result, "stranger/model", revision="refs/pr/1")
+    more = ckavg.push(result, "stranger/model", revision="refs/pr/1")
     assert hub.files("stranger/model", "refs/pr/1")["README.md"].endswith(b"mine\n")
     assert "README.md was changed" in more.warnings[0]
 
@@ -85,7 +94,7 @@ def test_a_pull_request_and_more_for_it(hub: Hub, result: Path) -> None:
 def test_a_snapshot(hub: Hub, run: Path) -> None:
     made = ckavg.average(ckavg.open_run(run), ckavg.EMA(), snapshot_every=10)
     step = made.outputs[0]
-    pushed = ckavg.push_result(step.directory, REPO)
+    pushed = ckavg.push(step.directory, REPO)
     assert set(pushed.files) == set(step.files)
     assert json.loads(hub.files(REPO)["ckavg.json"])["outputs"][-1]["step"] == 10
     assert hub.repos[REPO].messages[-1] == "Upload checkpoint-10, the average of steps 0 to 10"
@@ -299,27 +308,27 @@ def test_refused_before_anything_is_read(
 
 def test_the_visibility_stays(hub: Hub, result: Path) -> None:
     hub.add(REPO, private=False)
-    ckavg.push_result(result, REPO)
+    ckavg.push(result, REPO)
     assert not hub.repos[REPO].private
 
 
 def test_a_repository_that_was_made_public_meanwhile(hub: Hub, result: Path) -> None:
     hub.then["info"] = lambda: hub.add(REPO, private=False)
-    with pytest.raises(HubError, match="exists and is public; --private was asked for"):
-        ckavg.push_result(result, REPO, private=True)
+    with pytest.raises(HubError, match="exists and is public; private=True was asked for"):
+        ckavg.push(result, REPO, private=True)
     assert hub.files(REPO) == {}
 
 
 def test_a_name_that_is_taken(hub: Hub, result: Path) -> None:
     hub.taken.add(REPO)
     with pytest.raises(HubError, match=r"creating the repository failed: it conflicts with what is there \(409\)"):
-        ckavg.push_result(result, REPO)
+        ckavg.push(result, REPO)
 
 
 def test_a_gitignore_keeps_a_file_out(hub: Hub, result: Path) -> None:
     hub.ignored.add("tokenizer.json")
     with pytest.raises(HubError, match=r"tokenizer.json is not in commit \w{8} as it was sent"):
-        ckavg.push_result(result, REPO)
+        ckavg.push(result, REPO)
 
 
 def test_a_sweep_that_tells_no_best(hub: Hub, run: Path) -> None:
@@ -334,7 +343,7 @@ def test_a_sweep_that_tells_no_best(hub: Hub, run: Path) -> None:
 
 def test_progress_by_file(hub: Hub, result: Path, capfd: pytest.CaptureFixture[str]) -> None:
     reports: list[ckavg.Progress] = []
-    pushed = ckavg.push_result(result, REPO, on_progress=reports.append)
+    pushed = ckavg.push(result, REPO, on_progress=reports.append)
     sizes = [(result / name).stat().st_size for name in sorted(pushed.files)]
     large = [size for size in sizes if size >= 1 << 20]
     uploads = [each for each in reports if each.stage == "upload"]
@@ -396,7 +405,7 @@ def test_transformers_loads_it_by_its_name(hub: Hub, tmp_path: Path) -> None:
     for step in (0, 10):
         transformers.LlamaForCausalLM(config).save_pretrained(source / f"checkpoint-{step}")
     out = ckavg.average(ckavg.open_run(source), ckavg.EMA()).directory
-    ckavg.push_result(out, REPO)
+    ckavg.push(out, REPO)
     code = (
         "import torch\n"
         "from transformers import AutoModelForCausalLM as M\n"

@@ -50,7 +50,7 @@ def bema(run: ckavg.Run) -> ckavg.Averaged:
 
 @pytest.fixture(scope="module")
 def path(run: ckavg.Run) -> PathLength:
-    return ckavg.measure_path(run)
+    return ckavg.path_length(run)
 
 
 def travelled(lengths: dict[str, float], *, steps: Sequence[int] = STEPS, numel: int = 4) -> PathLength:

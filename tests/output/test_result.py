@@ -211,7 +211,7 @@ def test_interruption_leaves_what_was_there(source: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         ckavg.average(run, ckavg.PEMA(), on_progress=interrupt)
     assert [path.name for path in (source / "averaged").iterdir()] == ["path.json"]
-    assert ckavg.measure_path(ckavg.open_run(source)).bytes_read == 0
+    assert ckavg.path_length(ckavg.open_run(source)).bytes_read == 0
     ckavg.average(run, ckavg.EMA())
     before = snapshot(source)
     with pytest.raises(KeyboardInterrupt):

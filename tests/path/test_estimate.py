@@ -55,7 +55,7 @@ def test_errors_are_as_large_as_they_say(tmp_path: Path, runs: int) -> None:
     scores = []
     for seed in range(runs):
         source = uneven_run(tmp_path / str(seed), seed)
-        path = ckavg.measure_path(ckavg.open_run(source), sample=0.02)
+        path = ckavg.path_length(ckavg.open_run(source), sample=0.02)
         errors = path.standard_errors
         assert errors is not None
         assert errors[0] == 0
@@ -74,10 +74,10 @@ def test_errors_are_as_large_as_they_say(tmp_path: Path, runs: int) -> None:
 
 def test_sampled_tensors_are_read_in_part_and_small_ones_whole(tmp_path: Path) -> None:
     run = ckavg.open_run(uneven_run(tmp_path, 0))
-    path = ckavg.measure_path(run, sample=0.02)
+    path = ckavg.path_length(run, sample=0.02)
     whole = sum(entry.nbytes for point in run.checkpoints for entry in point.entries.values())
     assert path.bytes_read < 0.03 * whole
-    measured = ckavg.measure_path(run)
+    measured = ckavg.path_length(run)
     assert path.tensors["small"].distances == pytest.approx(measured.tensors["small"].distances, rel=1e-7)
     assert path.tensors["small"].sigma == pytest.approx(measured.tensors["small"].sigma, rel=1e-12)
     assert set(path.tensors["small"].variances) == {0.0}
@@ -89,14 +89,14 @@ def test_sampled_tensors_are_read_in_part_and_small_ones_whole(tmp_path: Path) -
 def test_a_sample_of_all_is_the_exact_path(tmp_path: Path, dtype: torch.dtype) -> None:
     """Half of a tensor or more is read as the whole; 0.999 of each tensor is all of it."""
     source = write_run(tmp_path, random_run(3, len(STEPS), dtype), STEPS)
-    path = ckavg.measure_path(ckavg.open_run(source), sample=0.999)
+    path = ckavg.path_length(ckavg.open_run(source), sample=0.999)
     assert path.lengths == pytest.approx(exact(source), rel=1e-7)
     assert path.standard_errors == (0.0,) * len(STEPS)
 
 
 def test_the_same_sample_every_time(tmp_path: Path) -> None:
     run = ckavg.open_run(uneven_run(tmp_path, 1))
-    first, second = (ckavg.measure_path(run, sample=0.05) for _ in range(2))
+    first, second = (ckavg.path_length(run, sample=0.05) for _ in range(2))
     assert first.tensors == second.tensors
 
 
@@ -104,7 +104,7 @@ def test_errors_shrink_with_the_sample(tmp_path: Path) -> None:
     run = ckavg.open_run(uneven_run(tmp_path, 2))
     ends = []
     for fraction in (0.01, 0.1, 0.4):
-        errors = ckavg.measure_path(run, sample=fraction).standard_errors
+        errors = ckavg.path_length(run, sample=fraction).standard_errors
         assert errors is not None
         ends.append(errors[-1])
     assert ends[0] > ends[1] > 2 * ends[2] > 0
@@ -115,21 +115,21 @@ def test_nan_in_the_sample_is_refused(tmp_path: Path) -> None:
     weights[1]["tiles"][:] = float("nan")
     run = ckavg.open_run(write_run(tmp_path, weights, (0, 1, 2)))
     with pytest.raises(NonFiniteError, match="step 1: tensor 'tiles' holds NaN"):
-        ckavg.measure_path(run, sample=0.01)
+        ckavg.path_length(run, sample=0.01)
 
 
 def test_differences_that_overflow_float32_are_summed_in_float64(tmp_path: Path) -> None:
     weights = [{"w": torch.full((100_000,), sign * 3e38) * torch.linspace(0.5, 1, 100_000)} for sign in (1.0, -1.0)]
     run = ckavg.open_run(write_run(tmp_path, weights, (0, 1)))
-    path = ckavg.measure_path(run, sample=0.1)
-    assert path.lengths[1] == pytest.approx(ckavg.measure_path(run).lengths[1], rel=0.05)
+    path = ckavg.path_length(run, sample=0.1)
+    assert path.lengths[1] == pytest.approx(ckavg.path_length(run).lengths[1], rel=0.05)
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5, float("nan")])
 def test_what_is_no_fraction_is_refused(tmp_path: Path, fraction: float) -> None:
     source = write_run(tmp_path, random_run(0, 2, torch.float32), (0, 1))
     with pytest.raises(SettingError, match="it must be a fraction in"):
-        ckavg.measure_path(ckavg.open_run(source), sample=fraction)
+        ckavg.path_length(ckavg.open_run(source), sample=fraction)
     result = run_cli("bema", source, "--sample", str(fraction))
     assert (result.exit_code, (source / "averaged").exists()) == (2, False)
 

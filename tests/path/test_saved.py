@@ -35,7 +35,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def measured(source: Path, every: int | None = None, to_step: int | None = None) -> ckavg.PathLength:
-    return ckavg.measure_path(ckavg.open_run(source, every=every, to_step=to_step))
+    return ckavg.path_length(ckavg.open_run(source, every=every, to_step=to_step))
 
 
 def fresh(source: Path, every: int | None = None) -> ckavg.PathLength:
@@ -174,21 +174,21 @@ def test_another_anchor_has_its_own_spread(source: Path, tmp_path: Path) -> None
     measured(source)
     base = write_checkpoint(tmp_path / "base", random_run(9, 1, torch.bfloat16)[0])
     run = ckavg.open_run(source, init=base, from_step=50)
-    first = ckavg.measure_path(run)
+    first = ckavg.path_length(run)
     assert in_checkpoints(source, first) == 2
-    assert ckavg.measure_path(run).bytes_read == 0
+    assert ckavg.path_length(run).bytes_read == 0
     shutil.rmtree(source / "averaged")
-    assert ckavg.measure_path(run).lengths == first.lengths
+    assert ckavg.path_length(run).lengths == first.lengths
 
 
 def test_fewer_tensors_are_known_and_more_are_measured(source: Path) -> None:
     run = ckavg.open_run(source)
-    some = ckavg.measure_path(run, path_exclude=["tiles"])
-    everything = ckavg.measure_path(run)
+    some = ckavg.path_length(run, path_exclude=["tiles"])
+    everything = ckavg.path_length(run)
     assert everything.bytes_read > 0
-    assert ckavg.measure_path(run, path_exclude=["tiles"]).lengths == some.lengths
-    assert ckavg.measure_path(run, path_exclude=["odd", "bias"]).bytes_read == 0
-    assert ckavg.measure_path(run, zero_sigma="eps").bytes_read == 0
+    assert ckavg.path_length(run, path_exclude=["tiles"]).lengths == some.lengths
+    assert ckavg.path_length(run, path_exclude=["odd", "bias"]).bytes_read == 0
+    assert ckavg.path_length(run, zero_sigma="eps").bytes_read == 0
 
 
 def test_a_run_that_cannot_be_written_beside_is_kept_in_the_cache(
@@ -337,7 +337,7 @@ def test_a_file_that_changes_while_it_is_measured_is_refused_and_not_kept(source
             flip(file)
 
     with pytest.raises(ChangedError, match=f"{file} was changed or replaced while it was read"):
-        ckavg.measure_path(ckavg.open_run(source), on_progress=change_once)
+        ckavg.path_length(ckavg.open_run(source), on_progress=change_once)
     assert in_checkpoints(source, measured(source)) == 3
 
 
@@ -363,9 +363,9 @@ def test_superseded_measurements_are_dropped(source: Path) -> None:
 
 def test_a_sample_is_not_kept_and_an_exact_path_is_preferred(source: Path) -> None:
     run = ckavg.open_run(source)
-    sampled = ckavg.measure_path(run, sample=0.01)
+    sampled = ckavg.path_length(run, sample=0.01)
     assert sampled.sample == 0.01
     assert not (source / "averaged").exists()
-    exact = ckavg.measure_path(run)
-    known = ckavg.measure_path(run, sample=0.01)
+    exact = ckavg.path_length(run)
+    known = ckavg.path_length(run, sample=0.01)
     assert (known.sample, known.bytes_read, known.lengths) == (1.0, 0, exact.lengths)

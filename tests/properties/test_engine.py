@@ -156,8 +156,8 @@ def test_running_statistics_and_excluded_tensors_do_not_count(tmp_path: Path) ->
         for k in (1, 2)
     ]
     run = ckavg.open_run(write_run(tmp_path, weights, (0, 1)))
-    assert ckavg.measure_path(run).parameters_counted == 7
-    path = ckavg.measure_path(run, path_exclude=("lm_*",))
+    assert ckavg.path_length(run).parameters_counted == 7
+    path = ckavg.path_length(run, path_exclude=("lm_*",))
     assert path.parameters_counted == 3
     result = ckavg.average(run, PEMA(), path_exclude=("lm_*",))
     assert result.excluded_from_path == ("bn.running_mean", "lm_head.weight")

@@ -52,7 +52,7 @@ LIBRARY = """
 import ckavg
 run = ckavg.open_run({source!r})
 with ckavg.all_ranks() as ranks:
-    path = ckavg.measure_path(run, ranks=ranks)
+    path = ckavg.path_length(run, ranks=ranks)
     result = ckavg.average(run, ckavg.PEMA(gamma=0.1), ranks=ranks)
 assert result.path_length == path.lengths
 assert result.directory.is_dir()

@@ -71,7 +71,7 @@ def test_inner_average_of_bema(scalars: ckavg.Run, tmp_path: Path) -> None:
 
 
 def test_path_of_three_tensors(three_tensors: ckavg.Run) -> None:
-    path = ckavg.measure_path(three_tensors)
+    path = ckavg.path_length(three_tensors)
     assert path.without_spread == ("c",)
     assert path.parameters_counted == 6
     assert path.lengths == pytest.approx((0, 0.075210003989, 0.144527451468, 0.217487792522), rel=0, abs=CLOSE)
@@ -100,7 +100,7 @@ def test_pema_pairing_next(three_tensors: ckavg.Run, tmp_path: Path) -> None:
 
 def test_pema_scope_tensor(three_tensors: ckavg.Run, tmp_path: Path) -> None:
     scheme = ckavg.PEMA(scope="tensor")
-    path = ckavg.measure_path(three_tensors)
+    path = ckavg.path_length(three_tensors)
     own = {name: path.tensor_lengths(name) for name in path.counted}
     coefficients = scheme.coefficients(Timeline(three_tensors.steps, path.lengths, own))
     betas = (0.817303384290, 0.752179426051, 0.730745816110)
@@ -113,13 +113,13 @@ def test_pema_scope_tensor(three_tensors: ckavg.Run, tmp_path: Path) -> None:
 
 
 def test_pema_clock_updates_counts_them(three_tensors: ckavg.Run) -> None:
-    lengths = ckavg.measure_path(three_tensors).lengths
+    lengths = ckavg.path_length(three_tensors).lengths
     betas = ckavg.PEMA(clock="updates").coefficients(Timeline(three_tensors.steps, lengths)).betas
     assert betas[1:] == pytest.approx([(1 + 3 * lengths[-1] * length) ** -0.15 for length in lengths[1:]])
 
 
 def test_zero_sigma_eps_is_the_literal_text(three_tensors: ckavg.Run) -> None:
-    path = ckavg.measure_path(three_tensors, zero_sigma="eps")
+    path = ckavg.path_length(three_tensors, zero_sigma="eps")
     sigma = {"a": (5 / 3) ** 0.5 + 1e-8, "b": 2**0.5 + 1e-8, "c": 1e-8}
     first = (0.4 / sigma["a"] + 0.2 / sigma["b"] + 0.01 / sigma["c"]) / 8
     assert path.parameters_counted == 8

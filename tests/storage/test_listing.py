@@ -160,9 +160,9 @@ def test_the_same_weights_twice_are_told_before_they_are_fetched(hub: Hub, tmp_p
 
 def test_settings_that_are_of_no_use_here(model: Repo, tmp_path: Path) -> None:
     for words in (("s3://bucket/run",), (str(tmp_path),)):
-        with pytest.raises(SettingError, match=r"--revisions are those of a repository on the Hub; .* is none"):
+        with pytest.raises(SettingError, match=r"`revisions` are those of a repository on the Hub; .* is none"):
             ckavg.open_run(*words, revisions=["step*"])
-    with pytest.raises(SettingError, match="--max-disk bounds what is fetched; all of this is here"):
+    with pytest.raises(SettingError, match="`max_disk` bounds what is fetched; all of this is here"):
         ckavg.open_run(tmp_path, max_disk="1GB")
     for bad in ("many", "-1", "1.5.2GB", "1PB", "", "0x10", -1):
         with pytest.raises(SettingError, match="is no size"):

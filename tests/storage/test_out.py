@@ -509,7 +509,7 @@ def test_what_is_no_address_is_refused(run: Path, tmp_path: Path, out: str, why:
         kind = WriteError if out.startswith("http") else SettingError
         with pytest.raises(kind, match=r".") as raised:
             ckavg.average(ckavg.open_run(run), ckavg.EMA(), out=out)
-        assert why in str(raised.value)
+        assert why in raised.value.as_typed
     words = {"sweep": ("ema",), "best": ("--eval", "echo 1 {dir}", "--eval-goal", "min")}.get(verb, ())
     before = set(Path().iterdir())
     done = run_cli(verb, run, *words, "--out", out)

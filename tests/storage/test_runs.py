@@ -125,13 +125,13 @@ def test_what_is_in_the_cache_is_not_fetched_again(hub: Hub, long_run: Path, tmp
 
 def test_a_sample_fetches_little_more_than_one_reading(hub: Hub, long_run: Path, tmp_path: Path) -> None:
     publish_revisions(hub, REPO, long_run)
-    measured = ckavg.measure_path(ckavg.open_run(REVISIONS), sample=0.01)
+    measured = ckavg.path_length(ckavg.open_run(REVISIONS), sample=0.01)
     of_sample = served_of(hub.served)
     assert of_sample < 0.05 * size_of(long_run) + 20 * HEADERS
     hub.forget()
     result = ckavg.average(ckavg.open_run(REVISIONS, max_disk=0), ckavg.PEMA(), sample=0.01, out=tmp_path / "out")
     assert size_of(long_run) < served_of(hub.served) < 1.2 * size_of(long_run)
-    exact = ckavg.measure_path(ckavg.open_run(long_run))
+    exact = ckavg.path_length(ckavg.open_run(long_run))
     assert result.path_length == measured.lengths
     assert measured.standard_errors is not None
     assert abs(measured.lengths[-1] - exact.lengths[-1]) < 4 * measured.standard_errors[-1]

@@ -85,7 +85,7 @@ def test_sums_beyond_float32_and_float64(tmp_path: Path) -> None:
 def test_path_is_that_of_pass_1(tmp_path: Path) -> None:
     run = ckavg.open_run(write_run(tmp_path, weights_of(torch.bfloat16), STEPS))
     health = examine(run.source, run.checkpoints)
-    lengths = ckavg.measure_path(run).lengths
+    lengths = ckavg.path_length(run).lengths
     assert health.path == pytest.approx([after - before for before, after in itertools.pairwise(lengths)], rel=1e-6)
     assert health.sha256 == {}
 

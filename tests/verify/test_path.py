@@ -36,7 +36,7 @@ def test_an_edited_path_that_the_average_was_formed_with(
     source: Path, monkeypatch: pytest.MonkeyPatch, scope: Literal["global", "tensor"], whole: int
 ) -> None:
     """It was in the table of what was measured before, and everything follows from it."""
-    honest = ckavg.measure_path(ckavg.open_run(source))
+    honest = ckavg.path_length(ckavg.open_run(source))
     run = ckavg.open_run(source)
     monkeypatch.setattr(replay, "_READ_WHOLE", whole)
     assert problems(ckavg.average(run, ckavg.PEMA(scope=scope), out=source / "sound").directory) == ()
