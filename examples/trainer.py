@@ -8,6 +8,7 @@ MODEL is a directory or a name on the Hub, TEXT a file with an example a line; t
 import argparse
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
@@ -32,6 +33,7 @@ trainer = SFTTrainer(
         save_steps=max(asked.steps // 20, 1),
         save_total_limit=2,
         report_to=[],
+        use_cpu=not torch.accelerator.is_available(),
     ),
     train_dataset=texts["train"],
     eval_dataset=texts["test"],
