@@ -107,6 +107,9 @@ class CheckpointAveraging(TrainerCallback):  # type: ignore[misc]
         self._keep, self._load_best = keep, load_best
         self._destination = None if push_to_hub is None else Destination(repo=push_to_hub, private=private)
         self._is_on = False
+        labels = [word.label for word in self._words]
+        if len({*labels}) < len(labels):
+            raise SettingError(f"One average is there twice: {', '.join(labels)}.", hint="Name every average once.")
         if keep not in ("all", "best"):
             raise SettingError(f"keep is {keep!r}; it must be all or best.")
         if trainer.eval_dataset is None and (keep == "best" or load_best or (push_to_hub and len(self._words) > 1)):
@@ -125,13 +128,10 @@ class CheckpointAveraging(TrainerCallback):  # type: ignore[misc]
         self.results, self.values, self.best, self.pushed = (), {}, None, None
         self._is_on = True
         with self._warned("No average will be formed"):
-            if state.is_world_process_zero:
-                _claim(self.directory)
-                _remove_from(self.directory, state.global_step + 1 if state.global_step else 0)
-            if state.global_step:
+            if not state.global_step:
+                self._keep_base(args, state)
+            elif state.is_world_process_zero:
                 self._keep_earlier(args, state)
-            else:
-                self._keep_base(state)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Keep the checkpoint that was saved."""
@@ -152,31 +152,36 @@ class CheckpointAveraging(TrainerCallback):  # type: ignore[misc]
         with self._warned("The averages are complete"):
             self._finish()
 
-    def _keep_base(self, state: Any) -> None:
-        """Have the trainer save the model: in all processes, for each may hold a part of it."""
-        place = self.directory / ".base"
+    def _keep_base(self, args: Any, state: Any) -> None:
+        place = Path(args.output_dir) / ".averaging-base"
         if state.is_world_process_zero:
             shutil.rmtree(place, ignore_errors=True)
+        # In all processes, and before anything can fail in one of them: each may hold a part of the model.
         self._trainer.save_model(str(place), _internal_call=True)
         if not state.is_world_process_zero:
             return
-        if not any(place.glob("*.safetensors")) and not any(place.glob("*.bin")):
-            raise SettingError(
-                "In this set-up (FSDP or DeepSpeed) the trainer saves no whole weights.",
-                hint="Have them gathered (FULL_STATE_DICT, stage3_gather_16bit_weights_on_model_save), or average the "
-                "checkpoints with the command line after training.",
-            )
-        _keep(place, self.directory, name="checkpoint-0")
-        shutil.rmtree(place)
+        try:
+            _claim(self.directory)
+            _remove_from(self.directory, 0)
+            if not any(place.glob("*.safetensors")) and not any(place.glob("*.bin")):
+                raise SettingError(
+                    "In this set-up (FSDP or DeepSpeed) the trainer saves no whole weights.",
+                    hint="Have them gathered (FULL_STATE_DICT, stage3_gather_16bit_weights_on_model_save), or use the "
+                    "command line after training.",
+                )
+            _keep(place, self.directory, name="checkpoint-0")
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
     def _keep_earlier(self, args: Any, state: Any) -> None:
-        if state.is_world_process_zero:
-            kept = _checkpoints_in(self.directory)
-            for step, path in _checkpoints_in(Path(args.output_dir)).items():
-                if step <= state.global_step and step not in kept:
-                    _keep(path, self.directory)
-            if 0 not in kept and self._most is None:
-                _LOG.warning("The model before step 1 was not kept: the first checkpoint takes its place.")
+        _claim(self.directory)
+        _remove_from(self.directory, state.global_step + 1)
+        kept = _checkpoints_in(self.directory)
+        for step, path in _checkpoints_in(Path(args.output_dir)).items():
+            if step <= state.global_step and step not in kept:
+                _keep(path, self.directory)
+        if 0 not in kept and self._most is None:
+            _LOG.warning("The model before step 1 was not kept: the first checkpoint takes its place.")
 
     @property
     def _most(self) -> int | None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 from ckavg.averaging.sources import inspect_source
 from ckavg.checkpoints.run import Checkpoint
 from ckavg.cli.errors import distributed, interrupted_with
@@ -35,6 +37,12 @@ State = tuple[tuple[str, int, int], ...]
 class Watching(Sweeping):
     """The options of `watch`."""
 
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN SCHEME...", help="Directory of the run, and schemes such as pema:gamma=0.1,0.15 mean:last=10."
+        ),
+    ] = dataclasses.field(kw_only=True)
     until: Annotated[int | None, work("End when the average has reached step N.", metavar="N")] = None
     poll: Annotated[float, work("Look for checkpoints so often.", metavar="SECONDS", min=0.01)] = 10.0
 

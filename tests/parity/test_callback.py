@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import filecmp
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from ckavg import PEMA
+from ckavg import PEMA, Mean
 from ckavg.callback import CheckpointAveraging
 from ckavg.errors import SettingError
 from tests.cli.runner import run_cli, visible
@@ -63,6 +66,17 @@ def sft(tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
     return make
 
 
+class Copies(TrainerCallback):  # type: ignore[misc]
+    """Every checkpoint that is saved, once more."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        step = f"checkpoint-{state.global_step}"
+        shutil.copytree(Path(args.output_dir) / step, self.directory / step)
+
+
 def train(trainer: Any, *schemes: Any, resume: str | None = None, **settings: Any) -> CheckpointAveraging:
     averaging = CheckpointAveraging(trainer, *schemes, **settings)
     trainer.add_callback(averaging)
@@ -86,13 +100,8 @@ def same_as_command(averaging: CheckpointAveraging, tmp_path: Path, file: str, s
 
 
 def test_sft(sft: Callable[..., Any], load: Callable[[Path], Any], warned: list[str], tmp_path: Path) -> None:
-    class Copies(TrainerCallback):  # type: ignore[misc]
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            step = f"checkpoint-{state.global_step}"
-            shutil.copytree(Path(args.output_dir) / step, tmp_path / "saved" / step)
-
     trainer = sft()
-    trainer.add_callback(Copies())
+    trainer.add_callback(Copies(tmp_path / "saved"))
     averaging = train(trainer, PEMA(gamma=0.2), "mean")
     run = tmp_path / "run"
     assert visible(run) >= {"checkpoint-18", "checkpoint-20"}
@@ -122,15 +131,18 @@ def test_sft(sft: Callable[..., Any], load: Callable[[Path], Any], warned: list[
 
 def test_lora(sft: Callable[..., Any], tmp_path: Path) -> None:
     trainer = sft(peft=True)
+    trainer.model.save_pretrained(tmp_path / "saved" / "checkpoint-0")
+    trainer.add_callback(Copies(tmp_path / "saved"))
     averaging = train(trainer, "mean", "pema", load_best=True)
     assert kept(averaging) == {f"checkpoint-{step}" for step in STEPS}
-    first = load_file(averaging.directory / "checkpoint-0" / ADAPTER)
-    assert all(not tensor.any() for name, tensor in first.items() if "lora_B" in name)
-    assert same_as_command(averaging, tmp_path, ADAPTER)
+    assert not (tmp_path / "run" / "checkpoint-16").exists()
+    assert same_as_command(averaging, tmp_path, ADAPTER, tmp_path / "saved")
     for record in averaging.results:
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), record.directory)
-        trainer.model.load_adapter(str(record.directory), "other")
-        assert model.peft_config["default"].r == 4
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        held = get_peft_model_state_dict(PeftModel.from_pretrained(base, record.directory))
+        stored = load_file(Path(record.directory) / ADAPTER)
+        assert held.keys() == stored.keys()
+        assert all(torch.equal(held[name], tensor) for name, tensor in stored.items())
     assert len({*averaging.values.values()}) == 3
 
 
@@ -251,7 +263,38 @@ def test_what_is_refused_at_once(sft: Callable[..., Any]) -> None:
     trainer = sft()
     with pytest.raises(SettingError, match="no scheme 'peema'"):
         CheckpointAveraging(trainer, "peema")
+    with pytest.raises(SettingError, match="twice"):
+        CheckpointAveraging(trainer, "mean", Mean())
     with pytest.raises(SettingError, match="quux"):
         CheckpointAveraging(trainer, metric="quux")
     with pytest.raises(SettingError, match="eval_dataset"):
         CheckpointAveraging(sft(evaluated=False), load_best=True)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "words"),
+    [
+        ([], ["--lora"]),
+        pytest.param(["-m", "torch.distributed.run", "--nproc-per-node", "2"], [], marks=pytest.mark.exhaustive),
+    ],
+    ids=["lora", "two processes"],
+)
+def test_the_example(sft: Callable[..., Any], tmp_path: Path, launcher: list[str], words: list[str]) -> None:
+    sft()
+    (tmp_path / "text").write_text("\n".join(TEXTS * 2))
+    example = Path(__file__).parents[2] / "examples" / "trainer.py"
+    command = [sys.executable, *launcher, example, tmp_path / "base", tmp_path / "text", tmp_path / "run", *words]
+    done = subprocess.run(
+        [*map(str, command), "--steps", "4", "--scheme", "mean", "pema"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    results = tmp_path / "run" / "_averaging" / "averaged"
+    assert f"{results}/mean\n{results}/pema-gamma0.15\n" in done.stdout
+    assert ("trained  " in done.stdout) == (not launcher)
+    assert run_cli("sweep", results.parent, "mean", "pema", "--out", tmp_path / "again").exit_code == 0
+    file = f"mean/{ADAPTER if words else 'model.safetensors'}"
+    assert filecmp.cmp(results / file, tmp_path / "again" / file, shallow=False)
