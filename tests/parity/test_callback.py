@@ -248,6 +248,18 @@ def test_a_directory_of_somebody_else(
     assert [*theirs.parent.iterdir()] == [theirs]
 
 
+def test_a_trainer_that_saves_parts(
+    sft: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with FSDP, which writes what each process has by another way than `save_model`."""
+    trainer = sft(max_steps=2)
+    monkeypatch.setattr(trainer, "save_model", lambda place, **_: Path(place).mkdir(parents=True, exist_ok=True))
+    averaging = train(trainer, "mean")
+    assert averaging.results == ()
+    assert "saves no whole weights" in caplog.text
+    assert trainer.state.global_step == 2
+
+
 def test_copies_where_there_are_no_links(sft: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
