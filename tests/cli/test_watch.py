@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,6 +90,21 @@ def test_it_ends_with_the_averages_of_a_sweep(whole: Path, tmp_path: Path, watch
     assert run_cli("sweep", whole, *WORDS).exit_code == 0
     assert weights(run / "averaged") == weights(whole / "averaged") != weights(tmp_path / "until20")
     assert len(weights(run / "averaged")) == len(WORDS)
+
+
+def test_what_still_grows_is_waited_for(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files beside the weights, too: a result has a copy of them."""
+    beside, texts = whole / "checkpoint-30/merges.txt", ["a b", "a b\nc d", "a b\nc d\ne f"]
+    left = list(texts)
+
+    def wait(_seconds: float) -> None:
+        if left:
+            beside.write_text(left.pop(0))
+
+    monkeypatch.setattr("ckavg.cli.watch.time", SimpleNamespace(sleep=wait))
+    assert run_cli("watch", whole, "mean", "--until", "30").exit_code == 0
+    assert left == []
+    assert (whole / "averaged/mean/merges.txt").read_text() == texts[-1]
 
 
 def test_an_interrupt_ends_it(whole: Path, tmp_path: Path, watches: list[Watch]) -> None:

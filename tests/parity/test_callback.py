@@ -177,7 +177,7 @@ def test_training_is_what_it_is_without(sft: Callable[..., Any], tmp_path: Path)
 def test_resumed(sft: Callable[..., Any], tmp_path: Path) -> None:
     whole = train(sft(run="whole"), "mean")
     train(sft(max_steps=12), "mean")
-    shutil.copytree(tmp_path / "run/_averaging/checkpoint-12", tmp_path / "run/_averaging/checkpoint-14")
+    shutil.copytree(tmp_path / "run/_averaging/checkpoint-12", tmp_path / "run/_averaging/checkpoint-13")
     resumed = train(sft(), "mean", resume=str(tmp_path / "run/checkpoint-12"))
     assert resumed.results[0].steps == STEPS
     one, other = (Path(each.results[0].directory) / "model.safetensors" for each in (whole, resumed))
