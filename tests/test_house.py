@@ -22,6 +22,7 @@ ROOMS = (
     "averaging",
     "verify",
     "hub",
+    "callback",
     "demo",
     "cli",
 )
@@ -41,7 +42,7 @@ def imports_of(path: Path) -> set[str]:
     }
 
 
-def test_there_are_thirteen_entries() -> None:
+def test_there_are_fourteen_entries() -> None:
     entries = {room_of(path) for path in PACKAGE.rglob("*.py")}
     assert entries == {*ROOMS, "__init__", "__main__"}
 

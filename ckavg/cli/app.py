@@ -33,6 +33,7 @@ _MANY_FILES = 10_240
 _VERBS = {
     **{scheme.name: described(scheme.name) for scheme in SCHEMES if scheme.has_verb},
     "sweep": "Form many averages from one reading of the checkpoints: every value of every scheme.",
+    "watch": "Average a run anew whenever a checkpoint of it is complete, while training goes on.",
     "best": "Search for the average that your own command finds best, and compare it with the last checkpoint.",
     "join": "Put the parts of an average together that were done with --part.",
     "path": "Measure how far the weights travelled: pass 1 alone, kept for later runs.",

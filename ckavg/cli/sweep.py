@@ -83,7 +83,12 @@ def sweep(options: Sweeping) -> None:
             options = dataclasses.replace(options, source=Path(words.pop(0)))
         if not words:
             raise SettingError("sweep: no scheme is named.", hint="For example: ckavg sweep . pema:gamma=0.1,0.15 mean")
-        _average_all([_asked(word, options) for word in parse_words(words)], options, ranks)
+        average_words(parse_words(words), options, ranks)
+
+
+def average_words(words: Sequence[Word], options: Sweeping, ranks: Ranks) -> None:
+    """Form the averages that words ask for, evaluate and show them."""
+    _average_all([_asked(word, options) for word in words], options, ranks)
 
 
 def _asked(word: Word, options: Sweeping) -> Asked:

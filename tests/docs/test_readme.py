@@ -40,7 +40,7 @@ def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values: dict[str, Any] = {}
     exec(compile(block, "README.md", "exec"), values)
     run = ckavg.open_run(source)
-    assert values["path"].lengths == ckavg.measure_path(run).lengths
+    assert values["path"].lengths == ckavg.path_length(run).lengths
     averaged = load_file(values["result"].directory / "model.safetensors")
     assert averaged.keys() == run.tensors.keys()
     assert {each.name for each in (source / "averaged").iterdir() if each.is_dir()} == {
