@@ -107,7 +107,7 @@ def test_command(hub: Hub, result: Path) -> None:
     told = json.loads(run_cli("push", result, REPO, "--json").stdout)
     assert told["url"] == f"{hub.url}/{REPO}"
     assert told["revision"] == "main"
-    section = (Path(__file__).parents[2] / "docs" / "cli.md").read_text().partition("### The JSON object of push")[2]
+    section = (Path(__file__).parents[2] / "docs" / "json.md").read_text().partition("## The JSON object of push")[2]
     assert set(re.findall(r"^\| `(\w+)` \|", section.partition("\n## ")[0], re.MULTILINE)) == told.keys()
     assert re.findall(r"pass 2 of 2, uploading: (\S+)", done.stderr) == ["0.00", "0.00"], "the beginning and the end"
 
