@@ -233,19 +233,20 @@ class Job:
             at = next(iter([*self._blocks]), "")  # the oldest of those that are under way
             self._member.tell(beat=self._member.told.beat + 1, at=at)
 
-    def _look(self) -> None:
-        """Look at all that have come, at most every so often. Looks are counted, and no clock's seconds: of a process
-        that was stopped itself, the others have been silent for as long.
+    def _look(self, *, at_once: bool = False) -> None:
+        """Look at all that have come, at most every so often. Of the seconds since the last look no more count than
+        that: of a process that was stopped itself, the others have been silent for as long.
         """
         now = time.monotonic()
-        if now - self._looked >= self._interval:
+        since = min(now - self._looked, self._interval)
+        if at_once or since == self._interval:
             self._looked = now
             for rank in [rank for rank in self._seen if rank not in self._left | self.lost]:
-                self._look_again(rank)
+                self._look_again(rank, since)
         if self._failure is not None:
             raise self._failure
 
-    def _look_again(self, rank: int) -> None:
+    def _look_again(self, rank: int, since: float) -> None:
         seen, before = self._look_at(rank), self._seen[rank]
         if seen is None or seen[0].job != self.name:
             self._absent[rank] = self._absent.get(rank, 0) + 1
@@ -254,7 +255,7 @@ class Job:
             return
         told, is_held = seen
         self._absent[rank], self._seen[rank] = 0, told
-        self._silence[rank] = 0.0 if told != before else self._silence.get(rank, 0.0) + self._interval
+        self._silence[rank] = 0.0 if told != before else self._silence.get(rank, 0.0) + since
         if told.state != "working":
             self._left.add(rank)
             if told.state == "failed":
@@ -307,9 +308,8 @@ class Job:
         if isinstance(error, KeyboardInterrupt):
             end = time.monotonic() + _SECONDS_FOR_NEWS
             while self._failure is None and time.monotonic() < end:
-                self._looked = 0.0
                 with suppress(BaseException):
-                    self._look()
+                    self._look(at_once=True)
                 time.sleep(SECONDS_BETWEEN_LOOKS / 4)
             error = self._failure or error
         self.is_ending = True
@@ -330,9 +330,8 @@ class Job:
         """Wait until the others have left, or are gone; not for long."""
         end = time.monotonic() + _SECONDS_TO_LEAVE
         while time.monotonic() < end:
-            self._looked = 0.0
             with suppress(BaseException):
-                self._look()
+                self._look(at_once=True)
             left = self._left | self.lost
             if all(rank in left or self._silence.get(rank, 0.0) >= _SECONDS_QUIET for rank in self._seen):
                 return
@@ -348,7 +347,7 @@ class Job:
             BaseException: how it failed.
         """
         while self.directory.exists() and self._absent.get(0, 0) < _LOOKS_UNTIL_GONE - 1:
-            self._look_again(0)
+            self._look_again(0, SECONDS_BETWEEN_LOOKS / 4)
             if self._failure is not None:
                 raise self._failure
             time.sleep(SECONDS_BETWEEN_LOOKS / 4)
