@@ -213,7 +213,7 @@ def test_inspection_returns_problems_beside_what_is_sound(run: Path) -> None:
         ckavg.open_run(run)
 
 
-@pytest.mark.parametrize(("changed", "advice"), [(0, "--from-step 20"), (1, "--from-step 30"), (2, "--to-step 30")])
+@pytest.mark.parametrize(("changed", "advice"), [(0, "from_step=20"), (1, "from_step=30"), (2, "to_step=30")])
 def test_advice_on_a_change_of_shape_leaves_a_run(tmp_path: Path, changed: int, advice: str) -> None:
     write_run(tmp_path, [{"w": torch.ones(3 if place <= changed else 4)} for place in range(4)], (10, 20, 30, 40))
     with pytest.raises(MismatchError, match=advice):

@@ -32,7 +32,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_the_package(dist: Path) -> None:
     (wheel,) = dist.glob("*.whl")
-    sources = (path for path in (ROOT / "ckavg").rglob("*") if path.is_file() and path.suffix != ".pyc")
+    sources = (path for path in (ROOT / "ckavg").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     about = {f"{INFO}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")}
     names = set(zipfile.ZipFile(wheel).namelist())
     assert names == {str(path.relative_to(ROOT)) for path in sources} | about
