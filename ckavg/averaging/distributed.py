@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ckavg.averaging.parts import begin_part, parts_at_work, parts_of
 from ckavg.averaging.plan import Plan
 from ckavg.averaging.recipe import recipe_of
-from ckavg.checkpoints.fingerprints import Fingerprints, fingerprint_run
-from ckavg.checkpoints.run import Checkpoint, Run
+from ckavg.checkpoints.fingerprints import Fingerprints, fingerprint_run, with_tensors
+from ckavg.checkpoints.run import Run
 from ckavg.engine.distributed import AGREED, JOURNAL, PassJournal, Ranks
 from ckavg.engine.job import RANK_FILE
 from ckavg.engine.reader import usable_handles
@@ -39,11 +39,12 @@ _SECONDS_TO_AGE = 3.0
 
 
 @contextmanager
-def staged(plans: Sequence[Plan], ranks: Ranks, device: str) -> Iterator[tuple[list[Staging], Ranks]]:
+def staged(run: Run, plans: Sequence[Plan], ranks: Ranks, device: str) -> Iterator[tuple[list[Staging], Ranks]]:
     """A staging directory for each plan, and the processes at work there. The first of a job makes the directories, and
     removes or renames them when all others have left; parts that are done by themselves share them.
 
     Args:
+        run: all checkpoints that are read.
         plans: what is to be written.
         ranks: all processes.
         device: the kind of device on which they compute.
@@ -53,7 +54,7 @@ def staged(plans: Sequence[Plan], ranks: Ranks, device: str) -> Iterator[tuple[l
         RanksError: the others do not come, or see something else.
         WriteError: the system would not let us write.
     """
-    checkpoints = hash_run(plans[0].run)
+    checkpoints = hash_run(run) if ranks.is_shared else ""  # by itself, a process has nobody to compare with
     stagings = [
         Staging(plan.out, force=plan.options.force or plan.target is not None, files=plan.files) for plan in plans
     ]
@@ -262,16 +263,9 @@ def finalize(
 def hash_run(run: Run) -> str:
     """What is the same of a run wherever it is seen: files count by name and size, tensors by what headers say."""
     digest = hashlib.sha256()
-    before, tensors = run.checkpoints[0], _tensors(run.checkpoints[0])
-    for checkpoint in run.checkpoints:
+    for checkpoint, tensors in with_tensors(run):
         digest.update(
             repr((checkpoint.step, [(shard.path.name, shard.nbytes) for shard in checkpoint.shards])).encode()
         )
-        if checkpoint.entries is not before.entries:
-            before, tensors = checkpoint, _tensors(checkpoint)
         digest.update(tensors)
     return digest.hexdigest()
-
-
-def _tensors(checkpoint: Checkpoint) -> bytes:
-    return repr(sorted(checkpoint.entries.items())).encode()

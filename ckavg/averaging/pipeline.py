@@ -296,7 +296,7 @@ def _carry_out(reading: Reading, context: Context) -> tuple[tuple[Record, ...], 
     sources = {key: file_fingerprints(each) for key, each in runs.items()}
     if ranks.mode != "join":  # who joins reads no weights
         fetch(fetching_of(plans), context.on_progress)
-    with staged(plans, ranks, _kind(context)) as (stagings, met):
+    with staged(run, plans, ranks, _kind(context)) as (stagings, met):
         context = replace(context, ranks=met)
         prepared = _prepare(reading, context)
         replayed, hashes = _replay(prepared, stagings, context)
@@ -327,7 +327,7 @@ def do_part(plan: Plan, context: Context) -> tuple[int, ...]:
     (reading,) = readings([plan])
     context = tuned(context)
     fetch(fetching_of([plan]), context.on_progress)
-    with staged([plan], context.ranks, _kind(context)) as (stagings, met):
+    with staged(reading.run, [plan], context.ranks, _kind(context)) as (stagings, met):
         prepared = _prepare(reading, replace(context, ranks=met))
         try:
             _replay(prepared, stagings, replace(context, ranks=replace(met, waits=False)))

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ckavg.checkpoints.run import Checkpoint, Run, Shard
@@ -33,14 +33,19 @@ Fingerprints = tuple[str | None, ...]
 
 def fingerprint_run(run: Run) -> Fingerprints:
     """The stamp of each checkpoint as it is now."""
-    found: list[str | None] = []
+    return tuple(
+        None if (states := _states(checkpoint)) is None else _digest(states, tensors)
+        for checkpoint, tensors in with_tensors(run)
+    )
+
+
+def with_tensors(run: Run) -> Iterator[tuple[Checkpoint, bytes]]:
+    """Each checkpoint, and what its headers declare as bytes; formed once for neighbours that share their table."""
     before, tensors = run.checkpoints[0], _tensors(run.checkpoints[0])
     for checkpoint in run.checkpoints:
         if checkpoint.entries is not before.entries:
             before, tensors = checkpoint, _tensors(checkpoint)
-        states = _states(checkpoint)
-        found.append(None if states is None else _digest(states, tensors))
-    return tuple(found)
+        yield checkpoint, tensors
 
 
 def fingerprint(checkpoint: Checkpoint) -> str | None:

@@ -11,10 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from ckavg.checkpoints.layouts import is_averaged, is_training_state
 from ckavg.checkpoints.run import WhyLeftOut
-from ckavg.checkpoints.unsupported import TRAINING_STATE
-
-MODELS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "student")
-"""Under what keys trainers save a model, the most telling first."""
+from ckavg.checkpoints.unsupported import MODELS, TRAINING_STATE
 
 _STATE = re.compile(TRAINING_STATE, re.IGNORECASE)
 _FLAT_STATE = re.compile(

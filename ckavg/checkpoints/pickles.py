@@ -14,6 +14,7 @@ from ckavg.checkpoints.archives import FIRST_BYTES, CutOffError, Span, read_dire
 from ckavg.checkpoints.headers import LARGEST, RESAVE, STILL_WRITTEN, Header, product, shown
 from ckavg.checkpoints.model_names import count_moments
 from ckavg.checkpoints.run import ITEM_BYTES, TensorInfo
+from ckavg.checkpoints.saved_tensors import DTYPES, STORAGES
 from ckavg.checkpoints.state_dict import find_weights_in, step_of
 from ckavg.checkpoints.unpickler import Global, Opaque, unpickled
 from ckavg.errors import CorruptFileError, MissingShardError, ReadError, TruncatedShardError
@@ -183,19 +184,6 @@ def _located(name: str, tensor: _Tensor, spans: Mapping[str, Span], shard: int) 
 
 # --- what the pickle may name ---
 
-_DTYPES: Mapping[str, str] = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "complex64": "C64",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
-}  # fmt: skip
-_STORAGES: Mapping[str, str] = {
-    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
-    "ComplexFloatStorage": "C64", "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16",
-    "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL",
-}  # fmt: skip
-
 
 def _storage(identifier: Any) -> Any:
     """The storage that is meant by its class, its file, the device that it was on, and how many elements it has."""
@@ -272,7 +260,7 @@ def _unread(problem: str) -> Any:
 
 _KNOWN: Mapping[tuple[str, str], Any] = {
     ("torch", "Size"): lambda values=(): tuple(values),
-    **{("torch", name): code for name, code in {**_DTYPES, **_STORAGES}.items()},
+    **{("torch", name): code for name, code in {**DTYPES, **STORAGES}.items()},
     ("torch._utils", "_rebuild_tensor"): _typed,
     ("torch._utils", "_rebuild_tensor_v2"): _typed,
     ("torch._utils", "_rebuild_tensor_v3"): _untyped,

@@ -33,11 +33,14 @@ DTYPES: Mapping[str, str] = {
 }  # fmt: skip
 """torch's dtypes by name, as safetensors codes."""
 
-_STORAGES: Mapping[str, str] = {
+STORAGES: Mapping[str, str] = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
-    "ByteStorage": "U8", "BoolStorage": "BOOL", "ComplexFloatStorage": "C64", "UntypedStorage": "",
+    "ByteStorage": "U8", "BoolStorage": "BOOL", "ComplexFloatStorage": "C64",
 }  # fmt: skip
+"""torch's classes of storages by name, likewise."""
+
+_STORAGES = {**STORAGES, "UntypedStorage": ""}
 
 
 class NotInOrderError(ValueError):
