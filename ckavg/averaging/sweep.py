@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ckavg.averaging.best import judged_by
 from ckavg.averaging.evaluation import rank, record_evaluation
-from ckavg.averaging.pipeline import carry_out, discard_sent, send_results
+from ckavg.averaging.pipeline import carry_out
 from ckavg.averaging.plan import Options, plan_averages, result_name
+from ckavg.averaging.publish import discard_sent, send_results
 from ckavg.averaging.sources import opened
 from ckavg.checkpoints.run import Run
 from ckavg.checkpoints.trainer_log import Goal

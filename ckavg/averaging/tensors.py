@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ckavg.averaging.pipeline import coefficients_with, in_memory, path_length
+from ckavg.averaging.pipeline import in_memory, path_length
 from ckavg.averaging.plan import Options, plan_in_memory
+from ckavg.averaging.prepare import coefficients_with
 from ckavg.averaging.sources import opened
 from ckavg.checkpoints.run import Run
 from ckavg.engine.context import Context, OnProgress, listening

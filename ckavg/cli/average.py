@@ -13,8 +13,9 @@ import typer
 from rich.filesize import decimal
 
 from ckavg.averaging.evaluation import Criterion
-from ckavg.averaging.pipeline import Done, carry_out, discard_sent, do_part
+from ckavg.averaging.pipeline import Done, carry_out, do_part
 from ckavg.averaging.plan import Options, Plan, checked, output_path, plan_averages
+from ckavg.averaging.publish import discard_sent
 from ckavg.averaging.reading import fetching_of, memory_bytes, readings
 from ckavg.averaging.sources import inspect_sources
 from ckavg.checkpoints.run import Run, Selection

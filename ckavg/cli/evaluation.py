@@ -23,8 +23,8 @@ from ckavg.averaging.evaluation import (
     record_evaluation,
 )
 from ckavg.averaging.evaluation_cache import EvaluationCache
-from ckavg.averaging.pipeline import send_results
 from ckavg.averaging.plan import Plan
+from ckavg.averaging.publish import send_results
 from ckavg.cli.errors import INTERRUPTED
 from ckavg.cli.options import Averaging
 from ckavg.cli.text import Output, plain_table, quoted, say, show_progress, warn, warn_of

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.filesize import decimal
 
-from ckavg.averaging.pipeline import discard_sent
 from ckavg.averaging.plan import Plan, result_name
+from ckavg.averaging.publish import discard_sent
 from ckavg.cli.average import (
     Asked,
     as_result,

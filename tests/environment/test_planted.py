@@ -151,7 +151,7 @@ def test_in_what_an_interrupted_average_has_left(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(import_module("ckavg.averaging.pipeline"), "completed", interrupt)
+        patch.setattr(import_module("ckavg.averaging.publish"), "completed", interrupt)
         with pytest.raises(KeyboardInterrupt):
             ckavg.average(ckavg.open_run(run), ckavg.Mean())
     partial = run / "averaged" / ".mean.ckavg-partial"
