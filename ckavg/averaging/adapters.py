@@ -1,7 +1,7 @@
-"""What an average of low-rank adapters by their products is like: pairs, ranks, and the files that state them.
+"""Planning averages of low-rank adapters by their products: pairs, ranks, and the files that state them.
 
-Σ_k w_k s·B_k A_k is one product again, of the columns of all B_k beside each other and the rows of all A_k below each
-other. Its rank K·r, or what that is cut to, goes into shapes, configs and headers. Reads no weight.
+Σ_k w_k s·B_k A_k is again one product: all B_k side by side, times all A_k stacked. Its rank K·r, or the rank it is
+truncated to, goes into shapes, configs and headers. Reads no weight.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Products:
 
     Attributes:
         pairs: their factors.
-        rank: R, to which every average is cut; None: none is.
+        rank: R, the rank to truncate every average to; None: do not truncate.
     """
 
     pairs: tuple[Pair, ...]
@@ -44,34 +44,34 @@ class Products:
 
     @property
     def names(self) -> frozenset[str]:
-        """The tensors that no longer are averaged each by itself."""
+        """The tensors that are averaged as products, not one by one."""
         return frozenset(name for pair in self.pairs for name in pair.names)
 
     def ranks(self, terms: Mapping[str, int]) -> Ranks:
-        """The rank of each average, from how many products it sums, by the name of A."""
+        """The rank of each averaged product by the name of A, from how many products it sums."""
         return {pair.a: pair.new_rank(terms[pair.a], self.rank) for pair in self.pairs}
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The files of one output: the weights, and what is beside them by relative path."""
+    """The files of one output: the weights, and the side files by relative path."""
 
     weights: WeightPlan
     side_files: dict[str, bytes]
 
 
 def check_rank(lora: str | None, rank: int | None) -> None:
-    """Refuse a rank below 1, or one that nothing is cut to, with a `SettingError`."""
+    """Refuse a rank below 1, or a rank without `lora="product"`, with a `SettingError`."""
     if rank is not None and (lora != "product" or rank < 1):
         wrong = f"rank is {rank}; it must be 1 or more." if rank < 1 else f"rank is {rank}, but lora is not product."
         raise SettingError(wrong, hint="For example: --lora product --rank 16")
 
 
 def find_products(run: Run, lora: str | None, rank: int | None) -> Products | None:
-    """What `lora` asks for of a run; None for averages tensor by tensor.
+    """The products to average with `lora="product"`; None for averages tensor by tensor.
 
     Raises:
-        UnsupportedFormatError: the run holds no adapter, or one whose product is not that of two factors.
+        UnsupportedFormatError: the run holds no adapter, or one that is not a product of two factors.
         MismatchError: two checkpoints scale a product by different s.
     """
     if lora is None:
@@ -92,27 +92,27 @@ def find_products(run: Run, lora: str | None, rank: int | None) -> Products | No
 
 
 def check_holds_adapter(run: Run) -> None:
-    """Refuse a run without any factor of a product by its names."""
+    """Refuse a run in which no tensor is named like a low-rank factor."""
     if not (names_of_pairs(run.last) or hold_factors(run.tensors)):
         raise no_adapter(run.last)
 
 
 def different_scaling(pair: Pair, step: int, there: float | None, last: int, here: float | None) -> MismatchError:
-    """The error where products are scaled by different s."""
+    """The error for products scaled by different s."""
     return MismatchError(
         f"{pair.module}: the product BA is scaled by {there} at step {step}, but by {here} at step {last}.",
-        hint="One adapter has one scaling. Choose checkpoints that agree, with --from-step, --to-step or --skip-step; "
-        "or merge each adapter into its base model and average those.",
+        hint="An adapter has one scaling. Choose checkpoints with the same one, with --from-step, --to-step or "
+        "--skip-step; or merge each adapter into its base model and average those.",
     )
 
 
 def lay_out(
     run: Run, products: Products, side_files: Mapping[str, bytes], dtype: str, terms: Mapping[str, int]
 ) -> Layout:
-    """The files of an average that sums so many products of each pair, by the name of A.
+    """The files of an average that sums `terms` products of each pair; `terms` is by the name of A.
 
     Raises:
-        SettingError: a loader would take another part out of the base model for another rank.
+        SettingError: the adapters change the base model by their rank, and the average has another rank.
     """
     ranks = products.ranks(terms)
     weights = plan_weights(with_ranks(run.last, products.pairs, ranks), dtype, file_name=name_of_weights(run))
@@ -122,12 +122,12 @@ def lay_out(
         if name not in files:
             continue
         config = read_config(files, name)
-        begun = changes_base(config)
+        init = changes_base(config)
         changed = next((pair for pair in products.pairs if ranks[pair.a] != pair.rank), None)
-        if begun and changed is not None:
+        if init and changed is not None:
             raise SettingError(
-                f"lora product: these adapters were begun with {begun}, by which PEFT takes a part of rank "
-                f"{changed.rank} out of the base model; at rank {ranks[changed.a]} it would take another.",
+                f"lora product: these adapters were initialized with {init}: PEFT then removes a part of rank "
+                f"{changed.rank} from the base model, and at rank {ranks[changed.a]} it would remove another part.",
                 hint=f"Keep the rank with --rank {changed.rank}, or convert the adapters as PEFT documents.",
             )
         new = with_config(config, prefix, products.pairs, ranks)

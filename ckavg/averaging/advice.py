@@ -1,6 +1,6 @@
-"""What an expert would tell the user about a run, in a sentence or two each. Warns and never refuses.
+"""Advice about a run and its averages, a sentence or two each. It warns and never refuses.
 
-Pure, but for `before`, which reads the trainer's log. Where the thresholds come from is in `docs/choosing.md`.
+Pure, except `before`, which reads the trainer's log. `docs/choosing.md` says where the thresholds come from.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ _REFERENCE = (0.5, 1.0)
 """ℓ(T) of the runs that PEMA was tuned on (Pathwise EMA, Section 2)."""
 
 _CLOCK = tuple(1800 * length**2 for length in _REFERENCE)
-"""T · ℓ(T)² of those runs, of 1800 steps. The last β depends on this alone; ℓ(T) · √T is `_FAR` off at a 16th of it."""
+"""T · ℓ(T)² of those runs, of 1800 steps. Only this determines the last β; at a 16th of it, ℓ(T) · √T is `_FAR` off."""
 
 _DECAYED = 0.25
-"""Learning rate at the last checkpoint, as a part of the peak, below which averaging is said to gain less."""
+"""Learning rate at the last checkpoint, as a fraction of the peak, below which averaging is said to gain less."""
 
 _STABLE = 0.5
-"""Part of the peak down to which the learning rate counts as not decayed yet."""
+"""Fraction of the peak above which the learning rate counts as not decayed yet."""
 
 _MOST_OF_A_RUN = 0.75
-"""How much of the training must lie before the decay for that part to be worth an average of its own. A decay from the
-beginning, by a line or a cosine to a quarter of the peak or less, has halved the rate before."""
+"""Fraction of the training before the decay that makes an average of that stretch worth comparing. A linear or cosine
+decay from the beginning, to a quarter of the peak or less, has halved the rate earlier."""
 
 _INTERVALS = (50, 400)
 """Optimizer steps between two updates in the papers: 50 to 300 (Pathwise EMA), 400 (EMA Without the Lag)."""
 
 _INTERVAL_COMPARED = 300
-"""The widest that Pathwise EMA compares."""
+"""The widest interval that Pathwise EMA compares, in optimizer steps."""
 
 _FEWEST = 6
 """Updates of a run in the coarsest setting of Pathwise EMA: 1800 steps, every 300."""
@@ -64,10 +64,10 @@ _FEWEST_CORRECTED = 18
 """Updates of a run in the usual setting of EMA Without the Lag: 7265 steps, every 400."""
 
 _MANY = 50
-"""Checkpoints; up to here, close ones are those of a short run."""
+"""Checkpoints; with no more than this, close ones mean a short run."""
 
 _SHORT_RUN = 1000
-"""Optimizer steps; in a run this short, fewer updates than now would be too few."""
+"""Optimizer steps; a run this short would have too few updates at a wider interval."""
 
 _NARROW_POWER = 0.2
 """Largest power of β that Pathwise EMA compares: up to here, an average forgets all but the last ten checkpoints."""
@@ -76,7 +76,7 @@ _EXTRAPOLATED = -0.3
 """Sum of negative weights; BEMA's defaults stay above it in any run of 402 steps or more."""
 
 _MUCH_OF_ANCHOR, _START_OF_RUN = 0.1, 0.05
-"""Weight of the anchor from which it is told, and the part of a run up to which a checkpoint is its start."""
+"""Weight of the anchor that is worth a warning, and the fraction of a run within which a checkpoint is its start."""
 
 _SOME = 2.0
 """Effective count below which an average is little else than one checkpoint."""
@@ -85,22 +85,22 @@ _POWERS = (0.05, 0.1, 0.15, 0.2, 0.3)
 """The powers γ that Pathwise EMA compares, and 0.3, which it needed once (Section 3.2.1, Appendix C.3)."""
 
 _CONSTANT = 0.9
-"""Part of the peak at which a learning rate has not begun to decay."""
+"""Fraction of the peak above which a learning rate has not begun to decay."""
 
 _WITHOUT_ANCHOR = (Mean, PowerEMA, PowerExponentEMA, Weights)
-"""Schemes for which the first checkpoint is one like the others."""
+"""Schemes that treat the first checkpoint like the others."""
 
 
 def before(
     run: Run, scheme: Scheme, rates: Sequence[tuple[int, float]] | None = None, *, lora: str | None = None
 ) -> tuple[str, ...]:
-    """What can be told before any weight is read.
+    """Advice that needs no weight.
 
     Args:
         run: the checkpoints.
         scheme: how they are averaged.
-        rates: learning rates that the trainer had logged; None: read from the last checkpoint's `trainer_state.json`.
-        lora: how adapters are averaged, if somebody said so.
+        rates: the trainer's logged learning rates; None: read them from the last checkpoint's `trainer_state.json`.
+        lora: how adapters are averaged, if that was stated.
     """
     if isinstance(scheme, Last):
         return ()
@@ -115,12 +115,12 @@ def before(
 
 
 def about_anchor(step: int, names: Iterable[str], *, with_init: bool) -> tuple[str, ...]:
-    """What the anchor tells, whatever the scheme.
+    """Advice about the anchor, for any scheme.
 
     Args:
         step: its optimizer step.
         names: of its tensors.
-        with_init: whether it was named apart from the run.
+        with_init: whether it was given with `init`.
     """
     if step == 0 or with_init:
         return ()
@@ -139,13 +139,13 @@ def about_anchor(step: int, names: Iterable[str], *, with_init: bool) -> tuple[s
 def about_anchor_weight(
     steps: Sequence[int], weights: Sequence[float], start: int, *, with_init: bool
 ) -> tuple[str, ...]:
-    """What the weight of the anchor tells, where that is the start of the run: a model that has not learned much.
+    """Advice about the weight of an anchor at the start of the run, a model that has not learned much.
 
     Args:
         steps: optimizer step of every checkpoint.
         weights: effective weight of each.
         start: index of the anchor.
-        with_init: whether the first checkpoint was named apart from the run.
+        with_init: whether the first checkpoint was given with `init`.
     """
     if weights[start] < _MUCH_OF_ANCHOR or start == len(steps) - 1:
         return ()
@@ -162,33 +162,33 @@ def about_anchor_weight(
 def about_trend(
     scheme: Scheme, course: Course, steps: Sequence[int], weights: Sequence[float], tried: Collection[str]
 ) -> tuple[str, ...]:
-    """Whether averaging over less or over more is worth comparing, as far as the trainer's log tells.
+    """Advice to compare a narrower or a wider average, from the trainer's log.
 
-    While the loss falls, an average that lags is of worse models; once it is level at a constant learning rate, what is
-    left is noise, of which a wider average has less. Where the log tells neither, nothing is said.
+    While the loss falls, a lagging average contains worse models. Once it is level at a constant learning rate, only
+    noise is left, and a wider average has less of it. In any other case there is no advice.
 
     Args:
         scheme: how the checkpoints were averaged.
         course: how training went.
         steps: optimizer step of every checkpoint.
         weights: effective weight of each.
-        tried: names of the results that are there already, or are made at the same time.
+        tried: names of results that exist already or are being made.
     """
     lag, count = mean_age(steps, weights), effective_count(weights)
     metric = course.metric if course.metric == "eval_loss" else "The training loss"
     if course.trend == "falling" and count >= _SOME and lag > 0:
         choices = _narrower(scheme, len(steps), tried)
-        told = f"{metric} was still falling, and this average is {lag:.0f} steps behind. Worth comparing: "
+        text = f"{metric} was still falling, and this average is {lag:.0f} steps behind. Worth comparing: "
     elif course.trend == "level" and _is_constant(course.rates) and count < len(steps) / 2:
         choices = _wider(scheme, steps, count, tried)
-        told = f"{metric} is level at a constant learning rate: a wider average may have less noise. Worth comparing: "
+        text = f"{metric} is level at a constant learning rate: a wider average may have less noise. Worth comparing: "
     else:
         return ()
-    return (f"{told}{' or '.join(choices)}.",) if choices else ()
+    return (f"{text}{' or '.join(choices)}.",) if choices else ()
 
 
 def _narrower(scheme: Scheme, count: int, tried: Collection[str]) -> list[str]:
-    """What averages over less than a scheme, of what was not tried."""
+    """Untried schemes that average over fewer checkpoints."""
     if isinstance(scheme, PEMA | EMA):
         choices = [(f"--gamma {each.gamma:g}", each.label) for each in _other_powers(scheme, tried)[0][-1:]]
         return [option for option, _ in choices] + ([] if _is_tried("bema", tried) else ["bema"])
@@ -198,7 +198,7 @@ def _narrower(scheme: Scheme, count: int, tried: Collection[str]) -> list[str]:
 
 
 def _wider(scheme: Scheme, steps: Sequence[int], count: float, tried: Collection[str]) -> list[str]:
-    """What averages over more than a scheme, of what was not tried."""
+    """Untried schemes that average over more checkpoints."""
     if not isinstance(scheme, PEMA | EMA):
         return []
     if count < _SOME:  # on a short path, no power changes much
@@ -210,7 +210,7 @@ def _wider(scheme: Scheme, steps: Sequence[int], count: float, tried: Collection
 
 
 def _other_powers(scheme: PEMA | EMA, tried: Collection[str]) -> tuple[list[PEMA | EMA], list[PEMA | EMA]]:
-    """The same with smaller and with larger powers, ascending, of those that are usual and were not tried."""
+    """The same scheme with smaller and with larger powers, ascending: the usual ones that were not tried."""
     others = [dataclasses.replace(scheme, gamma=power) for power in _POWERS]
     others = [other for other in others if not _is_tried(other.label, tried)]
     return [each for each in others if each.gamma < scheme.gamma], [
@@ -223,47 +223,47 @@ def _is_tried(label: str, tried: Collection[str]) -> bool:
 
 
 def _is_constant(rates: Series) -> bool:
-    """Whether the learning rate ended at its peak, or nearly there; not where none was logged."""
+    """Whether the learning rate ended at or near its peak; False if none was logged."""
     return bool(rates) and rates[-1][1] >= _CONSTANT * max(rate for _, rate in rates)
 
 
 def about_learning_rate(steps: Sequence[int], rates: Sequence[tuple[int, float]]) -> tuple[str, ...]:
-    """What the learning rate tells: averaging removes noise, and little is left of it after a decay.
+    """Advice about the learning rate: averaging removes noise, and a decay leaves little of it.
 
     Args:
-        steps: optimizer steps of the checkpoints that are averaged, without a model given as the anchor.
-        rates: (optimizer step, learning rate) as the trainer logged them, by step.
+        steps: optimizer steps of the averaged checkpoints, without an anchor given with `init`.
+        rates: (optimizer step, learning rate) as logged by the trainer, by step.
     """
     logged = [(step, rate) for step, rate in rates if step <= steps[-1]]
     peak = max((rate for _, rate in logged), default=0.0)
     if peak == 0 or logged[-1][1] >= _DECAYED * peak:
         return ()
     low = logged[-1][1]
-    told = (
+    text = (
         f"The learning rate had fallen to {low:.2g} by step {steps[-1]}, {low / peak:.0%} of its peak of {peak:.2g}: "
         "expect less of averaging than at a high rate. "
     )
     stable = [step for step in steps if _rate_at(step, logged) >= _STABLE * peak]
     if len(stable) > 1 and stable[-1] >= _MOST_OF_A_RUN * steps[-1]:
         return (
-            told + f"Worth comparing: an average that ends while the rate was still high, with --to-step {stable[-1]}.",
+            text + f"Worth comparing: an average that ends while the rate was still high, with --to-step {stable[-1]}.",
         )
-    return (told + "Compare the result with the last checkpoint.",)
+    return (text + "Compare the result with the last checkpoint.",)
 
 
 def _rate_at(step: int, rates: Sequence[tuple[int, float]]) -> float:
-    """The rate last logged at or before a step; 0 before the first entry."""
+    """The last rate logged at or before a step; 0 before the first entry."""
     place = bisect.bisect_right(rates, step, key=lambda entry: entry[0])
     return rates[place - 1][1] if place else 0.0
 
 
 def about_interval(steps: Sequence[int], scheme: Scheme, *, with_init: bool) -> tuple[str, ...]:
-    """What the distance between the checkpoints tells, for schemes whose β takes no account of it.
+    """Advice about the interval between checkpoints, for schemes whose β ignores it.
 
     Args:
         steps: optimizer step of every checkpoint, the anchor's first.
         scheme: how they are averaged.
-        with_init: whether the anchor was named apart from the run: it counts as the first, and in no distance.
+        with_init: whether the anchor was given with `init`; its distance to the run does not count then.
     """
     begin = next((index for index, step in enumerate(steps) if step >= (scheme.every_from or 0)), len(steps))
     visited, updates = steps[begin:], len(steps) - begin - 1
@@ -285,9 +285,9 @@ def about_interval(steps: Sequence[int], scheme: Scheme, *, with_init: bool) -> 
 
 
 def _wider_interval(steps: Sequence[int]) -> int | None:
-    """A multiple of the interval for `--every` that is within the range of the papers; None if nothing calls for it.
+    """A multiple of the interval for `--every` within the range of the papers; None if there is no need for one.
 
-    An interval of 1 is rather one of epochs or of numbered saves, and is left alone.
+    An interval of 1 usually counts epochs or saves, so it gets no advice.
     """
     interval = statistics.median(after - before for before, after in itertools.pairwise(steps))
     close = 1 < interval < _INTERVALS[0] and interval == int(interval)
@@ -299,14 +299,14 @@ def _wider_interval(steps: Sequence[int]) -> int | None:
 
 
 def about_adapters(names: Iterable[str]) -> tuple[str, ...]:
-    """What the names of the tensors tell: whether they are factors, whose product is what acts on the model."""
+    """Advice about low-rank adapters, recognised by tensor names: the product of the factors acts on the model."""
     names = list(names)
     if not hold_factors(names):
         return ()
     is_lora = hold_factors(names, ("lora_",))
     return (
-        "These are low-rank adapters, whose factors A and B are averaged each by itself: the product of the means is "
-        "near the mean of the products BA, but not the same. "
+        "These are low-rank adapters, and the factors A and B are averaged separately: the product of the means is "
+        "close to the mean of the products BA, but not the same. "
         + (
             "Worth comparing: --lora product, which averages the products; --rank with their rank keeps the size."
             if is_lora
@@ -316,53 +316,53 @@ def about_adapters(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def about_path(path: PathLength, excluded: Sequence[str]) -> tuple[str, ...]:
-    """What the measured path tells.
+    """Advice about the measured path.
 
     Args:
         path: the table of pass 1.
-        excluded: tensors that did not count because the user, or their nature, left them out.
+        excluded: tensors left out of it, by the user or as running statistics.
     """
-    told: list[str] = []
+    texts: list[str] = []
     if path.without_spread:
-        told.append(
+        texts.append(
             f"No spread at the anchor (σ = 0), so not counted in the path length: {_named(path.without_spread)}. "
             "They are averaged like all others."
         )
     if path.not_finite:
-        told.append(f"NaN or infinity, so not counted in the path length: {_named(path.not_finite)}.")
+        texts.append(f"NaN or infinity, so not counted in the path length: {_named(path.not_finite)}.")
     if excluded:
-        told.append(f"Left out of the path length: {_named(excluded)}.")
+        texts.append(f"Left out of the path length: {_named(excluded)}.")
     lengths = path.lengths
     if path.parameters_counted == 0:
-        told.append("No tensor counts in the path length, so β = 1 and the result is the last checkpoint.")
+        texts.append("No tensor counts in the path length, so β = 1 and the result is the last checkpoint.")
     elif lengths[-1] == 0:
-        told.append("Nothing moved: the path length is 0, so β = 1 and the result is the last checkpoint.")
+        texts.append("Nothing moved: the path length is 0, so β = 1 and the result is the last checkpoint.")
     else:
-        told += [
+        texts += [
             f"Steps {path.steps[place]} and {path.steps[place + 1]} hold identical weights: a stale save?"
             for place in range(len(lengths) - 1)
             if all(tensor.distances[place] == 0 for tensor in path.tensors.values())
         ]
-        told += _about_length(lengths[-1], path.steps[-1] - path.steps[0])
-    return tuple(told)
+        texts += _about_length(lengths[-1], path.steps[-1] - path.steps[0])
+    return tuple(texts)
 
 
 def about_infinite(names: Sequence[str]) -> tuple[str, ...]:
-    """What becomes of infinities that no checkpoint lacks, as in masks: they stay what they are."""
+    """Note infinities that all checkpoints share, as in masks; the result keeps them."""
     return (f"The same infinities in all checkpoints, and so in the result: {_named(names)}.",) if names else ()
 
 
 def about_nonfinite(count: int) -> tuple[str, ...]:
-    """What NaN and infinity have done to the result, where they were allowed.
+    """Note NaN and infinity in the result, if they were allowed.
 
     Args:
-        count: how many elements of it are not finite.
+        count: how many elements of the result are not finite.
     """
     return (f"{count:,} numbers of the result are NaN or infinite, as some of the checkpoints are.",) if count else ()
 
 
 def _about_length(length: float, span: int) -> list[str]:
-    """PEMA's γ = 0.15 was found for runs of 1800 steps whose path length is about 1, and served well from 0.5 on."""
+    """PEMA's γ = 0.15 was tuned on runs of 1800 steps with a path length of about 1, and worked well from 0.5 on."""
     clock = span * length**2
     if clock < _CLOCK[0] / _FAR**2:
         low, high = _CLOCK
@@ -377,20 +377,22 @@ def _about_length(length: float, span: int) -> list[str]:
 
 
 def about_coefficients(scheme: Scheme, coefficients: Coefficients, steps: Sequence[int]) -> tuple[str, ...]:
-    """What the coefficients tell."""
-    told = []
+    """Advice about the coefficients."""
+    texts = []
     if coefficients.start == len(steps) - 1 and scheme.name != Last.name:
-        told.append(f"No update falls after step {steps[-1]}, where the average begins: the result is that checkpoint.")
+        texts.append(
+            f"No update falls after step {steps[-1]}, where the average begins: the result is that checkpoint."
+        )
     if coefficients.uncorrected:
-        told.append(
+        texts.append(
             f"Running statistics, so averaged without the correction of {scheme.name}, which could make a variance "
             f"negative: {_named(coefficients.uncorrected)}."
         )
-    return tuple(told)
+    return tuple(texts)
 
 
 def about_weights(scheme: Scheme, steps: Sequence[int], weights: Sequence[float]) -> tuple[str, ...]:
-    """What the effective weights tell: how far the result lies beyond the checkpoints.
+    """Advice about negative effective weights: how far the result lies beyond the checkpoints.
 
     Args:
         scheme: how they are averaged.
@@ -403,8 +405,8 @@ def about_weights(scheme: Scheme, steps: Sequence[int], weights: Sequence[float]
     least, step = min(zip(weights, steps, strict=True))
     weaker = " Worth comparing: a larger --eta." if isinstance(scheme, BEMA | OUEMA) and scheme.eta < math.inf else ""
     return (
-        f"The negative weights sum to {negative:.2f}, the most of one checkpoint being {least:.2f} at step {step}: the "
-        f"result lies beyond the checkpoints.{weaker}",
+        f"The negative weights sum to {negative:.2f}, with {least:.2f} at step {step} the most negative: the result "
+        f"lies beyond the checkpoints.{weaker}",
     )
 
 

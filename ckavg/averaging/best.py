@@ -1,7 +1,7 @@
-"""`ckavg best`: rounds of averages are formed, judged and removed; the winner is formed where it is to stay.
+"""`ckavg best`: form, judge and remove averages round by round, then form the winner at its output path.
 
-What is tried next is decided in `averaging/search.py`. The number that the winner was chosen by is the best of many,
-and so flatters it: it is compared with that of the last checkpoint, and on other data by `confirm`.
+`averaging/search.py` decides what to try next. The winner's value is the best of many, and therefore optimistic: it is
+compared with that of the last checkpoint and, by `confirm`, on other data.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ Strategy = Literal["halving", "soup"]
 _STRATEGIES = {"halving": next_by_halving, "soup": next_in_soup}
 
 Standing = Literal["better", "level", "unknown", "last"]
-"""Of the winner: beyond the noise better than the last checkpoint; within the noise of it; the noise, or the value of
-the last checkpoint, is not known; it is the last checkpoint.
+"""How the winner compares with the last checkpoint: better beyond the noise; within the noise; unknown, since the noise
+or the value of the last checkpoint is not known; or it is the last checkpoint.
 """
 
 Judge = Callable[[Record, Plan], Evaluation]
-"""What a result is worth; one that cannot be told has no value."""
+"""Evaluates a result; the evaluation may have no value."""
 
 Form = Callable[[Sequence[Plan]], Done]
-"""Carries out plans, all from one reading."""
+"""Carries out plans in one reading."""
 
 _SAME = 0.01
-"""Averages of which less than this part of the weight lies on other checkpoints are one, and evaluated once."""
+"""Averages that differ by less than this fraction of the weight count as one and are evaluated once."""
 
 _STRIDES = (2, 4)
 
 NAME, SCRATCH = "best", ".ckavg-best-"
-"""Of the result; how the name of a directory begins in which a round is, beside it."""
+"""The name of the result; the prefix of the directory beside it that holds a round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +62,11 @@ class Contestant:
     """One average that was tried.
 
     Attributes:
-        name: as a result of it would be called; of a soup, the steps in it.
-        round: in which it was tried, from 1.
-        record: of it; its files are gone.
-        evaluation: what decided.
-        same_as: the name of the one whose evaluation it shares, since the weights are almost the same; or empty.
+        name: the name of its result; of a soup, its steps.
+        round: the round that tried it, from 1.
+        record: of its result, whose files are removed.
+        evaluation: its evaluation.
+        same_as: the name of the average whose evaluation it shares, because the weights are almost the same; or empty.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Contestant:
 
     @property
     def value(self) -> float | None:
-        """Of the metric; None where the evaluation failed."""
+        """The value of the metric; None if the evaluation failed."""
         return self.evaluation.value
 
 
@@ -87,15 +87,15 @@ Contestants = dict[Candidate, Contestant]
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """What came of a search.
+    """The outcome of a search.
 
     Attributes:
         record: of the result, with its evaluation.
-        contestants: in the order in which they were tried; the last checkpoint first.
+        contestants: all that were tried, in order; the last checkpoint first.
         winner: the index of the best.
         goal: whether the least or the greatest value is best.
-        confirmed: what the other evaluation said of the winner and of the last checkpoint; None without one.
-        target: the address that the result is still to be sent to; None where it stays, or is there already.
+        confirmed: the second evaluation of the winner and of the last checkpoint; None without one.
+        target: the address that the result has yet to be uploaded to; None if it stays here or is there already.
     """
 
     record: Record
@@ -114,7 +114,7 @@ class Best:
 
     @property
     def standing(self) -> Standing:
-        """How the winner stands against the last checkpoint."""
+        """How the winner compares with the last checkpoint."""
         best, last = self.contestants[self.winner], self.contestants[0]
         if self.winner == 0:
             return "last"
@@ -125,7 +125,7 @@ class Best:
 
     @property
     def beats_last(self) -> bool:
-        """Whether the winner is better than the last checkpoint, as far as can be told; by `confirmed`, too."""
+        """Whether the winner is known to be better than the last checkpoint, also by `confirmed` if there is one."""
         if self.standing not in ("better", "unknown") or self.contestants[0].value is None:
             return False
         if self.confirmed is None:
@@ -141,16 +141,16 @@ class Best:
             return "No average is better than the last checkpoint, which is the result."
         if last.value is None:
             return f"{best.name} is the best of those with a value; the last checkpoint has none to compare with."
-        told = f"{best.name} is better than the last checkpoint by {abs((best.value or 0.0) - last.value):.2g}"
+        text = f"{best.name} is better than the last checkpoint by {abs((best.value or 0.0) - last.value):.2g}"
         return {
-            "better": f"{told}, which is more than the standard error.",
-            "level": f"{told}, which is within the standard error: it is level with the last checkpoint, and no "
+            "better": f"{text}, which is more than the standard error.",
+            "level": f"{text}, which is within the standard error: it is level with the last checkpoint, and no "
             "average is shown to be better.",
-        }.get(self.standing, f"{told}. Without a standard error, nothing tells whether that is more than noise.")
+        }.get(self.standing, f"{text}. Without a standard error, this may be noise.")
 
     def to_dict(self) -> dict[str, Any]:
         """The search as plain JSON values, without the record of the result."""
-        told: dict[str, Any] = {
+        values: dict[str, Any] = {
             "winner": self.contestants[self.winner].name,
             "standing": self.standing,
             "reason": self.reason,
@@ -171,8 +171,8 @@ class Best:
         }
         if self.confirmed is not None:
             winner, last = map(dataclasses.asdict, self.confirmed)
-            told["confirmed"] = {"best": winner, "last": last}
-        return told
+            values["confirmed"] = {"best": winner, "last": last}
+        return values
 
 
 def best(
@@ -189,23 +189,23 @@ def best(
     on_progress: OnProgress | None = None,
     **options: Any,
 ) -> Best:
-    """Search schemes, values and windows for the average of a run that an evaluation finds best.
+    """Search schemes, hyper-parameters and windows for the average with the best value of an evaluation.
 
     Args:
         run: the checkpoints, the anchor first.
-        evaluate: the value of the model in a directory, or the value and its standard error; NaN: it has none.
+        evaluate: takes the directory of a model; returns its value, or the value and its standard error; NaN: no value.
         goal: `min` or `max`: whether the least or the greatest value is best.
         budget: how often `evaluate` may be called, 2 or more.
         strategy: `halving` or `soup`; see `averaging/search.py`.
         confirm: evaluates the winner and the last checkpoint once more, on other data.
-        out: where the result goes, as of `average`; None: `<source>/averaged/best`. If the last checkpoint wins, it is
+        out: where the result goes, see `average`; None: `<source>/averaged/best`. If the last checkpoint wins, it is
             the result.
-        device, progress, on_progress: as of `average`.
-        options: as of `Options`.
+        device, progress, on_progress: see `average`.
+        options: see `Options`.
 
     Raises:
         EvaluationError: no average has a value.
-        CkavgError: as of `average`.
+        CkavgError: see `average`.
     """
     run = opened(run)
     search = Search(
@@ -231,12 +231,12 @@ def best(
 
 
 def judged_by(function: Callable[[Path], float | tuple[float, float]], goal: Goal) -> Judge:
-    """The judge that a function makes, from the directory of a model to its value, or that and its standard error."""
+    """A judge from a function that takes the directory of a model; see `evaluate` of `best`."""
     name = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}({{dir}})"
 
     def judge(record: Record, _: Plan) -> Evaluation:
-        said = function(record.directory)
-        value, stderr = said if isinstance(said, tuple) else (said, None)
+        found = function(record.directory)
+        value, stderr = found if isinstance(found, tuple) else (found, None)
         known = stderr if stderr is not None and 0 <= stderr < math.inf else None
         if not math.isfinite(value):
             return Evaluation(name, None, f"it is {value}", goal=goal)
@@ -247,10 +247,10 @@ def judged_by(function: Callable[[Path], float | tuple[float, float]], goal: Goa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search:
-    """What is searched, and where the result goes.
+    """A search, and where its result goes.
 
     Attributes:
-        run, goal, budget, strategy, out: as of `best`.
+        run, goal, budget, strategy, out: see `best`.
         options: of every average.
 
     Raises:
@@ -275,11 +275,11 @@ class Search:
                 raise SettingError(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(choices)}.")
 
     def plan_result(self) -> Plan:
-        """The plan of a result that is the last checkpoint; whatever else wins has its size, and the same place."""
+        """The plan of the result if the last checkpoint wins; any other winner has the same size and output path."""
         return self._plans([(Candidate(LAST), self.out)])[0]
 
     def plan_round(self, contestants: Contestants, directory: Path) -> dict[Candidate, Plan]:
-        """The plans of what is tried next, each in a directory under its own name; empty when the search is over."""
+        """The plans to try next, each in its own directory below `directory`; empty when the search is over."""
         left = self.budget - _evaluated(contestants.values())
         tried = {candidate: each.value for candidate, each in contestants.items()}
         ages = {candidate: each.record.mean_age or 0.0 for candidate, each in contestants.items()}
@@ -292,11 +292,11 @@ class Search:
         return dict(zip(candidates, self._plans(wanted), strict=True)) if wanted else {}
 
     def carry_out(self, form: Form, judge: Judge, confirm: Judge | None = None) -> Best:
-        """Search, and form the winner where it is to stay.
+        """Search, and form the winner at its output path.
 
         Args:
-            form: what forms averages.
-            judge, confirm: what they are worth.
+            form: forms averages.
+            judge, confirm: evaluate them.
         """
         target = self.plan_result().target
         if target is None:
@@ -323,7 +323,7 @@ class Search:
         return Best(record, tuple(contestants.values()), [*contestants].index(winner), self.goal, confirmed, to_send)
 
     def _contest(self, form: Form, judge: Judge) -> Contestants:
-        """Round after round, until the budget is spent or nothing is left to try."""
+        """Try round after round until the budget is spent or nothing is left to try."""
         contestants: Contestants = {}
         for number in itertools.count(1):
             with _scratch(place_here(self.out)) as scratch:
@@ -337,26 +337,26 @@ class Search:
         return contestants
 
     def _confirmed(self, winner: Candidate, form: Form, confirm: Judge) -> tuple[Evaluation, Evaluation]:
-        """What another evaluation says of the winner and of the last checkpoint."""
+        """Evaluate the winner and the last checkpoint with `confirm`."""
         with _scratch(place_here(self.out)) as scratch:
             plans = self._plans([(each, scratch / each.scheme) for each in dict.fromkeys((winner, Candidate(LAST)))])
-            said = [confirm(record, plan) for record, plan in zip(form(plans).records, plans, strict=True)]
-        return said[0], said[-1]
+            found = [confirm(record, plan) for record, plan in zip(form(plans).records, plans, strict=True)]
+        return found[0], found[-1]
 
     def _plans(self, wanted: Sequence[tuple[Candidate, Path | Target]]) -> list[Plan]:
-        # Whether an average is any good is what the evaluation is for.
+        # The evaluation judges an average that is almost its anchor, too.
         options = dataclasses.replace(self.options, allow_anchor=True)
         return plan_averages([(*self._recipe(candidate), place) for candidate, place in wanted], options)
 
     def _recipe(self, candidate: Candidate) -> tuple[Run, Scheme]:
-        """The checkpoints that a candidate visits, as the options that choose them would, and how they are averaged."""
+        """The run that a candidate visits, as options of selection would choose it, and its scheme."""
         run, selection = self.run, self.run.selection
         anchors, own = run.checkpoints[: run.anchor_is_init], run.checkpoints[run.anchor_is_init :]
         if candidate.window:
             own = own[-candidate.window :]
             if selection.every is None:
                 selection = dataclasses.replace(selection, last=candidate.window)
-            else:  # which would count among the last ones
+            else:  # `last` would count the anchor
                 selection = dataclasses.replace(selection, from_step=own[0].step)
         if candidate.stride > 1:
             first, second = (each.step for each in (*anchors, *own)[:2])
@@ -370,14 +370,14 @@ class Search:
 
 
 def _evaluated(contestants: Iterable[Contestant]) -> int:
-    """How many of them were evaluated."""
+    """How many contestants were evaluated."""
     return sum(not each.same_as for each in contestants)
 
 
 def _judged(
     candidate: Candidate, number: int, record: Record, plan: Plan, before: Contestants, judge: Judge
 ) -> Contestant:
-    """A contestant with its evaluation, or with that of an earlier one which has almost the same weights."""
+    """A contestant with its evaluation, or with that of an earlier one that has almost the same weights."""
     name = record.output.name
     if candidate.soup:
         steps = [str(step) for step, weight in zip(record.steps, record.weights, strict=True) if weight]
@@ -389,27 +389,27 @@ def _judged(
 
 
 def distance(one: Record, other: Record) -> float:
-    """Which part of the weight of one average lies on other checkpoints than that of another: ½ Σ |w − v|."""
+    """The fraction of the weight by which two averages differ: ½ Σ |w − v|."""
     weights, others = (dict(zip(each.steps, each.weights, strict=True)) for each in (one, other))
     steps = weights.keys() | others.keys()
     return math.fsum(abs(weights.get(step, 0.0) - others.get(step, 0.0)) for step in steps) / 2
 
 
 def space_of(run: Run) -> Space:
-    """What may be tried of a run: what its options of selection can say besides."""
+    """What may be tried on a run, besides what its options of selection fix already."""
     chosen, steps = run.selection, run.steps
     is_even = len({after - before for before, after in itertools.pairwise(steps)}) == 1
     strides = tuple(
         stride for stride in _STRIDES if is_even and chosen.every is None and (len(steps) - 1) % stride == 0
     )
-    # Which tensors all checkpoints have, and which ones are best, may be otherwise in a window.
+    # A window may have other common tensors, and other best checkpoints, than the whole run.
     windows = not chosen.common_only and (chosen.best is None or chosen.every is None)
     return Space(len(steps) - run.anchor_is_init, strides, windows)
 
 
 @contextmanager
 def _scratch(place: Path) -> Iterator[Path]:
-    """A directory beside a result, for what does not stay; with it go the directories that were made for it."""
+    """A temporary directory beside a result; removed at the end, with any parents that were made for it."""
     parent = resolved(place).parent
     made = [each for each in (parent, *parent.parents) if not each.exists()]
     try:
@@ -420,7 +420,7 @@ def _scratch(place: Path) -> Iterator[Path]:
     try:
         yield scratch
     except BaseException as error:
-        # What a reading has finished in there is not kept, whatever it has noted.
+        # The directory is removed, so a note that finished blocks are kept in it would be wrong.
         error.__notes__ = [note for note in getattr(error, "__notes__", ()) if scratch.name not in note]
         raise
     finally:

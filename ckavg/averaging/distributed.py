@@ -1,4 +1,4 @@
-"""The pipeline in several processes: what must be the same in all of them, and which of them makes what."""
+"""The pipeline in several processes: what must be the same in all of them, and which process makes what."""
 
 from __future__ import annotations
 
@@ -29,32 +29,34 @@ if TYPE_CHECKING:
     from ckavg.averaging.replay import Journals
 
 PASS_1, CONSTANT, SAMPLE = "path", "constant", "sample"
-"""Names of the journals of what comes before pass 2."""
+"""Names of the journals written before pass 2."""
 
 _STAYS = (RANK_FILE, AGREED, *(f"{JOURNAL}{name}-" for name in (PASS_1, CONSTANT, SAMPLE)))
-"""How the names of files begin that others may be reading still, when the first process empties a directory."""
+"""Prefixes of files that other processes may still read when the first process empties the directory."""
 
 _SECONDS_TO_AGE = 3.0
-"""After which every file system's clock tells a change from the last one."""
+"""After so long, the modification time of a file tells a later change on every file system."""
 
 
 @contextmanager
 def staged(run: Run, plans: Sequence[Plan], ranks: Ranks, device: str) -> Iterator[tuple[list[Staging], Ranks]]:
-    """A staging directory for each plan, and the processes at work there. The first of a job makes the directories, and
-    removes or renames them when all others have left; parts that are done by themselves share them.
+    """Open a staging directory for each plan; yield them, and the processes that have met there.
+
+    The first process of a job makes the directories, and removes or renames them once all others have left. Parts
+    share them.
 
     Args:
         run: all checkpoints that are read.
-        plans: what is to be written.
+        plans: what is written.
         ranks: all processes.
-        device: the kind of device on which they compute.
+        device: the kind of device that computes.
 
     Raises:
         OutputError: another job is writing the same result.
-        RanksError: the others do not come, or see something else.
-        WriteError: the system would not let us write.
+        RanksError: a process does not come, or sees other checkpoints or options.
+        WriteError: a file cannot be written.
     """
-    checkpoints = hash_run(run) if ranks.is_shared else ""  # by itself, a process has nobody to compare with
+    checkpoints = hash_run(run) if ranks.is_shared else ""
     stagings = [
         Staging(plan.out, force=plan.options.force or plan.target is not None, files=plan.files) for plan in plans
     ]
@@ -62,13 +64,13 @@ def staged(run: Run, plans: Sequence[Plan], ranks: Ranks, device: str) -> Iterat
         for staging, plan in zip(stagings, plans, strict=True):
             parts = parts_of(plan, ranks.world, device, checkpoints)
             staging.begin_part = begin_part(plan, parts, holds_files=partial(staging.has_files, plan.weight_files))
-    told = {
+    settings = {
         "checkpoints": checkpoints,
         "options": [[recipe_of(plan), plan.files] for plan in plans],
         "device": device,
     }
     if ranks.mode == "join" and (working := parts_at_work(stagings[0].path, ranks.world)):
-        raise MissingPartsError(working, ranks.world, "the work that is going on")
+        raise MissingPartsError(working, ranks.world, "the work in progress")
     with ExitStack() as stack:
         if ranks.is_first:
             for staging in stagings:
@@ -78,7 +80,7 @@ def staged(run: Run, plans: Sequence[Plan], ranks: Ranks, device: str) -> Iterat
             if ranks.mode == "join":
                 stagings[0].keep()
         try:
-            with ranks.meet(stagings[0].path, told) as joined:
+            with ranks.meet(stagings[0].path, settings) as joined:
                 yield stagings, joined
         except BaseException:
             if ranks.is_first and is_worth_continuing(stagings[0].path):
@@ -89,27 +91,26 @@ def staged(run: Run, plans: Sequence[Plan], ranks: Ranks, device: str) -> Iterat
 
 @contextmanager
 def met_to_measure(run: Run, ranks: Ranks, *options: object) -> Iterator[Ranks]:
-    """The processes in a directory for measuring a path alone, beside the table of finished paths; this process as it
-    is where it is alone.
+    """The processes that measure a path together, in a directory beside the path cache; a process alone as it is.
 
     Raises:
-        RanksError, OutputError, WriteError: as of `staged`.
+        RanksError, OutputError, WriteError: see `staged`.
     """
     if not ranks.is_shared:
         yield ranks
         return
     from ckavg.path.cache import cache_files
 
-    told = {"checkpoints": hash_run(run), "options": repr(options)}
-    name = f"path-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}"
-    places = [place.parent for place in cache_files(run)]
-    staging = Staging(next(filter(_may_write, places), places[0]) / name)
+    settings = {"checkpoints": hash_run(run), "options": repr(options)}
+    name = f"path-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}"
+    directories = [file.parent for file in cache_files(run)]
+    staging = Staging(next(filter(_may_write, directories), directories[0]) / name)
     with ExitStack() as stack:
         if ranks.is_first:
             stack.enter_context(staging)
             staging.forget_processes()
         try:
-            with ranks.meet(staging.path, told) as joined:
+            with ranks.meet(staging.path, settings) as joined:
                 yield joined
                 joined.leave()
         except BaseException:
@@ -119,14 +120,15 @@ def met_to_measure(run: Run, ranks: Ranks, *options: object) -> Iterator[Ranks]:
 
 
 def _may_write(directory: Path) -> bool:
-    """Whether the system would let us write to a directory, or make it."""
-    existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    """Whether this process may write to a directory, or make it."""
+    existing = next(each for each in (directory, *directory.absolute().parents) if each.exists())
     return os.access(existing, os.W_OK | os.X_OK)
 
 
 def agreed_fingerprints(run: Run, ranks: Ranks) -> Fingerprints:
-    """The fingerprints of a run, which machines may see differently, as they count in all processes; in a shared job
-    each checkpoint has one.
+    """The fingerprints of a run as the first process sees them: file times may differ from machine to machine.
+
+    With several processes, every checkpoint has a fingerprint.
     """
     if not ranks.is_shared:
         return fingerprint_run(run)
@@ -149,33 +151,33 @@ Writers = list[dict[int, WeightFiles]]
 def open_writers(
     plans: Sequence[Plan], stagings: Sequence[Staging], key: str, ranks: Ranks
 ) -> Iterator[tuple[Writers, Journals]]:
-    """The weight files of all plans, open, and the journals of what is finished of them.
+    """Open the weight files of all plans, and the journals of their finished blocks.
 
-    The first process of a job makes the files, and the others open what it has made. Parts make what is not there.
+    The first process of a job makes the files; the others open them. A part makes those that are missing.
 
     Args:
-        plans: what is to be written.
-        stagings: where, in their order.
-        key: of this very work, whose parts come out the same whenever they are done.
+        plans: what is written.
+        stagings: the staging directory of each plan.
+        key: hash of everything that can change a byte; finished blocks count only under the same key.
         ranks: all processes.
 
     Raises:
-        WriteError: the system would not let us write.
+        WriteError: a file cannot be written.
     """
     with ExitStack() as stack:
         writers: Writers = []
 
         def sync() -> None:
-            """What a journal says is finished is on the disk, whatever becomes of the machine."""
-            for of_plan in writers:
-                for writer in of_plan.values():
+            """Flush to disk first, so that the journal never claims more than a crash would leave."""
+            for files in writers:
+                for writer in files.values():
                     writer.sync()
 
         def journals(name: str, as_json: Callable[[Any], Any], from_json: Callable[[Any], Any]) -> PassJournal[Any]:
             return ranks.journal(name, key, as_json, from_json, before_note=sync)
 
         def begun() -> bool:
-            """Whether there is something to continue; the places are empty where there is not."""
+            """Whether there is work to continue; if not, empty the directories."""
             is_there = all(staging.holds(key, plan.weight_files) for staging, plan in zip(stagings, plans, strict=True))
             if is_there and is_worth_continuing(stagings[0].path):
                 return True
@@ -190,8 +192,8 @@ def open_writers(
                     create_shared(staging.path / out.relative_to(plan.out), plan.layout(index).weights.shards)
                 if not staging.has_files(plan.weight_files):
                     raise OutputError(
-                        f"{staging.path} holds weight files of other sizes than this average has.",
-                        hint="Delete that directory to start afresh.",
+                        f"{staging.path} holds weight files whose sizes are not those of this average.",
+                        hint="Delete that directory to start again.",
                     )
         is_made = ranks.mode in ("part", "join")
         create = not is_made and not ranks.agreed("begun", begun) and ranks.is_first
@@ -222,11 +224,11 @@ def open_writers(
 def finalize(
     plans: Sequence[Plan], stagings: Sequence[Staging], writers: Writers, key: str, ranks: Ranks
 ) -> list[dict[Path, str]]:
-    """Have all weight files on the disk, and give the SHA-256 of each by its path in the result.
+    """Flush all weight files to disk; return the SHA-256 of each by its path in the result.
 
     Raises:
-        WriteError: the system would not let us write.
-        ReadError: what was written cannot be read again.
+        WriteError: a file cannot be written.
+        ReadError: a written file cannot be read back.
     """
     outputs = [
         (staging.path / out.relative_to(plan.out) / shard.name, shard)
@@ -234,7 +236,7 @@ def finalize(
         for index, out in plan.outputs.items()
         for shard in plan.layout(index).weights.shards
     ]
-    syncs = [writer.sync for of_plan in writers for writer in of_plan.values()]
+    syncs = [writer.sync for files in writers for writer in files.values()]
     if ranks.mode != "job":
         for path, shard in outputs:
             write_own_hashes(path, shard)
@@ -248,11 +250,11 @@ def finalize(
         hashes |= zip(own, sha256_of([outputs[place][0] for place in own], beside=syncs), strict=True)
         journal.note({place: hashes[place] for place in own})
 
-        def late() -> set[int]:
+        def awaited() -> set[int]:
             hashes.update(journal.read())
             return {place % ranks.world for place in range(len(outputs)) if place not in hashes}
 
-        ranks.wait(late, "hashing")
+        ranks.wait(awaited, "hashing")
     by_path = {path: hashes[place] for place, (path, _) in enumerate(outputs)}
     return [
         {name: by_path[staging.path / name] for name in plan.weight_files}
@@ -261,7 +263,7 @@ def finalize(
 
 
 def hash_run(run: Run) -> str:
-    """What is the same of a run wherever it is seen: files count by name and size, tensors by what headers say."""
+    """A hash of a run that is the same on every machine: names and sizes of files, and what headers say of tensors."""
     digest = hashlib.sha256()
     for checkpoint, tensors in with_tensors(run):
         digest.update(

@@ -1,4 +1,4 @@
-"""What a user's own command says of a result: it is run, and the value of a metric is taken from what it says."""
+"""Evaluate a result with the user's own command, and take the value of a metric from its output."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _JOB_VARIABLES = re.compile(
     r"(?:(?:LOCAL_|GROUP_|ROLE_|NODE_)?(?:RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(?:ADDR|PORT)|TORCHELASTIC_.*"
     r"|(?:OMPI_COMM_WORLD|PMI|PMIX|MV2_COMM_WORLD)_(?:LOCAL_)?(?:RANK|SIZE))"
 )
-"""What torchrun and MPI tell a process of its job: a command that starts processes of its own would wait for those."""
+"""Variables of torchrun and MPI. A command that saw them would join the job and wait for its processes."""
 
 _VARIABLES = {DIRECTORY: "CKAVG_EVAL_DIR", FILES: "CKAVG_EVAL_OUT"}
 _QUOTED = re.compile(r"""\\.|'[^']*'|"(?:\\.|[^"\\])*"|\{(?:dir|out)\}""", re.DOTALL)
@@ -44,14 +44,14 @@ _STDERR, _CHUNK, _LAST_LINES, _LINE, _TAIL = 2, 1 << 16, 5, 200, 1 << 14
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """What decides between results.
+    """How results are compared.
 
     Attributes:
-        command: for the shell, with `{dir}` where the directory of a result goes, and perhaps `{out}` for its files.
-        metric: the name of the value that counts; None: the last number that the command prints.
+        command: for the shell, with `{dir}` for the directory of a result, and optionally `{out}` for output files.
+        metric: the name of the value to compare; None: the last number that the command prints.
         goal: whether the least or the greatest value is best.
         stderr: the name of its standard error; None: the usual ones.
-        warnings: what a user should know of it.
+        warnings: for the user.
     """
 
     command: str
@@ -64,14 +64,14 @@ class Criterion:
 def criterion_of(
     command: str, metric: str | None = None, goal: Goal | None = None, stderr: str | None = None
 ) -> Criterion:
-    """What decides between results; the name of the metric tells which way is better, where `goal` does not.
+    """A criterion; without `goal`, the name of the metric says whether less or more is better.
 
     Raises:
-        SettingError: the command does not say where the directory of the result goes, or nothing tells the goal.
+        SettingError: the command has no `{dir}`, or the goal is not known.
     """
     if DIRECTORY not in command:
         raise SettingError(
-            f"eval is {command!r}; it must say with {DIRECTORY} where the directory of a result goes.",
+            f"eval is {command!r}; it must contain {DIRECTORY}, which stands for the directory of a result.",
             hint=f"For example: --eval 'python evaluate.py {DIRECTORY}'",
         )
     if metric is not None and not metric.strip():
@@ -80,10 +80,9 @@ def criterion_of(
     decided = goal or known
     if decided is None:
         raise SettingError(
-            "eval-goal is not given, and without eval-metric nothing tells whether the least or the greatest number is "
-            "best."
+            "eval-goal is missing: without eval-metric, it must say whether the least or the greatest number is best."
             if metric is None
-            else f"eval-goal is not given, and the name {metric!r} does not tell whether less or more of it is better.",
+            else f"eval-goal is missing: the name {metric!r} does not say whether less or more is better.",
             hint="Add --eval-goal min or --eval-goal max.",
         )
     warnings: tuple[str, ...] = ()
@@ -95,11 +94,11 @@ def criterion_of(
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of an evaluation.
+    """The outcome of an evaluation.
 
     Attributes:
         evaluation: for the record.
-        said: the last lines of what the command printed.
+        said: the last lines that the command printed.
     """
 
     evaluation: Evaluation
@@ -107,7 +106,7 @@ class Outcome:
 
 
 def evaluate(directory: Path, criterion: Criterion) -> Outcome:
-    """Run a command on a result, in a shell. What it prints to stderr is shown; a failure is told, never raised.
+    """Run a command on a result, in a shell. Its stderr is shown; a failure is returned, never raised.
 
     Args:
         directory: of the result.
@@ -140,7 +139,7 @@ def evaluate(directory: Path, criterion: Criterion) -> Outcome:
 
 
 def failed(criterion: Criterion, problem: str, said: tuple[str, ...] = ()) -> Outcome:
-    """What came of an evaluation that could not be, and why."""
+    """The outcome of an evaluation that failed."""
     return Outcome(_evaluation(criterion, Reading(problem=problem)), said)
 
 
@@ -152,7 +151,7 @@ def _evaluation(criterion: Criterion, found: Reading) -> Evaluation:
 
 @contextmanager
 def _shown_stderr() -> Iterator[tuple[int, bytearray]]:
-    """A handle whose bytes go on to stderr, and the last of them; what a command leaves running is not waited for."""
+    """A handle that forwards to stderr, and the last bytes that passed. Background processes are not waited for."""
     reading, writing = os.pipe()
     tail = bytearray()
 
@@ -174,13 +173,13 @@ def _shown_stderr() -> Iterator[tuple[int, bytearray]]:
 
 
 def _last_lines(text: str) -> tuple[str, ...]:
-    """The last lines with something on them; of a line that was drawn over, as progress bars are, its last state."""
+    """The last lines that are not empty; of a line that is redrawn, such as a progress bar, its last state."""
     lines = [line.rstrip().rpartition("\r")[2][:_LINE] for line in text.split("\n") if line.strip()]
     return tuple(lines[-_LAST_LINES:])
 
 
 def _newest_json(directory: Path) -> Any:
-    """What the newest JSON file beneath a directory holds; None where there is none that can be read."""
+    """The content of the newest JSON file below a directory; None if there is none, or it cannot be read."""
     found = [path for path in directory.rglob("*.json") if path.is_file()]
     with suppress(OSError, ValueError, RecursionError):
         newest = max(found, key=lambda path: (path.stat().st_mtime_ns, str(path)))
@@ -189,11 +188,11 @@ def _newest_json(directory: Path) -> Any:
 
 
 def _with_paths(command: str, paths: dict[str, str]) -> str:
-    r"""The command with paths in the places of `{dir}` and `{out}`, within quotes and without.
+    r"""The command with `{dir}` and `{out}` replaced by paths, inside quotes and outside.
 
-    Where a path has characters that mean something to a shell, the paths are put in by the shell itself, which takes
-    none of them for part of the command: in quotes of their own, or in the double ones that are there. Single ones are
-    interrupted for it.
+    If a path has characters that mean something to a shell, the shell itself inserts the paths from variables, so that
+    it takes none of them for part of the command: in quotes of their own, or in the double quotes that are there.
+    Single quotes are interrupted for it.
 
     >>> _with_paths("f {dir} '{dir}'", {"{dir}": "/a"}), _with_paths("f {dir} \"{dir}\" 'g {dir}'", {"{dir}": "/$a b"})
     ("f /a '/a'", 'f "${CKAVG_EVAL_DIR}" "${CKAVG_EVAL_DIR}" \'g \'"${CKAVG_EVAL_DIR}"\'\'')
@@ -210,20 +209,20 @@ def _with_paths(command: str, paths: dict[str, str]) -> str:
 
 
 def record_evaluation(result: Record, evaluation: Evaluation, plan: Plan) -> Record:
-    """Put an evaluation into the card and the record of a result, on the disk, too.
+    """Add an evaluation to the card and the record of a result, in its files too.
 
     A card that was edited since it was written stays as it is.
 
     Args:
-        result: what was averaged.
-        evaluation: what is said of it.
-        plan: by which it was made; the card is written from it again.
+        result: its record.
+        evaluation: what to add.
+        plan: of the result; the card is written from it again.
 
     Raises:
-        WriteError: the system would not let us; the record is as it was.
+        WriteError: a file cannot be written; the record is unchanged.
     """
     evaluated = dataclasses.replace(result, evaluation=evaluation)
-    if published(evaluated).evaluation == published(result).evaluation:  # of a result that is up to date
+    if published(evaluated).evaluation == published(result).evaluation:  # already in the files of an up-to-date result
         return evaluated
     if plan.is_there and plan.target is not None:
         plan.target.fetch(result)
@@ -253,10 +252,10 @@ def _with_card(evaluated: Record, plan: Plan) -> Record:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """Which of several results is best, by their indices.
+    """The best of several results, by index.
 
     Attributes:
-        best: the first of those with the best value.
+        best: the first with the best value.
         equal: the others with the same value.
         level: those that differ from it by no more than its standard error.
     """
@@ -267,7 +266,7 @@ class Ranking:
 
 
 def rank(evaluations: Sequence[Evaluation | None], goal: Goal) -> Ranking | None:
-    """Rank evaluations; None where none has a value.
+    """Rank evaluations; None if none has a value.
 
     >>> each = [Evaluation("c", value, stderr=0.5) for value in (2.0, 1.0, 1.0, 1.5)]
     >>> rank(each, "min")

@@ -1,7 +1,7 @@
-"""What evaluations said before, kept beside the results, so that the same weights are not evaluated twice.
+"""Cached evaluations, kept beside the results, so that the same weights are not evaluated twice.
 
-A result is known by the SHA-256 of its weight files, a checkpoint by its fingerprint (`checkpoints/fingerprints.py`).
-With the command and the names of the metric and its standard error they make the key.
+The key is the SHA-256 of a result's weight files, or the fingerprint of a checkpoint (`checkpoints/fingerprints.py`),
+with the command and the names of the metric and its standard error.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ Values = dict[str, tuple[float, float | None]]
 
 @dataclass(frozen=True, slots=True)
 class EvaluationCache:
-    """What is remembered of a run's evaluations by one criterion.
+    """The cached evaluations of a run by one criterion.
 
     Attributes:
         criterion: the command and the metric.
-        files: where it may be kept, the first that can be written.
-        values: what is remembered.
-        warnings: of files that are not as they were written.
+        files: where the cache may be; the first that can be written is used.
+        values: the cached values.
+        warnings: about files that were damaged or edited.
     """
 
     criterion: Criterion
@@ -48,7 +48,7 @@ class EvaluationCache:
 
     @classmethod
     def load(cls, run: Run, criterion: Criterion, *, anew: bool = False) -> EvaluationCache:
-        """What is remembered of a run; with `anew` nothing. A file that is not as it was written is not believed."""
+        """Load the cache of a run; with `anew`, an empty one. A file that was damaged or edited counts as empty."""
         files = cache_files(run, NAME)
         if anew:
             return cls(criterion, files)
@@ -62,7 +62,7 @@ class EvaluationCache:
         return self._key("weights", sorted((name, output.sha256[name]) for name in weight_files))
 
     def key_of_checkpoint(self, checkpoint: Checkpoint) -> str | None:
-        """The key of a checkpoint; None where a later change could not be told from this state."""
+        """The key of a checkpoint; None if it has no fingerprint, since a later change would go unnoticed."""
         known = fingerprint(checkpoint)
         return None if known is None else self._key("checkpoint", known)
 
@@ -71,7 +71,7 @@ class EvaluationCache:
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def get(self, key: str | None) -> Evaluation | None:
-        """The evaluation that is remembered under a key."""
+        """The cached evaluation of a key; None if there is none."""
         if key is None or key not in self.values:
             return None
         value, stderr = self.values[key]
@@ -79,19 +79,19 @@ class EvaluationCache:
         return Evaluation(criterion.command, value, "", criterion.metric or "", stderr, criterion.goal)
 
     def add(self, key: str | None, evaluation: Evaluation) -> None:
-        """Remember an evaluation that succeeded, on the disk, too, beside what others have put there meanwhile."""
+        """Cache an evaluation that succeeded, in the file too, keeping what other processes have added meanwhile."""
         if key is None or evaluation.value is None or evaluation.problem:
             return
         self.values[key] = (evaluation.value, evaluation.stderr)
         for file in self.files:
             table = {"format": _FORMAT, "evaluations": (_load(file) or {}) | {key: self.values[key]}}
-            with contextlib.suppress(OSError):  # what is there may be somebody else's, too
+            with contextlib.suppress(OSError):  # the file there may belong to somebody else
                 save_table(file, table)
                 return
 
 
 def _load(file: Path) -> Values | None:
-    """What a file holds as it was written; empty where none can be read, None where it is not as it was written."""
+    """The values in a file; empty if it cannot be read, None if it was damaged or edited."""
     table = load_table(file, _FORMAT, most_bytes=_MOST_BYTES, follow=False)
     if not table:
         return None if table is None else {}

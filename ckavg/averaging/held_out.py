@@ -1,4 +1,4 @@
-"""The held-out loss of a causal language model on a text. transformers is optional, and imported where it is used."""
+"""The held-out loss of a causal language model on a text. transformers is optional and imported only when needed."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DEFAULT_LENGTH = 1024
-"""Tokens of a window, where the model takes as many: what most small models were trained with."""
+"""Tokens of a window, if the model takes that many: most small models were trained with it."""
 
 _MOST_BYTES = 1 << 30
 _TOKENIZERS = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"),
     *("sentencepiece.bpe.model", "tekken.json"),
 )
-"""Files of which every tokenizer has one."""
+"""Every tokenizer has one of these files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class HeldOutLoss:
     Attributes:
         loss: mean negative log-likelihood in nats per token.
         stderr: its standard error, from the spread between windows; None for a single window.
-        tokens: how many were predicted.
+        tokens: number of predicted tokens.
     """
 
     loss: float
@@ -46,24 +46,23 @@ class HeldOutLoss:
     tokens: int
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """The same as plain JSON values."""
+        """As plain JSON values."""
         return dataclasses.asdict(self)
 
 
 def held_out_loss(directory: Path, text: Path, length: int | None = None) -> HeldOutLoss:
     """Mean negative log-likelihood of a text under a causal language model, in float32 on the CPU, without a network.
 
-    The tokens are cut into windows of `length`, each of which is predicted from the ones before it in its window and
-    the last one before the window. Before the first token stands the tokenizer's token for the beginning of a text, or
-    the one for its end; where it has neither, the first token is not predicted. With n_w tokens and the mean loss m_w
-    in each of W windows, N = Σ n_w,
+    The tokens are cut into windows of `length`. Each token is predicted from those before it in its window and the last
+    one before the window. The text begins with the tokenizer's BOS token, or else its EOS token; without either, the
+    first token is not predicted. With n_w tokens and the mean loss m_w in each of W windows, N = Σ n_w,
 
         loss = Σ n_w m_w / N,    stderr = √(W / (W − 1) · Σ (n_w (m_w − loss))²) / N.
 
     Args:
         directory: of the model or adapter, with its tokenizer.
         text: a file in UTF-8.
-        length: tokens of a window; None: 1024, or what the model takes if that is less.
+        length: tokens of a window; None: 1024, or the model's maximum if that is less.
 
     Raises:
         SettingError: transformers is not installed, or peft for an adapter, or `length` does not fit the model.
@@ -82,7 +81,7 @@ def held_out_loss(directory: Path, text: Path, length: int | None = None) -> Hel
     begin = next((each for each in (tokenizer.bos_token_id, tokenizer.eos_token_id) if each is not None), None)
     ids = torch.tensor(ids if begin is None else [begin, *ids])
     if len(ids) < 2:
-        raise ReadError(f"{text} holds no token to predict.", hint="Name a text that no training saw.")
+        raise ReadError(f"{text} holds no token to predict.", hint="Name a text that was not trained on.")
     model.eval()
     with torch.inference_mode():
         losses = [_window_loss(model, ids[place : place + length + 1]) for place in range(0, len(ids) - 1, length)]
@@ -102,7 +101,7 @@ def _summary(losses: Sequence[float], counts: Sequence[int], directory: Path) ->
     windows, tokens = len(counts), sum(counts)
     loss = math.fsum(losses) / tokens
     if not math.isfinite(loss):
-        raise EvaluationError(f"The loss of {directory} is {loss}.", hint="Look at its weights: ckavg verify DIR")
+        raise EvaluationError(f"The loss of {directory} is {loss}.", hint="Check its weights: ckavg verify DIR")
     squares = math.fsum((each - count * loss) ** 2 for each, count in zip(losses, counts, strict=True))
     stderr = math.sqrt(windows / (windows - 1) * squares) / tokens if windows > 1 else None
     return HeldOutLoss(loss, stderr, tokens)
@@ -117,16 +116,16 @@ def _read_text(file: Path) -> str:
     except UnicodeDecodeError as error:
         raise ReadError(f"{file} is not UTF-8: byte {error.start}.", hint="Name a plain text file.") from error
     except (OSError, ValueError) as error:
-        told = error.strerror if isinstance(error, OSError) else error
-        raise ReadError(f"{file} cannot be read: {told}.", hint="Name a plain text file with --text.") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ReadError(f"{file} cannot be read: {reason}.", hint="Name a plain text file with --text.") from error
 
 
 def _check_directory(directory: Path) -> None:
-    """Refuse what does not load as it stands, and what there is no library for, before a library is imported."""
+    """Refuse a directory that cannot load, or that needs a missing library, before importing one."""
     is_adapter = (directory / ADAPTER_CONFIG).is_file()
     if not is_adapter and not (directory / CONFIG).is_file():
         raise EvaluationError(
-            f"{directory} is no model that loads as it stands: it holds no {CONFIG}.",
+            f"{directory} is not a complete model: it holds no {CONFIG}.",
             hint="Name a directory with weights, config and tokenizer: a result, or a checkpoint.",
         )
     if not any((directory / name).is_file() for name in _TOKENIZERS):
@@ -149,15 +148,15 @@ def _load_tokenizer(directory: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever the library raises for a file that it does not understand
+    except Exception as error:  # the library may raise anything for a file it cannot parse
         raise EvaluationError(
             f"The tokenizer in {directory} does not load: {_first_line(error)}.",
-            hint="Copy that of the base model into the directory.",
+            hint="Copy the tokenizer of the base model into the directory.",
         ) from error
 
 
 def _load_model(directory: Path) -> Any:
-    """The model in float32, every weight of which came from its files."""
+    """Load a model in float32; every weight must come from its files."""
     import torch
 
     more = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32, "use_safetensors": True}
@@ -172,10 +171,10 @@ def _load_model(directory: Path) -> Any:
         from transformers import AutoModelForCausalLM
 
         model, loaded = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **more)
-    except Exception as error:  # whatever the library raises for files that it does not understand
+    except Exception as error:  # the library may raise anything for files it cannot parse
         raise EvaluationError(
             f"{directory} does not load as a causal language model: {_first_line(error)}.",
-            hint="Everything it needs, the base model of an adapter too, must be on this machine.",
+            hint="Everything it needs, also the base model of an adapter, must be on this machine.",
         ) from error
     wrong = sorted({*loaded["missing_keys"], *(str(each[0]) for each in loaded["mismatched_keys"])})
     if wrong:
@@ -193,7 +192,7 @@ def _checked_length(length: int | None, config: Any) -> int:
     if length < 1 or (isinstance(most, int) and length > most):
         raise SettingError(
             f"length is {length}; it must be at least 1 and at most {most or 'what the model takes'}.",
-            hint="A window holds no more tokens than the model has positions.",
+            hint="A window cannot be longer than the model's maximum.",
         )
     return length
 
@@ -205,7 +204,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Let transformers neither log what a caller need not know nor draw bars."""
+    """Silence the logs and progress bars of transformers."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

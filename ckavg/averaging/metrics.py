@@ -1,7 +1,7 @@
-"""A metric by its name: its value in what an evaluation printed or wrote. Pure.
+"""Find a metric by name in what an evaluation printed or wrote. Pure.
 
-A value is taken from the first of these that knows the name: a JSON file, the last JSON object in the text, the table
-of lm-evaluation-harness, the last line with the name as a word. A name with two values in one of them is refused.
+The value comes from the first of these that has the name: a JSON file, the last JSON object in the text, the table of
+lm-evaluation-harness, the last line with the name as a word. A name with two values in one of them is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from ckavg.checkpoints.trainer_log import goal_of
 
 KeyPath = tuple[str, ...]
-"""Where a value is in a JSON document: the keys from the outside in, and the indices of lists."""
+"""The path to a value in a JSON document: keys and list indices, outermost first."""
 
 _NUMBER = re.compile(
     r"(?<![\w.])[-+]?(?>(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?)(?!\w)",
@@ -29,7 +29,7 @@ _SHOWN_KEYS, _SHOWN = 6, 60
 
 
 def last_number(text: str) -> float | None:
-    """The number that stands last in a text.
+    """The last number in a text.
 
     >>> last_number("step 10: loss 1.52e-1, 7 s"), last_number("accuracy: 87.5%"), last_number("done")
     (7.0, 87.5, None)
@@ -42,12 +42,12 @@ def last_number(text: str) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What was found of a metric.
+    """A metric as found.
 
     Attributes:
-        value: of the metric; None where it has none.
-        stderr: its standard error; None where none is known.
-        problem: why there is no value, or no standard error of a name that was given.
+        value: of the metric; None if it has none.
+        stderr: its standard error; None if it is not known.
+        problem: why there is no value, or no standard error of the given name.
     """
 
     value: float | None = None
@@ -63,7 +63,7 @@ def read_metric(text: str, metric: str | None, stderr: str | None = None, docume
         metric: a key, the end of a dotted path or a whole one, or a word in the text; a key of lm-evaluation-harness
             also without its filter. None: the last number in the text.
         stderr: likewise the standard error; None: `NAME_stderr`, or `stderr` beside the only metric of its object.
-        document: what a JSON file holds; None: there is none.
+        document: the content of a JSON file; None: there is none.
 
     >>> read_metric('{"loss": 0.5, "loss_stderr": 0.125}', "loss")
     Reading(value=0.5, stderr=0.125, problem='')
@@ -115,14 +115,14 @@ def _with_stderr(reading: Reading, error: float | None, asked: str | None) -> Re
 
 
 def _last_object(text: str) -> tuple[Any, str]:
-    """The last JSON object in a text that holds anything, None where there is none, and the text without it."""
+    """The last non-empty JSON object in a text, None if there is none; and the text without it."""
     decoder, found, place = json.JSONDecoder(), (None, 0, 0), text.find("{")
     while place >= 0:
         end = place + 1
         try:
             value, end = decoder.raw_decode(text, place)
             found = (value, place, end) if value else found
-        except RecursionError:  # no metric is nested so deep; what stands within need not be tried
+        except RecursionError:  # no metric is nested so deep: skip all of it
             end = max(end, text.find("\n", place))
         except ValueError:
             pass
@@ -132,7 +132,7 @@ def _last_object(text: str) -> tuple[Any, str]:
 
 
 def _leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Every value in a JSON document that holds no others, by its path; without recursion, since it may be deep."""
+    """Every leaf of a JSON document with its path; without recursion, since it may be deep."""
     stack = [(path, value)]
     while stack:
         path, value = stack.pop()
@@ -145,9 +145,9 @@ def _leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def _find(leaves: Mapping[KeyPath, Any], name: str) -> list[KeyPath]:
-    """The paths that a name means: the whole one, else those that end so, else those whose filter it leaves out.
+    """The paths that a name matches: the whole path, else its end, else without the filter.
 
-    What is no number counts only where nothing else has the name.
+    A value that is not a number counts only if no number has the name.
     """
     dotted = {path: ".".join(path) for path in leaves}
     unfiltered = {path: text.rpartition(",")[0] for path, text in dotted.items() if "," in path[-1:][0]}
@@ -187,7 +187,7 @@ def _as_number(value: object) -> float | None:
 
 
 def _harness_table(text: str) -> dict[KeyPath, Any]:
-    r"""The tables of lm-evaluation-harness as its JSON has them: `results`, the task, `metric,filter`.
+    r"""The tables of lm-evaluation-harness, with the keys of its JSON: `results`, the task, `metric,filter`.
 
     >>> _harness_table("|Tasks|Filter|Metric|   |Value|   |Stderr|\n|---|---|---|---|---:|---|---|\n"
     ...                "|sums |none  |acc   |↑  |0.500|±  |0.1250|")
@@ -213,9 +213,9 @@ def _harness_table(text: str) -> dict[KeyPath, Any]:
 
 
 def _after_word(text: str, word: str) -> set[float] | None:
-    """The first number after each place of a word on the last line that has it; None where no line has it.
+    """The first number after each occurrence of a word on the last line that has it; None if no line has it.
 
-    A part of a longer name is no word: not `loss` in `val_loss`, `val/loss` or `loss@5`.
+    A part of a longer name does not count: not `loss` in `val_loss`, `val/loss` or `loss@5`.
     """
     pattern = re.compile(rf"(?<!\w)(?<!\w[-./@]){re.escape(word)}(?![\w]|[-/@]\w|[.,][A-Za-z_])")
     lines = [line for line in text.splitlines() if pattern.search(line)]
@@ -229,14 +229,14 @@ def _after_word(text: str, word: str) -> set[float] | None:
 
 
 def _missing(metric: str, documents: list[dict[KeyPath, Any]], rest: str) -> str:
-    """That a name is not there, and which names are."""
+    """The message that a name is missing, and which names there are."""
     keys = [path for leaves in documents for path, value in leaves.items() if _as_number(value) is not None]
     keys += [(match[1],) for match in _PAIR.finditer(rest)]
     return f"it printed no {metric!r}" + (f"; there are {_listed(keys, metric)}" if keys else ", and no key or number")
 
 
 def _listed(paths: list[KeyPath], name: str) -> str:
-    """A few of some paths, those first that resemble a name."""
+    """A few of some paths, those most like a name first."""
 
     def likeness(path: KeyPath) -> float:
         return max(difflib.SequenceMatcher(None, name, text).ratio() for text in (".".join(path), path[-1]))

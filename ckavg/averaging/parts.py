@@ -1,7 +1,7 @@
-"""A result of which several processes do parts, each by itself: what they belong to, and the plan of who joins them.
+"""A result made in parts, each by a process of its own: the description they share, and the plan that joins them.
 
-The first part that begins leaves a description beside the weights. It holds values and nothing that is executed, and
-is not trusted: every value is validated, and what is planned from it must have the same recipe.
+The first part to begin leaves a description beside the weights. It holds values, nothing that is executed. It is not
+trusted: every value is validated, and the plan made from it must have the same recipe.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 _MOST_BYTES = 10_000_000
-_AFRESH = "Give all parts the same command; or delete that directory to start afresh."
+_AFRESH = "Use the same command for all parts, or delete that directory to start again."
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What parts belong to.
+    """The average that parts belong to.
 
     Attributes:
         version: of ckavg.
         count: how many parts there are.
         source, out: where the checkpoints are, and where the result goes.
-        scheme, parameters, selection, options: what is asked for; the fields of `Selection` and `Options`.
-        device: where the arithmetic happens.
-        recipe: what of that can change a byte.
-        checkpoints: of what is the same wherever the checkpoints are seen.
-        host, state: a machine, and the state of the checkpoints as that sees them.
+        scheme, parameters, selection, options: the request; the fields of `Selection` and `Options`.
+        device: the device that computes.
+        recipe: the settings that can change a byte.
+        checkpoints: hash of the checkpoints, the same on every machine; see `hash_run`.
+        host, state: a machine, and the fingerprints of the checkpoints as it sees them.
     """
 
     version: Text
@@ -68,7 +68,7 @@ class Parts:
 
 
 def parts_of(plan: Plan, count: int, device: str, checkpoints: str) -> Parts:
-    """What the parts of an average belong to."""
+    """The description of an average for its parts."""
     run = plan.run
     source = run.address if "://" in run.address else str(resolved(Path(run.address)))
     selection = {each.name: getattr(run.selection, each.name) for each in dataclasses.fields(run.selection)}
@@ -95,15 +95,15 @@ def parts_of(plan: Plan, count: int, device: str, checkpoints: str) -> Parts:
 
 
 def begin_part(plan: Plan, parts: Parts, *, holds_files: Callable[[], bool]) -> Callable[[Path, bool], None]:
-    """What a part does when it has come to the directory that all parts fill.
+    """The function that a part calls on entering the directory that all parts fill.
 
     Args:
         plan: of the average.
-        parts: what it belongs to.
+        parts: its description.
         holds_files: whether the directory has the weight files of the plan.
 
     Raises:
-        OutputError: the parts there belong to something else.
+        OutputError: the parts there belong to another average.
     """
 
     def begin(directory: Path, is_alone: bool) -> None:
@@ -113,34 +113,34 @@ def begin_part(plan: Plan, parts: Parts, *, holds_files: Callable[[], bool]) -> 
             if create_whole(directory / JOB, json.dumps(dataclasses.asdict(parts), default=str).encode()):
                 return
         if why := _differing(read_parts(directory), parts, plan):
-            raise OutputError(f"{directory} holds parts of something else: {why}.", hint=_AFRESH)
+            raise OutputError(f"{directory} holds parts of another average: {why}.", hint=_AFRESH)
 
     return begin
 
 
 def _differing(there: Parts, own: Parts, plan: Plan) -> str:
-    """How what parts belong to differs from what is asked; empty where it does not."""
+    """How the parts that are there differ from those asked for; empty if they do not."""
     recipes = differences(there.recipe, own.recipe)
-    told = [
+    texts = [
         f"{name.replace('_', '-')} {setting_shown(name, before)} there, {setting_shown(name, now)} asked"
         for name, before, now in recipes
     ]
     for name in ("count", "version", "device"):
         if (before := getattr(there, name)) != (now := getattr(own, name)):
-            told.append(f"{'parts' if name == 'count' else name} {before} there, {now} asked")
-    if not told and there.checkpoints != own.checkpoints:
-        told.append("other checkpoints")
-    if not told and there.host == own.host and there.state != own.state:
-        told.append("the checkpoints have changed since")
-    return "; ".join(told)
+            texts.append(f"{'parts' if name == 'count' else name} {before} there, {now} asked")
+    if not texts and there.checkpoints != own.checkpoints:
+        texts.append("other checkpoints")
+    if not texts and there.host == own.host and there.state != own.state:
+        texts.append("the checkpoints have changed since")
+    return "; ".join(texts)
 
 
 def find_parts(result: Path) -> tuple[Path, Parts]:
-    """The directory in which parts of a result are, and what they belong to.
+    """The directory that holds parts of a result, and their description.
 
     Raises:
-        OutputError: there are none.
-        RecordError: what describes them is not what it must be.
+        OutputError: there are no parts.
+        RecordError: their description is not valid.
     """
     result = resolved(result)
     is_partial = result.name.startswith(".") and result.name.endswith(PARTIAL)
@@ -153,21 +153,21 @@ def find_parts(result: Path) -> tuple[Path, Parts]:
         )
     parts = read_parts(directory)
     if beside(resolved(Path(parts.out)), PARTIAL) != directory:
-        raise RecordError(f"{directory / JOB} is of another result: {parts.out}.", hint=_AFRESH)
+        raise RecordError(f"{directory / JOB} describes another result: {parts.out}.", hint=_AFRESH)
     return directory, parts
 
 
 def parts_at_work(directory: Path, count: int) -> list[int]:
-    """The parts that a process is working on, as far as its lock is seen."""
+    """The parts that a process is working on, as far as locks show."""
     seen = {part: look_at(directory / f"{RANK_FILE}{part}") for part in range(count)}
-    return [part for part, told in seen.items() if told is not None and told[1]]
+    return [part for part, found in seen.items() if found is not None and found[1]]
 
 
 def read_parts(directory: Path) -> Parts:
-    """What the parts in a directory belong to.
+    """The description of the parts in a directory.
 
     Raises:
-        RecordError: what describes them is not what it must be.
+        RecordError: it is not valid.
     """
     file = directory / JOB
     try:
@@ -175,7 +175,7 @@ def read_parts(directory: Path) -> Parts:
         return _adapter().validate_python(fields)
     except (OSError, ValueError, RecordError) as error:
         why = getattr(error, "strerror", None) or getattr(error, "message", str(error)).partition("\n")[0]
-        raise RecordError(f"{file} cannot be understood: {why}.", hint=_AFRESH) from error
+        raise RecordError(f"{file} is not valid: {why}.", hint=_AFRESH) from error
 
 
 @functools.cache
@@ -186,10 +186,10 @@ def _adapter() -> TypeAdapter[Parts]:
 
 
 def plan_of_parts(directory: Path, parts: Parts) -> Plan:
-    """The plan of whoever joins parts: that of each of them.
+    """The plan for joining parts: the same as that of each part.
 
     Raises:
-        CkavgError: the checkpoints are not there any more, or the description is not what it must be.
+        CkavgError: the checkpoints are gone, or the description is not valid.
     """
     try:
         selection = Selection(**_typed(Selection, parts.selection))
@@ -197,7 +197,7 @@ def plan_of_parts(directory: Path, parts: Parts) -> Plan:
         scheme = scheme_from(parts.scheme, parts.parameters)
     except (ValueError, TypeError, KeyError, RecordError) as error:
         raise RecordError(
-            f"{directory / JOB} cannot be understood: {getattr(error, 'message', str(error)).partition(chr(10))[0]}.",
+            f"{directory / JOB} is not valid: {getattr(error, 'message', str(error)).partition(chr(10))[0]}.",
             hint=_AFRESH,
         ) from error
     found, out = inspect_source(parts.source, selection), Path(parts.out)
@@ -205,15 +205,15 @@ def plan_of_parts(directory: Path, parts: Parts) -> Plan:
     (plan,) = plan_averages([(run, scheme, out)], options)
     own = parts_of(plan, parts.count, parts.device, parts.checkpoints)
     if plan.current is None and (why := _differing(parts, own, plan)):
-        raise OutputError(f"{directory} holds parts of something else: {why}.", hint=_AFRESH)
+        raise OutputError(f"{directory} holds parts of another average: {why}.", hint=_AFRESH)
     return plan
 
 
 def _typed(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of the fields of a dataclass, each of its type.
+    """The values of the fields of a dataclass, each checked against its type.
 
     Raises:
-        ValueError, KeyError: one is not.
+        ValueError, KeyError: a value or a name does not fit.
     """
     from pydantic import TypeAdapter
 

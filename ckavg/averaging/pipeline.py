@@ -55,24 +55,24 @@ def path_length(
 ) -> PathLength:
     """Measure how far the weights of a run travelled: pass 1 alone (Pathwise EMA, Eq. 2).
 
-    What was measured before of the same files is not measured again: the table is kept in `averaged/path.json` of the
-    run's directory or, where that cannot be written, in the user's cache.
+    A path that was measured before is read from the cache: `averaged/path.json` in the run's directory or, where that
+    cannot be written, a file in the user's cache.
 
     Args:
         run: the checkpoints, the anchor first, or the directory or address of all of them.
-        path_exclude: shell patterns of tensor names that do not count.
+        path_exclude: shell patterns of tensor names to leave out.
         zero_sigma: `exclude` leaves tensors without spread out of the sum and of N; `eps` divides by σ_p + 1e-8.
         sample: estimate it from this fraction of each tensor, in (0, 1]; 1 is exact.
-        allow_nonfinite: tensors that hold NaN or infinity do not count, instead of being refused.
+        allow_nonfinite: leave out tensors that hold NaN or infinity, instead of refusing them.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         progress: True draws a bar on stderr; a function is called now and then in this thread.
-        on_progress: the same under its earlier name.
+        on_progress: the earlier name of `progress`.
         ranks: the processes that share the work, each of which calls this; see `all_ranks`.
 
     Raises:
-        NonFiniteError: a checkpoint holds NaN or infinity, and may not.
+        NonFiniteError: a checkpoint holds NaN or infinity.
         ChangedError, TruncatedShardError, ReadError: a file changed or cannot be read.
-        SettingError: there is no such device, or `sample` is no fraction.
+        SettingError: there is no such device, or `sample` is not in (0, 1].
     """
     from ckavg.engine.devices import tuned
 
@@ -119,43 +119,43 @@ def average(
     on_progress: OnProgress | None = None,
     ranks: Ranks = ALONE,
 ) -> Record:
-    """Average the checkpoints of a run and write the result as a checkpoint that loads as it stands.
+    """Average the checkpoints of a run and write the result as a checkpoint that loads like any other.
 
-    A result that is there already, of the same recipe and of checkpoints that have not changed since, is returned as
-    it is, and nothing is read.
+    An existing result is returned without reading a weight if it has the same recipe and the checkpoints have not
+    changed since.
 
     Args:
-        run: the checkpoints, the anchor first, as of `open_run`; or the directory or address of all of them.
-        scheme: how: `PEMA`, `BEMA`, `EMA`, `MomentumEMA`, `PowerEMA`, `PowerExponentEMA`, `OUEMA`, `DEMA`, `Mean`,
-            `Weights`, `Last`, or a `Scheme` of your own.
+        run: the checkpoints, the anchor first, from `open_run`; or the directory or address of all of them.
+        scheme: how to average: `PEMA`, `BEMA`, `EMA`, `MomentumEMA`, `PowerEMA`, `PowerExponentEMA`, `OUEMA`, `DEMA`,
+            `Mean`, `Weights`, `Last`, or a `Scheme` of your own.
         out: where the result goes, a directory or an address such as `s3://bucket/result`; None:
             `<source>/averaged/<scheme and selection>`, such as `ema-gamma0.15-last10`.
         dtype: output dtype of floating tensors: `source`, `float32`, `bfloat16`, `float16` or `float64`.
         accumulate: `float32` or `float64`; float64 checkpoints are accumulated in float64 in any case.
-        device: where the arithmetic happens: `auto`, `cpu`, `cuda` or `cuda:N`.
-        path_exclude: shell patterns of tensors that do not count in the path length.
-        zero_sigma: what becomes of tensors without spread; see `path_length`.
+        device: the device that computes: `auto`, `cpu`, `cuda` or `cuda:N`.
+        path_exclude: shell patterns of tensors to leave out of the path length.
+        zero_sigma: how tensors without spread count; see `path_length`.
         sample: estimate the path length from this fraction of each tensor; see `path_length`.
         snapshot_every: also write the average as it stood after each checkpoint whose step is a multiple of this, to
             `<out>/checkpoint-<step>`.
         card: a Markdown file whose fields and text come first in the model card of the result.
-        allow_nonfinite: average checkpoints that hold NaN or infinity, too; where they do, the result is not finite.
-        allow_anchor: form an average that is in effect its anchor, with 99 % of the weight or more on it.
+        allow_nonfinite: also average checkpoints that hold NaN or infinity; the result holds them in the same places.
+        allow_anchor: form the average even if 99 % of the weight or more is on its anchor.
         force: replace an existing result.
-        lora: how low-rank adapters are averaged: `factors`, tensor by tensor, or `product`, the products s·BA.
-        rank: with `product`, the rank to which the average is cut; None: it is exact, of the sum of all ranks.
+        lora: how to average low-rank adapters: `factors`, tensor by tensor, or `product`, the products s·BA.
+        rank: with `product`, the rank to truncate the average to; None: keep it exact, with the sum of all ranks.
         progress: True draws a bar on stderr; a function is called now and then in this thread.
-        on_progress: the same under its earlier name.
+        on_progress: the earlier name of `progress`.
         ranks: the processes that share the work, each of which calls this; see `all_ranks`.
 
     Returns:
-        What was done: coefficients, weights, warnings, and where the result is.
+        The record: coefficients, weights, warnings, and where the result is.
 
     Raises:
         OutputExistsError: something else is at `out` already.
-        NonFiniteError: a checkpoint holds NaN or infinity, and may not.
+        NonFiniteError: a checkpoint holds NaN or infinity.
         SettingError: the settings do not fit the run.
-        CkavgError: any other reason for which there is no result; the sources and `out` are as they were.
+        CkavgError: any other reason why there is no result; the sources and `out` are unchanged.
     """
     options = Options(
         dtype=dtype,
@@ -181,11 +181,11 @@ def average(
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What was carried out, in the order of the plans.
+    """The outcome of some plans, in their order.
 
     Attributes:
         records: a record for each plan.
-        paths: the path of the checkpoints of each plan; None where it needed none.
+        paths: the path of the checkpoints of each plan; None for a plan that needed none.
     """
 
     records: tuple[Record, ...]
@@ -193,17 +193,17 @@ class Done:
 
 
 def carry_out(plans: Sequence[Plan], context: Context) -> Done:
-    """Do what plans say, all from one reading of the checkpoints; each result is what it would be by itself.
+    """Carry out plans in one reading of the checkpoints. Each result is the same as if it were formed alone.
 
-    What is there already and up to date is not formed again. What goes to an address is formed at `Plan.out`, whence
-    `send_results` sends it.
+    A result that is up to date is not formed again. A result for an address is formed at `Plan.out`; `send_results`
+    uploads it.
 
     Args:
-        plans: of one source and with the same options, each to a place of its own; at least one.
+        plans: at least one; of one source, with the same options, each with its own output path.
         context: where it runs; the device as the user named it.
 
     Raises:
-        CkavgError: as of `average`. A result that was complete by then stays.
+        CkavgError: see `average`. Results that are complete by then stay.
     """
     with begin_sending(plans, context.ranks):
         check_compatible(plans)
@@ -221,7 +221,7 @@ def carry_out(plans: Sequence[Plan], context: Context) -> Done:
 
 
 def _carry_out(reading: Reading, context: Context) -> tuple[tuple[Record, ...], tuple[PathLength | None, ...]]:
-    """The records and paths of averages that are formed together."""
+    """Form averages together; return their records and paths."""
     begun = time.perf_counter()
     plans, run, ranks = reading.plans, reading.run, context.ranks
     if ranks.mode in ("alone", "job") and ranks.is_first:
@@ -229,7 +229,7 @@ def _carry_out(reading: Reading, context: Context) -> tuple[tuple[Record, ...], 
             remove_stale(directory)
     runs = {id(plan.run): plan.run for plan in plans}
     sources = {key: file_fingerprints(each) for key, each in runs.items()}
-    if ranks.mode != "join":  # who joins reads no weights
+    if ranks.mode != "join":  # joining reads no weights
         fetch(fetching_of(plans), context.on_progress)
     with staged(run, plans, ranks, _kind(context)) as (stagings, met):
         context = replace(context, ranks=met)
@@ -248,14 +248,14 @@ def _carry_out(reading: Reading, context: Context) -> tuple[tuple[Record, ...], 
 
 
 def do_part(plan: Plan, context: Context) -> tuple[int, ...]:
-    """Do one part of an average, as `context.ranks` says, beside the place of its result.
+    """Do one part of an average, the one that `context.ranks` names, next to its output path.
 
     Returns:
-        The parts that are not finished yet, from 0. Where there are none, they are to be joined.
+        The parts that are not finished yet, counted from 0. If there are none, the parts can be joined.
 
     Raises:
-        MissingPartsError: this part needs what others have not finished.
-        CkavgError: as of `average`.
+        MissingPartsError: this part needs parts that are not finished.
+        CkavgError: see `average`.
     """
     from ckavg.engine.devices import tuned
 
@@ -273,10 +273,10 @@ def do_part(plan: Plan, context: Context) -> tuple[int, ...]:
 
 
 def in_memory(plan: Plan, writer: TensorWriter, context: Context) -> None:
-    """Form an average tensor by tensor, as `average` does, and hand its bytes to a writer.
+    """Form the average of a plan and hand its bytes to a writer, tensor by tensor.
 
     Raises:
-        CkavgError: as of `average`.
+        CkavgError: see `average`.
     """
     from ckavg.averaging.replay import Average, replay
     from ckavg.engine.devices import tuned
@@ -300,8 +300,9 @@ def in_memory(plan: Plan, writer: TensorWriter, context: Context) -> None:
 def _replay(
     prepared: Prepared, stagings: Sequence[Staging], context: Context
 ) -> tuple[Replayed, list[dict[Path, str]]]:
-    """Pass 2, and the SHA-256 of every weight file that came of it, by plan and by path in the result; a part leaves
-    that to whoever joins.
+    """Run pass 2; return with it the SHA-256 of every weight file, by plan and by path in the result.
+
+    A part returns no hashes: joining computes them.
     """
     from ckavg.averaging.replay import Average, replay
 
@@ -349,5 +350,5 @@ def _check_unchanged(run: Run) -> None:
 
 
 def _kind(context: Context) -> str:
-    """The kind of device on which it runs."""
+    """The device without its number."""
     return context.device.partition(":")[0]

@@ -1,4 +1,4 @@
-"""What averaging would read and write: everything that can be told, or refused, before a weight is read."""
+"""What averaging will read and write: everything that can be said, or refused, before a weight is read."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ ACCUMULATE = ("float32", "float64")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What was asked for, besides the schemes and where their results go.
+    """What was asked for, besides the schemes and output paths.
 
     Attributes:
         dtype: output dtype of floating tensors: `source`, `float32`, `bfloat16`, `float16` or `float64`.
         accumulate: `float32` or `float64`; float64 checkpoints are accumulated in float64 in any case.
-        path_exclude: shell patterns of tensors that do not count in the path length.
+        path_exclude: shell patterns of tensors to leave out of the path length.
         zero_sigma: `exclude` leaves tensors without spread out of the sum and of N; `eps` divides by σ_p + 1e-8.
         sample: estimate the path length from this fraction of each tensor, in (0, 1]; 1 is exact.
-        snapshot_every: also write the average as it stood at every multiple of so many optimizer steps.
+        snapshot_every: also write the average as it stood at every multiple of this many optimizer steps.
         card: a Markdown file whose fields and text come first in the model card of the result.
-        allow_nonfinite: average checkpoints that hold NaN or infinity, too.
-        allow_anchor: form an average that is in effect its anchor.
+        allow_nonfinite: also average checkpoints that hold NaN or infinity.
+        allow_anchor: form an average even if it is almost its anchor.
         force: replace an existing result.
         lora: how low-rank adapters are averaged: `factors`, tensor by tensor, or `product`, the products s·BA; None:
-            as `factors`, and the run need not be one of adapters.
-        rank: R, to which averaged products are cut; None: they keep all their columns.
+            like `factors`, but the run need not hold adapters.
+        rank: R, the rank to truncate averaged products to; None: keep all columns.
 
     Raises:
-        SettingError: a value is none of those.
+        SettingError: a value is not one of these.
     """
 
     dtype: str = "source"
@@ -86,27 +86,26 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What averaging a run would read and write.
+    """What averaging a run will read and write.
 
     Attributes:
-        run: the checkpoints that take part.
+        run: the checkpoints.
         scheme: how they are averaged.
         out: where the result goes.
         options: what else was asked for.
         weights: the weight files of the result.
-        side_files: what is copied beside them, by relative path.
+        side_files: files copied beside them, by relative path.
         origin: what the card of the result says of the run.
-        snapshots: indices of the checkpoints after which the average is written, too; the last is not among them.
-        path: how the path length is had; None for schemes that do not need it.
-        course: how training went, as its trainer logged it.
-        tried: names of the results that are there already, or are planned with this one.
+        snapshots: indices of the checkpoints after which the average is also written, without the last one.
+        path: how the path length is measured; None for schemes that do not need it.
+        course: how training went, from the trainer's log.
+        tried: names of results that exist already or are planned with this one.
         replay_bytes: bytes that pass 2 reads.
-        warnings: what a user should know before it starts.
-        products: what is averaged by its products; None: nothing.
-        layouts: of each output with products, by the index of its checkpoint: its rank depends on how many it sums.
-        current: the record of the result that is there, or was formed to be sent to an address, where making it again
-            would change nothing.
-        target: the address that the result goes to; it is formed at `out`, and sent from there.
+        warnings: for the user, before the work starts.
+        products: adapters to average as products; None: none.
+        layouts: the files of each output with products, by the index of its checkpoint; they depend on its rank.
+        current: the record of an up-to-date result, at `out` or waiting there for its upload; None: form it.
+        target: the address that the result goes to; it is formed at `out` and uploaded from there.
         is_there: whether `current` is at the address already.
     """
 
@@ -136,7 +135,7 @@ class Plan:
         return self.layouts.get(index) or Layout(self.weights, self.side_files)
 
     def with_terms(self, terms: Mapping[int, Mapping[str, int]]) -> Plan:
-        """The same, where each output, by its index, sums so many products of each pair, by the name of A."""
+        """The plan with the number of products that each output sums: by its index, then by the name of A."""
         if self.products is None:
             return self
         layouts = {
@@ -160,7 +159,7 @@ class Plan:
 
     @property
     def weight_files(self) -> dict[Path, int]:
-        """Bytes of every weight file, those of snapshots among them, by path in the result."""
+        """Bytes of every weight file, including snapshots, by path in the result."""
         return {
             out.relative_to(self.out) / shard.name: shard.nbytes
             for index, out in self.outputs.items()
@@ -169,12 +168,12 @@ class Plan:
 
     @property
     def outputs(self) -> dict[int, Path]:
-        """Where the average goes after each checkpoint that has one written, by its index; the result itself last."""
+        """The directory of each snapshot and of the result, by the index of its checkpoint; the result is last."""
         steps = self.run.steps
         return {index: self.out / f"checkpoint-{steps[index]}" for index in self.snapshots} | {len(steps) - 1: self.out}
 
     def shown(self, place: Path | None = None) -> Path:
-        """Where the result, or an output of it, is for its user: its path, or its address."""
+        """The path or address of the result, or of one of its outputs, to show to the user."""
         place = place or self.out
         return place if self.target is None else self.target.directory / place.relative_to(self.out)
 
@@ -185,13 +184,13 @@ class Plan:
 
     @property
     def foreseen(self) -> tuple[str, ...]:
-        """What can be said of the coefficients before anything is read; a result's record says it, too."""
+        """Advice about the coefficients, if they are known before anything is read; the record repeats it."""
         known = self.known_coefficients
         return () if known is None else advice.about_coefficients(self.scheme, known, self.run.steps)
 
     @property
     def known_coefficients(self) -> Coefficients | None:
-        """β and α, where they can be told before anything is read; None where they hang on the path."""
+        """β and α, if they are known before anything is read; None if they depend on the path."""
         if self.scheme.needs_path:
             return None
         timeline = Timeline(self.run.steps, anchor_is_init=self.run.anchor_is_init)
@@ -199,7 +198,7 @@ class Plan:
 
     @property
     def path_bytes(self) -> int:
-        """Bytes that pass 1 reads; 0 for schemes that do not need it, and where the path is known."""
+        """Bytes that pass 1 reads; 0 if the scheme needs no path, or the path is cached."""
         return self.path.nbytes if self.path else 0
 
     @property
@@ -210,31 +209,31 @@ class Plan:
 
 
 def plan_average(run: Run | AnyPath | str, scheme: Scheme, *, out: Path | str | None = None, **options: Any) -> Plan:
-    """Say what `average` would read and write, and refuse what cannot be done. Reads no weight and writes nothing.
+    """Say what `average` would read and write, or why it would fail. Reads no weight and writes nothing.
 
     Args:
-        run, scheme, out: as of `average`.
-        options: as of `Options`.
+        run, scheme, out: see `average`.
+        options: see `Options`.
 
     Raises:
-        CkavgError: as of `average`.
+        CkavgError: see `average`.
     """
     return plan_averages([(opened(run), scheme, out)], Options(**options))[0]
 
 
 Wanted = tuple[Run, Scheme, Path | str | Target | None]
-"""An average: its checkpoints, the anchor first, how they are averaged, and where the result goes."""
+"""A requested average: its run, its scheme and its output path."""
 
 
 def plan_averages(wanted: Sequence[Wanted], options: Options | None = None) -> list[Plan]:
-    """Plans of several averages, which are carried out together; what they share is read once.
+    """Plans of several averages to carry out together; shared checkpoints are read once.
 
     Args:
         wanted: the averages, of one run or of several selections from one source; at least one.
         options: what else is asked for.
 
     Raises:
-        CkavgError: as of `average`.
+        CkavgError: see `average`.
     """
     options = options or Options()
     of_run: dict[int, list[Wanted]] = {}
@@ -265,7 +264,7 @@ def plan_averages(wanted: Sequence[Wanted], options: Options | None = None) -> l
                 files=plan.files,
                 differs=outcome,
             )
-        # Each by itself: those that do not fit together are refused where they are carried out together.
+        # One by one: `check_compatible` looks at all of them together.
         problems += _space_problems([plan])
         problems += [] if (problem := anchor_problem(plan, plan.known_coefficients)) is None else [problem]
     raise_all(worst_first(problems))
@@ -273,10 +272,10 @@ def plan_averages(wanted: Sequence[Wanted], options: Options | None = None) -> l
 
 
 def plan_in_memory(run: Run, scheme: Scheme, options: Options) -> Plan:
-    """The plan of an average that is not written: whatever is where its result would go does not matter.
+    """The plan of an average that is not written; its output path does not matter.
 
     Raises:
-        CkavgError: as of `average`.
+        CkavgError: see `average`.
     """
     (plan,) = _plan([(run, scheme, None)], options)
     raise_all([] if (problem := anchor_problem(plan, plan.known_coefficients)) is None else [problem])
@@ -284,7 +283,7 @@ def plan_in_memory(run: Run, scheme: Scheme, options: Options) -> Plan:
 
 
 def _results_there(plans: Sequence[Plan]) -> dict[int, Record | str]:
-    """Of each plan at whose place a result is: that result, if it is up to date, or what differs."""
+    """For each plan whose result exists: the record if it is up to date, else what differs."""
     found: dict[int, Record | str] = {}
     fingerprints: dict[int, Fingerprints] = {}
     for place, plan in enumerate(plans):
@@ -296,7 +295,7 @@ def _results_there(plans: Sequence[Plan]) -> dict[int, Record | str]:
 
 
 def _space_problems(plans: Sequence[Plan]) -> list[CkavgError]:
-    """One error for each disk that has too few bytes for what is still to be written there."""
+    """One error for each disk that has too little room for what the plans will write there."""
     new = [plan for plan in plans if plan.current is None]
     elsewhere, here = (
         [(plan.out, plan.write_bytes) for plan in new if bool(plan.target) is each] for each in (True, False)
@@ -345,7 +344,7 @@ def _plan(wanted: Sequence[Wanted], options: Options) -> list[Plan]:
             warnings=warnings + (of_path.cached.warnings if of_path else ()),
             products=products,
         )
-        # All that are visited, and fewer where a weight turns out to be 0.
+        # An upper bound: products with weight 0 drop out later.
         most = {index: index - start + 1 for index in plan.outputs}
         pairs = products.pairs if products is not None else ()
         plans.append(plan.with_terms({index: {pair.a: count for pair in pairs} for index, count in most.items()}))
@@ -353,7 +352,7 @@ def _plan(wanted: Sequence[Wanted], options: Options) -> list[Plan]:
 
 
 def _results_in(directory: Path) -> frozenset[str]:
-    """The names in a directory of results; none where it cannot be listed."""
+    """The names in a directory of results; none if it cannot be listed."""
     try:
         return frozenset(path.name for path in directory.iterdir())
     except OSError:
@@ -361,12 +360,10 @@ def _results_in(directory: Path) -> frozenset[str]:
 
 
 def anchor_problem(plan: Plan, coefficients: Coefficients | None) -> SettingError | None:
-    """The error where an average would be in effect its anchor, and that is not allowed; None as long as its
-    coefficients are not known.
-    """
+    """The error if an average would be almost its anchor, unless that is allowed; None without coefficients."""
     if coefficients is None or plan.options.allow_anchor or coefficients.anchor_weight < 1 - 2 * ALL_OTHERS:
         return None
-    from ckavg.averaging.rules import effective_weights  # and with it torch, which a plan can do without
+    from ckavg.averaging.rules import effective_weights  # imports torch
 
     weights, start = effective_weights(coefficients), coefficients.start
     if not is_mostly_anchor(weights, start, len(weights) - 1):
@@ -374,7 +371,7 @@ def anchor_problem(plan: Plan, coefficients: Coefficients | None) -> SettingErro
     return SettingError(
         f"{plan.out.name}: {100 * weights[start]:.4g} % of the weight is on step {plan.run.steps[start]}, where it "
         "begins: the result would be that checkpoint.",
-        hint="Choose settings that forget it sooner, or a later start; or go on with --allow-anchor.",
+        hint="Choose settings that forget it sooner, or a later start; or add --allow-anchor.",
     )
 
 
@@ -386,16 +383,16 @@ def output_path(
     lora: str | None = None,
     rank: int | None = None,
 ) -> Path:
-    """Where a result goes: where it was asked for, else under its name in `averaged` of the run's home.
+    """Where a result goes: `out` if given, else under its name in `averaged` of the run's home.
 
     Raises:
-        OutputError: nobody asked, and there is a link.
+        OutputError: `out` is not given, and a link is in the way.
     """
     return Path(out) if out is not None else path_within(home, "averaged", result_name(scheme, selection, lora, rank))
 
 
 def result_name(scheme: Scheme, selection: Selection, lora: str | None = None, rank: int | None = None) -> str:
-    """The name of a result, which tells it from those of other recipes.
+    """The name of a result, different for every recipe.
 
     >>> from ckavg.schemes import PEMA
     >>> result_name(PEMA(), Selection(every=100, from_step=400))
@@ -410,24 +407,24 @@ def result_name(scheme: Scheme, selection: Selection, lora: str | None = None, r
 def checked(
     found: Sequence[Inspection], places: Sequence[Path], *, words: Sequence[str] = ("",), force: bool = False
 ) -> list[Run]:
-    """The inspected checkpoints as runs, if nothing speaks against it, nor against the places of results.
+    """The inspected checkpoints as runs, if neither they nor the output paths have a problem.
 
-    A result that a killed process had moved aside from such a place gets its name back.
+    A result that a killed process had moved aside from an output path gets its name back.
 
     Args:
-        found: what was found in the source, by each selection.
-        places: where results would go.
-        words: by which the user asked for each selection.
-        force: whether results that are there may be replaced.
+        found: what was found in the source, for each selection.
+        places: the output paths.
+        words: how the user wrote each selection.
+        force: whether existing results may be replaced.
 
     Raises:
-        CkavgError: something does; `CombinedError` lists all of it at once, the worst first.
+        CkavgError: there is a problem; `CombinedError` lists several, the worst first.
     """
     elsewhere = {place for place in places if output_address(place) is not None}
     for place in places:
         bring_back(place_here(place))
     problems = _problems(found, words)
-    if problems:  # otherwise the plan says what is wrong with the places, and knows how much is written
+    if problems:  # without any, planning checks the output paths and knows how much is written
         checkpoints = {(each.step, each.path): each for one in found for each in one.checkpoints}
         for place in (place for place in places if place not in elsewhere):
             problems += output_path_problems(place, found[0].source, tuple(checkpoints.values()), force=force)
@@ -439,7 +436,7 @@ def checked(
 
 
 def _problems(found: Sequence[Inspection], words: Sequence[str]) -> list[CkavgError]:
-    """What speaks against some selections, each once; with the words it belongs to where those are not all."""
+    """The problems of some selections, each once; with the words it belongs to unless those are all."""
     owners: dict[tuple[type[CkavgError], str], list[int]] = {}
     problems: dict[tuple[type[CkavgError], str], CkavgError] = {}
     for number, each in enumerate(found):
@@ -455,14 +452,14 @@ def _problems(found: Sequence[Inspection], words: Sequence[str]) -> list[CkavgEr
 
 
 def start_of(run: Run, scheme: Scheme) -> int:
-    """Index of the checkpoint with which an average begins: the anchor, where β hangs on the path."""
+    """Index of the checkpoint with which an average begins; the anchor if β depends on the path."""
     if scheme.needs_path:
         return 0
     return scheme.checked_coefficients(Timeline(run.steps, anchor_is_init=run.anchor_is_init)).start
 
 
 def _replay_bytes(run: Run, start: int, *, outputs: int) -> int:
-    """Bytes that pass 2 reads: of what is averaged, and of what is copied to each output."""
+    """Bytes that pass 2 reads: averaged tensors, and copied ones for each output."""
     floating = [name for name, entry in run.tensors.items() if entry.is_floating]
     tables = distinct_tables(run.checkpoints[start:])
     averaged = sum(count * sum(table[name].nbytes for name in floating) for table, count in tables)
@@ -470,7 +467,7 @@ def _replay_bytes(run: Run, start: int, *, outputs: int) -> int:
 
 
 def _snapshots(run: Run, start: int, every: int | None) -> tuple[int, ...]:
-    """Indices of the checkpoints between the beginning of the average and the last one that fall on a multiple."""
+    """Indices of the checkpoints at a multiple of `every`, after the start of the average and before its end."""
     steps = run.steps
     if every is None or start == len(steps) - 1:
         return ()
@@ -488,20 +485,20 @@ def _snapshots(run: Run, start: int, every: int | None) -> tuple[int, ...]:
             raise SettingError(
                 f"snapshot-every: step {steps[index]} lacks tensors of the last checkpoint ({absent} of them), which a "
                 "snapshot would have to copy.",
-                hint="Leave out --snapshot-every with --common-only, or stop before the checkpoints that have more.",
+                hint="Leave out --snapshot-every with --common-only, or stop before the checkpoints with more tensors.",
             )
     return chosen
 
 
 def check_compatible(plans: Sequence[Plan]) -> None:
-    """Refuse plans that cannot be carried out together, each sound by itself.
+    """Refuse plans that are valid alone but cannot be carried out together.
 
     Raises:
-        SettingError: two have one place.
+        SettingError: two have the same output path.
         WriteError: the disk has no room for all of them.
     """
     places = [resolved(plan.out) for plan in plans]
     twice = next((place for place in places if places.count(place) > 1), None)
     if twice is not None:
-        raise SettingError(f"Two averages would go to {twice}.", hint="Give each a place of its own.")
+        raise SettingError(f"Two averages would go to {twice}.", hint="Give each its own output path.")
     raise_all(_space_problems(plans))

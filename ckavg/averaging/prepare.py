@@ -31,11 +31,11 @@ class Prepared:
     """Averages before pass 2.
 
     Attributes:
-        asked: the averages as they were planned.
-        reading: the same with the ranks of averaged products.
+        asked: the averages as planned.
+        reading: the same, with the ranks of averaged products filled in.
         fingerprints: of all checkpoints, the same in all processes.
-        compared: bytes that were read to compare what must not differ.
-        paths, coefficients: of each average.
+        compared: bytes read to compare constant tensors.
+        paths, coefficients: one for each average.
         times: when pass 1 and pass 2 began.
     """
 
@@ -58,7 +58,7 @@ class Prepared:
         return max(path.bytes_read if path else 0 for path in self.paths)
 
     def seconds(self, begun: float) -> Seconds:
-        """How long it took until now, of all that began then."""
+        """The seconds of pass 1, of pass 2 until now, and in all since `begun`."""
         (measuring, replaying), done = self.times, time.perf_counter()
         return Seconds(replaying - measuring if self.path_bytes else 0.0, done - replaying, done - begun)
 
@@ -67,7 +67,7 @@ def prepare(reading: Reading, context: Context) -> Prepared:
     """Do what comes before pass 2: compare constant tensors, measure the path, compute the coefficients.
 
     Raises:
-        CkavgError: as of `average`.
+        CkavgError: see `average`.
     """
     from ckavg.averaging.replay import check_constant
 
@@ -77,9 +77,8 @@ def prepare(reading: Reading, context: Context) -> Prepared:
     if ranks.is_shared:
         journal = ranks.journal(CONSTANT, hashlib.sha256(repr((fingerprints, reading.places)).encode()).hexdigest())
     compared = 0
-    with (
-        nullcontext() if ranks.mode == "join" else suppress(MissingPartsError)
-    ):  # who joins knows that all was compared
+    # A part may go on before the others have compared theirs; joining may not.
+    with nullcontext() if ranks.mode == "join" else suppress(MissingPartsError):
         compared = check_constant(run, {*reading.places}, context, journal)
     measuring = time.perf_counter()
     paths = _measure_all(reading, fingerprints, context)
@@ -93,7 +92,7 @@ def prepare(reading: Reading, context: Context) -> Prepared:
 
 
 def _with_terms(plan: Plan, coefficients: Coefficients) -> Plan:
-    """The plan with the ranks of averaged products, which depend on how many weights are not 0."""
+    """The plan with the ranks of averaged products: they depend on how many weights are not 0."""
     if plan.products is None:
         return plan
     from ckavg.averaging.products import count_terms, weights_of
@@ -137,14 +136,14 @@ def measure_path(
     options: Options,
     context: Context,
 ) -> tuple[PathLength, ...]:
-    """Pass 1: from the cache, measured, or estimated, as planned.
+    """Pass 1: take each path from the cache, measure it or estimate it, as planned.
 
     Args:
         run: all checkpoints.
-        runs: of each path, those that it visits.
-        reading: what is measured.
+        runs: for each path, the checkpoints that it visits.
+        reading: what to measure.
         fingerprints: of all checkpoints.
-        options, context: as of the command.
+        options, context: those of the command.
     """
     from ckavg.path.estimate import estimate_paths
     from ckavg.path.journal import PathJournal
@@ -152,7 +151,7 @@ def measure_path(
 
     ranks, zero_sigma, allow_nonfinite = context.ranks, options.zero_sigma, options.allow_nonfinite
     plans = reading.plans
-    if ranks.is_shared:  # what is cached depends on file times, which machines may see differently
+    if ranks.is_shared:  # machines may see different file times, and so find different paths in the cache
         agreed = ranks.agreed("paths", lambda: [plan.to_json() for plan in reading.plans])
         plans = tuple(map(PathPlan.from_json, agreed))
     exact = [number for number, plan in enumerate(plans) if plan.sample == 1]

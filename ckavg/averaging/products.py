@@ -1,10 +1,10 @@
-"""Pass 2 over low-rank adapters: averages of their products s·BA, exact or cut to a rank, one pair after another.
+"""Pass 2 over low-rank adapters: averages of their products s·BA, exact or truncated to a rank, pair by pair.
 
     Σ_k w_k B_k A_k = B A        B = [sgn(w_k) √|w_k| B_k]_k side by side,  A = [√|w_k| A_k]_k one below the other
 
-The best product of rank R in the Frobenius norm comes from B = Q_B R_B, Aᵀ = Q_A R_A and U Σ Vᵀ = R_B R_Aᵀ, of which
-the R largest singular values stay: B = Q_B U √Σ, A = √Σ Vᵀ Q_Aᵀ (Eckart and Young, 1936). All of it is in float64; the
-factors are rounded once. Memory is that of one pair in all checkpoints.
+The best product of rank R in the Frobenius norm comes from B = Q_B R_B, Aᵀ = Q_A R_A and U Σ Vᵀ = R_B R_Aᵀ, keeping the
+R largest singular values: B = Q_B U √Σ, A = √Σ Vᵀ Q_Aᵀ (Eckart and Young, 1936). All arithmetic is in float64; the
+factors are rounded once. Memory: one pair in all checkpoints.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ckavg.averaging.replay import Average
 
 _OfPair = tuple[tuple[str, ...], tuple[tuple[float, float], ...]]
-"""Of a pair: the hashes of what was read of it, and of each average its energy, and what was cut off."""
+"""For a pair: the hashes of its bytes, and for each average its energy and how much of it truncation removed."""
 
 Weights = Mapping[str, tuple[float, ...]]
 """The weight of every checkpoint in the average of each product, by the name of A."""
@@ -42,13 +42,13 @@ Weights = Mapping[str, tuple[float, ...]]
 
 @dataclass(frozen=True, slots=True)
 class ReplayedProducts:
-    """What the pass read and left out.
+    """What the pass read, and what truncation removed.
 
     Attributes:
-        bytes_read: how much.
-        blocks, hashes: of what was read, for the checksums of the checkpoints.
-        discarded: of each average, the part of Σ ‖s·BA‖² that was cut off, by the index of the checkpoint after which
-            it is written; empty where nothing is cut.
+        bytes_read: bytes.
+        blocks, hashes: of the bytes read, for the checksums of the checkpoints.
+        discarded: for each average, the fraction of Σ ‖s·BA‖² that truncation removed, by the index of the checkpoint
+            after which it is written; empty without truncation.
     """
 
     bytes_read: int
@@ -58,7 +58,7 @@ class ReplayedProducts:
 
 
 def weights_of(products: Products, coefficients: Coefficients, index: int) -> Weights:
-    """The weights of an average after checkpoint `index`: of each pair those of its A."""
+    """The weights of an average after checkpoint `index`; a pair has those of its A."""
     common = effective_weights(coefficients, index)
     return {
         pair.a: effective_weights(coefficients.for_tensor(pair.a), index)
@@ -69,7 +69,7 @@ def weights_of(products: Products, coefficients: Coefficients, index: int) -> We
 
 
 def count_terms(weights: Weights) -> dict[str, int]:
-    """How many products an average sums: those of weight 0 have no columns."""
+    """How many products an average sums; those of weight 0 have no columns."""
     return {name: sum(weight != 0 for weight in each) for name, each in weights.items()}
 
 
@@ -86,16 +86,16 @@ def replay_products(
 
     Args:
         run: the checkpoints, the anchor first.
-        products: which, and to which rank they are cut.
+        products: the pairs, and the rank to truncate to.
         averages: what to form; the writers take whole factors.
-        places: indices of the checkpoints that are read, ascending.
+        places: indices of the checkpoints to read, ascending.
         context: how the pass runs.
-        journal: what is in its place already.
+        journal: what is written already.
 
     Raises:
         NonFiniteError: a factor holds NaN or infinity, or a value does not fit the output dtype.
         MismatchError: two checkpoints scale a product by different s.
-        TruncatedShardError, ReadError, OutputError: as of `replay`.
+        TruncatedShardError, ReadError, OutputError: see `replay`.
     """
     pairs = {pair.a: pair for pair in products.pairs}
     read = [run.checkpoints[place] for place in places]
@@ -125,13 +125,13 @@ def replay_products(
 
 
 def _blocks_of(run: Run, pair: Pair) -> tuple[Block, ...]:
-    """What is read of a pair, and enters the checksums."""
+    """The blocks of a pair, which are read and enter the checksums."""
     names = [name for name in (pair.a, pair.b, pair.alpha) if name and run.tensors[name].is_floating]
     return tuple(block for name in names for block in cut_blocks({name: run.tensors[name]}))
 
 
 class _ProductWorker:
-    """The pass over one pair after another."""
+    """Averages one pair after another."""
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class _ProductWorker:
         self._tile = tile
 
     def __call__(self, block: Block) -> _OfPair:
-        """Form and write the averages of a pair: the hashes of what was read; the energy of each, and what was cut."""
+        """Form and write the averages of a pair."""
         pair = self._pairs[block.name]
         a, of_a = self._load(pair.a)
         b, of_b = self._load(pair.b)
@@ -173,7 +173,7 @@ class _ProductWorker:
         return of_a + of_b + of_alpha, tuple(energies)
 
     def _load(self, name: str) -> tuple[Tensor, tuple[str, ...]]:
-        """(checkpoints, elements) a tensor in all that are read, in float64, and the hashes of its blocks."""
+        """A tensor in all checkpoints, (checkpoints, elements) float64, and the hashes of its blocks."""
         entry = self._tensors[name]
         values = torch.empty(len(self._read), entry.numel, dtype=torch.float64)
         hashes = []
@@ -191,7 +191,7 @@ class _ProductWorker:
         return values, tuple(hashes)
 
     def _scaling(self, pair: Pair) -> tuple[float, tuple[str, ...]]:
-        """The scaling s of a pair, and the hashes of what was read for it.
+        """The scaling s of a pair, and the hashes of the bytes it was read from.
 
         Raises:
             MismatchError: it is not the same in all checkpoints.
@@ -220,7 +220,7 @@ class _ProductWorker:
 
 
 def average_products(a: Tensor, b: Tensor, weights: Sequence[float], rank: int) -> tuple[Tensor, Tensor, float, float]:
-    """The factors of Σ_k w_k B_k A_k, or of what is nearest to it among the products of a lower rank.
+    """The factors of Σ_k w_k B_k A_k, or of the nearest product of a lower rank.
 
     Args:
         a: (K, r, n) float64.
@@ -229,7 +229,7 @@ def average_products(a: Tensor, b: Tensor, weights: Sequence[float], rank: int) 
         rank: R, of the result.
 
     Returns:
-        A (R, n) and B (m, R), the squared Frobenius norm of the sum, and of it what R cuts off.
+        A (R, n) and B (m, R), the squared Frobenius norm of the sum, and how much of it truncation removes.
     """
     terms = [index for index, weight in enumerate(weights) if weight != 0]
     size = torch.tensor([math.sqrt(abs(weights[index])) for index in terms], dtype=a.dtype)[:, None, None]

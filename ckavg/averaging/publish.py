@@ -1,4 +1,4 @@
-"""Results, once their weights are written: side files, card and record, their names, and the address they go to."""
+"""What follows pass 2: write side files, card and record, give results their names, send them to their addresses."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 @contextmanager
 def begin_sending(plans: Sequence[Plan], ranks: Ranks) -> Iterator[None]:
-    """Refuse an address that cannot be written, before anything is read for it; no other command is at it then."""
+    """Reserve the addresses of results before a weight is read; refuse those that cannot be written."""
     targets = [plan.target for plan in plans if plan.target is not None and not plan.is_there]
     if targets and ranks.local_world < ranks.world:
         raise SettingError(
-            f"{targets[0].address}: the processes may run on several machines, and a result that goes elsewhere is put "
-            "together on the disk of one.",
+            f"{targets[0].address}: the processes may run on several machines, but a result for an address is first "
+            "written to the disk of one machine.",
             hint="Write to a directory that all machines share, and copy the result from there.",
         )
     try:
@@ -55,8 +55,9 @@ def publish(
     sources: Mapping[int, Fingerprints],
     ranks: Ranks,
 ) -> tuple[Record, ...]:
-    """Write what goes beside the weights, and give the results their names; the first one last, since the others of a
-    job wait for that.
+    """Write the files beside the weights and give the results their names.
+
+    The first result gets its name last: the other processes of a job wait for it.
     """
     records = []
     reading = prepared.reading
@@ -73,7 +74,7 @@ def publish(
             seconds=seconds,
         )
         record = record_of(plan, each, prepared.paths[number], work)
-        with ranks.working_on("what goes beside the weights"):
+        with ranks.working_on("the files beside the weights"):
             ranks.check()
         record, files = completed(plan, each, record, hashes[number])
         for name, data in files.items():
@@ -87,33 +88,33 @@ def publish(
 
 
 def read_published(plan: Plan) -> Record:
-    """The record of a result that the first process of a job has published."""
+    """The record of a result that the first process has published."""
     try:
         return placed(read_record(plan.out), read_local(plan.out), plan.run, list(plan.outputs.values()))
     except CkavgError as error:
-        raise RanksError("Rank 0 has ended without a result.", hint="What it says tells why.") from error
+        raise RanksError("Rank 0 ended without a result.", hint="Its own message says why.") from error
 
 
 def _accumulated(run: Run, asked: str) -> str:
-    """The dtype in which tensors are accumulated: never less than that of the checkpoints."""
+    """The dtype in which tensors are accumulated: float64 if the checkpoints are."""
     return "float64" if holds_float64(run.checkpoints) else asked
 
 
 def send_results(plans: Sequence[Plan], records: Sequence[Record], context: Context) -> tuple[Record, ...]:
-    """Send the results that go to an address and were formed here, or changed.
+    """Upload results that go to an address and were formed or changed here.
 
-    Of several processes the first one sends; the others do not wait for it.
+    Only the first of several processes uploads; the others do not wait for it.
 
     Args:
-        plans: as they were carried out.
-        records: what came of them.
-        context: as of `carry_out`.
+        plans: those that were carried out.
+        records: their records.
+        context: see `carry_out`.
 
     Returns:
         The records, with addresses.
 
     Raises:
-        CkavgError: as of `Target.send`.
+        CkavgError: see `Target.send`.
     """
     sent = []
     for plan, record in zip(plans, records, strict=True):
@@ -126,7 +127,7 @@ def send_results(plans: Sequence[Plan], records: Sequence[Record], context: Cont
 
 
 def discard_sent(plans: Sequence[Plan], ranks: Ranks = ALONE) -> None:
-    """Remove from this machine what was sent from it."""
+    """Remove results from this machine that were uploaded from it."""
     for plan in plans:
         if plan.target is not None and ranks.is_first:
             plan.target.discard()

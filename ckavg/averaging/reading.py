@@ -1,6 +1,6 @@
-"""What several averages of one source read together: all checkpoints that they visit, each of them once a pass.
+"""Averages of one source that are read together: each checkpoint that any of them visits is read once a pass.
 
-Every average keeps its own run, so that its record says what it would say by itself.
+Every average keeps its own run, so that its record is the same as if it were formed alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Reading:
     Attributes:
         plans: of the averages; at least one.
         run: all checkpoints that any of them visits, by step.
-        places: of each plan, the indices in `run` of the checkpoints that it visits.
+        places: for each plan, the indices in `run` of the checkpoints that it visits.
     """
 
     plans: tuple[Plan, ...]
@@ -35,13 +35,13 @@ class Reading:
 
     @property
     def paths(self) -> PathReading | None:
-        """What pass 1 measures, each path once; None where no average needs one."""
+        """What pass 1 measures, each path once; None if no average needs one."""
         own = {places: plan.path for plan, places in zip(self.plans, self.places, strict=True) if plan.path}
         return PathReading(tuple(own.values()), tuple(own)) if own else None
 
     @property
     def path_bytes(self) -> int:
-        """Bytes that pass 1 reads; 0 where no average needs the path, or all is cached."""
+        """Bytes that pass 1 reads; 0 if no average needs the path, or all is cached."""
         paths = self.paths
         return paths.nbytes(self.run) if paths else 0
 
@@ -53,7 +53,7 @@ class Reading:
 
     @property
     def replay_bytes(self) -> int:
-        """Bytes that pass 2 reads: of what is averaged, and of what is copied from checkpoints that have an output."""
+        """Bytes that pass 2 reads: averaged tensors, and copied ones of checkpoints that have an output."""
         written = {
             places[index] for plan, places in zip(self.plans, self.places, strict=True) for index in plan.outputs
         }
@@ -65,8 +65,10 @@ class Reading:
 
 
 def readings(plans: Sequence[Plan]) -> list[Reading]:
-    """The averages by what can be read together: those whose runs have the same tensors. That is all of them, but for a
-    source whose tensors change on the way, where each of several selections may be sound by itself.
+    """Group the averages that can be read together: those whose runs have the same tensors.
+
+    There is one group unless the tensors of the source change along the way: then several selections may be valid,
+    each on its own.
     """
     groups: list[list[Plan]] = []
     for plan in plans:
@@ -75,7 +77,7 @@ def readings(plans: Sequence[Plan]) -> list[Reading]:
             groups.append([plan])
         else:
             group.append(plan)
-    return [_united(group) for group in groups]
+    return [_merge(group) for group in groups]
 
 
 def _is_alike(one: Plan, other: Plan) -> bool:
@@ -84,13 +86,13 @@ def _is_alike(one: Plan, other: Plan) -> bool:
 
 
 def _table(run: Run) -> dict[str, tuple[str, tuple[int, ...], bool]]:
-    def told(entry: TensorInfo) -> tuple[str, tuple[int, ...], bool]:
+    def signature(entry: TensorInfo) -> tuple[str, tuple[int, ...], bool]:
         return entry.dtype, entry.shape, entry.kept
 
-    return {name: told(entry) for name, entry in run.tensors.items()}
+    return {name: signature(entry) for name, entry in run.tensors.items()}
 
 
-def _united(plans: Sequence[Plan]) -> Reading:
+def _merge(plans: Sequence[Plan]) -> Reading:
     run = plans[0].run
     if all(plan.run is run for plan in plans):
         return Reading(tuple(plans), run, (tuple(range(len(run.checkpoints))),) * len(plans))
@@ -103,7 +105,7 @@ def _united(plans: Sequence[Plan]) -> Reading:
 
 
 def fetching_of(plans: Sequence[Plan]) -> Fetching | None:
-    """What carrying out these plans fetches, and how; None for a run on this machine."""
+    """What these plans download, and how; None for a run on this machine."""
     fetched: dict[RemotePath, float] = {}
     for reading in readings(plans):
         paths, to_replay = reading.paths, reading.to_replay
@@ -114,7 +116,7 @@ def fetching_of(plans: Sequence[Plan]) -> Fetching | None:
 
 
 def fetching_of_path(run: Run, path: PathPlan) -> Fetching | None:
-    """What measuring a path fetches, and how; None for a run on this machine."""
+    """What measuring a path downloads, and how; None for a run on this machine."""
     fetched: dict[RemotePath, float] = {}
     to_read = path.to_read if path.nbytes else ()
     for place in range(len(run.checkpoints)):
@@ -123,12 +125,12 @@ def fetching_of_path(run: Run, path: PathPlan) -> Fetching | None:
 
 
 def _add(fetched: dict[RemotePath, float], run: Run, place: int, count: float) -> None:
-    """Count how often the weight files of a checkpoint are read, of those that are elsewhere, by the part of a file
-    that is.
-    """
+    """Add how often each remote weight file of a checkpoint is read; a file read in part counts as a fraction."""
     checkpoint = run.checkpoints[place]
     used: dict[int, int] = {}
-    for entry in checkpoint.entries.values() if checkpoint.is_distributed else ():  # an optimizer lies between them
+    for entry in (
+        checkpoint.entries.values() if checkpoint.is_distributed else ()
+    ):  # skips the optimizer's bytes between them
         for which, begin, end in entry.ranges(0, entry.numel):
             used[which] = used.get(which, 0) + end - begin
     for number, shard in enumerate(checkpoint.shards):
@@ -138,35 +140,35 @@ def _add(fetched: dict[RemotePath, float], run: Run, place: int, count: float) -
 
 
 _LIBRARIES = 235_000_000
-"""Python, torch and the other libraries, before anything is read: measured on Linux with torch for the CPU."""
+"""Python, torch and the other libraries before anything is read, measured on Linux with torch for the CPU."""
 
 _PLOT = 45_000_000
-"""matplotlib, and what it takes for the picture in a card."""
+"""matplotlib and the plot in a card."""
 
 _PER_ENTRY = 450
-"""A tensor in the table of a checkpoint: its name, its shape, and their places in a dictionary."""
+"""A tensor in the table of a checkpoint: its name, its shape and the dictionary entry."""
 
 _PER_PIECE = 300
 """A piece of a tensor that several processes saved."""
 
 _PER_DISTANCE = 100
-"""A number of the path, by tensor and checkpoint, and its line in `path.json`."""
+"""One number of the path, by tensor and checkpoint, and its line in `path.json`."""
 
 _PER_BLOCK, _PER_BLOCK_READ = 400, 64
-"""A block and what came of it; of each checkpoint, the hash of its bytes and a distance."""
+"""A block and its result; for each checkpoint, the hash of its bytes and a distance."""
 
 _STATE_TILES = 3
 _RAW_BYTES_OF_ELEMENT = 8
 
 
 def memory_bytes(plans: Sequence[Plan]) -> int:
-    """Peak memory of carrying out plans of one source together on the CPU, in bytes; an estimate.
+    """Estimated peak memory of carrying out plans of one source together on the CPU, in bytes.
 
-    Every thread has two buffers for bytes as they are stored, the widened tile, and the tiles of each average's state.
-    The tables of checkpoints and blocks and the side files come on top, and what the libraries take by themselves.
+    Every thread has two buffers for stored bytes, the widened tile, and the tiles of each average's state. The tables
+    of checkpoints and blocks, the side files and the libraries come on top.
 
     Args:
-        plans: what is carried out together; at least one.
+        plans: carried out together; at least one.
     """
     runs = list({id(plan.run): plan.run for plan in plans}.values())
     checkpoints = [checkpoint for run in runs for checkpoint in run.checkpoints]
@@ -179,9 +181,9 @@ def memory_bytes(plans: Sequence[Plan]) -> int:
     for run in runs:
         blocks = sum(-(-entry.numel // BLOCK) for entry in run.tensors.values() if entry.is_floating)
         known += blocks * (_PER_BLOCK + _PER_BLOCK_READ * len(run.checkpoints))
-    of_pairs = [(plan.run, pair) for plan in plans if plan.products for pair in plan.products.pairs]
-    # Of one pair, all checkpoints in float64, the columns of the sum, and as much again where they are cut.
-    known += max((3 * 8 * len(run.checkpoints) * sum(pair.numel) for run, pair in of_pairs), default=0)
+    pairs = [(plan.run, pair) for plan in plans if plan.products for pair in plan.products.pairs]
+    # For one pair: all checkpoints in float64, the columns of the sum, and the same again if they are truncated.
+    known += max((3 * 8 * len(run.checkpoints) * sum(pair.numel) for run, pair in pairs), default=0)
     by_run = {id(plan.run): plan for plan in plans}.values()
     beside = sum(len(data) for plan in by_run for data in plan.side_files.values())
     headers = sum(len(shard.header) for plan in by_run for shard in plan.weights.shards)

@@ -1,7 +1,7 @@
-"""Whether a result that is there is what would be made again: its recipe, the checkpoints, and its own files.
+"""Whether an existing result is up to date: same recipe, same checkpoints, and its own files unchanged.
 
-All of it is known without reading a weight: what was asked for, and fingerprints of files
-(`checkpoints/fingerprints.py`), are kept beside the record, on this machine alone.
+No weight is read for it: the recipe and the fingerprints of files (`checkpoints/fingerprints.py`) are kept beside the
+record, on this machine only.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ if TYPE_CHECKING:
     from ckavg.averaging.plan import Plan
 
 FORMAT = 1
-"""Greater in a version that makes other bytes of the same recipe."""
+"""Raised in a version that makes other bytes from the same recipe."""
 
 _NO_BYTE = {"force", "allow_anchor"}
-"""Options that change whether there is a result, not what is in it."""
+"""Options that decide whether there is a result, not what is in it."""
 
 _PATH_OPTIONS = {"path_exclude", "zero_sigma", "sample"}
 _SHOWN = 60
 
 
 def recipe_of(plan: Plan) -> dict[str, Any]:
-    """What was asked for, as far as it can change a byte of the result, as plain JSON values by name."""
+    """The settings that can change a byte of the result, as plain JSON values by name."""
     unused = _NO_BYTE | (set() if plan.scheme.needs_path else _PATH_OPTIONS)
     options = {each.name: getattr(plan.options, each.name) for each in dataclasses.fields(plan.options)}
     chosen: dict[str, Any] = dict(plan.run.selection.stated)
     init, card = plan.run.selection.init, plan.options.card
     if init is not None and not isinstance(init, RemotePath):
         place = str(resolved(init))
-        chosen["init"] = place if plan.target is None else sha256(place.encode())  # it is nobody's business elsewhere
+        chosen["init"] = place if plan.target is None else sha256(place.encode())  # private: the recipe is uploaded
     recipe = (
         {"format": FORMAT, "scheme": plan.scheme.name, "checkpoints": plan.run.steps}
         | plan.scheme.parameters()
@@ -61,7 +61,7 @@ def recipe_of(plan: Plan) -> dict[str, Any]:
 
 
 def _formulas(plan: Plan) -> dict[str, Any]:
-    """What stands for the formulas of a scheme that is not ours: they may change, and its name and fields may not."""
+    """What identifies the formulas of a user's scheme: they may change while its name and fields stay the same."""
     if type(plan.scheme) in SCHEMES:
         return {}
     known = plan.known_coefficients
@@ -69,7 +69,7 @@ def _formulas(plan: Plan) -> dict[str, Any]:
 
 
 def made_of(plan: Plan, sources: Fingerprints, directory: Path) -> Made:
-    """What is kept of how a result is made, whose weight files are in a directory."""
+    """What to keep about making a result whose weight files are in a directory."""
     own = {name: fingerprint_files([directory / name]) for name in _own_files(plan)}
     return Made(recipe_of(plan), sources, _side_files(plan), own)
 
@@ -79,17 +79,17 @@ def _side_files(plan: Plan) -> dict[str, str]:
 
 
 def _own_files(plan: Plan) -> list[str]:
-    """The files of all outputs, by path in the result, that nobody changes after they are written."""
+    """The files of all outputs that never change once written, by path in the result."""
     names = [name for name in plan.files if name not in (CARD, RESULT_RECORD)]
     return [(out / name).relative_to(plan.out).as_posix() for out in plan.outputs.values() for name in names]
 
 
 def current_result(plan: Plan, sources: Fingerprints) -> Record | str:
-    """The record of the result at the place of a plan, where making it again would change nothing; else what differs.
+    """The record of the result at a plan's output path if it is up to date; else what differs.
 
     Args:
-        plan: what would be made, at a place where a record is.
-        sources: of the files of the checkpoints as they are now.
+        plan: of a result whose output path holds a record.
+        sources: the current fingerprints of the files of the checkpoints.
     """
     data, beside = (b"" if plan.target is None else plan.target.read_small(name) for name in (RESULT_RECORD, LOCAL))
     try:
@@ -102,7 +102,7 @@ def current_result(plan: Plan, sources: Fingerprints) -> Record | str:
 
 
 def finished_result(plan: Plan, sources: Fingerprints) -> Record | None:
-    """The record of a result that was formed to be sent to an address, and need not be formed again."""
+    """The record of a result that is formed already and waits for its upload; None if it must be formed."""
     with suppress(CkavgError):
         if is_result(plan.out):
             local = read_local(plan.out)
@@ -120,13 +120,13 @@ def _current(
     *,
     is_here: bool = False,
 ) -> Record | str:
-    """The record, where making its result again would change nothing; else what differs."""
+    """The record if its result is up to date; else what differs."""
     if local.made is None:
-        return "nothing there tells of which state of the checkpoints it was made"
+        return "the state of the checkpoints it was made from is not recorded"
     asked = recipe_of(plan)
     outputs = [out if is_here else plan.shown(out) for out in plan.outputs.values()]
     if differing := differences(local.made.recipe, asked):
-        own = [each for each in differing if each[0] == "scheme"] or differing  # all others follow from that
+        own = [each for each in differing if each[0] == "scheme"] or differing  # another scheme has other parameters
         return "; ".join(
             f"{name.replace('_', '-')} {setting_shown(name, there)} there, {setting_shown(name, instead)} asked"
             for name, there, instead in own
@@ -145,16 +145,16 @@ def _current(
 
 def _changed_sources(plan: Plan, before: Fingerprints, now: Fingerprints) -> str:
     if len(before) != len(now):
-        return "its fingerprints are not of these checkpoints"
+        return "it has fingerprints of other checkpoints"
     pairs = list(zip(plan.run.steps, before, now, strict=True))
     if changed := [str(step) for step, *pair in pairs if None not in pair and len({*pair}) > 1]:
         return f"the checkpoints of step {listed(changed)} have changed since"
     unknown = [str(step) for step, *pair in pairs if None in pair]
-    return f"nothing tells whether step {listed(unknown)} has changed since"
+    return f"it is unknown whether step {listed(unknown)} has changed since"
 
 
 def recorded_recipe(record: Record) -> dict[str, Any]:
-    """What the record of a result says of its recipe, likewise."""
+    """The recipe of a result as far as its record states it."""
     names = ("dtype", "accumulate", "allow_nonfinite", "zero_sigma", "sample", "path_exclude", "lora", "rank")
     unused = set() if record.path_length is not None else _PATH_OPTIONS
     recipe = (
@@ -168,7 +168,7 @@ def recorded_recipe(record: Record) -> dict[str, Any]:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """What differs between two recipes: its name, the value in the one, and in the other; None where it is not there.
+    """The settings that differ between two recipes: name, value in the one, value in the other; None if absent.
 
     >>> differences({"gamma": 0.1, "last": 5}, {"gamma": 0.15, "last": 5, "every": 10})
     [('gamma', 0.1, 0.15), ('every', None, 10)]
@@ -178,7 +178,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[
 
 
 def setting_shown(name: str, value: object, *, absent: str = "none") -> str:
-    """The value of a setting in a recipe, in a few words."""
+    """The value of a setting in a recipe, shortened for a message."""
     if value is None:
         return absent
     if name == "card":
@@ -190,7 +190,7 @@ def setting_shown(name: str, value: object, *, absent: str = "none") -> str:
 
 
 def _tells(record: Record, plan: Plan) -> bool:
-    """Whether a record is of what a plan would make, as far as that is known before."""
+    """Whether a record is one that a plan would make, as far as that is known beforehand."""
     options, files = plan.options, {*plan.files}
     said = (record.scheme, record.parameters, record.steps, record.dtype, record.allow_nonfinite)
     steps = tuple(plan.run.steps[index] for index in plan.outputs)
@@ -202,8 +202,8 @@ def _tells(record: Record, plan: Plan) -> bool:
 
 
 def _changed_files(plan: Plan, made: Made) -> list[str]:
-    """Files of the result that are not there as they were written, of every output."""
-    sizes = {} if plan.products else plan.weight_files  # of products, only those that are made tell how many there are
+    """Files of any output that are missing or were changed after writing."""
+    sizes = {} if plan.products else plan.weight_files  # the sizes of products are known only once they are made
     changed = [str(name) for name, nbytes in sizes.items() if _size(plan.out / name) != nbytes]
     for name in _own_files(plan):
         if _size(plan.out / name) is None or made.own_fingerprints.get(name) != fingerprint_files([plan.out / name]):
@@ -216,7 +216,7 @@ def _changed_files(plan: Plan, made: Made) -> list[str]:
 
 
 def _changed_there(plan: Plan, made: Made) -> list[str]:
-    """The same of a result at an address."""
+    """The same for a result at an address."""
     files = {} if plan.target is None else plan.target.files
     there = {name: info.identity for name, info in files.items()}
     changed = [
@@ -228,7 +228,7 @@ def _changed_there(plan: Plan, made: Made) -> list[str]:
 
 
 def _size(path: Path) -> int | None:
-    """The bytes of a plain file; None where there is none."""
+    """The size of a plain file; None if there is none."""
     try:
         return path.stat().st_size if path.is_file() else None
     except OSError:

@@ -1,4 +1,4 @@
-"""From what was done to what is written down of it: the record, the card, and the other small files of a result."""
+"""The record, the card and the other small files of a result, made from what was computed."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from ckavg.schemes.base import effective_count, mean_age
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What was done for an average, besides what its plan says.
+    """What computing an average found, beyond what its plan says.
 
     Attributes:
         accumulate: the dtype in which it was accumulated.
-        bytes_read: bytes that were read for all averages of one reading.
-        checksums: of its checkpoints; None for those without a part in it.
+        bytes_read: bytes read for all averages of one reading.
+        checksums: of its checkpoints; None for those that do not enter it.
         infinite: tensors that hold the same infinities in all its checkpoints.
         nonfinite: how many of its elements are not finite.
-        discarded: what was cut off its products, by the index of an output; empty where nothing was.
-        seconds: which the reading took.
+        discarded: the part of its products that truncation removed, by the index of an output; empty if none.
+        seconds: how long the reading took.
     """
 
     accumulate: str
@@ -50,8 +50,8 @@ def record_of(plan: Plan, coefficients: Coefficients, path: PathLength | None, w
 
     Args:
         plan, coefficients: of the average.
-        path: of its checkpoints; None where it needs none.
-        work: what was done for it.
+        path: of its checkpoints; None if it needs none.
+        work: what computing it found.
     """
     from ckavg.averaging.rules import effective_weights
 
@@ -115,7 +115,7 @@ def record_of(plan: Plan, coefficients: Coefficients, path: PathLength | None, w
 
 
 def _readouts(steps: Sequence[int], weights: Sequence[float], start: int, last: int) -> dict[str, Any]:
-    """What the weights of an average after checkpoint `last` say of it, by the names of a record."""
+    """Figures derived from the weights of the average after checkpoint `last`, by their names in a record."""
     return {
         "effective_count": effective_count(weights),
         "mean_age": mean_age(steps, weights, last),
@@ -124,7 +124,7 @@ def _readouts(steps: Sequence[int], weights: Sequence[float], start: int, last: 
 
 
 def left_out_of_path(run: Run, path: PathLength) -> tuple[str, ...]:
-    """Floating tensors with elements that pass 1 was told not to measure."""
+    """Non-empty floating tensors that were excluded from pass 1."""
     return tuple(
         sorted(
             name
@@ -134,46 +134,47 @@ def left_out_of_path(run: Run, path: PathLength) -> tuple[str, ...]:
     )
 
 
-def _pictured(record: Record) -> tuple[Record, bytes | None]:
-    """The picture for the card, where it can be drawn. Hours of averaging are not lost for one that cannot."""
+def _with_plot(record: Record) -> tuple[Record, bytes | None]:
+    """The record and the plot for its card. A failed plot becomes a warning: the average must not be lost for it."""
     from ckavg.output.plots import card_svg
 
     try:
         return record, card_svg(record)
-    except Exception as error:  # whatever a library that was installed badly may raise
-        warning = f"The card has no picture of the weights: matplotlib failed with {type(error).__name__}: {error}."
+    except Exception as error:  # a broken installation may raise anything
+        warning = f"The card has no plot of the weights: matplotlib failed with {type(error).__name__}: {error}."
         return dataclasses.replace(record, warnings=(*record.warnings, warning)), None
 
 
 def completed(
-    plan: Plan, coefficients: Coefficients, record: Record, of_weights: Mapping[Path, str]
+    plan: Plan, coefficients: Coefficients, record: Record, weight_hashes: Mapping[Path, str]
 ) -> tuple[Record, dict[str, bytes]]:
-    """The record with the SHA-256 of every file, and what goes beside the weights of every output, by path in the
-    result: side files, the card, and the record of that output.
+    """The record with the SHA-256 of every file; and by path in the result, the files beside the weights.
+
+    Those are the side files, the card and the record of every output.
     """
     from ckavg.averaging.rules import effective_weights
 
-    record, picture = _pictured(record)
+    record, plot = _with_plot(record)
     files: dict[str, bytes] = {}
-    of_outputs: list[Record] = []
+    own_records: list[Record] = []
     for output, (index, out) in zip(record.outputs, plan.outputs.items(), strict=True):
-        own, plots = record, {PLOT: picture} if picture is not None else {}
+        own, plots = record, {PLOT: plot} if plot is not None else {}
         if index in plan.snapshots:
             weights = effective_weights(coefficients, index)
             readouts = _readouts(record.steps, weights, coefficients.start, index)
             own = dataclasses.replace(record, weights=weights, outputs=(output,), **readouts)
-            plots = {}  # there may be very many of them
+            plots = {}  # there may be very many snapshots
         output = dataclasses.replace(output, files=tuple(sorted({*output.files, *plots})))
         card = write_card(published(own), plan.scheme, plan.origin, picture=PLOT if plots else None)
         place = out.relative_to(plan.out)
         layout = plan.layout(index)
         beside = layout.side_files | plots | {CARD: card.encode()}
         files |= {str(place / name): data for name, data in beside.items()}
-        hashes = {shard.name: of_weights[place / shard.name] for shard in layout.weights.shards}
+        hashes = {shard.name: weight_hashes[place / shard.name] for shard in layout.weights.shards}
         hashes |= {name: sha256(data) for name, data in beside.items()}
-        of_outputs.append(dataclasses.replace(own, outputs=(dataclasses.replace(output, sha256=hashes),)))
-    record = dataclasses.replace(record, outputs=tuple(own.outputs[0] for own in of_outputs))
-    for own, (index, out) in zip(of_outputs, plan.outputs.items(), strict=True):
-        of_output = own if index in plan.snapshots else record
-        files[str(out.relative_to(plan.out) / RESULT_RECORD)] = published(of_output).to_bytes()
+        own_records.append(dataclasses.replace(own, outputs=(dataclasses.replace(output, sha256=hashes),)))
+    record = dataclasses.replace(record, outputs=tuple(own.outputs[0] for own in own_records))
+    for own, (index, out) in zip(own_records, plan.outputs.items(), strict=True):
+        written = own if index in plan.snapshots else record
+        files[str(out.relative_to(plan.out) / RESULT_RECORD)] = published(written).to_bytes()
     return record, files

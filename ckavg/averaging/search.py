@@ -1,12 +1,12 @@
 """The search of `ckavg best`: which averages to try next, given the values of those tried so far. Pure.
 
-`halving` begins with a coarse grid over schemes, values and windows, the most different first, for half of the budget.
-Then it takes large steps from the best, to half and twice its value and its window; then one from the best of each
-other scheme, towards the age of the best; then small steps from the best, to its geometric mean with a neighbour. When
-nothing is left there, the next best has its turn. `soup` is the greedy soup of Wortsman et al., Model soups, 2022,
-Recipe 1, of the newest checkpoints, as many as the budget can judge and add.
+`halving` spends half of the budget on a coarse grid over schemes, values and windows, the most different first. Then it
+takes large steps from the best, to half and twice its value and its window; then one step from the best of each other
+scheme, towards the age of the best; then small steps from the best, to its geometric mean with a neighbour. After that
+it turns to the next best. `soup` is the greedy soup of Wortsman et al., Model soups, 2022, Recipe 1, of as many of the
+newest checkpoints as the budget can judge and add.
 
-Both begin with the last checkpoint, hang on what was tried alone, and use no random numbers.
+Both begin with the last checkpoint, depend only on what was tried, and use no random numbers.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from ckavg.schemes import Last, Scheme
 from ckavg.schemes.parse import make_scheme
 
 _FINEST = 1.1
-"""Values nearer to each other than by this factor are not told apart."""
+"""Values that differ by less than this factor count as the same."""
 
 _MANY = 16
-"""Checkpoints from which on coarser intervals are tried, too."""
+"""With at least this many checkpoints, coarser intervals are tried too."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """A scheme as an axis of the search: its hyper-parameter, the values of the coarse grid, and its bounds."""
+    """A scheme as an axis of the search: its hyper-parameter, the coarse grid of values, and the bounds."""
 
     parameter: str
     values: tuple[float, ...]
@@ -43,7 +43,7 @@ _FAMILIES: Mapping[str, _Family | None] = {
     "power": _Family("sigma_rel", (0.1, 0.05), 0.01, 0.28),
     "bema": _Family("eta", (0.2, 0.4), 0.05, 2.0),
 }
-"""The first values are the defaults of the schemes but for EMA, whose 0.15 would be too near to 0.2 and 0.1."""
+"""The first values are the defaults, except for EMA, whose 0.15 is too close to 0.2 and 0.1."""
 
 LAST = "last"
 
@@ -54,10 +54,10 @@ class Candidate:
 
     Attributes:
         scheme: its name.
-        value: of the hyper-parameter; None where it has none.
-        window: how many of the newest checkpoints it visits, an anchor from elsewhere not counted; 0: all.
-        stride: of those, every n-th.
-        soup: the places of the checkpoints whose uniform mean it is, ascending; of other candidates empty.
+        value: of the hyper-parameter; None if it has none.
+        window: how many of the newest checkpoints it visits, without an anchor given with `init`; 0: all.
+        stride: visit every n-th of them.
+        soup: of a soup, the indices of the checkpoints to average uniformly, ascending; else empty.
     """
 
     scheme: str
@@ -67,7 +67,7 @@ class Candidate:
     soup: tuple[int, ...] = ()
 
     def to_scheme(self, count: int) -> Scheme:
-        """How it averages, of so many checkpoints that its run visits.
+        """Its scheme, for a run that visits `count` checkpoints.
 
         >>> Candidate("ema", 0.2).to_scheme(9), Candidate("soup", soup=(0, 2)).to_scheme(3).weights
         (EMA(gamma=0.2, tau=1.0), '0.5,0.0,0.5')
@@ -82,7 +82,7 @@ class Candidate:
 
 
 Tried = Mapping[Candidate, float | None]
-"""The value of each candidate, in the order in which they were tried; None where its evaluation failed."""
+"""The value of each candidate in the order tried; None if its evaluation failed."""
 
 Ages = Mapping[Candidate, float]
 """The mean age of each, in optimizer steps."""
@@ -90,12 +90,12 @@ Ages = Mapping[Candidate, float]
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """What may be tried of a run.
+    """What may be tried on a run.
 
     Attributes:
-        count: its checkpoints, an anchor from elsewhere not counted.
-        strides: intervals that may be tried, in checkpoints, beside every one.
-        windows: whether windows may be tried.
+        count: number of its checkpoints, without an anchor given with `init`.
+        strides: intervals to try besides 1, in checkpoints.
+        windows: whether to try windows.
     """
 
     count: int
@@ -104,7 +104,7 @@ class Space:
 
 
 def ranked(tried: Tried, goal: Goal) -> list[Candidate]:
-    """The candidates with a finite value, the best first; of equal ones, the one that was tried first.
+    """The candidates with a finite value, best first; of equal ones, the first one tried.
 
     >>> one, two, three = (Candidate("ema", value) for value in (0.1, 0.2, 0.3))
     >>> [each.value for each in ranked({one: 2.0, two: float("nan"), three: 1.0}, "min")]
@@ -116,7 +116,7 @@ def ranked(tried: Tried, goal: Goal) -> list[Candidate]:
 
 
 def grid(space: Space) -> list[Candidate]:
-    """The coarse grid, the most different first: all schemes by their first value, then other windows and values.
+    """The coarse grid, the most different first: all schemes with their first value, then other windows and values.
 
     >>> [(each.scheme, each.value, each.window) for each in grid(Space(8))[:7]]  # doctest: +NORMALIZE_WHITESPACE
     [('last', None, 0), ('mean', None, 0), ('ema', 0.2, 0), ('pema', 0.15, 0), ('power', 0.1, 0), ('bema', 0.2, 0),
@@ -158,8 +158,9 @@ def next_by_halving(tried: Tried, goal: Goal, space: Space, left: int, ages: Age
 
 
 def _towards(best: Candidate, other: Candidate, tried: Tried, ages: Ages) -> Iterator[Candidate]:
-    """Twice a value that is the greatest tried of its scheme where the best average is older, or half of the least
-    where it is younger: an average is the older, the larger its value.
+    """A step of another scheme towards the age of the best: the larger its value, the older an average.
+
+    If the best is older, twice the greatest value tried of that scheme; if it is younger, half the least.
     """
     family, value = _FAMILIES[other.scheme], other.value
     if family is None or value is None:
@@ -187,7 +188,7 @@ def _around(best: Candidate, tried: Tried, space: Space, *, large: bool) -> Iter
 
 
 def _between(best: float, others: Sequence[float], least: float, most: float, *, large: bool) -> Iterator[float]:
-    """On each side of a value, half or twice of it where it has no neighbour; or its geometric mean with one it has.
+    """On each side of a value: its half or double if it has no neighbour, else its geometric mean with the neighbour.
 
     >>> list(_between(4, [1, 4], 1, 6, large=True)), list(_between(4, [1, 4], 1, 6, large=False))
     ([6], [2.0])
@@ -202,7 +203,7 @@ def _between(best: float, others: Sequence[float], least: float, most: float, *,
 
 
 def next_in_soup(tried: Tried, goal: Goal, space: Space, left: int, ages: Ages) -> tuple[Candidate, ...]:
-    """What to try next of a greedy soup, at most `left`: each checkpoint alone, then one soup after the other.
+    """What to try next in a greedy soup, at most `left`: each checkpoint alone, then one soup after another.
 
     >>> [each.soup or each.scheme for each in next_in_soup({}, "min", Space(9), 4, {})]
     ['last', (7,)]

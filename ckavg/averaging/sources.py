@@ -1,4 +1,4 @@
-"""From what was named to a run, wherever it is: a directory, a repository on the Hub, another file system."""
+"""Open a run from its name, wherever it is: a directory, a repository on the Hub, another file system."""
 
 from __future__ import annotations
 
@@ -52,30 +52,30 @@ def open_run(
     Args:
         source: directory with the checkpoints of one training run, `hf://owner/name[@revision][/folder]`, or an address
             of an object store, such as `s3://bucket/run`.
-        init: the anchor θ_0, a checkpoint directory, safetensors file or address; None: the first checkpoint selected.
+        init: the anchor θ_0, a checkpoint directory, safetensors file or address; None: the first selected checkpoint.
         init_step: optimizer step of `init`.
-        match: shell pattern of the names of checkpoints, where several runs lie in one directory.
+        match: shell pattern of the names of checkpoints, if a directory holds several runs.
         steps: exactly these optimizer steps; empty: all.
         skip_step: leave out these optimizer steps.
         every: update frequency f in optimizer steps: visit only checkpoints with (t_k − t_0) mod f = 0.
         every_from: count `every` from this step instead of the anchor's.
         from_step: leave out checkpoints before this optimizer step.
         to_step: leave out checkpoints after this optimizer step.
-        best: keep only this many checkpoints, the best by a metric that the trainer logged, before `last`.
+        best: keep only this many checkpoints, the best by a logged metric; applies before `last`.
         metric: its name in `log_history` of the last checkpoint's `trainer_state.json`, such as `eval_loss`.
-        goal: whether `min` or `max` of it is best; None: as its name tells.
+        goal: whether `min` or `max` of it is best; None: inferred from its name.
         last: keep only this many checkpoints, the newest.
-        skip_incomplete: leave out checkpoints that are not written in full, each with a warning.
-        common_only: average the tensors that all checkpoints have; the others are copied from the last one.
-        copy: shell patterns of further files of the last checkpoint that go into the result, by relative path.
+        skip_incomplete: leave out incomplete checkpoints, each with a warning.
+        common_only: average the tensors that all checkpoints have, and copy the others from the last one.
+        copy: shell patterns of further files of the last checkpoint to copy into the result, by relative path.
         revisions: shell patterns of the revisions of a repository, each of which is a checkpoint.
-        prefix: how the names of the model's tensors begin in what torch.distributed.checkpoint saved; it is taken off.
-            None: as they are nested.
-        max_disk: how many bytes may be fetched to the disk, such as `50GB`; None: all, if there is room. The rest is
-            fetched as it is read, and not kept.
+        prefix: how the names of the model's tensors begin in a torch.distributed.checkpoint; it is removed. None: taken
+            from the nesting.
+        max_disk: how many bytes may be downloaded to disk, such as `50GB`; None: all, if there is room. The rest is
+            streamed.
 
     Raises:
-        CkavgError: it cannot be averaged; `CombinedError` lists every reason where there are more than one.
+        CkavgError: it cannot be averaged; `CombinedError` lists all reasons if there are several.
     """
     selection = Selection(
         init=init if init is None or isinstance(init, RemotePath) else Path(init),
@@ -101,23 +101,23 @@ def open_run(
 
 
 def opened(run: Run | AnyPath | str) -> Run:
-    """A run, or that of a directory or address, opened with all its checkpoints.
+    """A run as it is; a directory or address opened with all its checkpoints.
 
     Raises:
-        CkavgError: as of `open_run`.
+        CkavgError: see `open_run`.
     """
     return run if isinstance(run, Run) else open_run(run)
 
 
 def inspect_source(source: AnyPath | str, selection: Selection, *, max_disk: int | str | None = None) -> Inspection:
-    """Look at a source, wherever it is, and return its problems beside what is sound, instead of raising them.
+    """Inspect a source, wherever it is; return problems beside the valid checkpoints instead of raising them.
 
     Args:
-        source, max_disk: as of `open_run`.
-        selection: what is chosen of it.
+        source, max_disk: see `open_run`.
+        selection: which checkpoints.
 
     Raises:
-        CkavgError: as of `inspect_sources`.
+        CkavgError: see `inspect_sources`.
     """
     return inspect_sources(source, [selection], max_disk=max_disk)[0]
 
@@ -125,9 +125,9 @@ def inspect_source(source: AnyPath | str, selection: Selection, *, max_disk: int
 def inspect_sources(
     source: AnyPath | str, selections: Sequence[Selection], *, max_disk: int | str | None = None
 ) -> list[Inspection]:
-    """The same by several selections, which differ in `every`, `every_from`, `from_step`, `to_step` and `last` alone.
+    """Inspect a source for several selections; it is listed once for all of them.
 
-    What lies in the source is looked at once for all of them.
+    They may differ only in `every`, `every_from`, `from_step`, `to_step` and `last`.
 
     Raises:
         HubError: the Hub refused, or cannot be reached.
@@ -137,24 +137,24 @@ def inspect_sources(
     base = None if selection.init is None else address_of(str(selection.init))
     if selection.revisions and (address is None or not address.is_hub):
         raise SettingError(
-            f"--revisions are those of a repository on the Hub; {source} is none.",
+            f"--revisions applies to a repository on the Hub; {source} is not one.",
             hint="For example: ckavg inspect hf://owner/name --revisions 'step*'",
         )
     limit = None if max_disk is None else parse_size(max_disk)
     if address is None and base is None and limit is not None:
-        raise SettingError("--max-disk bounds what is fetched; all of this is here.", hint="Leave it out.")
+        raise SettingError("--max-disk limits downloads; all of this is on this machine.", hint="Leave it out.")
     bring_back_all((Path(source) if address is None else Path()) / "averaged")
-    for named, elsewhere in ((source, address), (selection.init, base)):
-        if named is not None and elsewhere is None:
-            _check_here(Path(named))
+    for named, remote_address in ((source, address), (selection.init, base)):
+        if named is not None and remote_address is None:
+            _check_local(Path(named))
     place: AnyPath = Path(source)
-    told: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     if address is not None:
-        storage, told = _open(address, selection.revisions, limit)
+        storage, warnings = _open(address, selection.revisions, limit)
         place = storage.root
     if base is not None:
         if base.revision is not None and is_pattern(base.revision):
-            raise SettingError(f"--init {base} may be several revisions.", hint="Name one: hf://owner/name@REVISION")
+            raise SettingError(f"--init {base} may match several revisions.", hint="Name one: hf://owner/name@REVISION")
         root = open_storage(base, max_disk=limit).root
         selections = [dataclasses.replace(each, init=root) for each in selections]
     try:
@@ -166,12 +166,14 @@ def inspect_sources(
     remote = storages_of([place, *(checkpoint.path for each in found for checkpoint in each.checkpoints)])
     for problem in (problem for each in found for problem in each.problems):
         if isinstance(problem, MissingShardError) and any(each.is_offline for each in remote):
-            problem.hint = f"It is not in the cache, or not all of it. {GO_ONLINE}"
-    return [dataclasses.replace(each, warnings=(*told, *each.warnings, *_alike(each.checkpoints))) for each in found]
+            problem.hint = f"It is not in the cache, or only in part. {GO_ONLINE}"
+    return [
+        dataclasses.replace(each, warnings=(*warnings, *each.warnings, *_alike(each.checkpoints))) for each in found
+    ]
 
 
-def _check_here(named: Path) -> None:
-    """Bring an earlier result back that a killed process had moved aside; refuse what was meant for an address."""
+def _check_local(named: Path) -> None:
+    """Restore an earlier result that a killed process had moved aside; refuse a path that is meant as an address."""
     bring_back(named)
     meant = did_you_mean(str(named))
     if meant and not named.exists():
@@ -179,24 +181,24 @@ def _check_here(named: Path) -> None:
 
 
 def _open(address: Address, revisions: Sequence[str], max_disk: int | None) -> tuple[RemoteStorage, tuple[str, ...]]:
-    """The storage of an address, and what a user should know of what it leaves out."""
+    """The storage of an address, and warnings about what it leaves out."""
     patterns = [*revisions]
     if address.revision is not None and is_pattern(address.revision):
         patterns.append(address.revision)
     elif revisions and address.revision is not None:
         raise SettingError(
-            f"{address} names one revision, and --revisions others.",
+            f"{address} names a revision, and --revisions names others.",
             hint="Leave one of them out: @REVISION or --revisions.",
         )
     if not patterns:
         return open_storage(address, max_disk=max_disk), ()
     storage, unstated = _open_revisions(address, patterns, max_disk)
-    told = f"Passed over, for the name of the revision states no step: {listed(unstated)}."
-    return storage, (told,) if unstated else ()
+    warning = f"Skipped revisions whose names state no step: {listed(unstated)}."
+    return storage, (warning,) if unstated else ()
 
 
 def _open_revisions(address: Address, patterns: Sequence[str], max_disk: int | None) -> tuple[RemoteStorage, list[str]]:
-    """Revisions of a repository as folders of one storage, and those whose names state no step."""
+    """Revisions of a repository as folders of one storage, and the revisions whose names state no step."""
     repository = Repository(address.place)
     known = repository.revisions()
     matched = [name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
@@ -204,13 +206,13 @@ def _open_revisions(address: Address, patterns: Sequence[str], max_disk: int | N
         in_cache = " in the cache, and huggingface_hub is in offline mode" if repository.is_offline else ""
         raise NoCheckpointsError(
             f"{address}: no revision matches {' or '.join(map(repr, patterns))}; it has {_shown(known)}{in_cache}.",
-            hint=GO_ONLINE if in_cache else "Name them with --revisions, in quotation marks: --revisions 'step*'",
+            hint=GO_ONLINE if in_cache else "Name them with --revisions, in quotes: --revisions 'step*'",
         )
     labels = label_revisions([_as_folder(name) for name in matched])
     unstated = [name for name in matched if _as_folder(name) not in labels]
     if not labels:
         raise NoCheckpointsError(
-            f"{address}: no revision that matches states a step: {listed(unstated)}.",
+            f"{address}: no matching revision states a step: {listed(unstated)}.",
             hint="Expected names such as step1000 or stage1-step1000-tokens5B.",
         )
     stems = sorted({label.stem for label in labels.values()})
@@ -218,7 +220,7 @@ def _open_revisions(address: Address, patterns: Sequence[str], max_disk: int | N
         raise MixedOrderError(
             f"{address}: the revisions mix stages ({', '.join(stem or 'none' for stem in stems)}), whose steps have no "
             "common order.",
-            hint=f"Choose those of one stage: --revisions '{next(filter(None, stems))}*'",
+            hint=f"Choose one stage: --revisions '{next(filter(None, stems))}*'",
         )
     trees = {
         _as_folder(name): repository.tree(name, address.folder, commit=known[name])
@@ -233,14 +235,14 @@ def _as_folder(revision: str) -> str:
 
 
 def _revisions_to_try(address: Address) -> str:
-    """What to say of a repository that may hold its checkpoints as revisions; empty where it does not."""
+    """A hint for a repository that may hold its checkpoints as revisions; empty if it does not."""
     patterns = _patterns(Repository(address.place).revisions())
     options = " or ".join(f"--revisions '{pattern}'" for pattern in patterns[:3])
     return f"Its revisions look like checkpoints: {options}" if options else ""
 
 
 def _patterns(revisions: Mapping[str, str]) -> list[str]:
-    """Patterns of revisions that look like checkpoints, those that match most first."""
+    """Patterns of revisions that look like checkpoints, the ones with most matches first."""
     labelled = [name for name in revisions if read_label(_as_folder(name))]
     counts = Counter(f"{_NUMBER.sub('', name)}*" for name in labelled)
     return [pattern for pattern, count in counts.most_common() if count > 1]
@@ -253,7 +255,7 @@ def _shown(revisions: Mapping[str, str]) -> str:
 
 
 def _alike(checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
-    """A warning for checkpoints with the same weights, as one that was uploaded in the place of another leaves them."""
+    """A warning for checkpoints with the same weights: one may have been uploaded in place of another."""
     by_content: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for checkpoint in checkpoints:
         infos = [
@@ -265,7 +267,6 @@ def _alike(checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
     for steps in by_content.values():
         if len(steps) > 1:
             yield (
-                f"Steps {', '.join(map(str, steps))} hold the same weights, by the hashes of their files: one was "
-                "uploaded in the place of another, perhaps. Leave out those that are wrong with --from-step, --to-step "
-                "or --revisions."
+                f"Steps {', '.join(map(str, steps))} hold the same weights, by the hashes of their files: perhaps one "
+                "was uploaded in place of another. Leave out the wrong ones with --from-step, --to-step or --revisions."
             )

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What came of a sweep: a sequence of its results.
+    """The outcome of a sweep: a sequence of its results.
 
     Attributes:
-        results: in the order of the schemes, with what was said of them.
+        results: in the order of the schemes, with their evaluations.
         goal: whether the least or the greatest value is best.
-        path: of the checkpoints; None where no scheme needed it.
+        path: of the checkpoints; None if no scheme needed it.
     """
 
     results: tuple[Record, ...]
@@ -68,7 +68,7 @@ class Sweep:
         if ranking is None:
             raise EvaluationError(
                 "None of the averages has a value.",
-                hint="Sweep with evaluate, a function from a directory to a number.",
+                hint="Pass evaluate to sweep, a function from a directory to a number.",
             )
         return self.results[ranking.best]
 
@@ -82,7 +82,7 @@ class Sweep:
         return averages_figure(self.results, self.path)
 
     def to_pandas(self) -> DataFrame:
-        """A data frame with a row for each average: its value and standard error, what it weighs, where it is.
+        """A data frame with a row for each average: its value and standard error, its weights, its directory.
 
         Raises:
             SettingError: pandas is not installed.
@@ -111,20 +111,20 @@ def sweep(
     progress: bool | OnProgress = False,
     **options: Any,
 ) -> Sweep:
-    """Form many averages from one reading of the checkpoints; each is the same to the byte as that of `average`.
+    """Form many averages in one reading of the checkpoints; each has the same bytes as with `average`.
 
     Args:
-        run: as of `average`.
-        schemes: how; at least one.
-        evaluate: the value of the model in a directory, or the value and its standard error; NaN: it has none.
-        goal: whether the least value is best, as of a loss, or the greatest: `min` or `max`.
-        out: the directory that the results go into, each under its own name; None: `<source>/averaged`.
-        device, progress: as of `average`.
-        options: as of `average`: `dtype`, `force` and so on.
+        run: see `average`.
+        schemes: how to average; at least one.
+        evaluate: takes the directory of a model; returns its value, or the value and its standard error; NaN: no value.
+        goal: `min` if the least value is best, as with a loss; `max` if the greatest is.
+        out: the directory for the results, each under its own name; None: `<source>/averaged`.
+        device, progress: see `average`.
+        options: see `average`: `dtype`, `force` and so on.
 
     Raises:
         SettingError: there is no scheme, or two are the same; `goal` is neither.
-        CkavgError: as of `average`. What `evaluate` raises is passed on; the averages stay.
+        CkavgError: see `average`. What `evaluate` raises is passed on; the averages stay.
     """
     if not schemes:
         raise SettingError("schemes is empty; it must hold at least one.", hint="For example: [ckavg.PEMA(0.15)]")

@@ -1,4 +1,4 @@
-"""What can be had of an average without a result on the disk: the weights of its checkpoints, and its own tensors."""
+"""Averages without a result on disk: the effective weights of the checkpoints, and the averaged tensors in memory."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def effective_weights(
 ) -> dict[int, float]:
     """The weight of every checkpoint in an average, by optimizer step; they sum to 1 and may be negative.
 
-    Nothing is averaged or written, but for the path length, which is measured where the scheme needs it, and kept.
+    Nothing is averaged or written, except that a scheme may need the path length, which is measured and cached.
 
     Args:
-        run, scheme, progress: as of `average`.
-        options: `path_exclude`, `zero_sigma`, `sample`, `allow_nonfinite` and `device`, as of `path_length`.
+        run, scheme, progress: see `average`.
+        options: `path_exclude`, `zero_sigma`, `sample`, `allow_nonfinite` and `device`; see `path_length`.
 
     Raises:
-        CkavgError: as of `path_length`.
+        CkavgError: see `path_length`.
     """
     from ckavg.averaging.rules import effective_weights as weights_of
 
@@ -53,24 +53,24 @@ def average_tensors(
 ) -> dict[str, Tensor]:
     """Average the checkpoints of a run in memory: the tensors that `average` would write, to the byte.
 
-    Takes the memory of one model. Nothing is written, but for the path length, which is kept.
+    Takes the memory of one model. Nothing is written, except the path length to its cache.
 
     Args:
-        run, scheme, device, progress: as of `average`.
-        options: `dtype`, `accumulate`, `path_exclude`, `zero_sigma`, `sample`, `allow_nonfinite` and `allow_anchor`, as
-            of `average`.
+        run, scheme, device, progress: see `average`.
+        options: `dtype`, `accumulate`, `path_exclude`, `zero_sigma`, `sample`, `allow_nonfinite` and `allow_anchor`;
+            see `average`.
 
     Returns:
-        A state dict: tensors in CPU memory by the names in the checkpoints; those of a component of a pipeline begin
-        with its name, as in `unet/`.
+        A state dict: tensors in CPU memory by their names in the checkpoints; those of a pipeline component begin with
+        its name, such as `unet/`.
 
     Raises:
-        SettingError: an option that is not for averages in memory.
-        CkavgError: as of `average`.
+        SettingError: an option does not apply to averages in memory.
+        CkavgError: see `average`.
     """
     for name in ("snapshot_every", "card", "force", "lora", "rank"):
         if options.get(name):
-            raise SettingError(f"{name} is for averages that are written.", hint="Leave it out, or call average.")
+            raise SettingError(f"{name} applies only to averages on disk.", hint="Leave it out, or call average.")
     plan = plan_in_memory(opened(run), scheme, Options(**options))
     tensors = _Tensors.empty(
         {name: (each.dtype, each.shape) for name, each in plan.run.tensors.items()}, plan.weights.dtypes
@@ -86,7 +86,7 @@ class _Tensors:
 
     Attributes:
         values: the tensors by name.
-        stored: (n,) uint8, the bytes of each.
+        stored: (n,) uint8, their bytes.
     """
 
     values: Mapping[str, Tensor]
@@ -94,7 +94,7 @@ class _Tensors:
 
     @classmethod
     def empty(cls, declared: Mapping[str, tuple[str, tuple[int, ...]]], dtypes: Mapping[str, str]) -> _Tensors:
-        """Those of some dtypes and shapes, by name; floating ones of `dtypes`."""
+        """Uninitialized tensors of the declared dtypes and shapes; `dtypes` replaces those of floating tensors."""
         import torch
 
         from ckavg.engine.tiles import torch_dtype

@@ -65,7 +65,7 @@ def read_checkpoint(
     Args:
         path, step: of the checkpoint.
         within: where links may lead; None: `path`.
-        prefix: as of `Selection`.
+        prefix: see `Selection`.
         known: headers of other checkpoints of the run; see `read_header`.
 
     Raises:

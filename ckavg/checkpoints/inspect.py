@@ -89,7 +89,7 @@ def inspect_runs(source: AnyPath, selections: Sequence[Selection]) -> list[Inspe
     """The same by several selections with one `match`; what lies in the source is looked at once.
 
     Raises:
-        CkavgError: as of `inspect_run`.
+        CkavgError: see `inspect_run`.
     """
     found = scan(source, match=selections[0].match)
     loader = Loader(found)

@@ -107,7 +107,7 @@ def pickled_step(path: AnyPath) -> int | None:
     """The optimizer step that a trainer saved beside the model; None where it saved none.
 
     Raises:
-        CkavgError, UnreadPickleError: as of `read_pickle`.
+        CkavgError, UnreadPickleError: see `read_pickle`.
     """
     return step_of(_read(path).value)
 

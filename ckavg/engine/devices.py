@@ -115,30 +115,30 @@ class CudaStreams:
         torch.cuda.set_stream(self._computing)
 
     def pinned(self, nbytes: int) -> Tensor:
-        """As of `Streams`."""
+        """See `Streams`."""
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def resident(self, nbytes: int) -> Tensor:
-        """As of `Streams`: memory that is freed goes to what is asked next of the stream it was taken in."""
+        """See `Streams`: memory that is freed goes to what is asked next of the stream it was taken in."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def mark(self) -> torch.cuda.Event:
-        """As of `Streams`."""
+        """See `Streams`."""
         return _recorded(self._computing)
 
     def wait(self, mark: torch.cuda.Event) -> None:
-        """As of `Streams`; other threads go on meanwhile."""
+        """See `Streams`; other threads go on meanwhile."""
         mark.synchronize()
 
     def send(self, source: Tensor, target: Tensor, *, after: torch.cuda.Event) -> torch.cuda.Event:
-        """As of `Streams`."""
+        """See `Streams`."""
         self._copying.wait_event(after)
         with torch.cuda.stream(self._copying):
             target.copy_(source, non_blocking=True)
         return _recorded(self._copying)
 
     def widen(self, source: Tensor, out: Tensor, *, after: torch.cuda.Event) -> torch.cuda.Event:
-        """As of `Streams`."""
+        """See `Streams`."""
         self._computing.wait_event(after)
         out.copy_(source)
         return _recorded(self._computing)

@@ -146,7 +146,7 @@ class Ranks:
         return owners
 
     @contextmanager
-    def meet(self, directory: Path, told: Mapping[str, Any]) -> Iterator[Ranks]:
+    def meet(self, directory: Path, settings: Mapping[str, Any]) -> Iterator[Ranks]:
         """The same processes at work in a directory, which the first of a job has emptied of what others left there.
 
         An error that leaves this block in one process of a job leaves it in all of them. The first leaves it last, when
@@ -154,7 +154,7 @@ class Ranks:
 
         Args:
             directory: that all of them see.
-            told: by what it is, such as `checkpoints`, what must be the same in all processes.
+            settings: by what it is, such as `checkpoints`, what must be the same in all processes.
 
         Raises:
             RanksError: the others do not come, or see something else.
@@ -178,7 +178,7 @@ class Ranks:
                 job.enter(_PARTS)
             else:
                 job.join()
-                joined._check_same(job, told)
+                joined._check_same(job, settings)
             yield joined
             job.leave()
         except BaseException as error:
@@ -190,9 +190,9 @@ class Ranks:
                 raise
             raise reason from error
 
-    def _check_same(self, job: Job, told: Mapping[str, Any]) -> None:
-        by_first = self.agreed("told", lambda: dict(told))
-        own = json.loads(json.dumps(told))
+    def _check_same(self, job: Job, settings: Mapping[str, Any]) -> None:
+        by_first = self.agreed("settings", lambda: dict(settings))
+        own = json.loads(json.dumps(settings))
         differing = next((what for what, value in by_first.items() if own.get(what) != value), None)
         if differing is not None:
             raise RanksError(
@@ -297,11 +297,11 @@ class Ranks:
         """Of units that are done, those that all processes of a job take for done from the beginning."""
         return frozenset(self.agreed(name, lambda: sorted(found)) if self.mode == "job" else found)
 
-    def wait(self, late: Callable[[], Collection[int]], what: str) -> None:
+    def wait(self, awaited: Callable[[], Collection[int]], what: str) -> None:
         """Wait until the shares of all others are there.
 
         Args:
-            late: the ranks whose are missing, as it stands.
+            awaited: the ranks whose are missing, as it stands.
             what: of what, for a message.
 
         Raises:
@@ -311,11 +311,11 @@ class Ranks:
         job = self._job
         if job is None or self.mode == "job":
             if job is not None:
-                job.wait(late, what)
+                job.wait(awaited, what)
             return
         quiet, before = 0.0, None
-        while missing := sorted(late()):
-            now = job.tellings(), len(missing)
+        while missing := sorted(awaited()):
+            now = job.statuses(), len(missing)
             quiet = 0.0 if now != before else quiet + SECONDS_BETWEEN_LOOKS
             before = now
             if not self.waits or quiet >= self.timeout:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ckavg.engine.failures import as_json, from_json
-from ckavg.engine.members import Member, Told, look_at
+from ckavg.engine.members import Member, Status, look_at
 from ckavg.errors import OutputError, RanksError, listed, printable
 
 RANK_FILE = ".ckavg-rank-"
@@ -67,7 +67,7 @@ class Job:
         self._on_wait = on_wait
         self._interval = max(SECONDS_BETWEEN_LOOKS, world / _LOOKS_A_SECOND)
         self._member: Member | None = None
-        self._seen: dict[int, Told] = {}
+        self._seen: dict[int, Status] = {}
         self._held: set[int] = set()
         self._left: set[int] = set()
         self._absent: dict[int, int] = {}
@@ -82,7 +82,7 @@ class Job:
     @property
     def name(self) -> str:
         """The word that no other job has."""
-        return "" if self._member is None else self._member.told.job
+        return "" if self._member is None else self._member.status.job
 
     # --- joining ---
 
@@ -96,7 +96,7 @@ class Job:
         if self._rank == 0:
             self.enter(secrets.token_hex(8))
         else:
-            first: list[Told] = []
+            first: list[Status] = []
             self._wait_to_join(lambda: [] if self._finds_first(first) else [0])
             self.enter(first[-1].job)
         others = [rank for rank in range(self._world) if rank != self._rank]
@@ -109,10 +109,10 @@ class Job:
             OutputError: another process that lives says the same.
             RanksError: the system would not let us write.
         """
-        told = Told(job, self._launch, self._rank, self._world, platform.node(), os.getpid())
+        status = Status(job, self._launch, self._rank, self._world, platform.node(), os.getpid())
         path = self.directory / f"{RANK_FILE}{self._rank}"
         try:
-            self._member = Member(path, told)
+            self._member = Member(path, status)
         except BlockingIOError as error:
             raise OutputError(
                 f"Rank {self._rank} of those that fill {path.parent} is there already: {error}.",
@@ -124,22 +124,22 @@ class Job:
                 hint="All machines must see this directory, and may write to it: choose another place with --out.",
             ) from error
 
-    def _finds_first(self, found: list[Told]) -> bool:
+    def _finds_first(self, found: list[Status]) -> bool:
         """Whether the first process of this job has come: what a killed one has left is not held, and does not
         change.
         """
         seen = self._look_at(0)
         if seen is None:
             return False
-        told, is_held = seen
-        lives = is_held or bool(found and found[-1] != told)
-        found.append(told)
-        if lives and (told.launch, told.world) != (self._launch, self._world):
+        status, is_held = seen
+        lives = is_held or bool(found and found[-1] != status)
+        found.append(status)
+        if lives and (status.launch, status.world) != (self._launch, self._world):
             raise OutputError(
-                f"Another job is filling {self.directory}: process {told.pid} on {told.host} is its first.",
+                f"Another job is filling {self.directory}: process {status.pid} on {status.host} is its first.",
                 hint="Wait for it, or choose another place with --out.",
             )
-        return lives and told.state == "working"
+        return lives and status.state == "working"
 
     def _finds(self, rank: int) -> bool:
         if rank not in self._seen and (seen := self._look_at(rank)) is not None and seen[0].job == self.name:
@@ -149,10 +149,10 @@ class Job:
 
     def _wait_to_join(self, missing: Callable[[], Collection[int]]) -> None:
         waited, tell_at, seconds = 0.0, _SECONDS_TO_TELL_OF_JOINING, _SECONDS_OF_FIRST_PAUSE
-        while late := missing():
-            who = f"rank {listed([str(rank) for rank in late])}"
+        while awaited := missing():
+            who = f"rank {listed([str(rank) for rank in awaited])}"
             if waited >= self._timeout:
-                self.lost.update(late)
+                self.lost.update(awaited)
                 raise RanksError(
                     f"Rank {self._rank} of {self._world} has waited {waited:.0f} s in vain for {who} in "
                     f"{self.directory} on {platform.node()}.",
@@ -187,18 +187,18 @@ class Job:
             self._beat()
             self._look()
 
-    def wait(self, late: Callable[[], Collection[int]], what: str) -> None:
+    def wait(self, awaited: Callable[[], Collection[int]], what: str) -> None:
         """Wait until nobody is waited for.
 
         Args:
-            late: those who are waited for, as it stands.
+            awaited: those who are waited for, as it stands.
             what: what for.
 
         Raises:
             BaseException: what ended the job, wherever it happened.
         """
         waited, tell_at, seconds = 0.0, _SECONDS_TO_TELL, _SECONDS_OF_FIRST_PAUSE
-        while ranks := late():
+        while ranks := awaited():
             if waited >= tell_at:
                 tell_at *= 4
                 who = listed([self.name_of(rank, within=True) for rank in sorted(ranks)])
@@ -217,7 +217,7 @@ class Job:
         with suppress(OSError):  # a network file system may remember for long what was not there
             os.listdir(self.directory)  # noqa: PTH208
 
-    def tellings(self) -> list[Told]:
+    def statuses(self) -> list[Status]:
         """What all others say that are there, whichever job they are of."""
         seen = [self._look_at(rank) for rank in range(self._world) if rank != self._rank]
         return [each[0] for each in seen if each is not None]
@@ -231,7 +231,7 @@ class Job:
         if self._member is not None and self._has_moved and now - self._beaten >= _SECONDS_OF_A_BEAT:
             self._has_moved, self._beaten = False, now
             at = next(iter([*self._blocks]), "")  # the oldest of those that are under way
-            self._member.tell(beat=self._member.told.beat + 1, at=at)
+            self._member.tell(beat=self._member.status.beat + 1, at=at)
 
     def _look(self, *, at_once: bool = False) -> None:
         """Look at all that have come, at most every so often. Of the seconds since the last look no more count than
@@ -253,24 +253,24 @@ class Job:
             if self._absent[rank] >= _LOOKS_UNTIL_GONE and not self.is_ending:
                 self._lose(rank, "is gone without a word", _GONE)
             return
-        told, is_held = seen
-        self._absent[rank], self._seen[rank] = 0, told
-        self._silence[rank] = 0.0 if told != before else self._silence.get(rank, 0.0) + since
-        if told.state != "working":
+        status, is_held = seen
+        self._absent[rank], self._seen[rank] = 0, status
+        self._silence[rank] = 0.0 if status != before else self._silence.get(rank, 0.0) + since
+        if status.state != "working":
             self._left.add(rank)
-            if told.state == "failed":
-                self._hear(rank, told)
+            if status.state == "failed":
+                self._take_failure(rank, status)
         elif is_held:
             self._held.add(rank)
-        elif rank in self._held or (told.locks and self._member and told.locks == self._member.told.locks):
+        elif rank in self._held or (status.locks and self._member and status.locks == self._member.status.locks):
             self._lose(rank, "is gone without a word", _GONE)
         if self._silence[rank] >= self._timeout and rank not in self._left:
-            at = f", at {printable(told.at)}" if told.at else ""
+            at = f", at {printable(status.at)}" if status.at else ""
             self._lose(rank, f"has come no further for {self._timeout:.0f} s{at}", _STOPPED)
 
-    def _hear(self, rank: int, told: Told) -> None:
+    def _take_failure(self, rank: int, status: Status) -> None:
         try:
-            error = from_json(told.error)
+            error = from_json(status.error)
         except Exception as cause:  # whatever becomes of reading what anybody may have written
             error = RanksError(
                 f"{self.name_of(rank)} has failed with an error that cannot be understood.",
@@ -284,16 +284,16 @@ class Job:
         error = RanksError(f"{self.name_of(rank)} {why}; the others give up.", hint=hint)
         self._failure = self._failure or error
 
-    def _look_at(self, rank: int) -> tuple[Told, bool] | None:
+    def _look_at(self, rank: int) -> tuple[Status, bool] | None:
         return look_at(self.directory / f"{RANK_FILE}{rank}")
 
     def name_of(self, rank: int, *, within: bool = False) -> str:
         """What messages call a process, at the beginning of a sentence or within it."""
-        told = self._seen.get(rank)
+        status = self._seen.get(rank)
         if rank == self._rank and self._member is not None:
-            told = self._member.told
+            status = self._member.status
         name = f"rank {rank}" if within else f"Rank {rank}"
-        return f"{name} on {told.host}" if told is not None else name
+        return f"{name} on {status.host}" if status is not None else name
 
     # --- ending ---
 

@@ -26,7 +26,7 @@ State = Literal["working", "left", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Status:
     """What a process tells of itself.
 
     Attributes:
@@ -57,7 +57,7 @@ class Told:
 
 _KINDS: dict[str, tuple[type, ...]] = {
     name: typing.get_args(kind) or (kind,) if name != "state" else (str,)
-    for name, kind in typing.get_type_hints(Told).items()
+    for name, kind in typing.get_type_hints(Status).items()
 } | {"error": (list, type(None))}
 
 
@@ -66,7 +66,7 @@ class Member:
 
     Args:
         path: of the file; one that a process has left is replaced.
-        told: what it says at first.
+        status: what it says at first.
 
     Raises:
         FileExistsError: what is there is no file of ours.
@@ -74,15 +74,15 @@ class Member:
         OSError: the system would not let us write.
     """
 
-    def __init__(self, path: Path, told: Told) -> None:
+    def __init__(self, path: Path, status: Status) -> None:
         if check_own(path) and (other := look_at(path)) is not None and other[1]:
             raise BlockingIOError(f"process {other[0].pid} on {other[0].host}")
         self._handle, name = tempfile.mkstemp(dir=path.parent, prefix=".ckavg-partial.")
-        self.told = told
+        self.status = status
         try:
             with suppress(OSError):  # a file system without locks: changes tell that the process lives
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self.told = dataclasses.replace(told, locks=_common_locks(self._handle))
+                self.status = dataclasses.replace(status, locks=_common_locks(self._handle))
             self.tell()
             os.rename(name, path)  # noqa: PTH104 - a name that mkstemp gave
         except BaseException:
@@ -92,9 +92,9 @@ class Member:
 
     def tell(self, **changes: Any) -> None:
         """Rewrite it. It is no loss where it cannot be: the others take this process for silent then."""
-        self.told = dataclasses.replace(self.told, **changes)
+        self.status = dataclasses.replace(self.status, **changes)
         if self._handle >= 0:
-            line = as_line(dataclasses.asdict(self.told))
+            line = as_line(dataclasses.asdict(self.status))
             with suppress(OSError):
                 os.pwrite(self._handle, line, 0)
                 os.truncate(self._handle, len(line))
@@ -107,7 +107,7 @@ class Member:
         self._handle = -1
 
 
-def look_at(path: Path) -> tuple[Told, bool] | None:
+def look_at(path: Path) -> tuple[Status, bool] | None:
     """What the file of a process says, and whether a process holds it; None where it is not there, or no such file.
 
     It is opened anew, since network file systems look again then. Where the lock is free, it is read once more: what a
@@ -119,8 +119,8 @@ def look_at(path: Path) -> tuple[Told, bool] | None:
         if not is_held:
             file.seek(0)
             text = file.read(_MOST_BYTES)
-        told = _validated(parsed_line(text.rstrip(b"\n")))
-        return None if told is None else (told, is_held)
+        status = _validated(parsed_line(text.rstrip(b"\n")))
+        return None if status is None else (status, is_held)
     return None
 
 
@@ -142,9 +142,9 @@ def _is_held(handle: int) -> bool:
     return False
 
 
-def _validated(values: Any) -> Told | None:
+def _validated(values: Any) -> Status | None:
     if not isinstance(values, dict) or values.keys() != _KINDS.keys():
         return None
     if not all(type(value) in _KINDS[name] for name, value in values.items()):
         return None
-    return Told(**values) if values["state"] in typing.get_args(State) else None
+    return Status(**values) if values["state"] in typing.get_args(State) else None

@@ -1,6 +1,6 @@
-"""Stage *path*, its memory: what pass 1 measured, kept beside the run so that it is measured once.
+"""Stage *path*: the cache of what pass 1 measured, kept beside the run so that it is measured once.
 
-The table is kept by pairs of checkpoints, each known by its stamp (`checkpoints/fingerprints.py`), not by name.
+The key is a pair of checkpoints, each identified by its fingerprint (`checkpoints/fingerprints.py`), not by its name.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _MOST_BYTES = 1 << 28
 
 @dataclass(frozen=True, slots=True)
 class CachedPath:
-    """What was measured of a run before; each part may lack any tensor.
+    """What the cache holds about a run; any tensor may be missing.
 
     Attributes:
         sigmas: σ of θ_0 by tensor name.
         distances: ‖θ_j − θ_{j−1}‖₁ by tensor name, for j = 1 … K.
         fingerprints: of the checkpoints as they are now.
-        warnings: of cached tables that are not as they were written.
+        warnings: about cached tables that were damaged or edited.
     """
 
     sigmas: Mapping[str, float]
@@ -47,12 +47,12 @@ class CachedPath:
 
     @classmethod
     def empty(cls, run: Run) -> CachedPath:
-        """Of a run that was never measured."""
+        """The cache of a run that was never measured."""
         return cls({}, ({},) * (len(run.checkpoints) - 1), fingerprint_run(run))
 
 
 def load_cached_path(run: Run) -> CachedPath:
-    """What was measured of these very files before. A table that is not as it was written counts as empty."""
+    """Load what was measured on these very files. A table that was damaged or edited counts as empty."""
     fingerprints = fingerprint_run(run)
     loaded = {file: _load(file) for file in _places(run)}
     tables = [table for table in loaded.values() if table]
@@ -66,16 +66,16 @@ def load_cached_path(run: Run) -> CachedPath:
 
 
 def save_path(run: Run, path: PathLength, fingerprints: Fingerprints) -> AnyPath | None:
-    """Keep an exact path for the next time.
+    """Cache an exact path.
 
     Args:
         run: what was measured.
-        path: what came of it.
-        fingerprints: of the checkpoints before they were read; one that changed since is not kept.
+        path: its path.
+        fingerprints: of the checkpoints before they were read; a checkpoint that changed since is not cached.
 
     Returns:
-        Where it is kept: beside the results in the run's directory or, where that cannot be written, in the user's
-        cache. None where neither can be, or nothing can be kept.
+        The file: beside the results in the run's directory or, if that cannot be written, in the user's cache. None if
+        neither can be written, or there is nothing to cache.
     """
     unchanged = [
         before if before == now else None for before, now in zip(fingerprints, fingerprint_run(run), strict=True)
@@ -87,30 +87,30 @@ def save_path(run: Run, path: PathLength, fingerprints: Fingerprints) -> AnyPath
         if not isinstance(place, RemotePath) and checkpoints & set(resolved(place).parents):
             continue
         table = _merged(_load(place) or {}, run, path, unchanged)
-        with contextlib.suppress(OSError, CkavgError):  # what is there may be somebody else's, too
+        with contextlib.suppress(OSError, CkavgError):  # the file there may belong to somebody else
             save_table(place, table)
             return place
     return None
 
 
 def _places(run: Run) -> tuple[AnyPath, ...]:
-    """Where the path of a run is kept: as any table or, of one in an object store, there at first."""
+    """Where the path of a run may be cached; for a run in an object store, the store comes first."""
     source = run.source
     if isinstance(source, RemotePath):
         tree = source.storage.trees.get("")
-        if isinstance(tree, ObjectTree) and not tree.url.startswith("hf:"):  # which would make a commit of it
+        if isinstance(tree, ObjectTree) and not tree.url.startswith("hf:"):  # on the Hub it would be a commit
             return (source / "averaged" / NAME, *cache_files(run))
     return cache_files(run)
 
 
 def cache_files(run: Run, file: str = NAME) -> tuple[Path, ...]:
-    """Where a table of a run is kept: beside its results or, where that cannot be written, in the user's cache.
+    """Where a table of a run may be kept: beside its results or, if that cannot be written, in the user's cache.
 
-    That of a run which is not on this machine, or whose results lie where a link leads, is kept in the cache alone.
+    For a remote run, or results behind a link, only the user's cache is used.
 
     Args:
-        run: of which something is kept.
-        file: name of the file in `averaged`; in the cache it is part of the name.
+        run: the run.
+        file: name of the file in `averaged`; in the user's cache it is part of the name.
     """
     source = run.source
     name = str(source).encode() if isinstance(source, RemotePath) else os.fsencode(resolved(source))
@@ -126,13 +126,13 @@ def _pair(before: str | None, after: str | None) -> str | None:
 
 
 def _load(place: AnyPath) -> dict[str, Any] | None:
-    """A table as it was written; empty where none can be read, None where it is not as it was written."""
+    """A table; empty if it cannot be read, None if it was damaged or edited."""
     table = load_table(place, _FORMAT, most_bytes=_MOST_BYTES)
     return table if not table or isinstance(table.get("tensors"), list) else None
 
 
 def _row(table: Mapping[str, Any], kind: str, key: str | None) -> dict[str, float]:
-    """The numbers of one checkpoint or pair by tensor name; empty where they are not there, or not numbers."""
+    """The numbers of one checkpoint or pair by tensor name; empty if they are missing or not numbers."""
     rows = table.get(kind)
     values = rows.get(key) if isinstance(rows, dict) else None
     names = table.get("tensors", [])
@@ -150,7 +150,7 @@ def _absolute(path: AnyPath) -> str:
 
 
 def _merged(table: Mapping[str, Any], run: Run, path: PathLength, fingerprints: list[str | None]) -> dict[str, Any]:
-    """The table with a run's path in it, and without what the same places held before."""
+    """The table with a run's path in it, replacing earlier states of the same checkpoints."""
     home = f"{_absolute(run.source)}/"
     places_of_run = [_absolute(checkpoint.path).removeprefix(home) for checkpoint in run.checkpoints]
     at = dict(zip(places_of_run, fingerprints, strict=True))

@@ -1,12 +1,12 @@
-"""Pass 1 from a sample: the path estimated from strips of every tensor, with its standard error.
+"""Pass 1 on a sample: estimate the path from strips of every tensor, with its standard error.
 
 A tensor's own path ℓ_p = a / σ is a ratio of two means over its elements: a, of the absolute differences up to some
-step, and σ², of the squared deviations of θ_0. The strips lie one in each of equal parts of the tensor, and are taken
-as if they were drawn at random. The jackknife takes the bias from the ratio and gives its variance: how much it moves
-when one strip after another is left out (Efron and Stein, The Jackknife Estimate of Variance, 1981). Tensors are
+step, and σ², of the squared deviations of θ_0. A tensor is divided into equal parts with one strip in each; the strips
+count as drawn at random. The jackknife removes the bias of the ratio and gives its variance: how much the ratio moves
+when one strip at a time is left out (Efron and Stein, The Jackknife Estimate of Variance, 1981). Tensors are
 independent.
 
-The arithmetic is the CPU's whatever the device: it is little, and the pieces are too small to be sent anywhere.
+It always computes on the CPU: the strips are too small to be worth sending to a GPU.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from ckavg.path.table import PathLength, TensorPath, ZeroSigma, refuse_infinite,
 
 @dataclass(frozen=True, slots=True)
 class _Sums:
-    """Of some strips, in float64: the L1 distance of each step, Σ and Σ² of θ_0 less its first element; a row each.
+    """Sums over strips, a row each, in float64: the L1 distance of each step, Σ and Σ² of θ_0 minus its first element.
 
     Attributes:
         length: elements of each strip.
         distances: (strips, K).
         shifted: (strips, 2), in units of 2^exponent.
-        exponent: 0 but for extreme spreads.
-        infinite: (strips,) how many infinities of θ_0 are not in them; None where there are none.
+        exponent: 0 except for extreme spreads.
+        infinite: (strips,) how many infinities of θ_0 are left out of the sums; None if there are none.
     """
 
     length: int
@@ -53,13 +53,13 @@ class _Sums:
     infinite: Tensor | None = None
 
     def to_json(self) -> list[Any]:
-        """The same as JSON values."""
+        """As JSON values."""
         infinite = None if self.infinite is None else self.infinite.tolist()
         return [self.length, self.distances.tolist(), self.shifted.tolist(), self.exponent, infinite]
 
     @classmethod
     def from_json(cls, values: list[Any]) -> _Sums:
-        """The same from such values."""
+        """From JSON values."""
         length, distances, shifted, exponent, infinite = values
         return cls(length, _tensor(distances), _tensor(shifted), exponent, infinite and _tensor(infinite))
 
@@ -90,12 +90,12 @@ def estimate(
 
     Args:
         run: the checkpoints, the anchor first.
-        fraction: how much of each tensor is read, in (0, 1); of small tensors more.
-        exclude: shell patterns of tensor names that do not count.
-        zero_sigma, allow_nonfinite, context, few: as of `estimate_paths`.
+        fraction: how much of each tensor to read, in (0, 1); more of small tensors.
+        exclude: shell patterns of tensor names to leave out.
+        zero_sigma, allow_nonfinite, context, few: see `estimate_paths`.
 
     Raises:
-        CkavgError: as of `estimate_paths`.
+        CkavgError: see `estimate_paths`.
     """
     tensors = tuple(to_measure(run.tensors, exclude))
     plan = PathPlan(exclude, tensors, CachedPath.empty(run), fraction, 0)
@@ -120,19 +120,19 @@ def estimate_paths(
     few: bool | None = None,
     key: object = None,
 ) -> tuple[PathLength, ...]:
-    """Estimate the paths of several selections from a run in one reading, each as it would be by itself.
+    """Estimate the paths of several selections of a run in one reading; each is the same as if estimated alone.
 
     Args:
         run: all checkpoints that any of them visits, by step.
-        reading: which tensors count, how much of each is read, and which checkpoints each path visits.
-        zero_sigma: what becomes of tensors without spread; see `PathLength`.
-        allow_nonfinite: tensors that hold NaN or infinity do not count, instead of ending the pass.
+        reading: which tensors count, how much of each to read, and which checkpoints each path visits.
+        zero_sigma: how tensors without spread count; see `PathLength`.
+        allow_nonfinite: leave out tensors that hold NaN or infinity, instead of raising.
         context: how the pass runs.
-        few: whether few long strips are read rather than many short ones; None: by where the run is.
-        key: what tells these checkpoints from others, where several processes estimate together.
+        few: read few long strips rather than many short ones; None: only for a remote run.
+        key: identifies the checkpoints, if several processes estimate together.
 
     Raises:
-        NonFiniteError: the sample holds NaN or infinity, and may not.
+        NonFiniteError: the sample holds NaN or infinity.
         TruncatedShardError, ReadError: a file changed or cannot be read.
     """
     context = context or Context()
@@ -149,10 +149,10 @@ def estimate_paths(
         request = repr((key, reading.places, reading.plans[0].names, reading.sample, few, allow_nonfinite))
         journal = context.ranks.journal("sample", hashlib.sha256(request.encode()).hexdigest(), _to_json, _from_json)
     streamed = stream("path", read, units, make_worker, context, journal)
-    of_tensor = by_tensor(units, streamed.results)
+    grouped = by_tensor(units, streamed.results)
     paths = []
     for number, places in enumerate(reading.places):
-        tensors = {name: _estimated(samples[name], [sums[number] for sums in of_tensor[name]]) for name in entries}
+        tensors = {name: _estimated(samples[name], [sums[number] for sums in grouped[name]]) for name in entries}
         if not allow_nonfinite:
             refuse_infinite(tensors)
         steps = tuple(run.steps[index] for index in places)
@@ -189,7 +189,7 @@ def _estimated(sampling: Sampling, parts: Sequence[_Sums]) -> TensorPath:
 
 
 def _as_path(numel: int, path: Tensor, sigma: Tensor, variances: Tensor) -> TensorPath:
-    """From means of the absolute differences up to each step to their sums in each step."""
+    """The sums of each step from the means of the absolute differences up to each step."""
     distances = torch.diff(path, prepend=path.new_zeros(1)).clamp(min=0) * numel
     return TensorPath(numel, float(sigma), tuple(distances.tolist()), tuple(variances.tolist()))
 
@@ -208,9 +208,9 @@ def _path_and_sigma(weighted: Tensor, weight: Tensor, finite: Tensor, numel: int
     Args:
         weighted: (…, K + 2) sums: the differences up to each step, then θ_0 and its square in units of 2^unit.
         weight: (…) how many elements the sums stand for.
-        finite: (…) the same of those of θ_0 and its square.
+        finite: (…) the same for the sums of θ_0 and its square.
         numel: elements of the tensor.
-        unit: see there.
+        unit: the exponent of those units.
     """
     first, second = (weighted[..., place] / finite.clamp(min=1e-300) for place in (-2, -1))
     variance = (second - first.square()).clamp(min=0)
@@ -219,7 +219,7 @@ def _path_and_sigma(weighted: Tensor, weight: Tensor, finite: Tensor, numel: int
 
 
 class _Worker:
-    """The sample of one unit after another, of each path, in one thread."""
+    """Sums one unit of the sample after another, for each path, in one thread."""
 
     def __init__(self, run: Run, reading: PathReading, reader: TileReader, *, allow_nonfinite: bool) -> None:
         self._run = run

@@ -1,7 +1,7 @@
-"""Stage *path*, its memory of an attempt that was interrupted: what pass 1 has measured of single blocks.
+"""Stage *path*: the journal of pass 1, with the finished blocks of an interrupted attempt.
 
-It is kept where the table of finished paths is (`saved.py`), under a name that hides it, and removed as soon as the
-path is known as a whole. What nobody comes back to is removed after a week.
+It is a hidden file beside the path cache (`path/cache.py`), removed once the path is complete. A journal that nobody
+continues is removed after a week.
 """
 
 from __future__ import annotations
@@ -35,13 +35,12 @@ _SECONDS_CACHED = 7 * 24 * 3600
 
 
 class PathJournal:
-    """What is measured of a run before its path is known as a whole. A context: what it is left by decides what becomes
-    of it.
+    """The finished blocks of a path that is being measured. A context: after an interrupt the journal stays.
 
     Args:
         run: what is measured.
-        fingerprints: of its checkpoints; where one has none, nothing is kept.
-        ranks: the processes that measure it; where there are several, they exchange what they measure through it.
+        fingerprints: of its checkpoints; if one has none, nothing is kept.
+        ranks: the processes that measure it; several exchange their blocks through the journal.
     """
 
     def __init__(self, run: Run, fingerprints: Fingerprints, ranks: Ranks) -> None:
@@ -57,11 +56,11 @@ class PathJournal:
     def journal(
         self, asked: object, as_json: Callable[[Value], Any], from_json: Callable[[Any], Value]
     ) -> PassJournal[Value] | None:
-        """What is done of measuring these checkpoints, and who notes what is done of it now.
+        """The journal of measuring these checkpoints: what is finished, and a function that notes more.
 
         Args:
-            asked: what is measured and how: all that could change what comes of a block, besides the checkpoints.
-            as_json, from_json: the way of what comes of a block to JSON values, and back.
+            asked: everything besides the checkpoints that can change the result of a block.
+            as_json, from_json: convert the result of a block to JSON values and back.
         """
         if self._run_key is None:
             return None
@@ -86,7 +85,7 @@ class PathJournal:
         if self._journal is not None:
             self._journal.close()
         if error is not None and self._keeps and is_passing(error):
-            error.add_note("What was measured of the path so far is kept: the same command continues from there.")
+            error.add_note("The measured part of the path is kept: the same command continues from there.")
         elif self._path is not None:
             self._path.unlink(missing_ok=True)
             if self._made is not None and error is not None:
@@ -94,9 +93,9 @@ class PathJournal:
                     self._made.rmdir()
 
     def clear(self) -> None:
-        """Remove what attempts at these checkpoints have left, now that their path is known, and what is a week old.
+        """Remove the journals of these checkpoints, now that their path is complete, and journals that are a week old.
 
-        What another process is writing now stays.
+        A journal that another process is writing stays.
         """
         for directory in self._paths:
             for path in _journals(directory, ""):
@@ -127,7 +126,7 @@ class PathJournal:
             try:
                 self._journal.add(finished)
                 self._keeps = True
-            except OSError:  # a full disk, say: the measuring itself needs none
+            except OSError:  # such as a full disk: measuring goes on without a journal
                 self._journal.close()
                 self._journal, self._paths = None, []
 
@@ -161,7 +160,7 @@ def _hash(*values: object) -> str:
 
 
 def _is_free(handle: int) -> bool:
-    """Whether nobody else holds a file; it is held from now on, until it is closed."""
+    """Lock a file until it is closed; whether nobody else had locked it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

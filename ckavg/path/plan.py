@@ -1,4 +1,4 @@
-"""What pass 1 will read, before it reads anything. Looks at file times and the cached table alone."""
+"""Plan what pass 1 reads. Looks only at file times and the cached table."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ckavg.path.table import to_measure
 
 @dataclass(frozen=True, slots=True)
 class PathPlan:
-    """How the path length of a run is had.
+    """How the path length of a run is measured.
 
     Attributes:
-        exclude: shell patterns of tensor names that do not count.
+        exclude: shell patterns of tensor names to leave out.
         names: the tensors that count.
-        cached: what was measured before.
-        sample: the fraction of each tensor that is read; 1 where the path is exact.
-        nbytes: bytes of checkpoints that pass 1 reads; 0 where all is cached.
+        cached: what is cached.
+        sample: the fraction of each tensor to read; 1 for an exact path.
+        nbytes: bytes of checkpoints that pass 1 reads; 0 if all is cached.
     """
 
     exclude: tuple[str, ...]
@@ -34,25 +34,25 @@ class PathPlan:
     nbytes: int
 
     def to_json(self) -> list[Any]:
-        """The same as JSON values, for another process."""
+        """As JSON values, for another process."""
         cached = [dict(self.cached.sigmas), list(map(dict, self.cached.distances)), list(self.cached.fingerprints)]
         return [self.exclude, self.names, *cached, self.sample, self.nbytes]
 
     @classmethod
     def from_json(cls, values: list[Any]) -> PathPlan:
-        """The same from such values."""
+        """From JSON values."""
         exclude, names, sigmas, distances, fingerprints, sample, nbytes = values
         cached = CachedPath(sigmas, tuple(distances), tuple(fingerprints))
         return cls(tuple(exclude), tuple(names), cached, float(sample), int(nbytes))
 
     @property
     def needs_sigma(self) -> bool:
-        """Whether σ of θ_0 is to be measured."""
+        """Whether σ of θ_0 must be measured."""
         return self.sample < 1 or not all(name in self.cached.sigmas for name in self.names)
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The j whose distance from θ_{j−1} to θ_j is to be measured, in order."""
+        """The j for which the distance from θ_{j−1} to θ_j must be measured, in order."""
         is_known = [self.sample == 1 and all(name in known for name in self.names) for known in self.cached.distances]
         return tuple(step for step, known in enumerate(is_known, start=1) if not known)
 
@@ -65,13 +65,13 @@ class PathPlan:
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """What pass 1 does with a tile of one checkpoint; checkpoints count by their place among those that are read.
+    """What pass 1 does with a tile of one checkpoint. Checkpoints are numbered in the order of reading.
 
     Attributes:
-        place: of the checkpoint.
-        is_anchor: whether its σ is measured.
-        pairs: from which earlier checkpoints its distance is measured, and whether each of them is done with then.
-        is_held: whether a distance from it is measured later.
+        place: number of the checkpoint.
+        is_anchor: whether to measure its σ.
+        pairs: earlier checkpoints to measure the distance from, and whether each is no longer needed afterwards.
+        is_held: whether a later distance starts from it.
     """
 
     place: int
@@ -82,11 +82,11 @@ class Visit:
 
 @dataclass(frozen=True, slots=True)
 class PathReading:
-    """What pass 1 measures in one reading, for the paths of one or more selections from a run.
+    """What pass 1 measures in one reading, for the paths of one or more selections of a run.
 
     Attributes:
-        plans: how each path is had; of the same tensors.
-        places: of each path, the indices of its checkpoints in the run.
+        plans: how each path is measured; all of the same tensors.
+        places: for each path, the indices of its checkpoints in the run.
     """
 
     plans: tuple[PathPlan, ...]
@@ -94,25 +94,25 @@ class PathReading:
 
     @classmethod
     def single(cls, plan: PathPlan) -> PathReading:
-        """For the path of all checkpoints of a run."""
+        """The reading for one path over all checkpoints of a run."""
         return cls((plan,), (tuple(range(len(plan.cached.distances) + 1)),))
 
     @property
     def anchors(self) -> tuple[int, ...]:
-        """Indices of the checkpoints whose σ is to be measured, in order."""
+        """Indices of the checkpoints whose σ must be measured, in order."""
         own = zip(self.plans, self.places, strict=True)
         return tuple(sorted({places[0] for plan, places in own if plan.needs_sigma}))
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
-        """The (i, j) whose distance is to be measured, by j and then by i; there may be others between them."""
+        """The (i, j) whose distance must be measured, by j and then by i; they need not be neighbours in the run."""
         own = zip(self.plans, self.places, strict=True)
         pairs = {(places[step - 1], places[step]) for plan, places in own for step in plan.steps}
         return tuple(sorted(pairs, key=lambda pair: (pair[1], pair[0])))
 
     @property
     def visits(self) -> tuple[Visit, ...]:
-        """What happens at each checkpoint that is read, in order."""
+        """What to do at each checkpoint that is read, in order."""
         place = {index: place for place, index in enumerate(self.to_read)}
         pairs = [(place[first], place[second]) for first, second in self.pairs]
         last = dict(pairs)  # the pairs are in the order of their second checkpoint
@@ -134,11 +134,11 @@ class PathReading:
 
     @property
     def sample(self) -> float:
-        """The fraction of each tensor that is read; 1 where what is measured is exact."""
+        """The fraction of each tensor to read; 1 for an exact path."""
         return min(plan.sample for plan in self.plans)
 
     def nbytes(self, run: Run) -> int:
-        """Bytes of checkpoints of a run that are read."""
+        """Bytes of the run's checkpoints to read."""
         plan = self.plans[0]
         return plan.nbytes if len(self.plans) == 1 else _bytes_read(run, self.to_read, plan.names, self.sample)
 
@@ -146,15 +146,15 @@ class PathReading:
 def plan_path(
     run: Run, *, exclude: Sequence[str] = (), sample: float = 1.0, cached: CachedPath | None = None
 ) -> PathPlan:
-    """Say how the path will be had: from the cache, measured, or estimated from a fraction of each tensor.
+    """Plan the path: from the cache, measured, or estimated from a fraction of each tensor.
 
-    An exact path that is cached is taken even where an estimate was asked for: it costs nothing.
+    A cached exact path is used even if an estimate was asked for: it costs nothing.
 
     Args:
         run: the checkpoints, the anchor first.
-        exclude: shell patterns of tensor names that do not count.
-        sample: the fraction of each tensor that is read, in (0, 1]; 1 is exact.
-        cached: what was measured before; None: what the cache holds.
+        exclude: shell patterns of tensor names to leave out.
+        sample: the fraction of each tensor to read, in (0, 1]; 1 is exact.
+        cached: what is cached; None: load it.
 
     Raises:
         SettingError: the fraction is not in (0, 1].
@@ -180,7 +180,7 @@ def _bytes_read(run: Run, indices: Iterable[int], names: Iterable[str], sample: 
 
 
 def check_sample(sample: float) -> None:
-    """Refuse what is not a fraction.
+    """Refuse a sample that is not a fraction.
 
     Raises:
         SettingError: it is not in (0, 1].

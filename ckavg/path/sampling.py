@@ -1,4 +1,4 @@
-"""Stage *path*: which strips of a tensor are read when its path is estimated. Pure, and the same on every machine."""
+"""Stage *path*: which strips of a tensor to read for an estimate. Pure, and the same on every machine."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ckavg.checkpoints.run import Run, TensorInfo
 from ckavg.engine.blocks import CHUNK, TILE, SampledBlock
 
 MANY = 1 << 16
-"""About how many strips a model is read in. Weights of one row of a matrix travel alike, so that many short strips tell
-more than few long ones: the error falls with the root of their number, whatever their length."""
+"""About how many strips of a model to read. Weights of one row of a matrix move alike, so many short strips tell more
+than few long ones: the error falls with the square root of their number, whatever their length."""
 
 MANY_FAR = 1 << 12
-"""The same for a run that is not on this machine, where each strip of each checkpoint is a request."""
+"""The same for a remote run, where each strip of each checkpoint is a request."""
 
 UNIT, UNIT_FAR = 32, 1024
-"""Elements of the shortest strip, likewise."""
+"""Elements of the shortest strip, for a local and a remote run."""
 
 _FEWEST = 8
 
@@ -32,7 +32,7 @@ class Sampling:
         numel: elements of the tensor.
         starts: first element of each strip, ascending.
         length: elements of each strip.
-        weights: how many elements each strip stands for; they sum to `numel`. Its own length where all is read.
+        weights: how many elements each strip stands for; they sum to `numel`.
     """
 
     numel: int
@@ -42,19 +42,19 @@ class Sampling:
 
     @property
     def elements(self) -> int:
-        """How many elements are read."""
+        """Elements to read."""
         return len(self.starts) * self.length
 
     @property
     def fraction(self) -> float:
-        """How much of the tensor is read, in (0, 1]."""
+        """The fraction of the tensor to read, in (0, 1]."""
         return self.elements / self.numel
 
 
 def plan_samples(
     run: Run, entries: Mapping[str, TensorInfo], fraction: float, *, few: bool | None = None
 ) -> dict[str, Sampling]:
-    """The strips of the tensors of a run; fewer and longer ones where that is asked for, or the run is not here."""
+    """The strips of the tensors of a run; with `few`, or for a remote run, fewer and longer ones."""
     many, unit = (MANY_FAR, UNIT_FAR) if (run.home != run.source if few is None else few) else (MANY, UNIT)
     return choose_samples({name: entry.numel for name, entry in entries.items()}, fraction, many=many, unit=unit)
 
@@ -62,16 +62,16 @@ def plan_samples(
 def choose_samples(
     sizes: Mapping[str, int], fraction: float, *, many: int = MANY, unit: int = UNIT
 ) -> dict[str, Sampling]:
-    """Choose strips of all tensors: one at a random place in each of equal parts of a tensor, all of one length.
+    """Choose strips of all tensors: one of the same length at a random place in each of equal parts of a tensor.
 
-    There are about 65,536 of them in all, and at least 8 of a tensor, so that the error can be told. A tensor of which
-    that is half or more is read whole. The places depend on names and sizes alone.
+    There are about 65,536 strips in all, and at least 8 of a tensor, so that its error can be estimated. If that would
+    be half of a tensor or more, all of it is read. The places depend only on names and sizes.
 
     Args:
         sizes: number of elements of each tensor, at least 1.
-        fraction: how much of each is read, in (0, 1).
+        fraction: how much of each to read, in (0, 1).
         many: about how many strips there are in all.
-        unit: elements of which the length of a strip is a multiple.
+        unit: the length of a strip is a multiple of this many elements.
 
     >>> chosen = choose_samples({"w": 8_000_000, "norm": 512}, 0.01)
     >>> chosen["w"].length, len(chosen["w"].starts), chosen["norm"]
@@ -101,7 +101,7 @@ def _sample(name: str, numel: int, count: int, length: int) -> Sampling:
 
 
 def cut_samples(entries: Mapping[str, TensorInfo], samples: Mapping[str, Sampling]) -> tuple[SampledBlock, ...]:
-    """The strips of all tensors as units of work, in the order in which their bytes lie in the files."""
+    """The strips of all tensors as units of work, in the order of their bytes in the files."""
     in_file_order = sorted(samples, key=lambda name: (entries[name].shard, entries[name].offset))
     return tuple(unit for name in in_file_order for unit in _units(name, samples[name]))
 

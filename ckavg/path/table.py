@@ -1,4 +1,4 @@
-"""Stage *path*, its value: the normalized path length, from what pass 1 measured. Pure numbers."""
+"""Stage *path*: the normalized path length, from what pass 1 measured. Pure numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 ZeroSigma = Literal["exclude", "eps"]
 
 EPSILON = 1e-8
-"""ε of σ_p = std(θ_0,p) + ε, used with `zero_sigma="eps"` alone."""
+"""ε of σ_p = std(θ_0,p) + ε, used only with `zero_sigma="eps"`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class TensorPath:
         numel: number of elements.
         sigma: standard deviation of θ_0 over its elements, ddof = 1; 0 for a single element.
         distances: ‖θ_j − θ_{j−1}‖₁ for j = 1 … K.
-        variances: variance of the tensor's own path ℓ_p at j = 1 … K where it was estimated; empty where it is exact.
+        variances: variance of the tensor's own path ℓ_p at j = 1 … K if it was estimated; empty if it is exact.
     """
 
     numel: int
@@ -41,7 +41,7 @@ class TensorPath:
 
     @property
     def is_finite(self) -> bool:
-        """Whether neither NaN nor infinity was met in it."""
+        """Whether it holds neither NaN nor infinity."""
         return all(map(math.isfinite, (self.sigma, *self.distances, *self.variances)))
 
 
@@ -55,9 +55,9 @@ class PathLength:
         steps: optimizer step of each checkpoint, the anchor's first.
         tensors: what was measured, by tensor name.
         zero_sigma: `exclude` leaves tensors without spread out of the sum and of N; `eps` divides by σ_p + 1e-8.
-        bytes_read: bytes of checkpoints read to measure it; 0 where it was known from before.
-        sample: the fraction of each tensor from which it was estimated; 1 where it is exact.
-        kernel: what computed it: `torch` or, compiled, `numba`; None where it was known from before.
+        bytes_read: bytes of checkpoints read to measure it; 0 if it was cached.
+        sample: the fraction of each tensor that was read; 1 if it is exact.
+        kernel: what computed it: `torch` or, compiled, `numba`; None if it was cached.
     """
 
     steps: tuple[int, ...]
@@ -75,12 +75,12 @@ class PathLength:
         Raises:
             SettingError: matplotlib is not installed.
         """
-        from ckavg import path_figure  # drawing is a later room's, and imported here alone
+        from ckavg import path_figure  # of a later room
 
         return path_figure(self)
 
     def to_pandas(self) -> DataFrame:
-        """A data frame by step: ℓ as `path_length`, its `standard_error` where it was estimated, and ℓ of each tensor.
+        """A data frame by step: ℓ as `path_length`, its `standard_error` if estimated, and ℓ of each tensor.
 
         Raises:
             SettingError: pandas is not installed.
@@ -103,7 +103,7 @@ class PathLength:
 
     @property
     def not_finite(self) -> tuple[str, ...]:
-        """Tensors left out because they hold NaN or infinity, where that is allowed, by name."""
+        """Tensors left out because they hold NaN or infinity, if that is allowed, by name."""
         return tuple(sorted(name for name, tensor in self.tensors.items() if not tensor.is_finite))
 
     @property
@@ -123,7 +123,7 @@ class PathLength:
 
     @property
     def lengths(self) -> tuple[float, ...]:
-        """ℓ_0 = 0, ℓ_1, …, ℓ_K; all zero where no tensor counts."""
+        """ℓ_0 = 0, ℓ_1, …, ℓ_K; all zero if no tensor counts."""
         counted, total = self.counted, self.parameters_counted
         moves = [
             fsum(self.tensors[name].distances[place] / self.sigma(name) for name in counted)
@@ -140,7 +140,7 @@ class PathLength:
 
     @property
     def standard_errors(self) -> tuple[float, ...] | None:
-        """Standard error of each of `lengths`, where they were estimated from a sample; None where they are exact."""
+        """Standard error of each of `lengths` if they were estimated from a sample; None if they are exact."""
         if self.sample == 1:
             return None
         total = max(self.parameters_counted, 1)
@@ -162,11 +162,11 @@ class PathLength:
 
 
 def to_measure(entries: Mapping[str, TensorInfo], exclude: Iterable[str]) -> dict[str, TensorInfo]:
-    """The tensors whose path is measured, by name: floating ones with elements, but for running statistics.
+    """The tensors whose path is measured, by name: non-empty floating ones, except running statistics.
 
     Args:
         entries: all tensors of a checkpoint.
-        exclude: shell patterns of names that do not count.
+        exclude: shell patterns of names to leave out.
     """
     globs, left_out = tuple(exclude), running_statistics(entries)
     return {
@@ -180,14 +180,14 @@ def to_measure(entries: Mapping[str, TensorInfo], exclude: Iterable[str]) -> dic
 
 
 def refuse_infinite(tensors: Mapping[str, TensorPath]) -> None:
-    """Raise where a spread or a distance of finite weights is beyond float64.
+    """Raise if a spread or a distance of finite weights is beyond float64.
 
     Raises:
         NonFiniteError: it names the tensor.
     """
     name = next((name for name, tensor in tensors.items() if not tensor.is_finite), None)
     if name is not None:
-        raise _beyond_float64(name, "its spread, or how far it moved, is larger than any number there is")
+        raise _beyond_float64(name, "its spread, or how far it moved, is larger than float64 can hold")
 
 
 def data_frame(columns: Mapping[str, Sequence[object]], *, index: Sequence[object], index_name: str) -> DataFrame:
@@ -206,7 +206,7 @@ def data_frame(columns: Mapping[str, Sequence[object]], *, index: Sequence[objec
 
 
 def fsum(numbers: Iterable[float]) -> float:
-    """Their sum, rounded once; infinite where it is beyond float64.
+    """Their sum, rounded once; infinite if it is beyond float64.
 
     >>> fsum([1e308, 1e308, -1.0]), fsum([0.1] * 10)
     (inf, 1.0)

@@ -78,7 +78,7 @@ class ObjectTree:
         self._fs, self._root = _file_system(address, driver and driver._fs)
         self._downloads = Downloads(self.url)
         self._attempt = secrets.token_hex(8)
-        """Stands for the state of files of which nothing is told that changes with it: they are not taken up again."""
+        """Stands for the state of files of which nothing is item that changes with it: they are not taken up again."""
 
     @cached_property
     def files(self) -> Mapping[str, FileInfo]:
@@ -150,9 +150,9 @@ class ObjectTree:
                 lambda: self._fs.find(self._root, detail=True), is_transient=_may_pass
             )
         listed = {}
-        for path, told in found.items():
-            if told.get("type") == "file":
-                listed[path.removeprefix(self._root).lstrip("/")] = _info(told)
+        for path, item in found.items():
+            if item.get("type") == "file":
+                listed[path.removeprefix(self._root).lstrip("/")] = _info(item)
         return listed
 
     def check_driver(self) -> None:
@@ -215,7 +215,7 @@ class ObjectTree:
         def send() -> None:
             count(-sent)
             self._fs.put_file(str(path), f"{self._root}/{name}", callback=Counting(), **more)
-            count(path.stat().st_size - sent)  # whatever the driver told
+            count(path.stat().st_size - sent)  # whatever the driver item
 
         self._write(name, send, "written")
 
@@ -297,19 +297,19 @@ def _may_pass(error: Exception) -> bool:
     return not (isinstance(error, _FINAL) or _NO_CREDENTIALS.search(type(error).__name__))
 
 
-def _info(told: Mapping[str, Any]) -> FileInfo:
-    size = int(told.get("size") or 0)
-    key = next((key for key in (*_HASHES, *_TIMES) if told.get(key)), None)
-    identity = None if key is None else f"{key}:{told[key]}"
-    return FileInfo(size, None, identity, key in _HASHES, _md5(told))
+def _info(item: Mapping[str, Any]) -> FileInfo:
+    size = int(item.get("size") or 0)
+    key = next((key for key in (*_HASHES, *_TIMES) if item.get(key)), None)
+    identity = None if key is None else f"{key}:{item[key]}"
+    return FileInfo(size, None, identity, key in _HASHES, _md5(item))
 
 
-def _md5(told: Mapping[str, Any]) -> str | None:
-    value = told.get("md5Hash") or told.get("content_md5")
+def _md5(item: Mapping[str, Any]) -> str | None:
+    value = item.get("md5Hash") or item.get("content_md5")
     if value:
         with suppress(ValueError):
             return (bytes(value) if isinstance(value, bytes | bytearray) else base64.b64decode(value)).hex()
-    found = _MD5.fullmatch(str(told.get("ETag", "")))
+    found = _MD5.fullmatch(str(item.get("ETag", "")))
     return found and found[1]
 
 

@@ -348,7 +348,10 @@ def refused(run: Path, **options: Any) -> CkavgError:
         (CONFIG | {"use_dora": True}, "its config states use_dora, whose product is not that of two factors"),
         (CONFIG | {"peft_type": "ADALORA"}, "its config states ADALORA"),
         (CONFIG | {"r": 4}, "the factors of q have rank 2; its config has r 4 and lora_alpha 4"),
-        (CONFIG | {"init_lora_weights": "pissa"}, "begun with pissa, by which PEFT takes a part of rank 2 out of the"),
+        (
+            CONFIG | {"init_lora_weights": "pissa"},
+            "initialized with pissa: PEFT then removes a part of rank 2 from the",
+        ),
         (CONFIG | {"alpha_pattern": {"(q+)+k": 1}}, "its config repeats a group in the pattern '(q+)+k'"),
         ({}, "has no adapter_config.json beside it"),
     ],

@@ -278,7 +278,7 @@ def test_weights_from_both_sides() -> None:
 def test_which_weight_is_the_most_negative() -> None:
     (told,) = advice.about_weights(BEMA(), (0, 100, 200), (-0.11, -0.25, 1.36))
     assert told.endswith("beyond the checkpoints. Worth comparing: a larger --eta.")
-    assert told.startswith("The negative weights sum to -0.36, the most of one checkpoint being -0.25 at step 100:")
+    assert told.startswith("The negative weights sum to -0.36, with -0.25 at step 100 the most negative:")
     assert len(about_weights(BEMA(eta=0.1), 1800, 72)) == 1
     assert len(about_weights(OUEMA(), 640, 72)) == 1
 

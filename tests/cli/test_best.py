@@ -134,7 +134,7 @@ def test_without_a_standard_error_the_noise_is_unknown(run: Path, judge: Judge) 
     command = f"{judge.command(720)} | sed s/loss_stderr/other/"
     told = best(run, command, *FEW)
     assert told["search"]["standing"] == "unknown"
-    assert "nothing tells whether that is more than noise" in told["search"]["reason"]
+    assert "this may be noise" in told["search"]["reason"]
 
 
 def test_what_was_evaluated_is_remembered_and_the_search_is_the_same(run: Path, judge: Judge) -> None:

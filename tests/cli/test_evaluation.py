@@ -267,7 +267,7 @@ def test_a_command_without_the_directory_is_refused_before_anything_is_read(run:
     for source in (run, run / "nowhere"):
         result = run_cli("sweep", source, "mean", "--eval", command, *MIN)
         assert (result.exit_code, result.stdout) == (2, "")
-        assert f"error: eval is {command!r}; it must say with {{dir}} where the directory of a result goes." in (
+        assert f"error: eval is {command!r}; it must contain {{dir}}, which stands for the directory of a result." in (
             result.stderr
         )
     assert snapshot(run.parent) == before

@@ -125,8 +125,8 @@ def test_a_standard_error_that_is_not_there(run: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ((), "without eval-metric nothing tells whether the least or the greatest number is best"),
-        (("--eval-metric", "class"), "the name 'class' does not tell whether less or more of it is better"),
+        ((), "without eval-metric, it must say whether the least or the greatest number is best"),
+        (("--eval-metric", "class"), "the name 'class' does not say whether less or more is better"),
         (("--eval-metric", " "), "eval-metric is empty"),
     ],
 )

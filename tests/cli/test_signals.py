@@ -146,7 +146,7 @@ def test_what_pass_2_has_finished_is_not_done_again(warm: subprocess.Popen[str],
 def test_what_pass_1_has_finished_is_not_done_again(warm: subprocess.Popen[str], run: Path) -> None:
     expected, whole = undisturbed(run, "pema")
     said = stopped(warm, run, "pema", signal.SIGINT, seconds=0.5)
-    assert "What was measured of the path so far is kept: the same command continues from there." in said
+    assert "The measured part of the path is kept: the same command continues from there." in said
     (left,) = (run / "averaged").iterdir()
     assert re.fullmatch(r"\.path-[0-9a-f]{16}-[0-9a-f]{16}-0\.ckavg-partial", left.name)
 

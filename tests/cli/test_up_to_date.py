@@ -242,10 +242,13 @@ def test_records_do_not_make_other_weights_up_to_date(run: Path) -> None:
         (lambda record, local: record["parameters"].update(gamma=0.3), "its record was edited."),
         (lambda record, local: record.update(dtype="float32"), "its record was edited."),
         (lambda record, local: local["made"]["recipe"].update(gamma=0.3), "gamma 0.3 there, 0.15 asked."),
-        (lambda record, local: local.pop("made"), "nothing there tells of which state of the checkpoints it was made."),
-        (lambda record, local: local["made"].pop("recipe"), "nothing there tells of which"),
-        (lambda record, local: local["made"]["source_fingerprints"].pop(), "its fingerprints are not of these"),
-        (lambda record, local: local["made"].update(source_fingerprints=[None] * 4), "nothing tells whether step 10"),
+        (lambda record, local: local.pop("made"), "the state of the checkpoints it was made from is not recorded."),
+        (
+            lambda record, local: local["made"].pop("recipe"),
+            "the state of the checkpoints it was made from is not recorded",
+        ),
+        (lambda record, local: local["made"]["source_fingerprints"].pop(), "it has fingerprints of other checkpoints"),
+        (lambda record, local: local["made"].update(source_fingerprints=[None] * 4), "it is unknown whether step 10"),
         (lambda record, local: record.pop("weights"), "its record is damaged, or of another version."),
     ],
 )

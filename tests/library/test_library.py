@@ -102,7 +102,7 @@ def test_in_memory_nothing_is_written(here: Path) -> None:
     ckavg.average_tensors("checkpoints", ckavg.EMA(0.3))
     ckavg.average_tensors("checkpoints", ckavg.EMA(0.3))  # no result is there that could be in the way
     assert not (here / "checkpoints" / "averaged").exists()
-    with pytest.raises(ckavg.CkavgError, match="force is for averages that are written"):
+    with pytest.raises(ckavg.CkavgError, match="force applies only to averages on disk"):
         ckavg.average_tensors("checkpoints", ckavg.EMA(), force=True)
 
 

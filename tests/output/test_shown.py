@@ -72,7 +72,7 @@ def test_without_matplotlib_there_is_no_picture(source: Path) -> None:
 
 def test_a_picture_that_fails_costs_no_average(source: Path) -> None:
     warning = averaged_elsewhere(source, MPLBACKEND="no such thing")
-    assert warning.startswith("The card has no picture of the weights: matplotlib failed with ValueError: ")
+    assert warning.startswith("The card has no plot of the weights: matplotlib failed with ValueError: ")
     assert ckavg.verify_result(source / "averaged" / "mean").problems == ()
 
 

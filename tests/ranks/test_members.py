@@ -16,11 +16,11 @@ from ckavg import errors
 from ckavg.engine import failures
 from ckavg.engine.failures import OTHER_PROCESS, as_json, from_json
 from ckavg.engine.job import RANK_FILE, Job
-from ckavg.engine.members import Member, Told, look_at
+from ckavg.engine.members import Member, Status, look_at
 from ckavg.errors import CkavgError, CombinedError, MissingPartsError, OutputError, RanksError, SettingError
 from ckavg.storage.journal import Journal, JournalReader, as_line
 
-TOLD = Told("a", "launch", 0, 2, "host", 7)
+STATUS = Status("a", "launch", 0, 2, "host", 7)
 
 
 def sent(error: BaseException) -> Any:
@@ -76,7 +76,7 @@ class _SpeechlessError(Exception):
         (OSError(28, "No space", "a"), OSError, "[Errno 28] No space: 'a'"),
         (OSError(28, "No space"), OSError, "[Errno 28] No space"),
         (FileNotFoundError(2, "No such file", Path("a")), FileNotFoundError, "[Errno 2] No such file: 'a'"),
-        (TimeoutError("late"), RuntimeError, "TimeoutError: late"),
+        (TimeoutError("awaited"), RuntimeError, "TimeoutError: awaited"),
         (ZeroDivisionError("division by zero"), RuntimeError, "ZeroDivisionError: division by zero"),
         (_OfNobodyElseError("what", hint="do"), RuntimeError, "_OfNobodyElseError: what"),
         (_SpeechlessError(), RuntimeError, "_SpeechlessError: "),
@@ -113,25 +113,25 @@ def test_nothing_between_processes_can_unpickle() -> None:
 
 def test_what_is_told_is_seen_and_held(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    member = Member(path, TOLD)
-    told = dataclasses.replace(TOLD, locks=member.told.locks)
-    assert told.locks
-    assert look_at(path) == (told, True)
+    member = Member(path, STATUS)
+    status = dataclasses.replace(STATUS, locks=member.status.locks)
+    assert status.locks
+    assert look_at(path) == (status, True)
     member.tell(beat=1, at="here, where the text is longer")
     member.tell(beat=2, at="here")
-    assert look_at(path) == (dataclasses.replace(told, beat=2, at="here"), True)
+    assert look_at(path) == (dataclasses.replace(status, beat=2, at="here"), True)
     with pytest.raises(BlockingIOError, match="process 7 on host"):
-        Member(path, TOLD)
+        Member(path, STATUS)
     member.tell(state="left")
     member.close()
     member.tell(state="working")
-    assert look_at(path) == (dataclasses.replace(told, beat=2, at="here", state="left"), False)
-    Member(path, TOLD).close()
+    assert look_at(path) == (dataclasses.replace(status, beat=2, at="here", state="left"), False)
+    Member(path, STATUS).close()
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
 def valid(**changes: object) -> bytes:
-    return as_line(dataclasses.asdict(TOLD) | changes)
+    return as_line(dataclasses.asdict(STATUS) | changes)
 
 
 HOSTILE = {
@@ -163,7 +163,7 @@ def test_nothing_comes_of_what_is_no_such_file(tmp_path: Path, name: str) -> Non
 
 def joined(directory: Path, **changes: Any) -> Job:
     """The second of two processes, the first of which says something."""
-    first = Member(directory / f"{RANK_FILE}0", TOLD)
+    first = Member(directory / f"{RANK_FILE}0", STATUS)
     job = Job(directory, 1, 2, launch="launch", timeout=60)
     job.join()
     first.tell(**changes)
@@ -186,7 +186,7 @@ def test_an_error_is_raised_as_it_is(tmp_path: Path) -> None:
 
 
 def test_another_job_is_refused(tmp_path: Path) -> None:
-    first = Member(tmp_path / f"{RANK_FILE}0", TOLD)
+    first = Member(tmp_path / f"{RANK_FILE}0", STATUS)
     for job in (Job(tmp_path, 1, 2, launch="other"), Job(tmp_path, 1, 3, launch="launch")):
         with pytest.raises(OutputError, match=r"Another job is filling .* process 7 on host is its first"):
             job.join()

@@ -72,7 +72,7 @@ def test_stages_are_not_mixed(hub: Hub, model: Repo) -> None:
         put(hub, model, name, 1.0)
     with pytest.raises(MixedOrderError, match=r"^hf://lab/run: the revisions mix stages \(stage1, stage2\)") as met:
         ckavg.open_run(FAR, revisions=["stage*"])
-    assert met.value.hint == "Choose those of one stage: --revisions 'stage1*'"
+    assert met.value.hint == "Choose one stage: --revisions 'stage1*'"
     assert ckavg.open_run(FAR, revisions=["stage2*"]).steps == (10, 30)
     assert hub.served.total() < 10_000
 
@@ -82,7 +82,7 @@ def test_slashes_bare_numbers_and_names_without_a_step(hub: Hub, model: Repo, tm
         put(hub, model, name, float(value))
     opened = ckavg.open_run(FAR, revisions=["runs/a/*"])
     assert opened.steps == (10, 20)
-    assert opened.warnings == ("Passed over, for the name of the revision states no step: runs/a/best.",)
+    assert opened.warnings == ("Skipped revisions whose names state no step: runs/a/best.",)
     record = ckavg.average(opened, ckavg.EMA(), out=tmp_path / "out")
     assert "runs/a/step10 (anchor)" in run_cli("inspect", FAR, "--revisions", "runs/a/*").stdout
     commit = model.branches["runs/a/step10"]
@@ -98,7 +98,7 @@ def test_what_matches_nothing_names_what_is_there(hub: Hub, model: Repo) -> None
     told = refused("inspect", FAR, "--revisions", "nothing*", named=f"{FAR}: no revision matches 'nothing*'")
     assert "it has stage1-step*, main" in told
     assert "--revisions 'step*'" in told or "--revisions 'stage1-step*'" in told
-    told = refused("inspect", FAR, "--revisions", "ma*", named=f"{FAR}: no revision that matches states a step: main")
+    told = refused("inspect", FAR, "--revisions", "ma*", named=f"{FAR}: no matching revision states a step: main")
     assert "Expected names such as step1000" in told
 
 
@@ -150,8 +150,8 @@ def test_the_same_weights_twice_are_told_before_they_are_fetched(hub: Hub, tmp_p
     hub.forget()
     run = ckavg.open_run(FAR, revisions=["step*"])
     assert run.warnings == (
-        "Steps 10, 30 hold the same weights, by the hashes of their files: one was uploaded in the place of another, "
-        "perhaps. Leave out those that are wrong with --from-step, --to-step or --revisions.",
+        "Steps 10, 30 hold the same weights, by the hashes of their files: perhaps one was uploaded in place of "
+        "another. Leave out the wrong ones with --from-step, --to-step or --revisions.",
     )
     assert served_of(hub.served) == 4 * (64 << 10)
     done = run_cli("inspect", FAR, "--revisions", "step*")
@@ -160,9 +160,9 @@ def test_the_same_weights_twice_are_told_before_they_are_fetched(hub: Hub, tmp_p
 
 def test_settings_that_are_of_no_use_here(model: Repo, tmp_path: Path) -> None:
     for words in (("s3://bucket/run",), (str(tmp_path),)):
-        with pytest.raises(SettingError, match=r"`revisions` are those of a repository on the Hub; .* is none"):
+        with pytest.raises(SettingError, match=r"`revisions` applies to a repository on the Hub; .* is not one"):
             ckavg.open_run(*words, revisions=["step*"])
-    with pytest.raises(SettingError, match="`max_disk` bounds what is fetched; all of this is here"):
+    with pytest.raises(SettingError, match="`max_disk` limits downloads; all of this is on this machine"):
         ckavg.open_run(tmp_path, max_disk="1GB")
     for bad in ("many", "-1", "1.5.2GB", "1PB", "", "0x10", -1):
         with pytest.raises(SettingError, match="is no size"):
@@ -171,7 +171,7 @@ def test_settings_that_are_of_no_use_here(model: Repo, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="names no repository"):
         ckavg.open_run("hf://@main")
     model.branches["step10"] = model.branches["main"]
-    with pytest.raises(SettingError, match="may be several revisions"):
+    with pytest.raises(SettingError, match="may match several revisions"):
         ckavg.open_run(FAR, init=f"{FAR}@step*", revisions=["step10"])
 
 
