@@ -1,4 +1,4 @@
-"""Stage *engine*, its news: how far a pass has come. Imports nothing heavy, so that a listener can be made early."""
+"""Stage *engine*: how a pass runs and reports its progress. Imports nothing heavy, so that it is ready early."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ Pass = Literal["path", "replay", "health", "files", "weights", "elements", "sour
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a pass has come.
+    """The progress of a pass.
 
     Attributes:
-        stage: `path` for pass 1, `replay` for pass 2, `health` for `inspect --deep`; of a result that is verified, what
-            is read of it: its `files`, its `weights`, single `elements`, or all of its `sources`; `difference` of two;
-            `fetch` of files that
-            are fetched whole before they are read, `upload` to the Hub.
-        done: bytes worked through.
-        total: bytes to work through.
-        kept: bytes beside these that an interrupted attempt had worked through.
+        stage: `path` for pass 1, `replay` for pass 2, `health` for `inspect --deep`; `files`, `weights`, `elements` or
+            `sources` for what `verify` reads; `difference` for `diff`; `fetch` for downloads, `upload` for uploads.
+        done: bytes done.
+        total: bytes to do.
+        kept: bytes done by an interrupted attempt, not counted in these.
     """
 
     stage: Pass
@@ -38,11 +36,11 @@ OnProgress = Callable[[Progress], None]
 
 @contextmanager
 def listening(progress: bool | OnProgress, passes: int = 1) -> Iterator[OnProgress | None]:
-    """The listener that was asked for: one's own, none, or with True the bars of the command line on stderr."""
+    """The listener for `progress`: the caller's own, none, or with True the command line's bars on stderr."""
     if progress is not True:
         yield progress or None
         return
-    from ckavg import show_progress  # of the last room, and loaded for nothing else
+    from ckavg import show_progress  # of the last room
 
     with show_progress(passes, quiet=False) as listener:
         yield listener
@@ -53,12 +51,12 @@ class Context:
     """How a pass runs. Nothing here changes what it computes.
 
     Attributes:
-        device: where the arithmetic happens, as torch names it.
+        device: the device that computes, as torch names it.
         threads: how many threads read and compute, each on one core; None: one for each core.
         tile: elements computed at once: a power of two.
         on_progress: called in the caller's thread now and then.
         ranks: the processes that share the work.
-        compiled_from_bytes: how much a pass must read for a compiled kernel to be worth loading, where there is one.
+        compiled_from_bytes: a pass that reads at least this much loads the compiled kernel, if installed.
     """
 
     device: str = "cpu"

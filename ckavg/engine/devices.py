@@ -1,4 +1,4 @@
-"""Stage *engine*: from the device a user names to one that is there, and to a tile and threads that suit it."""
+"""Stage *engine*: resolve the device that a user names; choose threads and a tile for it."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ if TYPE_CHECKING:
 
 
 BUFFERS = 2
-"""How many tiles a thread may have under way: the one that is being read, and the one before it, being copied."""
+"""Tiles in flight per thread: one being read, and the one before it being copied."""
 
 Mark = TypeVar("Mark")
 
 
 class Streams(Protocol[Mark]):
-    """Two queues of work for a device, one that copies and one that computes; a mark is a place in one of them."""
+    """Two queues of a device, one that copies and one that computes; a mark is a position in one of them."""
 
     def pinned(self, nbytes: int) -> Tensor:
-        """(nbytes,) uint8 in this machine's memory, from where the device copies by itself."""
+        """(nbytes,) uint8 in pinned host memory, which the device reads directly."""
 
     def resident(self, nbytes: int) -> Tensor:
-        """(nbytes,) uint8 in the device's memory; it may still be in use by what was asked before of computing."""
+        """(nbytes,) uint8 in the device's memory; earlier work in the computing queue may still use it."""
 
     def mark(self) -> Mark:
-        """The end of what has been asked of computing so far."""
+        """The current end of the computing queue."""
 
     def wait(self, mark: Mark) -> None:
-        """Return when the device has got that far."""
+        """Wait until the device has reached a mark."""
 
     def send(self, source: Tensor, target: Tensor, *, after: Mark) -> Mark:
-        """Ask copying to fill `target`, in the device's memory, from the pinned `source`; not before a mark."""
+        """Queue a copy from the pinned `source` to `target` in the device's memory, after a mark."""
 
     def widen(self, source: Tensor, out: Tensor, *, after: Mark) -> Mark:
-        """Ask computing to convert `source` into `out`, both in the device's memory; not before a mark."""
+        """Queue the conversion of `source` into `out`, both in the device's memory, after a mark."""
 
 
 @dataclass(slots=True)
 class _Buffer(Generic[Mark]):
-    """The way of one tile: pinned memory, the same of the device, and until when each is taken."""
+    """The buffers of one tile, pinned and on the device, and until when each is in use."""
 
     pinned: Tensor
     resident: Tensor
@@ -62,7 +62,7 @@ class Uploader(Generic[Mark]):
 
     Args:
         streams: the device.
-        buffers: how many tiles may be under way at once.
+        buffers: how many tiles may be in flight at once.
     """
 
     def __init__(self, streams: Streams[Mark], *, buffers: int = BUFFERS) -> None:
@@ -73,14 +73,14 @@ class Uploader(Generic[Mark]):
     def upload(
         self, fill: Callable[[memoryview], None], nbytes: int, dtype: torch.dtype, out: Tensor, *, room: int
     ) -> None:
-        """Read a tile and have it widened into `out`, for whatever is asked of computing after this.
+        """Read a tile and queue its widening into `out`; later work in the computing queue sees the values.
 
         Args:
-            fill: reads the tile into the memory it is given.
-            nbytes: size of the tile as it is stored.
-            dtype: in which it is stored.
+            fill: reads the tile into a buffer.
+            nbytes: size of the tile as stored.
+            dtype: as stored.
             out: (n,) in the device's memory.
-            room: the most bytes that any tile of this dtype has.
+            room: the largest size of a tile of this dtype, in bytes.
         """
         place, self._next = self._next, (self._next + 1) % len(self._buffers)
         buffer = self._buffers[place]
@@ -100,7 +100,7 @@ class Uploader(Generic[Mark]):
 
 
 class CudaStreams:
-    """Two CUDA streams. That of the arithmetic becomes the current stream of the thread that makes this.
+    """Two CUDA streams. The computing one becomes the current stream of this thread.
 
     Args:
         device: `cuda` or `cuda:N`.
@@ -108,7 +108,7 @@ class CudaStreams:
 
     def __init__(self, device: str) -> None:
         torch.cuda.init()  # type: ignore[no-untyped-call]
-        torch.cuda.empty_cache()  # what an earlier pass has left can be used by its own streams alone
+        torch.cuda.empty_cache()  # memory cached by an earlier pass is usable only in its streams
         self._device = torch.device(device)
         self._copying = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._computing = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -119,7 +119,7 @@ class CudaStreams:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def resident(self, nbytes: int) -> Tensor:
-        """See `Streams`: memory that is freed goes to what is asked next of the stream it was taken in."""
+        """See `Streams`: freed memory is reused by later work in the stream that allocated it."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def mark(self) -> torch.cuda.Event:
@@ -127,7 +127,7 @@ class CudaStreams:
         return _recorded(self._computing)
 
     def wait(self, mark: torch.cuda.Event) -> None:
-        """See `Streams`; other threads go on meanwhile."""
+        """See `Streams`; other threads keep running."""
         mark.synchronize()
 
     def send(self, source: Tensor, target: Tensor, *, after: torch.cuda.Event) -> torch.cuda.Event:
@@ -145,29 +145,29 @@ class CudaStreams:
 
 
 def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    # Blocking: who waits for it leaves the core to others.
+    # Blocking: a thread that waits leaves its core to others.
     event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     event.record(stream)
     return event
 
 
 _GPU_FEEDERS = 8
-"""Threads that are enough to feed a GPU; not measured yet."""
+"""Threads that feed a GPU; not measured yet."""
 
 _GPU_BYTES = 4_000_000_000
 _GPU_SHARE = 0.8
-"""Most memory of a GPU that is taken, in bytes, and of what is free there."""
+"""Largest memory to take on a GPU: in bytes, and as a fraction of what is free."""
 
 _TILES = 10
 _TILES_OF_AVERAGE = 2
-"""Tiles in float64 that a thread has on a GPU: what is under way, widened or rounded; and the states of an average."""
+"""Tiles in float64 per thread on a GPU: in flight, widened or rounded; and for the states of each average."""
 
 
 def resolve_device(device: str) -> str:
     """The torch device for `auto`, `cpu`, `cuda` or `cuda:N`; `auto` is the CPU until GPUs have been measured.
 
     Raises:
-        SettingError: the name means nothing, or there is no such device here.
+        SettingError: the name is not valid, or there is no such device.
     """
     if device in ("auto", "cpu"):
         return "cpu"
@@ -176,19 +176,19 @@ def resolve_device(device: str) -> str:
         raise SettingError(f"device is {device!r}; it must be auto, cpu, cuda or cuda:N.")
     number = int(named[1] or 0)
     if not torch.cuda.is_available() or number >= torch.cuda.device_count():
-        raise SettingError(f"device is {device!r}, but torch finds no such GPU here.", hint="Use --device cpu.")
+        raise SettingError(f"device is {device!r}, but torch finds no such GPU.", hint="Use --device cpu.")
     return device if named[1] is None else f"cuda:{number}"
 
 
 def tuned(context: Context, *, averages: int = 1) -> Context:
-    """The context with the device of this process, and the threads and the tile that suit it.
+    """The context with the resolved device, and threads and a tile for it.
 
     Args:
-        context: the device as the user named it, and threads if a number was asked for.
+        context: the device as the user named it, and threads if a number was requested.
         averages: how many averages are formed at once.
 
     Raises:
-        SettingError: there is no such device, or it has too little memory free.
+        SettingError: there is no such device, or it has too little free memory.
     """
     context = dataclasses.replace(context, device=context.ranks.own_device(resolve_device(context.device)))
     if context.device == "cpu":
@@ -199,18 +199,18 @@ def tuned(context: Context, *, averages: int = 1) -> Context:
     if tile is None:
         raise SettingError(
             f"device is {context.device!r}, but only {free / 1e9:.1f} GB of its memory are free.",
-            hint="Wait until it is, or use --device cpu.",
+            hint="Wait until more is free, or use --device cpu.",
         )
     return dataclasses.replace(context, threads=threads, tile=tile)
 
 
 def gpu_tile(threads: int, averages: int, nbytes: int) -> int | None:
-    """The largest tile with which all threads together take no more than some bytes of a GPU; None if none is.
+    """The largest tile with which all threads together fit into `nbytes` of a GPU; None if none does.
 
     Args:
         threads: how many threads work at the same time.
         averages: how many averages each forms at once.
-        nbytes: memory that may be taken.
+        nbytes: available memory.
 
     >>> gpu_tile(8, 1, 4_000_000_000), gpu_tile(8, 8, 4_000_000_000), gpu_tile(8, 1, 100_000_000)
     (4194304, 2097152, None)

@@ -1,8 +1,8 @@
-"""Stage *engine*: the cores of this machine, and the processes that share a piece of work. Imports nothing heavy.
+"""Stage *engine*: the cores of this machine, and the processes that share a pass. Imports nothing heavy.
 
-Processes exchange through files in a directory that all of them see: each notes what comes of its share in a journal
-of its own, and reads those of the others. Those of one job work at the same time, and one that fails ends all
-(`job.py`). A part is the same share by itself, whenever it is started.
+Processes exchange results through files in a shared directory: each writes its results to a journal of its own, and
+reads those of the others. The processes of a job run at the same time, and a failure ends all of them (`job.py`). A
+part is the same share of the work, run on its own at any time.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from ckavg.engine.job import ALONE as HOW_TO_RUN_ALONE
-from ckavg.engine.job import RANK_FILE, SECONDS_BETWEEN_LOOKS, Job
+from ckavg.engine.job import HOW_TO_RUN_ALONE, RANK_FILE, SECONDS_BETWEEN_LOOKS, Job
 from ckavg.engine.launchers import launch_name
 from ckavg.errors import MissingPartsError, RanksError, WriteError
 from ckavg.storage.atomic import create_whole, write_bytes
@@ -27,23 +26,23 @@ from ckavg.storage.journal import Journal, JournalReader
 from ckavg.storage.local import read_small
 
 MOST_THREADS = 16
-"""More do not read faster; each has its own buffers."""
+"""More threads do not read faster, and each has its own buffers."""
 
 SECONDS_WITHOUT_PROGRESS = 600.0
 AGREED = ".ckavg-agreed-"
-"""How the names of files begin that hold what must be the same in all processes."""
+"""Prefix of files with values that must be the same in all processes."""
 
 JOURNAL = ".ckavg-journal-"
-"""How the names of journals begin; what is noted, and the rank of who notes it, follow."""
+"""Prefix of journals; the name of the pass and the rank follow."""
 
 NAMES_OF_A_JOB = (f"{RANK_FILE}*", f"{AGREED}*", f"{JOURNAL}*")
-"""Shell patterns of the names of files by which processes exchange."""
+"""Shell patterns of the files through which processes exchange results."""
 
 _PARTS = "parts"
 
 
 def available_cores(processes: int = 1) -> int:
-    """How many cores this process may use, where so many share them."""
+    """How many cores this process may use if `processes` share them."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS
@@ -52,7 +51,7 @@ def available_cores(processes: int = 1) -> int:
 
 
 def worker_threads(processes: int = 1) -> int:
-    """How many threads read and compute: one for each core, where so many processes share them."""
+    """How many threads read and compute: one for each core that this process may use."""
     return min(available_cores(processes), MOST_THREADS)
 
 
@@ -62,18 +61,17 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The processes that share a piece of work, as one of them sees them. All of them call the same methods.
+    """The processes that share a pass, from the view of one of them. All of them call the same methods.
 
     Attributes:
-        rank: which of them this is, from 0.
+        rank: which process this is, from 0.
         world: how many there are.
         local_rank: which of those on this machine.
-        local_world: how many there are on this machine.
-        mode: whether this process works `alone`, in a `job` of several, at a `part` without the others, or is to `join`
-            what parts have left.
-        timeout: seconds without progress after which a process is taken for gone.
-        waits: of a part, whether it waits for the others.
-        on_wait: called with a sentence on who is waited for, after a while and then seldom.
+        local_world: how many are on this machine.
+        mode: `alone`; in a `job` of several processes; a `part` without the others; or `join` the results of parts.
+        timeout: seconds without progress after which a process counts as dead.
+        waits: whether a part waits for the others.
+        on_wait: called after a while of waiting, and then rarely, with a sentence that names the missing ranks.
     """
 
     rank: int = 0
@@ -89,7 +87,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """What a launcher tells a process in its environment; elsewhere, one process alone."""
+        """The job of a launcher, from the environment; without one, a process alone."""
         names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
         if any(name not in os.environ for name in names):
             return cls()
@@ -108,31 +106,31 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks for all, and makes what is made once."""
+        """Whether this process does what is done once, such as creating files."""
         return self.rank == 0 or self.mode == "part"
 
     @property
     def speaks(self) -> bool:
-        """Whether this process is to show messages: the first or, where that is gone, the one after it."""
+        """Whether this process shows messages: the first or, if that is lost, the next one."""
         return self.is_first or (bool(self._jobs) and {*range(self.rank)} <= self._jobs[-1].lost)
 
     @property
     def has_met(self) -> bool:
-        """Whether this process has come to the others."""
+        """Whether this process has joined the others."""
         return bool(self._jobs)
 
     @property
     def is_ending(self) -> bool:
-        """Whether this process is giving up already."""
+        """Whether this process is already stopping."""
         return any(job.is_ending for job in self._jobs)
 
     @property
     def is_shared(self) -> bool:
-        """Whether other processes have a share in the work."""
+        """Whether other processes share the work."""
         return self.mode != "alone"
 
     def share(self, sizes: Sequence[int]) -> list[int]:
-        """Whose each unit of work is: each in turn goes to whoever has least by then.
+        """The rank for each unit of work: each in turn goes to the rank with the least so far.
 
         >>> Ranks(0, 2).share([8, 1, 8, 1])
         [0, 1, 1, 0]
@@ -147,18 +145,18 @@ class Ranks:
 
     @contextmanager
     def meet(self, directory: Path, settings: Mapping[str, Any]) -> Iterator[Ranks]:
-        """The same processes at work in a directory, which the first of a job has emptied of what others left there.
+        """Meet in a directory, which the first process of a job has emptied; yield the processes that met.
 
-        An error that leaves this block in one process of a job leaves it in all of them. The first leaves it last, when
-        the others have closed their files.
+        An error that leaves this block in one process of a job leaves it in all of them. The first process leaves last,
+        once the others have closed their files.
 
         Args:
-            directory: that all of them see.
-            settings: by what it is, such as `checkpoints`, what must be the same in all processes.
+            directory: shared by all of them.
+            settings: what must be the same in all processes, by a name for messages such as `checkpoints`.
 
         Raises:
-            RanksError: the others do not come, or see something else.
-            OutputError: others are filling the directory.
+            RanksError: a process does not come, or has other settings.
+            OutputError: another job is writing to the directory.
         """
         if self.mode in ("alone", "join"):
             yield dataclasses.replace(self, _job=Job(directory, self.rank, self.world))
@@ -201,13 +199,13 @@ class Ranks:
             )
 
     def check(self) -> None:
-        """Raise what ended the job in another process, if something has."""
+        """Raise the error that ended the job in another process, if there is one."""
         if self._job is not None and self.mode in ("job", "part"):
             self._job.check()
 
     @contextmanager
     def working_on(self, block: str) -> Iterator[None]:
-        """Have the others know that this process works on a block, and that it has come further."""
+        """Tell the others that this process makes progress, and on which block."""
         if self._job is not None:
             self._job.begin(block)
         yield
@@ -215,18 +213,19 @@ class Ranks:
             self._job.end(block)
 
     def agreed(self, name: str, function: Callable[[], Value]) -> Value:
-        """What a function gives, a JSON value, once for all: in the first process of a job, or in the part that comes
-        first. The others wait for it, or find it.
+        """Compute a JSON value in one process and share it with all.
+
+        The first process of a job computes it, and the others wait; of parts, the first to need it does.
 
         Raises:
-            RanksError: it cannot be written or read.
+            RanksError: the value cannot be written or read.
         """
         if self._job is None or self.mode == "alone":
             return function()
         path = self._job.directory / f"{AGREED}{self._job.name or _PARTS}-{name}"
         made = b""
         if self.mode == "job" and self.rank > 0:
-            self._job.wait(lambda: [] if path.exists() else [0], "what it must say first")
+            self._job.wait(lambda: [] if path.exists() else [0], "its first values")
         elif not path.exists():
             made = json.dumps(function()).encode()
         try:
@@ -238,7 +237,7 @@ class Ranks:
         except (OSError, ValueError, RecursionError) as error:
             raise RanksError(
                 f"{path} cannot be written or read: {getattr(error, 'strerror', None) or error}.",
-                hint="All processes must see this directory, with hard links: choose another place with --out.",
+                hint="All processes must share this directory, and it needs hard links: choose another one with --out.",
             ) from error
         return value
 
@@ -252,14 +251,14 @@ class Ranks:
         known: Mapping[int, Result] | None = None,
         before_note: Callable[[], None] = lambda: None,
     ) -> PassJournal[Result]:
-        """What is done of a pass by any process, and who notes what this one does now.
+        """The journal of a pass: the finished blocks of all processes, and a function that notes more of this one.
 
         Args:
-            name: of the pass, in the names of files.
-            key: whatever could change what comes of a block is in it.
-            as_json, from_json: the way of what comes of a block to JSON values, and back.
-            known: what came of blocks, as this process knows from elsewhere.
-            before_note: called before something is noted as done.
+            name: of the pass, for the names of files.
+            key: covers everything that can change the result of a block.
+            as_json, from_json: convert the result of a block to JSON values and back.
+            known: results that this process has from another source.
+            before_note: called before results are noted.
         """
         known = known or {}
         if self._job is None:
@@ -282,31 +281,31 @@ class Ranks:
                 finally:
                     journal.close()
             except OSError as error:
-                if self.is_shared:  # by itself, a process needs none: no room for a journal, perhaps
+                if self.is_shared:  # a process alone works without a journal, as on a full disk
                     raise WriteError(
                         f"{path} cannot be written: {error.strerror or error}.",
-                        hint="The processes exchange through it: free some space, or choose another place with --out.",
+                        hint="The processes exchange results through it: free some space, or choose another --out.",
                     ) from error
 
         if self.mode in ("job", "part"):
-            note(known)  # in any case: a network file system may remember for long what was not there
+            note(known)  # even if empty: a network file system may cache for long that the file is missing
         found = {**known, **read()}
         return PassJournal(found, self.agreed_places(f"done-{name}-{key[:16]}", found), note, read)
 
     def agreed_places(self, name: str, found: Collection[int]) -> frozenset[int]:
-        """Of units that are done, those that all processes of a job take for done from the beginning."""
+        """The finished units that all processes of a job skip: those that the first has found."""
         return frozenset(self.agreed(name, lambda: sorted(found)) if self.mode == "job" else found)
 
     def wait(self, awaited: Callable[[], Collection[int]], what: str) -> None:
-        """Wait until the shares of all others are there.
+        """Wait until all other processes have finished their shares.
 
         Args:
-            awaited: the ranks whose are missing, as it stands.
-            what: of what, for a message.
+            awaited: returns the ranks whose shares are still missing.
+            what: the work, for messages.
 
         Raises:
-            MissingPartsError: they are not, and nobody works on them now.
-            BaseException: what ended the job, wherever it happened.
+            MissingPartsError: shares are missing, and no process is working on them.
+            BaseException: what ended the job, in any process.
         """
         job = self._job
         if job is None or self.mode == "job":
@@ -320,10 +319,10 @@ class Ranks:
             before = now
             if not self.waits or quiet >= self.timeout:
                 raise MissingPartsError(missing, self.world, what)
-            time.sleep(SECONDS_BETWEEN_LOOKS)  # without a beat: who waits makes no progress
+            time.sleep(SECONDS_BETWEEN_LOOKS)  # without a beat: waiting is no progress
 
     def own_device(self, device: str) -> str:
-        """The device of this process: with `cuda`, a GPU of its own, as far as its machine has enough."""
+        """The device of this process: with `cuda`, a GPU of its own if the machine has enough."""
         if device != "cuda" or self.mode != "job":
             return device
         import torch
@@ -331,7 +330,7 @@ class Ranks:
         return f"cuda:{self.local_rank % torch.cuda.device_count()}"
 
     def leave(self) -> None:
-        """Before the first process makes a result of what all have done: have the others close their files."""
+        """Close the files of all other processes, before the first process publishes the result."""
         if self._job is not None and self.mode == "job":
             if self.is_first:
                 self._job.wait_for_leave()
@@ -342,13 +341,13 @@ class Ranks:
 
 @dataclass(frozen=True, slots=True)
 class PassJournal(Generic[Result]):
-    """What is done of a pass, and who notes what is done now.
+    """The journal of a pass.
 
     Attributes:
-        found: what came of blocks by their place, as far as it was known at first.
-        done: the places of those that need not be worked on again; the same in every process of a job.
-        note: called now and then with what came of further blocks of this process; it keeps them.
-        read: what was noted since it was last called, by all processes.
+        found: results of blocks, by index, that were known at the start.
+        done: indices of blocks that need no work; the same in every process of a job.
+        note: called now and then with results of further blocks of this process; it saves them.
+        read: returns what all processes have noted since the last call.
     """
 
     found: Mapping[int, Result]
@@ -358,21 +357,21 @@ class PassJournal(Generic[Result]):
 
 
 ALONE = Ranks()
-"""One process, for which nothing of this does anything."""
+"""A single process; nothing is shared."""
 
 
 @contextmanager
 def all_ranks(
     on_wait: Callable[[str], None] | None = None, *, timeout: float = SECONDS_WITHOUT_PROGRESS
 ) -> Iterator[Ranks]:
-    """The job that a launcher such as torchrun has started, with this process in it; this process alone elsewhere.
+    """The job that a launcher such as torchrun has started; without a launcher, this process alone.
 
     Args:
-        on_wait: called in this thread with a sentence on who is waited for, after a while and then seldom: in the first
-            process, and in the second.
-        timeout: seconds without progress after which a process is taken for gone, and the job ends.
+        on_wait: called in this thread after a while of waiting, and then rarely, with a sentence that names the missing
+            ranks; in the first two processes.
+        timeout: seconds without progress after which a process counts as dead, and the job ends.
 
     Raises:
-        RanksError: the environment makes no sense.
+        RanksError: the variables of the launcher are not valid.
     """
     yield dataclasses.replace(Ranks.from_environment(), on_wait=on_wait, timeout=timeout)

@@ -1,6 +1,6 @@
-"""Stage *engine*: the error of a process as JSON, for the others of its job, and back.
+"""Stage *engine*: the error of a process as JSON for the other processes of its job, and back.
 
-What comes back is not trusted: only the classes of `errors.py` and a few of Python's own come of it.
+The JSON is not trusted: it can only become one of the classes of `errors.py` or a few of Python's own.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from ckavg import errors
 from ckavg.errors import CkavgError, CombinedError, MissingPartsError, RanksError
 
 OTHER_PROCESS = "In another process:\n"
-"""How the note begins that holds the traceback of an error from another process."""
+"""The prefix of the note with the traceback from another process."""
 
 _MOST_CHARS = 100_000
-"""Of a text; an error is no place for more."""
+"""Longest text of an error."""
 
 
 def as_json(error: BaseException) -> list[Any]:
-    """The class of an error, what it says, its hint, its command and its notes, the last of which is its traceback."""
+    """The class, message, hint, command and notes of an error; the last note is its traceback."""
     name, said = type(error).__name__, _said(error)
     values: list[Any] = [said, "", ""]
     match error:
@@ -38,12 +38,12 @@ def as_json(error: BaseException) -> list[Any]:
 
 
 def from_json(found: Any) -> BaseException:
-    """An error as what it was where it is one of ours, or no bug; any other as a `RuntimeError`.
+    """An error from JSON: of its own class if that is ours or not a bug, else a `RuntimeError`.
 
-    What an exception from outside says is shown as it is: what a terminal would obey is taken from it here.
+    Control characters are removed, since the texts are printed as they are.
 
     Raises:
-        Exception: it is none.
+        Exception: it does not describe an error.
     """
     name, first, second, third, *notes = found
     error: BaseException
@@ -69,14 +69,14 @@ def from_json(found: Any) -> BaseException:
 
 
 def is_from_another(error: BaseException) -> bool:
-    """Whether another process has raised it first."""
+    """Whether another process raised it first."""
     return any(note.startswith(OTHER_PROCESS) for note in getattr(error, "__notes__", ()))
 
 
 def _said(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception:  # whatever an exception from outside makes of being asked
+    except Exception:  # `__str__` of a foreign exception may raise anything
         return ""
 
 

@@ -1,7 +1,7 @@
-"""Stage *engine*: how the processes of one job know of each other, through a directory that all of them see.
+"""Stage *engine*: how the processes of one job watch each other, through a shared directory.
 
-Each has a file there (`members.py`). Whoever waits, and whoever works, looks at those of the others now and then: one
-that has failed, is gone, or comes no further ends the job everywhere, with its own error where it has told one.
+Each process has a status file there (`members.py`), and reads those of the others now and then. A process that failed,
+disconnected or makes no progress ends the job everywhere, with its own error if it wrote one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ckavg.engine.members import Member, Status, look_at
 from ckavg.errors import OutputError, RanksError, listed, printable
 
 RANK_FILE = ".ckavg-rank-"
-"""How the names of those files begin; the rank follows."""
+"""Prefix of the status files; the rank follows."""
 
 SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_OF_FIRST_PAUSE = 0.01
@@ -29,24 +29,26 @@ _SECONDS_TO_TELL_OF_JOINING, _SECONDS_TO_TELL = 5.0, 30.0
 _SECONDS_FOR_NEWS = 1.0
 _SECONDS_TO_LEAVE = 20.0
 _SECONDS_QUIET = 10.0
-"""Without a change: the last one to leave does not wait for such a process."""
+"""The last process to leave does not wait for one that has not changed for so long."""
 
 _LOOKS_UNTIL_GONE = 5
 
 _GONE = "It was killed, it crashed, or its machine is out of reach. Often memory ran out."
 _STOPPED = "It was stopped (SIGSTOP, Ctrl-Z), or its machine or its storage hangs. --rank-timeout allows more."
-ALONE = "RANK, WORLD_SIZE and LOCAL_RANK are set in the environment; to run one process by itself: env -u RANK ckavg …"
+HOW_TO_RUN_ALONE = (
+    "RANK, WORLD_SIZE and LOCAL_RANK are set in the environment; to run a single process: env -u RANK ckavg …"
+)
 
 
 class Job:
-    """One process of a job, as it sees the others. All but `begin` and `end` are for one thread.
+    """One process of a job, with its view of the others. Only `begin` and `end` may be called from several threads.
 
     Args:
-        directory: where the files of all processes are.
+        directory: holds the status files of all processes.
         rank, world: which process this is, and of how many.
-        launch: what the launcher calls the job.
-        timeout: seconds without a change after which a process is taken for gone.
-        on_wait: called after a while of waiting, and then seldom, with a sentence on who is waited for.
+        launch: the launcher's name for the job.
+        timeout: seconds without a change after which a process counts as dead.
+        on_wait: called after a while of waiting, and then rarely, with a sentence that names the missing ranks.
     """
 
     def __init__(
@@ -81,17 +83,17 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The word that no other job has."""
+        """The unique id of the job."""
         return "" if self._member is None else self._member.status.job
 
     # --- joining ---
 
     def join(self) -> None:
-        """Wait until all processes are there. The first must hold the directory by now, with no such file in it.
+        """Wait until all processes have joined. The first must hold the directory already, without status files in it.
 
         Raises:
-            RanksError: they do not come.
-            OutputError: another job has come before this one.
+            RanksError: a process does not come.
+            OutputError: another job is using the directory.
         """
         if self._rank == 0:
             self.enter(secrets.token_hex(8))
@@ -103,11 +105,11 @@ class Job:
         self._wait_to_join(lambda: [rank for rank in others if not self._finds(rank)])
 
     def enter(self, job: str) -> None:
-        """Say that this process is there, as one of the job that has this word.
+        """Write the status file of this process, as a member of the job with this id.
 
         Raises:
-            OutputError: another process that lives says the same.
-            RanksError: the system would not let us write.
+            OutputError: another living process has the same rank.
+            RanksError: the file cannot be written.
         """
         status = Status(job, self._launch, self._rank, self._world, platform.node(), os.getpid())
         path = self.directory / f"{RANK_FILE}{self._rank}"
@@ -115,19 +117,17 @@ class Job:
             self._member = Member(path, status)
         except BlockingIOError as error:
             raise OutputError(
-                f"Rank {self._rank} of those that fill {path.parent} is there already: {error}.",
+                f"Rank {self._rank} of the processes writing to {path.parent} exists already: {error}.",
                 hint="Wait for it, or choose another place with --out.",
             ) from error
         except OSError as error:
             raise RanksError(
                 f"{path} cannot be written: {error.strerror or error}.",
-                hint="All machines must see this directory, and may write to it: choose another place with --out.",
+                hint="All machines must share this directory and may write to it: choose another one with --out.",
             ) from error
 
     def _finds_first(self, found: list[Status]) -> bool:
-        """Whether the first process of this job has come: what a killed one has left is not held, and does not
-        change.
-        """
+        """Whether the first process has come. The file of a killed process is not locked and never changes."""
         seen = self._look_at(0)
         if seen is None:
             return False
@@ -136,7 +136,7 @@ class Job:
         found.append(status)
         if lives and (status.launch, status.world) != (self._launch, self._world):
             raise OutputError(
-                f"Another job is filling {self.directory}: process {status.pid} on {status.host} is its first.",
+                f"Another job is writing to {self.directory}: process {status.pid} on {status.host} is its first.",
                 hint="Wait for it, or choose another place with --out.",
             )
         return lives and status.state == "working"
@@ -154,13 +154,13 @@ class Job:
             if waited >= self._timeout:
                 self.lost.update(awaited)
                 raise RanksError(
-                    f"Rank {self._rank} of {self._world} has waited {waited:.0f} s in vain for {who} in "
+                    f"Rank {self._rank} of {self._world} waited {waited:.0f} s for {who}, which did not join in "
                     f"{self.directory} on {platform.node()}.",
-                    hint=f"All processes must see this directory. {ALONE}",
+                    hint=f"All processes must share this directory. {HOW_TO_RUN_ALONE}",
                 )
             if waited >= tell_at:
                 tell_at *= 4
-                self._say(f"Rank {self._rank} of {self._world} waits for {who} in {self.directory}. {ALONE}")
+                self._say(f"Rank {self._rank} of {self._world} waits for {who} in {self.directory}. {HOW_TO_RUN_ALONE}")
             self.pause(seconds=seconds)
             waited += seconds
             seconds = min(2 * seconds, self._interval)
@@ -168,57 +168,57 @@ class Job:
     # --- working ---
 
     def begin(self, block: str) -> None:
-        """Say that a block is worked on; in any thread."""
+        """Note that work on a block begins; in any thread."""
         self._blocks[block] = None
         self._has_moved = True
 
     def end(self, block: str) -> None:
-        """Say that it is done."""
+        """Note that a block is done; in any thread."""
         self._blocks.pop(block, None)
         self._has_moved = True
 
     def check(self) -> None:
-        """Look at the others, unless that was just done; say that this process has come further, if it has.
+        """Look at the others, unless that was just done; publish the progress of this process.
 
         Raises:
-            BaseException: what ended the job, wherever it happened.
+            BaseException: what ended the job, in any process.
         """
         if not self.is_ending:
             self._beat()
             self._look()
 
     def wait(self, awaited: Callable[[], Collection[int]], what: str) -> None:
-        """Wait until nobody is waited for.
+        """Wait until no rank is missing.
 
         Args:
-            awaited: those who are waited for, as it stands.
-            what: what for.
+            awaited: returns the ranks that are still missing.
+            what: what they must do, for messages.
 
         Raises:
-            BaseException: what ended the job, wherever it happened.
+            BaseException: what ended the job, in any process.
         """
         waited, tell_at, seconds = 0.0, _SECONDS_TO_TELL, _SECONDS_OF_FIRST_PAUSE
         while ranks := awaited():
             if waited >= tell_at:
                 tell_at *= 4
                 who = listed([self.name_of(rank, within=True) for rank in sorted(ranks)])
-                self._say(f"{waited:.0f} s of waiting for {who}: {what}.")
+                self._say(f"Waiting for {who} for {waited:.0f} s: {what}.")
             self.pause(what, seconds)
             waited += seconds
             seconds = min(2 * seconds, self._interval)
 
     def pause(self, what: str = "joining", seconds: float = SECONDS_BETWEEN_LOOKS) -> None:
-        """Let a moment go by, and look at the others."""
+        """Sleep a little, and look at the others."""
         self._has_moved = True
         self._blocks = {what: None}
         self.check()
         time.sleep(seconds)
         self._blocks = {}
-        with suppress(OSError):  # a network file system may remember for long what was not there
+        with suppress(OSError):  # a network file system may cache for long that a file is missing
             os.listdir(self.directory)  # noqa: PTH208
 
     def statuses(self) -> list[Status]:
-        """What all others say that are there, whichever job they are of."""
+        """The statuses of all other processes, of any job."""
         seen = [self._look_at(rank) for rank in range(self._world) if rank != self._rank]
         return [each[0] for each in seen if each is not None]
 
@@ -230,12 +230,13 @@ class Job:
         now = time.monotonic()
         if self._member is not None and self._has_moved and now - self._beaten >= _SECONDS_OF_A_BEAT:
             self._has_moved, self._beaten = False, now
-            at = next(iter([*self._blocks]), "")  # the oldest of those that are under way
+            at = next(iter([*self._blocks]), "")  # the oldest block in work
             self._member.tell(beat=self._member.status.beat + 1, at=at)
 
     def _look(self, *, at_once: bool = False) -> None:
-        """Look at all that have come, at most every so often. Of the seconds since the last look no more count than
-        that: of a process that was stopped itself, the others have been silent for as long.
+        """Look at all members, at most once per interval.
+
+        At most one interval counts as silence: if this process itself was stopped, the others were not silent.
         """
         now = time.monotonic()
         since = min(now - self._looked, self._interval)
@@ -251,7 +252,7 @@ class Job:
         if seen is None or seen[0].job != self.name:
             self._absent[rank] = self._absent.get(rank, 0) + 1
             if self._absent[rank] >= _LOOKS_UNTIL_GONE and not self.is_ending:
-                self._lose(rank, "is gone without a word", _GONE)
+                self._lose(rank, "disconnected", _GONE)
             return
         status, is_held = seen
         self._absent[rank], self._seen[rank] = 0, status
@@ -263,17 +264,17 @@ class Job:
         elif is_held:
             self._held.add(rank)
         elif rank in self._held or (status.locks and self._member and status.locks == self._member.status.locks):
-            self._lose(rank, "is gone without a word", _GONE)
+            self._lose(rank, "disconnected", _GONE)
         if self._silence[rank] >= self._timeout and rank not in self._left:
             at = f", at {printable(status.at)}" if status.at else ""
-            self._lose(rank, f"has come no further for {self._timeout:.0f} s{at}", _STOPPED)
+            self._lose(rank, f"made no progress for {self._timeout:.0f} s{at}", _STOPPED)
 
     def _take_failure(self, rank: int, status: Status) -> None:
         try:
             error = from_json(status.error)
-        except Exception as cause:  # whatever becomes of reading what anybody may have written
+        except Exception as cause:  # the file is not trusted: reading it may fail in any way
             error = RanksError(
-                f"{self.name_of(rank)} has failed with an error that cannot be understood.",
+                f"{self.name_of(rank)} failed with an error that cannot be read.",
                 hint="Start the same version of ckavg on every machine.",
             )
             error.__cause__ = cause
@@ -281,14 +282,14 @@ class Job:
 
     def _lose(self, rank: int, why: str, hint: str) -> None:
         self.lost.add(rank)
-        error = RanksError(f"{self.name_of(rank)} {why}; the others give up.", hint=hint)
+        error = RanksError(f"{self.name_of(rank)} {why}; stopping all ranks.", hint=hint)
         self._failure = self._failure or error
 
     def _look_at(self, rank: int) -> tuple[Status, bool] | None:
         return look_at(self.directory / f"{RANK_FILE}{rank}")
 
     def name_of(self, rank: int, *, within: bool = False) -> str:
-        """What messages call a process, at the beginning of a sentence or within it."""
+        """The name of a process in messages, at the beginning of a sentence or within it."""
         status = self._seen.get(rank)
         if rank == self._rank and self._member is not None:
             status = self._member.status
@@ -298,10 +299,10 @@ class Job:
     # --- ending ---
 
     def fail(self, error: BaseException) -> BaseException:
-        """Give up: tell the others; the first waits for them, so that no file is open any more. May be called again.
+        """Stop, and publish the error. The first process waits until the others have closed their files. Idempotent.
 
         Returns:
-            What ended the job. An interrupt is often but the consequence of what happened elsewhere.
+            What ended the job: for an interrupt, often an error of another process.
         """
         if self.is_ending or self._member is None:
             return self._failure or error
@@ -321,13 +322,13 @@ class Job:
         return error
 
     def leave(self) -> None:
-        """Say that this process has no file of the job open any more."""
+        """Note that this process has closed all files of the job."""
         if self._member is not None:
             self._member.tell(state="left")
             self._member.close()
 
     def wait_for_leave(self) -> None:
-        """Wait until the others have left, or are gone; not for long."""
+        """Wait a short while until the others have left or died."""
         end = time.monotonic() + _SECONDS_TO_LEAVE
         while time.monotonic() < end:
             with suppress(BaseException):
@@ -341,7 +342,7 @@ class Job:
             time.sleep(SECONDS_BETWEEN_LOOKS / 4)
 
     def wait_for_end(self) -> None:
-        """Wait until the first process has ended, and its file with it; this one has left.
+        """After `leave`, wait until the first process has ended and removed its file.
 
         Raises:
             BaseException: how it failed.

@@ -1,4 +1,4 @@
-"""Stage *engine*: what launchers tell a process in its environment: torchrun, and Slurm's srun."""
+"""Stage *engine*: the environment variables of launchers: torchrun, and Slurm's srun."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Mapping
 
 
 def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would say in the environment, from what Slurm's srun says; empty where there are no several tasks,
-    or torchrun has said it.
+    """The variables of torchrun, from those of Slurm's srun; empty with a single task, or if torchrun has set them.
 
     >>> slurm_environment({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"})["RANK"]
     '3'
@@ -27,6 +26,6 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def launch_name() -> str:
-    """What the launcher calls the job, as far as it tells: the same in all of its processes."""
+    """The launcher's name for the job, the same in all its processes; empty parts if it gives none."""
     names = "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_STEP_ID"
     return " ".join(os.environ.get(name, "-") for name in names)

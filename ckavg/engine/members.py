@@ -1,7 +1,7 @@
-"""Stage *engine*: a small file for each process of a job, which says that the process is there and what it is doing.
+"""Stage *engine*: a small status file for each process of a job, which says that it lives and what it is doing.
 
-The file is held with a lock while its process lives, and rewritten as work goes on. What is read is not trusted: it is
-one line of JSON with its checksum, of a bounded size, and every value has its type.
+The process locks its file while it lives, and rewrites it as work goes on. The content is not trusted: it is one line
+of JSON with a checksum, of bounded size, and every value is checked for its type.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ State = Literal["working", "left", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What a process tells of itself.
+    """The status of a process.
 
     Attributes:
-        job: a word that no other job has; that of the first process, which the others repeat.
-        launch: what the launcher calls the job, the same in all of its processes.
+        job: a unique id of the job, set by the first process and repeated by the others.
+        launch: the launcher's name for the job, the same in all its processes.
         rank, world: which process this is, and of how many.
         host, pid: where it runs.
-        locks: what processes have in common that see each other's locks for sure: the machine since it was started, and
-            the file system as it is mounted. Empty where that is not known.
-        beat: grows whenever it has come further, or waits.
-        at: what it is doing, for a message.
-        state: whether it works, has no file of the job open any more, or has failed.
+        locks: identifies the boot of the machine and the mount of the file system: processes with the same value see
+            each other's locks. Empty if unknown.
+        beat: a counter that grows when the process makes progress or waits.
+        at: what it is doing, for messages.
+        state: whether it is working, has closed all files of the job, or has failed.
         error: how it failed, as JSON; see `failures.py`.
     """
 
@@ -62,16 +62,16 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 class Member:
-    """The file of this process. It appears locked and complete.
+    """The status file of this process. It appears locked and complete.
 
     Args:
-        path: of the file; one that a process has left is replaced.
-        status: what it says at first.
+        path: of the file; one left by a dead process is replaced.
+        status: the initial status.
 
     Raises:
-        FileExistsError: what is there is no file of ours.
-        BlockingIOError: a process that lives holds it.
-        OSError: the system would not let us write.
+        FileExistsError: the file there is not ours.
+        BlockingIOError: a living process holds it.
+        OSError: it cannot be written.
     """
 
     def __init__(self, path: Path, status: Status) -> None:
@@ -80,7 +80,7 @@ class Member:
         self._handle, name = tempfile.mkstemp(dir=path.parent, prefix=".ckavg-partial.")
         self.status = status
         try:
-            with suppress(OSError):  # a file system without locks: changes tell that the process lives
+            with suppress(OSError):  # a file system without locks: changes show that the process lives
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self.status = dataclasses.replace(status, locks=_common_locks(self._handle))
             self.tell()
@@ -91,7 +91,7 @@ class Member:
             raise
 
     def tell(self, **changes: Any) -> None:
-        """Rewrite it. It is no loss where it cannot be: the others take this process for silent then."""
+        """Rewrite it. If that fails, the others notice the missing progress."""
         self.status = dataclasses.replace(self.status, **changes)
         if self._handle >= 0:
             line = as_line(dataclasses.asdict(self.status))
@@ -101,17 +101,17 @@ class Member:
                 os.fsync(self._handle)
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         if self._handle >= 0:
             os.close(self._handle)
         self._handle = -1
 
 
 def look_at(path: Path) -> tuple[Status, bool] | None:
-    """What the file of a process says, and whether a process holds it; None where it is not there, or no such file.
+    """The status in a file, and whether a process holds its lock; None if it does not exist or is not valid.
 
-    It is opened anew, since network file systems look again then. Where the lock is free, it is read once more: what a
-    process says last, it says before it lets go.
+    The file is reopened each time: a network file system refreshes it only then. If the lock is free, it is read again,
+    since a process writes its last status before it releases the lock.
     """
     with suppress(OSError, ValueError), open_regular(path, follow=False) as file:
         text = file.read(_MOST_BYTES)

@@ -1,9 +1,9 @@
-"""Stage *engine*: bytes of files that are not on this machine, fetched ahead of the workers, used, and dropped.
+"""Stage *engine*: bytes of remote files, fetched ahead of the workers, used and dropped.
 
-What a pass will read of such files is cut into pieces of some megabytes, in the order in which it is read. A few
-connections fetch them, as many as fit into memory; a piece goes when all of it that is needed has been read. A worker
-that needs a piece which is not there yet has it fetched next. It never waits for a request itself, since one may take
-long to fail, and the end of the work does not wait for that. What is downloaded whole comes before the pass (`fetch`).
+The bytes that a pass will read are cut into pieces of some megabytes, in the order of reading. A few connections fetch
+as many pieces as fit into memory; a piece is dropped once all its needed bytes have been read. A worker that needs a
+missing piece has it fetched next. Requests run in their own threads: one may take long to fail, and the end of the work
+must not wait for it. Whole downloads come before the pass (`fetch`).
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from ckavg.storage.download import Stopped
 from ckavg.storage.remote import Fetching, download_all, plan_fetching
 
 HELD_BYTES = 384 << 20
-"""How much is held at once, as a rule; twice as much where workers need more than that at the same time."""
+"""Bytes held at once; up to twice as much if workers need more at the same time."""
 
 CONNECTIONS = 16
 
 _LARGEST_PIECE, _SMALLEST_PIECE = 32 << 20, 1 << 20
 _LARGEST_GAP, _GAP_OF_NEEDED = 32 << 10, 8
-"""Bytes that nobody needs are fetched all the same, rather than asked for around them, where they are few: in all, and
-as a part of those that are needed before them."""
+"""Largest gap of unneeded bytes to fetch rather than split a request: in bytes, and as a fraction of the needed bytes
+before it."""
 
 _SECONDS_BETWEEN_LOOKS = 0.1
 
 
 @dataclass(slots=True)
 class _Piece:
-    """Bytes `begin` to `end` of a file; `left` of them are still to be read."""
+    """Bytes `begin` to `end` of a file; `left` of them have yet to be read."""
 
     path: RemotePath
     begin: int
@@ -50,14 +50,14 @@ class _Piece:
 
 
 class RemoteReader:
-    """What is fetched of the files of a pass that are not here; shared by its threads. A context.
+    """Fetches and reads the remote files of a pass; shared by its threads. A context.
 
     Args:
-        checkpoints: what is read of every block.
-        blocks: the work, in its order.
-        stopped: whether the pass is over, whatever is left of it.
-        nbytes: how much is held.
-        connections: how many pieces are fetched at the same time.
+        checkpoints: read for every block.
+        blocks: in the order of work.
+        stopped: whether the pass is over, even if blocks are left.
+        nbytes: how much to hold.
+        connections: how many pieces to fetch at the same time.
     """
 
     def __init__(
@@ -80,30 +80,30 @@ class RemoteReader:
         self._urgent: deque[_Piece] = deque()
         self._held: OrderedDict[int, _Piece] = OrderedDict()
         self.held_bytes = 0
-        """How much is held, or on its way."""
+        """Bytes held or being fetched."""
         self._changed = threading.Condition()
         self._ended = False
         for _ in range(connections if far else 0):
             threading.Thread(target=self._run, name="ckavg-fetch", daemon=True).start()
 
     def has(self, path: AnyPath) -> bool:
-        """Whether a file is read here, rather than from this machine."""
+        """Whether a file is remote, and read here."""
         return path in self._far
 
     def read_into(self, path: AnyPath, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of `path` from `offset` on.
 
         Raises:
-            CkavgError: they could not be fetched.
+            CkavgError: fetching failed.
             Stopped: the pass is over.
         """
-        assert isinstance(path, RemotePath)  # noqa: S101 - as `has` told
+        assert isinstance(path, RemotePath)  # noqa: S101 - see `has`
         filled = 0
         while filled < len(buffer):
             at, end = offset + filled, offset + len(buffer)
             piece = self._piece_at(path, at)
             stop = end if piece is None else min(end, piece.end)
-            if piece is None or piece.left <= 0:  # not of the plan, or read before
+            if piece is None or piece.left <= 0:  # not planned, or already used and dropped
                 buffer[filled : filled + stop - at] = path.storage.read(path, at, stop)
             else:
                 data = self._wait_for(piece)
@@ -115,7 +115,7 @@ class RemoteReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Fetch nothing more. Connections that are busy end by themselves."""
+        """Stop fetching. Busy connections end on their own."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -158,14 +158,14 @@ class RemoteReader:
             try:
                 data: bytes | None = piece.path.storage.read(piece.path, piece.begin, piece.end)
                 error = None
-            except Exception as failure:  # whoever waits for it raises it
+            except Exception as failure:  # raised in the worker that waits for the piece
                 data, error = None, failure
             with self._changed:
                 piece.data, piece.error = data, error
                 self._changed.notify_all()
 
     def _next(self) -> _Piece | None:
-        """The piece to fetch now, as soon as there is room for it; None at the end."""
+        """Wait for room, and return the next piece to fetch; None at the end."""
         with self._changed:
             while not (self._ended or self._stopped()):
                 piece = self._urgent.popleft() if self._urgent else self._upcoming()
@@ -184,7 +184,7 @@ class RemoteReader:
         return next((piece for piece in self._ahead if not piece.is_asked and piece.left > 0), None)
 
     def _make_room(self, *, but: _Piece) -> None:
-        """Drop what was used longest ago where workers hold on to far more than was meant; it is fetched again."""
+        """Drop the least recently used pieces if far too much is held; they are fetched again if needed."""
         for piece in list(self._held.values()):
             if self.held_bytes <= 2 * self._nbytes:
                 return
@@ -193,17 +193,17 @@ class RemoteReader:
 
 
 def far_files(checkpoints: Iterable[Checkpoint]) -> frozenset[RemotePath]:
-    """The weight files that are not on this machine."""
+    """The remote weight files."""
     paths = (shard.path for each in checkpoints for shard in each.shards)
     return frozenset(path for path in paths if isinstance(path, RemotePath) and path.storage.local(path) is None)
 
 
 _Ranges = list[tuple[RemotePath, int, int]]
-"""What is read of files: path, first byte, end."""
+"""Ranges of files: path, first byte, end."""
 
 
 def _needed(far: frozenset[RemotePath], checkpoints: Sequence[Checkpoint], block: Block) -> _Ranges:
-    """What a block reads of files that are not here."""
+    """The ranges of remote files that a block reads."""
     return [
         (path, begin, end)
         for checkpoint in checkpoints
@@ -214,7 +214,7 @@ def _needed(far: frozenset[RemotePath], checkpoints: Sequence[Checkpoint], block
 
 
 def _cut(needed: Iterable[_Ranges], largest: int) -> dict[RemotePath, list[_Piece]]:
-    """All that is read of each file, as pieces in the order of their bytes."""
+    """The pieces of each file, in the order of their bytes."""
     of_path: dict[RemotePath, list[tuple[int, int]]] = {}
     for ranges in needed:
         for path, begin, end in ranges:
@@ -223,7 +223,7 @@ def _cut(needed: Iterable[_Ranges], largest: int) -> dict[RemotePath, list[_Piec
 
 
 def _pieces(path: RemotePath, ranges: Sequence[tuple[int, int]], largest: int) -> Iterator[_Piece]:
-    """Ranges with little between them as one, and cut where that becomes too large."""
+    """Pieces from ranges: close ranges are merged, and split again where that is too large."""
     begin = end = left = 0
     for first, last in ranges:
         while first < last:
@@ -239,12 +239,12 @@ def _pieces(path: RemotePath, ranges: Sequence[tuple[int, int]], largest: int) -
 
 
 def _place_of(at: int, pieces: Sequence[_Piece]) -> int:
-    """The last piece that does not begin after this byte; -1 where none does."""
+    """The index of the last piece that begins at or before this byte; -1 if none does."""
     return bisect_right(pieces, at, key=lambda piece: piece.begin) - 1
 
 
 def _in_order(pieces: Mapping[RemotePath, list[_Piece]], needed: Iterable[_Ranges]) -> Iterator[_Piece]:
-    """The pieces in the order in which workers will want them: by place in a block, then by checkpoint."""
+    """The pieces in the order in which workers need them: by position in a block, then by checkpoint."""
     seen: set[int] = set()
     for ranges in needed:
         of_ranges = [
@@ -259,10 +259,10 @@ def _in_order(pieces: Mapping[RemotePath, list[_Piece]], needed: Iterable[_Range
 
 
 def fetch(fetching: Fetching | None, on_progress: OnProgress | None) -> None:
-    """Download what is to be downloaded.
+    """Make the whole downloads of a plan.
 
     Raises:
-        HubError, ReadError: it could not be downloaded. What came of it stays.
+        HubError, ReadError: a download failed. The part received so far stays.
     """
     if fetching is None or not fetching.whole:
         return
@@ -279,11 +279,11 @@ def fetch(fetching: Fetching | None, on_progress: OnProgress | None) -> None:
 
 
 def fetch_all(checkpoints: Iterable[Checkpoint], on_progress: OnProgress | None) -> None:
-    """Download all weights of checkpoints, for a work that reads them as files.
+    """Download all weights of checkpoints, for work that needs local files.
 
     Raises:
         SettingError: there is no room for all of them.
-        HubError, ReadError: they could not be downloaded. What came of them stays.
+        HubError, ReadError: a download failed. The part received so far stays.
     """
     shards = (shard.path for checkpoint in checkpoints for shard in checkpoint.shards)
     readings = {path: 2.0 for path in shards if isinstance(path, RemotePath)}
@@ -292,8 +292,8 @@ def fetch_all(checkpoints: Iterable[Checkpoint], on_progress: OnProgress | None)
     fetching = plan_fetching(readings, other_bytes=0)
     if fetching.streamed_bytes:
         raise SettingError(
-            f"All weights are to be read as files, {fetching.streamed_bytes / 2e9:.2f} GB; there is room for "
+            f"All weights must be downloaded, {fetching.streamed_bytes / 2e9:.2f} GB, but there is room for "
             f"{fetching.room / 1e9:.2f} GB at {fetching.directory}.",
-            hint="Choose fewer checkpoints, or more room with --max-disk or HF_HOME.",
+            hint="Choose fewer checkpoints, or make room with --max-disk or HF_HOME.",
         )
     fetch(fetching, on_progress)

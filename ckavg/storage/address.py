@@ -1,4 +1,4 @@
-"""How a run or a repository that is not here is named: addresses, and the links to the Hub that people paste. Pure."""
+"""Addresses of remote runs and repositories, and the links to the Hub that people paste. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ckavg.errors import SettingError
 from ckavg.storage.redaction import shown_address
 
 SCHEMES = ("hf", "s3", "gs", "gcs", "abfs", "abfss", "az")
-"""What addresses may begin with. fsspec has drivers for more: some run what they read, others ask any host."""
+"""The schemes of addresses. fsspec has drivers for more, but some run what they read, and others contact any host."""
 
 _ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>/+|:.*:/+)(?P<rest>[^/].*)", re.DOTALL)
 _ONE_SLASH = re.compile(r"\A(?!file:|local:)([A-Za-z][A-Za-z0-9+.-]+):/(?=[^/])")
@@ -19,7 +19,7 @@ _MEANT = re.compile(
     rf"[A-Za-z][A-Za-z0-9+.-]*:(?:/|:.*:/|\\)|(?:{'|'.join(SCHEMES)}|file|https?):", re.DOTALL | re.IGNORECASE
 )
 _SPECIAL = re.compile(r"[?#*\[\]\\\x00-\x1f\x7f]")
-_CREDENTIALS = "Give credentials as the driver of the place wants them: in its configuration, or the environment."
+_CREDENTIALS = "Put credentials where the driver expects them: in its configuration, or in the environment."
 _HUB = re.compile(r"(?P<repo>[^/@]+(?:/[^/@]+)?)(?:@(?P<revision>[^/]+))?(?:/(?P<folder>.+))?")
 _OTHER_KINDS = ("datasets", "spaces", "buckets", "kernels")
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?:(?P<prefix>[KMGT])(?P<binary>i?)B?|B)?", re.IGNORECASE)
@@ -38,13 +38,13 @@ _REPO_ID = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a run lies that is not here.
+    """The address of a remote run.
 
     Attributes:
         scheme: `hf`, or the name of another file system, such as `s3`.
         place: the repository `owner/name`, or what follows `://` for other file systems.
-        revision: branch, tag, commit, or a pattern of such; None where none is named. Of the Hub alone.
-        folder: where in the repository; empty for all of it.
+        revision: branch, tag, commit, or a pattern of these; None if none is named. Only for the Hub.
+        folder: folder in the repository; empty for all of it.
     """
 
     scheme: str
@@ -68,9 +68,7 @@ class Address:
 
 
 class AddressPath(PosixPath):
-    """The path of what a store holds: its text is the address, as are those of what is below it. Nothing is there for
-    the system of this machine.
-    """
+    """A path whose text is an address, also for paths below it. It does not exist on this machine."""
 
     def __str__(self) -> str:
         return _ONE_SLASH.sub(r"\1://", super().__str__())
@@ -79,10 +77,10 @@ class AddressPath(PosixPath):
 def address_of(source: Path | str) -> Address | None:
     """Read an address such as `hf://owner/name@revision` or `s3://bucket/run`; None for a path on this machine.
 
-    A `Path` has one slash where the address had two; that is understood, too.
+    A `Path` turns the two slashes of an address into one; that is accepted.
 
     Raises:
-        SettingError: it is of the Hub, and names no repository; it is of a kind that is not read; it holds a password.
+        SettingError: it names no repository on the Hub; its scheme is not supported; or it holds a password.
 
     >>> address_of("hf://allenai/OLMo-2-0425-1B@stage1-*")
     Address(scheme='hf', place='allenai/OLMo-2-0425-1B', revision='stage1-*', folder='')
@@ -96,12 +94,12 @@ def address_of(source: Path | str) -> Address | None:
     if match["scheme"].lower() not in SCHEMES or match["slashes"] not in ("/", "//") or "::" in text:
         kinds = ", ".join(f"{scheme}://" for scheme in SCHEMES)
         raise SettingError(
-            f"{shown_address(text)} is no address that is read: expected a directory, or one of {kinds}, without '::'.",
-            hint=did_you_mean(text) or "Fetch the run, and name the directory.",
+            f"{shown_address(text)}: unsupported address, expected a directory, or one of {kinds}, without '::'.",
+            hint=did_you_mean(text) or "Download the run, and name its directory.",
         )
     if (shown := shown_address(text)) != text:
         raise SettingError(
-            f"{shown} holds a password or a key, which no address may.",
+            f"{shown} holds a password or a key, which is not allowed in an address.",
             hint=_CREDENTIALS,
         )
     scheme, rest = match["scheme"].lower(), match["rest"].rstrip("/")
@@ -118,10 +116,10 @@ def address_of(source: Path | str) -> Address | None:
 def output_address(out: Path | str) -> Address | None:
     """Read the address that a result goes to, such as `s3://bucket/dir/result`; None for a path on this machine.
 
-    Any file system that fsspec names may be written to, as long as it can be.
+    Any fsspec file system is accepted that can be written to.
 
     Raises:
-        SettingError: no result can go there; or it was meant for an address, and is none.
+        SettingError: results cannot go there; or it looks like an address and is not one.
 
     >>> str(output_address("memory://results/")), output_address("./averaged/c:d")
     ('memory://results', None)
@@ -134,24 +132,24 @@ def output_address(out: Path | str) -> Address | None:
     here = scheme in ("file", "local")
     if match is None or match["slashes"] != "//" or "::" in text or here or scheme not in (*SCHEMES, *_protocols()):
         raise SettingError(
-            f"{shown_address(text)} is no address that a result can go to: expected a directory, or one of {kinds}, "
+            f"{shown_address(text)}: unsupported address for a result, expected a directory, or one of {kinds}, "
             "without '::'.",
             hint=did_you_mean(text) or "For example: s3://bucket/run/averaged/pema",
         )
     if scheme == "hf":
         raise SettingError(
-            f"{shown_address(text)}: results go to the Hub as one commit, and not with --out.",
+            f"{shown_address(text)}: results go to the Hub as one commit, not with --out.",
             hint="Leave out --out, and add --push-to-hub owner/name.",
         )
     if (shown := shown_address(text)) != text:
-        raise SettingError(f"{shown} holds a password or a key, which no address may.", hint=_CREDENTIALS)
+        raise SettingError(f"{shown} holds a password or a key, which is not allowed in an address.", hint=_CREDENTIALS)
     address = Address(scheme, match["rest"].rstrip("/"))
     parts = address.place.split("/")
     if {"", ".", ".."} & {*parts} or {*parts[-1][:1]} & {"."} or _SPECIAL.search(address.place):
         raise SettingError(
-            f"{text} holds what storages take for more than a name: an empty part, one of . .. ? # * [ ] \\, a dot at "
-            "the beginning of the last part, or a control character.",
-            hint="Name another directory.",
+            f"{text} has a special meaning in storages: an empty part, one of . .. ? # * [ ] \\, a dot at the beginning "
+            "of the last part, or a control character.",
+            hint="Choose another name.",
         )
     if len(parts) == 1 and scheme in SCHEMES:
         raise SettingError(f"{text} is a whole bucket.", hint=f"Name a directory in it: {address}/averaged")
@@ -159,7 +157,7 @@ def output_address(out: Path | str) -> Address | None:
 
 
 def is_meant_for_address(path: Path | str) -> bool:
-    """Whether nobody would call a file or a directory of this machine so."""
+    """Whether a name looks like an address rather than a local file or directory."""
     return _MEANT.match(str(path)) is not None
 
 
@@ -170,14 +168,14 @@ def _protocols() -> list[str]:
 
 
 def did_you_mean(text: str) -> str:
-    """A question with what may have been meant by a place that is none, if anything."""
+    """A question that suggests a correct address or repository; empty without a suggestion."""
     here = re.fullmatch(r"(?:file|local):(?://(?=/)|/?(?=/))(.+)", text, re.DOTALL)
     meant = here[1] if here else as_address(text)
     return f"Did you mean {meant}?" if meant else ""
 
 
 def as_address(text: str) -> str:
-    """The address of what is named `owner/name[@revision][/folder]`, or by a link to it; empty for anything else.
+    """The address of `owner/name[@revision][/folder]`, or of a link to it; empty for anything else.
 
     >>> as_address("owner/name"), as_address("https://huggingface.co/owner/name/tree/step10/folder?x=1")
     ('hf://owner/name', 'hf://owner/name@step10/folder')
@@ -195,7 +193,7 @@ def as_address(text: str) -> str:
 
 
 def as_repository(text: str) -> tuple[str, str]:
-    """Name and revision of a model repository as an upload wants them, of what else names it; empty if nothing does.
+    """Name and revision of a model repository from its address or a link to it; empty for anything else.
 
     >>> as_repository("hf://owner/name@step10"), as_repository("https://huggingface.co/owner/name")
     (('owner/name', 'step10'), ('owner/name', ''))
@@ -210,7 +208,7 @@ def is_pattern(revision: str) -> bool:
 
 
 def parse_size(text: str | int) -> int:
-    """A number of bytes, such as `50GB`, `512MiB` or `0`; SettingError where it is none.
+    """Parse a number of bytes, such as `50GB`, `512MiB` or `0`; SettingError if it is not one.
 
     >>> parse_size("1.5GB"), parse_size("2 MiB"), parse_size("100")
     (1500000000, 2097152, 100)
@@ -219,6 +217,6 @@ def parse_size(text: str | int) -> int:
         return text
     match = _SIZE.fullmatch(str(text).strip())
     if match is None:
-        raise SettingError(f"{text!r} is no size.", hint="For example: 50GB, 512MiB, or 0.")
+        raise SettingError(f"{text!r} is not a size.", hint="For example: 50GB, 512MiB, or 0.")
     power = _POWERS[match["prefix"].upper()] if match["prefix"] else 0
     return int(float(match["number"]) * (1024 if match["binary"] else 1000) ** power)

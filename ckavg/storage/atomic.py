@@ -1,8 +1,8 @@
-"""Files that appear under their name complete or not at all, and where a name leads.
+"""Write files that appear complete or not at all, and check where a name leads.
 
-A name that a user gave may be a link of theirs, and is followed. What has a name that we derive may have been planted,
-in an archive say, to lead to somebody's checkpoint: it is written to only where it is a real directory, or a plain file
-without another name, of this user.
+A path from the user may be a link, and is followed. A path that we derive may have been planted, in an archive say, to
+overwrite somebody's checkpoint: it is written to only if it is a real directory, or a plain file without another hard
+link, of this user.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 
 
 def resolved(path: os.PathLike[str]) -> Path:
-    """The path without links, as far as there are any that lead somewhere; a link in a circle stays as it is."""
+    """The path with links resolved; a link in a circle stays as it is."""
     return Path(os.path.realpath(path))
 
 
 def check_own(path: Path, *, directory: bool = False) -> bool:
-    """Whether something of ours is there: a plain file without another name or, if asked for, a real directory.
+    """Whether our own file exists: a plain file without another hard link or, with `directory`, a real directory.
 
     Raises:
         FileExistsError: something else is there.
@@ -39,20 +39,20 @@ def _check(path: Path, status: os.stat_result, *, directory: bool = False) -> No
     if stat.S_ISLNK(status.st_mode):
         why = "a symbolic link"
     elif directory and not stat.S_ISDIR(status.st_mode):
-        why = "no directory"
+        why = "not a directory"
     elif not (directory or stat.S_ISREG(status.st_mode)):
-        why = "no plain file"
+        why = "not a plain file"
     elif not directory and status.st_nlink > 1:
-        why = "a file that has other names, too"
+        why = "a file with other hard links"
     elif not _is_of_this_user(path, status):
         why = "another user's"
     else:
         return
-    raise FileExistsError(errno.EEXIST, f"what is there is {why}, and not ckavg's", str(path))
+    raise FileExistsError(errno.EEXIST, f"it is {why}, so not made by ckavg", str(path))
 
 
 def make_own_directory(path: Path) -> None:
-    """Make a directory, and those above it; the last one may be there already, as one of ours.
+    """Make a directory and its parents; it may exist already if it is ours.
 
     Raises:
         FileExistsError: something else is there.
@@ -65,7 +65,7 @@ def make_own_directory(path: Path) -> None:
 
 
 def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
-    """A handle of a new file, or of a plain file of this user without another name; see `os.open`.
+    """Open a new file, or a plain file of this user without another hard link; see `os.open`.
 
     Raises:
         FileExistsError: something else is there.
@@ -89,7 +89,7 @@ def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
 
 
 def _is_of_this_user(path: Path, status: os.stat_result) -> bool:
-    """Whether a file has the owner that our own have there: some network file systems give them another than us."""
+    """Whether a file belongs to this user; some network file systems give our own files another owner."""
     if status.st_uid == os.geteuid():
         return True
     with tempfile.TemporaryFile(dir=path.parent) as ours:
@@ -98,16 +98,15 @@ def _is_of_this_user(path: Path, status: os.stat_result) -> bool:
 
 @contextmanager
 def replacing(path: Path, *, follow: bool = True) -> Iterator[Path]:
-    """Yield another name in the same directory, of the same suffix; what is there in the end takes the place of `path`.
+    """Yield a temporary name in the same directory, with the same suffix; its file replaces `path` at the end.
 
     Args:
-        path: the file. Where it leads to something else than a plain file, such as a pipe or a device, that itself is
-            yielded.
-        follow: whether it is a user's own name, rather than one of ours, which leads nowhere else.
+        path: the file. If it leads to something other than a plain file, such as a pipe or a device, that is yielded.
+        follow: whether a link may be followed: a user may name one, but a name of ours is never a link.
 
     Raises:
-        FileExistsError: what has a name of ours is no plain file, or has another name, too.
-        OSError: the system would not let us write; `path` is as it was.
+        FileExistsError: a name of ours is not a plain file, or has another hard link.
+        OSError: the file cannot be written; `path` is unchanged.
     """
     if follow:
         path = resolved(path)
@@ -119,7 +118,7 @@ def replacing(path: Path, *, follow: bool = True) -> Iterator[Path]:
     with _held(path) as partial:
         try:
             yield partial
-            partial.chmod(0o666 & ~_umask())  # that of any new file; this one was made for its owner alone
+            partial.chmod(0o666 & ~_umask())  # the usual mode: mkstemp makes files for their owner only
             partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -133,7 +132,7 @@ def _umask() -> int:
 
 
 def write_bytes(path: Path, data: bytes, *, follow: bool = True) -> None:
-    """Write a file whole, on the disk before it has its name; see `replacing`."""
+    """Write a file whole: it is on disk before it gets its name; see `replacing`."""
     with replacing(path, follow=follow) as partial, partial.open("wb") as file:
         file.write(data)
         file.flush()
@@ -142,15 +141,15 @@ def write_bytes(path: Path, data: bytes, *, follow: bool = True) -> None:
 
 
 def create_whole(path: Path, data: bytes, *, nbytes: int = 0) -> bool:
-    """Make a file that appears complete; False where one is there already, of whichever process came first.
+    """Create a file that appears complete; False if another process has created it first.
 
     Args:
         path: the file.
         data: its first bytes.
-        nbytes: its size, where that is larger.
+        nbytes: its size, if larger.
 
     Raises:
-        OSError: the system would not let us write, or has no hard links there.
+        OSError: it cannot be written, or the file system has no hard links.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".ckavg-partial.")
     try:
@@ -171,9 +170,9 @@ def create_whole(path: Path, data: bytes, *, nbytes: int = 0) -> bool:
 
 @contextmanager
 def _held(path: Path) -> Iterator[Path]:
-    """An empty file of the same suffix beside `path`, for nobody else.
+    """A locked empty file with the same suffix beside `path`.
 
-    It has the same name every time, unless another process holds that: what a killed one has left is used again.
+    It has the same name every time unless another process holds that, so a file left by a killed process is reused.
     """
     usual = path.parent / f".ckavg-partial.{path.name}"
     handle = _lock(usual)
@@ -187,7 +186,7 @@ def _held(path: Path) -> Iterator[Path]:
 
 
 def _lock(path: Path) -> int | None:
-    """A handle of the empty file at `path` that keeps others away until it is closed; None where it is taken."""
+    """A locked handle of the empty file at `path`; None if another process holds it."""
     try:
         handle = open_own(path, os.O_RDWR, 0o600)
     except OSError:
@@ -204,6 +203,6 @@ def _lock(path: Path) -> int | None:
 
 
 def cache_directory() -> Path:
-    """The directory for what can be had again: `$XDG_CACHE_HOME/ckavg`, or `~/.cache/ckavg`. It need not exist."""
+    """The user's cache directory: `$XDG_CACHE_HOME/ckavg`, or `~/.cache/ckavg`. It need not exist."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache"  # noqa: PTH111 - never raises
     return Path(cache) / "ckavg"

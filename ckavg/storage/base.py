@@ -1,7 +1,7 @@
-"""Bytes, wherever they are: what a storage can do, and paths that know theirs.
+"""The interface of storages, and paths that know theirs.
 
-Paths on this machine are `pathlib.Path`s. Those of a storage elsewhere are `RemotePath`s: taken apart and put together
-like any path, and shown as the address that a user would type.
+A path on this machine is a `pathlib.Path`. A path in a remote storage is a `RemotePath`: it is used like a `Path`, and
+shown as the address that a user would type.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What lies in a directory: names of files (and whatever else is no directory), and of directories, sorted."""
+    """The names of files and of directories in a directory, sorted. What is not a directory counts as a file."""
 
     files: frozenset[str]
     folders: tuple[str, ...]
@@ -26,16 +26,15 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """One file, as its storage tells it.
+    """One file, as its storage describes it.
 
     Attributes:
         nbytes: size in bytes.
-        state: inode and time of modification in nanoseconds; None elsewhere than on this machine.
-        identity: elsewhere, the same for the same content, as far as the storage tells: a hash, or what changes with
-            every change. None where nothing tells.
-        is_hash: whether the same identity in two places means the same content.
-        md5: elsewhere, the MD5 of the content in hexadecimal digits or, of one that was written in N parts, that of
-            their MD5s, and `-N`; a store that encrypts may tell something else of this form. None where nothing tells.
+        state: inode and time of modification in nanoseconds; None for a remote file.
+        identity: of a remote file: a hash of its content, or another value that changes with it; None if unknown.
+        is_hash: whether two files with the same identity have the same content.
+        md5: of a remote file: the MD5 of its content in hexadecimal digits; if it was written in N parts, the MD5 of
+            their MD5s, and `-N`. A store that encrypts may give another value of this form. None if unknown.
     """
 
     nbytes: int
@@ -46,17 +45,19 @@ class FileInfo:
 
 
 OnBytes = Callable[[int], None]
-"""Called with the number of bytes that have come since the last call."""
+"""Called with the number of bytes received since the last call."""
 
 Opened = tuple[FileInfo, Callable[[int], bytes]]
-"""A file that is read from its beginning: what it is, and what gives up to so many of its next bytes."""
+"""A file read from its beginning: its description, and a function that returns up to so many of its next bytes."""
 
 AnyPath_contra = TypeVar("AnyPath_contra", contravariant=True)
 
 
 class Storage(Protocol[AnyPath_contra]):
-    """Where files are. OSError where there is no such file or directory, or the system would not let us; ValueError
-    where none can have this name; elsewhere than on this machine HubError or ReadError, too.
+    """Where files are.
+
+    Methods raise OSError if there is no such file or directory or it cannot be read, ValueError if the name is not
+    possible, and for remote storages also HubError or ReadError.
     """
 
     def list(self, directory: AnyPath_contra) -> Listing:
@@ -66,23 +67,23 @@ class Storage(Protocol[AnyPath_contra]):
         """Read a plain file from its beginning."""
 
     def read(self, path: AnyPath_contra, start: int, stop: int) -> bytes:
-        """The bytes from `start` to `stop`; ReadError where they could not be read."""
+        """The bytes from `start` to `stop`; ReadError if they cannot be read."""
 
     def read_small(self, path: AnyPath_contra, most_bytes: int) -> bytes:
-        """All bytes of a plain file; OSError where there are more than `most_bytes`."""
+        """All bytes of a plain file; OSError if there are more than `most_bytes`."""
 
 
 class Tree(Protocol):
-    """What the Hub and object stores have in common: a directory whose files do not change while they are read.
+    """A remote directory, on the Hub or in an object store, whose files do not change while they are read.
 
-    Every method raises HubError or ReadError where it is refused, or cannot be reached.
+    Every method raises HubError or ReadError if it is refused, or the storage cannot be reached.
 
     Attributes:
         url: its address, as a user may type it.
-        pinned_url: its address by what cannot come to mean something else, where there is such a thing.
-        is_shared: whether what is downloaded goes into a cache that other programs share, and stays there.
-        is_offline: whether nothing can be read but what was downloaded before.
-        directory: where what is downloaded goes.
+        pinned_url: its address by commit, if there is one: it cannot come to mean something else.
+        is_shared: whether downloads go into a cache shared with other programs, and stay there.
+        is_offline: whether only earlier downloads can be read.
+        directory: where downloads go.
     """
 
     url: str
@@ -93,26 +94,26 @@ class Tree(Protocol):
 
     @property
     def files(self) -> Mapping[str, FileInfo]:
-        """All files in it, by relative path; listed once."""
+        """All files by relative path; listed once."""
 
     def read(self, name: str, start: int, stop: int) -> bytes:
-        """The bytes from `start` to `stop` of a file: all of them, or an error."""
+        """The bytes from `start` to `stop` of a file, all of them or an error."""
 
     def local(self, name: str) -> Path | None:
-        """Where a file is on this machine, if it was downloaded."""
+        """Where a file is on this machine; None if it was not downloaded."""
 
     def download(self, name: str, on_bytes: OnBytes) -> Path:
-        """Download a file, or what is missing of it; return where it is then."""
+        """Download a file, or its missing part; return its local path."""
 
     def remove_downloads(self) -> None:
-        """Remove what was downloaded, where nobody else knows of it."""
+        """Remove downloads that no other program uses."""
 
     def check_unchanged(self) -> None:
-        """Raise ChangedError where a file is another one than when it was listed."""
+        """Raise ChangedError if a file has changed since it was listed."""
 
 
 class RemotePath:
-    """A path within a storage that is elsewhere."""
+    """A path in a remote storage."""
 
     __slots__ = ("inner", "storage")
 
@@ -122,31 +123,31 @@ class RemotePath:
 
     @property
     def name(self) -> str:
-        """As of any path; that of the root is the last part of its address."""
+        """Like `Path.name`; for the root, the last part of its address."""
         return self.inner.name or self.storage.name
 
     @property
     def stem(self) -> str:
-        """As of any path."""
+        """Like `Path.stem`."""
         return self.inner.stem
 
     @property
     def suffix(self) -> str:
-        """As of any path."""
+        """Like `Path.suffix`."""
         return self.inner.suffix
 
     @property
     def parent(self) -> RemotePath:
-        """As of any path; that of the root is the root."""
+        """Like `Path.parent`; for the root, the root."""
         return RemotePath(self.storage, self.inner.parent)
 
     def __truediv__(self, name: str | PurePosixPath) -> RemotePath:
         return RemotePath(self.storage, self.inner / name)
 
     def relative_to(self, other: AnyPath) -> PurePosixPath:
-        """As of any path; ValueError where it does not lie below the other."""
+        """Like `Path.relative_to`; ValueError if it is not below the other."""
         if not (isinstance(other, RemotePath) and self.storage is other.storage):
-            raise ValueError(f"{self} does not lie below {other}")
+            raise ValueError(f"{self} is not below {other}")
         return self.inner.relative_to(other.inner)
 
     def exists(self) -> bool:
@@ -166,14 +167,14 @@ class RemotePath:
         return True
 
     def iterdir(self) -> Iterator[RemotePath]:
-        """What lies in it; FileNotFoundError where it is no directory."""
+        """Like `Path.iterdir`; FileNotFoundError if it is not a directory."""
         listing = self.storage.list(self)
         return (self / name for name in (*listing.folders, *sorted(listing.files)))
 
     def __str__(self) -> str:
         return self.storage.address(self)
 
-    __fspath__ = __str__  # no file has such a name: whoever opens it as one gets an error
+    __fspath__ = __str__  # no local file has such a name, so opening it fails
 
     def __repr__(self) -> str:
         return f"RemotePath({str(self)!r})"
@@ -189,4 +190,4 @@ class RemotePath:
 
 
 AnyPath = Path | RemotePath
-"""A path wherever it is."""
+"""A local or a remote path."""

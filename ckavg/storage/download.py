@@ -1,4 +1,4 @@
-"""Whole files, downloaded piece after piece, several at once: each goes on where an attempt before it ended."""
+"""Download whole files in pieces, several files at once; each continues where an earlier attempt ended."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 CONNECTIONS = 8
-"""How many files are asked for at the same time."""
+"""Files downloaded at the same time."""
 
 PIECE_BYTES = 16 << 20
-"""How much is asked for at once: what an interrupt costs of each file at most."""
+"""Bytes of one request: an interrupt loses at most that much of each file."""
 
 _SECONDS_BETWEEN_LOOKS = 0.1
 
 
-class Stopped(Exception):  # noqa: N818 - nothing is wrong with what it stops
-    """The work is over, whatever is left of it; raised in a thread of it, and seen by nobody else."""
+class Stopped(Exception):  # noqa: N818 - not an error
+    """The work is over; ends a worker thread and never leaves it."""
 
 
 def complete(
@@ -41,21 +41,21 @@ def complete(
     url: str,
     sha256: str | None = None,
 ) -> None:
-    """Download what is missing of a file, and give it its name once it is there as a whole.
+    """Download the missing part of a file, and give the file its name once it is complete.
 
-    Two processes that want the same file download it once: the second waits, and finds it.
+    Two processes that want the same file download it once: the second waits, then finds it.
 
     Args:
-        read: gives the bytes from one place to another.
+        read: returns the bytes from one offset to another.
         nbytes: size of the file.
-        target: where it goes. What there is of it lies beside that, with `.incomplete` after the name.
-        on_bytes: told how many bytes came.
-        url: its address, for a message.
-        sha256: what its content must hash to; None where that is not known.
+        target: where it goes. An incomplete file is beside it, with the suffix `.incomplete`.
+        on_bytes: called with the number of bytes received.
+        url: its address, for messages.
+        sha256: the expected SHA-256; None if unknown.
 
     Raises:
-        ReadError: it is not what its hash promises, or the system would not let us write.
-        HubError: it could not be downloaded. What came of it stays.
+        ReadError: it does not have this SHA-256, or cannot be written.
+        HubError: it cannot be downloaded. The part received so far stays.
     """
     partial = target.with_name(f"{target.name}.incomplete")
     try:
@@ -64,7 +64,7 @@ def complete(
             fcntl.flock(file, fcntl.LOCK_EX)
             if target.exists():
                 on_bytes(nbytes)
-                with suppress(OSError):  # of the process that held it until now
+                with suppress(OSError):  # the process that held it may have removed it
                     if os.fstat(file.fileno()).st_ino == partial.stat().st_ino:
                         partial.unlink()
                 return
@@ -72,25 +72,25 @@ def complete(
             if sha256 not in (None, digest):
                 partial.unlink()
                 raise ReadError(
-                    f"{url} came with other content than its SHA-256 promises.",
-                    hint="Something changed it on the way. It was removed; run the command again.",
+                    f"{url} does not have its SHA-256: the download is corrupt.",
+                    hint="It was removed; run the command again.",
                 )
             partial.replace(target)
     except OSError as error:
         raise ReadError(
             f"{partial} cannot be written: {error.strerror or error}.",
-            hint="Free some space, or fetch less to disk with --max-disk.",
+            hint="Free some space, or download less with --max-disk.",
         ) from error
 
 
 def _fill(file: BinaryIO, read: Callable[[int, int], bytes], nbytes: int, on_bytes: OnBytes) -> str:
-    """Go on after what is there of a file, and return the SHA-256 of all of it."""
-    begun, digest = min(os.fstat(file.fileno()).st_size, nbytes), hashlib.sha256()
-    for start in range(0, begun, PIECE_BYTES):
-        digest.update(file.read(min(PIECE_BYTES, begun - start)))
-    file.truncate(begun)
-    on_bytes(begun)
-    for start in range(begun, nbytes, PIECE_BYTES):
+    """Download the rest of a file; return the SHA-256 of all of it."""
+    present, digest = min(os.fstat(file.fileno()).st_size, nbytes), hashlib.sha256()
+    for start in range(0, present, PIECE_BYTES):
+        digest.update(file.read(min(PIECE_BYTES, present - start)))
+    file.truncate(present)
+    on_bytes(present)
+    for start in range(present, nbytes, PIECE_BYTES):
         data = read(start, min(start + PIECE_BYTES, nbytes))
         file.write(data)
         digest.update(data)
@@ -101,33 +101,33 @@ def _fill(file: BinaryIO, read: Callable[[int, int], bytes], nbytes: int, on_byt
 
 
 class ShortAnswerError(OSError):
-    """Fewer or more bytes came than were asked for."""
+    """A response has fewer or more bytes than requested."""
 
 
 def exactly(data: bytes, start: int, stop: int, size: int) -> bytes:
-    """The bytes from `start` to `stop` of a file of `size` bytes, where something between may have ignored the range.
+    """The bytes from `start` to `stop` of a file of `size` bytes, also from a response that ignored the range.
 
     Raises:
-        ShortAnswerError: they are not these.
+        ShortAnswerError: the response has another length.
     """
     if len(data) == size != stop - start:
         return data[start:stop]
     if len(data) != stop - start:
-        raise ShortAnswerError(f"{len(data):,} bytes came, where {stop - start:,} were asked for")
+        raise ShortAnswerError(f"{len(data):,} bytes received, {stop - start:,} requested")
     return data
 
 
 def thread_map(
     do: Callable[[Item], Result], items: Sequence[Item], *, meanwhile: Callable[[], None] = lambda: None
 ) -> list[Result]:
-    """What a function returns for each item, a few at a time. The first error ends it, and so does an interrupt.
+    """Apply a function to items in a few threads; return the results. The first error or an interrupt ends it.
 
-    What is under way then is not waited for, since a request may take minutes to fail: not even by a process that ends.
+    Calls in progress are not waited for then, not even when the process ends: a request may take minutes to fail.
 
     Args:
         do: called in other threads.
         items: all of them.
-        meanwhile: called in this thread now and then, and when all is done.
+        meanwhile: called in this thread now and then, and at the end.
 
     Raises:
         Exception: what `do` or `meanwhile` raised.
@@ -144,7 +144,7 @@ def thread_map(
     def run_one(place: int, item: Item) -> None:
         try:
             results[place] = do(item)
-        except BaseException as error:  # who waits raises it
+        except BaseException as error:  # raised in the calling thread
             errors.append(error)
         with changed:
             changed.notify_all()

@@ -1,10 +1,10 @@
 """Revisions and files of a repository on the Hugging Face Hub, read with its own client.
 
-Branches and tags are taken as the commits they are at when they are listed, so that a branch that moves meanwhile
-changes nothing. What is downloaded goes into the client's own cache, where other programs find it.
+Branches and tags are resolved to commits when they are listed, so a branch that moves later changes nothing. Downloads
+go into the client's own cache, where other programs find them.
 
-Ranges are asked for by themselves: where a mirror answers with a whole file, `HfFileSystem.cat_file` takes its first
-bytes for those in the middle that were asked for.
+Ranges are requested here rather than by `HfFileSystem.cat_file`: if a mirror answers with the whole file, that takes
+its first bytes for the requested ones.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ckavg.storage.hub_errors import GO_ONLINE, ask, connect
 Value = TypeVar("Value")
 
 _LARGE, _SMALL = "sha256", "git"
-"""What files are known by: large ones by their SHA-256, small ones as git does. The cache names them so, too."""
+"""How files are identified, also in the cache: large ones by SHA-256, small ones by git's hash."""
 
 
 class Repository:
-    """A model repository, and what its client needs to read it. Looks at nothing before it is asked to."""
+    """A model repository and its client. Makes no request before a method is called."""
 
     def __init__(self, repo: str) -> None:
         from huggingface_hub import constants
@@ -41,7 +41,7 @@ class Repository:
         self.cache = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
 
     def revisions(self) -> Mapping[str, str]:
-        """The commit of every branch and tag. Offline, of those that the cache knows.
+        """The commit of every branch and tag; offline, of those in the cache.
 
         Raises:
             HubError: the Hub refused, or cannot be reached.
@@ -58,8 +58,8 @@ class Repository:
 
         Args:
             revision: branch, tag or commit; None: `main`.
-            folder: where in the repository; empty for all of it.
-            commit: the commit that it is at, if that is known.
+            folder: folder in the repository; empty for all of it.
+            commit: its commit, if known.
 
         Raises:
             HubError: there is no such revision, or the Hub refused, or cannot be reached.
@@ -77,7 +77,7 @@ class Repository:
         return HubTree(self, revision, commit, folder)
 
     def not_in_cache(self, revision: str) -> HubError:
-        """Offline, and not in the cache."""
+        """The error for a revision that is not in the cache while offline."""
         return HubError(
             f"{self.name}: revision {revision} is not in the cache at {self.cache.parent}, and huggingface_hub is in "
             "offline mode.",
@@ -85,7 +85,7 @@ class Repository:
         )
 
     def ask(self, doing: str, request: Callable[[], Value]) -> Value:
-        """What a request gives; see `ckavg.storage.hub_errors.ask`."""
+        """The response to a request; see `ckavg.storage.hub_errors.ask`."""
         return ask(doing, self.name, self.api, request, right="read")
 
 
@@ -156,7 +156,7 @@ class HubTree:
             return found
         info, path = self.files[name], self._prefix + name
         kind, _, digest = (info.identity or "").partition(":")
-        if kind == _LARGE:  # the client would begin it anew after an interrupt; one that is there, it links to
+        if kind == _LARGE:  # the client would restart after an interrupt; it links to a blob that exists
             target = self._repository.cache / "blobs" / digest
             url = f"{self.url}: {name}"
             complete(partial(self.read, name), info.nbytes, target, on_bytes, url=url, sha256=digest)
@@ -165,18 +165,18 @@ class HubTree:
             endpoint = self._repository.api.endpoint
             return Path(str(hf_hub_download(self._repository.name, path, revision=self._commit, endpoint=endpoint)))
 
-        downloaded = self._repository.ask(f"fetching {path} of {self._revision}", download)
+        downloaded = self._repository.ask(f"downloading {path} of {self._revision}", download)
         self._remember_revision()
         return downloaded
 
     def remove_downloads(self) -> None:
-        """See `Tree`: the cache is there for others, too."""
+        """See `Tree`: the cache is shared, so nothing is removed."""
 
     def check_unchanged(self) -> None:
         """See `Tree`: a commit does not change."""
 
     def _remember_revision(self) -> None:
-        """Have the cache know which commit the revision is at, for those who work offline later."""
+        """Note the commit of the revision in the cache, for offline use later."""
         if self._revision == self._commit:
             return
         ref = self._repository.cache / "refs" / self._revision

@@ -1,6 +1,6 @@
-"""The Hugging Face Hub: its client, one retry, and one table of what its answers, or their absence, mean.
+"""The Hugging Face Hub: its client, one retry, and one table of what its errors mean.
 
-Errors are told apart by the status of a response or by the names of their classes: the HTTP library below
+Errors are recognised by the status of a response or by the names of their classes: the HTTP library below
 huggingface_hub differs from version to version. An error whose text holds a token or a key is not kept.
 """
 
@@ -27,13 +27,13 @@ WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds before each further attempt."""
 
 LONGEST_WAIT = 60.0
-"""The most seconds that the Hub may ask to wait for, before it is for the user to wait."""
+"""Wait at most this long when the Hub asks to; beyond that, tell the user to."""
 
 _CLIENT_RETRIES_SECONDS = 20
-"""An attempt that took this long has been repeated by the client itself."""
+"""An attempt that took this long was already retried by the client."""
 
 GO_ONLINE = "Unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, then run the command again."
-"""What to do where something is not in the cache, and nothing else may be read."""
+"""The hint when something is not in the cache while offline."""
 
 _LOGIN = "Log in with: hf auth login --force. HF_TOKEN, where it is set, takes precedence over the stored token."
 _CLIENT = r"\b(huggingface_hub|httpx2?|httpcore|requests|urllib3|hf_xet)\."
@@ -52,7 +52,7 @@ _ANSWERS: tuple[tuple[str, str, str], ...] = (
         "the repository is gated, and the token's user has no access ({status}){words}",
         "Ask for access at {endpoint}/{repo}, and log in: hf auth login --force",
     ),
-    # The Hub does not tell a stranger whether a repository exists.
+    # Without access, the Hub does not reveal whether a repository exists.
     (
         "401 read",
         "{endpoint} has no such repository, or shows it only with another token (401){words}",
@@ -77,10 +77,10 @@ _ANSWERS: tuple[tuple[str, str, str], ...] = (
     ("409", "it conflicts with what is there (409){words}", "Choose another name."),
     (
         "412",
-        "somebody else has changed the branch meanwhile (412){words}",
+        "the branch has changed meanwhile (412){words}",
         "Look at the change, then run the command again.",
     ),
-    ("429", "{endpoint} takes no more requests for now (429){words}", "Try again {when}."),
+    ("429", "{endpoint} accepts no more requests for now (429){words}", "Try again {when}."),
     (
         r"[5-9]\d\d",
         "{endpoint} has an internal error ({status}){words}",
@@ -103,24 +103,24 @@ _ANSWERS: tuple[tuple[str, str, str], ...] = (
         "Check the network, HF_ENDPOINT and the proxy: curl -I {endpoint}",
     ),
 )
-"""A failure in a line, as `_explain` writes it; the message; what to do next. The first that fits counts."""
+"""A pattern for a failure as `_explain` writes it, the message, the hint. The first match counts."""
 
 _CLOSED = "client has been closed"
-"""After a refused connection the client closes its session, which all threads share, and opens another one."""
+"""After a refused connection the client closes the session that all threads share, and opens a new one."""
 
 _XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3}) ")
-"""hf_xet tells the status of an answer in its text alone."""
+"""hf_xet gives the status of a response only in its text."""
 
 _MAX_REASON = 300
 _MOST_SEARCHED = 100_000
 
 
 def connect(*, token: bool | None = None, show_bars: bool = False) -> HfApi:
-    """The client of the user's endpoint, without logs of its own.
+    """The client for the user's endpoint, without logs of its own.
 
     Args:
-        token: as huggingface_hub understands it: True requires one, None uses one where there is one.
-        show_bars: whether it draws its own progress bars; HF_HUB_DISABLE_PROGRESS_BARS, where it is set, decides alone.
+        token: as in huggingface_hub: True requires a token, None uses one if there is one.
+        show_bars: whether it draws its own progress bars; HF_HUB_DISABLE_PROGRESS_BARS overrides it.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, logging  # type: ignore[attr-defined]
@@ -128,13 +128,13 @@ def connect(*, token: bool | None = None, show_bars: bool = False) -> HfApi:
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         (enable_progress_bars if show_bars else disable_progress_bars)()
     if not os.environ.get("HF_HUB_VERBOSITY") and not os.environ.get("HF_DEBUG"):
-        # each retry would be a warning, with the address of a storage and its key
+        # each retry would log a warning that holds a signed address
         logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed in a moment: after 408, 429, 5xx, a lost connection, or half an answer."""
+    """Whether a retry may succeed: after 408, 429, 5xx, a lost connection, or an incomplete response."""
     status = status_of(error)
     if status is not None:
         return status in (408, 429) or status >= 500
@@ -147,10 +147,10 @@ def may_pass(error: Exception) -> bool:
 
 
 def retry(attempt: Callable[[], Answer], *, is_transient: Callable[[Exception], bool] = may_pass) -> Answer:
-    """What `attempt` returns; it is called up to 5 times while it raises what may pass by itself.
+    """Call `attempt`, up to 5 times while it raises transient errors; return its value.
 
     Raises:
-        Exception: what it raised last, or the first that does not pass.
+        Exception: the last error, or the first that is not transient.
     """
     for wait in WAITS:
         begun = time.monotonic()
@@ -167,17 +167,17 @@ def retry(attempt: Callable[[], Answer], *, is_transient: Callable[[Exception], 
 
 @contextmanager
 def hub_errors(doing: str, repo: str, api: HfApi, *, right: str = "write") -> Iterator[None]:
-    """Make an error of the client one of ours.
+    """Convert errors of the client to ours.
 
     Args:
-        doing: what is being done, such as "creating the repository".
+        doing: the action, such as "creating the repository".
         repo: the repository.
         api: the client.
-        right: what the token must give a right to: to `write`, or to `read`.
+        right: the right that the token needs: `write` or `read`.
 
     Raises:
         HubError: what the client's error means, and what to do next.
-        ReadError: the system would not let the client read or write a file.
+        ReadError: the client cannot read or write a local file.
     """
     try:
         yield
@@ -191,20 +191,20 @@ def hub_errors(doing: str, repo: str, api: HfApi, *, right: str = "write") -> It
 
 
 def ask(doing: str, repo: str, api: HfApi, request: Callable[[], Answer], *, right: str = "write") -> Answer:
-    """The answer to a request that may be repeated; see `retry` and `hub_errors`."""
+    """The response to a request, with retries; see `retry` and `hub_errors`."""
     with hub_errors(doing, repo, api, right=right):
         return retry(request)
 
 
 def is_disk_error(error: Exception) -> TypeGuard[OSError]:
-    """Whether the system would not let the client read or write a file, rather than the network fail."""
+    """Whether a local file failed rather than the network."""
     if type(error).__module__ != "builtins" or not isinstance(error, OSError):
         return False
     return bool(error.filename) or error.errno in _DISK_ERRORS
 
 
 def status_of(error: BaseException) -> int | None:
-    """The status with which the Hub has answered; None where it has not."""
+    """The status of the Hub's response; None if there was none."""
     response = _response(error)
     if response is not None:
         return int(response.status_code)
@@ -213,19 +213,19 @@ def status_of(error: BaseException) -> int | None:
 
 
 def endpoint_of(api: HfApi) -> str:
-    """The address of the Hub as it may be shown: without the user and the password that may stand before its host."""
+    """The address of the Hub without user and password, to show it."""
     scheme, separator, rest = api.endpoint.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
 def without_credentials(error: Exception) -> Exception | None:
-    """The error, for a traceback; None where that would show credentials."""
+    """The error, for a traceback; None if that would show credentials."""
     chain = "\n".join(str(each) for each in _causes(error))[:_MOST_SEARCHED]
     return error if _without_token(chain) == chain else None
 
 
 def _without_token(text: str) -> str:
-    """A text without secrets, and without the stored token, whatever that looks like."""
+    """A text without secrets and without the stored token."""
     from huggingface_hub import get_token
 
     token = get_token()
@@ -233,9 +233,9 @@ def _without_token(text: str) -> str:
 
 
 def _explain(error: Exception, failed: str, repo: str, api: HfApi, right: str) -> CkavgError | None:
-    """What an error of the client means; None for one that is none: a bug."""
+    """What an error of the client means; None for a bug."""
     if is_disk_error(error):
-        hint = "Free some space, name a directory of yours with HF_HOME, or fetch less with --max-disk."
+        hint = "Free some space, set HF_HOME to a directory of yours, or download less with --max-disk."
         return ReadError(f"{failed}: {error.filename or 'the disk'}: {error.strerror}.", hint=hint)
     status, seconds = status_of(error), _retry_after(error)
     last = list(_causes(error))[-1]
@@ -260,14 +260,14 @@ def _explain(error: Exception, failed: str, repo: str, api: HfApi, right: str) -
 
 
 def _retry_after(error: BaseException) -> float | None:
-    """Seconds for which the Hub asks to be left alone; None where it does not say."""
+    """Seconds that the Hub asks to wait; None if it does not say."""
     response = _response(error)
     asked = str(response.headers.get("Retry-After") or "") if response is not None else ""
     return float(asked) if asked.isdigit() else None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception and what caused it, the outermost first."""
+    """An exception and its causes, outermost first."""
     current: BaseException | None = error
     seen: set[int] = set()
     while current is not None and id(current) not in seen:

@@ -1,7 +1,7 @@
-"""What is finished of a long piece of work, on the disk: so that what was interrupted can be continued.
+"""Journals of finished work on disk, so that an interrupted command can continue.
 
-A journal is a text file. Each line holds the CRC-32 of the rest of it and a JSON value: the first the key of the work,
-every other a number and what came of the part with that number. A line that was cut off is passed over.
+A journal is a text file. Each line holds a JSON value and its CRC-32: the first line the key of the work, every other
+line the number and the result of a finished part. A line that was cut off is skipped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MOST_BYTES = 1 << 30
 
 
 def read_journal(path: Path, key: str) -> dict[int, Any]:
-    """What a journal says is finished, by number; empty where it is not there, or of the work with another key."""
+    """The finished parts of a journal, by number; empty if it is missing or has another key."""
     try:
         lines = read_small(path, _MOST_BYTES, follow=False).split(b"\n")
     except OSError:
@@ -30,18 +30,18 @@ def read_journal(path: Path, key: str) -> dict[int, Any]:
 
 
 def is_of(path: Path, key: str) -> bool:
-    """Whether a journal is of this work, finished parts or none."""
+    """Whether a journal has this key, with or without finished parts."""
     with contextlib.suppress(OSError), open_regular(path, follow=False) as file:
         return bool(parsed_line(file.readline(1 << 16).rstrip(b"\n")) == {"key": key})
     return False
 
 
 class JournalReader:
-    """Reads of a journal what was written since it was last read; another process may be writing it on another machine.
+    """Reads what was added to a journal since the last read; another process may be writing it, on any machine.
 
     Args:
-        path: the file, which need not be there yet.
-        key: of the work; a journal of other work counts as empty.
+        path: the file; it need not exist yet.
+        key: of the work; a journal with another key counts as empty.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -50,10 +50,10 @@ class JournalReader:
         self._inode = self._read_bytes = 0
 
     def read(self) -> dict[int, Any]:
-        """What is newly finished, by number. The file is opened anew, since network file systems look again then."""
+        """Newly finished parts, by number. The file is reopened: a network file system refreshes it only then."""
         with contextlib.suppress(OSError), open_regular(self._path, follow=False) as file:
             status = os.fstat(file.fileno())
-            if status.st_ino != self._inode or status.st_size < self._read_bytes:  # begun anew
+            if status.st_ino != self._inode or status.st_size < self._read_bytes:  # replaced
                 self._inode, self._read_bytes = status.st_ino, 0
             if self._read_bytes == 0 and file.read(len(self._head)) != self._head:
                 return {}
@@ -66,15 +66,15 @@ class JournalReader:
 
 
 class Journal:
-    """A journal that is being written; what is there of the same work is kept, of other work replaced.
+    """A journal to write. An existing one is continued if it has the same key, else replaced.
 
     Args:
         path: the file.
-        key: of the work; whatever could change what comes of a part is in it.
+        key: of the work; it covers everything that can change the result of a part.
 
     Raises:
-        FileExistsError: what is there is no file of ours.
-        OSError: the system would not let us write.
+        FileExistsError: the file there is not ours.
+        OSError: it cannot be written.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -82,10 +82,10 @@ class Journal:
         self.handle = open_own(path, os.O_WRONLY | os.O_APPEND)
         if not continues:
             os.truncate(self.handle, 0)
-        self._append(b"\n" if continues else as_line({"key": key}))  # what was cut off ends here
+        self._append(b"\n" if continues else as_line({"key": key}))  # ends a line that was cut off
 
     def add(self, finished: Mapping[int, Any]) -> None:
-        """Note what came of finished parts, by number, as JSON values; they are on the disk when this returns."""
+        """Add the results of finished parts, by number, as JSON values; they are on disk when this returns."""
         self._append(b"".join(as_line([number, value]) for number, value in finished.items()))
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ class Journal:
 
 
 def _numbered(lines: Iterable[bytes]) -> dict[int, Any]:
-    """The numbers and values of lines; damaged ones are passed over."""
+    """The numbers and values of lines; damaged lines are skipped."""
     values = map(parsed_line, lines)
     return {
         value[0]: value[1] for value in values if isinstance(value, list) and len(value) == 2 and type(value[0]) is int
@@ -114,7 +114,7 @@ def as_line(value: object) -> bytes:
 
 
 def parsed_line(line: bytes) -> Any:
-    """The value of a line; None where it is damaged."""
+    """The value of a line; None if it is damaged."""
     head, _, text = line.partition(b" ")
     try:
         return json.loads(text) if int(head, 16) == zlib.crc32(text) else None

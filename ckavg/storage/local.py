@@ -1,7 +1,7 @@
-"""Files of this machine, read with care, and how far a link inside what a user named may lead.
+"""Read local files with care, and limit where links inside a run may lead.
 
-What lies in a downloaded run may be anything: a pipe that never ends, a link to a secret, gigabytes of brackets.
-Nothing here waits for a writer, and nothing is parsed whose values would not fit in memory.
+A downloaded run may hold anything: a pipe that never ends, a link to a secret, gigabytes of brackets. Nothing here
+waits for a writer, and nothing is parsed whose values would not fit in memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ckavg.storage.atomic import resolved
 from ckavg.storage.base import AnyPath, FileInfo, Listing, Opened, RemotePath, Storage
 
 _MOST_VALUES = 2_000_000
-"""Values in a JSON file: some 200 bytes each, once they are parsed. Logs and indexes of real runs have a tenth."""
+"""Values in a JSON file, about 200 bytes each once parsed. Logs and indexes of real runs have a tenth of that."""
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -33,14 +33,13 @@ _KINDS = (
 
 
 def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
-    """Open a plain file for reading. A pipe, a device or a directory is an error instead of a wait without end, and so
-    is a link that is not to be followed.
+    """Open a plain file for reading; refuse a pipe, a device or a directory instead of blocking on it.
 
     Raises:
-        OSError: it is none, or the system would not let us.
+        OSError: it is not a plain file, is a link and `follow` is False, or cannot be opened.
         ValueError: no file can have this name.
     """
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # nobody need write to a pipe for it to open
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # opening a pipe must not wait for a writer
     handle = os.open(path, flags if follow else flags | os.O_NOFOLLOW)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -49,10 +48,10 @@ def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
 
 
 def read_small(path: Path, most: int = 100_000_000, *, follow: bool = True) -> bytes:
-    """The bytes of a plain file of at most `most` bytes; `follow` as of `open_regular`.
+    """The bytes of a plain file of at most `most` bytes; for `follow` see `open_regular`.
 
     Raises:
-        OSError: it is none, is larger, or the system would not let us read it.
+        OSError: it is not a plain file, is larger, or cannot be read.
         ValueError: no file can have this name.
     """
     with open_regular(path, follow=follow) as file:
@@ -62,10 +61,10 @@ def read_small(path: Path, most: int = 100_000_000, *, follow: bool = True) -> b
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text, in which no object has a name twice and every number is finite.
+    """Parse JSON; refuse duplicate names and numbers that are not finite.
 
     Raises:
-        ValueError, RecursionError: it is none.
+        ValueError, RecursionError: it is not such a text.
     """
     return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
 
@@ -78,7 +77,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 class LocalStorage:
@@ -118,12 +117,12 @@ LOCAL = LocalStorage()
 
 
 def storage_of(path: AnyPath) -> Storage[AnyPath]:
-    """The storage that a path is of."""
+    """The storage of a path."""
     return cast("Storage[AnyPath]", path.storage if isinstance(path, RemotePath) else LOCAL)
 
 
 def size_of(path: AnyPath) -> int:
-    """Size of a file in bytes; OSError where there is none, or the system would not let us look."""
+    """Size of a file in bytes; OSError if it does not exist or cannot be accessed."""
     if not isinstance(path, RemotePath):
         return path.stat().st_size
     info = path.storage.info(path)
@@ -133,11 +132,11 @@ def size_of(path: AnyPath) -> int:
 
 
 def read_object(path: AnyPath, most_bytes: int) -> dict[str, Any]:
-    """The JSON object in a small file; empty where it holds something else.
+    """The JSON object in a small file; empty if it holds another value.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: it is no JSON, or too large, or nested too deeply.
+        ValueError: it is not JSON, too large, or nested too deeply.
     """
     text = storage_of(path).read_small(path, most_bytes)
     if text.count(b",") + text.count(b"[") + text.count(b"{") > _MOST_VALUES:
@@ -151,17 +150,17 @@ def read_object(path: AnyPath, most_bytes: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The directories in which the files of a checkpoint must lie, links followed.
+    """The directories that must contain the files of a checkpoint, with links followed.
 
-    They are the checkpoint itself, what the user named and, for a snapshot in the Hub's cache, the `blobs` beside
-    `snapshots`, into which all of its files are links. A storage elsewhere has no links.
+    They are the checkpoint itself, the directory that the user named and, for a snapshot in the Hub's cache, the
+    `blobs` beside `snapshots`, since all of its files are links into that. A remote storage has no links.
     """
 
     roots: tuple[Path, ...]
 
     @classmethod
     def of(cls, checkpoint: AnyPath, named: AnyPath) -> Bounds:
-        """Those of a checkpoint in what the user named: the source, or the model given with `--init`."""
+        """The bounds of a checkpoint; `named` is the source or the model given with `--init`."""
         if isinstance(checkpoint, RemotePath) or isinstance(named, RemotePath):
             return cls(())
         roots = [resolved(checkpoint), resolved(named)]
@@ -173,15 +172,15 @@ class Bounds:
         return cls(tuple(dict.fromkeys(roots)))
 
     def hold(self, path: Path) -> bool:
-        """Whether a path, links followed, lies in one of them."""
+        """Whether a path, with links followed, is in one of them."""
         parents = resolved(path).parents
         return any(root in parents for root in self.roots)
 
 
 def problem_with(path: AnyPath, bounds: Bounds) -> CkavgError | None:
-    """Why a file of a checkpoint must not be opened: no plain file, or a link that leads out of it.
+    """Why a file of a checkpoint must not be opened: it is not a plain file, or a link leads out of the checkpoint.
 
-    None where it may be, and where there is no such file: whoever opens it says so.
+    None if it may be opened, and if there is no such file: opening it reports that.
     """
     if isinstance(path, RemotePath):
         return None
@@ -193,8 +192,8 @@ def problem_with(path: AnyPath, bounds: Bounds) -> CkavgError | None:
             mode = path.stat().st_mode
             if stat.S_ISREG(mode) and not bounds.hold(path):
                 return ReadError(
-                    f"{path} is a link to {resolved(path)}, outside of the directory that was named: not followed.",
-                    hint="Put a copy of the file in its place, if you trust where the link came from.",
+                    f"{path} is a link to {resolved(path)}, outside the directory that was named: not followed.",
+                    hint="If you trust the link, replace it with a copy of the file.",
                 )
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -209,14 +208,14 @@ def problem_with(path: AnyPath, bounds: Bounds) -> CkavgError | None:
 
 
 def is_link(path: AnyPath) -> bool:
-    """Whether a path is a symbolic link; a storage elsewhere has none."""
+    """Whether a path is a symbolic link; a remote storage has none."""
     return not isinstance(path, RemotePath) and path.is_symlink()
 
 
 def walk(directory: AnyPath) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Folders, and what lies in each of them: its path relative to the directory, its folders, and its files.
+    """Walk a directory: for each folder its relative path, its folders and its files.
 
-    Links to folders are left out. Who takes a folder out of the list is not shown what lies in it.
+    Links to folders are left out. Remove a folder from the list to skip it.
     """
     left = [""]
     while left:

@@ -1,7 +1,7 @@
-"""Directories of object stores that fsspec has a driver for, such as `s3://bucket/run`: read, and written to.
+"""Directories of object stores with an fsspec driver, such as `s3://bucket/run`: read and write them.
 
-What is downloaded of them is kept in the user's cache, for all processes that read from the same address. A lock tells
-whether anybody still does: who is done first does not take it from the others, and who is done last leaves nothing.
+Downloads go to the user's cache, shared by all processes that read from the same address. Each holds a lock while it
+reads; the last one to finish removes the downloads.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ from ckavg.storage.redaction import without_secrets
 
 _HASHES = ("ETag", "etag", "md5Hash", "content_md5")
 _TIMES = ("LastModified", "last_modified", "mtime", "created")
-"""Where drivers tell what changes when a file does."""
+"""Keys of drivers for values that change with a file."""
 
 _MD5 = re.compile('"?([0-9a-f]{32}(?:-[0-9]+)?)"?')
 
 _MOST_OF_A_REASON = 4_000
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, NotImplementedError, IsADirectoryError, Stopped)
 _NO_CREDENTIALS = re.compile("Credentials?(?:Retrieval|NotFound)?Error$|^(?:Profile|Config)NotFound$")
-"""How drivers' clients call errors that another attempt meets, too."""
+"""Names of errors in drivers' clients that a retry does not solve."""
 
 PROBE = ".ckavg-probe"
-"""What is written to see whether anything can be; it stays where it can not be removed."""
+"""A file written to test access; it stays if it cannot be removed."""
 
 _REMOVING = ("rm_file", "_rm_file", "_rm")
 _PART_BYTES, _MOST_PARTS = 16 << 20, 10_000
-"""Of a large file that is written in parts, as many as S3 allows."""
+"""Parts of a large upload, at most as many as S3 allows."""
 
 LOCK = ".lock"
-"""In a directory of the cache that belongs to an address: who holds it uses what is beside it."""
+"""The lock in an address's directory of the cache: its holder uses the files beside it."""
 
 _WEIGHTS = (".safetensors", ".distcp", ".bin", ".pt", ".pth", ".th", ".ckpt", ".tar")
-"""Endings of what must not change while it is read; logs may."""
+"""Suffixes of files that must not change while they are read; logs may."""
 
 _NAME = re.compile("[0-9a-f]{32}")
 _SECONDS_CACHED = 7 * 24 * 3600
@@ -61,11 +61,11 @@ _SECONDS_CACHED = 7 * 24 * 3600
 
 
 class ObjectTree:
-    """A directory of a file system that fsspec knows; see `Tree`.
+    """A directory of an fsspec file system; see `Tree`.
 
     Args:
         address: of the directory.
-        driver: of a tree in the same bucket; to make one takes a while.
+        driver: a tree in the same bucket, to reuse its driver: making one takes a while.
     """
 
     is_shared = False
@@ -78,14 +78,14 @@ class ObjectTree:
         self._fs, self._root = _file_system(address, driver and driver._fs)
         self._downloads = Downloads(self.url)
         self._attempt = secrets.token_hex(8)
-        """Stands for the state of files of which nothing is item that changes with it: they are not taken up again."""
+        """Identity of files that the store has none for: their downloads are never continued."""
 
     @cached_property
     def files(self) -> Mapping[str, FileInfo]:
         """See `Tree`."""
         listed = {name: file for name, file in self._list().items() if name}
         if not listed:
-            raise NoCheckpointsError(f"{self.url} does not exist, or is empty.", hint="Check the name and the rights.")
+            raise NoCheckpointsError(f"{self.url} does not exist, or is empty.", hint="Check the name and your rights.")
         return listed
 
     def read(self, name: str, start: int, stop: int) -> bytes:
@@ -93,11 +93,11 @@ class ObjectTree:
         return self.read_part(name, start, stop, self.files[name].nbytes)
 
     def read_whole(self, name: str, info: FileInfo) -> bytes:
-        """All bytes of a file, as it was listed now."""
+        """All bytes of a file, given its current listing."""
         return self.read_part(name, 0, info.nbytes, info.nbytes) if info.nbytes else b""
 
     def read_part(self, name: str, start: int, stop: int, nbytes: int) -> bytes:
-        """The bytes from `start` to `stop` of a file that was listed with so many bytes."""
+        """The bytes from `start` to `stop` of a file of `nbytes` bytes."""
         path = f"{self._root}/{name}" if name else self._root
 
         def read_range() -> bytes:
@@ -129,10 +129,10 @@ class ObjectTree:
         before, now = self.files, self.list_files()
         for name, file in before.items():
             if name.endswith(_WEIGHTS) and now.get(name) != file:
-                self.remove_downloads()  # they may be of either state, and must not be taken for what was listed
+                self.remove_downloads()  # they may hold the file before or after the change
                 raise ChangedError(
                     f"{self.url}/{name} was changed or replaced while it was read.",
-                    hint="Run again once nothing writes to the checkpoints any more, or leave this one out.",
+                    hint="Run again when nothing writes to the checkpoints any more, or leave this one out.",
                 )
 
     def _target(self, name: str) -> Path:
@@ -140,7 +140,7 @@ class ObjectTree:
         return self._downloads.target(name, file if file.identity is not None else (file, self._attempt))
 
     def list_files(self) -> Mapping[str, FileInfo]:
-        """All files in it as they are now, by relative path; none where it does not exist, `""` where it is a file."""
+        """List all files now, by relative path; none if it does not exist, `""` if it is a file itself."""
         self._fs.invalidate_cache()
         return self._list()
 
@@ -156,7 +156,7 @@ class ObjectTree:
         return listed
 
     def check_driver(self) -> None:
-        """Refuse a driver that cannot write or remove anything. Asks nobody.
+        """Refuse a driver that cannot write or remove files. Makes no request.
 
         Raises:
             WriteError: it cannot.
@@ -170,12 +170,12 @@ class ObjectTree:
             )
 
     def check_writable(self) -> None:
-        """Write a small file and remove it; WriteError where that cannot be done."""
+        """Write a small file and remove it; WriteError if that fails."""
         self.put(PROBE, b"Written and removed by ckavg, to see whether a result can be.\n")
         self.remove(PROBE)
 
     def put(self, name: str, data: bytes, *, is_vital: bool = True) -> None:
-        """Write a small file, whole or not at all; once, unless it is vital.
+        """Write a small file, whole or not at all; without retries unless it is vital.
 
         Raises:
             WriteError: it could not be written.
@@ -183,14 +183,14 @@ class ObjectTree:
         self._write(name, lambda: self._fs.pipe_file(f"{self._root}/{name}", data), "written", is_vital=is_vital)
 
     def put_file(self, path: Path, name: str, on_bytes: OnBytes, *, parts: int) -> None:
-        """Write a file of this machine, a large one in parts; it appears complete or not at all.
+        """Upload a local file, a large one in parts; it appears complete or not at all.
 
         Args:
             path: the file.
             name: relative path.
-            on_bytes: called, in other threads, with how many bytes were sent; a negative number where they are sent
-                anew. What it raises ends the work.
-            parts: how many are sent, and held, at the same time.
+            on_bytes: called in other threads with the number of bytes sent; negative when they are sent again. An
+                exception from it ends the upload.
+            parts: how many are sent, and held in memory, at the same time.
 
         Raises:
             WriteError: it could not be written.
@@ -215,19 +215,19 @@ class ObjectTree:
         def send() -> None:
             count(-sent)
             self._fs.put_file(str(path), f"{self._root}/{name}", callback=Counting(), **more)
-            count(path.stat().st_size - sent)  # whatever the driver item
+            count(path.stat().st_size - sent)  # the driver may have reported less, or nothing
 
         self._write(name, send, "written")
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there; WriteError where that cannot be done."""
+        """Remove a file if it exists; WriteError if that fails."""
         with suppress(FileNotFoundError):
             self._write(name, lambda: self._fs.rm_file(f"{self._root}/{name}"), "removed")
 
     def _write(self, name: str, do: Callable[[], object], done: str, *, is_vital: bool = True) -> None:
         def attempt() -> None:
             self._fs.invalidate_cache()
-            if self._scheme not in SCHEMES and done == "written":  # whose directories are more than parts of names
+            if self._scheme not in SCHEMES and done == "written":  # such drivers may have real directories
                 self._fs.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
             do()
 
@@ -236,7 +236,7 @@ class ObjectTree:
 
     @contextmanager
     def _explaining(self, what: str, done: str = "read") -> Iterator[None]:
-        """Make an error of the driver one of ours; drivers raise what their clients do."""
+        """Convert errors of the driver to ours; drivers raise any error of their clients."""
         kind = ReadError if done == "read" else WriteError
         try:
             yield
@@ -246,13 +246,13 @@ class ObjectTree:
             if done == "removed":
                 raise
             missing = what if done == "read" else f"{what} cannot be written: the bucket, or what is above it,"
-            raise kind(f"{missing} does not exist.", hint="Check the name, and the rights to list it.") from error
+            raise kind(f"{missing} does not exist.", hint="Check the name, and your right to list it.") from error
         except Exception as error:
             verb, checked = "cannot", "the network and the credentials"
             if isinstance(error, PermissionError):
                 verb, checked = "may not", f"the credentials of {self._scheme}"
             elif isinstance(error, NotImplementedError):
-                checked = "what the driver of the place can do"
+                checked = "what its driver supports"
             raise kind(
                 f"{what} {verb} be {done}: {_reason(error)}.", hint=f"Check {checked}."
             ) from without_credentials(error)
@@ -263,7 +263,7 @@ class ObjectTree:
 
 
 def part_bytes(nbytes: int) -> int:
-    """The size of the parts in which a file of so many bytes is written, in whole MiB.
+    """The size of the parts of an upload of `nbytes` bytes, in whole MiB.
 
     >>> part_bytes(10) >> 20, part_bytes(10**12) >> 20
     (16, 96)
@@ -272,24 +272,24 @@ def part_bytes(nbytes: int) -> int:
 
 
 def _file_system(address: Address, known: Any = None) -> tuple[Any, str]:
-    """The driver of an address, and the path in it. Nothing of the address can name another driver."""
+    """The driver of an address, and the path in it. No part of an address can select another driver."""
     try:
         from fsspec import get_filesystem_class
 
         driver = get_filesystem_class(address.scheme)
-        # an instance of its own: a cached one remembers old lists, and the credentials of before
+        # not a cached instance: that has old listings and old credentials
         fs = known or driver(skip_instance_cache=True, **driver._get_kwargs_from_urls(str(address)))
         return fs, str(driver._strip_protocol(str(address))).rstrip("/")
     except ImportError as error:
         raise SettingError(f"{address}: {error}", hint="Install the driver, then run the command again.") from error
-    except Exception as error:  # whatever a driver does not like about it, or about its configuration
+    except Exception as error:  # drivers raise anything about an address or their configuration
         raise SettingError(
-            f"{address}: {_reason(error)}.", hint="Check the address, and what its driver is configured with."
+            f"{address}: {_reason(error)}.", hint="Check the address and the configuration of its driver."
         ) from without_credentials(error)
 
 
 def _reason(error: Exception) -> str:
-    """The words of a driver, without what they may hold of credentials."""
+    """The message of a driver, without credentials."""
     return without_secrets(str(error)[:_MOST_OF_A_REASON]).strip().rstrip(".") or type(error).__name__
 
 
@@ -314,11 +314,11 @@ def _md5(item: Mapping[str, Any]) -> str | None:
 
 
 def md5_of(path: Path, *, in_parts: bool) -> str:
-    """The MD5 of a file as a store tells it; see `FileInfo`.
+    """The MD5 of a file as a store states it; see `FileInfo`.
 
     Args:
         path: the file.
-        in_parts: whether the store makes it of the parts in which `put_file` writes it, where those are several.
+        in_parts: whether the store hashes each part of `put_file`, if there are several.
     """
     nbytes = path.stat().st_size
     part = part_bytes(nbytes)
@@ -335,7 +335,7 @@ def md5_of(path: Path, *, in_parts: bool) -> str:
 
 
 class Downloads:
-    """The files of one address that were downloaded, whole or in part, and of which no other program's cache knows."""
+    """The complete and partial downloads of one address, in ckavg's own cache."""
 
     def __init__(self, url: str) -> None:
         self._all = _downloads_directory()
@@ -344,17 +344,17 @@ class Downloads:
         self._held: weakref.finalize[[int], Downloads] | None = None
 
     def target(self, name: str, state: object) -> Path:
-        """Where a file goes: another place for another state of it."""
+        """Where a file goes; different for every state of it."""
         return self._directory / short_hash(repr((name, state))) / Path(name).name
 
     def hold(self, target: Path | None = None) -> None:
-        """Have nobody remove the files, until they are removed here or this object is gone.
+        """Keep other processes from removing the files, until `remove` is called or this object is gone.
 
         Args:
             target: where one of them is about to be written.
 
         Raises:
-            ReadError: the system would not let us write.
+            ReadError: the cache cannot be written.
         """
         try:
             with self._holding:
@@ -365,11 +365,11 @@ class Downloads:
         except OSError as error:
             raise ReadError(
                 f"{error.filename or self._directory} cannot be written: {error.strerror or error}.",
-                hint="Name a directory of yours with XDG_CACHE_HOME, or write none of it with --max-disk 0.",
+                hint="Set XDG_CACHE_HOME to a directory of yours, or write nothing to disk with --max-disk 0.",
             ) from error
 
     def remove(self) -> None:
-        """Remove the files, unless another process uses them; and what nobody came back to for a week."""
+        """Remove the files unless another process uses them; also remove downloads that are a week old."""
         if self._all.is_symlink() or not self._all.is_dir():
             return
         if self._directory.is_dir():
@@ -381,7 +381,7 @@ class Downloads:
 
 
 def remove_old(directory: Path) -> None:
-    """Remove what is kept for addresses in a directory of the cache that nobody came back to for a week."""
+    """Remove the files of addresses in a directory of the cache if they are a week old."""
     with suppress(OSError):
         for each in [] if directory.is_symlink() else list(directory.iterdir()):
             with suppress(OSError):
@@ -395,11 +395,11 @@ def _downloads_directory() -> Path:
 
 
 def _lock_shared(directory: Path) -> int:
-    """A handle of the lock, shared with whoever else reads from there."""
+    """A handle of the lock, shared with other readers."""
     while True:
         make_own_directory(directory.parent)
         make_own_directory(directory)
-        with suppress(FileNotFoundError):  # removed this very moment, and made again
+        with suppress(FileNotFoundError):  # another process removed it just now: make it again
             lock = open_own(directory / LOCK, os.O_RDWR, 0o600)
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH)
@@ -416,12 +416,12 @@ def _remove_unused(directory: Path, lock: int) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(directory, ignore_errors=True)
-    except OSError:  # somebody else uses them, and removes them in turn
+    except OSError:  # another process uses the files, and will remove them
         pass
     finally:
         os.close(lock)
 
 
 def short_hash(text: str) -> str:
-    """What an address is called in the cache."""
+    """The name of an address in the cache."""
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,6 +1,6 @@
-"""What must not be shown or uploaded: passwords, tokens and keys, and where things lie on this machine. Pure text work.
+"""Remove from texts what must not be shown or uploaded: passwords, tokens, keys, and local paths. Pure text work.
 
-A secret is told by the word before it, or by its own form; a false alarm costs three dots, and nothing else.
+A secret is recognised by the word before it or by its form; a false alarm only replaces a word by three dots.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 HIDDEN = "…"
-"""What stands in the place of something that is hidden."""
+"""The replacement for hidden text."""
 
 _WORD = (
     r"(?:pass(?:word|wd|phrase|code)|pass(?==)|pwd|secret|credentials?|token(?!s|iz)|cookie|signature|sig"
     r"|(?:api|access|secret|private|auth|account|storage|service|encryption|ssh)[_-]?key|auth(?:orization)?(?!or))"
 )
-_ENDED = rf"[\w.-]{{0,60}}?{_WORD}"  # bounded, for the time that a long text takes
+_ENDED = rf"[\w.-]{{0,60}}?{_WORD}"  # bounded: a long text must not take quadratic time
 _NAME = rf"{_ENDED}(?:[_-][\w.-]{{0,60}})?"
 _VALUE = r"(?:\\?\"(?:\\.|[^\"\\])*\"|'[^']*'|(?!\$)[^\s\"'&;|,)}]+)"
 _IN_ADDRESS = re.compile(r"(?P<kept>\b[a-z][\w+.-]*:/{1,2})[^\s'\"]{0,300}:[^\s'\"]{0,300}(?=@)", re.IGNORECASE)
@@ -37,7 +37,7 @@ _TOKEN = re.compile(
 _SECRETS = (_IN_ADDRESS, _USER_OF_WEB, _SCHEME, _STATED, _OPTION, _USER_OPTION, _TOKEN)
 _SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
 _LEAST = 8
-"""Characters of a value in the environment that could not be an ordinary word."""
+"""A value in the environment with at least this many characters is no ordinary word."""
 
 _QUERY = re.compile(r"(?P<address>\bhttps?:/{1,2}[^\s?#'\"]*)[?#][^\s'\"]*", re.IGNORECASE)
 _QUOTED_PATH = re.compile(r"(?P<quote>['\"])(?:~[\w.-]*)?/(?:[^'\"\n/]*/)*(?P<last>[^'\"\n/]+)(?P=quote)")
@@ -49,7 +49,7 @@ _AT_HOST = re.compile(r"(?<![\w./:@-])[\w.+-]{1,64}@[\w-][\w.-]*(?::(?=\S))?")
 
 
 def without_secrets(text: str) -> str:
-    """A text without passwords, tokens and keys, and without the values of such variables of the environment.
+    """A text without passwords, tokens and keys, and without the values of secret environment variables.
 
     >>> without_secrets("https://ada:pw@hub.example.org/run --token hf_aBcDeF123456 max_tokens=5")
     'https://…@hub.example.org/run --token … max_tokens=5'
@@ -65,7 +65,7 @@ def without_secrets(text: str) -> str:
 
 
 def shown_address(text: str) -> str:
-    """An address as a message may show it: without user and password and, of the web, without what follows `?` or `#`.
+    """An address for a message: without user and password and, for the web, without the part after `?` or `#`.
 
     >>> shown_address("https://ada:secret@example.org/run?X-Amz-Signature=0f"), shown_address("s3://a:b@bucket/run")
     ('https://…@example.org/run', 's3://…@bucket/run')
@@ -74,11 +74,11 @@ def shown_address(text: str) -> str:
 
 
 def without_paths(text: str, places: Iterable[tuple[str, str]]) -> str:
-    """A text without paths of this machine, its users and its hosts; of any other path its last part is left.
+    """A text without local paths, users and hosts; an unknown path is reduced to its last part.
 
     Args:
         text: the text.
-        places: paths that are known, and what stands for each.
+        places: known paths, each with its replacement.
 
     >>> without_paths("cd /data/my run/a; python /home/me/eval.py me@box:x {dir}", [("/data/my run", "RUN")])
     'cd RUN/a; python …/eval.py …x {dir}'

@@ -1,4 +1,4 @@
-"""A run elsewhere as a storage: its listing is taken once, its weights are fetched whole or read by ranges."""
+"""A remote run as a storage: listed once, its weights downloaded whole or read by ranges."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from ckavg.storage.hub import Repository
 from ckavg.storage.objects import ObjectTree
 
 HEAD_BYTES = 64 << 10
-"""How much of a file is read for its header at first; most headers are shorter."""
+"""First read of a file for its header; most headers are shorter."""
 
 _LEFT_FREE = 1 << 30
-"""What is left of a disk whatever happens."""
+"""Bytes that are always left free on a disk."""
 
 
 class RemoteStorage:
@@ -32,9 +32,9 @@ class RemoteStorage:
 
     Args:
         address: what the user typed.
-        trees: the directories that it consists of, each under its name; one alone, under `""`, is the root.
+        trees: its directories by name; a single one under `""` is the root.
         max_disk: how many bytes may be downloaded; None: as many as there is room for.
-        show: which files there are, by path; the others are not seen.
+        show: whether a file is visible, by its path.
     """
 
     def __init__(
@@ -56,17 +56,17 @@ class RemoteStorage:
 
     @property
     def root(self) -> RemotePath:
-        """What the address names."""
+        """The path of the address itself."""
         return RemotePath(self)
 
     @property
     def is_offline(self) -> bool:
-        """Whether nothing can be read but what was downloaded before."""
+        """Whether only earlier downloads can be read."""
         return any(tree.is_offline for tree in self.trees.values())
 
     @property
     def has_revisions(self) -> bool:
-        """Whether it consists of revisions of a repository, each of them a folder of the root."""
+        """Whether its folders are revisions of a repository."""
         return "" not in self.trees
 
     def list(self, directory: RemotePath) -> Listing:
@@ -78,11 +78,11 @@ class RemoteStorage:
             self._listings[id(tree)] = _list_folders(filter(self._show, tree.files))
         found = self._listings[id(tree)].get(inner)
         if found is None:
-            raise FileNotFoundError(errno.ENOENT, "there is no such directory", str(directory))
+            raise FileNotFoundError(errno.ENOENT, "no such directory", str(directory))
         return found
 
     def info(self, path: RemotePath) -> FileInfo | None:
-        """What a file is; None where there is none."""
+        """The description of a file; None if it does not exist."""
         try:
             tree, name = self._file(path)
         except FileNotFoundError:
@@ -91,7 +91,7 @@ class RemoteStorage:
 
     @contextmanager
     def open(self, path: RemotePath) -> Iterator[Opened]:
-        """See `Storage`. The first bytes are fetched at once, for a header begins there."""
+        """See `Storage`. The first bytes are fetched in one request, since the header is there."""
         tree, name = self._file(path)
         head, done = self._heads.pop(path.inner, b"") or self.read(path, 0, HEAD_BYTES), 0
 
@@ -118,7 +118,7 @@ class RemoteStorage:
             return file.read(stop - start)
 
     def read_small(self, path: RemotePath, most_bytes: int) -> bytes:
-        """See `Storage`. It is fetched once."""
+        """See `Storage`. The file is downloaded once."""
         tree, name = self._file(path)
         if tree.files[name].nbytes > most_bytes:
             raise OSError(errno.EFBIG, f"larger than {most_bytes:,} bytes", str(path))
@@ -127,19 +127,21 @@ class RemoteStorage:
         return self._small[path.inner]
 
     def put(self, path: RemotePath, data: bytes) -> None:
-        """Write a small file, in one attempt; WriteError where it cannot be."""
+        """Write a small file, without retries; WriteError if that fails."""
         tree, inner = self.within(path)
         if not isinstance(tree, ObjectTree):
-            raise WriteError(f"{path} cannot be written: the Hub takes commits.", hint="Keep it on this machine.")
+            raise WriteError(
+                f"{path} cannot be written: the Hub accepts only commits.", hint="Write it to this machine."
+            )
         tree.put(inner.as_posix(), data, is_vital=False)
 
     def local(self, path: RemotePath) -> Path | None:
-        """Where a file is on this machine, if it was downloaded."""
+        """Where a file is on this machine; None if it was not downloaded."""
         tree, name = self._file(path)
         return tree.local(name)
 
     def download(self, path: RemotePath, on_bytes: OnBytes) -> Path:
-        """Download a file, or what is missing of it; return where it is then."""
+        """Download a file, or its missing part; return its local path."""
         tree, name = self._file(path)
         return tree.download(name, on_bytes)
 
@@ -148,7 +150,7 @@ class RemoteStorage:
 
         Args:
             path: any path in it.
-            is_pinned: by what cannot come to mean something else: a commit instead of a branch, where there is one.
+            is_pinned: with the commit instead of the branch, if there is one.
         """
         url, inner = self._url, path.inner
         if not self.has_revisions or inner.parts:
@@ -157,7 +159,7 @@ class RemoteStorage:
         return f"{url}/{inner}" if inner.parts else url
 
     def identity(self, path: RemotePath) -> str:
-        """What tells the content of a file from any other; another one each time where nothing does."""
+        """A value that identifies the content of a file; new each time if the storage gives none."""
         tree, name = self._file(path)
         info = tree.files[name]
         if info.identity is None:
@@ -165,50 +167,50 @@ class RemoteStorage:
         return info.identity if info.is_hash else f"{tree.url}/{name} {info.identity}"
 
     def prefetch(self, paths: Iterable[RemotePath], *, heads: bool = False) -> None:
-        """Fetch several small files at the same time, so that they are here when they are read; or heads of weights."""
+        """Download several small files at the same time, before they are read; with `heads`, the headers of weights."""
         fetched = self._heads if heads else self._small
         wanted = [path for path in paths if path.inner not in fetched and path.is_file()]
         fetch = (lambda path: self.read(path, 0, HEAD_BYTES)) if heads else self._read_whole
         fetched |= zip((path.inner for path in wanted), thread_map(fetch, wanted), strict=True)
 
     def check_unchanged(self) -> None:
-        """Raise ChangedError where a file is another one than when it was listed."""
+        """Raise ChangedError if a file has changed since it was listed."""
         for tree in self.trees.values():
             tree.check_unchanged()
 
     def remove_downloads(self) -> None:
-        """Remove what was downloaded and is of no use to anybody else."""
+        """Remove downloads that no other program uses."""
         for tree in self.trees.values():
             tree.remove_downloads()
 
     def within(self, path: RemotePath) -> tuple[Tree, PurePosixPath]:
-        """The directory of a path, and the path in it."""
+        """The tree of a path, and the path in it."""
         if not self.has_revisions:
             return self.trees[""], path.inner
         first, *rest = path.inner.parts or ("",)
         if first not in self.trees:
-            raise FileNotFoundError(errno.ENOENT, "there is no such directory", f"{self._url}/{path.inner}")
+            raise FileNotFoundError(errno.ENOENT, "no such directory", f"{self._url}/{path.inner}")
         return self.trees[first], PurePosixPath(*rest)
 
     def _file(self, path: RemotePath) -> tuple[Tree, str]:
         tree, inner = self.within(path)
         name = inner.as_posix()
         if name not in tree.files or not self._show(name):
-            raise FileNotFoundError(errno.ENOENT, "there is no such file", str(path))
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
         return tree, name
 
     def _read_whole(self, path: RemotePath) -> bytes:
         tree, name = self._file(path)
-        if tree.is_shared:  # it is in the cache then, for those who work offline later
+        if tree.is_shared:  # puts it in the cache, for offline use later
             tree.download(name, lambda _: None)
         return self.read(path, 0, tree.files[name].nbytes)
 
 
 def _list_folders(names: Iterable[str]) -> Mapping[PurePosixPath, Listing]:
-    """All directories that files lie in, by path.
+    """The listing of every directory, from the names of files.
 
     Raises:
-        ReadError: a name leads out of where it is listed.
+        ReadError: a name leads out of the run.
     """
     files: dict[PurePosixPath, set[str]] = defaultdict(set)
     folders: dict[PurePosixPath, set[str]] = defaultdict(set)
@@ -216,7 +218,7 @@ def _list_folders(names: Iterable[str]) -> Mapping[PurePosixPath, Listing]:
     for name in names:
         path = PurePosixPath(name)
         if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
-            raise ReadError(f"{name!r} is listed as a file of the run, and leads out of it.", hint="It is not trusted.")
+            raise ReadError(f"The listed file {name!r} leads out of the run.", hint="Do not trust this source.")
         files[path.parent].add(path.name)
         for folder in path.parents[:-1]:
             folders[folder.parent].add(folder.name)
@@ -226,7 +228,7 @@ def _list_folders(names: Iterable[str]) -> Mapping[PurePosixPath, Listing]:
 def open_storage(
     address: Address, *, max_disk: int | None = None, show: Callable[[str], bool] = lambda name: True
 ) -> RemoteStorage:
-    """The files of an address that names one place; `max_disk` and `show` as of `RemoteStorage`.
+    """The storage of an address without patterns; for `max_disk` and `show` see `RemoteStorage`.
 
     Raises:
         HubError: there is no such revision, or the Hub refused, or cannot be reached.
@@ -237,29 +239,29 @@ def open_storage(
 
 
 def storages_of(paths: Iterable[AnyPath]) -> list[RemoteStorage]:
-    """The storages elsewhere that paths are of."""
+    """The remote storages of some paths."""
     return list({id(path.storage): path.storage for path in paths if isinstance(path, RemotePath)}.values())
 
 
 def local_path(path: AnyPath) -> Path | None:
-    """Where a file is on this machine; None where it is not."""
+    """Where a file is on this machine; None if it is not."""
     return path.storage.local(path) if isinstance(path, RemotePath) else path
 
 
-# --- what is downloaded whole ---
+# --- whole downloads ---
 
 
 @dataclass(frozen=True, slots=True)
 class Fetching:
-    """What is fetched of weights elsewhere, and how.
+    """How remote weights are fetched.
 
     Attributes:
-        whole: files that are downloaded before they are read.
-        whole_bytes: size of these.
-        kept_bytes: size of those that are on this machine already.
-        streamed_bytes: what is fetched as it is read, and never written.
-        directory: where what is downloaded goes.
-        room: how many bytes there is room for, or was asked for at most.
+        whole: files to download before they are read.
+        whole_bytes: their size.
+        kept_bytes: size of the files that are downloaded already.
+        streamed_bytes: bytes to fetch as they are read, never written to disk.
+        directory: where downloads go.
+        room: free bytes on disk, or the requested limit.
     """
 
     whole: tuple[RemotePath, ...]
@@ -271,13 +273,13 @@ class Fetching:
 
 
 def plan_fetching(readings: Mapping[RemotePath, float], *, other_bytes: int) -> Fetching:
-    """Say what is downloaded: what a disk is of use for, as far as there is room.
+    """Decide which files to download, within the room on disk, and which to stream.
 
-    It is of use where it saves a second reading, or where the file is of use to others, too. Without a bound, all of it
-    goes to the disk or nothing does: nobody asked to fill it.
+    A download pays off if a file is read more than once, or if the cache is shared with other programs. Without a
+    requested limit, all such files are downloaded or none: the disk is not filled unasked.
 
     Args:
-        readings: how often each weight file is read; less than once where only a sample is.
+        readings: how often each weight file is read; less than 1 for a sample.
         other_bytes: what else will be written to the disk.
     """
     trees = {path: path.storage.within(path)[0] for path in readings}
@@ -305,10 +307,10 @@ def plan_fetching(readings: Mapping[RemotePath, float], *, other_bytes: int) -> 
 
 
 def download_all(paths: Collection[RemotePath], on_bytes: OnBytes) -> None:
-    """Download files, several at the same time; an earlier attempt is continued. `on_bytes` is called in this thread.
+    """Download files, several at the same time, continuing earlier attempts. `on_bytes` is called in this thread.
 
     Raises:
-        HubError, ReadError: one could not be downloaded. What came of it stays.
+        HubError, ReadError: a download failed. The part received so far stays.
     """
     came: deque[int] = deque()
     over = threading.Event()
@@ -329,7 +331,7 @@ def download_all(paths: Collection[RemotePath], on_bytes: OnBytes) -> None:
 
 
 def _free_bytes(directory: Path) -> int:
-    """How much room there is where a directory is, or will be."""
+    """Free bytes on the disk of a directory that need not exist yet."""
     for each in (directory, *directory.parents):
         with suppress(OSError):
             return shutil.disk_usage(each).free

@@ -1,4 +1,4 @@
-"""A table that is kept for the next time, as JSON with a checksum: it is believed only as it was written."""
+"""Cached tables: JSON with a checksum, ignored if damaged or edited."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _CHECKSUM = "sha256"
 
 
 def load_table(file: AnyPath, version: int, *, most_bytes: int, follow: bool = True) -> dict[str, Any] | None:
-    """A table as it was written; empty where none can be read, None where it is not as it was written.
+    """Load a table; empty if it cannot be read, None if it was damaged or edited.
 
     Args:
-        file: where it is kept, on this machine or elsewhere.
-        version: which its `format` must be.
-        most_bytes: a larger file is none.
+        file: a local or remote file.
+        version: the expected `format`.
+        most_bytes: a larger file is not read.
         follow: whether the file may be a link.
     """
     try:
@@ -39,10 +39,10 @@ def load_table(file: AnyPath, version: int, *, most_bytes: int, follow: bool = T
 
 
 def save_table(file: AnyPath, table: Mapping[str, Any]) -> None:
-    """Keep a table, with its `format`, whole or not at all. What has the name and is not ours stays.
+    """Save a table with its `format`, whole or not at all. A file that is not ours is never replaced.
 
     Raises:
-        OSError, CkavgError: the system, or the storage, would not let us.
+        OSError, CkavgError: it cannot be written.
     """
     data = _as_bytes({**table, _CHECKSUM: _checksum(table)})
     if isinstance(file, RemotePath):
@@ -53,10 +53,9 @@ def save_table(file: AnyPath, table: Mapping[str, Any]) -> None:
 
 
 def not_believed(file: AnyPath, again: str) -> str:
-    """The warning where a table is not as it was written; what it held is, say, `measured` again."""
+    """The warning about a table that was damaged or edited; `again` says what happens, such as `measured`."""
     return (
-        f"{file} is not as this version of ckavg writes it: damaged, edited, or of another version. It is not "
-        f"believed; what it held is {again} again."
+        f"{file} is damaged, edited, or from another version of ckavg. It is ignored, and its values are {again} again."
     )
 
 

@@ -50,7 +50,7 @@ def test_a_link_to_weights_outside_is_refused(source: Path, tmp_path: Path) -> N
         write_checkpoint(source / f"checkpoint-{step}", weights(step), shards=2)
     for step, name in ((20, MODEL), (40, INDEX), (50, "model-00002-of-00002.safetensors")):
         linked(source / f"checkpoint-{step}" / name, tmp_path / "elsewhere" / name)
-        told = f"checkpoint-{step}/{name} is a link to {tmp_path}/elsewhere/{name}, outside of the directory"
+        told = f"checkpoint-{step}/{name} is a link to {tmp_path}/elsewhere/{name}, outside the directory"
         with pytest.raises(CkavgError, match=re.escape(told)):
             ckavg.open_run(source, steps=(10, step))
 

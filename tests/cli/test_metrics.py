@@ -277,14 +277,16 @@ def test_what_is_not_as_it_was_written_is_not_believed(run: Path, counted: tuple
         file.write_bytes(content)
         cache = EvaluationCache.load(opened, criterion)
         assert cache.values == {}, content[:200]
-        assert [warning.startswith(f"{file} is not as this version") for warning in cache.warnings] == [True]
+        assert [
+            warning.startswith(f"{file} is damaged, edited, or from another version") for warning in cache.warnings
+        ] == [True]
     file.write_bytes(resealed(table))
     assert EvaluationCache.load(opened, criterion).values == {key: tuple(pair)}
     file.write_bytes(wrong[-1])
     lines(runs)
     done = run_cli(*sweep)
     assert evaluations(done.stdout) == first
-    assert f"warning: {file} is not as this version of ckavg writes it" in done.stderr
+    assert f"warning: {file} is damaged, edited, or from another version of ckavg" in done.stderr
     assert lines(runs) == 1
     assert file.read_bytes() == sound
 

@@ -148,7 +148,7 @@ def test_what_passes_is_tried_again(hub: Hub, result: Path, stage: str, fault: i
         (404, "does not have it, or the token may not see it (404)", "hf auth whoami"),
         (409, "conflicts with what is there (409)", "Choose another name"),
         (418, "refused it (418)", "Change what it refuses"),
-        (429, "takes no more requests for now (429)", "Try again in 7 seconds"),
+        (429, "accepts no more requests for now (429)", "Try again in 7 seconds"),
         (503, "has an internal error (503)", "https://status.huggingface.co"),
         (DROPPED, "the connection to http://127.0.0.1", "curl -I http://127.0.0.1"),
         (PORTAL, "is not that of a Hub", "curl -I http://127.0.0.1"),
@@ -288,7 +288,7 @@ def test_a_commit_of_somebody_else(hub: Hub, result: Path, monkeypatch: pytest.M
         return refusal(412, "A commit has happened since. Please refresh and try again.")
 
     monkeypatch.setattr(server, "_commit", commit)
-    with pytest.raises(HubError, match=r"somebody else has changed the branch meanwhile \(412\)"):
+    with pytest.raises(HubError, match=r"the branch has changed meanwhile \(412\)"):
         ckavg.push(result, REPO)
     assert repo.messages == ["initial commit", "theirs"]
 

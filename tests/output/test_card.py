@@ -233,4 +233,4 @@ def test_a_card_that_leads_elsewhere_is_not_read(source: Path, tmp_path: Path) -
     (source / "checkpoint-30" / "README.md").symlink_to(tmp_path / "secret.md")
     result = ckavg.average(ckavg.open_run(source), ckavg.Mean())
     assert "license" not in fields_of((result.directory / "README.md").read_text())
-    assert any("outside of the directory that was named" in each for each in result.warnings)
+    assert any("outside the directory that was named" in each for each in result.warnings)

@@ -302,7 +302,7 @@ def test_an_edited_table_is_noticed_and_measured_anew(source: Path, what: str) -
     assert measured(source).bytes_read == 0
     edit(table, what)
     kept.write_text(json.dumps(table))
-    told = f"{kept} is not as this version of ckavg writes it"
+    told = f"{kept} is damaged, edited, or from another version of ckavg"
     assert any(told in warning for warning in ckavg.plan_average(ckavg.open_run(source), ckavg.PEMA()).warnings)
     assert not ckavg.plan_average(ckavg.open_run(source), ckavg.EMA()).warnings
     for words in (("path", source), ("pema", source, "--out", source / "second")):

@@ -134,13 +134,13 @@ def test_one_fails_and_all_end(
     else:
         assert jobs[other].returncode == 1
         if moment == "before joining":
-            expecting = rf"Rank {other} of 2 has waited 6 s in vain for rank {rank} in "
+            expecting = rf"Rank {other} of 2 waited 6 s for rank {rank}, which did not join in "
         elif act == KILL:
-            expecting = rf"Rank {rank} on {HOST} is gone without a word; the others give up\."
+            expecting = rf"Rank {rank} on {HOST} disconnected; stopping all ranks\."
         else:
             expecting = r"disk: broken\."
         if (moment, rank) == ("joining", 0):  # the other one may have come too late to have seen it
-            expecting = rf"({expecting}|Rank 1 of 2 has waited 6 s in vain for rank 0 in )"
+            expecting = rf"({expecting}|Rank 1 of 2 waited 6 s for rank 0, which did not join in )"
         assert re.search(f"^error: {expecting}", "\n".join(all_said), re.MULTILINE), errors
         assert len(all_said) <= 1 + (act == FAIL and moment in ("before joining", "joining"))
     assert "Traceback" not in "".join(errors)
@@ -163,7 +163,7 @@ def test_a_stopped_process_is_named_with_what_it_was_doing(
         jobs.append(start(each, 2, "pema", run, "--rank-timeout", 4, before=before))
     _, error = jobs[1 - rank].communicate(timeout=SECONDS)
     at = r", at '\w+', elements 0 to [\d,]+" if moment.startswith("pass") else ""
-    assert re.search(rf"^error: Rank {rank} on {HOST} has come no further for 4 s{at}", error, re.MULTILINE), error
+    assert re.search(rf"^error: Rank {rank} on {HOST} made no progress for 4 s{at}", error, re.MULTILINE), error
     assert jobs[1 - rank].returncode == 1
     jobs[rank].send_signal(signal.SIGCONT)
     jobs[rank].communicate(timeout=SECONDS)
@@ -217,7 +217,7 @@ def test_what_a_shell_remembers_of_another_job(
     place = run / "averaged" / f".{NAME}.ckavg-partial"
     line = said(jobs[0], "waits for")
     assert line.startswith(f"Rank {rank} of 2 waits for rank {1 - rank} in {place}. RANK, WORLD_SIZE and LOCAL_RANK")
-    assert line.endswith("to run one process by itself: env -u RANK ckavg …\n")
+    assert line.endswith("to run a single process: env -u RANK ckavg …\n")
     begun = time.monotonic()
     jobs[0].send_signal(signal.SIGINT)
     out, _ = jobs[0].communicate(timeout=SECONDS)

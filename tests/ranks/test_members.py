@@ -188,7 +188,7 @@ def test_an_error_is_raised_as_it_is(tmp_path: Path) -> None:
 def test_another_job_is_refused(tmp_path: Path) -> None:
     first = Member(tmp_path / f"{RANK_FILE}0", STATUS)
     for job in (Job(tmp_path, 1, 2, launch="other"), Job(tmp_path, 1, 3, launch="launch")):
-        with pytest.raises(OutputError, match=r"Another job is filling .* process 7 on host is its first"):
+        with pytest.raises(OutputError, match=r"Another job is writing to .* process 7 on host is its first"):
             job.join()
     first.close()
 

@@ -219,7 +219,9 @@ def test_one_part_is_done_once_at_a_time(run: Path, tmp_path: Path) -> None:
         assert first.poll() is None
     done = run_cli(*words)
     assert done.exit_code == 1
-    assert re.search(rf"error: Rank 0 of those that fill .* is there already: process {first.pid} on", done.stderr)
+    assert re.search(
+        rf"error: Rank 0 of the processes writing to .* exists already: process {first.pid} on", done.stderr
+    )
     done = run_cli("join", out)
     assert done.exit_code == 3
     assert "unfinished: Part 0/2 has not finished its share of the work that is going on." in done.stderr

@@ -51,7 +51,7 @@ ATTACKS = (
     "memory://run",
     "file://{specification}",
 )
-HINT = "is no address that is read"
+HINT = "unsupported address"
 
 
 @pytest.fixture(scope="module")
