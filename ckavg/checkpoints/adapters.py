@@ -1,7 +1,7 @@
-"""Low-rank adapters: which tensors are the factors of one product BA, how it is scaled, and what another rank changes.
+"""Low-rank adapters: which tensors are the factors of a product BA, its scaling, and what another rank changes.
 
-An adapter adds s·BA to a weight. PEFT and diffusers have α and r in a config, and s = α/r or, with `use_rslora`, α/√r;
-kohya's sd-scripts have a tensor α beside the factors. Knows names, shapes and configs; reads no weight.
+An adapter adds s·BA to a weight. PEFT and diffusers have α and r in a config, with s = α/r or, with `use_rslora`, α/√r;
+kohya's sd-scripts have a tensor α beside the factors. Uses names, shapes and configs; reads no weight.
 """
 
 from __future__ import annotations
@@ -22,53 +22,53 @@ from ckavg.errors import UnsupportedFormatError
 from ckavg.storage.local import parse_json
 
 DIFFUSERS_CONFIG = "lora_adapter_metadata"
-"""Under which diffusers keeps the configs of its adapters in a header, each key after the name of a component."""
+"""The header entry with diffusers' configs of adapters; its keys begin with the name of a component."""
 
 _PEFT, _PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<peft>[AB])\.weight|lora_embedding_(?P<embedding>[AB])|"
     r"lora[_.](?P<kohya>down|up)\.weight)|(?P<processor>.+_lora)\.(?P<diffusers>down|up)\.weight"
 )
-"""A factor as PEFT, sd-scripts and diffusers name it; `down` is A."""
+"""The names of factors in PEFT, sd-scripts and diffusers; `down` is A."""
 
 _FACTOR_PREFIXES = ("lora_", "hada_", "lokr_", "vera_lambda_")
-"""How parts of tensor names begin that hold a factor of a product: LoRA, LoHa, LoKr, VeRA."""
+"""Prefixes, in parts of tensor names, of factors of a product: LoRA, LoHa, LoKr, VeRA."""
 
 _OTHER = re.compile(
     r"(?:.*\.)?(?:lora_(?:mid|E|diag|magnitude\w*|[ab])|dora_scale|hada_\w+|lokr_\w+|oft_\w+|boft_\w+|vera_\w+)"
     r"(?:\..*)?"
 )
-"""What lies beside factors, or in their place, where the change of a weight is not s·BA."""
+"""Tensors beside or instead of factors which mean that the change of a weight is not s·BA."""
 
 _OTHER_METHODS = (
     "use_dora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config", "target_parameters",
 )  # fmt: skip
-"""Settings of PEFT with which it is not s·BA either, or not by these names."""
+"""Settings of PEFT that make it another product, or name the factors differently."""
 
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
-"""In a pattern of a config, which may be anybody's, what can keep a search busy for ever."""
+"""Repeated groups in a pattern: a config is not trusted, and they may make a search take forever."""
 
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` that leave the base model as it is; others take a part of that rank out of it."""
+"""Values of `init_lora_weights` that leave the base model unchanged; others remove a part of the adapter's rank."""
 
 _MERGE = (
-    "Leave out --lora product to average tensor by tensor; or merge each adapter into its base model and average those."
+    "Leave out --lora product to average tensor by tensor, or merge each adapter into its base model and average those."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The factors of one product: A (r, …) and B (…, r), which in convolutions have further axes of A, and of B of 1.
+    """The factors of one product: A (r, …) and B (…, r). In convolutions A has more axes, and B more axes of size 1.
 
     Attributes:
         a, b: the names of the tensors.
-        module: what they adapt, as its config names it.
-        config: how the names begin that its config is for; see `configs_of`.
+        module: the adapted module, as its config names it.
+        config: the prefix of tensor names that its config is for; see `configs_of`.
         rank: r.
-        scaling: s; None where the tensor `alpha` holds α = s·r.
-        alpha: the name of that tensor; empty where there is none.
+        scaling: s; None if the tensor `alpha` holds α = s·r.
+        alpha: the name of that tensor; empty without one.
         numel: elements of A, of B.
-        most: the greatest rank that a product of this shape can have.
+        most: the largest rank that a product of this shape can have.
     """
 
     a: str
@@ -87,7 +87,7 @@ class Pair:
         return (self.a, self.b, self.alpha) if self.alpha else (self.a, self.b)
 
     def new_rank(self, terms: int, rank: int | None) -> int:
-        """The rank of a sum of so many such products: of all their columns, or cut to `rank` where that is less."""
+        """The rank of a sum of `terms` such products: all their columns, or truncated to `rank` if that is less."""
         stacked = terms * self.rank
         return stacked if rank is None or stacked <= rank else min(rank, self.most)
 
@@ -96,11 +96,11 @@ def find_pairs(checkpoint: Checkpoint, facts: Facts) -> tuple[Pair, ...]:
     """The pairs of an adapter, by the name of A.
 
     Args:
-        checkpoint: any of the run.
+        checkpoint: any checkpoint of the run.
         facts: its configs.
 
     Raises:
-        UnsupportedFormatError: it holds no adapter, one whose product is not BA, or one without its scaling.
+        UnsupportedFormatError: it holds no adapter, or one whose product is not BA or whose scaling is unknown.
     """
     factors: dict[tuple[str, str], dict[str, str]] = {}
     for name in sorted(checkpoint.entries):
@@ -110,7 +110,7 @@ def find_pairs(checkpoint: Checkpoint, facts: Facts) -> tuple[Pair, ...]:
             key = found["module"] or found["processor"], kind
             factors.setdefault(key, {})["A" if half in ("A", "down") else "B"] = name
         elif _OTHER.fullmatch(name):
-            raise _unsupported(checkpoint, f"tensor {name!r} makes it another product than that of two factors")
+            raise _unsupported(checkpoint, f"because of tensor {name!r} it is not a product of two factors")
     if not factors:
         raise no_adapter(checkpoint)
     configs = configs_of(checkpoint, facts)
@@ -118,30 +118,30 @@ def find_pairs(checkpoint: Checkpoint, facts: Facts) -> tuple[Pair, ...]:
 
 
 def no_adapter(checkpoint: Checkpoint) -> UnsupportedFormatError:
-    """The error where there is no adapter to average."""
+    """The error if there is no adapter to average."""
     return UnsupportedFormatError(
-        f"{checkpoint.path} holds no low-rank adapter: no file of lora_A and lora_B, or lora_down and lora_up.",
-        hint="Leave out --lora: it is for adapters as PEFT, diffusers and sd-scripts save them.",
+        f"{checkpoint.path} holds no low-rank adapter: no file with lora_A and lora_B, or lora_down and lora_up.",
+        hint="Leave out --lora: it is for adapters saved by PEFT, diffusers or sd-scripts.",
     )
 
 
 def hold_factors(names: Iterable[str], prefixes: tuple[str, ...] = _FACTOR_PREFIXES) -> bool:
-    """Whether tensors, by their names, are factors of a product, as in low-rank adapters."""
+    """Whether tensors are named like the factors of low-rank adapters."""
     return any(part.startswith(prefixes) for name in names for part in name.split("."))
 
 
 def names_of_pairs(checkpoint: Checkpoint) -> frozenset[str]:
-    """The tensors of an adapter that make up its products, by their names alone."""
+    """The tensors of an adapter that belong to its products, judged by name only."""
     factors = {name: found for name in checkpoint.entries if (found := _FACTOR.fullmatch(name))}
     alphas = {f"{found['module'] or found['processor']}.alpha" for found in factors.values()}
     return frozenset(factors) | (alphas & checkpoint.entries.keys())
 
 
 def configs_of(checkpoint: Checkpoint, facts: Facts) -> dict[str, Mapping[str, Any]]:
-    """The configs of adapters by the beginning of the names of their tensors: `base_model.model.`, or `unet.`.
+    """The configs of adapters by the prefix of their tensors' names: `base_model.model.`, or `unet.`.
 
     Raises:
-        UnsupportedFormatError: the change of a weight is not s·BA; or there should be a config.
+        UnsupportedFormatError: the change of a weight is not s·BA, or the config is missing.
     """
     configs: dict[str, Mapping[str, Any]] = {}
     for shard in checkpoint.shards:
@@ -154,7 +154,7 @@ def configs_of(checkpoint: Checkpoint, facts: Facts) -> dict[str, Mapping[str, A
             name.startswith(f"{shard.part}{_PEFT_PREFIX}") for name in checkpoint.entries
         ):
             raise UnsupportedFormatError(
-                f"{shard.path} has no {ADAPTER_CONFIG} beside it, which tells how its products are scaled.",
+                f"{shard.path} has no {ADAPTER_CONFIG} beside it, so the scaling of its products is unknown.",
                 hint=f"Put the {ADAPTER_CONFIG} of the run into each checkpoint.",
             )
         configs |= {f"{shard.part}{name}.": each for name, each in _in_header(shard).items()}
@@ -162,16 +162,16 @@ def configs_of(checkpoint: Checkpoint, facts: Facts) -> dict[str, Mapping[str, A
         kind = str(config.get("peft_type", "LORA"))
         other = kind if kind != "LORA" else next((key for key in _OTHER_METHODS if config.get(key)), "")
         if other:
-            raise _unsupported(checkpoint, f"its config states {other}, whose product is not that of two factors")
+            raise _unsupported(checkpoint, f"its config states {other}, which is not a product of two factors")
     return configs
 
 
 def _unsupported(checkpoint: Checkpoint, why: str) -> UnsupportedFormatError:
-    return UnsupportedFormatError(f"{checkpoint.path} cannot be averaged by its products: {why}.", hint=_MERGE)
+    return UnsupportedFormatError(f"{checkpoint.path} cannot be averaged as products: {why}.", hint=_MERGE)
 
 
 def _in_header(shard: Shard) -> dict[str, dict[str, Any]]:
-    """The configs in the header of a file of diffusers, by component."""
+    """The configs in the header of a diffusers file, by component."""
     configs: dict[str, dict[str, Any]] = {}
     with suppress(ValueError, RecursionError):
         stated = parse_json(shard.metadata.get(DIFFUSERS_CONFIG, "{}"))
@@ -185,7 +185,7 @@ def _in_header(shard: Shard) -> dict[str, dict[str, Any]]:
 def _pair(
     checkpoint: Checkpoint, place: str, names: Mapping[str, str], configs: Mapping[str, Mapping[str, Any]]
 ) -> Pair:
-    """The pair of a module, its shapes checked."""
+    """The pair of a module, with its shapes checked."""
     if len(names) < 2:
         raise _unsupported(checkpoint, f"tensor {next(iter(names.values()))!r} has no partner")
     a, b = checkpoint.entries[names["A"]], checkpoint.entries[names["B"]]
@@ -205,7 +205,7 @@ def _pair(
 
 
 def _scaling(checkpoint: Checkpoint, module: str, rank: int, config: Mapping[str, Any]) -> float:
-    """The scaling s of a module by its config; 1 without one, as loaders have it."""
+    """The scaling s of a module from its config; 1 without one, like loaders."""
     if not config:
         return 1.0
     stated, alpha = (
@@ -220,7 +220,7 @@ def _scaling(checkpoint: Checkpoint, module: str, rank: int, config: Mapping[str
 
 
 def _matched(checkpoint: Checkpoint, patterns: object, module: str, default: Any) -> Any:
-    """What PEFT finds for a module: the value of the first pattern that its name ends in."""
+    """The value that PEFT uses for a module: that of the first pattern that its name ends in."""
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         if _REPEATED_GROUP.search(pattern):
             raise _unsupported(checkpoint, f"its config repeats a group in the pattern {pattern[:80]!r}")
@@ -238,9 +238,9 @@ Ranks = Mapping[str, int]
 
 
 def with_ranks(checkpoint: Checkpoint, pairs: tuple[Pair, ...], ranks: Ranks) -> Checkpoint:
-    """What a result of these ranks is like: the shapes of its tensors, and what its headers say.
+    """The checkpoint with these ranks: shapes of tensors, and header entries.
 
-    A tensor α is float32, which holds s·R whatever the factors are stored in.
+    A tensor α is float32, which can hold s·R for any dtype of the factors.
     """
     entries = dict(checkpoint.entries)
     for pair in pairs:
@@ -254,10 +254,10 @@ def with_ranks(checkpoint: Checkpoint, pairs: tuple[Pair, ...], ranks: Ranks) ->
 
 
 def with_config(config: Mapping[str, Any], prefix: str, pairs: tuple[Pair, ...], ranks: Ranks) -> dict[str, Any]:
-    """A config with such ranks, and such α that every s stays: the commonest of each, and patterns for the others."""
+    """A config with these ranks, and α that keep every s: the most common values, and patterns for the others."""
     own = [pair for pair in pairs if pair.config == prefix]
-    of_rank = math.sqrt if config.get("use_rslora") else float
-    alphas = {pair.module: _as_whole((pair.scaling or 0.0) * of_rank(ranks[pair.a])) for pair in own}
+    root = math.sqrt if config.get("use_rslora") else float
+    alphas = {pair.module: _as_whole((pair.scaling or 0.0) * root(ranks[pair.a])) for pair in own}
     new = {pair.module: ranks[pair.a] for pair in own}
     if not own:
         return dict(config)
@@ -272,18 +272,18 @@ def with_config(config: Mapping[str, Any], prefix: str, pairs: tuple[Pair, ...],
 
 
 def config_file(prefix: str) -> str:
-    """Where PEFT keeps the config of names that begin so, relative to the checkpoint."""
+    """The relative path of PEFT's config for a prefix of names."""
     return f"{prefix.removesuffix(_PEFT_PREFIX)}{ADAPTER_CONFIG}"
 
 
 def changes_base(config: Mapping[str, Any]) -> str:
-    """How the adapter was begun, where a loader takes a part of its rank out of the base model; else empty."""
-    begun = config.get("init_lora_weights")
-    return "" if begun in _PLAIN_INITS else str(begun)
+    """The initialization of the adapter if it changes the base model by a part of the adapter's rank; else empty."""
+    init = config.get("init_lora_weights")
+    return "" if init in _PLAIN_INITS else str(init)
 
 
 def _as_whole(value: float) -> float:
-    """α as an integer, where it is one but for roundings."""
+    """α as an integer if it is one except for rounding."""
     return round(value) if math.isclose(value, round(value), rel_tol=1e-15) else value
 
 

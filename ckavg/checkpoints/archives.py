@@ -1,6 +1,6 @@
-"""Stage *discover*: where the files lie in a zip archive of `torch.save`, so that their bytes are read in place.
+"""Stage *discover*: the position of every file in a zip archive of `torch.save`, so that it is read in place.
 
-Such an archive stores every file as it is. Its directory, at the end, is checked against the size of the archive, and
+Such an archive stores files uncompressed. Its directory, at the end, is checked against the size of the archive, and
 files may not overlap.
 """
 
@@ -17,16 +17,16 @@ from ckavg.storage.download import thread_map
 from ckavg.storage.local import storage_of
 
 FIRST_BYTES = b"PK\3\4"
-"""How an archive begins."""
+"""The first bytes of an archive."""
 
 _MOST_DIRECTORY_BYTES = 100_000_000
 _MOST_FILES = 500_000
 
 _TAIL_BYTES = (1 << 16) + (1 << 15)
-"""What is read of the end at once: the longest comment, and the directory of some 300 tensors."""
+"""Bytes of the first read at the end: the longest comment, and the directory of about 300 tensors."""
 
 _AHEAD_BYTES, _KEPT = 1 << 10, 4
-"""The order of bytes is told just behind the pickle."""
+"""The file with the byte order follows the pickle."""
 
 _END = struct.Struct("<4s4H2IH")
 _END_64 = struct.Struct("<4sQ2H2I4Q")
@@ -36,20 +36,20 @@ _LOCAL = struct.Struct("<4s5H3I2H")
 _DESCRIPTOR, _HAS_DESCRIPTOR, _ENCRYPTED = 16, 8, 1
 _LARGE, _LARGEST = 0xFFFF_FFFF, 1 << 62
 _ALIGNMENT = 64
-"""Where torch begins every file of an archive, in multiples of so many bytes."""
+"""torch aligns every file of an archive to this many bytes."""
 
 
 Read = Callable[[int, int], bytes]
-"""Gives the bytes of a file from one place to another."""
+"""Returns the bytes of a file from one offset to another."""
 
 
 class CutOffError(ValueError):
-    """An archive that has no end: it is still being written, or was cut off."""
+    """An archive without an end: it is still being written, or was cut off."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Where the bytes of one file lie in the archive, and whether they are its content, or compressed or encrypted."""
+    """The position of a file's bytes in the archive, and whether they are its plain content."""
 
     start: int
     nbytes: int
@@ -58,7 +58,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One file, as the directory of the archive tells it; its own header lies at `offset`."""
+    """One entry of the archive's directory; the file's own header is at `offset`."""
 
     name: str
     flags: int
@@ -68,16 +68,16 @@ class _Entry:
 
 
 def reader(path: AnyPath, size: int) -> Read:
-    """What reads from a file of `size` bytes, a little more each time, and keeps the last of what it has read.
+    """A function that reads from a file of `size` bytes; it reads ahead and caches the last read.
 
-    It raises ValueError where bytes lie outside of the file, CutOffError where that has become shorter, and what its
-    storage raises.
+    It raises ValueError for bytes outside the file, CutOffError if the file has become shorter, and errors of the
+    storage.
     """
     pieces: deque[tuple[int, bytes]] = deque(maxlen=_KEPT)
 
     def read(start: int, stop: int) -> bytes:
         if not 0 <= start <= stop <= size:
-            raise ValueError("something in it lies outside of it")
+            raise ValueError("it refers to bytes beyond its end")
         for begin, piece in tuple(pieces):
             if begin <= start and stop <= begin + len(piece):
                 return piece[start - begin : stop - begin]
@@ -106,16 +106,16 @@ def read_directory(read: Read, size: int, *, is_remote: bool) -> Mapping[str, Sp
         raise ValueError("its directory is damaged") from error
     starts = [entry.offset for entry in entries]
     if starts != sorted(set(starts)) or (starts and starts[0] != 0) or len(entries) < 2:
-        raise ValueError("its files overlap, or something lies before them")
+        raise ValueError("its files overlap, or other bytes precede them")
     spans = _spans(entries, start) or _spans_by_headers(entries, read, is_remote=is_remote)
     for entry, after in zip(entries, [*starts[1:], start], strict=True):
         if spans[entry.name].start + entry.nbytes > after:
-            raise ValueError(f"its file {entry.name[:80]!r} is longer than there is room for")
+            raise ValueError(f"its file {entry.name[:80]!r} is longer than its place in the archive")
     return spans
 
 
 def _find_directory(tail: bytes, begin: int, read: Read) -> tuple[int, int, int]:
-    """Where the directory begins and ends, and how many files it lists."""
+    """The offsets of the directory's begin and end, and how many files it lists."""
     place = tail.rfind(b"PK\5\6")
     if place < 0 or len(tail) - place < _END.size:
         raise CutOffError("it has no end")
@@ -133,7 +133,7 @@ def _find_directory(tail: bytes, begin: int, read: Read) -> tuple[int, int, int]
             if signature != b"PK\6\6" or where != stop or disk or first_disk or here != count:
                 raise ValueError("its end is damaged")
     if start + nbytes != stop or nbytes > _MOST_DIRECTORY_BYTES or count > _MOST_FILES:
-        raise ValueError("its directory does not lie before its end")
+        raise ValueError("its directory is not before its end record")
     return start, stop, count
 
 
@@ -152,16 +152,16 @@ def _parse_directory(data: bytes, count: int) -> list[_Entry]:
         if signature != b"PK\1\2" or at > len(data) or disk:
             raise ValueError("its directory is damaged")
         if packed > _LARGEST or offset > _LARGEST:
-            raise ValueError("its directory lies outside of it")
+            raise ValueError("its directory refers to bytes beyond it")
         is_stored = not method and packed == nbytes and not flags & _ENCRYPTED
         entries.append(_Entry(name, flags, packed, offset, is_stored))
     if len(entries) != count or len({entry.name for entry in entries}) != count:
-        raise ValueError("its directory lists a file twice, or not as many as it says")
+        raise ValueError("its directory lists a file twice, or states another number of files")
     return sorted(entries, key=lambda entry: entry.offset)
 
 
 def _large(extra: bytes, *values: int) -> list[int]:
-    """Sizes and offset of a large file, those that do not fit into 32 bits in a field behind its name."""
+    """Sizes and offset of a large file; those that need more than 32 bits are in a field after its name."""
     at = 0
     while at + 4 <= len(extra):
         kind, nbytes = struct.unpack_from("<HH", extra, at)
@@ -176,9 +176,9 @@ def _large(extra: bytes, *values: int) -> list[int]:
 
 
 def _spans(entries: list[_Entry], end: int) -> dict[str, Span] | None:
-    """Where the bytes of the files lie by the directory alone: before what describes them, and the next file.
+    """The positions of all files from the directory alone: a file ends before its descriptor and the next file.
 
-    None where one would not begin at a multiple of 64 bytes, as torch has them do: then each file has to be asked.
+    None if a file would not begin at a multiple of 64 bytes, as torch aligns them: then each header must be read.
     """
     spans: dict[str, Span] = {}
     for entry, after in itertools.zip_longest(entries, entries[1:]):
@@ -191,7 +191,7 @@ def _spans(entries: list[_Entry], end: int) -> dict[str, Span] | None:
 
 
 def _spans_by_headers(entries: list[_Entry], read: Read, *, is_remote: bool) -> dict[str, Span]:
-    """Where the bytes of the files lie by the header before each of them."""
+    """The positions of all files from the header before each of them."""
 
     def span(entry: _Entry) -> Span:
         name = entry.name.encode()
@@ -199,7 +199,7 @@ def _spans_by_headers(entries: list[_Entry], read: Read, *, is_remote: bool) -> 
         signature, _, _, method, _, _, _, _, _, name_bytes, extra = _LOCAL.unpack_from(header)
         is_other = header[_LOCAL.size :] != name or name_bytes != len(name) or (method and entry.is_stored)
         if signature != FIRST_BYTES or is_other:
-            raise ValueError(f"its file {entry.name[:80]!r} is another one than its directory says")
+            raise ValueError(f"its file {entry.name[:80]!r} has another name than in its directory")
         return Span(entry.offset + _LOCAL.size + name_bytes + extra, entry.nbytes, entry.is_stored)
 
     spans = thread_map(span, entries) if is_remote else map(span, entries)

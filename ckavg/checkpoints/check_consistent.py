@@ -1,7 +1,7 @@
 """Stage *discover*: do all checkpoints hold the same tensors? Compares headers, and reports every difference.
 
-Reads weights, only where nothing else tells: two files of one step, a head that may be the embedding, small files that
-training does not touch.
+Reads weights only if nothing else decides: two files of one step, a head that may be the embedding, small files that
+training does not change.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ckavg.storage.local import storage_of
 
 _SHOWN = 8
 _EMPTY = 10
-"""One tensor without elements in so many is more than chance."""
+"""Weights are ungathered if at least one in this many tensors is empty."""
 
 _AT_ONCE, _PEEK = 1 << 20, 1 << 16
 _SMALL = 16 << 20
-"""Bytes of a part of the model that is looked at whole, in every checkpoint."""
+"""Largest part of the model, in bytes, to read whole in every checkpoint."""
 
 _KINDS = {"model": "a whole model", "file": "a whole model", "adapter": "an adapter", "pipeline": "models in folders"}
 
@@ -34,9 +34,9 @@ def differences(
 
     Args:
         checkpoints: ordered by step.
-        anchor_is_init: the first one is a base model, which may be stored in another floating dtype than the run:
-            every tensor is widened before it is used, so the values are the same.
-        common_only: a tensor may be missing; where two checkpoints have it, shape and dtype must agree all the same.
+        anchor_is_init: the first one is a base model, which may have another floating dtype than the run: every tensor
+            is widened before use, so the values are the same.
+        common_only: a tensor may be missing; if two checkpoints have it, shape and dtype must be equal.
     """
     errors: list[CkavgError] = []
     for place, (before, after) in enumerate(itertools.pairwise(checkpoints)):
@@ -52,8 +52,10 @@ def differences(
 
 
 def ungathered(checkpoints: Sequence[Checkpoint]) -> list[CkavgError]:
-    """An error where weights were saved in pieces of which these files hold none: tensors without any elements."""
-    for checkpoint in {id(each.entries): each for each in reversed(checkpoints)}.values():  # equal tables are one
+    """An error for weights that were saved without being gathered: many tensors have no elements."""
+    for checkpoint in {
+        id(each.entries): each for each in reversed(checkpoints)
+    }.values():  # equal tables are the same object
         floating = {name: entry for name, entry in checkpoint.entries.items() if entry.is_floating}
         empty = [name for name, entry in floating.items() if entry.shape == (0,)]
         if not empty or (_EMPTY * len(empty) < len(floating) and not any(name.endswith("weight") for name in empty)):
@@ -62,8 +64,8 @@ def ungathered(checkpoints: Sequence[Checkpoint]) -> list[CkavgError]:
         return [
             UnsupportedFormatError(
                 f"{checkpoint.path} holds {len(empty)} tensors without elements, of {len(floating)}: {listed(empty)}.",
-                hint="They were saved without being gathered (DeepSpeed ZeRO-3). Where the checkpoint holds their "
-                f"pieces, in a folder such as global_step{checkpoint.step}, put them together: "
+                hint="They were saved without being gathered (DeepSpeed ZeRO-3). If the checkpoint holds their "
+                f"pieces, in a folder such as global_step{checkpoint.step}, join them: "
                 f"python {where}/zero_to_fp32.py {where} {where} --safe_serialization",
             )
         ]
@@ -71,10 +73,10 @@ def ungathered(checkpoints: Sequence[Checkpoint]) -> list[CkavgError]:
 
 
 def common_part(checkpoints: Sequence[Checkpoint]) -> tuple[list[Checkpoint], list[CkavgError], list[str]]:
-    """Leave out of the average what not every checkpoint has. What the last one has of it is marked to be copied.
+    """Leave out tensors that not every checkpoint has; those of the last checkpoint are marked to be copied.
 
     Returns:
-        The checkpoints; an error where nothing is left to average; warnings about what is copied or left out.
+        The checkpoints; an error if nothing is left to average; warnings about copied and dropped tensors.
     """
     last = checkpoints[-1].entries
     in_all = {name for name in last if all(name in each.entries for each in checkpoints)}
@@ -90,13 +92,13 @@ def common_part(checkpoints: Sequence[Checkpoint]) -> tuple[list[Checkpoint], li
         hint = "Choose others with --steps or --skip-step."
         errors.append(MismatchError("No floating tensor is in all checkpoints.", hint=hint))
     step = checkpoints[-1].step
-    told = (
-        (copied, f"Not in every checkpoint, so not averaged but copied from step {step}"),
+    texts = (
+        (copied, f"Not in every checkpoint, so copied from step {step} instead of averaged"),
         (dropped, f"Not in every checkpoint, nor at step {step}, so left out"),
     )
     warnings = [
         f"{text}: {len(names)} tensor{'s' if len(names) > 1 else ''} ({listed(names)})."
-        for names, text in told
+        for names, text in texts
         if names
     ]
     return [each.with_copied(copied) for each in checkpoints], errors, warnings
@@ -108,14 +110,14 @@ def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
 
 
 def tied_copies(checkpoints: Sequence[Checkpoint], tied: Sequence[bool | None]) -> dict[str, str]:
-    """Tensors that only some checkpoints store, as copies of another one: heads that are tied to the embedding.
+    """Tensors that only some checkpoints store, as copies of another tensor: heads tied to the embedding.
 
     Args:
         checkpoints: ordered by step.
-        tied: whether the config of each ties them; None where it does not say.
+        tied: whether the config of each ties them; None if it does not say.
 
     Returns:
-        The tensor of which each is a copy, by name.
+        The original of each copy, by name.
     """
     if any(each is False for each in tied) or len({id(each.entries) for each in checkpoints}) == 1:
         return {}
@@ -133,7 +135,7 @@ def tied_copies(checkpoints: Sequence[Checkpoint], tied: Sequence[bool | None]) 
 
 
 def constant_parts(checkpoints: Sequence[Checkpoint]) -> frozenset[str]:
-    """The floating tensors of small parts beside the model that are the same in every checkpoint: normalizers, say."""
+    """The floating tensors of small parts beside the model, such as normalizers, that are equal in all checkpoints."""
     last, *others = checkpoints[::-1]
     names: set[str] = set()
     for part in last.parts:
@@ -146,7 +148,7 @@ def constant_parts(checkpoints: Sequence[Checkpoint]) -> frozenset[str]:
 
 
 def changing(checkpoints: Sequence[Checkpoint]) -> list[CkavgError]:
-    """An error where a tensor that can only be copied begins otherwise in one checkpoint than in another."""
+    """An error if a tensor that can only be copied has different first bytes in two checkpoints."""
     names = [name for name, entry in checkpoints[-1].entries.items() if entry.must_be_constant]
     for name in names:
         holders = [each for each in checkpoints if name in each.entries]
@@ -186,18 +188,18 @@ def _compare(before: Checkpoint, after: Checkpoint, *, any_float: bool, common_o
     if prefix is not None:
         longer, shorter = (after, before) if prefix[1] else (before, after)
         return [
-            f"step {longer.step}: the names of all tensors begin with {prefix[0]!r}, and are those of step "
-            f"{shorter.step} otherwise: a trainer has wrapped the model"
+            f"step {longer.step}: the names of all tensors begin with {prefix[0]!r}, and are otherwise those of step "
+            f"{shorter.step}: a trainer has wrapped the model"
         ]
     lines: list[str] = []
     if not common_only:
         lines += [
-            f"step {after.step}: tensor {name!r} is missing, but there at step {before.step}"
+            f"step {after.step}: tensor {name!r} is missing, but present at step {before.step}"
             for name in before.entries
             if name not in after.entries
         ]
         lines += [
-            f"step {after.step}: tensor {name!r} is new, not there at step {before.step}"
+            f"step {after.step}: tensor {name!r} is new, absent at step {before.step}"
             for name in after.entries
             if name not in before.entries
         ]
@@ -239,8 +241,8 @@ def _read(checkpoint: Checkpoint, name: str, start: int, stop: int) -> bytes:
 
 
 def _prefix_between(before: Checkpoint, after: Checkpoint) -> tuple[str, bool] | None:
-    """What the names of one checkpoint begin with, and those of the other do not, where they are alike but for that;
-    and whether it is the later one whose names are longer.
+    """The prefix by which all names of one checkpoint differ from those of the other, if that is the only difference;
+    and whether the later one has it.
     """
     for shorter, longer, is_after in ((before, after, True), (after, before, False)):
         first = max(shorter.entries, key=len)

@@ -35,14 +35,14 @@ from ckavg.storage.base import AnyPath, RemotePath
 from ckavg.storage.local import Bounds, problem_with, read_object, size_of, storage_of
 
 WHOLE = "model.safetensors"
-"""The name of the weights of a result whose checkpoints are in pieces, where one file holds them."""
+"""The name of a result's single weight file if its checkpoints are in pieces."""
 
 RESULT_RECORD = "ckavg.json"
-"""A directory with this file in it is a result, never a checkpoint."""
+"""A directory with this file is a result, never a checkpoint."""
 
 MOST_SHARDS = 10_000
 MOST_TENSORS = 1_000_000
-"""Of one checkpoint. The largest models that are published have a few hundred files and some 100,000 tensors."""
+"""Limits for one checkpoint. The largest published models have a few hundred files and about 100,000 tensors."""
 
 _MOST_INDEX_BYTES = 1 << 28
 _SHARD_OF = re.compile(r".*-(\d+)-of-(\d+)\.safetensors", re.ASCII)
@@ -64,16 +64,16 @@ def read_checkpoint(
 
     Args:
         path, step: of the checkpoint.
-        within: where links may lead; None: `path`.
+        within: the directory that links must not leave; None: `path`.
         prefix: see `Selection`.
         known: headers of other checkpoints of the run; see `read_header`.
 
     Raises:
-        MissingShardError: a shard is not there, or the directory holds no weights.
+        MissingShardError: a shard is missing, or the directory holds no weights.
         TruncatedShardError: a shard is shorter than its header says.
-        CorruptFileError: a file is damaged or no plain file, or the index and the shards disagree.
+        CorruptFileError: a file is damaged or not a plain file, or the index and the shards disagree.
         UnsupportedFormatError: the weights are in another format.
-        ReadError: the system would not let us read it, or a link leads out of what was named.
+        ReadError: it cannot be read, or a link leads out of the named directory.
         CombinedError: more than one of these.
     """
     bounds = Bounds.of(path, within or path)
@@ -105,7 +105,7 @@ def read_checkpoint(
 def _read_distributed(
     path: AnyPath, step: int, prefix: str | None, bounds: Bounds, left_out: list[LeftOut]
 ) -> Checkpoint:
-    """What torch.distributed.checkpoint saved in a directory without safetensors."""
+    """Read a torch.distributed.checkpoint in a directory without safetensors."""
     try:
         folder, others = find_distributed(path)
     except OSError as error:
@@ -118,20 +118,20 @@ def _read_distributed(
 
 
 def _read_file(path: AnyPath, step: int, known: KnownHeaders | None) -> Checkpoint:
-    found = problem_with(path, Bounds((Path("/"),)))  # named by itself, a link may lead anywhere
+    found = problem_with(path, Bounds((Path("/"),)))  # a file that the user named may be a link to anywhere
     raise_all([] if found is None else [found])
     if path.suffix != WEIGHTS and not is_pickled(path.name) and path.is_file() and holds_unsupported(path):
         raise _no_weights(path, [])
     if isinstance(path, Path) and path.is_symlink() and not path.exists():
         raise MissingShardError(
-            f"{path} is a link to {path.readlink()}, which leads to nothing.",
-            hint="Restore what it led to, or remove the link. --skip-incomplete leaves the checkpoint out.",
+            f"{path} is a link to {path.readlink()}, which does not exist.",
+            hint="Restore its target, or remove the link. --skip-incomplete leaves the checkpoint out.",
         )
     return _assemble(path, step, "file", [_Group("", path.parent, (path,))], [], known)
 
 
 def own_folders(path: AnyPath) -> frozenset[str]:
-    """The folders that a pipeline of diffusers names as its own, whatever they are called."""
+    """The folders that a diffusers pipeline lists as its components."""
     with suppress(OSError, ValueError):
         return frozenset({"scheduler", *read_object(path / "model_index.json", _MOST_INDEX_BYTES)})
     return frozenset()
@@ -139,7 +139,7 @@ def own_folders(path: AnyPath) -> frozenset[str]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Group:
-    """Weight files that are loaded as one: how its tensors' names begin, and in which file the index puts each."""
+    """Weight files that are loaded together: the prefix of their tensors, and the file of each tensor by the index."""
 
     part: str
     folder: AnyPath
@@ -149,7 +149,7 @@ class _Group:
 
 
 def _groups(weights: Weights, path: AnyPath, bounds: Bounds) -> tuple[list[_Group], list[LeftOut]]:
-    """The weights of a folder, and what lies beside them."""
+    """The weights of a folder, and other weight files beside them."""
     folder = weights.folder
     placed, files = None, dict(weights.pickled)
     if weights.index:
@@ -178,7 +178,7 @@ def _groups(weights: Weights, path: AnyPath, bounds: Bounds) -> tuple[list[_Grou
 
 
 def _index_of(weights: Weights) -> str:
-    """The name of the index of some weights; empty where there is none."""
+    """The name of the index of some weights; empty if there is none."""
     if not weights.pickled or not weights.index:
         return weights.index
     names = storage_of(weights.folder).list(weights.folder).files
@@ -232,7 +232,9 @@ def _assemble(
             continue
         if any(SHARDED in header.metadata for header in headers.values()):
             if any(each.folder in (group.folder / "consolidated", group.folder.parent) for each in groups):
-                left_out += [("copy", file.relative_to(path).as_posix()) for file in group.files]  # put together there
+                left_out += [
+                    ("copy", file.relative_to(path).as_posix()) for file in group.files
+                ]  # a joined copy of the pieces
             else:
                 sliced.append((group, headers))
             continue
@@ -263,7 +265,7 @@ def _assemble(
 def _join_sliced(
     path: AnyPath, step: int, sliced: Sequence[tuple[_Group, Mapping[AnyPath, Header]]], left_out: Sequence[LeftOut]
 ) -> Checkpoint:
-    """The tensors whose slices torch.distributed.checkpoint wrote as safetensors."""
+    """A checkpoint whose slices torch.distributed.checkpoint wrote as safetensors."""
     files = [(file, header) for _, headers in sliced for file, header in headers.items()]
     shards: list[Shard] = []
     found: list[tuple[str, TensorInfo, tuple[int, ...]]] = []
@@ -273,7 +275,7 @@ def _join_sliced(
         try:
             starts = read_slices(header.metadata.get(SHARDED, "{}"))
         except ValueError as error:
-            raise CorruptFileError(f"{file} does not tell where its slices begin: {error}.", hint=_REWRITE) from error
+            raise CorruptFileError(f"{file} does not state where its slices begin: {error}.", hint=_REWRITE) from error
         for name, entry in header.entries.items():
             start = starts.get(name, (0,) * len(entry.shape))
             found.append((name, dataclasses.replace(entry, shard=number), start))
@@ -287,7 +289,7 @@ def _join_sliced(
 def _headers(
     path: AnyPath, group: _Group, *, first: int, known: KnownHeaders | None
 ) -> tuple[dict[AnyPath, Header], list[LeftOut]]:
-    """The headers of the files, and what is left out of them: of pickles, those that hold no tensors, too."""
+    """The headers of the files, and what is left out of them, including pickles without tensors."""
     headers: dict[AnyPath, Header] = {}
     left_out: list[LeftOut] = []
     errors: list[CkavgError] = []
@@ -317,11 +319,11 @@ def _headers(
 
 
 def _parts(group: _Group, headers: Mapping[AnyPath, Header]) -> dict[AnyPath, str]:
-    """How the names of the tensors of each file begin. Files of one folder that are not loaded as one may each hold
-    tensors of the same names: `actor.safetensors` beside `critic.safetensors`.
+    """The prefix for the tensors of each file. Separate models in one folder may have the same tensor names:
+    `actor.safetensors` beside `critic.safetensors`.
 
     Raises:
-        CorruptFileError: files that are loaded as one hold the same tensors.
+        CorruptFileError: files that are loaded together hold the same tensors.
     """
     seen: dict[str, AnyPath] = {}
     twice: dict[str, tuple[AnyPath, AnyPath]] = {}
@@ -347,7 +349,7 @@ def _parts(group: _Group, headers: Mapping[AnyPath, Header]) -> dict[AnyPath, st
 def _missing(
     path: AnyPath, names: Sequence[str], present: frozenset[str], files: Mapping[str, str]
 ) -> list[CkavgError]:
-    """The error where files are not there, each of which has its name in `files`, or that of safetensors."""
+    """The error for missing files; `files` gives the names of those that are not safetensors."""
     absent = [name for name in names if name not in present]
     if not absent:
         return []
@@ -356,7 +358,7 @@ def _missing(
 
 
 def _missing_of_count(path: AnyPath, files: Sequence[str]) -> list[CkavgError]:
-    """Shards named `…-00002-of-00003` state how many there should be."""
+    """The error for missing shards: names such as `…-00002-of-00003` state how many there are."""
     present = frozenset(files)
     errors: list[CkavgError] = []
     counted = [match for file in sorted(files) if (match := _SHARD_OF.fullmatch(file))]
@@ -385,5 +387,5 @@ def _no_weights(path: AnyPath, left_out: Sequence[LeftOut]) -> CkavgError:
         return CorruptFileError(f"{path} holds no state dict{of_files}, tensors by name.", hint=_REWRITE)
     return foreign or MissingShardError(
         f"{path} holds no weights.",
-        hint="It is still being written, perhaps; --skip-incomplete leaves it out, and so does --skip-step.",
+        hint="It may still be being written; leave it out with --skip-incomplete or --skip-step.",
     )

@@ -1,7 +1,7 @@
-"""Stage *discover*: what configs and headers say. Are they of one model, and can it be averaged?
+"""Stage *discover*: check configs and headers. Do they describe one model, and can it be averaged?
 
-Trainers write into headers what no other file tells: the alpha of an adapter, the steps it was trained for, the name of
-the run. Reads `config.json` and `adapter_config.json`, and trusts neither; opens no weight file.
+Trainers put values into headers that are nowhere else: the alpha of an adapter, the steps it was trained for, the name
+of the run. Reads `config.json` and `adapter_config.json`, and trusts neither; opens no weight file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _BEHAVIOUR = (
     "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "layer_norm_eps", "attn_logit_softcapping",
     "num_experts_per_tok",
 )  # fmt: skip
-"""What changes the function of the same weights: the result is run with that of the last checkpoint."""
+"""Settings that change what the same weights compute; a result has those of the last checkpoint."""
 
 _ADAPTER_IDENTITY = (
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
@@ -45,7 +45,7 @@ _PACKED = re.compile(
 )
 _CODEBOOKS = frozenset({"absmax", "centroid", "centroids", "codebook", "codebooks", "lut"})
 _BESIDE_CODES = _CODEBOOKS | {"scale", "scales", "scb", "wscales", "zero", "zeros", "zp", "qzeros"}
-"""Words in the names of what lies beside the codes of quantized weights."""
+"""Words in the names of tensors that accompany the codes of quantized weights."""
 
 _NEUTRAL = frozenset({"and", "data", "inv", "point", "points", "q", "qdata", "quant", "w", "weight"})
 
@@ -54,11 +54,11 @@ _CODES = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "F8_E4M3", "F8_E5M2"
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the configs of one checkpoint say; empty where there are none.
+    """The configs of one checkpoint; empty if there are none.
 
     Attributes:
-        configs: `config.json` by the folder that it is in.
-        adapters: `adapter_config.json` likewise, where the folder holds an adapter.
+        configs: `config.json` by its folder.
+        adapters: `adapter_config.json` by its folder, for folders with an adapter.
     """
 
     configs: Mapping[str, Mapping[str, Any]]
@@ -66,19 +66,19 @@ class Facts:
 
 
 def read_facts(checkpoint: Checkpoint) -> Facts:
-    """Read the configs of a checkpoint. Of a single file there are none: what lies beside need not be its own."""
+    """Read the configs of a checkpoint. A single file has none: a config beside it need not belong to it."""
     if checkpoint.kind == "file":
         return Facts({}, {})
-    of_adapters = {shard.path.parent for shard in checkpoint.shards if shard.saved_as in ADAPTERS}
+    adapter_folders = {shard.path.parent for shard in checkpoint.shards if shard.saved_as in ADAPTERS}
     places = {folder: checkpoint.path / folder for folder in checkpoint.folders}
     return Facts(
-        {folder: _read(place / CONFIG) for folder, place in places.items() if place not in of_adapters},
-        {folder: _read(place / ADAPTER_CONFIG) for folder, place in places.items() if place in of_adapters},
+        {folder: _read(place / CONFIG) for folder, place in places.items() if place not in adapter_folders},
+        {folder: _read(place / ADAPTER_CONFIG) for folder, place in places.items() if place in adapter_folders},
     )
 
 
 def ties_embeddings(facts: Facts) -> bool | None:
-    """Whether the configs say that the head is the embedding; None where they do not say."""
+    """Whether the configs tie the head to the embedding; None if they do not say."""
     stated = [
         each["tie_word_embeddings"]
         for config in facts.configs.values()
@@ -89,8 +89,8 @@ def ties_embeddings(facts: Facts) -> bool | None:
 
 
 def without_shared(checkpoint: Checkpoint, facts: Facts) -> Checkpoint:
-    """A checkpoint as transformers would have saved it as safetensors: of tensors that are one in memory, as a pickle
-    tells, the first alone, unless the config denies that they are tied.
+    """A checkpoint as transformers would save it as safetensors: of tensors that share memory in a pickle, only the
+    first, unless the config says that they are not tied.
     """
     if not any("model_type" in config for config in facts.configs.values()) or ties_embeddings(facts) is False:
         return checkpoint
@@ -102,7 +102,7 @@ def without_shared(checkpoint: Checkpoint, facts: Facts) -> Checkpoint:
 
 
 def quantized(checkpoints: Sequence[Checkpoint], facts: Sequence[Facts]) -> list[CkavgError]:
-    """One error where weights are quantized, by the names of their tensors or by their config."""
+    """One error if weights are quantized, by the names of their tensors or by their config."""
     found = [
         (checkpoint, sign)
         for checkpoint, each in zip(checkpoints, facts, strict=True)
@@ -116,7 +116,7 @@ def quantized(checkpoints: Sequence[Checkpoint], facts: Sequence[Facts]) -> list
     return [
         UnsupportedFormatError(
             f"{first.path} is quantized ({sign}){more}.",
-            hint="Quantized weights do not average. Average the checkpoints as they were before quantizing"
+            hint="Quantized weights cannot be averaged. Average the checkpoints from before quantizing"
             + (", or convert them:" if loadable else "."),
             command=dequantized(loadable) if loadable else "",
         )
@@ -126,8 +126,9 @@ def quantized(checkpoints: Sequence[Checkpoint], facts: Sequence[Facts]) -> list
 def contradictions(
     checkpoints: Sequence[Checkpoint], facts: Sequence[Facts], *, anchor_is_init: bool
 ) -> tuple[list[CkavgError], list[str]]:
-    """Errors where two checkpoints are of different models, and warnings where they may be. An anchor apart from the
-    run may be a model without its head.
+    """Errors if two checkpoints are of different models, and warnings if they may be.
+
+    An anchor given with `init` may be a model without its head.
     """
     errors: list[CkavgError] = []
     warnings: list[str] = []
@@ -139,16 +140,16 @@ def contradictions(
             where = f"{part}/{CONFIG}" if part else CONFIG
             errors += _different(steps, where, one, other, identity)
             warnings += [
-                f"{where} states another {key} at {steps[0]} than at {steps[1]}; the result takes that of the last "
+                f"{where} states another {key} at {steps[0]} than at {steps[1]}; the result has that of the last "
                 "checkpoint."
                 for key in _changed(one, other, _BEHAVIOUR)
             ]
         for part in before.adapters.keys() & after.adapters.keys():
             one, other = before.adapters[part], after.adapters[part]
             errors += _different(steps, ADAPTER_CONFIG, one, other, _ADAPTER_IDENTITY)
-            of_base, of_targets = _about_adapters(steps, one, other)
-            errors += of_base
-            warnings += of_targets
+            different_bases, different_targets = _about_adapters(steps, one, other)
+            errors += different_bases
+            warnings += different_targets
     return errors, warnings
 
 
@@ -160,7 +161,7 @@ def _read(path: AnyPath) -> dict[str, Any]:
 
 def _sign_of_quantization(checkpoint: Checkpoint, facts: Facts) -> str | None:
     others = {name: entry for name, entry in checkpoint.entries.items() if entry.dtype not in FLOATING}
-    beside: dict[str, list[frozenset[str]]] = defaultdict(list)  # what may belong to codes, by module
+    beside: dict[str, list[frozenset[str]]] = defaultdict(list)  # tensors that may accompany codes, by module
     for name in checkpoint.entries if others else ():
         module, last = _split(name)
         if _words(last) & _BESIDE_CODES:
@@ -184,22 +185,22 @@ def _words(name: str) -> frozenset[str]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The module of a tensor, and its name in there."""
+    """The module of a tensor, and its name in it."""
     place = max(name.rfind(mark) for mark in "./:")
     return name[: max(place, 0)], name[place + 1 :]
 
 
 def _is_packed(name: str, entry: TensorInfo, entries: Mapping[str, TensorInfo], beside: _Words) -> bool:
-    """Whether a tensor that is not averaged holds codes, by its name or by scales or codebooks beside it."""
+    """Whether a copied tensor holds codes, by its name or by scales or codebooks beside it."""
     if _PACKED.fullmatch(name) or (name.endswith("_blocks") and f"{name.removesuffix('blocks')}scales" in entries):
         return True
     module, last = _split(name)
     own = _words(last)
-    # in its module, of its name or of none: weight_scale and scale beside weight, but not logit_scale beside bias
+    # in its module, with its name or without one: weight_scale and scale beside weight, but not logit_scale beside bias
     words = {word for each in beside.get(module, []) if not each - _BESIDE_CODES - _NEUTRAL - own for word in each}
     words |= {word for each in beside.get(name, []) for word in each}
-    of_codes = entry.dtype in _CODES or (entry.dtype == "I64" and bool(words & _CODEBOOKS))
-    return of_codes and entry.numel > 1 and not own & _BESIDE_CODES and bool(words & _BESIDE_CODES)
+    may_be_codes = entry.dtype in _CODES or (entry.dtype == "I64" and bool(words & _CODEBOOKS))
+    return may_be_codes and entry.numel > 1 and not own & _BESIDE_CODES and bool(words & _BESIDE_CODES)
 
 
 def _different(
@@ -208,7 +209,7 @@ def _different(
     return [
         MismatchError(
             f"{steps[0]}: {where} states {key} {_short(after[key])}, but {_short(before[key])} at {steps[1]}.",
-            hint="Checkpoints of different models do not average. Move the foreign ones away, or leave them out with "
+            hint="Checkpoints of different models cannot be averaged. Move the others away, or leave them out with "
             "--from-step, --to-step or --last.",
         )
         for key in _changed(before, after, keys)
@@ -226,7 +227,7 @@ def _about_adapters(
         if one == other:
             warnings.append(
                 f"{steps[0]} names its base model {_short(after[key])}, {steps[1]} {_short(before[key])}. They are "
-                "taken to be one model in two places."
+                "assumed to be one model in two places."
             )
         else:
             errors += _different(steps, ADAPTER_CONFIG, before, after, (key,))
@@ -236,14 +237,14 @@ def _about_adapters(
     )
     if old is not None and new is not None and old != new:
         warnings.append(
-            f"{ADAPTER_CONFIG} states other target_modules at {steps[0]} than at {steps[1]}; the result takes those of "
+            f"{ADAPTER_CONFIG} states other target_modules at {steps[0]} than at {steps[1]}; the result has those of "
             "the last checkpoint."
         )
     return errors, warnings
 
 
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    """The keys that both have, with different values."""
+    """Keys that both have with different values."""
     return [
         key for key in keys if before.get(key) is not None and after.get(key) is not None and before[key] != after[key]
     ]
@@ -252,7 +253,7 @@ def _changed(before: Mapping[str, Any], after: Mapping[str, Any], keys: Sequence
 # --- headers ---
 
 _RUN_NAME = "ss_output_name"
-"""Under which sd-scripts and its kin keep the name of a run."""
+"""The header entry with the name of the run in sd-scripts and similar trainers."""
 
 _HEADER_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", re.ASCII)
 _PROGRESS = frozenset(
@@ -262,7 +263,7 @@ _PROGRESS = frozenset(
         "time", "timestamp", "tokens",
     }
 )  # fmt: skip
-"""Words of what changes while a run goes on."""
+"""Words in the names of entries that change during a run."""
 
 _MEANING = frozenset(
     {
@@ -272,24 +273,24 @@ _MEANING = frozenset(
         "type", "v",
     }
 )  # fmt: skip
-"""Words of what a loader needs to make the right model of the same tensors."""
+"""Words in the names of entries that a loader needs to build the right model."""
 
 _HASH = frozenset({"checksum", "crc", "digest", "hash", "md", "sha", "sha1", "sha256", "sha512"})
 
 
 def several_named_runs(checkpoints: Sequence[Checkpoint]) -> list[CkavgError]:
-    """An error where headers name more than one run."""
-    of_run: dict[str, list[str]] = {}
+    """An error if headers name more than one run."""
+    by_run: dict[str, list[str]] = {}
     for checkpoint in checkpoints:
         for name in {shard.metadata[_RUN_NAME] for shard in checkpoint.shards if _RUN_NAME in shard.metadata}:
-            of_run.setdefault(name, []).append(checkpoint.path.name)
-    if len(of_run) < 2:
+            by_run.setdefault(name, []).append(checkpoint.path.name)
+    if len(by_run) < 2:
         return []
-    named = "; ".join(f"{_short(name)} ({listed(names)})" for name, names in of_run.items())
+    named = "; ".join(f"{_short(name)} ({listed(names)})" for name, names in by_run.items())
     return [
         MixedOrderError(
-            f"The checkpoints are of {len(of_run)} runs, by {_RUN_NAME} in their headers: {named}.",
-            hint="Choose those of one run by their names with --match, or by their steps with --steps.",
+            f"The checkpoints belong to {len(by_run)} runs, by {_RUN_NAME} in their headers: {named}.",
+            hint="Choose one run by names with --match, or by steps with --steps.",
         )
     ]
 
@@ -297,27 +298,28 @@ def several_named_runs(checkpoints: Sequence[Checkpoint]) -> list[CkavgError]:
 def contradicting_headers(
     checkpoints: Sequence[Checkpoint], *, anchor_is_init: bool
 ) -> tuple[list[CkavgError], list[str], frozenset[str]]:
-    """Errors where headers make different models of the same tensors, warnings where they may, and the entries that
-    hold for one file alone. What the header of an anchor apart from the run lacks is no difference.
+    """Errors if headers describe different models, warnings if they may, and the entries that belong to one file only.
+
+    An entry missing from the header of an anchor given with `init` is not a difference.
     """
     errors: list[CkavgError] = []
     warnings: list[str] = []
     hashes: set[str] = set()
     last = checkpoints[-1]
     for part in last.parts:
-        of_last = _metadata_of(last, part)
+        own = _metadata_of(last, part)
         for checkpoint in checkpoints[:-1]:
             other = _metadata_of(checkpoint, part)
             from_elsewhere = anchor_is_init and checkpoint is checkpoints[0]
-            keys = other.keys() & of_last.keys() if from_elsewhere else other.keys() | of_last.keys()
-            differing = sorted(key for key in keys if not _alike(other.get(key), of_last.get(key)))
+            keys = other.keys() & own.keys() if from_elsewhere else other.keys() | own.keys()
+            differing = sorted(key for key in keys if not _alike(other.get(key), own.get(key)))
             hashes |= {key for key in differing if _tells(key) == "hash"}
             meant = [key for key in differing if _tells(key) == "meaning"]
             if meant:
-                errors.append(_different_headers(checkpoint, last, meant, other, of_last))
+                errors.append(_different_headers(checkpoint, last, meant, other, own))
             if not from_elsewhere:
                 warnings += [
-                    f"The headers of the weights state different values of {_short(key)}; the result takes that of the "
+                    f"The headers of the weights state different values of {_short(key)}; the result has that of the "
                     "last one."
                     for key in differing
                     if _tells(key) == "more"
@@ -326,7 +328,7 @@ def contradicting_headers(
 
 
 def without_entries(checkpoint: Checkpoint, entries: frozenset[str]) -> Checkpoint:
-    """The checkpoint whose headers lack some entries, those apart that are computed anew."""
+    """The checkpoint without some entries of its headers; hashes are kept, since they are recomputed."""
     dropped = entries - KNOWN_HASHES.keys()
     if not any(dropped & shard.metadata.keys() for shard in checkpoint.shards):
         return checkpoint
@@ -342,21 +344,20 @@ def _metadata_of(checkpoint: Checkpoint, part: str) -> dict[str, str]:
 
 
 def _different_headers(
-    checkpoint: Checkpoint, last: Checkpoint, keys: Sequence[str], other: Mapping[str, str], of_last: Mapping[str, str]
+    checkpoint: Checkpoint, last: Checkpoint, keys: Sequence[str], other: Mapping[str, str], own: Mapping[str, str]
 ) -> MismatchError:
-    told = ", ".join(
-        f"{key} is {_short(of_last.get(key, 'not there'))}, but {_short(other.get(key, 'not there'))}"
-        for key in keys[:4]
+    differing = ", ".join(
+        f"{key} is {_short(own.get(key, 'not there'))}, but {_short(other.get(key, 'not there'))}" for key in keys[:4]
     )
     return MismatchError(
-        f"step {last.step}: in the header of the weights, {told} at step {checkpoint.step}.",
-        hint="The same tensors mean different models there. Choose checkpoints that agree, with --from-step, --to-step "
-        "or --skip-step.",
+        f"step {last.step}: in the header of the weights, {differing} at step {checkpoint.step}.",
+        hint="The same tensors would be different models. Choose checkpoints with equal headers, with --from-step, "
+        "--to-step or --skip-step.",
     )
 
 
 def _tells(key: str) -> Literal["hash", "progress", "meaning", "more"]:
-    """What an entry is about, by the words in its name."""
+    """The kind of an entry, by the words in its name."""
     words = {word.lower() for word in _HEADER_WORDS.findall(key)}
     if words & _HASH:
         return "hash"
@@ -366,7 +367,7 @@ def _tells(key: str) -> Literal["hash", "progress", "meaning", "more"]:
 
 
 def _alike(one: str | None, other: str | None) -> bool:
-    """Whether two values are the same, as texts or as what they say in JSON."""
+    """Whether two values are equal, as texts or as parsed JSON."""
     if one == other or one is None or other is None:
         return one == other
     with suppress(ValueError, RecursionError):

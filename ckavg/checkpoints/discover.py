@@ -1,5 +1,5 @@
-"""Stage *discover*: which checkpoints a directory holds, and at which steps. Lists directories, reads the logs that
-trainers keep and, of single files, the headers; opens no weights but to tell two files of one step apart.
+"""Stage *discover*: which checkpoints a directory holds, and at which steps. Lists directories, reads trainers' logs
+and the headers of single files; opens weights only to compare two files of one step.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class Candidate:
 
     Attributes:
         path: the directory or file.
-        step: its optimizer step, from its trainer's log or its header where they tell, else from its name.
+        step: its optimizer step, from its trainer's log or its header if they state one, else from its name.
         label: what its name says.
         stated: whether log or header gave the step.
-        log: number of the log that its trainer kept, which checkpoints of one run have in common; None without one.
+        log: number of the trainer's log, the same for checkpoints of one run; None without one.
         is_file: whether it is a single file.
     """
 
@@ -84,7 +84,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What lies in a source: candidates by step, and what a user should know about the rest."""
+    """The content of a source: candidates by step, and warnings about the rest."""
 
     source: AnyPath
     candidates: tuple[Candidate, ...]
@@ -95,9 +95,9 @@ def scan(source: AnyPath, *, match: str | None = None) -> Scan:
     """Find the checkpoints in a directory whose names match a shell pattern, in numeric order of their steps.
 
     Raises:
-        NoCheckpointsError: it is no directory, or holds no checkpoint.
+        NoCheckpointsError: it is not a directory, or holds no checkpoint.
         MixedOrderError: its checkpoints count different things.
-        ReadError: the system would not let us list it.
+        ReadError: it cannot be listed.
     """
     if isinstance(source, RemotePath) and source.storage.has_revisions:
         return _scan_revisions(source, match)
@@ -123,7 +123,7 @@ def scan(source: AnyPath, *, match: str | None = None) -> Scan:
 
 
 def _scan_revisions(source: RemotePath, match: str | None) -> Scan:
-    """The revisions of a repository, by their names alone."""
+    """The revisions of a repository, by name only."""
     labels = label_revisions([path.name for path in source.iterdir()])
     found = [Candidate(source / name, label.number or 0, label, stated=False) for name, label in labels.items()]
     candidates = _without_derived([each for each in found if match is None or _matches(each.path, match)])
@@ -140,8 +140,8 @@ def duplicate_steps(candidates: Iterable[Candidate]) -> list[CkavgError]:
         by_step[candidate.step].append(candidate.path.name)
     return [
         DuplicateStepError(
-            f"step {step} is there {len(names)} times: {', '.join(names)}.",
-            hint="Each step may appear once. Move the stale ones out of the directory, or choose by name with --match.",
+            f"step {step} appears {len(names)} times: {', '.join(names)}.",
+            hint="Each step may appear once. Move stale checkpoints away, or choose by name with --match.",
         )
         for step, names in sorted(by_step.items())
         if len(names) > 1
@@ -149,7 +149,7 @@ def duplicate_steps(candidates: Iterable[Candidate]) -> list[CkavgError]:
 
 
 def several_runs(candidates: Iterable[Candidate]) -> list[CkavgError]:
-    """An error where the names of the candidates are those of more than one run."""
+    """An error if the names of the candidates belong to more than one run."""
     of_stem: dict[str, list[str]] = defaultdict(list)
     for candidate in candidates:
         of_stem[candidate.label.stem].append(candidate.path.name)
@@ -158,8 +158,8 @@ def several_runs(candidates: Iterable[Candidate]) -> list[CkavgError]:
     named = "; ".join(listed(names) for names in of_stem.values())
     return [
         MixedOrderError(
-            f"The names are those of {len(of_stem)} runs, stages or experiments: {named}.",
-            hint="Steps of different runs have no common order. Choose one by its names: "
+            f"The names belong to {len(of_stem)} runs, stages or experiments: {named}.",
+            hint="Steps of different runs have no common order. Choose one by name: "
             f"--match {shlex.quote(_pattern(of_stem))}",
         )
     ]
@@ -171,7 +171,7 @@ def _beginning(names: Sequence[str]) -> str:
 
 
 def _pattern(of_stem: Mapping[str, Sequence[str]]) -> str:
-    """A pattern of the names of the run with most checkpoints, and of no others."""
+    """A pattern that matches exactly the names of the run with most checkpoints."""
     stem, names = max(of_stem.items(), key=lambda item: len(item[1]))
     others = [name for other in of_stem if other != stem for name in of_stem[other]]
     begin, end = _beginning(names), _beginning([name[::-1] for name in names])[::-1]
@@ -185,11 +185,11 @@ def _pattern(of_stem: Mapping[str, Sequence[str]]) -> str:
     return next(fitting, "GLOB")
 
 
-# --- what lies in the source ---
+# --- the content of the source ---
 
 
 def _prefetch(paths: Iterable[AnyPath]) -> None:
-    """Elsewhere, fetch what tells the steps of all candidates at the same time: trainers' logs, or headers."""
+    """For a remote run, fetch what states the steps of all candidates at the same time: trainers' logs, or headers."""
     remote = [path for path in paths if isinstance(path, RemotePath)]
     folders = [path for path in remote if path.suffix != WEIGHTS]
     for storage in storages_of(remote):
@@ -198,7 +198,7 @@ def _prefetch(paths: Iterable[AnyPath]) -> None:
 
 
 def _children(source: AnyPath) -> list[AnyPath]:
-    """What lies in the source, in the order of the numbers in the names."""
+    """The entries of the source, in the order of the numbers in their names."""
     if not source.is_dir():
         what = "is a file, not a directory of checkpoints" if source.exists() else "does not exist"
         raise NoCheckpointsError(f"{source} {what}.", hint="Name the directory that holds the checkpoints.")
@@ -219,7 +219,7 @@ def _matches(path: AnyPath, pattern: str) -> bool:
 
 
 def _labels(source: AnyPath, children: Sequence[AnyPath]) -> dict[AnyPath, Label]:
-    """What is a checkpoint by its name, directories before files."""
+    """The entries that are checkpoints by name, directories before files."""
     folders = {path.name: path for path in children if path.suffix != WEIGHTS and _may_be_checkpoint(path)}
     files = {path.name: path for path in children if path.suffix == WEIGHTS} or _pickles(children)
     is_one_model = any((source / name).is_file() for name in ("model_index.json", "modules.json"))
@@ -231,7 +231,7 @@ def _labels(source: AnyPath, children: Sequence[AnyPath]) -> dict[AnyPath, Label
 
 
 def _pickles(children: Sequence[AnyPath]) -> dict[str, AnyPath]:
-    """Files of `torch.save` that may be checkpoints, by the names that they would have as safetensors."""
+    """Files of `torch.save` that may be checkpoints, by the names they would have as safetensors."""
     files: dict[str, AnyPath] = {}
     for path in children:
         if is_pickled(path.name) and not path.is_dir():
@@ -240,7 +240,7 @@ def _pickles(children: Sequence[AnyPath]) -> dict[str, AnyPath]:
 
 
 def _may_be_checkpoint(path: AnyPath) -> bool:
-    """Whether it is a directory that may be one, or a link that leads to none: a checkpoint that was there."""
+    """Whether it is a directory that may be a checkpoint, or a broken link: a checkpoint that was there."""
     if path.name in _NOT_RUNS or is_half_written(path.name):
         return False
     return (path.is_dir() and not _is_result(path)) or (is_link(path) and not path.exists())
@@ -261,17 +261,17 @@ def _candidate(path: AnyPath, label: Label, logs: Logs, warnings: list[str]) -> 
 def _is_result(path: AnyPath) -> bool:
     try:
         return (path / RESULT_RECORD).exists()
-    except OSError:  # whoever reads it says what is wrong
+    except OSError:  # reading it will report the problem
         return False
 
 
 def _holds_weights(path: AnyPath, *, of_any_kind: bool = False) -> bool:
-    """Whether a directory holds weights, in it or in its folders: those that are read, or any."""
+    """Whether a directory or its folders hold weights: supported ones, or any."""
     try:
         is_read = holds_weights(path) or bool(find_weights(path)[0]) or holds_distributed(path)
         return is_read or (of_any_kind and holds_unsupported(path))
     except (OSError, UnsupportedFormatError):
-        return True  # whoever reads it says what is wrong
+        return True  # reading it will report the problem
 
 
 def _trainer_state(path: AnyPath, warnings: list[str]) -> tuple[Mapping[str, object], int | None]:
@@ -296,7 +296,7 @@ def _trainer_state(path: AnyPath, warnings: list[str]) -> tuple[Mapping[str, obj
 
 
 def _files_of_runs(found: Sequence[Candidate], twins: set[AnyPath], warnings: list[str]) -> list[Candidate]:
-    """Single files with the steps of one clock, by run; each set of weights once, its twins being noted."""
+    """Single files with the steps of one clock, by run. Duplicates of the same weights are left out and noted."""
     by_stem: dict[str, list[Candidate]] = defaultdict(list)
     for candidate in found:
         by_stem[candidate.label.stem].append(candidate)
@@ -304,7 +304,7 @@ def _files_of_runs(found: Sequence[Candidate], twins: set[AnyPath], warnings: li
 
 
 def _on_one_clock(files: Sequence[Candidate]) -> list[Candidate]:
-    """The files of a run whose steps have a common order: by their headers if all tell, else those that count steps."""
+    """The files of a run with a common order: by headers if all state a step, else the files that count steps."""
     stated = dict(zip(files, thread_map(_stated_step, files), strict=True))
     numbered = [each for each in files if each.label.number is not None]
     if all(step is not None for step in stated.values()):
@@ -313,7 +313,7 @@ def _on_one_clock(files: Sequence[Candidate]) -> list[Candidate]:
     clocks = {each.label.clock for each in numbered}
     kept = [each for each in numbered if len(clocks) == 1 or each.label.clock == "step"]
     if not kept:
-        return list(files)  # refused, for they have no common order
+        return list(files)  # refused later: they have no common order
     if "step" in clocks:
         kept = [_stating(each, stated[each]) for each in kept]
     kept.sort(key=lambda each: each.step)
@@ -327,7 +327,7 @@ def _on_one_clock(files: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _stated_step(file: Candidate) -> int | None:
-    """What a single file states, as far as it can be read: whoever reads its weights says what is wrong."""
+    """The step that a single file states; None if it cannot be read, since reading its weights reports that."""
     if file.path.suffix == WEIGHTS:
         return stated_step(file.path)
     with suppress(CkavgError, UnreadPickleError):
@@ -340,19 +340,19 @@ def _stating(file: Candidate, step: int | None) -> Candidate:
 
 
 def _check_headers_consistent(numbered: Sequence[tuple[Candidate, int]]) -> None:
-    """Refuse headers that order the files of one clock in another way than their names."""
+    """Refuse headers that order the files of one clock differently than their names."""
     by_number = sorted(numbered, key=lambda each: (each[0].label.clock, each[0].label.number or 0, each[1]))
     for (before, first), (after, second) in itertools.pairwise(by_number):
         if before.label.clock == after.label.clock and first > second:
             raise MixedOrderError(
-                f"{after.path.name} states step {second} in its header, and {before.path.name} step {first}, though "
-                "its number comes first.",
-                hint="One of them is left from another run, or training counted anew. Choose files with --match.",
+                f"{after.path.name} states step {second} in its header, but {before.path.name}, whose number comes "
+                f"first, states step {first}.",
+                hint="One of them is left from another run, or training restarted its count. Choose by --match.",
             )
 
 
 def _without_twins(files: Sequence[Candidate], twins: set[AnyPath], warnings: list[str]) -> list[Candidate]:
-    """The files without those that hold the weights of another one: the last of a run is often saved twice."""
+    """The files without duplicates of the same weights: the last checkpoint of a run is often saved twice."""
     kept: list[Candidate] = []
     for each in sorted(files, key=lambda each: (each.step, each.label.number is None)):
         is_end = each.label.number is None and not each.stated
@@ -363,7 +363,7 @@ def _without_twins(files: Sequence[Candidate], twins: set[AnyPath], warnings: li
             continue
         if is_end:
             warnings.append(
-                f"{each.path.name} states no step: it is taken for the end of the run, at step {each.step}, one "
+                f"{each.path.name} states no step: it is assumed to be the end of the run, at step {each.step}, one "
                 "interval after the last."
             )
         kept.append(each)
@@ -376,13 +376,14 @@ def _hold_the_same(one: AnyPath, other: AnyPath) -> bool:
     return False
 
 
-# --- what is passed over ---
+# --- what is skipped ---
 
 
 def _without_derived(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates without those of a second name that are made from others: `step_100_hf` beside `step_100`.
+    """The candidates without those derived from others: `step_100_hf` beside `step_100`.
 
-    Of two runs or clocks, one of them in another format, the other is meant; an average that training made is none.
+    Of two runs or clocks, one of them in an unsupported format, the other is used. Averages made in training are left
+    out.
     """
     runs: dict[tuple[str, Clock], list[Candidate]] = defaultdict(list)
     for candidate in candidates:
@@ -413,7 +414,7 @@ def _is_derived(one: Candidate, other: Candidate) -> bool:
 
 
 def _passed_over(children: Iterable[AnyPath], candidates: Sequence[Candidate]) -> list[str]:
-    """Warnings about all that holds weights and takes no part."""
+    """Warnings about everything that holds weights and is not used."""
     taken = {resolved(candidate.path) for candidate in candidates}
     flat = candidates[0].is_file
     unstated, half = [], []
@@ -430,18 +431,15 @@ def _passed_over(children: Iterable[AnyPath], candidates: Sequence[Candidate]) -
     told = []
     if unstated:
         like = "step_500.safetensors" if flat else "step_500"
-        told.append(
-            f"Left out, for the name states no step: {listed(unstated)}. To have one take part, give it a name such as "
-            f"{like}."
-        )
+        told.append(f"Skipped: no step in the name: {listed(unstated)}. To include one, give it a name such as {like}.")
     if half:
-        told.append(f"Skipped, for a trainer names checkpoints so while it writes them: {listed(half)}.")
+        told.append(f"Skipped: temporary checkpoint, still being written: {listed(half)}.")
     return told
 
 
 def _is_in(file: AnyPath, checkpoint: AnyPath) -> bool:
-    """Whether a weight file lies in a checkpoint, too, as far as some of its bytes tell: the Trainer saves its last
-    weights once more, beside the checkpoints.
+    """Whether a checkpoint holds a copy of a weight file, judged by some of its bytes: the Trainer saves its last
+    weights again beside the checkpoints.
     """
     twin = checkpoint / file.name
     with suppress(CkavgError, OSError):
@@ -457,21 +455,21 @@ def _is_in(file: AnyPath, checkpoint: AnyPath) -> bool:
 
 
 def _check_clocks(source: AnyPath, candidates: Sequence[Candidate]) -> list[str]:
-    """Refuse what counts different things; return warnings about clocks that do not count optimizer steps."""
+    """Refuse candidates that count different things; return warnings about clocks other than optimizer steps."""
     examples = {candidate.clock: candidate.path.name for candidate in candidates}
     if len(examples) > 1:
         raise MixedOrderError(
             f"{source} mixes names that count different things: {', '.join(sorted(examples.values()))}.",
-            hint="Steps, epochs and numbered saves have no common order. Choose one kind by its names: --match GLOB",
+            hint="Steps, epochs and numbered saves have no common order. Choose one kind by name: --match GLOB",
         )
     (clock,) = examples
     if clock == "number":
-        return ["The names do not say what their numbers count. They are taken for optimizer steps."]
-    told = f"The names count {clock}s, not optimizer steps, and so do the steps shown and used here."
+        return ["The names do not say what their numbers count. They are assumed to be optimizer steps."]
+    told = f"The names count {clock}s, not optimizer steps; so do the steps shown and used here."
     return [] if clock == "step" else [told]
 
 
-# --- where there is nothing ---
+# --- without checkpoints ---
 
 
 def _nothing_found(source: AnyPath, match: str | None) -> CkavgError:
@@ -510,13 +508,13 @@ def _nothing_found(source: AnyPath, match: str | None) -> CkavgError:
 
 
 def _numbered(source: AnyPath, names: Sequence[str]) -> list[AnyPath]:
-    """Those files whose names state a step; all of them where none does."""
+    """The files whose names state a step; all of them if none does."""
     labels = read_labels([stem(name) for name in names])
     return [source / name for name in names if stem(name) in labels] or [source / name for name in names]
 
 
 def _one_checkpoint(source: AnyPath) -> CkavgError:
-    """What to say of a directory that is a checkpoint itself, or holds files that are no run."""
+    """The error for a directory that is a checkpoint itself, or holds files that are not a run."""
     above = resolved(source).parent
     labels = _labels(above, _folders(above))
     if len(labels) > 1 and any(path.name == resolved(source).name for path in labels):
@@ -524,7 +522,7 @@ def _one_checkpoint(source: AnyPath) -> CkavgError:
     else:
         hint = (
             "An average needs several checkpoints of one run, such as checkpoint-500/ and checkpoint-1000/, or "
-            "step_500.safetensors and step_1000.safetensors. Name the directory in which they lie."
+            "step_500.safetensors and step_1000.safetensors. Name the directory that holds them."
         )
     return NoCheckpointsError(f"{source} is one checkpoint, not a directory of checkpoints.", hint=hint)
 

@@ -1,7 +1,7 @@
 """Stage *discover*: checkpoints of torch.distributed.checkpoint, in which each process saved its pieces of the tensors.
 
-`.metadata`, a pickle, names every piece, and its place in a `__0_0.distcp` beside it. It is described rather than run
-(`unpickler.py`); torch.distributed is not needed. The model is found in it by how the trainer nested what it saved.
+`.metadata`, a pickle, lists every piece and its place in a `__0_0.distcp` file beside it. It is parsed, never executed
+(`unpickler.py`), without torch.distributed. The nesting of the saved values shows which tensors are the model's.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _MOST_BYTES = 1 << 29
 _DEEPEST = 3
 _MOST_FILES, _MOST_TENSORS = 100_000, 1_000_000
 _GAP, _MOST_AT_ONCE = 64 << 10, 1 << 20
-"""Elsewhere, bytes between the beginnings of two archives that are fetched rather than asked for around; and how many
-bytes are fetched at once."""
+"""For remote files: the largest gap between the beginnings of two archives to read in one request, and the most bytes
+of a request."""
 
 _REWRITE = "Save the checkpoint again, or leave it out with --skip-step."
 _WAIT = (
@@ -55,21 +55,21 @@ LeftOut = tuple[WhyLeftOut, str]
 
 @dataclass(frozen=True, slots=True)
 class Distributed:
-    """The model in such a checkpoint: its files, its tensors, and what is left out of it."""
+    """The model in such a checkpoint: its files, its tensors, and what is left out."""
 
     shards: tuple[Shard, ...]
     entries: Mapping[str, TensorInfo]
     left_out: tuple[LeftOut, ...]
 
 
-# --- where it lies ---
+# --- finding it ---
 
 
 def find_distributed(directory: AnyPath) -> tuple[AnyPath | None, list[LeftOut]]:
-    """The folder of a checkpoint in which its model was saved so, if any, and others of the kind that are left out.
+    """The folder with a checkpoint's model in this format, if any, and other such folders that are left out.
 
     Raises:
-        OSError: the system would not let us list a folder.
+        OSError: a folder cannot be listed.
     """
     found: list[AnyPath] = []
     left_out: list[LeftOut] = []
@@ -91,30 +91,30 @@ def find_distributed(directory: AnyPath) -> tuple[AnyPath | None, list[LeftOut]]
 
 
 def holds_distributed(directory: AnyPath) -> bool:
-    """Whether a checkpoint was saved so, in whole or in part; False where it cannot be listed."""
+    """Whether a checkpoint is in this format, complete or not; False if it cannot be listed."""
     try:
         return find_distributed(directory)[0] is not None
     except OSError:
         return False
 
 
-# --- what it holds ---
+# --- reading it ---
 
 
 def read_distributed(folder: AnyPath, checkpoint: AnyPath, *, prefix: str | None, bounds: Bounds) -> Distributed:
-    """Read what a checkpoint holds of the model.
+    """Read the model of a checkpoint.
 
     Args:
         folder: where `.metadata` is.
-        checkpoint: the directory that is converted if it cannot be read.
-        prefix: how the names of the model's tensors begin in it; None: as their nesting tells.
+        checkpoint: the directory to convert if it cannot be read.
+        prefix: how the names of the model's tensors begin; None: inferred from the nesting.
         bounds: how far links may lead.
 
     Raises:
-        MissingShardError, TruncatedShardError: `.metadata`, or one of the files that it names, is not there in full.
-        CorruptFileError: `.metadata` is damaged, or does not agree with itself or with the files.
+        MissingShardError, TruncatedShardError: `.metadata`, or a file that it names, is missing or incomplete.
+        CorruptFileError: `.metadata` is damaged, or contradicts itself or the files.
         UnsupportedFormatError: a tensor is quantized, compressed or transposed.
-        ReadError: the system would not let us read it, or it leads out of the checkpoint.
+        ReadError: a file cannot be read, or leads out of the checkpoint.
         CombinedError: more than one of these.
     """
     place = folder / METADATA
@@ -123,7 +123,7 @@ def read_distributed(folder: AnyPath, checkpoint: AnyPath, *, prefix: str | None
     try:
         data = storage_of(place).read_small(place, _MOST_BYTES)
     except FileNotFoundError as error:
-        raise MissingShardError(f"{place} does not exist, which torch writes last.", hint=_WAIT) from error
+        raise MissingShardError(f"{place} does not exist; torch writes it last.", hint=_WAIT) from error
     except OSError as error:
         raise ReadError(f"{place} cannot be read: {error.strerror}.", hint="Check that you may read it.") from error
     if not data:
@@ -147,7 +147,7 @@ def read_distributed(folder: AnyPath, checkpoint: AnyPath, *, prefix: str | None
     except NotInOrderError as error:
         here = isinstance(folder, Path)
         raise UnsupportedFormatError(
-            f"{error} is stored transposed, which is not read.",
+            f"{error} is stored transposed, which is not supported.",
             hint="This command writes it in order, as safetensors, and changes nothing that is there:" if here else "",
             command=from_distributed(folder, checkpoint) if here else "",
         ) from error
@@ -155,7 +155,7 @@ def read_distributed(folder: AnyPath, checkpoint: AnyPath, *, prefix: str | None
         raise CorruptFileError(f"{place} is damaged, or hostile: {error}.", hint=_REWRITE) from error
     if not entries:
         raise CorruptFileError(
-            f"{folder} holds no tensors of a model.", hint="Say how their names begin with --prefix."
+            f"{folder} holds no tensors of a model.", hint="State how their names begin with --prefix."
         )
     return Distributed(tuple(shards.values()), entries, tuple(left_out))
 
@@ -163,7 +163,7 @@ def read_distributed(folder: AnyPath, checkpoint: AnyPath, *, prefix: str | None
 def _shards(
     folder: AnyPath, tensors: Mapping[str, StatedTensor], bounds: Bounds
 ) -> tuple[dict[str, Shard], list[CkavgError]]:
-    """The files that hold pieces of the model, by name, and what is wrong with them."""
+    """The files that hold pieces of the model, by name, and their problems."""
     ends: dict[str, int] = defaultdict(int)
     for piece in (piece for tensor in tensors.values() for piece in tensor.pieces):
         ends[piece.file] = max(ends[piece.file], piece.offset + piece.nbytes)
@@ -191,18 +191,18 @@ def _shards(
 
 
 def _shard(path: AnyPath) -> Shard:
-    """A file; OSError where there is none, or the system would not let us look."""
+    """A file; OSError if it does not exist or cannot be accessed."""
     if not isinstance(path, RemotePath):
         with LOCAL.open(path) as (info, _):
             return Shard(path, info.nbytes, info.state)
     return Shard(path, size_of(path), identity=path.storage.identity(path))
 
 
-# --- where the data of each piece begins ---
+# --- locating the data of each piece ---
 
 
 def _located(tensors: Mapping[str, StatedTensor], shards: Mapping[str, Shard]) -> dict[str, TensorInfo]:
-    """The tensors with the place of every byte."""
+    """The tensors, with the position of every byte."""
     order = {name: number for number, name in enumerate(shards)}
     wanted: list[_Wanted] = []
     entries: dict[str, TensorInfo] = {}
@@ -211,7 +211,7 @@ def _located(tensors: Mapping[str, StatedTensor], shards: Mapping[str, Shard]) -
             place = next(iter(shards.values())).path
             raise UnsupportedFormatError(
                 f"{place}: tensor {name!r} has dtype {tensor.dtype}, which cannot be averaged.",
-                hint="Quantized weights do not average. Average the checkpoints before quantizing them.",
+                hint="Quantized weights cannot be averaged. Average the checkpoints from before quantizing.",
             )
         archives = [(piece.box, order[piece.file], piece.offset) for piece in tensor.pieces]
         entries[name] = _joined(name, tensor.dtype, tensor.shape, archives)  # before anything is read
@@ -227,17 +227,17 @@ def _located(tensors: Mapping[str, StatedTensor], shards: Mapping[str, Shard]) -
 
 
 def _moved(entry: TensorInfo, starts: Mapping[tuple[int, int], int]) -> TensorInfo:
-    """A tensor whose pieces lie where their data begins, instead of their archives."""
+    """A tensor with the offsets of its pieces moved from their archives to their data."""
     pieces = tuple(dataclasses.replace(each, offset=starts[each.shard, each.offset]) for each in entry.pieces)
     return dataclasses.replace(entry, offset=starts[entry.shard, entry.offset], pieces=pieces)
 
 
 _Wanted = tuple[str, SavedTensor]
-"""A file, and what is to be found in it."""
+"""A file, and a tensor to find in it."""
 
 
 def _groups(wanted: Iterable[_Wanted], *, gap: int) -> list[list[_Wanted]]:
-    """What is read at once, in the order of the bytes: archives with little between the beginnings of two."""
+    """Group archives that are read in one request: close to each other, in the order of their bytes."""
     groups: list[list[_Wanted]] = []
     for file, saved in sorted(wanted, key=lambda each: (each[0], each[1].offset)):
         (first_file, first), (_, last) = (groups[-1][0], groups[-1][-1]) if groups else (("", saved), ("", saved))
@@ -250,7 +250,7 @@ def _groups(wanted: Iterable[_Wanted], *, gap: int) -> list[list[_Wanted]]:
 
 
 def _find_all(shards: Mapping[str, Shard], group: Sequence[_Wanted]) -> list[int]:
-    """Where the data of each begins in its file."""
+    """The offset of each tensor's data in its file."""
     (file, first), (_, last) = group[0], group[-1]
     path = shards[file].path
     read = storage_of(path).read
@@ -272,10 +272,10 @@ def _find_all(shards: Mapping[str, Shard], group: Sequence[_Wanted]) -> list[int
 
 
 def read_slices(text: str) -> dict[str, tuple[int, ...]]:
-    """Where in its tensor each slice begins, from the header of a safetensors file with slices.
+    """The position of each slice in its tensor, from the header of a safetensors file with slices.
 
     Raises:
-        ValueError: it does not say.
+        ValueError: the header does not state it.
     """
     try:
         return {name: sizes_of_tensor(tuple(each["saved_offsets"])) for name, each in parse_json(text).items()}
@@ -284,15 +284,14 @@ def read_slices(text: str) -> dict[str, tuple[int, ...]]:
 
 
 def join_slices(slices: Iterable[tuple[str, TensorInfo, tuple[int, ...]]]) -> dict[str, TensorInfo]:
-    """The tensors of which safetensors files hold slices: of each slice its name, what the header says, and where it
-    begins.
+    """Join the slices of tensors in safetensors files; a slice is given by its name, its entry and its position.
 
     Raises:
-        ValueError: the slices of a tensor are not exactly it.
+        ValueError: the slices of a tensor do not cover it exactly once.
     """
     found: dict[str, dict[Box, TensorInfo]] = defaultdict(dict)
     for name, entry, start in slices:
-        found[name][start, entry.shape] = entry  # replicas once
+        found[name][start, entry.shape] = entry  # a replica replaces its original
     entries = {}
     for name, parts in found.items():
         first = next(iter(parts.values()))

@@ -1,6 +1,6 @@
-"""Stage *discover*: what a `.metadata` of torch.distributed.checkpoint says: tensors, and where the pieces of each are.
+"""Stage *discover*: parse `.metadata` of torch.distributed.checkpoint: tensors, and the place of each piece.
 
-It is a pickle, and described rather than run. It may hold anything: nothing is believed that does not fit together.
+It is a pickle, which is parsed and never executed. It may hold anything, so all values are checked against each other.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _LARGEST = 2**63 - 1
 _SHOWN = 200
 
 _Places = Mapping[tuple[str, tuple[int, ...]], Mapping[str, Any]]
-"""What is said of the place of a piece, by the name of its tensor and by where it begins in it."""
+"""The stated place of a piece, by the name of its tensor and its position in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class StatedPiece:
-    """A piece: its box, the file beside `.metadata` that holds it, and where in it."""
+    """A piece: its box, its file beside `.metadata`, and its place in that file."""
 
     box: Box
     file: str
@@ -37,8 +37,8 @@ class StatedPiece:
 
 @dataclass(frozen=True, slots=True)
 class StatedTensor:
-    """A tensor: its dtype as a safetensors code, torch's name where there is none; and its pieces that are not empty,
-    replicas once.
+    """A tensor: its dtype as a safetensors code, or torch's name if there is none; and its non-empty pieces, without
+    replicas.
     """
 
     dtype: str
@@ -53,12 +53,11 @@ class StatedMetadata:
         data: its content.
 
     Attributes:
-        keys: by the name of each tensor, those that lead to it in what the trainer saved; its name alone where they are
-            not told.
+        keys: for each tensor, the keys that lead to it in the trainer's nested dicts; only its name if not stated.
         scalars: the tensors without dimensions.
 
     Raises:
-        ValueError: it is damaged, or is none.
+        ValueError: it is damaged, or not a `.metadata`.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -79,7 +78,7 @@ class StatedMetadata:
         """Some of the tensors, by name.
 
         Raises:
-            ValueError: what is said of them does not fit together.
+            ValueError: the statements about them contradict each other.
         """
         places: dict[tuple[str, tuple[int, ...]], Mapping[str, Any]] = {}
         for index, info in self._places.items():
@@ -87,7 +86,7 @@ class StatedMetadata:
             if key.get("fqn") in names and key.get("offset") is not None:
                 places[key["fqn"], sizes_of_tensor(key["offset"])] = _fields(info, "_StorageInfo")
         chunks = {name: _chunks(self._tensors[name].get("chunks")) for name in names}
-        if sum(map(len, chunks.values())) > MOST_PIECES:  # before one of them is looked at: a list may be shared
+        if sum(map(len, chunks.values())) > MOST_PIECES:  # checked first: a list may be shared by many tensors
             raise ValueError(f"more than {MOST_PIECES:,} pieces")
         return {name: _tensor(name, self._tensors[name], chunks[name], places) for name in names}
 
@@ -110,27 +109,27 @@ def _placed(name: str, box: Box, places: _Places) -> StatedPiece:
     """A piece with its place in a file."""
     info = places.get((name, box[0]))
     if info is None:
-        raise ValueError(f"it says not where the piece of {name!r} at {list(box[0])} is")
+        raise ValueError(f"it does not say where the piece of {name!r} at {list(box[0])} is")
     file, offset, nbytes = info.get("relative_path"), info.get("offset"), info.get("length")
     if type(offset) is not int or type(nbytes) is not int or not (0 <= offset <= offset + nbytes <= _LARGEST):
         raise ValueError(f"the piece of {name!r} at {list(box[0])} has no place in a file")
     path = PurePosixPath(_text(file))
     if not path.name or path.is_absolute() or ".." in path.parts or "\0" in str(path) or "\\" in str(path):
-        raise ValueError(f"it names {str(path)[:_SHOWN]!r}, which is no file beside it")
+        raise ValueError(f"it names {str(path)[:_SHOWN]!r}, which is not a file beside it")
     if info.get("transform_descriptors"):
         raise ValueError(f"the piece of {name!r} at {list(box[0])} is compressed by an extension")
     return StatedPiece(box, str(path), offset, nbytes)
 
 
 def _refuse(value: Any) -> Any:
-    raise ValueError(f"{type(value).__name__} makes no sense in it")  # its value may take for ever to be shown
+    raise ValueError(f"{type(value).__name__} is not expected in it")  # without the value: its repr may be endless
 
 
 def _fields(value: Any, *classes: str) -> Mapping[str, Any]:
-    """The attributes of an object of one of these classes, wherever they are defined."""
+    """The attributes of an object of one of these classes, from any module."""
     if type(value) is Opaque and value.name.rpartition(".")[2] in classes and type(value.state) is dict:
         return value.state
-    raise ValueError(f"{classes[0]} is expected, where there is {type(value).__name__}")
+    raise ValueError(f"expected {classes[0]}, found {type(value).__name__}")
 
 
 def _mapping(value: Any) -> Mapping[Any, Any]:
@@ -140,19 +139,19 @@ def _mapping(value: Any) -> Mapping[Any, Any]:
 def _text(value: Any) -> str:
     if type(value) is not str:
         return str(_refuse(value))
-    value.encode()  # or it is no text
+    value.encode()  # refuses lone surrogates
     return value
 
 
 def sizes_of_tensor(value: Any) -> tuple[int, ...]:
-    """A value as sizes of a tensor, or a place in one; ValueError where it is none."""
+    """A value as the sizes of a tensor, or a position in one; ValueError if it is neither."""
     if (
         type(value) is tuple
         and all(type(each) is int and 0 <= each <= _LARGEST for each in value)
         and len(value) <= _MOST_DIMENSIONS
     ):
         return value
-    raise ValueError("a size of a tensor is none")
+    raise ValueError("a size of a tensor is not valid")
 
 
 def _chunks(value: Any) -> list[Any]:
@@ -160,5 +159,5 @@ def _chunks(value: Any) -> list[Any]:
 
 
 def _keys(path: Any) -> tuple[str, ...]:
-    """The keys that lead to a tensor; empty where they are not stated."""
+    """The keys that lead to a tensor; empty if they are not stated."""
     return tuple(map(str, path)) if type(path) is tuple and all(type(key) in (str, int) for key in path) else ()

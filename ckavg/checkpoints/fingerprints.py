@@ -1,11 +1,11 @@
-"""Stage *discover*: which very files a run is made of, so that another state of them is not taken for the same.
+"""Stage *discover*: fingerprints of the files of a run, which tell one state of them from another.
 
-Looks at sizes and times; opens no file. What another machine keeps is known by what that tells of it instead.
+Looks at sizes and times; opens no file. A remote file has the identity that its storage states instead.
 
-A stamp is made of size, inode, and the times of last modification and last change of every weight file, and of the
-tensors that its header declares. The system sets the time of last change whenever content, name or attributes change,
-and offers no way to set it back, so that a file which was changed and given its old size and modification time has
-another stamp all the same.
+A fingerprint is made of the size, the inode, and the times of last modification (mtime) and last change (ctime) of
+every weight file, and of the tensors that its header declares. The system sets ctime whenever content, name or
+attributes change, and it cannot be set back. So a file that was changed and then given its old size and mtime still has
+another fingerprint.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ckavg.storage.base import RemotePath
 _FINE_CLOCK_NS = 20_000_000
 _COARSE_CLOCK_NS = 2_000_000_000
 
-_RUN_AGAIN = "Run again once nothing writes to the checkpoints any more, or leave this one out with --to-step."
+_RUN_AGAIN = "Run again when nothing writes to the checkpoints any more, or leave this one out with --to-step."
 
 Fingerprints = tuple[str | None, ...]
-"""Of each checkpoint of a run; None where a later change could not be told from the last one."""
+"""The fingerprint of each checkpoint of a run; None if a later change might go unnoticed."""
 
 
 def fingerprint_run(run: Run) -> Fingerprints:
-    """The stamp of each checkpoint as it is now."""
+    """The current fingerprint of each checkpoint."""
     return tuple(
         None if (states := _states(checkpoint)) is None else _digest(states, tensors)
         for checkpoint, tensors in with_tensors(run)
@@ -40,7 +40,7 @@ def fingerprint_run(run: Run) -> Fingerprints:
 
 
 def with_tensors(run: Run) -> Iterator[tuple[Checkpoint, bytes]]:
-    """Each checkpoint, and what its headers declare as bytes; formed once for neighbours that share their table."""
+    """Each checkpoint with the tensors its headers declare, as bytes; built once for neighbours that share a table."""
     before, tensors = run.checkpoints[0], _tensors(run.checkpoints[0])
     for checkpoint in run.checkpoints:
         if checkpoint.entries is not before.entries:
@@ -49,13 +49,13 @@ def with_tensors(run: Run) -> Iterator[tuple[Checkpoint, bytes]]:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str | None:
-    """What tells this state of a checkpoint from any other; None where it changed too recently to tell."""
+    """The fingerprint of a checkpoint; None if it changed too recently for a later change to be noticed."""
     states = _states(checkpoint)
     return None if states is None else _digest(states, _tensors(checkpoint))
 
 
 def file_fingerprints(run: Run) -> Fingerprints:
-    """What tells this state of the files of each checkpoint from any other, without their headers; None likewise."""
+    """The fingerprints of the files of each checkpoint, without their headers; None if changed too recently."""
     return tuple(
         None
         if (states := _states(each)) is None or any(_is_unknown(shard) for shard in each.shards)
@@ -65,10 +65,10 @@ def file_fingerprints(run: Run) -> Fingerprints:
 
 
 def fingerprint_files(paths: Iterable[Path]) -> str:
-    """The same of files of this machine, however recently they changed.
+    """The fingerprint of local files, even if they changed recently.
 
     Raises:
-        OSError: one cannot be looked at.
+        OSError: a file cannot be accessed.
     """
     return _digest([_state(path.stat()) for path in paths])
 
@@ -90,7 +90,7 @@ def _states(checkpoint: Checkpoint) -> list[object] | None:
 
 
 def _is_unknown(shard: Shard) -> bool:
-    """Whether its storage does not tell one state of a file from another of the same size."""
+    """Whether the storage states no identity that changes with the file."""
     return isinstance(shard.path, RemotePath) and shard.identity is None
 
 
@@ -99,7 +99,7 @@ def _state(status: os.stat_result) -> list[int]:
 
 
 def _tensors(checkpoint: Checkpoint) -> bytes:
-    """What the headers of a checkpoint declare, as the end of a JSON list."""
+    """The tensors that the headers of a checkpoint declare, as the end of a JSON list."""
     tensors = [
         [name, entry.dtype, entry.shape, entry.shard, entry.offset, *map(dataclasses.astuple, entry.pieces)]
         for name, entry in sorted(checkpoint.entries.items())
@@ -114,22 +114,22 @@ def _digest(states: list[object] | list[list[int]], tensors: bytes = b"]") -> st
 
 
 def check_unchanged(checkpoints: Iterable[Checkpoint]) -> None:
-    """Refuse to go on with what was read of files that have changed since their headers were.
+    """Raise if files have changed since their headers were read.
 
     Raises:
-        ChangedError: some have.
-        ReadError: some cannot be looked at any more.
+        ChangedError: a file has changed.
+        ReadError: a file cannot be accessed any more.
         CombinedError: more than one of these.
     """
     errors: list[CkavgError] = []
     for shard in (shard for checkpoint in checkpoints for shard in checkpoint.shards):
-        if isinstance(shard.path, RemotePath):  # its storage is asked
+        if isinstance(shard.path, RemotePath):  # checked by its storage
             continue
         try:
             status = shard.path.stat()
         except OSError as error:
             what = f"{shard.path} cannot be read: {error.strerror}."
-            errors.append(ReadError(what, hint="It was there when the run was opened."))
+            errors.append(ReadError(what, hint="It existed when the run was opened."))
             continue
         if shard.state and (shard.nbytes, *shard.state) != (status.st_size, status.st_ino, status.st_mtime_ns):
             what = f"{shard.path} was changed or replaced while it was read."
@@ -138,7 +138,7 @@ def check_unchanged(checkpoints: Iterable[Checkpoint]) -> None:
 
 
 def _is_old_enough(changed: int) -> bool:
-    """Whether another change from now on would get another time; it is worth a short wait, not a long one."""
+    """Whether a change from now on would get another time; waits a little for it, not long."""
     age, tick = time.time_ns() - changed, _tick(changed)
     if 0 <= age < tick <= _FINE_CLOCK_NS:
         time.sleep((tick - age) / 1e9)
@@ -147,5 +147,5 @@ def _is_old_enough(changed: int) -> bool:
 
 
 def _tick(changed: int) -> int:
-    """Of the clock that gave a file this time."""
+    """The resolution of the clock that gave a file this time."""
     return _FINE_CLOCK_NS if changed % 1_000_000 else _COARSE_CLOCK_NS

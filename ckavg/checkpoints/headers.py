@@ -1,6 +1,6 @@
-"""Stage *discover*: the header of one safetensors file, read and checked against the size of the file.
+"""Stage *discover*: read the header of one safetensors file, and check it against the size of the file.
 
-A header from elsewhere may hold anything: nothing is believed, and nothing is parsed that would not fit in memory.
+A header may hold anything: all values are checked, and nothing is parsed that would not fit in memory.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from ckavg.storage.base import AnyPath, FileInfo
 from ckavg.storage.local import parse_json, storage_of
 
 KNOWN_HASHES = {"sshs_model_hash": 64, "sshs_legacy_hash": 8}
-"""Hashes of a file's tensors that are computed anew for a result, and their digits."""
+"""Entries with hashes of a file's tensors, recomputed for a result, and their number of digits."""
 
 SHARDED = "DCP_SHARDING_INFO"
-"""Tells that a file holds slices of tensors, as torch.distributed.checkpoint writes them."""
+"""The entry that marks a file with slices of tensors, from torch.distributed.checkpoint."""
 
 MAX_HEADER_BYTES = 100_000_000
-"""The limit that the safetensors library sets, too."""
+"""The limit of the safetensors library."""
 
 MOST_VALUES = 4_000_000
-"""Commas and brackets in one header, 8 of which a tensor takes. Half a million tensors are far more than any model has
-in one file, and what a hostile header makes Python build stays within a few hundred MB.
+"""Commas and brackets in one header; a tensor takes 8. No model has half a million tensors in one file, and a hostile
+header cannot use more than a few hundred MB.
 """
 
 _STEPS = ("ss_steps", "global_step", "step", "steps", "iteration")
@@ -61,10 +61,10 @@ class Header:
     Attributes:
         entries: its tensors, by offset.
         info: size and state of the file.
-        metadata: what it says besides.
+        metadata: its other entries.
         moments: how many of the tensors have names of an optimizer's moments.
-        sha256: of the text; empty of a pickle.
-        left_out: of a pickle, what holds tensors in it and is left out.
+        sha256: of the text; empty for a pickle.
+        left_out: for a pickle, entries with tensors that are left out.
     """
 
     entries: Mapping[str, TensorInfo]
@@ -85,15 +85,15 @@ def read_header(path: AnyPath, *, shard: int = 0, known: KnownHeaders | None = N
     Args:
         path: the file.
         shard: its number.
-        known: headers of the checkpoint before, mostly with the same text, which is then parsed and kept once. That of
-            `shard` is replaced by this one.
+        known: headers of the previous checkpoint, usually with the same text, which is then parsed and stored only
+            once. That of `shard` is replaced by this one.
 
     Raises:
         MissingShardError: there is no such file.
         TruncatedShardError: the file ends before its header says it does.
         CorruptFileError: it is not a valid safetensors file.
-        UnsupportedFormatError: it holds a dtype that is not read, such as one of 4 bits.
-        ReadError: the system would not let us read it.
+        UnsupportedFormatError: it holds an unsupported dtype, such as one of 4 bits.
+        ReadError: it cannot be read.
     """
     try:
         info, text = _read(path)
@@ -101,7 +101,7 @@ def read_header(path: AnyPath, *, shard: int = 0, known: KnownHeaders | None = N
         raise MissingShardError(f"{path} does not exist.", hint=STILL_WRITTEN) from error
     except OSError as error:
         raise ReadError(f"{path} cannot be read: {error.strerror}.", hint="Check that you may read it.") from error
-    except ValueError as error:  # a name that the system cannot have: with a zero byte, or no text
+    except ValueError as error:  # an impossible name: with a zero byte or a lone surrogate
         raise MissingShardError(f"{path} does not exist: no file can have this name.", hint=RESAVE) from error
     sha256 = hashlib.sha256(text).digest()
     known = {} if known is None else known
@@ -125,7 +125,7 @@ def read_header(path: AnyPath, *, shard: int = 0, known: KnownHeaders | None = N
 
 
 def stated_step(path: AnyPath) -> int | None:
-    """The optimizer step that a header states; None where it states none, or is not sound."""
+    """The optimizer step that a header states; None if it states none, or is damaged."""
     metadata: Mapping[str, str] = {}
     facts: Any = {}
     with suppress(CheckpointError, RunError, OSError, ValueError, RecursionError):
@@ -141,7 +141,7 @@ def stated_step(path: AnyPath) -> int | None:
 
 
 def _read(path: AnyPath) -> tuple[FileInfo, bytes]:
-    """A file's header, as it is written there."""
+    """A file, and the text of its header."""
     with storage_of(path).open(path) as (info, read):
         prefix = read(_LENGTH.size)
         if len(prefix) < _LENGTH.size:
@@ -170,7 +170,7 @@ def _parsed(text: bytes) -> dict[str, Any]:
 
 
 def _metadata(declared: dict[str, Any]) -> dict[str, str]:
-    """What a header says besides the tensors, taken out of it."""
+    """Remove the entries that are not tensors from a header, and return them."""
     metadata = declared.pop("__metadata__", None)
     if metadata is None:
         return {}
@@ -184,10 +184,10 @@ def _metadata(declared: dict[str, Any]) -> dict[str, str]:
 def _checked(
     path: AnyPath, declared: Mapping[str, Any], data_start: int, shard: int
 ) -> tuple[dict[str, TensorInfo], int]:
-    """The tensors in the order of their bytes, and where the last of these ends in the file."""
+    """The tensors in the order of their bytes, and the offset at which the last one ends."""
     spans = sorted((_span(path, name, value) for name, value in declared.items()), key=lambda span: span[3:])
     entries: dict[str, TensorInfo] = {}
-    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal ones kept once, as names and dtypes are
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal shapes stored once, like names and dtypes
     end = 0
     for name, dtype, shape, start, stop in spans:
         if start != end:
@@ -204,18 +204,18 @@ def _span(path: AnyPath, name: str, value: Any) -> tuple[str, str, tuple[int, ..
         name.encode()
         dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     except UnicodeEncodeError as error:
-        raise ValueError(f"{named} is no text") from error
+        raise ValueError(f"{named} is not valid Unicode") from error
     except (TypeError, KeyError) as error:
         raise ValueError(f"tensor {named} lacks dtype, shape or data_offsets") from error
     if not (_are_counts(shape) and _are_counts(offsets) and len(offsets) == 2):
         raise ValueError(f"shape and offsets of tensor {named} must be whole numbers")
     if not isinstance(dtype, str):
-        raise ValueError(f"the dtype of tensor {named} is no text")
+        raise ValueError(f"the dtype of tensor {named} is not a string")
     item = ITEM_BYTES.get(dtype)
     if item is None:
         raise UnsupportedFormatError(
             f"{path}: tensor {named} has dtype {shown(dtype)}, which cannot be averaged.",
-            hint="Quantized weights do not average. Average the checkpoints before quantizing them.",
+            hint="Quantized weights cannot be averaged. Average the checkpoints from before quantizing.",
         )
     start, stop = offsets
     nbytes = product(item, shape)
@@ -232,16 +232,16 @@ def _are_counts(values: object) -> bool:
 
 
 def product(item: int, shape: Sequence[int]) -> int | None:
-    """Bytes of a tensor; None where a product on the way is beyond what any program can address."""
+    """Bytes of a tensor; None if that exceeds what any program can address."""
     nbytes = item
     for size in shape:
         nbytes *= size
-        if nbytes > LARGEST:  # at once: a long list of large numbers would take hours to multiply
+        if nbytes > LARGEST:  # stop early: a long list of large numbers would take hours to multiply
             return None
     return nbytes
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it, however large it is."""
+    """A value for a message, shortened."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

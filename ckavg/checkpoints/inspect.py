@@ -1,4 +1,4 @@
-"""Stage *discover*, all of it in order: a directory becomes a run, or every reason why it cannot."""
+"""Stage *discover*, all steps in order: a directory becomes a run, or all reasons why it cannot."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _WORST_FIRST = (
     ReadError, UnsupportedFormatError, MixedOrderError, DuplicateStepError, CorruptFileError, TruncatedShardError,
     MissingShardError, MismatchError, TooFewCheckpointsError, RunError, OutputError,
 )  # fmt: skip
-"""First what neither waiting nor leaving a checkpoint out cures; last what another place for the result does."""
+"""Errors, worst first: those that neither waiting nor leaving out a checkpoint cures come first, output paths last."""
 
 _NAMED = 4
 _LISTED = 12
@@ -61,9 +61,7 @@ _LISTED = 12
 
 @dataclass(frozen=True, slots=True)
 class Inspection(Run):
-    """What was found in a source, good or bad: the checkpoints chosen whose headers are sound, and what stands in the
-    way of averaging them.
-    """
+    """The content of a source: the selected checkpoints with valid headers, and the problems that prevent averaging."""
 
     problems: tuple[CkavgError, ...]
 
@@ -71,13 +69,13 @@ class Inspection(Run):
 
 
 def as_run(found: Inspection) -> Run:
-    """The inspected checkpoints as a run; raises what stands in the way."""
+    """The inspected checkpoints as a run; raises the problems if there are any."""
     raise_all(found.problems)
     return Run(found.source, found.selection, found.checkpoints, found.warnings)
 
 
 def inspect_run(source: AnyPath, selection: Selection) -> Inspection:
-    """Look at a source and return its problems beside what is sound, instead of raising them.
+    """Inspect a source; return problems beside the valid checkpoints instead of raising them.
 
     Raises:
         NoCheckpointsError, MixedOrderError, ReadError, SettingError: there is nothing to inspect.
@@ -86,7 +84,7 @@ def inspect_run(source: AnyPath, selection: Selection) -> Inspection:
 
 
 def inspect_runs(source: AnyPath, selections: Sequence[Selection]) -> list[Inspection]:
-    """The same by several selections with one `match`; what lies in the source is looked at once.
+    """Inspect a source for several selections with one `match`; it is listed once.
 
     Raises:
         CkavgError: see `inspect_run`.
@@ -118,7 +116,7 @@ def _inspected(found: Scan, loader: Loader, selection: Selection) -> Inspection:
 def _compared(
     checkpoints: list[Checkpoint], selection: Selection, problems: list[CkavgError], warnings: list[str]
 ) -> list[Checkpoint]:
-    """The checkpoints as parts of one run, with what is averaged of them; what speaks against it is added."""
+    """The checkpoints as parts of one run, reduced to what is averaged; problems and warnings are added."""
     with_init = selection.init is not None
     checkpoints = _with_common_parts(checkpoints, with_init=with_init)
     facts = [read_facts(checkpoint) for checkpoint in checkpoints]
@@ -140,14 +138,16 @@ def _compared(
     elif not mismatches:
         problems += changing(checkpoints)
         constant = constant_parts(checkpoints)
-        tables = {id(each.entries): each.with_copied(constant).entries for each in checkpoints}  # shared as before
+        tables = {
+            id(each.entries): each.with_copied(constant).entries for each in checkpoints
+        }  # keeps equal tables shared
         checkpoints = [dataclasses.replace(each, entries=tables[id(each.entries)]) for each in checkpoints]
     problems += [] if problems else _nothing_to_average(checkpoints[-1])
     return checkpoints
 
 
 def worst_first(problems: Sequence[CkavgError]) -> tuple[CkavgError, ...]:
-    """The problems in the order in which they are told; those of one kind as they come."""
+    """The problems in the order to report them; those of one kind keep their order."""
     ranks = {kind: rank for rank, kind in enumerate(_WORST_FIRST)}
     return tuple(
         sorted(problems, key=lambda problem: min(ranks.get(kind, len(ranks)) for kind in type(problem).__mro__))
@@ -155,8 +155,9 @@ def worst_first(problems: Sequence[CkavgError]) -> tuple[CkavgError, ...]:
 
 
 def _with_common_parts(checkpoints: list[Checkpoint], *, with_init: bool) -> list[Checkpoint]:
-    """The checkpoints with those parts of the model that all of them have. Trainers save no others; of a base model,
-    what the run does not train is left out in silence.
+    """The checkpoints with only the parts of the model that all of them have.
+
+    Trainers save the trained parts; the other parts of a base model are left out without a warning.
     """
     init, own = checkpoints[:with_init], checkpoints[with_init:]
     if not own:
@@ -176,8 +177,8 @@ def _without_copies(
     for name, original in copies.items():
         steps = [str(each.step) for each in checkpoints if name in each.entries]
         warnings.append(
-            f"{name!r} is stored at step {listed(steps)} alone, and equal to {original!r} there. It is tied to it, as "
-            "in the other checkpoints, and left out."
+            f"{name!r} is stored only at step {listed(steps)}, where it equals {original!r}. It is tied to that, as in "
+            "the other checkpoints, and left out."
         )
     return [
         dataclasses.replace(each, entries={name: entry for name, entry in each.entries.items() if name not in copies})
@@ -193,17 +194,17 @@ def _nothing_to_average(last: Checkpoint) -> list[CkavgError]:
     name, entry = next(iter(last.entries.items()))
     return [
         UnsupportedFormatError(
-            f"{last.path} holds no tensor to average: {name!r}, for one, has dtype {entry.dtype!r}, which cannot be "
-            "averaged.",
-            hint="Expected tensors of float32, bfloat16, float16 or float64. Quantized weights do not average: average "
-            "the checkpoints before quantizing them.",
+            f"{last.path} holds no tensor to average: for example, {name!r} has dtype {entry.dtype!r}, which "
+            "cannot be averaged.",
+            hint="Expected tensors of float32, bfloat16, float16 or float64. Quantized weights cannot be averaged: "
+            "average the checkpoints from before quantizing.",
         )
     ]
 
 
 def _first_of_kind(problems: Sequence[CkavgError]) -> list[CkavgError]:
-    """The problems, those of format counted after the first few: whoever trained in one has all checkpoints in it.
-    Those that one command solves are one.
+    """The problems, with those that one command solves merged, and format problems counted after the first few: usually
+    all checkpoints have the same one.
     """
     unread = [path for problem in problems for path in getattr(problem, "unread", ())]
     if len(unread) > 1:
@@ -216,7 +217,7 @@ def _first_of_kind(problems: Sequence[CkavgError]) -> list[CkavgError]:
     if not rest:
         return list(problems)
     counted = UnsupportedFormatError(
-        f"{len(rest)} more checkpoints are in a format that is not read.", hint="They are to be converted likewise."
+        f"{len(rest)} more checkpoints are in an unsupported format.", hint="Convert them in the same way."
     )
     return [problem for problem in problems if problem not in rest] + [counted]
 
@@ -224,7 +225,7 @@ def _first_of_kind(problems: Sequence[CkavgError]) -> list[CkavgError]:
 def _with_reason(
     refusal: UnsupportedFormatError | None, problems: Sequence[CkavgError]
 ) -> UnsupportedFormatError | None:
-    """What is said of all that is not read, and of the first pickle among it why that is not."""
+    """The error for all unsupported checkpoints, with the reason for the first pickle among them."""
     unread = [each.message for each in problems if getattr(each, "unread", ())]
     of_pickles = [message for message in unread if NOT_SAFETENSORS not in message]
     if refusal is None or not of_pickles:
@@ -238,29 +239,29 @@ def _about_left_out(checkpoints: Sequence[Checkpoint]) -> list[str]:
     by_why: dict[WhyLeftOut, list[str]] = defaultdict(list)
     for why, name in sorted({each for checkpoint in checkpoints for each in checkpoint.left_out}):
         by_why[why].append(name)
-    last, told = checkpoints[-1], []
+    last, warnings = checkpoints[-1], []
     if "adapter" in by_why:
-        told.append(
+        warnings.append(
             f"{last.path.name} holds an adapter beside a whole model. The whole model is averaged; the adapter "
             "and its config are neither averaged nor copied."
         )
     beside = sorted(name for why in ("second model", "copy", "link", "adapter") for name in by_why[why])
     if beside:
         read = last.shards[0].path.name
-        told.append(f"Other weight files beside {read} are neither averaged nor copied: {listed(beside, _LISTED)}.")
+        warnings.append(f"Other weight files beside {read} are neither averaged nor copied: {listed(beside, _LISTED)}.")
     texts: dict[WhyLeftOut, str] = {
-        "average": "Averages that training made are neither averaged nor copied",
+        "average": "Averages made in training are neither averaged nor copied",
         "training state": "Training state is neither averaged nor copied",
-        "pickle": "Pickles that are no part of the model are neither averaged nor copied",
+        "pickle": "Pickles outside the model are neither averaged nor copied",
         "other format": "Not safetensors, so neither averaged nor copied",
         "not everywhere": "Not in every checkpoint, so neither averaged nor copied",
     }
     if last.is_distributed and (found := conversion(last.entries)) is not None:
-        told.append(
-            f"The tensors have the names of {found[0]}, and so has the result. Those of Hugging Face come from "
-            f"{found[1]}, which reads distributed checkpoints."
+        warnings.append(
+            f"The tensors have the names of {found[0]}, and so has the result. For the names of Hugging Face, convert "
+            f"the checkpoints with {found[1]}, which reads distributed checkpoints."
         )
-    return told + [f"{text}: {listed(by_why[why], _LISTED)}." for why, text in texts.items() if by_why[why]]
+    return warnings + [f"{text}: {listed(by_why[why], _LISTED)}." for why, text in texts.items() if by_why[why]]
 
 
 def _too_few(found: Scan, kept: int, checkpoints: Sequence[Checkpoint]) -> CkavgError:

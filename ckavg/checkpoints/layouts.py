@@ -1,8 +1,8 @@
-"""Stage *discover*: which names are checkpoints of one run, and which step each states. Pure: looks at names alone.
+"""Stage *discover*: which names are checkpoints of one run, and which step each states. Pure: looks only at names.
 
-What lies in one directory with one stem and a number that varies is one run: `checkpoint-100`, `mylora-000002`,
-`0000100_adapters`, `stage1-step1000-tokens5B`. Where a word says what a number counts, that number is the step;
-elsewhere the number that varies is. What is left of the name is the stem, and two stems are two runs.
+Names in one directory with the same stem and a varying number are one run: `checkpoint-100`, `mylora-000002`,
+`0000100_adapters`, `stage1-step1000-tokens5B`. If a word says what a number counts, that number is the step; otherwise
+the varying number is. The rest of the name is the stem, and two stems are two runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Clock = Literal["step", "save", "epoch", "number"]
-"""What the number in a name counts; `number` where nothing tells."""
+"""What the number in a name counts; `number` if unknown."""
 
 _STEP_WORDS = frozenset(
     {"step", "steps", "globalstep", "iter", "iters", "iteration", "iterations", "it", "ba", "update", "updates"}
@@ -22,7 +22,7 @@ _STEP_WORDS = frozenset(
 _SAVE_WORDS = frozenset({"checkpoint", "checkpoints", "ckpt", "chkpt", "save"})
 _EPOCH_WORDS = frozenset({"epoch", "epochs", "ep"})
 _COMPANIONS = _EPOCH_WORDS | {"tokens", "tok", "samples", "loss", "acc", "accuracy", "ppl"}
-"""Words whose numbers go along with the step, and tell no run from another."""
+"""Words whose numbers change with the step, and do not distinguish runs."""
 
 _PARTS = frozenset(
     {
@@ -31,7 +31,7 @@ _PARTS = frozenset(
         "v", "version", "worker",
     }
 )  # fmt: skip
-"""Words whose numbers tell one run, or one part of a model, from another: never a step."""
+"""Words whose numbers distinguish runs or parts of a model: never a step."""
 
 _TOKEN = re.compile(
     r"(?P<time>(?:19|20)\d\d[-_.]?[01]\d[-_.]?[0-3]\d(?:[T_ -]?[0-2]\d[-_:.h]?[0-5]\d(?:[-_:.m]?[0-5]\d)?)(?!\d)"
@@ -58,9 +58,9 @@ class Label:
     """What a checkpoint's name says.
 
     Attributes:
-        number: its number; None for the file without one that a run ends with.
+        number: its number; None for a final file without one.
         clock: what that number counts.
-        stem: the rest of the name, which all checkpoints of a run have in common; often empty.
+        stem: the rest of the name, the same for all checkpoints of a run; often empty.
     """
 
     number: int | None
@@ -83,7 +83,7 @@ class _Number:
 
     @property
     def clock(self) -> Clock | None:
-        """What it counts, by its word."""
+        """What it counts, judged by its word."""
         if self.is_glued:
             return None
         if self.word in _STEP_WORDS:
@@ -94,12 +94,12 @@ class _Number:
 
     @property
     def may_count(self) -> bool:
-        """Whether it may be a step, as far as its word and its unit tell."""
+        """Whether it may be a step, judged by its word and its unit."""
         return self.word not in _PARTS | _COMPANIONS and self.unit in _UNITS and not self.is_glued
 
 
 def read_label(stem: str) -> Label | None:
-    """Read the step from one name by itself, of a directory or of a file without its ending; None where there is none.
+    """Read the step from a single name, of a directory or of a file without its suffix; None if it states none.
 
     >>> read_label("checkpoint-1200")
     Label(number=1200, clock='step', stem='')
@@ -121,12 +121,11 @@ def read_label(stem: str) -> Label | None:
 def label_run(
     folders: Collection[str], files: Collection[str], holds_weights: Callable[[str], bool], *, is_one_model: bool
 ) -> dict[str, Label]:
-    """Which of the folders, and of the weight files without their ending, are checkpoints; the folders come first, and
-    files are given with the ending of safetensors.
+    """The names that are checkpoints, with their labels: folders first, then weight files, with the safetensors suffix.
 
-    A word such as `step` makes a folder a checkpoint, weights or none: it may still be written. A number alone says too
-    little without weights, and one after any other word counts only where no folder is named better. `is_one_model`
-    tells that the folders are parts of one model.
+    A word such as `step` makes a folder a checkpoint even without weights: it may still be written. A number alone
+    needs weights, and a number after any other word counts only if no folder has a better name. With `is_one_model`,
+    the folders are parts of one model.
     """
     labels = {
         name: label
@@ -142,13 +141,13 @@ def label_run(
 
 
 def label_revisions(names: Collection[str]) -> dict[str, Label]:
-    """Which revisions of a repository are checkpoints, by their names: those that state a step."""
+    """The revisions of a repository that are checkpoints: those whose names state a step."""
     labels = label_run(names, [], lambda name: True, is_one_model=False) or read_labels(names)
     return {name: label for name, label in labels.items() if label.number is not None}
 
 
 def read_labels(stems: Collection[str]) -> dict[str, Label]:
-    """Read the steps from names that lie in one directory; those that are no checkpoints are left out.
+    """Read the steps from the names in one directory; names that are not checkpoints are left out.
 
     >>> labels = read_labels(["mylora-000002", "mylora-000001", "mylora", "vae"])
     >>> labels["mylora-000001"]
@@ -182,12 +181,12 @@ def read_labels(stems: Collection[str]) -> dict[str, Label]:
 
 
 def _rank(number: _Number) -> int:
-    """Steps before saves before epochs, where a name states several."""
+    """The preference among several numbers in a name: steps, then saves, then epochs."""
     return 0 if number.word in _STEP_WORDS else 1 if number.word in _SAVE_WORDS else 2
 
 
 def _varying(group: list[list[_Number]]) -> int | None:
-    """The last place at which the numbers of names alike differ, and may be steps."""
+    """The last position at which the numbers of similar names differ and may be steps."""
     for place in reversed(range(len(group[0]))):
         numbers = [each[place] for each in group]
         if all(each.may_count for each in numbers) and len({each.value for each in numbers}) > 1:
@@ -211,19 +210,19 @@ def _numbers(stem: str) -> list[_Number]:
             words = match.start(), match.start(), behind.end(), value, behind[0].lower(), "", unit, False
             found.append(_Number(*words))
             continue
-        is_glued = behind is not None  # 30x is no 30
+        is_glued = behind is not None  # 30x is not 30
         found.append(_Number(start, match.start(), match.end(), value, named, separator, unit, is_glued))
     return found
 
 
 def _label(stem: str, numbers: list[_Number], step: _Number) -> Label:
-    """The label with this number for its step; what goes along with it is taken from the stem."""
+    """The label with this number as its step; numbers that change with it are removed from the stem."""
     begin = step.start if step.clock else step.digits
     spans = [(begin, step.end)]
     if step.word in _STEP_WORDS and (found := _GLOBAL.search(stem, 0, begin)):
         spans.append((found.start(), begin))
     after = step.end
-    for number in numbers:  # epoch and place in it, as some trainers count them behind the step: save-500-2-0
+    for number in numbers:  # epoch and batch, which some trainers put after the step: save-500-2-0
         if number.start >= after and not number.word and not stem[after : number.digits].strip(_SEPARATORS):
             spans.append((after, number.end))
             after = number.end
@@ -241,7 +240,7 @@ def _label(stem: str, numbers: list[_Number], step: _Number) -> Label:
 
 
 def _cut(stem: str, spans: list[tuple[int, int]]) -> str:
-    """What is left of a name without some of it, its pieces put together by what stood between them."""
+    """A name without some spans, the rest joined by the separators between them."""
     pieces, end = [], 0
     for start, stop in sorted(spans):
         if start >= end:
@@ -261,7 +260,7 @@ def _cut(stem: str, spans: list[tuple[int, int]]) -> str:
 
 WEIGHTS = ".safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".th", ".ckpt", ".pt.tar", ".pth.tar")
-"""How files of `torch.save` end."""
+"""Suffixes of files of `torch.save`."""
 
 _ENDING = re.compile(
     rf"(.+?)(?:{'|'.join(map(re.escape, (WEIGHTS, *reversed(PICKLED))))})(\.index(?:\.[\w-]+)?\.json)?", re.ASCII
@@ -270,7 +269,7 @@ _TORCH_NAME = re.compile(r"^pytorch_model(?:_fsdp)?(?![A-Za-z])")
 
 
 def stem_of(name: str) -> str:
-    """The name of a weight file without its ending; any other name as it is.
+    """The name of a weight file without its suffix; any other name unchanged.
 
     >>> stem_of("checkpoint-12.pth.tar"), stem_of("epoch=1-step=100.ckpt"), stem_of("model-v1.5"), stem_of("step_5")
     ('checkpoint-12', 'epoch=1-step=100', 'model-v1.5', 'step_5')
@@ -280,7 +279,7 @@ def stem_of(name: str) -> str:
 
 
 def as_safetensors(name: str) -> str:
-    """The name that a weight file of a checkpoint, or an index of such files, has in a result.
+    """The name in a result of a weight file of a checkpoint, or of an index.
 
     >>> as_safetensors("pytorch_model-00001-of-00002.bin"), as_safetensors("pytorch_model.bin.index.json")
     ('model-00001-of-00002.safetensors', 'model.safetensors.index.json')
@@ -291,7 +290,7 @@ def as_safetensors(name: str) -> str:
     return name if found is None else f"{_TORCH_NAME.sub('model', found[1])}{WEIGHTS}{found[2] or ''}"
 
 
-# --- names that say something else ---
+# --- other names ---
 
 _HALF_WRITTEN = re.compile(
     r"(?:tmp[-_.].+|.+[-_.](?:tmp|temp|partial|incomplete|ckavg-partial))", re.IGNORECASE | re.ASCII
@@ -307,17 +306,17 @@ _NUMBERED = re.compile(r"\d{1,4}", re.ASCII)
 
 
 def is_half_written(name: str) -> bool:
-    """Whether a name is one that trainers give to a checkpoint while they write it: `tmp-checkpoint-500`."""
+    """Whether trainers use the name for a checkpoint that they are writing: `tmp-checkpoint-500`."""
     return _HALF_WRITTEN.fullmatch(name) is not None
 
 
 def is_averaged(name: str) -> bool:
-    """Whether a folder, or a weight file without its ending, holds an average that training made: `unet_ema`."""
+    """Whether a folder, or a weight file without its suffix, holds an average made in training: `unet_ema`."""
     return _AVERAGED.fullmatch(name) is not None
 
 
 def is_training_state(name: str) -> bool:
-    """Whether a folder, or a file without its ending, holds state of the training rather than of the model.
+    """Whether a folder, or a file without its suffix, holds training state rather than the model.
 
     >>> [is_training_state(name) for name in ("training_state", "optimizer_0", "rng_state", "optimus", "unet")]
     [True, True, True, False, False]
@@ -326,8 +325,8 @@ def is_training_state(name: str) -> bool:
 
 
 def may_hold_model(folder: str, depth: int = 0) -> bool:
-    """Whether a folder of a checkpoint may belong to the model, by its name. Where `depth` folders lie between it and
-    the checkpoint, a number is that of a layer.
+    """Whether a folder of a checkpoint may belong to the model, by its name. If it is `depth` folders below the
+    checkpoint, a number is that of a layer.
 
     >>> [may_hold_model(folder) for folder in ("unet", "tokenizer", "global_step500", "runs", ".cache", "0")]
     [True, True, False, False, False, False]

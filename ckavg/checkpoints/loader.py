@@ -1,4 +1,4 @@
-"""Stage *discover*: the chosen checkpoints of a source, read; what is wrong with each is kept rather than raised."""
+"""Stage *discover*: read the selected checkpoints of a source; problems are collected rather than raised."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ MOST_CHECKPOINTS = 10_000
 
 
 def select_steps(steps: Sequence[int], selection: Selection, logged: Series = ()) -> list[int]:
-    """Indices into `steps`, which ascend, of the checkpoints that a selection chooses, in order.
+    """Indices into the ascending `steps` of the checkpoints that a selection chooses, in order.
 
-    What is named by its step comes first, then the range, `best`, `last`, and the update frequency: with t_0 the step
-    of the anchor, checkpoint k is visited where (t_k − t_0) mod `every` = 0. Where `every` is counted from another
-    step, the first checkpoint at or after that is visited, too (the burn-in of BEMA).
+    Explicit steps apply first, then the range, `best`, `last`, and the update frequency: with t_0 the step of the
+    anchor, checkpoint k is visited if (t_k − t_0) mod `every` = 0. If `every` counts from another step, the first
+    checkpoint at or after that is visited too (the burn-in of BEMA).
 
     Args:
         steps: of all checkpoints.
-        selection: what is chosen of them.
-        logged: the metric of the selection; a checkpoint has the last value since the one before, or none.
+        selection: which checkpoints.
+        logged: the metric of the selection; a checkpoint has the last value since the previous one, or none.
 
     Raises:
-        SettingError: `every`, `last` or `best` is less than 1, or a step that is named is not there.
+        SettingError: `every`, `last` or `best` is less than 1, or an explicit step has no checkpoint.
 
     >>> select_steps([0, 50, 100, 150, 200], Selection(every=100))
     [0, 2, 4]
@@ -97,28 +97,29 @@ def _goal(selection: Selection) -> Goal:
     """Whether the least or the greatest value of the metric is best.
 
     Raises:
-        SettingError: nothing tells.
+        SettingError: it is not known.
     """
     goal = selection.goal or goal_of(selection.metric or "")
     if goal is None:
         raise SettingError(
-            f"The name of the metric {selection.metric!r} does not tell which values are better.",
+            f"The name of the metric {selection.metric!r} does not say which values are better.",
             hint="Add --goal min or --goal max.",
         )
     return goal
 
 
 def _read_metric(found: Scan, selection: Selection) -> Series:
-    """The metric by which the best checkpoints are chosen, as the run's last checkpoint has it; empty without one.
+    """The metric for choosing the best checkpoints, from the log of the run's last checkpoint; empty without `best`.
 
     Raises:
-        SettingError: it is not there, or it is not said which, or what for.
+        SettingError: it is not in the log, or only one of `best` and `metric` is given.
     """
     if selection.best is None and selection.metric is None and selection.goal is None:
         return ()
     if selection.best is None or selection.metric is None:
         raise SettingError(
-            "--best and --metric go together.", hint="For example: --best 5 --metric eval_loss; --goal where needed."
+            "--best and --metric require each other.",
+            hint="For example: --best 5 --metric eval_loss; and --goal if needed.",
         )
     _goal(selection)
     last = found.candidates[-1].path
@@ -134,7 +135,7 @@ def _read_metric(found: Scan, selection: Selection) -> Series:
 
 
 class Loader:
-    """Chooses checkpoints and reads them; chooses again, where some turned out to be incomplete."""
+    """Chooses checkpoints and reads them; chooses again if some turn out to be incomplete."""
 
     def __init__(self, found: Scan) -> None:
         self._found = found
@@ -143,9 +144,9 @@ class Loader:
         self._headers: KnownHeaders = {}
 
     def load(self, selection: Selection) -> None:
-        """Choose among what is not known to be incomplete, and read it, until all that is chosen is complete.
+        """Choose and read checkpoints, leaving out incomplete ones, until all chosen ones are complete.
 
-        What an earlier selection has read is not read again.
+        Checkpoints that an earlier selection has read are not read again.
         """
         self._selection = selection
         self._incomplete: dict[AnyPath, CkavgError] = {}
@@ -160,7 +161,7 @@ class Loader:
 
     @property
     def warnings(self) -> list[str]:
-        """One for each checkpoint that was left out, and what a choice by a metric means."""
+        """One for each checkpoint that was left out, and advice on a choice by a metric."""
         told = []
         if self._selection.best is not None:
             metric = self._selection.metric
@@ -170,7 +171,7 @@ class Loader:
             ]
             if absent:
                 told.append(
-                    f"No {metric} was logged since the checkpoint before, so not chosen: step {listed(absent)}."
+                    f"No {metric} was logged since the previous checkpoint, so not chosen: step {listed(absent)}."
                 )
             if self._selection.best > len(steps) - len(absent):
                 told.append(f"--best {self._selection.best} asks for more checkpoints than have a {metric}.")
@@ -179,7 +180,7 @@ class Loader:
             )
         for path, why in self._incomplete.items():
             first = why.errors[0] if isinstance(why, CombinedError) else why
-            told.append(f"{path.name} is incomplete and left out: {first.message}")
+            told.append(f"Skipped: {path.name} is incomplete: {first.message}")
         return told
 
     def _load_chosen(self) -> None:
@@ -208,7 +209,7 @@ class Loader:
                 self.checkpoints.append(outcome)
 
     def _keep(self, path: AnyPath, error: CkavgError) -> None:
-        """As a problem, or as the reason to leave a checkpoint out."""
+        """Note an error as a problem, or as the reason to leave a checkpoint out."""
         each = error.errors if isinstance(error, CombinedError) else (error,)
         may_skip = self._selection.skip_incomplete and path != self._selection.init
         if may_skip and all(isinstance(one, MissingShardError | TruncatedShardError) for one in each):
@@ -217,7 +218,7 @@ class Loader:
             self.problems += each
 
     def _read_all(self, places: Sequence[tuple[AnyPath, int]]) -> None:
-        """Read those that are not read yet; elsewhere, several at the same time."""
+        """Read those that are not read yet; remote ones several at the same time."""
         unread = [place for place in places if place not in self._read]
         is_remote = any(isinstance(path, RemotePath) for path, _ in unread)
         read = thread_map(self._read_one, unread) if is_remote else map(self._read_one, unread)
@@ -232,16 +233,16 @@ class Loader:
         except CkavgError as error:
             is_remote = isinstance(path, RemotePath) and isinstance(error, HubError | ReadError)
             if is_remote or isinstance(error, SettingError):
-                raise  # whatever it is, it is not the checkpoint
+                raise  # not a problem of the checkpoint
             return error
         if self._selection.prefix is not None and path != init and not checkpoint.is_distributed:
             raise SettingError(
-                f"--prefix is for checkpoints of torch.distributed.checkpoint; {path} is none.",
-                hint="Leave it out: the names of its tensors are those of the model.",
+                f"--prefix is for checkpoints of torch.distributed.checkpoint; {path} is not one.",
+                hint="Leave it out: its tensors have the names of the model.",
             )
         if isinstance(path, RemotePath):
-            read_facts(checkpoint)  # its configs are wanted later, one after another
-        if checkpoint.entries == self._table:  # kept once: that of a large model takes tens of megabytes
+            read_facts(checkpoint)  # caches its configs, which are read one by one later
+        if checkpoint.entries == self._table:  # stored once: the table of a large model takes tens of megabytes
             return dataclasses.replace(checkpoint, entries=self._table)
         self._table = checkpoint.entries
         return checkpoint
@@ -256,8 +257,8 @@ def _check_anchor(places: list[tuple[AnyPath, int]]) -> list[CkavgError]:
         return []
     return [
         DuplicateStepError(
-            f"--init {init} is taken to be step {init_step}, but the run begins at step {rest[0][1]}.",
-            hint="The run has its own anchor: leave out --init. "
-            "Or say with --init-step and --from-step where each begins.",
+            f"--init {init} counts as step {init_step}, but the run begins at step {rest[0][1]}.",
+            hint="The run has its own anchor: leave out --init. Or state where each begins with --init-step and "
+            "--from-step.",
         )
     ]

@@ -1,7 +1,7 @@
-"""Stage *discover*: which of the tensors that a trainer saved together are the model's, and their names in it. Pure.
+"""Stage *discover*: which tensors of a distributed checkpoint belong to the model, and their names in it. Pure.
 
-A trainer saves `{"model": …, "optimizer": …, "step": 3}`. The keys that lead to a tensor are known, so that what wraps
-the model is told from its modules: `{"model": {"lm_head.weight": …}}` from `{"model.lm_head.weight": …}`.
+A trainer saves `{"model": …, "optimizer": …, "step": 3}`. The keys that lead to a tensor distinguish a wrapper of the
+model from its modules: `{"model": {"lm_head.weight": …}}` from `{"model.lm_head.weight": …}`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FLAT_STATE = re.compile(
 _MOMENT = re.compile(
     r"(?:^|[./])(?:(?:max_)?exp_avg(?:_sq|_res)?|exp_inf|momentum_buffer|square_avg|acc_delta|grad_avg)(?:[./]|$)"
 )
-"""In the name of a tensor that an optimizer keeps."""
+"""The names of an optimizer's tensors."""
 
 _DEEPEST = 4
 _CONVERSIONS = {
@@ -34,19 +34,18 @@ _CONVERSIONS = {
     r"tok_embeddings\.weight": ("torchtitan", "its scripts/checkpoint_conversion/convert_to_hf.py"),
     r"blocks\.0\.attention\.w_q\.weight": ("OLMo-core", "its src/examples/huggingface/convert_checkpoint_to_hf.py"),
 }
-"""By a tensor's name: whose names these are, and what maps them to those of Hugging Face."""
+"""By the name of a tensor: the trainer with such names, and the program that maps them to those of Hugging Face."""
 
 
 def choose_model(
     paths: Mapping[str, tuple[str, ...]], prefix: str | None = None, *, scalars: Collection[str] = ()
 ) -> tuple[dict[str, str], list[tuple[WhyLeftOut, str]]]:
-    """The tensors of the model, by the name that they were saved under, with the name that they have in it; and what
-    else with weights was saved beside it.
+    """The tensors of the model, from their saved name to their name in the model; and other weights beside it.
 
     Args:
-        paths: by name, the keys that lead to each tensor.
-        prefix: how the names of the model's tensors begin; None: as the keys tell.
-        scalars: names of tensors without dimensions, which count something where they lie beside a model.
+        paths: for each name, the keys that lead to the tensor.
+        prefix: how the names of the model's tensors begin; None: inferred from the keys.
+        scalars: names of tensors without dimensions; beside a model they are counters.
 
     >>> choose_model({"model.w": ("model", "w"), "optimizer.w": ("optimizer", "w")})
     ({'model.w': 'w'}, [])
@@ -78,7 +77,7 @@ def choose_model(
 
 
 def conversion(names: Iterable[str]) -> tuple[str, str] | None:
-    """The trainer whose own names a model has, and what maps them to those of Hugging Face; None for any other model.
+    """The trainer whose names a model has, and the program that maps them to those of Hugging Face; None if unknown.
 
     >>> conversion(["layers.0.attention.wq.weight", "tok_embeddings.weight"])[0]
     'torchtitan'
@@ -91,7 +90,7 @@ def conversion(names: Iterable[str]) -> tuple[str, str] | None:
 
 
 def _is_state(path: tuple[str, ...]) -> bool:
-    """Whether a tensor is a trainer's, by the keys that lead to it, or by its name."""
+    """Whether a tensor is training state, judged by the keys that lead to it or by its name."""
     *above, name = path
     if _MOMENT.search(name) or _FLAT_STATE.match(name):
         return True
@@ -99,5 +98,5 @@ def _is_state(path: tuple[str, ...]) -> bool:
 
 
 def count_moments(names: Iterable[str]) -> int:
-    """How many names of tensors are those of an optimizer's moments."""
+    """How many of the names belong to an optimizer's moments."""
     return sum(_MOMENT.search(name) is not None for name in names)

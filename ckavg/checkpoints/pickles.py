@@ -1,7 +1,7 @@
-"""Stage *discover*: the tensors of a file that `torch.save` wrote, as if it had a header: nothing in it is executed.
+"""Stage *discover*: read the tensors of a `torch.save` file like a header, without executing anything in it.
 
-The file is a zip archive. Its `data.pkl` says what each tensor is, and in which file of the archive its elements lie;
-those are stored as they are, so that the engine reads them in place. All that is said is checked before.
+The file is a zip archive. Its `data.pkl` describes each tensor and names the file of the archive with its elements.
+Those files are uncompressed, so the engine reads them in place. All statements are checked first.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _MOST_PICKLE_BYTES = 64_000_000
 _MOST_DIMENSIONS = 64
 _HEAD_BYTES = 64
 _LEGACY = (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", b"sys_info\0")
-"""How the layouts before torch 1.6, and before 0.2, begin."""
+"""The first bytes of the layouts before torch 1.6, and before 0.2."""
 
 
 class UnreadPickleError(Exception):
-    """A file of `torch.save` that is sound, and holds what is not read; the message goes on behind its name.
+    """A valid file of `torch.save` with unsupported content; the message continues after the file's name.
 
     Args:
         why: such as "is a TorchScript program".
-        can_convert: whether loading it and saving it anew makes it a file that is read.
+        can_convert: whether loading it and saving it again makes it a supported file.
     """
 
     def __init__(self, why: str, *, can_convert: bool = True) -> None:
@@ -44,7 +44,7 @@ class UnreadPickleError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    """The elements of tensors: one file of the archive. `dtype` is a code, or whatever else its class is."""
+    """A storage of elements: one file of the archive. `dtype` is a code, or the class if that has none."""
 
     key: str
     dtype: Any
@@ -52,8 +52,8 @@ class _Storage:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor as the pickle describes it: `offset` in bytes of its storage. `problem` is why it cannot be read, and
-    `can_convert` whether torch can write it anew as one that can.
+    """A tensor as described by the pickle; `offset` is in bytes of its storage. `problem` says why it cannot be read,
+    and `can_convert` whether torch can save it again in a supported form.
     """
 
     dtype: str = ""
@@ -66,7 +66,7 @@ class _Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Saved:
-    """What was saved in a file, and where the files of the archive lie, by name without that of the archive."""
+    """The saved value of a file, and the positions of the archive's files, by name without that of the archive."""
 
     value: Any
     spans: Mapping[str, Span]
@@ -74,14 +74,14 @@ class _Saved:
 
 
 def read_pickle(path: AnyPath, *, shard: int = 0) -> Header:
-    """The tensors of the model in a file that `torch.save` wrote, which is number `shard` of its checkpoint; the header
-    is without any where the file holds no tensors.
+    """The tensors of the model in a file of `torch.save`, which is number `shard` of its checkpoint. The header is
+    empty if the file holds no tensors.
 
     Raises:
-        MissingShardError, ReadError: there is no such file, or the system would not let us read it.
+        MissingShardError, ReadError: there is no such file, or it cannot be read.
         TruncatedShardError: the file has no end.
-        CorruptFileError: it is damaged, or no file of torch.
-        UnreadPickleError: it has an older layout, or the model has tensors of a kind that is not read.
+        CorruptFileError: it is damaged, or not a file of torch.
+        UnreadPickleError: it has an older layout, or the model has tensors of an unsupported kind.
     """
     saved = _read(path)
     try:
@@ -89,13 +89,15 @@ def read_pickle(path: AnyPath, *, shard: int = 0) -> Header:
         entries = {name: _located(name, tensor, saved.spans, shard) for name, tensor in tensors.items()}
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path} cannot be read: {error}.", hint=RESAVE) from error
-    in_order = sorted(entries, key=lambda name: entries[name].offset)  # of names for one tensor, the first stays so
+    in_order = sorted(
+        entries, key=lambda name: entries[name].offset
+    )  # stable: of several names for one tensor, the first stays first
     entries = {name: entries[name] for name in in_order}
     return Header(entries, saved.info, {}, count_moments(entries), left_out=tuple(left_out))
 
 
 def is_saved_by_torch(path: AnyPath) -> bool:
-    """Whether a file begins as those of `torch.save` do; True where it cannot be read, for who reads it says so."""
+    """Whether a file begins like those of `torch.save`; True if it cannot be read, since reading it reports that."""
     try:
         with storage_of(path).open(path) as (_, read):
             return read(_HEAD_BYTES).startswith((FIRST_BYTES, *_LEGACY))
@@ -104,7 +106,7 @@ def is_saved_by_torch(path: AnyPath) -> bool:
 
 
 def pickled_step(path: AnyPath) -> int | None:
-    """The optimizer step that a trainer saved beside the model; None where it saved none.
+    """The optimizer step that a trainer saved beside the model; None if it saved none.
 
     Raises:
         CkavgError, UnreadPickleError: see `read_pickle`.
@@ -126,7 +128,7 @@ def _read(path: AnyPath) -> _Saved:
         value = unpickled(read(pickle.start, pickle.start + pickle.nbytes), known=_KNOWN, persistent=_storage)
         order = spans.get("byteorder")
         if order is not None and (order.nbytes != 6 or read(order.start, order.start + 6) != b"little"):
-            raise UnreadPickleError("was saved by a machine with another order of bytes")
+            raise UnreadPickleError("was saved by a machine with another byte order")
     except FileNotFoundError as error:
         raise MissingShardError(f"{path} does not exist.", hint=STILL_WRITTEN) from error
     except OSError as error:
@@ -145,11 +147,11 @@ def _not_an_archive(path: AnyPath, first: bytes) -> Exception:
         return UnreadPickleError("has the layout that torch wrote before 1.6")
     if first.startswith(b"\x80"):
         return UnreadPickleError("is a pickle that torch.save did not write", can_convert=False)
-    return CorruptFileError(f"{path} is not what torch.save writes: it does not begin as a zip archive.", hint=RESAVE)
+    return CorruptFileError(f"{path} is not a file of torch.save: it does not begin like a zip archive.", hint=RESAVE)
 
 
 def _without_prefix(found: Mapping[str, Span]) -> dict[str, Span]:
-    """The files of an archive, without its name before theirs."""
+    """The files of an archive, by name without the prefix of the archive."""
     (prefix, *more) = [name[:-8] for name in found if name.count("/") == 1 and name.endswith("/data.pkl")] or [""]
     spans = {name.removeprefix(prefix): span for name, span in found.items() if prefix and name.startswith(prefix)}
     if "constants.pkl" in spans:
@@ -163,14 +165,14 @@ def _without_prefix(found: Mapping[str, Span]) -> dict[str, Span]:
 
 
 def _located(name: str, tensor: _Tensor, spans: Mapping[str, Span], shard: int) -> TensorInfo:
-    """A tensor of the model in the file, checked against the sizes of both."""
+    """The position of a tensor in the file, checked against the sizes of both."""
     if tensor.problem:
         why = f"holds tensor {shown(name)}, which {tensor.problem}"
         raise UnreadPickleError(why, can_convert=tensor.can_convert)
     try:
         name.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{shown(name)} is no text") from error
+        raise ValueError(f"{shown(name)} is not valid Unicode") from error
     nbytes = product(ITEM_BYTES[tensor.dtype], tensor.shape)
     span = spans.get(f"data/{tensor.key}")
     if span is None or nbytes is None or tensor.offset + nbytes > span.nbytes:
@@ -182,21 +184,21 @@ def _located(name: str, tensor: _Tensor, spans: Mapping[str, Span], shard: int) 
     return TensorInfo(tensor.dtype, tensor.shape, shard, span.start + tensor.offset)
 
 
-# --- what the pickle may name ---
+# --- names that a pickle may use ---
 
 
 def _storage(identifier: Any) -> Any:
-    """The storage that is meant by its class, its file, the device that it was on, and how many elements it has."""
+    """The storage of a persistent id: its class, its file, its device, and its number of elements."""
     if type(identifier) is not tuple or len(identifier) != 5 or identifier[0] != "storage":
         return Opaque("persistent", ())
     _, dtype, key, _, _ = identifier
     if type(key) is not str:
-        raise ValueError("the pickle describes a storage wrongly")
+        raise ValueError("the pickle describes a storage incorrectly")
     return _Storage(key, dtype)
 
 
 def _typed(storage: Any, offset: Any, shape: Any, stride: Any, *more: Any) -> _Tensor:
-    """A tensor of the dtype that the class of its storage tells."""
+    """A tensor whose dtype is given by the class of its storage."""
     metadata = more[2] if len(more) > 2 else None
     return _tensor(storage, storage.dtype, offset, shape, stride, metadata)
 
@@ -210,13 +212,11 @@ def _untyped(
 
 def _tensor(storage: Any, dtype: Any, offset: Any, shape: Any, stride: Any, metadata: Any) -> _Tensor:
     if not (type(storage) is _Storage and type(offset) is int and 0 <= offset <= LARGEST):
-        raise ValueError("the pickle describes a tensor wrongly")
+        raise ValueError("the pickle describes a tensor incorrectly")
     if not (_are_counts(shape) and _are_counts(stride) and len(shape) == len(stride)):
-        raise ValueError("the pickle describes the shape of a tensor wrongly")
+        raise ValueError("the pickle describes the shape of a tensor incorrectly")
     if type(dtype) is not str or dtype not in ITEM_BYTES:
-        return _Tensor(
-            problem=f"has a dtype that is not read, {dtype.name}" if type(dtype) is Global else "has no dtype"
-        )
+        return _Tensor(problem=f"has an unsupported dtype, {dtype.name}" if type(dtype) is Global else "has no dtype")
     if metadata:
         return _Tensor(problem="is conjugated or negated when it is read")
     if 0 not in shape and not _is_contiguous(shape, stride):
@@ -243,14 +243,14 @@ def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 def _same(tensor: Any, *_: Any) -> Any:
-    """A parameter is the tensor that it is made of."""
+    """A parameter is its tensor."""
     return tensor
 
 
 def _from_type(function: Any, _kind: Any, args: Any, _state: Any) -> Any:
-    """A tensor with attributes, or of a subclass that is stored as a plain one."""
+    """A tensor with attributes, or of a subclass that is stored like a plain tensor."""
     if function not in (_typed, _untyped, _same) or type(args) is not tuple:
-        return _Tensor(problem="is of a class that is not read")
+        return _Tensor(problem="is of an unsupported class")
     return function(*args)
 
 
@@ -272,8 +272,8 @@ _KNOWN: Mapping[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_sparse_csr_tensor"): _unread("is sparse"),
     ("torch._utils", "_rebuild_nested_tensor"): _unread("is nested"),
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): _unread("has no elements: it was on the meta device"),
-    ("torch._utils", "_rebuild_wrapper_subclass"): _unread("is of a class that is not read"),
-    ("torch._utils", "_rebuild_device_tensor_from_numpy"): _unread("is of a device that is not read"),
-    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _unread("is of a device that is not read"),
+    ("torch._utils", "_rebuild_wrapper_subclass"): _unread("is of an unsupported class"),
+    ("torch._utils", "_rebuild_device_tensor_from_numpy"): _unread("is of an unsupported device"),
+    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _unread("is of an unsupported device"),
 }
-"""All that is made of what a pickle describes: plain values of ours."""
+"""The only names that a pickle can use; each gives a plain value of ours."""

@@ -1,7 +1,7 @@
-"""Stage *discover*: tensors in pieces, boxes that several processes saved each on its own. Pure arithmetic.
+"""Stage *discover*: tensors in pieces, boxes saved by several processes. Pure arithmetic.
 
-A piece lies in C order at one place of a file. So whatever range of elements of the tensor is asked for, in row-major
-order, what a piece has of it is one range of the piece, too: it is read at once, and then spread over the rows.
+A piece is stored in C order at one place of a file. For any range of elements of the tensor, in row-major order, the
+elements in a piece are one range of that piece: they are read in one go, then spread over the rows.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""Where a box begins in a tensor, and its sizes, by dimension."""
+"""A box in a tensor: its start and its sizes, by dimension."""
 
 _MOST_IRREGULAR, _MOST_CUTS = 300, 50
-"""Pieces that no plane parts, and planes one within another: those of real runs are parted by one or two."""
+"""Limits for pieces that no plane separates, and for nested planes; in real runs one or two planes separate them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A box of a tensor, and where its elements are.
+    """A box of a tensor, and the place of its elements.
 
     Attributes:
         shard: index into `Checkpoint.shards`.
-        offset: where its bytes begin, counted from the start of the file.
-        first: which element of the tensor is its first, in row-major order.
-        rows: its dimensions: how many there are, and how far apart in the tensor. Those that lie close together are
-            one, so that the last are the elements of a row, with a distance of 1.
+        offset: offset of its bytes in the file.
+        first: its first element, as an index into the tensor in row-major order.
+        rows: its dimensions, each with its size and its stride in the tensor. Contiguous dimensions are merged; the
+            last one is the elements of a row, with stride 1.
         reach: the last element of the tensor that it, or a piece before it, holds.
     """
 
@@ -40,7 +40,7 @@ class Piece:
     reach: int
 
     def position(self, element: int) -> int:
-        """Which element of the tensor this element of the piece is."""
+        """The index in the tensor of an element of the piece."""
         position = self.first
         for count, distance in reversed(self.rows):
             element, place = divmod(element, count)
@@ -48,7 +48,7 @@ class Piece:
         return position
 
     def count_before(self, position: int) -> int:
-        """How many of its elements come before this element of the tensor."""
+        """How many of its elements come before an element of the tensor."""
         rest, before = max(0, position - self.first), 0
         inner = math.prod(count for count, _ in self.rows)
         for count, distance in self.rows:
@@ -60,8 +60,8 @@ class Piece:
         return before
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """Its elements `start` to `stop` as rows of the tensor: the first element, how many rows, how far apart, and
-        the elements of each.
+        """Its elements `start` to `stop` as rows of the tensor: first element, number of rows, stride, and elements per
+        row.
         """
         length = self.rows[-1][0]
         count, distance = self.rows[-2] if len(self.rows) > 1 else (1, 0)
@@ -75,10 +75,10 @@ class Piece:
 
 
 def cut(shape: tuple[int, ...], boxes: Sequence[tuple[Box, int, int]]) -> tuple[Piece, ...]:
-    """The pieces of a tensor of this shape: of each its box, shard and offset; none where the boxes are not exactly it.
+    """The pieces of a tensor of this shape, from the box, shard and offset of each; the boxes must cover it exactly.
 
     Raises:
-        ValueError: a box leads out of the tensor, two of them overlap, or some of the tensor is in none.
+        ValueError: a box exceeds the tensor, two boxes overlap, or a part of the tensor is in none.
 
     >>> cut((2, 6), [(((0, 0), (2, 4)), 0, 64), (((0, 4), (2, 2)), 1, 64)])[1]
     Piece(shard=1, offset=64, first=4, rows=((2, 6), (2, 1)), reach=11)
@@ -86,9 +86,9 @@ def cut(shape: tuple[int, ...], boxes: Sequence[tuple[Box, int, int]]) -> tuple[
     full = [each for each in boxes if math.prod(each[0][1])]
     for start, sizes in (box for box, _, _ in full):
         if not len(start) == len(sizes) == len(shape):
-            raise ValueError(f"a piece with {len(sizes)} dimensions, of a tensor with {len(shape)}")
+            raise ValueError(f"a piece with {len(sizes)} dimensions in a tensor with {len(shape)}")
         if any(not 0 <= first <= first + size <= whole for first, size, whole in zip(start, sizes, shape, strict=True)):
-            raise ValueError(f"a piece {list(sizes)} at {list(start)} leads out of a tensor {list(shape)}")
+            raise ValueError(f"a piece {list(sizes)} at {list(start)} exceeds a tensor {list(shape)}")
     if math.prod(shape):
         _check_cover([box for box, _, _ in full], tuple((0, size) for size in shape))
     strides = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
@@ -101,7 +101,7 @@ def cut(shape: tuple[int, ...], boxes: Sequence[tuple[Box, int, int]]) -> tuple[
 
 
 def overlapping(pieces: Sequence[Piece], start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
-    """The pieces that hold some of the elements `start` to `stop` of a tensor, and which of their own these are."""
+    """The pieces that hold some of the elements `start` to `stop` of a tensor, each with its own range of them."""
     end = bisect_left(pieces, stop, key=attrgetter("first"))
     for place in range(bisect_left(pieces, start, hi=end, key=attrgetter("reach")), end):
         piece = pieces[place]
@@ -111,7 +111,7 @@ def overlapping(pieces: Sequence[Piece], start: int, stop: int) -> Iterator[tupl
 
 
 def spread(piece: Piece, start: int, stop: int, data: memoryview, target: memoryview, *, at: int, item: int) -> None:
-    """Put the elements `start` to `stop` of a piece, of `item` bytes each, to where they belong in `target`, which
+    """Copy the elements `start` to `stop` of a piece, of `item` bytes each, to their positions in `target`, which
     begins with element `at` of the tensor.
     """
     import numpy as np
@@ -143,17 +143,17 @@ def _piece(box: Box, shard: int, offset: int, strides: Sequence[int]) -> Piece:
 
 
 def _check_cover(boxes: list[Box], whole: tuple[tuple[int, int], ...]) -> None:
-    """Refuse boxes that are not exactly the `whole`, which is given by the first and the end in each dimension.
+    """Refuse boxes that do not cover the `whole` exactly; it is given by begin and end in each dimension.
 
-    Planes that cut none of the boxes part them, again and again, as whoever shards a tensor has parted them. What no
-    plane parts is compared pair by pair.
+    Boxes are separated by planes that cut none of them, recursively, in the way a tensor is sharded. Boxes that no
+    plane separates are compared pair by pair.
     """
     todo, left = [(boxes, whole)], _MOST_CUTS * (len(boxes) + 10)
     while todo:
         boxes, whole = todo.pop()
         left -= len(boxes)
         if left < 0:
-            raise ValueError(f"{len(boxes):,} pieces that are cut too often")
+            raise ValueError(f"{len(boxes):,} pieces are nested too deeply")
         if not boxes:
             raise ValueError(f"no piece holds {_shown(whole)}")
         parted = next(filter(None, (_parted(boxes, whole, axis) for axis in range(len(whole)))), None)
@@ -168,7 +168,7 @@ def _check_cover(boxes: list[Box], whole: tuple[tuple[int, int], ...]) -> None:
 def _parted(
     boxes: list[Box], whole: tuple[tuple[int, int], ...], axis: int
 ) -> list[tuple[list[Box], tuple[tuple[int, int], ...]]]:
-    """The boxes between planes across an axis, each with what they must fill; empty where there is no plane."""
+    """The boxes between planes across an axis, each group with the part it must cover; empty without a plane."""
     in_order = sorted(boxes, key=lambda box: box[0][axis])
     ends = list(itertools.accumulate((start[axis] + sizes[axis] for start, sizes in in_order), max))
     planes = [place for place in range(1, len(boxes)) if in_order[place][0][axis] >= ends[place - 1]]
@@ -183,7 +183,7 @@ def _parted(
 
 def _check_pairs(boxes: list[Box], whole: tuple[tuple[int, int], ...]) -> None:
     if len(boxes) > _MOST_IRREGULAR:
-        raise ValueError(f"{len(boxes):,} pieces that no plane parts")
+        raise ValueError(f"{len(boxes):,} pieces are not separated by any plane")
     spans = [_spans(box) for box in boxes]
     for one, other in itertools.combinations(spans, 2):
         if all(low < its_end and its_low < end for (low, end), (its_low, its_end) in zip(one, other, strict=True)):
@@ -197,5 +197,5 @@ def _spans(box: Box) -> tuple[tuple[int, int], ...]:
 
 
 def _shown(spans: tuple[tuple[int, int], ...]) -> str:
-    """Part of a tensor, as one types it."""
+    """A part of a tensor in index notation."""
     return f"[{', '.join(f'{low}:{end}' for low, end in spans)}]"

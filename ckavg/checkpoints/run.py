@@ -1,4 +1,4 @@
-"""Stage *discover*, its values: a run, its checkpoints, their shards and tensors. Plain data; opens no file."""
+"""Stage *discover*: the data classes of a run, its checkpoints, their shards and tensors. Opens no file."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ ITEM_BYTES: Mapping[str, int] = {
     "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
     "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
 }  # fmt: skip
-"""Bytes per element of every dtype that is read, by its safetensors code."""
+"""Bytes per element of every supported dtype, by its safetensors code."""
 
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 """The dtypes that are averaged; all others are copied from the last checkpoint."""
 
 CONSTANT = frozenset({"C64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
-"""The dtypes that are copied only where all checkpoints hold the same bytes."""
+"""The dtypes that are copied only if all checkpoints hold the same bytes."""
 
 DTYPE_NAMES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Floating dtypes: safetensors code to the name users type."""
+"""Floating dtypes: from the safetensors code to the name that users type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,9 @@ class TensorInfo:
         dtype: safetensors dtype code, such as `BF16`.
         shape: its dimensions, `()` for a scalar.
         shard: index into `Checkpoint.shards`.
-        offset: where its bytes begin, counted from the start of the file.
-        kept: whether it is copied whatever its dtype, since not every checkpoint has it.
-        pieces: where it lies, if not in one place; `shard` and `offset` are then those of the first.
+        offset: offset of its bytes in the file.
+        kept: whether it is copied even if floating, because not every checkpoint has it.
+        pieces: its pieces, if it is not in one place; `shard` and `offset` are then those of the first.
     """
 
     dtype: str
@@ -79,7 +79,7 @@ class TensorInfo:
         return self.numel * self.item_bytes
 
     def ranges(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Where its elements `start` to `stop` lie: shard, first byte and end of each range."""
+        """The byte ranges of its elements `start` to `stop`: shard, first byte and end of each."""
         item = self.item_bytes
         if not self.pieces:
             return [(self.shard, self.offset + start * item, self.offset + stop * item)]
@@ -95,7 +95,7 @@ class TensorInfo:
 
     @property
     def must_be_constant(self) -> bool:
-        """Whether it can be copied only where it is the same, bit for bit, in every checkpoint."""
+        """Whether it can be copied only if it is the same, bit for bit, in every checkpoint."""
         return self.dtype in CONSTANT
 
 
@@ -104,12 +104,13 @@ class Shard:
     """One weight file.
 
     Attributes:
-        path: where it is.
+        path: the file.
         nbytes: its size in bytes.
-        state: inode and time of modification when its header was read; None where that does not matter.
-        identity: what tells its content from any other, by whoever keeps it; None for a file of this machine.
-        part: how the names of its tensors begin in the run, and not in the file: `unet/`, say; see `Checkpoint.parts`.
-        metadata: what its header says besides the tensors, by name.
+        state: inode and time of modification when its header was read; None if that does not matter.
+        identity: identifies its content in a remote storage; None for a local file.
+        part: prefix that its tensors' names have in the run but not in the file, such as `unet/`; see
+            `Checkpoint.parts`.
+        metadata: the other entries of its header, by name.
     """
 
     path: AnyPath
@@ -121,7 +122,7 @@ class Shard:
 
     @property
     def saved_as(self) -> str:
-        """The name of such a file in a result."""
+        """The name of the file in a result."""
         return as_safetensors(self.path.name)
 
 
@@ -132,13 +133,12 @@ class Checkpoint:
     Attributes:
         step: optimizer step (`global_step`) at which it was saved.
         path: the directory, or the file of a flat layout.
-        kind: `model`, `adapter` (PEFT, LoRA), `pipeline` (models in folders, its components), or `file` (one weight
-            file on its own).
+        kind: `model`, `adapter` (PEFT, LoRA), `pipeline` (components in folders), or `file` (a single weight file).
         shards: its weight files, in the order of their names.
-        indexes: the shard indexes beside them, where there are any; a pipeline may have one in each component.
-        entries: every tensor by name, which begins with the part that it is in.
-        left_out: weights in the directory that are not read: why, and the path relative to it.
-        saved_as: the file name of a result of such checkpoints; empty where it takes the names of their files.
+        indexes: its shard indexes; a pipeline may have one in each component.
+        entries: every tensor by name; the name begins with its part.
+        left_out: weights in the directory that are not read: why, and the relative path.
+        saved_as: the file name of a result of such checkpoints; empty if a result has the names of their files.
     """
 
     step: int
@@ -153,16 +153,16 @@ class Checkpoint:
     __repr__ = short_repr
 
     def ranges(self, name: str, start: int, stop: int) -> list[tuple[AnyPath, int, int]]:
-        """Where elements `start` to `stop` of a tensor lie: file, first byte and end of each range."""
+        """The byte ranges of elements `start` to `stop` of a tensor: file, first byte and end of each."""
         return [(self.shards[shard].path, begin, end) for shard, begin, end in self.entries[name].ranges(start, stop)]
 
     @property
     def directory(self) -> AnyPath:
-        """Where its side files are."""
+        """The directory of its side files."""
         return self.path.parent if self.kind == "file" else self.path
 
     def with_copied(self, names: Collection[str]) -> Checkpoint:
-        """The same, with these of its tensors to be copied rather than averaged."""
+        """The same, with these tensors copied rather than averaged."""
         if not names:
             return self
         entries = {
@@ -172,7 +172,7 @@ class Checkpoint:
         return dataclasses.replace(self, entries=entries)
 
     def without(self, names: Collection[str]) -> Checkpoint:
-        """The same, as if these of its tensors were not there."""
+        """The same, without these tensors."""
         if not names:
             return self
         entries = {name: entry for name, entry in self.entries.items() if name not in names}
@@ -185,7 +185,7 @@ class Checkpoint:
 
     @property
     def is_distributed(self) -> bool:
-        """Whether torch.distributed.checkpoint saved it, in files of its own format."""
+        """Whether it is in the file format of torch.distributed.checkpoint."""
         return self.shards[0].path.suffix == ".distcp"
 
     @property
@@ -195,7 +195,7 @@ class Checkpoint:
 
     @property
     def names_of_result(self) -> tuple[str, ...]:
-        """The weight files of a result that is laid out like it, likewise."""
+        """The weight files of a result with this layout, by relative path."""
         return tuple(self._within(shard.path.parent / shard.saved_as) for shard in self.shards)
 
     def _within(self, path: AnyPath) -> str:
@@ -203,8 +203,8 @@ class Checkpoint:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What is loaded by itself, in the order of the shards: `` for the weights in the directory itself, `unet/` for
-        those in a folder, `value_head.safetensors/` for a file beside them.
+        """The separately loaded parts, in the order of the shards: `` for the weights in the directory itself, `unet/`
+        for those in a folder, `value_head.safetensors/` for a file beside them.
         """
         return tuple(dict.fromkeys(shard.part for shard in self.shards))
 
@@ -217,7 +217,7 @@ class Checkpoint:
         return tuple(sorted("" if each == self.directory else self._within(each) for each in places))
 
     def with_parts(self, parts: Collection[str], *, why: WhyLeftOut | None = None) -> Checkpoint:
-        """The same without the weights of all other parts, which are told to be left out where it is said why."""
+        """The same with only these parts; with `why`, the others are listed in `left_out`."""
         if set(parts) >= set(self.parts):
             return self
         kept = [place for place, shard in enumerate(self.shards) if shard.part in parts]
@@ -246,12 +246,12 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """Which checkpoints of a source take part, and from which anchor.
+    """Which checkpoints of a source to average, and from which anchor.
 
     Attributes:
-        init: the anchor θ_0, a checkpoint directory or safetensors file; None: the first checkpoint selected.
+        init: the anchor θ_0, a checkpoint directory or safetensors file; None: the first selected checkpoint.
         init_step: optimizer step of `init`.
-        match: shell pattern of the names of checkpoints, where several runs lie in one directory.
+        match: shell pattern of the names of checkpoints, if a directory holds several runs.
         steps: exactly these optimizer steps; empty: all.
         skip_step: leave out these optimizer steps.
         every: update frequency f in optimizer steps: visit only checkpoints with (t_k − t_0) mod f = 0.
@@ -260,13 +260,13 @@ class Selection:
         to_step: leave out checkpoints after this optimizer step.
         best: keep only this many checkpoints, the best by a metric of the trainer's log, before `last`.
         metric: its name in the log, such as `eval_loss`.
-        goal: whether `min` or `max` of it is best; None: as its name tells.
+        goal: whether `min` or `max` of it is best; None: inferred from its name.
         last: keep only this many checkpoints, the newest.
-        skip_incomplete: leave out checkpoints that are not written in full.
+        skip_incomplete: leave out incomplete checkpoints.
         common_only: average the tensors that all checkpoints have, and copy the others.
         revisions: patterns of the revisions of a repository, each of which is a checkpoint.
-        prefix: how the names of the model's tensors begin in what torch.distributed.checkpoint saved; it is taken off.
-        copy: shell patterns of further files of the last checkpoint that go into the result.
+        prefix: how the names of the model's tensors begin in a torch.distributed.checkpoint; it is removed.
+        copy: shell patterns of further files of the last checkpoint to copy into the result.
     """
 
     init: AnyPath | None = None
@@ -300,7 +300,7 @@ class Selection:
 
     @property
     def label(self) -> str:
-        """What tells it from others in the name of a result; empty where everything is chosen.
+        """The selection as part of the name of a result; empty if it chooses everything.
 
         >>> Selection(every=100, from_step=400).label, Selection(steps=(100, 300), match="run a*").label
         ('every100-from-step400', 'match-run-a-a6584b-steps100-300')
@@ -323,7 +323,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._]+")
 
 
 def _short(text: str) -> str:
-    """A text as part of a file name; where that is not the text itself, some of its hash goes with it."""
+    """A text as part of a file name; if it had to be changed, with a part of its hash."""
     safe = _UNSAFE.sub("-", text)[:_LONGEST].strip("-.")
     if safe == text:
         return text
@@ -343,13 +343,13 @@ _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The checkpoints of one training run that take part, ordered by step; the first is the anchor.
+    """The selected checkpoints of one training run, ordered by step; the first is the anchor.
 
     Attributes:
-        source: what was named: a directory, or an address.
-        selection: what was chosen of it.
+        source: the directory or address that was named.
+        selection: which checkpoints were chosen.
         checkpoints: the anchor θ_0 and the visited checkpoints after it; at least two.
-        warnings: what a user should know about how the run was read.
+        warnings: for the user, about how the run was read.
     """
 
     source: AnyPath
@@ -378,7 +378,7 @@ class Run:
         return f"<p>{html.escape(repr(self))}</p><table><tr>{head}</tr>{rows}</table>{warnings}"
 
     def _rows(self) -> Iterator[tuple[str, str, str, str]]:
-        """The cells of a table of the checkpoints, the titles first; of many, without those in the middle."""
+        """The rows of a table of the checkpoints, the titles first; a long table leaves out the middle."""
         yield _COLUMNS
         for place, each in enumerate(self.checkpoints):
             if len(self.checkpoints) > _MOST_ROWS and place == _MOST_ROWS // 2:
@@ -389,22 +389,22 @@ class Run:
 
     @property
     def address(self) -> str:
-        """What was named, as it was named."""
+        """The source as it was named."""
         return str(self.source)
 
     @property
     def home(self) -> Path:
-        """Where results go by default: the directory that was named; the current one for a run that is not here."""
+        """The parent of `averaged`: the named directory, or the current one for a remote run."""
         return Path() if isinstance(self.source, RemotePath) else self.source
 
     @property
     def storages(self) -> list[RemoteStorage]:
-        """The storages elsewhere that its checkpoints are in."""
+        """The remote storages of its checkpoints."""
         return storages_of(checkpoint.path for checkpoint in self.checkpoints)
 
     @property
     def anchor_is_init(self) -> bool:
-        """Whether θ_0 was named apart from the run."""
+        """Whether θ_0 was given with `init`."""
         return self.selection.init is not None
 
     @property
@@ -413,13 +413,13 @@ class Run:
         return tuple(checkpoint.step for checkpoint in self.checkpoints)
 
     def named(self, checkpoint: Checkpoint) -> AnyPath:
-        """The directory or file that the user named, in which a checkpoint of the run was found."""
+        """The directory or file named by the user that contains a checkpoint of the run."""
         own = self.selection.init
         return own if own is not None and checkpoint.path == own else self.source
 
     @property
     def last(self) -> Checkpoint:
-        """The newest checkpoint: the result takes its shard cut and side files."""
+        """The newest checkpoint: the result has its shards and side files."""
         return self.checkpoints[-1]
 
     @property
@@ -428,12 +428,12 @@ class Run:
         return self.last.entries
 
     def is_wide(self, name: str) -> bool:
-        """Whether a tensor is float64 in any checkpoint: then nothing narrower is computed with."""
+        """Whether a tensor is float64 in any checkpoint; then it is computed in float64."""
         return any(checkpoint.entries[name].dtype == "F64" for checkpoint in self.checkpoints)
 
 
 def distinct_tables(checkpoints: Sequence[Checkpoint]) -> list[tuple[Mapping[str, TensorInfo], int]]:
-    """Their tables of tensors, each once, and how many of them have it: mostly it is one that they share."""
+    """The distinct tables of tensors, and how many checkpoints share each; usually all share one."""
     counts = Counter(id(checkpoint.entries) for checkpoint in checkpoints)
     tables = {id(checkpoint.entries): checkpoint.entries for checkpoint in checkpoints}
     return [(tables[key], count) for key, count in counts.items()]
@@ -446,29 +446,30 @@ def holds_float64(checkpoints: Sequence[Checkpoint]) -> bool:
 
 
 def not_constant(name: str, other: Checkpoint, last: Checkpoint) -> CkavgError:
-    """The error where a tensor that can only be copied is not the same in two checkpoints."""
+    """The error if a tensor that can only be copied differs between two checkpoints."""
     return UnsupportedFormatError(
         f"tensor {name!r} has dtype {last.entries[name].dtype!r}, which cannot be averaged, and differs between step "
         f"{other.step} and step {last.step}.",
-        hint="Such tensors are copied where all checkpoints hold the same. Quantized weights do not average: average "
-        "the checkpoints before quantizing them.",
+        hint="Such tensors are copied if all checkpoints hold the same. Quantized weights cannot be averaged: average "
+        "the checkpoints from before quantizing.",
     )
 
 
 _ALONE = re.compile(
     r"_*(running|moving|ema)_\w+|_*(cluster_size|num_batches_tracked)|(?!.*log)(\w*_)?(var|variance|std|stddev|sq)"
 )
-"""Components of names that say it by themselves: a kind of average, or what cannot be negative but by its logarithm."""
+"""Name components that mark running statistics: averages, and values that cannot be negative unless in log space."""
 
 _BESIDE = re.compile(r"(\w*_)?(mean|avg|sum|count|min|max|embed|embedding|codebook)")
-"""Those that do where the same module holds one of the others: a mean beside its variance, a codebook and its sizes."""
+"""Components that mark them only beside one of those in the same module: a mean and its variance, a codebook and its
+sizes."""
 
 
 def running_statistics(names: Iterable[str]) -> frozenset[str]:
     """The running statistics among the tensors of a model: of normalization layers, normalizers, codebooks.
 
-    A variance that a correction takes below zero makes every output NaN. So they take the average without it, and count
-    in no path length. Names alone tell them; what is taken for one by mistake is averaged all the same.
+    A correction could make a variance negative, and then every output is NaN. So they are averaged without correction,
+    and do not count in the path length. They are recognised by name; a false match is still averaged.
 
     >>> sorted(running_statistics(["bn.weight", "bn.running_mean", "obs.mean", "obs.var", "vae.mean", "pi.log_std"]))
     ['bn.running_mean', 'obs.mean', 'obs.var']
@@ -483,5 +484,5 @@ def running_statistics(names: Iterable[str]) -> frozenset[str]:
 
 
 def averaged_statistics(entries: Mapping[str, TensorInfo]) -> frozenset[str]:
-    """Those among the tensors of a checkpoint that are averaged rather than copied."""
+    """The running statistics that are averaged rather than copied."""
     return frozenset(name for name in running_statistics(entries) if entries[name].is_floating)

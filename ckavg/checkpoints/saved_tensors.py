@@ -1,7 +1,7 @@
-"""Stage *discover*: tensors that `torch.save` wrote one after another into a file, and where the data of each begins.
+"""Stage *discover*: tensors written by `torch.save` one after another into a file; find the data of each.
 
-Each is a zip archive of its own: a pickle that tells dtype, shape and strides, some notes, and the data uncompressed.
-What stands before the data is read, a kilobyte of each, and believed only where it agrees with what is expected.
+Each is a zip archive of its own: a pickle with dtype, shape and strides, some notes, and the uncompressed data. The
+kilobyte before the data is read, and must agree with what is expected.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from ckavg.checkpoints.run import ITEM_BYTES
 from ckavg.checkpoints.unpickler import Global, Opaque, unpickled
 
 HEAD_BYTES = 1 << 10
-"""How much of each archive is read at first. What precedes the data takes 700 bytes, or more where it is aligned to
-more than 64."""
+"""First read of each archive, in bytes. The data is preceded by 700 bytes, or more if it is aligned to more than 64."""
 
 _LONGEST_HEAD = 1 << 18
 _MOST_OPCODES = 2000
@@ -38,18 +37,18 @@ STORAGES: Mapping[str, str] = {
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
     "ByteStorage": "U8", "BoolStorage": "BOOL", "ComplexFloatStorage": "C64",
 }  # fmt: skip
-"""torch's classes of storages by name, likewise."""
+"""torch's storage classes by name, as safetensors codes."""
 
 _STORAGES = {**STORAGES, "UntypedStorage": ""}
 
 
 class NotInOrderError(ValueError):
-    """The elements of a tensor do not lie in row-major order."""
+    """The elements of a tensor are not in row-major order."""
 
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """A tensor in an archive of its own, as it is expected to be: name, dtype, sizes, and the place of the archive."""
+    """A tensor expected in an archive of its own: name, dtype, sizes, and the place of the archive."""
 
     name: str
     dtype: str
@@ -59,12 +58,12 @@ class SavedTensor:
 
 
 def find_data(tensor: SavedTensor, head: bytes, more: Callable[[int], bytes]) -> int:
-    """Where the data of a tensor begins in its file.
+    """The offset of a tensor's data in its file.
 
     Args:
         tensor: what is expected.
         head: the first bytes of its archive.
-        more: gives the bytes of its archive up to this one of the file.
+        more: returns the bytes of its archive up to an offset in the file.
 
     Raises:
         NotInOrderError: it is stored transposed.
@@ -81,7 +80,7 @@ def find_data(tensor: SavedTensor, head: bytes, more: Callable[[int], bytes]) ->
 
 
 class _TooShortError(Exception):
-    """What was read of an archive ends before its data begins."""
+    """The bytes read from an archive end before its data begins."""
 
 
 def _find_data(tensor: SavedTensor, head: bytes) -> int:
@@ -90,10 +89,10 @@ def _find_data(tensor: SavedTensor, head: bytes) -> int:
         name, begin, size, following = _entry(head, at)
         if at == 0:
             if not name.endswith("data.pkl"):
-                raise ValueError("it is no archive of torch.save")
+                raise ValueError("it is not an archive of torch.save")
             key = _check_pickle(tensor, head[begin : begin + size])
         elif name.endswith("/byteorder") and head[begin : begin + size] != b"little":
-            raise ValueError("its bytes are in another order than little-endian")
+            raise ValueError("its byte order is not little-endian")
         elif name.endswith(f"/data/{key}"):
             if begin + math.prod(tensor.sizes) * ITEM_BYTES[tensor.dtype] > tensor.nbytes:
                 raise ValueError("its data is longer than its place in the file")
@@ -102,14 +101,14 @@ def _find_data(tensor: SavedTensor, head: bytes) -> int:
 
 
 def _entry(head: bytes, at: int) -> tuple[str, int, int, int]:
-    """One entry of an archive: its name, where its data begins, its size, and where the next entry begins. The size of
-    tensors' data is not looked for.
+    """One entry of an archive: its name, the offset of its data, its size, and the offset of the next entry. For tensor
+    data the size is not determined.
     """
     if len(head) < at + _ENTRY.size:
         raise _TooShortError
     mark, _, flags, method, _, _, _, packed, size, name_size, extra_size = _ENTRY.unpack_from(head, at)
     if mark != b"PK\x03\x04":
-        raise ValueError("it is no archive of torch.save")
+        raise ValueError("it is not an archive of torch.save")
     if method != 0 or flags & 1:
         raise ValueError("it is compressed")
     begin = at + _ENTRY.size + name_size + extra_size
@@ -122,7 +121,7 @@ def _entry(head: bytes, at: int) -> tuple[str, int, int, int]:
         if packed != size or size == _LARGE:
             raise ValueError("it is compressed")
         return name, begin, size, begin + size
-    end = begin  # the size stands behind the data, and is that which leads to where it stands
+    end = begin  # the size is stored after the data: find the place where it fits
     while True:
         end = head.find(b"PK\x07\x08", end)
         if end < 0 or len(head) < end + 28:
@@ -134,13 +133,13 @@ def _entry(head: bytes, at: int) -> tuple[str, int, int, int]:
 
 
 def _check_pickle(tensor: SavedTensor, data: bytes) -> str:
-    """The name of the data that a pickle refers to, if what it describes is what is expected."""
+    """The name of the data that a pickle refers to; the tensor it describes must be the expected one."""
     found = unpickled(data, known={("torch", "Size"): tuple}, persistent=_Storage, most=_MOST_OPCODES)
     if type(found) is Opaque and found.name == "torch._utils._rebuild_parameter" and found.args:
         found = found.args[0]
     name = found.name.rpartition(".")[2] if type(found) is Opaque else ""
     if name not in ("_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_tensor"):
-        raise ValueError(f"it is no plain tensor, but {name or 'something else'}")
+        raise ValueError(f"it is not a plain tensor, but {name or 'something else'}")
     storage, start, sizes, strides = found.args[:4]
     dtype = storage.dtype if type(storage) is _Storage else None
     if dtype == "" and len(found.args) > 6 and type(found.args[6]) is Global:
@@ -153,7 +152,7 @@ def _check_pickle(tensor: SavedTensor, data: bytes) -> str:
 
 
 class _Storage:
-    """What a pickle says of the data of a tensor."""
+    """The storage of a tensor, as described by a pickle."""
 
     __slots__ = ("dtype", "key")
 
@@ -165,7 +164,7 @@ class _Storage:
 
 
 def _is_in_order(sizes: Sequence[int], strides: Any) -> bool:
-    """Whether elements with these strides lie in row-major order without gaps."""
+    """Whether elements with these strides are in row-major order without gaps."""
     if type(strides) is not tuple or len(strides) != len(sizes):
         return False
     expected = 1

@@ -1,8 +1,8 @@
-"""Stage *discover*: which tensors of what a trainer saved are the model's: `{"model": …, "optimizer": …, "epoch": 3}`.
+"""Stage *discover*: which tensors of a pickle belong to the model: `{"model": …, "optimizer": …, "epoch": 3}`.
 
-What has the name of a model is it, or what alone holds tensors; all that is no trainer's state, where there is neither.
-Below it only a further wrapper is taken off, so that the names of its tensors stay whole. Values come from a pickle:
-they may be nested or shared without end, and hold themselves.
+The model is the value with the name of a model, or the only value that holds tensors; without either, everything except
+training state. Inside it, only a further wrapper is removed, so that the names of tensors stay complete. Values may be
+nested or shared without end, and may contain themselves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ckavg.checkpoints.unsupported import MODELS, TRAINING_STATE
 
 _TRAINING_STATE = re.compile(TRAINING_STATE, re.IGNORECASE)
 _STEPS = ("global_step", "step", "steps", "iteration", "iter", "iter_num", "num_updates")
-"""Under which trainers save the optimizer step."""
+"""The keys under which trainers save the optimizer step."""
 
 _LARGEST_STEP = 10**18
 _DEEPEST = 32
@@ -26,14 +26,14 @@ _MOST_VALUES = 4_000_000
 _SHOWN = 80
 
 Found = tuple[dict[str, Any], list[tuple[WhyLeftOut, str]]]
-"""Tensors by name; and of what was saved beside them, what holds tensors, too: why it is left out, and its name."""
+"""Tensors by name; and other saved values with tensors: why each is left out, and its name."""
 
 
 def find_weights_in(saved: Any, tensor: type) -> Found:
-    """The tensors of the model among what was saved, values of type `tensor`, by their names in it.
+    """The tensors of the model in a saved value, as values of type `tensor` by name.
 
     Raises:
-        ValueError: it is nested more deeply than any state dict, or a tensor has no name, or two have one.
+        ValueError: it is nested too deeply, a tensor has no name, or two tensors have the same name.
     """
     left_out: list[tuple[WhyLeftOut, str]] = []
     top = True
@@ -61,7 +61,7 @@ def find_weights_in(saved: Any, tensor: type) -> Found:
 
 
 def step_of(saved: Any) -> int | None:
-    """The optimizer step that a trainer saved beside the model; None where it saved none."""
+    """The optimizer step that a trainer saved beside the model; None if it saved none."""
     items = _items(saved)
     history = items.get("optimizer_history")  # of fairseq
     last = _items(history[-1]) if type(history) is list and history else {}
@@ -72,7 +72,7 @@ def step_of(saved: Any) -> int | None:
 
 
 def _items(value: Any) -> Mapping[Any, Any]:
-    """What a dict holds, or a subclass of dict; of a pickled module, its parameters, buffers and modules."""
+    """The items of a dict, or of a subclass of dict; for a pickled module, its parameters, buffers and modules."""
     if type(value) is dict:
         return value
     if type(value) is not Opaque:
@@ -106,7 +106,7 @@ def _holds(value: Any, tensor: type, *, in_lists: bool) -> bool:
 
 
 def _flattened(held: Mapping[Any, Any], tensor: type) -> dict[str, Any]:
-    """All tensors in nested dicts, by the names on the way to them."""
+    """All tensors in nested dicts, by the joined keys that lead to them."""
     found: dict[str, Any] = {}
     for name, value in _walk(held, "", tensor, _DEEPEST, iter(range(_MOST_VALUES))):
         if name in found:
@@ -128,7 +128,7 @@ def _walk(
         if not (is_tensor or inner):
             continue
         if type(key) not in (str, int):
-            raise ValueError("a name in it is no text")
+            raise ValueError("a name in it is not a string")
         if is_tensor:
             yield f"{before}{key}", value
         else:

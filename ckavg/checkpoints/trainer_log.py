@@ -1,4 +1,4 @@
-"""Stage *discover*: what a trainer wrote beside a checkpoint. Reads one small JSON file and does not trust it."""
+"""Stage *discover*: the log that a trainer wrote beside a checkpoint. Reads one small, untrusted JSON file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _GOALS = {
 }
 
 LARGEST = 64 * 2**20
-"""Bytes; a log of a few hundred thousand entries is smaller, and what is larger is not read for advice."""
+"""Bytes; a log of a few hundred thousand entries is smaller. A larger file is not read for advice."""
 
 
 def read_trainer_state(directory: AnyPath) -> dict[str, Any]:
@@ -78,19 +78,19 @@ class Logs:
 
 
 def unrelated_logs(checkpoints: Iterable[tuple[str, int | None]]) -> list[CkavgError]:
-    """An error where checkpoints, each with its name and the number of its log, are of more than one run."""
-    of_log: dict[int, list[str]] = defaultdict(list)
+    """An error if checkpoints, given by name and number of their log, belong to more than one run."""
+    by_log: dict[int, list[str]] = defaultdict(list)
     for name, log in checkpoints:
         if log is not None:
-            of_log[log].append(name)
-    if len(of_log) < 2:
+            by_log[log].append(name)
+    if len(by_log) < 2:
         return []
-    named = " and ".join(listed(names) for names in of_log.values())
+    named = " and ".join(listed(names) for names in by_log.values())
     return [
         MismatchError(
-            f"The checkpoints are of {len(of_log)} runs: by their {TRAINER_STATE}, {named} logged different losses for "
-            "the same steps.",
-            hint="Some are left from an earlier run in the same directory. Leave them out with --from-step, --to-step, "
+            f"The checkpoints belong to {len(by_log)} runs: by their {TRAINER_STATE}, {named} logged different losses "
+            "for the same steps.",
+            hint="Some are from an earlier run in the same directory. Leave them out with --from-step, --to-step, "
             "--steps or --skip-step.",
         )
     ]
@@ -109,12 +109,12 @@ _LARGEST_STEP = 10**18
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """How training went, as its trainer logged it.
+    """The course of training, from the trainer's log.
 
     Attributes:
-        metric: `eval_loss` or, where that was not logged, `loss`; empty where neither was.
+        metric: `eval_loss` or, if that was not logged, `loss`; empty if neither was.
         values: its values.
-        trend: what it did in the end; None where that is not clear.
+        trend: its trend at the end; None if not clear.
         rates: the learning rates.
     """
 
@@ -126,16 +126,16 @@ class Course:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What a trainer had logged when it saved a checkpoint.
+    """The log of a trainer at the time it saved a checkpoint.
 
     Attributes:
-        state: its trainer state; empty where there is none.
+        state: its trainer state; empty if there is none.
     """
 
     state: Mapping[str, Any]
 
     def values(self, name: str) -> Series:
-        """The finite numbers under a name; of several for one step, the last counts."""
+        """The finite numbers logged under a name; the last one for each step."""
         values = {
             step: float(value)
             for step, value in _logged(self.state, name)
@@ -160,8 +160,8 @@ class History:
 
 
 def read_history(checkpoint: AnyPath) -> History:
-    """The log beside a checkpoint. Empty where there is none, where it is malformed or very large, or where the
-    checkpoint is a single file: what lies beside that need not be of its run. Never raises.
+    """The log beside a checkpoint; empty if there is none, if it is malformed or very large, or if the checkpoint is a
+    single file: a log beside that need not belong to its run. Never raises.
     """
     if checkpoint.suffix == WEIGHTS or not checkpoint.is_dir():
         return History({})
@@ -172,7 +172,7 @@ def read_history(checkpoint: AnyPath) -> History:
 
 
 def read_course(checkpoint: AnyPath) -> Course:
-    """What the log beside a checkpoint tells of the end of the training. Never raises."""
+    """The course of training from the log beside a checkpoint. Never raises."""
     history = read_history(checkpoint)
     for metric in ("eval_loss", "loss"):
         if values := history.values(metric):
@@ -181,12 +181,12 @@ def read_course(checkpoint: AnyPath) -> Course:
 
 
 def trend_of(values: Sequence[tuple[int, float]]) -> Trend | None:
-    """Whether a loss was still falling in the second half of its values, level or rising; None where that is not clear.
+    """Whether a loss was falling, level or rising in the second half of its values; None if not clear.
 
-    A line through that half, by the median slope of all pairs of values, falls by so much from its first step to its
-    last, with a standard error of s √(12 / m) for m values, s² being the sum of their squared distances from the line
-    over m − 2. It falls or rises by more than 3 of these errors, is level within 1.5, and between it is not clear. Nor
-    is it with fewer than 8 values. Of more than 40, the means of 40 groups of neighbours are taken.
+    A line through that half has the median slope of all pairs of values. Its change from the first step to the last has
+    a standard error of s √(12 / m) for m values, where s² is the sum of squared distances from the line over m − 2. The
+    loss falls or rises if the change exceeds 3 of these errors, is level within 1.5, and is not clear in between or
+    with fewer than 8 values. More than 40 values are replaced by the means of 40 groups of neighbours.
 
     >>> trend_of([(step, 1 / step) for step in range(1, 9)]), trend_of([(step, 1.0) for step in range(1, 9)])
     ('falling', 'level')
@@ -210,8 +210,8 @@ def trend_of(values: Sequence[tuple[int, float]]) -> Trend | None:
 
 
 def _grouped(values: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
-    """The values or, of many, the means of groups of neighbours: of their steps, and of themselves. In units of the
-    largest value, so that none is too large to be squared.
+    """The values or, if there are many, the means of groups of neighbours, for steps and values. In units of the
+    largest value, so that squares do not overflow.
     """
     count, unit = min(len(values), _GROUPS), max(abs(value) for _, value in values) or 1.0
     cuts = [len(values) * place // count for place in range(count + 1)]
@@ -220,12 +220,12 @@ def _grouped(values: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
 
 
 def learning_rates(checkpoint: Checkpoint) -> Series:
-    """The learning rates that the trainer had logged when it saved a checkpoint. Never raises."""
+    """The learning rates in the log beside a checkpoint. Never raises."""
     return read_history(checkpoint.path).learning_rates
 
 
 def values_at(values: Series, steps: Sequence[int]) -> list[float | None]:
-    """The last value that was logged after the checkpoint before each of these steps, and no later than that step.
+    """For each of these steps, the last value logged since the previous one and no later than the step itself.
 
     >>> values_at(((90, 2.0), (100, 1.9), (150, 1.8), (320, 1.5)), [100, 200, 300])
     [1.9, 1.8, None]
@@ -240,16 +240,16 @@ def values_at(values: Series, steps: Sequence[int]) -> list[float | None]:
 
 
 def _logged(state: Mapping[str, Any], key: str) -> list[tuple[int, Any]]:
-    """What a log says under a key, with the step of each."""
+    """The entries of a log under a key, each with its step."""
     history = state.get("log_history")
     entries = [each for each in history if isinstance(each, dict)] if isinstance(history, list) else []
     return [(each["step"], each.get(key)) for each in entries if type(each.get("step")) is int]
 
 
 def goal_of(name: str) -> Goal | None:
-    """Whether the least or the greatest value of a metric is best, by the words in its name; None if they do not tell.
+    """Whether the least or the greatest value of a metric is best, by the words in its name; None if unknown.
 
-    The last key of a dotted path is asked first: what comes before it names a task.
+    The last key of a dotted path is looked at first: the keys before it name a task.
 
     >>> goal_of("eval_loss"), goal_of("results.error_detection.acc,none"), goal_of("evalLoss")
     ('min', 'max', 'min')
@@ -259,7 +259,7 @@ def goal_of(name: str) -> Goal | None:
     goals: dict[str, Goal] = {"min": "min", "max": "max"}
     for key in reversed(name.split(".")):
         words = re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower())
-        said = [goal for goal, pattern in _GOALS.items() if pattern.search(words)]
-        if said:
-            return goals.get(said[0]) if len(said) == 1 else None
+        found = [goal for goal, pattern in _GOALS.items() if pattern.search(words)]
+        if found:
+            return goals.get(found[0]) if len(found) == 1 else None
     return None

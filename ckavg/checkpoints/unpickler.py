@@ -1,9 +1,9 @@
-"""Stage *discover*: what a pickle describes, read by a stack machine of our own, which makes plain values alone.
+"""Stage *discover*: read a pickle with a stack machine of our own, which makes only plain values.
 
-A pickle is a program. Python's own unpicklers run it: they import by name, call what they find, set attributes and
-allocate whatever a few bytes ask for. Here no name is looked up but in a table that the caller gives. Whatever else a
-pickle would make is kept as a description of it (`Opaque`), so that the settings, enums and callbacks which trainers
-save beside weights are no obstacle, and do nothing.
+A pickle is a program. Python's unpicklers run it: they import by name, call what they find, set attributes and allocate
+as much as a few bytes ask for. Here names are looked up only in a table from the caller. Any other object is kept as a
+description (`Opaque`), so that settings, enums and callbacks that trainers save beside weights can be skipped without
+running anything.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 MOST_OPCODES = 4_000_000
-"""Of one pickle. A tensor takes some 35. What a hostile one makes Python build stays below a gigabyte, in seconds."""
+"""Limit for one pickle; a tensor takes about 35. A hostile pickle stays below a gigabyte and some seconds."""
 
 _MOST_DIGITS = 1000
 _MOST_INTEGER_BYTES = 255
 
 
 class Global:
-    """A name that a pickle takes from a module, and that is not looked up.
+    """A name in a module that a pickle refers to; it is not looked up.
 
     Attributes:
         name: module and name, such as `collections.Counter`.
@@ -33,13 +33,13 @@ class Global:
 
 
 class Opaque:
-    """An object that a pickle describes, and that is not made.
+    """An object that a pickle describes, but that is not created.
 
     Attributes:
-        name: of what would make it, `argparse.Namespace`.
-        args: the arguments that it would be made of.
-        state: its attributes, mostly a dict of them; None without any.
-        items: its items by key, where it would be a mapping; what would be appended to it is dropped.
+        name: its constructor, such as `argparse.Namespace`.
+        args: the arguments of the constructor.
+        state: its attributes, usually a dict; None without any.
+        items: its items by key, for a mapping; appended values are dropped.
     """
 
     __slots__ = ("args", "items", "name", "state")
@@ -52,39 +52,40 @@ class Opaque:
 
 
 Persistent = Callable[[Any], Any]
-"""What an identifier stands for, which a pickle has in the place of an object that is kept elsewhere."""
+"""Returns the object of a persistent id, which a pickle uses for an object stored outside it."""
 
 
 def unpickled(
     data: bytes, *, known: Mapping[tuple[str, str], Any], persistent: Persistent, most: int = MOST_OPCODES
 ) -> Any:
-    """The value that a pickle describes: dicts, lists, tuples, texts, numbers, bytes, and what `known` makes.
+    """The value that a pickle describes: dicts, lists, tuples, texts, numbers, bytes, and the values of `known`.
 
-    Ordered, default and counting dicts become dicts, and sets lists or tuples. Names that are not `known`
-    become `Global`, and what is called by them `Opaque`; so do keys of dicts that are neither text nor number, such as
-    tuples. Nothing is copied, and nothing recurses. But values may be shared or nested without end, and a list may hold
-    itself: whoever goes through them must count.
+    Ordered, default and counting dicts become dicts; sets become lists or tuples. Names that are not `known` become
+    `Global`, and calls of them `Opaque`; so do keys of dicts that are neither text nor number, such as tuples. Nothing
+    is copied, and nothing recurses. But values may be shared or nested without end, and a list may contain itself:
+    code that walks them must set a limit.
 
     Args:
-        data: the pickle, of protocol 0 to 5, and nothing behind it.
-        known: values by module and name. Those that can be called are called with the arguments that the pickle gives,
-            positional ones alone, and must believe none of them. They are the only ones that are ever called.
-        persistent: is given each persistent identifier, which may be any value, and gives what it stands for.
-        most: how many opcodes are obeyed.
+        data: the pickle, of protocol 0 to 5, without anything after it.
+        known: values by module and name. Callables among them are called with the positional arguments of the pickle,
+            which they must check. Nothing else is ever called.
+        persistent: called with each persistent id, which may be any value.
+        most: the largest number of opcodes.
 
     Raises:
-        ValueError: it is no pickle, is cut off, is longer than `most`, has a number of unreasonable size, calls what is
-            no class or function, needs buffers beside it, or gives a known callable wrong arguments.
+        ValueError: it is not a pickle, is cut off, is longer than `most`, has a number of unreasonable size, calls
+            something other than a class or function, needs out-of-band buffers, or gives a known callable wrong
+            arguments.
     """
     machine = _Machine(data, {**_CONTAINERS, **known}, persistent, most)
     try:
         return machine.run()
     except (TypeError, KeyError, IndexError, AttributeError, OverflowError, struct.error) as error:
-        raise ValueError(f"byte {machine.at:,} of the pickle makes no sense") from error
+        raise ValueError(f"byte {machine.at:,} of the pickle is not valid") from error
 
 
 def _dict(*args: Any) -> dict[Any, Any]:
-    """What `OrderedDict`, `defaultdict` or `Counter` are made of: a dict, or pairs, or a factory first."""
+    """A dict from the arguments of `OrderedDict`, `defaultdict` or `Counter`: a dict, pairs, or a factory first."""
     made: dict[Any, Any] = {}
     for source in args:
         if isinstance(source, dict):
@@ -95,9 +96,9 @@ def _dict(*args: Any) -> dict[Any, Any]:
 
 
 def _list(values: Any = ()) -> list[Any]:
-    """What a set is made of."""
+    """A list from the argument of a set."""
     if type(values) not in (list, tuple):
-        raise ValueError("the pickle makes a set of what is no list")
+        raise ValueError("the pickle makes a set from something other than a list")
     return [*values]
 
 
@@ -110,8 +111,8 @@ _LARGEST_KEY = 2**60
 
 
 def _key(value: Any) -> Any:
-    """A value as the key of a dict. Hashes of nested tuples may take for ever, or overflow the stack; those of tuples
-    and large numbers can be made alike, so that a dict of them takes hours.
+    """A value as the key of a dict. Hashing nested tuples may take forever or overflow the stack; and tuples or large
+    numbers can be chosen to collide, so that a dict of them takes hours.
     """
     kind = type(value)
     if kind in _HASHED or (kind is int and -_LARGEST_KEY < value < _LARGEST_KEY):
@@ -120,7 +121,7 @@ def _key(value: Any) -> Any:
 
 
 class _Machine:
-    """The stack, the memo and the place in the pickle. A mark sets the stack aside and begins another."""
+    """The stack, the memo and the position in the pickle. A mark sets the stack aside and begins another."""
 
     __slots__ = ("at", "callables", "copied", "data", "known", "marked", "memo", "most", "names", "persistent", "stack")
 
@@ -135,7 +136,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        """Obey the opcodes up to the one that ends the pickle."""
+        """Execute the opcodes up to the one that ends the pickle."""
         data, table = self.data, _OPCODES
         for _ in range(self.most):
             opcode = data[self.at]
@@ -150,7 +151,7 @@ class _Machine:
         return self.stack.pop()
 
     def take(self, size: int) -> bytes:
-        """The next so many bytes."""
+        """The next `size` bytes."""
         start = self.at
         self.at = end = start + size
         if end > len(self.data):
@@ -158,29 +159,29 @@ class _Machine:
         return self.data[start:end]
 
     def number(self, size: int) -> int:
-        """The next so many bytes as a number."""
+        """The next `size` bytes as a number."""
         return int.from_bytes(self.take(size), "little")
 
     def line(self) -> bytes:
-        """What is left of a line of text."""
+        """The rest of a line of text."""
         return self.take(self.data.index(b"\n", self.at) + 1 - self.at)[:-1]
 
     def decimal(self) -> int:
-        """What is left of a line, as a number."""
+        """The rest of a line, as a number."""
         digits = self.line().removesuffix(b"L")
         if len(digits) > _MOST_DIGITS:
             raise ValueError(f"a number in the pickle has {len(digits):,} digits")
         return int(digits)
 
     def pop_mark(self) -> list[Any]:
-        """All values since the mark, which is taken away."""
+        """All values since the mark; the mark is removed."""
         values, self.stack = self.stack, self.marked.pop()
         return values
 
     def find(self, module: Any, name: Any) -> Any:
-        """What a name stands for: of the table, or a description of it."""
+        """The value of a name from the table, or a description of it."""
         if type(module) is not str or type(name) is not str:
-            raise ValueError("a name in the pickle is no text")
+            raise ValueError("a name in the pickle is not a string")
         if (module, name) in self.known:
             return self.known[module, name]
         if (module, name) not in self.names:
@@ -188,20 +189,20 @@ class _Machine:
         return self.names[module, name]
 
     def call(self, function: Any, args: Any) -> Any:
-        """What a known function returns, or a description of what another would."""
+        """The value of a known function, or a description of any other call."""
         if type(args) is not tuple:
-            raise ValueError("arguments in the pickle are no tuple")
+            raise ValueError("arguments in the pickle are not a tuple")
         if type(function) in (Global, Opaque):
             return Opaque(function.name, args)
         if id(function) in self.callables:
             self.copied += sum(len(each) for each in args if isinstance(each, (dict, list, tuple)))
-            if self.copied > self.most:  # a few bytes can have a large list copied again and again
+            if self.copied > self.most:  # a few bytes can copy a large list again and again
                 raise ValueError(f"the pickle makes more than {self.most:,} items of lists and dicts")
             return function(*args)
         raise ValueError(f"the pickle calls a {type(function).__name__}")
 
     def set_items(self, values: list[Any]) -> None:
-        """Keys and values, in turn, of the mapping on top of the stack."""
+        """Set alternating keys and values in the mapping on top of the stack."""
         target = self.stack[-1]
         if type(target) is Opaque:
             target.items = {} if target.items is None else target.items
@@ -212,7 +213,7 @@ class _Machine:
             target[_key(values[place])] = values[place + 1]
 
     def append(self, values: list[Any]) -> None:
-        """To the list on top of the stack."""
+        """Append to the list on top of the stack."""
         target = self.stack[-1]
         if type(target) is list:
             target += values
@@ -227,21 +228,21 @@ _STOP = ord(".")
 
 
 def _unknown(machine: _Machine) -> None:
-    raise ValueError(f"byte {machine.at - 1:,} is no opcode of a pickle")
+    raise ValueError(f"byte {machine.at - 1:,} is not an opcode")
 
 
 def _pushes(value: Callable[[_Machine], Any]) -> _Opcode:
     """The opcode that pushes this value."""
 
     def push(machine: _Machine) -> None:
-        pushed = value(machine)  # first: it may take values, and the stack with them
+        pushed = value(machine)  # first: it may replace the stack
         machine.stack.append(pushed)
 
     return push
 
 
 def _counted(size: int, value: Callable[[bytes], Any]) -> _Opcode:
-    """The opcode that pushes bytes, behind their count in so many bytes."""
+    """The opcode that pushes bytes; their count precedes them in `size` bytes."""
 
     def push(machine: _Machine) -> None:
         count = (
@@ -262,7 +263,7 @@ def _packed(form: str) -> _Opcode:
 
 
 def _memoized(size: int) -> _Opcode:
-    """The opcode that keeps what is on top of the stack, under a number of so many bytes."""
+    """The opcode that memoizes the top of the stack under a number of `size` bytes."""
 
     def put(machine: _Machine) -> None:
         machine.memo[machine.number(size)] = machine.stack[-1]
@@ -271,7 +272,7 @@ def _memoized(size: int) -> _Opcode:
 
 
 def _recalled(size: int) -> _Opcode:
-    """The opcode that pushes what was kept under a number of so many bytes."""
+    """The opcode that pushes the memoized value of a number of `size` bytes."""
 
     def get(machine: _Machine) -> None:
         machine.stack.append(machine.memo[machine.number(size)])
@@ -294,7 +295,7 @@ def _integer(data: bytes) -> int:
 
 
 def _tuple(size: int) -> _Opcode:
-    """The opcode that makes a tuple of so many values."""
+    """The opcode that makes a tuple of `size` values."""
 
     def make(machine: _Machine) -> None:
         machine.stack[-size:] = [tuple(machine.stack[-size:])]
@@ -317,7 +318,7 @@ def _stack_global(machine: _Machine) -> Any:
 
 
 def _extension(size: int) -> _Opcode:
-    """A class by its number in a registry, which is not looked at."""
+    """A class by its number in a registry, which is not looked up."""
     return _pushes(lambda machine: machine.find("copyreg", f"extension {machine.number(size)}"))
 
 
@@ -345,7 +346,7 @@ def _object(machine: _Machine) -> Any:
 
 
 def _build(machine: _Machine) -> None:
-    """An object's attributes, which of anything but a description are dropped."""
+    """Set the attributes of a description; those of any other value are dropped."""
     state = machine.stack.pop()
     if type(machine.stack[-1]) is Opaque:
         machine.stack[-1].state = state
@@ -444,6 +445,6 @@ _NAMED: Mapping[bytes, _Opcode] = {
     b"P": _pushes(lambda machine: machine.persistent(_text(machine.line()))),
     b"Q": _pushes(lambda machine: machine.persistent(machine.stack.pop())),
 }
-"""Every opcode but those that end a pickle, or need buffers beside it."""
+"""All opcodes except those that end a pickle or need out-of-band buffers."""
 
 _OPCODES = tuple(_NAMED.get(bytes([code]), _unknown) for code in range(256))

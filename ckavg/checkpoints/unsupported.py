@@ -1,8 +1,8 @@
-"""Stage *discover*: weights in formats that are not read, and the command that converts them. Looks at names alone.
+"""Stage *discover*: weights in unsupported formats, and the command that converts them. Looks only at names.
 
-Nothing is run here. A command is one line for a shell: the trainer's own tool, or a program
-of ours. That is written below as one would write it into a file, and is the argument of `exec` in the command. It needs
-torch and safetensors, and lets torch load tensors alone (`weights_only=True`).
+Nothing is run here. A command is one line for a shell: the trainer's own tool, or a program of ours. Our programs are
+written below like files, and become the argument of `exec` in the command. They need torch and safetensors, and let
+torch load only tensors (`weights_only=True`).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ TRAINING_STATE = (
     "(^|[^a-z])(optim(?!al)|opts?($|[^a-z])|sched|scaler|(data_?)?loader|sampler|rng|random_state|"
     "(ema|swa|avg|averaged|shadow)($|[^a-z]))"
 )
-"""In the name of a file, or of a part of one: no weights, but a trainer's state or an average that training made."""
+"""In the name of a file or a part of one: training state, or an average made in training, rather than weights."""
 
 MODELS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "student")
-"""Under which trainers save the model, among other things; the surest first."""
+"""The keys under which trainers save the model, the most certain first."""
 
 _STATE = re.compile(rf"{TRAINING_STATE}|^(?:train(?:er|ing)?(?:_state)?|recipe_state|meta)[.]", re.IGNORECASE)
 _ZERO = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_(?:model|optim)_states\.pt")
@@ -53,7 +53,7 @@ _BESIDE = f"{_CONVERTS} and changes nothing that is there:"
 
 
 def is_pickled(name: str) -> bool:
-    """Whether a file, by its name, is one of `torch.save` that may hold a model, and none of a format that is not read.
+    """Whether a file is, by its name, one of `torch.save` that may hold a model, in a supported format.
 
     >>> [is_pickled(name) for name in ("pytorch_model.bin", "optimizer.pt", "mp_rank_00_model_states.pt", "a.pkl")]
     [True, False, False, False]
@@ -67,7 +67,7 @@ def is_pickled(name: str) -> bool:
 
 
 def holds_pickles_alone(path: AnyPath) -> bool:
-    """Whether all weights of a directory that are no safetensors are pickles, by their names."""
+    """Whether all weights of a directory that are not safetensors are pickles, by their names."""
     found = _unsupported_names(path)
     return not any(name.endswith(".distcp") for name in found) and all(
         form.advise is _find_pickles or not any(form.pattern.fullmatch(name) for name in found)
@@ -76,7 +76,7 @@ def holds_pickles_alone(path: AnyPath) -> bool:
 
 
 def unsupported_weights(names: Iterable[str]) -> str | None:
-    """The first of the files that holds weights, and not as safetensors; None where there is none.
+    """The first file with weights that is not safetensors; None if there is none.
 
     >>> unsupported_weights(["config.json", "optimizer.pt", "pytorch_model.bin"])
     'pytorch_model.bin'
@@ -85,7 +85,7 @@ def unsupported_weights(names: Iterable[str]) -> str | None:
 
 
 def stem(name: str) -> str:
-    """The name of a file that is not read, without its ending.
+    """The name of an unsupported file, without its suffix.
 
     >>> stem("megatron_gpt--step=10.nemo"), stem("ckpt-10.weights.h5"), stem("v1.5.pkl")
     ('megatron_gpt--step=10', 'ckpt-10.weights', 'v1.5')
@@ -95,12 +95,12 @@ def stem(name: str) -> str:
 
 
 def holds_unsupported(path: AnyPath) -> bool:
-    """Whether a directory, or a file, holds weights in a format that is not read."""
+    """Whether a directory or a file holds weights in an unsupported format."""
     return bool(_unsupported_names(path))
 
 
 def refused(paths: Iterable[AnyPath]) -> UnsupportedFormatError | None:
-    """One error for all checkpoints whose weights are in formats that are not read; None where there are none."""
+    """One error for all checkpoints with weights in unsupported formats; None if there are none."""
     groups: dict[tuple[object, ...], _Group] = {}
     for path in dict.fromkeys(paths):
         found = _unsupported_names(path)
@@ -126,13 +126,13 @@ def refused(paths: Iterable[AnyPath]) -> UnsupportedFormatError | None:
         advised = [group.form.advise(group) for group in groups.values()]
     else:
         advised = [(DOWNLOAD_FIRST, "")]
-    hint = " ".join(dict.fromkeys(told for told, _ in advised))
+    hint = " ".join(dict.fromkeys(sentence for sentence, _ in advised))
     command = " && ".join(command for _, command in advised if command)
     return UnsupportedFormatError(what, hint=hint, command=command, unread=tuple(unread))
 
 
 def refused_pickle(checkpoint: AnyPath, file: AnyPath, why: str, *, can_convert: bool) -> UnsupportedFormatError:
-    """The error for a file of `torch.save` that is not read, with what converts all pickles of its checkpoint."""
+    """The error for an unsupported file of `torch.save`, with a command that converts all pickles of its checkpoint."""
     message = f"{file} {why}."
     found = refused([checkpoint]) if can_convert else None
     if found is None:
@@ -145,19 +145,19 @@ def _is_unsupported(name: str) -> bool:
 
 
 def _is_state(name: str) -> bool:
-    """Whether a file holds a trainer's state, or an average that training made, by its name or a folder's."""
+    """Whether a file holds training state, or an average made in training, by its name or a folder's."""
     return any(_STATE.search(part) for part in PurePosixPath(name).parts)
 
 
 def _unsupported_names(path: AnyPath) -> list[str]:
-    """What is not read of a directory, by relative path, weights of the model before the rest; of a file its name."""
+    """The unsupported files of a directory by relative path, weights of the model first; for a file, its name."""
     names = _names_below(path) if path.is_dir() else [path.name]
     found = [name for name in names if _is_unsupported(name) or _ZERO.fullmatch(name.rpartition("/")[2])]
     return sorted(found, key=lambda name: (_is_state(name), name))
 
 
 def _names_below(path: AnyPath) -> Iterator[str]:
-    """Files of a directory and of those in it, a bounded number of them, by relative path."""
+    """Files below a directory, a bounded number of them, by relative path."""
     left = _MOST_NAMES
     for place, folders, files in walk(path):
         folders[:] = [name for name in folders if not name.startswith("optimizer_")]
@@ -170,12 +170,12 @@ def _names_below(path: AnyPath) -> Iterator[str]:
             return
 
 
-# --- what converts each ---
+# --- conversion of each format ---
 
 
 @dataclass(slots=True)
 class _Group:
-    """Checkpoints in one format, laid out alike: of each what is not read, and the file that gives it away."""
+    """Checkpoints of one format and layout: for each, its unsupported files and the file that identifies it."""
 
     form: _Format
     found: dict[AnyPath, list[str]] = field(default_factory=dict)
@@ -188,21 +188,21 @@ class _Group:
 
     @property
     def files(self) -> list[AnyPath]:
-        """The file of each checkpoint that gives the format away."""
+        """The file of each checkpoint that identifies the format."""
         return [_file(path, name) for path, name in zip(self.found, self.names, strict=True)]
 
     @property
     def folders(self) -> list[AnyPath]:
-        """Where the weights of each lie."""
+        """The folder with the weights of each."""
         return [file.parent for file in self.files]
 
     @property
     def depth(self) -> int:
-        """How many folders below the checkpoint that is."""
+        """How many folders below the checkpoint the weights are."""
         return self.names[0].count("/")
 
     def for_each(self, command: str, note: str = "", *, ending: str = "") -> tuple[str, str]:
-        """Convert each checkpoint, `$d` in the command, to `$o`, in a run of its own beside this one."""
+        """Convert each checkpoint, `$d` in the command, to `$o`, in a new run beside this one."""
         out = f"{os.path.abspath(self.first.parent)}-safetensors"  # noqa: PTH100 - links stay as they are
         name = f'"$(basename "$d" {ending})"' if ending else '"${d##*/}"'
         command = command.replace("$python", interpreter(ours=False)).replace("$o", f"{word(out)}/{name}")
@@ -236,7 +236,7 @@ def _find_pickles(group: _Group) -> tuple[str, str]:
 
 
 def _find_zero(group: _Group) -> tuple[str, str]:
-    """DeepSpeed's script lies beside the folder with the pieces: in the checkpoint, or beside all of them."""
+    """DeepSpeed's script is beside the folder with the pieces: in the checkpoint, or beside all checkpoints."""
     if group.first.suffix == ".ckpt":
         tag = word(group.folders[0].name)
         return group.for_each(f'$python "$d"/zero_to_fp32.py "$d" $o --safe_serialization --tag {tag}', ending=".ckpt")
@@ -272,20 +272,20 @@ def _holds_safetensors(folder: AnyPath) -> bool:
 
 
 def _above(levels: int) -> str:
-    """The directory so many levels above `$d`, for a shell."""
+    """The directory `levels` levels above `$d`, for a shell."""
     return f'"${{d%{"/*" * levels}}}"'
 
 
 def _target(checkpoint: str, example: AnyPath = Path()) -> str:
-    """Where ckavg finds the weights, an expression of Python: in the checkpoint, or beside a directory that is named as
-    a file would be, as the example is.
+    """A Python expression for the path where ckavg finds the weights: in the checkpoint, or beside a directory that is
+    named like a file, such as the example.
     """
     return f'{checkpoint}.with_suffix(".safetensors")' if example.suffix else f'{checkpoint} / "model.safetensors"'
 
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    """What its files are, which of them gives it away, and what to do: a sentence, and a command or none."""
+    """A format: its kind, the file that identifies it, and how to convert it: a sentence, and a command or none."""
 
     kind: str
     pattern: re.Pattern[str]
@@ -308,7 +308,7 @@ _FORMATS = tuple(
         ("weights in other formats", r"[^/]+", lambda group: (_NO_COMMAND, "")),
     )
 )
-"""The most telling first."""
+"""The most specific first."""
 
 
 # --- programs of ours ---
@@ -352,10 +352,10 @@ def write(saved, source, target):
     print(f"wrote {target}" if found else f"no weights in {source}")
     return bool(found)
 """
-"""Of what a trainer saved, `{"model": …, "optimizer": …, "ema": …, "epoch": 3}`, writes the tensors of the model.
+"""Writes the tensors of the model from a saved value, such as `{"model": …, "optimizer": …, "ema": …, "epoch": 3}`.
 
-What has the name of a model is it, or what alone holds tensors; all that is no trainer's state, where there is neither.
-Below it only a further wrapper is taken off, so that the names of its tensors stay whole.
+The model is the value with the name of a model, or the only value that holds tensors; without either, everything except
+training state. Inside it, only a further wrapper is removed, so that the names of tensors stay complete.
 """
 
 _FROM_PICKLES = """
@@ -419,21 +419,21 @@ for path in map(Path, sys.argv[1:]):
 
 
 def from_pickles(paths: Iterable[AnyPath], target: str = "path.with_name(renamed(path.name))") -> str:
-    """Convert files that `torch.save` wrote, and the indexes beside them; `target` is Python about `path`, one file."""
+    """Convert files of `torch.save` and the indexes beside them; `target` is Python with `path`, one file."""
     paths = list(paths)
     indexes = _INDEXES if any("-of-" in path.name for path in paths) else ""
     return _program(f"{_WRITE}{_FROM_PICKLES}{indexes}sys.exit(not any(done))".replace("@TARGET", target), paths)
 
 
 def from_distributed(folder: AnyPath, checkpoint: AnyPath) -> str:
-    """Convert what torch.distributed.checkpoint wrote into a folder; what is there already is left as it is."""
+    """Convert a folder of torch.distributed.checkpoint; existing files are left unchanged."""
     depth = len(folder.relative_to(checkpoint).parts)
     target = _target(f"path.parents[{depth - 1}]" if depth else "path")
     return _program(_WRITE + _FROM_DISTRIBUTED.replace("@TARGET", target), [folder])
 
 
 def dequantized(paths: Iterable[AnyPath]) -> str:
-    """Have transformers write quantized models anew, into a directory beside that of the run."""
+    """Dequantize models with transformers, into a directory beside that of the run."""
     return _program(_DEQUANTIZE, paths)
 
 
@@ -443,7 +443,7 @@ def for_each(paths: Iterable[AnyPath], command: str) -> str:
 
 
 def interpreter(*, ours: bool) -> str:
-    """What to type for Python: whatever the user's `python` is, or `ours`, which has torch and safetensors."""
+    """The Python to type: the user's `python`, or with `ours` the current one, which has torch and safetensors."""
     found = shutil.which("python")
     if found is not None and not (ours and Path(found).parent != Path(sys.executable).parent):
         return "python"
@@ -451,7 +451,7 @@ def interpreter(*, ours: bool) -> str:
 
 
 def word(text: str) -> str:
-    r"""The text as a word of any shell's command line, without a character that a terminal would obey.
+    r"""The text as a word of any shell's command line, without control characters.
 
     >>> print(word("run"), word("it's a run"), word("a\nb"))
     run 'it'"'"'s a run' "$(printf 'a\012b')"
@@ -472,16 +472,18 @@ def _program(source: str, paths: Iterable[AnyPath]) -> str:
 
 
 def _words(paths: Iterable[AnyPath]) -> str:
-    """Words that name exactly these paths: patterns, where they match nothing else."""
+    """Words that name exactly these paths, as patterns if those match nothing else."""
     alike: defaultdict[str, list[str]] = defaultdict(list)
     for path in map(str, paths):
-        path = f"./{path}" if path.startswith("-") or "/" not in path else path  # no option; `${d%/*}` is above it
+        path = (
+            f"./{path}" if path.startswith("-") or "/" not in path else path
+        )  # not an option; `${d%/*}` is its parent
         alike[re.sub(r"\d+", "0", path)].append(path)
     return " ".join(_pattern(group) or " ".join(map(word, group)) for group in alike.values())
 
 
 def _pattern(paths: list[str]) -> str | None:
-    """A pattern for paths that differ in numbers alone; None where it would match others, too."""
+    """A pattern for paths that differ only in numbers; None if it would match other paths too."""
     columns = zip(*(re.split(r"(\d+)", path) for path in paths), strict=True)
     parts = "".join(column[0] if len(set(column)) == 1 else "\0" for column in columns).split("\0")
     for star in ("*", "[0-9]*"):

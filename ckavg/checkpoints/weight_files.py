@@ -1,7 +1,7 @@
 """Stage *discover*: which files in a checkpoint's directory are weights of the model. Lists folders; opens no file.
 
-A weight file is a part of the model unless it is state of the training, an average that training made, or a further
-copy of what lies beside it. What is left out is told, each with why.
+A weight file belongs to the model unless it is training state, an average made in training, or another copy of the
+weights beside it. Left-out files are returned with the reason.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ckavg.storage.base import AnyPath, Listing
 from ckavg.storage.local import is_link, storage_of
 
 ADAPTERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-"""The names under which PEFT and diffusers save an adapter."""
+"""The file names of adapters in PEFT and diffusers."""
 
 _MODELS = ("model", "diffusion_pytorch_model")
 _INDEX = re.compile(r".+\.safetensors\.index(?:\.[\w-]+)?\.json", re.ASCII)
 _WHOLE = re.compile(r"(?:ft-)?model.*|consolidated.*|.*-\d+-of-\d+\.safetensors", re.ASCII)
 _PICKLED = re.compile(r"(?:(?:diffusion_)?pytorch_model|adapter_model|pytorch_lora_weights)\b.*\.bin", re.ASCII)
-"""Pickles whose names say that they are a model, whatever lies beside them."""
+"""Pickles that are models by their names, regardless of other files."""
 
 _COUNTED = re.compile(r"-\d+-of-\d+$", re.ASCII)
 _CONSOLIDATED = re.compile(r"consolidated(?:[-_.]\d+)?", re.ASCII)
@@ -36,14 +36,14 @@ _VARIANT = re.compile(
 _DEEPEST = 8
 
 LeftOut = tuple[WhyLeftOut, str]
-"""Why weights are not read, and where they are, relative to the checkpoint."""
+"""Why weights are not read, and their relative path."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The weights of one folder that its loader takes, in files or those that an index lists; `others` are all
-    weight files that may be of the model. Pickles have the names that they would have as safetensors: `pickled` are
-    their own, by those.
+    """The weights of one folder that a loader would use, as files or an index that lists them. `others` are all weight
+    files that may belong to the model. Pickles appear with the names they would have as safetensors; `pickled` maps
+    those to their own.
     """
 
     folder: AnyPath
@@ -55,10 +55,10 @@ class Weights:
 
 
 def list_folder(directory: AnyPath) -> Listing:
-    """The names in a directory; what is named as a weight file is one, whatever it is.
+    """The names in a directory; anything named like a weight file counts as one.
 
     Raises:
-        OSError: the system would not let us.
+        OSError: it cannot be listed.
     """
     found = storage_of(directory).list(directory)
     named = {name for name in found.folders if name.endswith(WEIGHTS)}
@@ -66,7 +66,7 @@ def list_folder(directory: AnyPath) -> Listing:
 
 
 def holds_weights(directory: AnyPath) -> bool:
-    """Whether the directory itself holds safetensors weights, whole or in part; False where it cannot be listed."""
+    """Whether the directory itself holds safetensors weights, complete or not; False if it cannot be listed."""
     try:
         return _has_weights(list_folder(directory).files)
     except OSError:
@@ -74,15 +74,15 @@ def holds_weights(directory: AnyPath) -> bool:
 
 
 def find_weights(directory: AnyPath, own: Iterable[str] = ()) -> tuple[list[Weights], list[LeftOut]]:
-    """The weights of a checkpoint, in its directory and in its folders, and what is left out of them.
+    """The weights of a checkpoint, in its directory and its folders, and what is left out.
 
     Args:
         directory: of the checkpoint.
-        own: folders that belong to the model, whatever they are called: those that its `model_index.json` names.
+        own: folders that belong to the model regardless of their names: those listed in `model_index.json`.
 
     Raises:
         UnsupportedFormatError: a folder holds several models, and none has the name that loaders look for.
-        OSError: the system would not let us list a folder.
+        OSError: a folder cannot be listed.
     """
     found: list[Weights] = []
     left_out: list[LeftOut] = []
@@ -110,20 +110,22 @@ def find_weights(directory: AnyPath, own: Iterable[str] = ()) -> tuple[list[Weig
 
 
 def _choose_pickles(folder: AnyPath, files: frozenset[str]) -> list[Weights]:
-    """The pickles of a folder that a loader would take, under the names that they would have as safetensors."""
+    """The pickles of a folder that a loader would use, under the names they would have as safetensors."""
     pickled: dict[str, str] = {}
     for name in sorted(files, key=lambda name: (_PICKLED.fullmatch(name) is None, name)):
         if is_pickled(name) and not _not_of_model(as_safetensors(name)):
-            pickled.setdefault(as_safetensors(name), name)  # of one model in two files, the one that loaders look for
+            pickled.setdefault(
+                as_safetensors(name), name
+            )  # of two files for one model, prefer the one that loaders look for
     weights = _choose(folder, frozenset(pickled), frozenset(map(as_safetensors, files)))
     return [] if weights is None or not pickled else [replace(weights, pickled=pickled)]
 
 
 def _choose(folder: AnyPath, weights: frozenset[str], names: frozenset[str]) -> Weights | None:
-    """The weights that a loader would take from the files of a folder; None where there are none.
+    """The weights that a loader would use from the files of a folder; None if there are none.
 
-    `model.safetensors` comes before an index, as for those who load them, and both before files without an index. An
-    adapter beside a whole model is not read.
+    As in loaders, `model.safetensors` comes before an index, and both before files without an index. An adapter beside
+    a whole model is not read.
     """
     for stem in _MODELS:
         if f"{stem}{WEIGHTS}" in weights:
@@ -134,7 +136,7 @@ def _choose(folder: AnyPath, weights: frozenset[str], names: frozenset[str]) -> 
     if len(indexes) > 1:
         raise UnsupportedFormatError(
             f"{folder} holds several models, each with an index: {', '.join(indexes[:4])}.",
-            hint="Leave the one that is to be averaged, or rename its index to model.safetensors.index.json.",
+            hint="Keep only the one to average, or rename its index to model.safetensors.index.json.",
         )
     if indexes:
         return Weights(folder, "model", (), indexes[0], weights)
@@ -148,9 +150,7 @@ def _choose(folder: AnyPath, weights: frozenset[str], names: frozenset[str]) -> 
 
 
 def beside(weights: Weights, used: Collection[str]) -> tuple[dict[str, tuple[str, ...]], list[tuple[WhyLeftOut, str]]]:
-    """The further parts of the model beside the files that its loader takes, each with its files; and what is left out,
-    and why.
-    """
+    """Parts of the model beside the files that a loader uses, each with its files; and what is left out, and why."""
     stems = set(by_family(used))
     parts: dict[str, tuple[str, ...]] = {}
     left_out: list[tuple[WhyLeftOut, str]] = []
@@ -170,7 +170,7 @@ def beside(weights: Weights, used: Collection[str]) -> tuple[dict[str, tuple[str
 
 
 def by_family(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Weight files by the stem of their names, the shards of one model together; sorted.
+    """Weight files by the stem of their names, with the shards of one model together; sorted.
 
     >>> by_family(["m-00002-of-00002.safetensors", "m-00001-of-00002.safetensors", "head.safetensors"])
     {'head': ('head.safetensors',), 'm': ('m-00001-of-00002.safetensors', 'm-00002-of-00002.safetensors')}
@@ -189,7 +189,7 @@ def _not_of_model(name: str) -> WhyLeftOut | None:
 
 
 def _without_variant(name: str) -> list[str]:
-    """The words of a name but those that tell copies of one model from each other."""
+    """The words of a name, without those that distinguish copies of one model."""
     return [word for word in re.split(r"[-_.]", name) if not _VARIANT.fullmatch(word)]
 
 

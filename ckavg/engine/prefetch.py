@@ -1,8 +1,8 @@
-"""Stage *engine*: announce to the system what will be read next, far enough ahead to keep the storage busy.
+"""Stage *engine*: telling the system what will be read next, far enough ahead to keep the storage busy.
 
-Nothing is announced while everything is in the page cache. The first miss starts a thread that announces that block and
-the following ones, a fixed number of bytes ahead of the newest block in work. It needs its own thread because an
-announcement blocks for as long as the storage needs to queue the reads.
+Nothing is announced while everything is in memory. With the first byte that is not, a thread begins to announce the
+block it belongs to and those after it, and stays a fixed number of bytes ahead of the block that was begun last. The
+thread is its own, because the system takes an announcement no faster than the storage takes the reads.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from ckavg.engine.blocks import Block, sizes_of
 from ckavg.engine.reader import Files
 
 PREFETCH_BYTES = 256 << 20
-"""Bytes announced ahead: enough for several large reads in flight, and a small part of any memory."""
+"""How much is announced before it is read: several large reads in flight, and a small part of any memory."""
 
 
 def announcer(
     checkpoints: Sequence[Checkpoint], files: Files, stopped: Callable[[], bool] = lambda: False
 ) -> Callable[[Block], None]:
-    """A function that announces all that a block reads from every checkpoint, in large pieces.
+    """What has the system fetch all that a block reads of every checkpoint, in large pieces and at once.
 
     Args:
-        checkpoints: read for every block.
-        files: used only by this function.
-        stopped: whether the pass is over; then nothing more is announced.
+        checkpoints: what is read of every block.
+        files: for nobody else.
+        stopped: whether the pass is over; then nothing more is fetched.
     """
 
     def announce(block: Block) -> None:
@@ -42,13 +42,13 @@ def announcer(
 
 
 class Prefetch:
-    """Announces the blocks of a pass; shared by its threads. A context: nothing is announced after it.
+    """What is announced of the blocks of a pass; shared by its threads. A context: on leaving it, nothing more is.
 
     Args:
-        checkpoints: read for every block.
-        blocks: in the order in which work on them begins.
-        announce: announces a block; called in the thread of this object.
-        nbytes: how far ahead, in bytes; the newest block in work is announced in any case.
+        checkpoints: what is read of every block.
+        blocks: in the order in which they are begun.
+        announce: has the system fetch a block; called from the thread of its own.
+        nbytes: how far ahead, in bytes; the block that was begun last is announced in any case.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class Prefetch:
         self._ended = False
 
     def begin(self, place: int) -> None:
-        """Note that work on block number `place` begins."""
+        """Say that block number `place` is begun."""
         with self._changed:
             self._begun = max(self._begun, place)
             self._changed.notify()
 
     def miss(self, place: int) -> None:
-        """Note that block number `place` is not completely in the page cache."""
+        """Say that block number `place` is not in memory as a whole."""
         with self._changed:
             if self._thread is None and not self._ended:
                 self._announced = place
@@ -83,7 +83,7 @@ class Prefetch:
                 self._thread.start()
 
     def close(self) -> None:
-        """Stop, and wait for the thread to end."""
+        """Announce nothing more, and wait until the thread has ended."""
         with self._changed:
             self._ended = True
             self._changed.notify()
@@ -103,7 +103,7 @@ class Prefetch:
             self._announce(block)
 
     def _next(self) -> Block | None:
-        """Wait until the next block is near enough, and return it; None at the end."""
+        """The block to announce now, once it is near enough; None at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._is_near())
             place = max(self._announced, self._begun)

@@ -1,7 +1,7 @@
 """The averaging schemes as pure numbers: β and α for every visited checkpoint. One file a scheme.
 
 No torch, no files, no logging: a scheme turns steps and path lengths into float64 coefficients, and names the update
-rule that takes them in. The rules themselves are in `averaging/rules.py`.
+rule that uses them. The rules are in `averaging/rules.py`.
 """
 
 from ckavg.schemes.base import Coefficients, Scheme, Timeline
@@ -18,7 +18,7 @@ from ckavg.schemes.weights import Weights
 SCHEMES: tuple[type[Scheme], ...] = (
     PEMA, BEMA, EMA, MomentumEMA, PowerEMA, PowerExponentEMA, OUEMA, DEMA, Mean, Weights, Last,
 )  # fmt: skip
-"""Every scheme there is, in the order in which commands are shown. Commands and their options are made from it."""
+"""All schemes, in the order in which commands are shown. Commands and their options are made from it."""
 
 __all__ = [
     "BEMA",

@@ -1,4 +1,4 @@
-"""Stage *schemes*: what every scheme takes and gives, and the checks they share."""
+"""Stage *schemes*: the input and output of every scheme, and the checks they share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rule = Literal["ema", "bema", "ouema", "dema", "sum"]
 
 
 _IN_NAMES = str.maketrans(",:", "-x")
-"""What stands in names of directories for the commas and colons of a text."""
+"""Replacements for commas and colons in names of directories."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +25,9 @@ class Timeline:
 
     Attributes:
         steps: absolute optimizer steps t_0 < t_1 < … < t_K; the first is the anchor's.
-        path_length: normalized path length ℓ_0 = 0, ℓ_1, …, ℓ_K; None where it was not measured.
-        tensor_path_length: the path of single tensors likewise, by name; empty where it was not measured.
-        anchor_is_init: whether θ_0 is a model given apart from the run rather than one of its checkpoints.
+        path_length: normalized path length ℓ_0 = 0, ℓ_1, …, ℓ_K; None if it was not measured.
+        tensor_path_length: the path of single tensors, by name; empty if it was not measured.
+        anchor_is_init: whether θ_0 is a separate model rather than one of the run's checkpoints.
     """
 
     steps: tuple[int, ...]
@@ -50,16 +50,16 @@ class Timeline:
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """What a scheme decides, one value per checkpoint of the timeline.
+    """The coefficients of a scheme, one value per checkpoint of the timeline.
 
     Attributes:
-        rule: the update rule that takes these coefficients.
-        start: index of the checkpoint from which the state begins, E ← θ_start; earlier ones have no part.
-        betas: β_k for k > start, in [0, 1] but for the rule `sum`, where it is the weight; None up to there.
-        alphas: α_k ≥ 0 likewise, for rules with a correction; None for those without.
-        tensor_betas: what takes the place of `betas` for single tensors, by name.
-        complements: 1 − α_k likewise, for rules that divide by it: where α_k is almost 1, α_k does not tell it.
-        uncorrected: tensors that take the average with these β alone, whatever else the rule does, by name.
+        rule: the update rule that uses these coefficients.
+        start: index of the checkpoint from which the state begins, E ← θ_start; earlier ones are not used.
+        betas: β_k for k > start, in [0, 1], or the weights for the rule `sum`; None up to `start`.
+        alphas: α_k ≥ 0 for k > start, for rules with a correction; None for rules without.
+        tensor_betas: β of single tensors, by name; they replace `betas`.
+        complements: 1 − α_k, for rules that divide by it: it would lose its digits where α_k is almost 1.
+        uncorrected: names of tensors that are averaged with these β but without the correction of the rule.
     """
 
     rule: Rule
@@ -72,7 +72,7 @@ class Coefficients:
 
     @classmethod
     def from_weights(cls, weights: Sequence[float]) -> Coefficients:
-        """Those that give checkpoints these weights, which must sum to 1; they may be negative.
+        """Coefficients for explicit weights of the checkpoints, which must sum to 1 and may be negative.
 
         >>> Coefficients.from_weights([0.25, 0.75]).anchor_weight
         0.25
@@ -87,10 +87,10 @@ class Coefficients:
     __repr__ = short_repr
 
     def sparing(self, names: Iterable[str]) -> Coefficients:
-        """The same, with these running statistics uncorrected; all of them are where there is no correction.
+        """The same coefficients with these running statistics uncorrected; without a correction, the same.
 
         Raises:
-            SettingError: there are some, and explicit weights of which one is negative.
+            SettingError: there are running statistics, and an explicit weight is negative.
         """
         if self.rule == "sum" and (statistics := sorted(names)):
             raise SettingError(
@@ -102,19 +102,19 @@ class Coefficients:
         return dataclasses.replace(self, uncorrected=tuple(sorted(names))) if corrects else self
 
     def for_tensor(self, name: str) -> Coefficients:
-        """Those of a single tensor."""
+        """The coefficients of a single tensor."""
         own = dataclasses.replace(self, betas=self.tensor_betas.get(name, self.betas))
         return Coefficients("ema", self.start, own.betas) if name in self.uncorrected else own
 
     def complement(self, index: int) -> float:
-        """1 − α of checkpoint `index`; 1 where there is no correction."""
+        """1 − α of checkpoint `index`; 1 without a correction."""
         if self.complements is not None and (given := self.complements[index]) is not None:
             return given
         return 1.0 - ((self.alphas[index] or 0.0) if self.alphas is not None else 0.0)
 
     @property
     def anchor_weight(self) -> float:
-        """Weight of θ_start in the average: what the update rule makes of 1 there and 0 in all later checkpoints.
+        """Weight of θ_start in the average: the update rule applied to 1 at the start and 0 in all later checkpoints.
 
         >>> Coefficients("bema", 0, (None, 0.5, 0.5), (None, 0.25, 0.125)).anchor_weight
         0.125
@@ -132,30 +132,30 @@ class Coefficients:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme(abc.ABC):
-    """A way to average: its hyper-parameters are its fields, its coefficients follow from a timeline.
+    """A way to average: its fields are the hyper-parameters, and a timeline determines its coefficients.
 
-    One of your own is a subclass with `coefficients`. Its hyper-parameters, numbers or texts with defaults, are the
-    fields of a frozen dataclass; `needs_path = True` has the path length measured. The weights themselves are the
-    simplest coefficients:
+    To write your own, subclass it and define `coefficients`. Hyper-parameters, numbers or texts with defaults, are the
+    fields of a frozen dataclass; with `needs_path = True` the path length is measured. The simplest coefficients are
+    explicit weights:
 
         class Ends(ckavg.Scheme):
             def coefficients(self, timeline: ckavg.Timeline) -> ckavg.Coefficients:
                 return ckavg.Coefficients.from_weights([0.5, *[0.0] * (len(timeline.steps) - 2), 0.5])
 
-    Other commands and processes do not know it: verify such a result where the class has been imported.
+    Other processes do not know the class: verify its results where it has been imported.
 
     Attributes:
-        name: what is typed on the command line, such as `pema`.
-        title: what it is called in prose.
+        name: its name on the command line, such as `pema`.
+        title: its name in prose.
         reference: the paper and equation it comes from.
-        needs_path: whether it cannot do without the path length.
+        needs_path: whether it needs the path length.
         label_fields: hyper-parameters that are part of every label.
-        chosen_by: the hyper-parameter that asks for this scheme among those of one name.
-        switches: hyper-parameters that a switch of the command line stands for, by the name of the switch.
-        added_fields: hyper-parameters that are recorded only where they are not the default: older records lack them.
-        repeatable: hyper-parameters whose option may be repeated, for a text with commas.
-        has_verb: whether it is a command of its own, rather than a word of `ckavg sweep` alone.
-        in_sweep: whether it is a word of `ckavg sweep`, rather than a command of its own alone.
+        chosen_by: the hyper-parameter that selects this scheme among those of the same name.
+        switches: values of hyper-parameters that a command-line switch sets, by the name of the switch.
+        added_fields: hyper-parameters that are recorded only if they differ from the default: older records lack them.
+        repeatable: hyper-parameters whose option may be repeated; the values are joined by commas.
+        has_verb: whether it is a command of its own.
+        in_sweep: whether `ckavg sweep` accepts its name.
     """
 
     name: ClassVar[str]
@@ -171,7 +171,7 @@ class Scheme(abc.ABC):
     in_sweep: ClassVar[bool] = True
 
     def __init_subclass__(cls, **settings: Any) -> None:
-        # not super(): a dataclass with slots is made twice, and its cell would be that of the first
+        # not super(): a slotted dataclass is created twice, and super() would refer to the first class
         abc.ABC.__init_subclass__(**settings)
         for name, value in (("name", cls.__name__.lower()), ("title", cls.__name__), ("reference", cls.__name__)):
             if name not in vars(cls):
@@ -186,10 +186,10 @@ class Scheme(abc.ABC):
         """
 
     def checked_coefficients(self, timeline: Timeline) -> Coefficients:
-        """The coefficients, if they are some that an update rule can take: a scheme may be anybody's.
+        """The coefficients, checked for what the update rule requires: the scheme may be a user's own.
 
         Raises:
-            SettingError: they are not, or the hyper-parameters do not fit the timeline.
+            SettingError: they are not valid, or the hyper-parameters do not fit the timeline.
         """
         found = self.coefficients(timeline)
         if wrong := _wrong(found, len(timeline.steps), needs_path=self.needs_path):
@@ -198,11 +198,11 @@ class Scheme(abc.ABC):
 
     @property
     def every_from(self) -> int | None:
-        """The step from which an update frequency counts; None: from the anchor's."""
+        """The step from which an update frequency counts; None: the anchor's."""
         return None
 
     def parameters(self) -> dict[str, float | int | str]:
-        """The hyper-parameters by name, as a result records them; infinity, which JSON lacks, is `"inf"`."""
+        """The hyper-parameters by name, as recorded; infinity, which JSON lacks, is `"inf"`."""
         added = {known.name: known.default for known in dataclasses.fields(self) if known.name in self.added_fields}
         return {
             name: "inf" if value == math.inf else value
@@ -212,7 +212,7 @@ class Scheme(abc.ABC):
 
     @property
     def stated(self) -> dict[str, float | int | str]:
-        """The main hyper-parameter, and every other one that is not the default."""
+        """The main hyper-parameter, and all others that are not the default."""
         defaults = {known.name: known.default for known in dataclasses.fields(self)}
         return {
             name: value
@@ -222,7 +222,7 @@ class Scheme(abc.ABC):
 
     @property
     def label(self) -> str:
-        """A name for the result: the scheme and what is stated of it."""
+        """A name for the result: the scheme and its stated hyper-parameters."""
         parts = [
             f"{name.replace('_', '-')}{f'{value:g}' if isinstance(value, float) else value}".translate(_IN_NAMES)
             for name, value in self.stated.items()
@@ -231,9 +231,9 @@ class Scheme(abc.ABC):
 
 
 def _wrong(found: object, count: int, *, needs_path: bool) -> str:
-    """Why no update rule can take such coefficients of so many checkpoints; empty where one can."""
+    """Why these coefficients are not valid for `count` checkpoints; empty if they are."""
     if not isinstance(found, Coefficients):
-        return f"coefficients() gives {type(found).__name__}; it must give Coefficients"
+        return f"coefficients() returns {type(found).__name__}; it must return Coefficients"
     if found.rule not in get_args(Rule):
         return f"rule is {found.rule!r}; it must be one of {', '.join(get_args(Rule))}"
     if not 0 <= found.start < count or (needs_path and found.start):
@@ -267,7 +267,7 @@ def burned_in(scheme: Scheme, burn_in: int, timeline: Timeline) -> int:
 
 
 def effective_count(weights: Sequence[float]) -> float:
-    """1 / Σ w²: how many equal checkpoints would be spread as wide.
+    """1 / Σ w²: the number of equal weights with the same spread.
 
     >>> effective_count([0.5, 0.5, 0.0])
     2.0
@@ -302,7 +302,7 @@ def step_ages(timeline: Timeline, start: int, *, lag: float, multiplier: float) 
     """ρ + γ t_k of every checkpoint after `start`; t_k is the absolute optimizer step.
 
     Raises:
-        SettingError: it falls below 1, so that a power of it could exceed 1.
+        SettingError: it falls below 1, so a negative power of it could exceed 1.
     """
     ages = [lag + multiplier * step for step in timeline.steps[start + 1 :]]
     require(
@@ -314,7 +314,7 @@ def step_ages(timeline: Timeline, start: int, *, lag: float, multiplier: float) 
 
 
 def falling(ages: Sequence[float], power: float) -> list[float]:
-    """age^(−power) of every age; nothing at all for an infinite power, whatever the age.
+    """age^(−power) of every age; 0 for an infinite power.
 
     >>> falling([1.0, 4.0], 0.5), falling([1.0, 4.0], math.inf)
     ([1.0, 0.5], [0.0, 0.0])
@@ -323,7 +323,7 @@ def falling(ages: Sequence[float], power: float) -> list[float]:
 
 
 def less_than_1(base: float, power: float) -> float:
-    """1 − base^power, to the last bits also where base^power is almost 1.
+    """1 − base^power, accurate also if base^power is almost 1.
 
     Args:
         base: in [0, 1], or at least 1 with a negative power.

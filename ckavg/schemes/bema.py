@@ -29,7 +29,7 @@ class BEMA(Scheme):
         lag: lag ρ, added to the step; ρ + γ t must be at least 1 at every update.
         burn_in: optimizer step τ ≥ 0; the average begins at the first checkpoint at or after it.
         form: schedule of the `paper`, or of the `author`s' offline code.
-        min_beta: a floor for β in [0, 1], below which the average grows no wider.
+        min_beta: a floor for β in [0, 1], which limits how wide the average grows.
 
     References:
         EMA Without the Lag: Bias-Corrected Iterate Averaging Schemes, Algorithm 1.

@@ -1,4 +1,4 @@
-"""DEMA: twice an exponential moving average less the average of that average, which cancels the lag to first order."""
+"""DEMA: twice an exponential moving average minus the average of that average; the lag cancels to first order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ckavg.schemes.base import Coefficients, Scheme, Timeline, burned_in, fallin
 
 @dataclass(frozen=True, slots=True)
 class DEMA(Scheme):
-    """Double EMA: twice an average less its own average, which cancels the lag.
+    """Double EMA: twice an average minus its own average, which cancels the lag.
 
         β_k = (ρ + γ t_k)^(−κ)        output 2 e_1 − e_2
         e_1 ← (1 − β_k) e_1 + β_k θ_k        e_2 ← (1 − β_k) e_2 + β_k e_1

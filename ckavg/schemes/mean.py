@@ -1,4 +1,4 @@
-"""Means of the checkpoints, plain or weighted as a learning-rate decay would, and the last of them for comparison."""
+"""Means of the checkpoints, plain or weighted like a learning-rate decay; and the last checkpoint for comparison."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ class Mean(Scheme):
 
         E ← θ_0, then β_j = c_j / (c_0 + … + c_j)        E ← (1 − β_j) E + β_j θ_j
 
-    counting the n checkpoints of the run from 0. The plain mean has c_j = 1 / n. With a decay, the weights are those
-    with which the mean stands where training would have arrived, had it applied the update before checkpoint j with the
-    learning rate w_j of that decay:
+    counting the n checkpoints of the run from 0. The plain mean has c_j = 1 / n. With a decay, the mean is where
+    training would have ended if it had applied the update before checkpoint j with the learning rate w_j of that decay:
 
         w_j = decay(j / n)        c_0 = 1 − w_1,   c_j = w_j − w_{j+1},   c_{n−1} = w_{n−1}
 
@@ -39,7 +38,7 @@ class Mean(Scheme):
         minus-sqrt    1 − √x                most weight on the oldest
 
     Attributes:
-        decay: learning-rate decay that the weights stand for: `none` (all alike), `linear` (the same), `cosine` or
+        decay: learning-rate decay that the weights imitate: `none` (equal weights), `linear` (the same), `cosine` or
             `minus-sqrt`.
 
     References:
@@ -66,7 +65,7 @@ class Mean(Scheme):
         require(self.decay in known, f"mean: decay is {self.decay!r}; it must be one of {', '.join(known)}.")
 
     def coefficients(self, timeline: Timeline) -> Coefficients:
-        """β from the run's own first checkpoint on."""
+        """β, starting at the run's own first checkpoint."""
         start = int(timeline.anchor_is_init)
         visited = len(timeline.steps) - start
         return Coefficients("ema", start, (*(None,) * (start + 1), *self._betas(visited)))
@@ -82,7 +81,7 @@ class Mean(Scheme):
 
 @dataclass(frozen=True, slots=True)
 class Last(Scheme):
-    """The last checkpoint as it is, for comparisons.
+    """The last checkpoint, for comparisons.
 
     Examples:
         >>> Last().coefficients(Timeline((0, 10, 20))).start
@@ -96,5 +95,5 @@ class Last(Scheme):
     label_fields: ClassVar[tuple[str, ...]] = ()
 
     def coefficients(self, timeline: Timeline) -> Coefficients:
-        """Begin with the last checkpoint, and end there."""
+        """Start at the last checkpoint, without an update."""
         return Coefficients("ema", len(timeline.steps) - 1, (None,) * len(timeline.steps))

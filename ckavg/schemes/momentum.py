@@ -12,7 +12,7 @@ from ckavg.schemes.base import Coefficients, Scheme, Timeline, less_than_1, requ
 
 
 def scaled_momentum(momentum: float, batch_scale: float) -> float:
-    """The momentum ρ̂ = ρ^κ that does at batch size κB what ρ does at batch size B (How to Scale Your EMA, Def. 1.2).
+    """The momentum ρ̂ = ρ^κ that has the effect at batch size κB of ρ at batch size B (How to Scale Your EMA, Def. 1.2).
 
     Args:
         momentum: ρ in [0, 1), per optimizer step.
@@ -31,14 +31,14 @@ class MomentumEMA(Scheme):
 
         ρ̂ = ρ^κ        β_k = 1 − ρ̂^Δ_k        E ← (1 − β_k) E + β_k θ_k
 
-    with Δ_k the optimizer steps since the checkpoint before. β is formed as −expm1(κ Δ_k ln ρ). Where κ changes along
+    with Δ_k the optimizer steps since the previous checkpoint. β is computed as −expm1(κ Δ_k ln ρ). If κ changes along
     the run (progressive scaling), κ Δ_k is the sum of κ over these steps.
 
     Attributes:
-        momentum: constant momentum ρ in [0, 1), in place of a power.
+        momentum: constant momentum ρ in [0, 1), instead of a power.
         momentum_per: `step` for a momentum per optimizer step, `update` for β_k = 1 − ρ̂ at every checkpoint.
-        batch_scale: factor κ > 0 by which the batch of this run is larger than that for which ρ was chosen; a later
-            one with the optimizer step after which it counts, such as `1000:4`.
+        batch_scale: factor κ > 0 by which the batch of this run is larger than that for which ρ was chosen; for a
+            later change, the optimizer step after which it applies and the factor, such as `1000:4`.
 
     References:
         How to Scale Your EMA, Definitions 1.1, 1.2 and 3.2.
@@ -70,7 +70,7 @@ class MomentumEMA(Scheme):
         require(per in ("step", "update"), f"ema: momentum-per is {per!r}; it must be step or update.")
 
     def coefficients(self, timeline: Timeline) -> Coefficients:
-        """β by the steps between checkpoints."""
+        """β from the steps between checkpoints."""
         pairs = itertools.pairwise(timeline.steps)
         powers = [self._power(before if self.momentum_per == "step" else after - 1, after) for before, after in pairs]
         return Coefficients("ema", 0, (None, *(less_than_1(self.momentum, power) for power in powers)))
@@ -85,7 +85,7 @@ class MomentumEMA(Scheme):
 
 
 def _batch_scales(scales: float | str) -> list[tuple[int, float]]:
-    """Every κ with the step after which it counts, ascending: that of `1,1000:4` is 1 from 0 on, and 4 after 1000."""
+    """Every κ with the step after which it applies, ascending: `1,1000:4` is 1 from 0 on, and 4 after 1000."""
     if not isinstance(scales, str):
         return [(0, scales)]
     try:

@@ -1,4 +1,4 @@
-"""OUEMA: an exponential moving average of checkpoints that are each corrected for the pull of the start."""
+"""OUEMA: an exponential moving average of checkpoints, each corrected for the pull of the start."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class OUEMA(Scheme):
 
     def __post_init__(self) -> None:
         require_finite(self, but=("eta",))
-        require(self.eta > 0, f"ouema: eta is {self.eta:g}; it must be more than 0: at 0 nothing is left of θ_k.")
+        require(self.eta > 0, f"ouema: eta is {self.eta:g}; it must be more than 0: at 0 θ_k has no weight.")
         require(self.kappa >= 0, f"ouema: kappa is {self.kappa:g}; it must be 0 (no averaging) or more.")
         require(self.burn_in >= 0, f"ouema: burn-in is {self.burn_in}; it must be 0 or more optimizer steps.")
 
@@ -73,7 +73,7 @@ class OUEMA(Scheme):
         ages = step_ages(timeline, start, lag=self.lag, multiplier=self.multiplier)
         require(
             all(age > 1 for age in ages),
-            "ouema: lag + multiplier × step is 1; it must be more, for α = 1 leaves nothing of θ_k.",
+            "ouema: lag + multiplier × step is 1; it must be more: with α = 1 θ_k has no weight.",
             hint="Raise --lag.",
         )
         alphas, left = falling(ages, self.eta), [less_than_1(age, -self.eta) for age in ages]

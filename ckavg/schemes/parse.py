@@ -1,6 +1,6 @@
-"""Schemes by name: what their parameters are, from the fields and docstrings of the classes, and how they are typed.
+"""Schemes by name: their parameters, from the fields and docstrings of the classes, and how to type them.
 
-`ckavg pema --gamma 0.1` and the word `pema:gamma=0.1` of a sweep are made from the same table. Pure.
+`ckavg pema --gamma 0.1` and the word `pema:gamma=0.1` of a sweep use the same table. Pure.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Parameter:
     Attributes:
         name: as in Python.
         type: `int`, `float`, `str`, a `Literal`, or `bool` for a switch.
-        default: None where stating it chooses another scheme of that name.
+        default: None if stating it selects another scheme of that name.
         help: a sentence.
-        repeatable: whether its option may be repeated, for a text with commas.
+        repeatable: whether its option may be repeated; the values are joined by commas.
     """
 
     name: str
@@ -48,7 +48,7 @@ def parameters_of(name: str) -> tuple[Parameter, ...]:
 
 
 def described(name: str) -> str:
-    """What the schemes of a name do: of each docstring, all up to and with the formula."""
+    """The description of the schemes of a name: each docstring up to and including the formula."""
     texts = []
     for scheme in _called(name):
         paragraphs = (inspect.getdoc(scheme) or "").split("\n\n")
@@ -59,10 +59,10 @@ def described(name: str) -> str:
 
 
 def make_scheme(name: str, stated: Mapping[str, Any]) -> Scheme:
-    """The scheme of a name with these parameters; switches count for what they stand for.
+    """The scheme of a name with these parameters; switches set the parameters they stand for.
 
     Raises:
-        SettingError: they do not go together, or a value is outside its domain.
+        SettingError: the parameters exclude each other, or a value is outside its domain.
 
     >>> make_scheme("bema", {"eta": 0.1, "no_bias_correction": True}).label
     'bema-etainf'
@@ -76,32 +76,32 @@ def make_scheme(name: str, stated: Mapping[str, Any]) -> Scheme:
     others = [shown(each) for each in values if each not in {field.name for field in dataclasses.fields(chosen)}]
     if others and chosen is plain:
         asked = next(scheme.chosen_by for scheme in schemes if scheme.chosen_by)
-        raise SettingError(f"{name}: {' and '.join(others)} must go with {asked}.", hint=f"Give a value for {asked}.")
+        raise SettingError(f"{name}: {' and '.join(others)} requires {asked}.", hint=f"Give a value for {asked}.")
     if others:
         raise SettingError(
-            f"{name}: {' and '.join(others)} must not go with {chosen.chosen_by}.",
+            f"{name}: {' and '.join(others)} cannot be used with {chosen.chosen_by}.",
             hint="Choose one of the two schedules.",
         )
     return chosen(**values)
 
 
 def shown(name: str) -> str:
-    """A parameter as it is typed."""
+    """The name of a parameter on the command line."""
     return name.replace("_", "-")
 
 
 SELECTED_BY = ("every", "last", "from_step", "to_step")
-"""What a word may say of the selection of checkpoints, beside hyper-parameters; the names are those of `Selection`."""
+"""Fields of `Selection` that a word may set, besides hyper-parameters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """One average, as it was asked for.
+    """One average as requested by a word.
 
     Attributes:
-        text: the word with these values alone, such as `pema:gamma=0.1,every=100`.
+        text: the word with only these values, such as `pema:gamma=0.1,every=100`.
         scheme: how to average.
-        selection: of which checkpoints, where the word says so: whole numbers by name.
+        selection: the word's selection of checkpoints: whole numbers by name.
     """
 
     text: str
@@ -110,21 +110,21 @@ class Word:
 
     @property
     def label(self) -> str:
-        """A name for what the word says."""
+        """A name for the average."""
         return "-".join([self.scheme.label, *(f"{shown(name)}{value}" for name, value in self.selection.items())])
 
 
 def parse_words(words: Iterable[str]) -> tuple[Word, ...]:
-    """Every average that the words name, in order; several values of a parameter give as many averages.
+    """All averages that the words request, in order; several values of a parameter give several averages.
 
-    A word is a name, or a name, a colon and parameters: `bema:eta=0.1,0.2,kappa=0.5,every=100`. With several values of
-    several parameters, all combinations are meant, the last parameter changing fastest.
+    A word is a name, or a name, a colon and parameters: `bema:eta=0.1,0.2,kappa=0.5,every=100`. Several values of
+    several parameters give all combinations, with the last parameter changing fastest.
 
     Args:
-        words: what was typed.
+        words: as typed.
 
     Raises:
-        SettingError: a name, a parameter or a value is not understood, or one average is named twice.
+        SettingError: a name, a parameter or a value is not valid, or one average is requested twice.
 
     >>> [word.label for word in parse_words(["pema:gamma=0.1,0.2,last=5", "mean"])]
     ['pema-gamma0.1-last5', 'pema-gamma0.2-last5', 'mean']
@@ -133,12 +133,12 @@ def parse_words(words: Iterable[str]) -> tuple[Word, ...]:
     labels = [word.label for word in parsed]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
-        raise SettingError(f"{twice[0]} is there twice.", hint="Name every average once.")
+        raise SettingError(f"{twice[0]} is requested twice.", hint="Name every average once.")
     return parsed
 
 
 def is_scheme(word: str) -> bool:
-    """Whether a word begins with the name of a scheme, so that it is no directory.
+    """Whether a word begins with the name of a scheme, and so is not a directory.
 
     >>> is_scheme("mean"), is_scheme("pema:gamma=1"), is_scheme("./checkpoints")
     (True, True, False)
@@ -213,19 +213,19 @@ def _values(word: str, text: str) -> dict[str, list[str]]:
         if equals:
             current = values.setdefault(name.strip().replace("-", "_"), [])
         if current is None or not value.strip():
-            raise SettingError(f"{word!r}: {part!r} is no value of any parameter.", hint=_EXAMPLE)
+            raise SettingError(f"{word!r}: {part!r} is not a parameter with a value.", hint=_EXAMPLE)
         current.append(value.strip())
     return values
 
 
 def _typed(word: str, name: str, text: str, kind: Any) -> float | int | str:
     if kind not in (int, float):
-        return text  # the scheme knows which there are
+        return text  # the scheme checks it
     try:
         value: float | int = kind(text)
     except ValueError as error:
-        told = "a whole number" if kind is int else "a number"
-        raise SettingError(f"{word!r}: {shown(name)} is {text!r}; it must be {told}.", hint=_EXAMPLE) from error
+        expected = "a whole number" if kind is int else "a number"
+        raise SettingError(f"{word!r}: {shown(name)} is {text!r}; it must be {expected}.", hint=_EXAMPLE) from error
     if name in ("every", "last") and value < 1:
         raise SettingError(f"{word!r}: {name} is {value}; it must be 1 or more.", hint=_EXAMPLE)
     return value

@@ -1,4 +1,4 @@
-"""PEMA: exponential moving average on the clock of the path that the weights travelled."""
+"""PEMA: exponential moving average whose clock is the path length of the weights."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ckavg.schemes.base import Coefficients, Scheme, Timeline, require, require_
 
 @dataclass(frozen=True, slots=True)
 class PEMA(Scheme):
-    """Pathwise EMA: forget by how far the weights travelled, not by how many steps were taken.
+    """Pathwise EMA: forget by how far the weights moved, not by how many steps were taken.
 
     The one to try first: its power needs no tuning.
 
         β_k = (1 + T · ℓ_K · ℓ_k)^(−γ)        E ← (1 − β_k) E + β_k θ_k
 
     with T the span of the run in optimizer steps and ℓ the normalized path length. β at checkpoint k uses the path up
-    to and including k, and folds in θ_k. With `pairing="next"`, the literal text of the paper, θ_k goes with ℓ_{k−1};
-    then β_1 = 1 and θ_0 drops out. With `scope="tensor"` (Appendix C.6), each tensor has a β of its own path ℓ_p,
-    β_{p,k} = (1 + T · ℓ_K² · ℓ_{p,k} / ℓ_{p,K})^(−γ), and the global one where it has no path.
+    to and including k, and adds θ_k. With `pairing="next"`, the literal text of the paper, θ_k goes with ℓ_{k−1}; then
+    β_1 = 1 and θ_0 drops out. With `scope="tensor"` (Appendix C.6), each tensor has a β from its own path ℓ_p,
+    β_{p,k} = (1 + T · ℓ_K² · ℓ_{p,k} / ℓ_{p,K})^(−γ), and the global one if it has no path.
 
     Attributes:
         gamma: power γ ≥ 0; 0 gives the last checkpoint, larger values average over more checkpoints.
-        scope: `global` for one β, `tensor` for a β of each tensor's own path.
-        pairing: `same` for the path ℓ up to the checkpoint that is taken in, `next` for ℓ up to the one before it.
+        scope: `global` for one β, `tensor` for a β from each tensor's own path.
+        pairing: `same` for the path ℓ up to the checkpoint that is added, `next` for ℓ up to the one before it.
         clock: T in optimizer `steps`, or in `updates`.
 
     References:

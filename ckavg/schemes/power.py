@@ -1,4 +1,4 @@
-"""EMA with a power-function profile (EDM2): its width is a constant part of the run, however long that is."""
+"""EMA with a power-function profile (EDM2): its width is a constant fraction of the run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _WIDEST = 12**-0.5
 
 @dataclass(frozen=True, slots=True)
 class PowerEMA(Scheme):
-    """Power-function EMA (EDM2): the weight of step t grows as t^γ, so that the average grows with the run.
+    """Power-function EMA (EDM2): the weight of step t grows as t^γ, so the average widens with the run.
 
         β_k = 1 − (t_{k−1} / t_k)^(γ + 1)        E ← (1 − β_k) E + β_k θ_k
 
-    t_k is the absolute optimizer step. An anchor at step 0 drops out, for β_1 is 1. γ follows from the width:
+    t_k is the absolute optimizer step. An anchor at step 0 drops out, since β_1 = 1. γ follows from the width:
 
         σ_rel² = (γ + 1) / ((γ + 2)² (γ + 3))
 
     Attributes:
-        sigma_rel: width of the average, as a part of the run: the standard deviation σ_rel of its age, in (0, 0.2887).
+        sigma_rel: width of the average: the standard deviation σ_rel of its age, relative to the run, in (0, 0.2887).
 
     References:
         Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models (EDM2), 2024, Section 3.
@@ -53,10 +53,10 @@ class PowerEMA(Scheme):
 
 @dataclass(frozen=True, slots=True)
 class PowerExponentEMA(Scheme):
-    """The same, with γ itself in place of the width.
+    """The same, with γ instead of the width.
 
     Attributes:
-        exponent: γ ≥ 0 of the profile t^γ, in place of a width; 0 is the flat average over all steps.
+        exponent: γ ≥ 0 of the profile t^γ, instead of a width; 0 is the flat average over all steps.
 
     References:
         Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models (EDM2), 2024, Section 3.

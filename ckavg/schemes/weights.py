@@ -1,4 +1,4 @@
-"""Explicit weights: a linear combination of the checkpoints as the user states it."""
+"""Explicit weights: a linear combination of the checkpoints, given by the user."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ckavg.errors import SettingError, listed
 from ckavg.schemes.base import Coefficients, Scheme, Timeline, require
 
 TOLERANCE = 1e-9
-"""By how much the weights may miss 1 without `normalize`; what they miss is divided out."""
+"""How far the sum of the weights may be from 1 without `normalize`; they are divided by their sum."""
 
 Stated = str | Sequence[float] | Mapping[int, float]
 
@@ -27,8 +27,8 @@ class Weights(Scheme):
     A weight may be negative, unless the model holds running statistics.
 
     Attributes:
-        weights: a weight for every selected checkpoint, the anchor's first, such as `0.1,0.2,0.7`; or by step, the
-            others being 0, such as `500:0.3,1000:0.7`; or a JSON file with a list or an object.
+        weights: a weight for every selected checkpoint, the anchor's first, such as `0.1,0.2,0.7`; or by step, with 0
+            for the others, such as `500:0.3,1000:0.7`; or a JSON file with a list or an object.
         normalize: Divide the weights by their sum. Otherwise they must sum to 1, to 1e-9.
 
     References:
@@ -53,9 +53,9 @@ class Weights(Scheme):
     normalize: bool = False
 
     def __post_init__(self) -> None:
-        # Kept as the text that a record holds, and divided by their sum: so that equal weights are equal schemes.
+        # Normalized, as the text of a record: equal weights must be equal schemes.
         steps, weights = _parsed(self.weights)
-        require(all(map(math.isfinite, weights)), "weights: one is no finite number.")
+        require(all(map(math.isfinite, weights)), "weights: all must be finite numbers.")
         total = math.fsum(weights)
         if self.normalize:
             require(total != 0, "weights: they sum to 0, so they cannot be normalized.")
@@ -70,12 +70,12 @@ class Weights(Scheme):
 
     @property
     def label(self) -> str:
-        """`weights-` and the beginning of a hash of the weights, of which there may be hundreds."""
+        """`weights-` and the beginning of a hash of the weights, since there may be hundreds."""
         return f"weights-{hashlib.sha256(str(self.weights).encode()).hexdigest()[:8]}"
 
     def coefficients(self, timeline: Timeline) -> Coefficients:
-        """The recursion whose weights are these; with a negative one, a sum of differences from the first checkpoint
-        that has a weight.
+        """β of the recursion with these weights; with a negative one, a sum of differences from the first weighted
+        checkpoint.
         """
         weights = self._in_order(timeline.steps)
         start = next(index for index, weight in enumerate(weights) if weight)
@@ -120,8 +120,8 @@ def _parsed(stated: Stated) -> tuple[list[int], list[float]]:
         values = [float(weight) for weight in weights]
     except (TypeError, ValueError, OverflowError) as error:
         raise SettingError(
-            f"weights: {str(stated)[:60]!r} is no list of weights.",
+            f"weights: {str(stated)[:60]!r} is not a list of weights.",
             hint="For example: --weights 0.1,0.2,0.7 or --weights 500:0.3,1000:0.7 or --weights FILE.json",
         ) from error
-    require(len(steps) < 2 and len(set(named)) == len(named), "weights: each step may have one weight.")
+    require(len(steps) < 2 and len(set(named)) == len(named), "weights: a step has two weights.")
     return named, values

@@ -147,7 +147,7 @@ def output_address(out: Path | str) -> Address | None:
     parts = address.place.split("/")
     if {"", ".", ".."} & {*parts} or {*parts[-1][:1]} & {"."} or _SPECIAL.search(address.place):
         raise SettingError(
-            f"{text} has a special meaning in storages: an empty part, one of . .. ? # * [ ] \\, a dot at the beginning "
+            f"{text} has a special meaning in storages: an empty part, one of . .. ? # * [ ] \\, a dot at the start "
             "of the last part, or a control character.",
             hint="Choose another name.",
         )

@@ -345,7 +345,7 @@ def refused(run: Path, **options: Any) -> CkavgError:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (CONFIG | {"use_dora": True}, "its config states use_dora, whose product is not that of two factors"),
+        (CONFIG | {"use_dora": True}, "its config states use_dora, which is not a product of two factors"),
         (CONFIG | {"peft_type": "ADALORA"}, "its config states ADALORA"),
         (CONFIG | {"r": 4}, "the factors of q have rank 2; its config has r 4 and lora_alpha 4"),
         (
@@ -380,7 +380,7 @@ def test_a_base_without_a_part_of_its_own_keeps_the_rank(tmp_path: Path) -> None
 def test_other_products_are_refused(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
     found = refused(write_adapters(tmp_path, more={name: torch.ones(shape)}))
     assert isinstance(found, UnsupportedFormatError)
-    assert f"tensor {name!r} makes it another product than that of two factors" in found.message
+    assert f"because of tensor {name!r} it is not a product of two factors" in found.message
 
 
 def test_factors_that_do_not_fit_are_refused(tmp_path: Path) -> None:

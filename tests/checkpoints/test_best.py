@@ -67,11 +67,11 @@ def test_of_equals_the_later_one(source: Path) -> None:
 @pytest.mark.parametrize(
     ("chosen", "told"),
     [
-        ({"best": 2}, "`best` and `metric` go together"),
-        ({"metric": "eval_loss"}, "`best` and `metric` go together"),
-        ({"goal": "max"}, "`best` and `metric` go together"),
+        ({"best": 2}, "`best` and `metric` require each other"),
+        ({"metric": "eval_loss"}, "`best` and `metric` require each other"),
+        ({"goal": "max"}, "`best` and `metric` require each other"),
         ({"best": 0, "metric": "eval_loss"}, "`best` is 0; it must be at least 1."),
-        ({"best": 2, "metric": "eval_x"}, "does not tell which values are better"),
+        ({"best": 2, "metric": "eval_x"}, "does not say which values are better"),
         (
             {"best": 2, "metric": "loss"},
             "is not in the trainer's log, checkpoint-600/trainer_state.json: it holds eval_f1, ",

@@ -281,16 +281,19 @@ HOSTILE: dict[str, tuple[Callable[[Any], object], str]] = {
     "tensors that are none": (lambda metadata: setattr(metadata, "state_dict_metadata", [1]), "makes no sense"),
     "a way out": (
         lambda metadata: setattr(info(metadata), "relative_path", "../step-10/__0_0.distcp"),
-        "no file beside",
+        "not a file beside",
     ),
-    "an absolute path": (lambda metadata: setattr(info(metadata), "relative_path", "/etc/passwd"), "no file beside it"),
-    "no name": (lambda metadata: setattr(info(metadata), "relative_path", "."), "no file beside it"),
-    "a zero byte": (lambda metadata: setattr(info(metadata), "relative_path", "a\0b"), "no file beside it"),
+    "an absolute path": (
+        lambda metadata: setattr(info(metadata), "relative_path", "/etc/passwd"),
+        "not a file beside it",
+    ),
+    "no name": (lambda metadata: setattr(info(metadata), "relative_path", "."), "not a file beside it"),
+    "a zero byte": (lambda metadata: setattr(info(metadata), "relative_path", "a\0b"), "not a file beside it"),
     "bytes for a name": (lambda metadata: setattr(info(metadata), "relative_path", b"x"), "makes no sense"),
     "a missing piece": (lambda metadata: metadata.state_dict_metadata["model.norm"].chunks.clear(), "no piece holds"),
     "no place": (lambda metadata: metadata.storage_data.clear(), "says not where"),
     "an overlap": (lambda metadata: second_chunk(metadata, 1, 2), "two pieces hold"),
-    "out of the tensor": (lambda metadata: second_chunk(metadata, 3, 2), "leads out of"),
+    "out of the tensor": (lambda metadata: second_chunk(metadata, 3, 2), "exceeds"),
     "a negative offset": (lambda metadata: setattr(info(metadata), "offset", -1), "no place in a file"),
     "an offset of another kind": (lambda metadata: setattr(info(metadata), "offset", 1.5), "no place in a file"),
     "a short piece": (lambda metadata: setattr(info(metadata), "length", 600), "is damaged"),
@@ -391,7 +394,7 @@ def test_transposed_tensors_come_with_the_command_that_orders_them(tmp_path: Pat
 
 def test_what_is_not_written_in_full_can_be_left_out(run: Path) -> None:
     (run / "step-20/.metadata").unlink()
-    with pytest.raises(MissingShardError, match="which torch writes last"):
+    with pytest.raises(MissingShardError, match="torch writes it last"):
         ckavg.open_run(run)
     assert ckavg.open_run(run, skip_incomplete=True).steps == (10, 30)
     file = run / "step-30/__0_0.distcp"

@@ -146,7 +146,7 @@ def test_other_clocks_are_said(tmp_path: Path, pattern: str, word: str) -> None:
     [
         ("checkpoint-best", "states no step: checkpoint-best."),
         ("final", "states no step: final."),
-        ("tmp-checkpoint-40", "while it writes them: tmp-checkpoint-40."),
+        ("tmp-checkpoint-40", "still being written: tmp-checkpoint-40."),
         (".checkpoint-15.partial", ""),
         ("checkpoint-" + "9" * 100, ""),
     ],
@@ -262,9 +262,9 @@ def test_other_models_are_refused(
         (
             LLAMA,
             {"rope_theta": 2},
-            "config.json states another rope_theta at step 30 than at step 20; the result takes",
+            "config.json states another rope_theta at step 30 than at step 20; the result has",
         ),
-        (LORA, {"base_model_name_or_path": "owner/base"}, "taken to be one model in two places"),
+        (LORA, {"base_model_name_or_path": "owner/base"}, "assumed to be one model in two places"),
         (LORA, {"target_modules": ["q", "v", "o"]}, "states other target_modules at step 30"),
         (LORA, {"target_modules": ["v", "q"]}, ""),
     ],

@@ -71,7 +71,7 @@ def test_incomplete_checkpoints_are_left_out(source: Path, how: str, step: int) 
     run = ckavg.open_run(source, skip_incomplete=True)
     assert run.steps == tuple(each for each in STEPS if each != step)
     (warning,) = run.warnings
-    assert warning.startswith(f"checkpoint-{step} is incomplete and left out: ")
+    assert warning.startswith(f"Skipped: checkpoint-{step} is incomplete: ")
     assert INCOMPLETE[how] in warning
 
 
@@ -101,7 +101,7 @@ def test_skipping_is_recorded_and_reproduced(source: Path) -> None:
     told = json.loads(done.stdout)
     assert told["selection"] == {"skip_incomplete": True}
     assert told["steps"] == [10, 20, 30]
-    assert "warning: checkpoint-40 is incomplete and left out" in done.stderr
+    assert "warning: Skipped: checkpoint-40 is incomplete" in done.stderr
     card = (Path(told["outputs"][0]["directory"]) / "README.md").read_text()
     assert "    ckavg ema --gamma 0.15 --skip-incomplete\n" in card
     inspected = run_cli("inspect", source, "--skip-incomplete")
@@ -123,7 +123,7 @@ def test_common_tensors_are_averaged_and_others_copied(source: Path) -> None:
         ckavg.open_run(source)
     run = ckavg.open_run(source, common_only=True)
     assert run.warnings == (
-        "Not in every checkpoint, so not averaged but copied from step 40: 1 tensor (frozen).",
+        "Not in every checkpoint, so copied from step 40 instead of averaged: 1 tensor (frozen).",
         "Not in every checkpoint, nor at step 40, so left out: 1 tensor (early).",
     )
     for scheme in (ckavg.PEMA(), ckavg.EMA()):

@@ -77,8 +77,7 @@ def test_what_changes_while_a_run_goes_on_is_that_of_the_last(tmp_path: Path, ke
 def test_other_entries_that_differ_are_said(tmp_path: Path) -> None:
     run = write_run(tmp_path, *({"comment": f"value {step}"} for step in STEPS))
     assert any(
-        "state different values of comment; the result takes that of the last" in w
-        for w in ckavg.open_run(run).warnings
+        "state different values of comment; the result has that of the last" in w for w in ckavg.open_run(run).warnings
     )
     assert header_of_mean(run) == {"comment": "value 30"}
 

@@ -141,7 +141,7 @@ def test_the_file_without_a_number_is_the_end_of_the_run(tmp_path: Path) -> None
         save_file(weights(place), tmp_path / f"{name}.safetensors")
     run = ckavg.open_run(tmp_path)
     assert run.steps == (10, 20, 30)
-    assert any("a.safetensors states no step: it is taken for the end of the run" in each for each in run.warnings)
+    assert any("a.safetensors states no step: it is assumed to be the end of the run" in each for each in run.warnings)
 
 
 def test_the_end_of_each_of_two_runs_has_the_name_of_its_own(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_the_final_model_beside_the_checkpoints(tmp_path: Path, same: bool) -> N
         write_checkpoint(tmp_path / f"checkpoint-{step}", weights(step))
     save_file(weights(20 if same else 10), tmp_path / "model.safetensors", {"format": "pt"})
     warnings = ckavg.open_run(tmp_path).warnings
-    assert any("for the name states no step: model.safetensors" in each for each in warnings) != same
+    assert any("no step in the name: model.safetensors" in each for each in warnings) != same
 
 
 @pytest.mark.parametrize("suffix", ["-merged", "_hf", ".bak", " (copy)"])
@@ -229,7 +229,7 @@ def test_a_link_to_a_checkpoint_is_not_told_of(tmp_path: Path) -> None:
 def test_headers_that_contradict_the_names_are_refused(tmp_path: Path) -> None:
     for number, step in ((1, 100), (2, 50), (3, 300)):
         put(tmp_path / f"a-{number:06d}.safetensors", weights(step), {"ss_steps": str(step)})
-    with pytest.raises(MixedOrderError, match=r"a-000002\.safetensors states step 50 in its header, and a-000001"):
+    with pytest.raises(MixedOrderError, match=r"a-000002\.safetensors states step 50 in its header, but a-000001"):
         ckavg.open_run(tmp_path)
 
 

@@ -142,7 +142,7 @@ def test_pickles_beside_are_named(tmp_path: Path, file: str) -> None:
         note(tmp_path / f"run/checkpoint-{step}/optimizer.pt", "a pickle that every trainer leaves")
     run = ckavg.open_run(tmp_path / "run")
     assert [each for each in run.warnings if "Pickles" in each] == [
-        f"Pickles that are no part of the model are neither averaged nor copied: {file}."
+        f"Pickles outside the model are neither averaged nor copied: {file}."
     ]
     assert not (ckavg.average(run, ckavg.Mean(), out=tmp_path / "mean").directory / file).exists()
 

@@ -229,7 +229,7 @@ def test_safetensors_beside_come_first(tmp_path: Path) -> None:
         torch.save({"w": torch.zeros(2)}, tmp_path / f"step_{step}.pt")
     run = ckavg.open_run(tmp_path)
     assert {shard.path.name for each in run.checkpoints for shard in each.shards} == {"model.safetensors"}
-    assert "Pickles that are no part of the model are neither averaged nor copied: pytorch_model.bin." in run.warnings
+    assert "Pickles outside the model are neither averaged nor copied: pytorch_model.bin." in run.warnings
 
 
 def test_what_torch_did_not_save_is_left_out_beside_a_model(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_what_torch_did_not_save_is_left_out_beside_a_model(tmp_path: Path) -> N
         (here / "data_state.pt").write_bytes(b"\x80\x04N.")
     run = ckavg.open_run(tmp_path)
     assert set(run.tensors) == {"w", "value_head.safetensors/v"}
-    told = "Pickles that are no part of the model are neither averaged nor copied: data_state.pt, info.pt, spm.bin."
+    told = "Pickles outside the model are neither averaged nor copied: data_state.pt, info.pt, spm.bin."
     assert told in run.warnings
 
 

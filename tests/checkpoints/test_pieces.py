@@ -85,9 +85,9 @@ def test_boxes_that_no_plane_parts() -> None:
         ([((0, 0), (2, 4)), ((2, 0), (2, 3))], r"no piece holds all of \[2:4, 0:4\]"),
         ([((0, 0), (3, 4)), ((2, 0), (2, 4))], "two pieces hold elements"),
         ([((0, 0), (4, 4)), ((0, 0), (4, 4))], "two pieces hold elements"),
-        ([((0, 0), (2, 4)), ((2, 0), (3, 4))], "leads out of"),
-        ([((0, 0), (2, 4)), ((2, -1), (2, 5))], "leads out of"),
-        ([((0,), (16,))], "1 dimensions, of a tensor with 2"),
+        ([((0, 0), (2, 4)), ((2, 0), (3, 4))], "exceeds"),
+        ([((0, 0), (2, 4)), ((2, -1), (2, 5))], "exceeds"),
+        ([((0,), (16,))], "1 dimensions in a tensor with 2"),
         ([], "no piece holds"),
     ],
 )

@@ -63,7 +63,7 @@ def test_all_problems_at_once_worst_first(source: Path, tmp_path: Path, verb: st
     assert "error: 6 problems:" in done.stderr
     told = [
         "pytorch_model.bin has the layout that torch wrote before 1.6",
-        "step 20 is there 2 times",
+        "step 20 appears 2 times",
         "checkpoint-40/model.safetensors is 40 bytes long",
         "checkpoint-60 holds no weights",
         "step 30: tensor 'w' is (7,)",

@@ -92,7 +92,7 @@ def test_without_headers_the_steps_count_and_the_rest_is_named(tmp_path: Path) -
     run = ckavg.open_run(tmp_path)
     assert run.steps == (100, 200, 300)
     assert [each.path.name for each in run.checkpoints][-1] == "a.safetensors"
-    assert any("a.safetensors states no step: it is taken for the end" in each for each in run.warnings)
+    assert any("a.safetensors states no step: it is assumed to be the end" in each for each in run.warnings)
     assert any("a-000001.safetensors, a-000002.safetensors" in each for each in run.warnings)
 
 

@@ -269,8 +269,8 @@ def test_places(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     [
         ("nonsense:x=1", "no scheme is named"),
         ("mean nonsense:x=1", "there is no scheme 'nonsense'"),
-        ("mean mean", "mean is there twice"),
-        ("mean mean:decay=none", "mean is there twice"),
+        ("mean mean", "mean is requested twice"),
+        ("mean mean:decay=none", "mean is requested twice"),
         ("mean:decay=exponential", "decay is 'exponential'; it must be one of none, linear, cosine, minus-sqrt"),
         ("mean:last=0", "last is 0; it must be 1 or more"),
         ("mean last --push-to-hub a/b", "uploads one average, and nothing tells which"),

@@ -123,7 +123,7 @@ CASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "NaN": (spoilt(20, "w", (1, 2), float("nan")), ("step 20: tensor 'w' holds NaN or infinity", "--to-step 19")),
     "infinity": (spoilt(10, "b", (0,), float("-inf")), ("step 10: tensor 'b' holds NaN or infinity",)),
-    "same step twice": (same_step, ("step 20 is there 2 times: checkpoint-20, step_20",)),
+    "same step twice": (same_step, ("step 20 appears 2 times: checkpoint-20, step_20",)),
     "pickles": (pickles, ("pytorch_model.bin, not safetensors", "This command converts them", "weights_only=True")),
     "no weights": (lambda run: (run / LAST).unlink(), ("checkpoint-20 holds no weights",)),
     "bad index": (with_index({"weight_map": 3}), ("is not a shard index",)),
@@ -165,7 +165,7 @@ def test_all_problems_at_once(run: Path) -> None:
     write(run / "checkpoint-10" / MODEL, b"")
     result = run_cli("pema", run)
     assert result.exit_code == 1
-    for part in ("error: 3 problems:", "step 20 is there 2 times", f"checkpoint-10/{MODEL} is 0 bytes", f"{LAST} is"):
+    for part in ("error: 3 problems:", "step 20 appears 2 times", f"checkpoint-10/{MODEL} is 0 bytes", f"{LAST} is"):
         assert part in result.stderr
 
 
@@ -217,11 +217,11 @@ def test_wrong_places(run: Path, monkeypatch: pytest.MonkeyPatch, arguments: str
         ("nonsense", "No such command"),
         ("ema --tau -30", "tau must be at least -9"),
         ("ema --momentum 1", "must be at least 0 and less than 1"),
-        ("ema --momentum 0.9 --gamma 0.2", "gamma must not go with momentum"),
-        ("ema --batch-scale 2", "batch-scale must go with momentum"),
+        ("ema --momentum 0.9 --gamma 0.2", "gamma cannot be used with momentum"),
+        ("ema --batch-scale 2", "batch-scale requires momentum"),
         ("ema --momentum 0.9 --batch-scale 0", "must be more than 0"),
         ("ouema --eta 0", "must be more than 0"),
-        ("ouema --lag 1 --multiplier 0", "it must be more, for α = 1"),
+        ("ouema --lag 1 --multiplier 0", "it must be more: with α = 1"),
         ("dema --kappa -1", "must be 0 (no averaging) or more"),
         ("bema --lag 0 --multiplier 0.01", "must be at least 1"),
         ("bema --burn-in 21", "the last checkpoint is at step 20"),

@@ -155,6 +155,6 @@ def test_a_prefix_that_is_the_only_difference_is_said_once(tmp_path: Path) -> No
     weights = {f"layers.{place}.weight": torch.ones(2) for place in range(30)}
     write_run(tmp_path, [weights, weights, {f"module.{name}": t for name, t in weights.items()}], (10, 20, 30))
     refused = run_cli("ema", tmp_path)
-    told = "step 30: the names of all tensors begin with 'module.', and are those of step 20 otherwise"
+    told = "step 30: the names of all tensors begin with 'module.', and are otherwise those of step 20"
     assert told in refused.stderr
     assert "layers.3" not in refused.stderr

@@ -80,7 +80,7 @@ def test_trainer_states(run: Path, examples: int) -> None:
         assert other.exit_code == result.exit_code, other.stderr
         check_text(other.stderr)
         if step in STEPS[:-1]:
-            check_refusal(result, run, f"step {step} is there 2 times")
+            check_refusal(result, run, f"step {step} appears 2 times")
             return
         assert result.exit_code == 0, result.stderr
         warned += "warning: " in result.stderr

@@ -174,7 +174,7 @@ def bad(found: Any) -> ckavg.Scheme:
 @pytest.mark.parametrize(
     ("found", "told"),
     [
-        ([0.2] * 5, "it must give Coefficients"),
+        ([0.2] * 5, "it must return Coefficients"),
         (ckavg.Coefficients("mean", 0, (None,) * 5), "rule is 'mean'"),  # type: ignore[arg-type]
         (ckavg.Coefficients("ema", 5, (None,) * 5), "start is 5"),
         (ckavg.Coefficients("ema", 0, (None, 0.5)), "they must have 5"),
@@ -337,7 +337,7 @@ def test_no_text_of_the_library_keeps_an_option() -> None:
 @pytest.mark.parametrize(
     ("typed", "written"),
     [
-        ("--best and --metric go together.", "`best` and `metric` go together."),
+        ("--best and --metric require each other.", "`best` and `metric` require each other."),
         ("Use --device cpu.", "Use device='cpu'."),
         ("Stop before it with --to-step 20.", "Stop before it with to_step=20."),
         ("Leave it out: --path-exclude lm_head.weight", "Leave it out: path_exclude=['lm_head.weight']"),

@@ -204,7 +204,7 @@ CASES = {
     ),
     "other place": Case(
         [1, 1],
-        r"error: Rank 0 of 2 waited 3 s for rank 1, which did not join in .*/averaged/\.bema-eta0\.2\.ckavg-partial on ",
+        r"error: Rank 0 of 2 waited 3 s for rank 1, which did not join in .*/\.bema-eta0\.2\.ckavg-partial on ",
         ["bema", *SOON],
         other=["bema", *SOON, "--out", "OUT"],
     ),

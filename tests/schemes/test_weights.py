@@ -79,15 +79,15 @@ def test_the_card_makes_it_again(source: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("", "is no list of weights"),
-        ("--weights a,b,c", "is no list of weights"),
-        ("--weights 0.1,300:0.9", "is no list of weights"),
+        ("", "is not a list of weights"),
+        ("--weights a,b,c", "is not a list of weights"),
+        ("--weights 0.1,300:0.9", "is not a list of weights"),
         ("--weights 0.5,0.25,0.2", "they sum to 0.95; they must sum to 1."),
         ("--weights 0.5,0.5", "there are 2, but 3 checkpoints are selected"),
         ("--weights 100:0.5,150:0.5", "no checkpoint of step 150 is selected"),
-        ("--weights 100:0.5,100:0.5", "each step may have one weight"),
+        ("--weights 100:0.5,100:0.5", "a step has two weights"),
         ("--weights 1,-2,1 --normalize", "they sum to 0"),
-        ("--weights nan,1,1", "one is no finite number"),
+        ("--weights nan,1,1", "all must be finite numbers"),
         ("--weights nothing.json", "--weights nothing.json cannot be read"),
     ],
 )
