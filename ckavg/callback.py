@@ -32,7 +32,7 @@ from ckavg.averaging.plan import Options, plan_averages
 from ckavg.averaging.sources import open_run
 from ckavg.checkpoints.trainer_log import goal_of
 from ckavg.engine.context import Context
-from ckavg.errors import CkavgError, SettingError
+from ckavg.errors import CkavgError, SettingError, as_arguments
 from ckavg.hub import Destination, Pushed, push_result
 from ckavg.output.record import Record
 from ckavg.schemes import Scheme
@@ -201,7 +201,7 @@ class CheckpointAveraging(TrainerCallback):  # type: ignore[misc]
         ]
         plans = plan_averages(wanted, Options(force=True))
         for warning in dict.fromkeys(warning for plan in plans for warning in plan.warnings):
-            _LOG.warning(warning)
+            _LOG.warning(as_arguments(warning))
         self.results = carry_out(plans, Context(device="cpu")).records
         taken = _bytes_of(self.directory)
         self._trainer.log({"averaged_checkpoints": len(plans[0].run.steps), "averaging_disk_gb": taken / 1e9})

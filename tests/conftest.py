@@ -25,7 +25,7 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def without_pictures() -> Iterator[None]:
-    """No weights are drawn: that takes four times as long as a small average, and here it shows nothing."""
+    """Skip the plot of the weights: it takes four times as long as a small average, and these tests ignore it."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(plots, "card_svg", lambda result: None)
         yield

@@ -1,4 +1,4 @@
-"""Which of many alike are tried each time; the others are where everything is."""
+"""Which of many similar cases run each time; the others are marked as exhaustive."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def all_but(kept: Collection[Any], values: Iterable[Any]) -> list[Any]:
 
 
 def thinned(first: Iterable[Any], second: Iterable[Any], *, every: int = 3) -> list[Any]:
-    """All pairs for a test of two arguments; each time one of so many is tried, in which each value has its turn."""
+    """All pairs for a test of two arguments. Only one in `step` runs each time, chosen so that every value is tried."""
     seconds = list(second)
     return [
         pytest.param(one, other, marks=unless((row + column) % every == 0))

@@ -15,7 +15,7 @@ from typing import Literal
 
 from ckavg.checkpoints.layouts import as_safetensors
 from ckavg.checkpoints.pieces import Piece, overlapping
-from ckavg.errors import CkavgError, UnsupportedFormatError, short_repr
+from ckavg.errors import CkavgError, UnsupportedFormatError, as_arguments, short_repr
 from ckavg.storage.base import AnyPath, RemotePath
 from ckavg.storage.remote import RemoteStorage, storages_of
 
@@ -349,7 +349,8 @@ class Run:
         source: the directory or address that was named.
         selection: which checkpoints were chosen.
         checkpoints: the anchor θ_0 and the visited checkpoints after it; at least two.
-        warnings: for the user, about how the run was read.
+        warnings: for the user, about how the run was read. Like those of a record, they name settings as options of the
+            command line; what Python prints names them as arguments.
     """
 
     source: AnyPath
@@ -366,7 +367,11 @@ class Run:
             "  ".join((f"{step:>10}", f"{size:>10}", f"{dtype:<10}", path)) for step, size, dtype, path in self._rows()
         ]
         return "\n".join(
-            [repr(self), *(line.rstrip() for line in lines), *(f"warning: {each}" for each in self.warnings)]
+            [
+                repr(self),
+                *(line.rstrip() for line in lines),
+                *(f"warning: {as_arguments(each)}" for each in self.warnings),
+            ]
         )
 
     def _repr_html_(self) -> str:
@@ -374,7 +379,7 @@ class Run:
             f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in list(self._rows())[1:]
         )
         head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
-        warnings = "".join(f"<p>warning: {html.escape(each)}</p>" for each in self.warnings)
+        warnings = "".join(f"<p>warning: {html.escape(as_arguments(each))}</p>" for each in self.warnings)
         return f"<p>{html.escape(repr(self))}</p><table><tr>{head}</tr>{rows}</table>{warnings}"
 
     def _rows(self) -> Iterator[tuple[str, str, str, str]]:

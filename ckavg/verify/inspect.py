@@ -11,7 +11,7 @@ from ckavg.checkpoints.inspect import Inspection
 from ckavg.checkpoints.run import Run, Selection
 from ckavg.engine.context import OnProgress, listening
 from ckavg.engine.remote import fetch_all
-from ckavg.errors import SettingError
+from ckavg.errors import SettingError, as_arguments
 from ckavg.storage.base import AnyPath
 from ckavg.storage.remote import storages_of
 
@@ -40,7 +40,7 @@ class Inspected:
 
     def __str__(self) -> str:
         told = [f"problem: {each}" for each in self.problems]
-        told += [f"warning: {each}" for each in self.warnings if each not in self.run.warnings]
+        told += [f"warning: {as_arguments(each)}" for each in self.warnings if each not in self.run.warnings]
         return "\n".join([str(self.run), *told])
 
 

@@ -37,7 +37,7 @@ SCHEMES = (ckavg.Mean(), ckavg.BEMA(eta=0.05, lag=1), ckavg.DEMA())
 
 
 class Net(nn.Module):
-    """Every kind of layer that PEFT adapts by two factors; one name is the end of another."""
+    """Every kind of layer that PEFT adapts with two factors; one name is a suffix of another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def write_peft(root: Path, **config: Any) -> Path:
 
 
 def merged(adapter: Path) -> dict[str, Array]:
-    """The whole model with an adapter in it, as PEFT merges it, less the model without."""
+    """The difference between the model with the adapter merged by PEFT and the model without it."""
     import peft
 
     torch.manual_seed(0)
@@ -150,7 +150,7 @@ def kohya(step: int, alpha: Tensor, dtype: torch.dtype = torch.float32) -> dict[
 
 
 def product(tensors: Mapping[str, Tensor], module: str) -> Array:
-    """s·BA as sd-scripts have it: α over the rank, and s = 1 without α."""
+    """s·BA as in sd-scripts: s is α divided by the rank, or 1 without α."""
     down, up = (tensors[f"{module}.lora_{half}.weight"].double().flatten(1).numpy() for half in ("down", "up"))
     alpha = tensors.get(f"{module}.alpha")
     scaling = 1.0 if alpha is None else float(alpha) / len(down)

@@ -1,4 +1,4 @@
-"""What an expert would say, and when."""
+"""Advice, and the runs that get it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_path(distances: tuple[float, ...], told: str) -> None:
     [(0.1, 100, 0.85), (0.1, 1_390, 0.6), (0.1, 1_420, None), (0.125, 890, 0.6), (0.125, 910, None), (0.9, 10, 0.65)],
 )
 def test_whether_a_path_is_short_is_a_matter_of_its_last_beta(length: float, every: int, least: float | None) -> None:
-    """The quarter of 0.5 in the 1800 steps of the paper; a longer run may travel less."""
+    """The threshold is a quarter of the length 0.5 in the 1800 steps of the paper; a longer run may be shorter."""
     measured = path(5 * length, 5 * length, every=every)
     assert measured.lengths[-1] == pytest.approx(length)
     betas = PEMA().coefficients(Timeline(measured.steps, measured.lengths)).betas
@@ -171,7 +171,7 @@ def test_where_nothing_was_logged_the_last_entry_counts() -> None:
 
 
 def interval(scheme: Scheme, count: int, apart: int, *, begin: int = 0, with_init: bool = False) -> tuple[str, ...]:
-    """What is said of `count` updates, so many steps apart."""
+    """The advice for `count` updates at this interval."""
     steps = (0,) * with_init + tuple(range(begin, begin + apart * (count + 1 - with_init), apart))
     return advice.about_interval(steps, scheme, with_init=with_init)
 
@@ -268,7 +268,7 @@ def test_usual_settings_are_silent(span: int, count: int) -> None:
 
 
 def test_weights_from_both_sides() -> None:
-    """Where BEMA's average has forgotten the anchor, its weight is that of the correction, −(10 + t)^(−0.2)."""
+    """Once BEMA's average has forgotten the anchor, its weight is that of the correction, −(10 + t)^(−0.2)."""
     assert about_weights(BEMA(), 402, 201) == ()
     (told,) = about_weights(BEMA(), 300, 150)
     assert f"{-(310**-0.2):.2f} at step 0" in told
@@ -322,7 +322,7 @@ EVALS = range(50, 1801, 50)
 
 
 def course(falls_by: float, *, rates: tuple[tuple[int, float], ...] = CONSTANT, metric: str = "eval_loss") -> Course:
-    """A loss that falls by so much in all, in a line, with a noise of 0.01."""
+    """A loss that falls linearly by `fall`, with a noise of 0.01."""
     noise = np.random.default_rng(0).normal(size=len(EVALS))
     values = tuple((step, 2 - falls_by * step / 1800 + 0.01 * float(x)) for step, x in zip(EVALS, noise, strict=True))
     return Course(metric, values, trend_of(values), rates)
@@ -333,7 +333,7 @@ RUN = tuple(range(0, 1801, 50))
 
 
 def about_trend(scheme: Scheme, told: Course, *tried: str, steps: tuple[int, ...] = RUN, length: float = 1.0) -> str:
-    """What is said of an average of a run whose path is straight."""
+    """The advice for an average of a run with a straight path."""
     path = tuple(length * step / steps[-1] for step in steps)
     weights = effective_weights(scheme.coefficients(Timeline(steps, path)))
     return "".join(advice.about_trend(scheme, told, steps, weights, {scheme.label, *tried}))
@@ -349,7 +349,7 @@ def test_the_courses_are_what_they_are_called() -> None:
 def test_a_run_that_still_learns_gets_no_advice_to_average_more(
     gamma: float, length: float, kind: type[PEMA] | type[EMA]
 ) -> None:
-    """Whatever the path: on such a run a larger γ was worse at every step."""
+    """For any path: on such a run a larger γ was worse at every step."""
     scheme = kind(gamma=gamma)
     told = about_trend(scheme, LEARNING, length=length)
     told += "".join(advice.about_path(path(*[50 * length] * 36, every=50), ()))
@@ -400,7 +400,7 @@ def test_words_about_the_course() -> None:
 
 
 def test_on_a_short_path_no_power_is_named() -> None:
-    """It changes little there: the mean does not depend on the path."""
+    """A power changes little on a short path; the mean does not depend on the path."""
     assert about_trend(PEMA(), LEVEL, length=0.03).endswith("Worth comparing: mean.")
     assert about_trend(PEMA(), LEVEL, "mean", length=0.03) == ""
     assert about_trend(PEMA(), LEARNING, length=0.03) == ""
@@ -480,7 +480,7 @@ def test_before_needs_no_torch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("falls_by", "said"), [(0.3, "Worth comparing: --gamma 0.1 or bema."), (0.0, "--gamma 0.2.")])
 def test_of_a_whole_run(tmp_path: Path, falls_by: float, said: str) -> None:
-    """A restless one, with a path far longer than PEMA was tuned for; what is there already is not named again."""
+    """A noisy run with a path far longer than PEMA was tuned for; results that exist are not suggested again."""
     base, *noise = torch.randn(20, 300, generator=torch.Generator().manual_seed(0))
     steps = tuple(range(0, 1801, 100))
     source = write_run(tmp_path, [{"w": base + 0.22 * row} for row in noise], steps)

@@ -134,7 +134,7 @@ def test_nan_is_no_constant(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "at"), thinned(["freqs_cis", "f8.table"], [0, -1], every=2))
 def test_what_cannot_be_averaged_is_compared_in_full(tmp_path: Path, name: str, at: int) -> None:
-    """A difference beyond what is looked at when a run is opened; nothing is left of the result."""
+    """The difference is beyond the bytes that opening a run compares; no result is left behind."""
     checkpoints = run_of(torch.float32)
     big = checkpoints[1][name].repeat(*[600] + [1] * (checkpoints[1][name].dim() - 1))
     for each in checkpoints:

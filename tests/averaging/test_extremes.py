@@ -1,4 +1,4 @@
-"""Numbers near the ends of what a dtype holds are measured and averaged as all others: against exact fractions."""
+"""Numbers near the limits of a dtype are measured and averaged like all others, compared with exact fractions."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_spreads(tmp_path: Path, scale: float, sample: float) -> None:
 
 
 def test_blocks_of_all_sizes(tmp_path: Path) -> None:
-    """Each chunk has a unit of its own; the result hangs on no tile."""
+    """Each chunk has its own unit; the result does not depend on the tile."""
     scales = torch.tensor([1e-300, 1e-200, 1.0, 1e200, 1e290], dtype=torch.float64).repeat_interleave(16_384)
     checkpoints = [{"w": each["w"] * scales} for each in walk(1.0, torch.float64, len(scales))]
     run = ckavg.open_run(write_run(tmp_path / "run", checkpoints, STEPS))
@@ -122,7 +122,7 @@ def test_a_clock_beyond_float64_is_one_error() -> None:
 
 @pytest.mark.parametrize("dtype", LARGEST, ids=str)
 def test_averages_near_the_largest_number(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Differences of such numbers do not fit; where the average does, it is right."""
+    """Differences of such numbers overflow; if the average does not, it is right."""
     largest = LARGEST[dtype]
     generator = torch.Generator().manual_seed(5)
     signs = torch.randn(len(STEPS), 60, generator=generator, dtype=torch.float64).sign()
@@ -152,7 +152,7 @@ def test_averages_near_the_largest_number(tmp_path: Path, dtype: torch.dtype) ->
 
 
 def test_schemes_with_a_correction_where_it_fits(tmp_path: Path) -> None:
-    """The difference that the correction takes is twice the largest number; the result is not."""
+    """The difference in the correction is twice the largest number, but the result fits."""
     for dtype, largest in LARGEST.items():
         values = [torch.tensor([sign, 0.5 * sign], dtype=torch.float64) * largest for sign in (-1, 1, -1, 1)]
         run = ckavg.open_run(write_run(tmp_path / str(dtype), [{"w": each.to(dtype)} for each in values], STEPS))

@@ -1,4 +1,4 @@
-"""What the weights of an average say of it: in the record, in words, and where it is in effect its anchor."""
+"""Figures derived from the weights of an average: in the record, in words, and if it is almost its anchor."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_before_anything_is_read(source: Path, scheme: ckavg.schemes.Scheme, ref
 
 
 def test_of_a_path_after_it_was_measured(source: Path) -> None:
-    """No weight is known before; what was measured is kept."""
+    """The weights are unknown before the path is measured; the measured path is cached."""
     stuck = ckavg.PEMA(gamma=20.0)
     ckavg.plan_average(ckavg.open_run(source), stuck)
     with pytest.raises(SettingError, match="pema-gamma20: 100 % of the weight is on step 0"):

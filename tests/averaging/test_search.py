@@ -84,7 +84,7 @@ def test_a_best_value_beyond_the_bounds_ends_at_them() -> None:
 
 
 def test_other_schemes_take_large_steps_towards_the_age_of_the_best_before_it_takes_small_ones() -> None:
-    """So that a scheme whose first value is far off is not passed over, even if it is behind on the way."""
+    """A scheme whose first value is far off still gets its chance, even if it is behind on the way."""
 
     def objective(candidate: Candidate) -> float:
         if candidate.scheme == "mean":
@@ -99,7 +99,7 @@ def test_other_schemes_take_large_steps_towards_the_age_of_the_best_before_it_ta
 
 
 def noisy(candidate: Candidate) -> float | None:
-    """The same for the same candidate, whatever came before; some fail, some are not finite."""
+    """The same value for the same candidate in any order; some fail, some are not finite."""
     drawn = random.Random(repr(candidate))
     return drawn.choice([drawn.gauss(0, 1), drawn.gauss(0, 1), None, math.nan, math.inf])
 

@@ -88,7 +88,7 @@ def in_shell(command: str, *, shell: str = "sh", cwd: Path | None = None) -> sub
 
 
 def convert(run: Path) -> str:
-    """Do what ckavg says, and look that it changes nothing that is there; returns the command."""
+    """Run the command that ckavg prints, and check that it changes no existing file; returns the command."""
     before = snapshot(run)
     command = command_of(run_cli("ema", run).stderr.splitlines())
     done = in_shell(command)
@@ -294,7 +294,7 @@ def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 
 
 def test_one_component_that_is_a_pickle(tmp_path: Path) -> None:
-    """What is safetensors already stays as it is, though a pickle lies beside it."""
+    """Existing safetensors stay unchanged, even with a pickle beside them."""
     run = tmp_path / "run"
     for step in STEPS:
         write_checkpoint(run / f"checkpoint-{step}" / "unet", {"w": torch.ones(2) * step})
@@ -482,7 +482,7 @@ SHAPES: dict[str, tuple[dict[Any, Any], set[str]]] = {
 
 @pytest.mark.parametrize("case", SHAPES)
 def test_what_the_model_is(tmp_path: Path, case: str) -> None:
-    """By the program that converts, and to the reader."""
+    """For the converting program, and for the reader."""
     saved, expected = SHAPES[case]
     program: dict[str, Any] = {}
     source = unsupported._WRITE.replace("@TRAINING_STATE", unsupported.TRAINING_STATE)

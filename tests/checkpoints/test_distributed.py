@@ -229,7 +229,7 @@ def run(tmp_path: Path) -> Path:
 
 
 class Payload:
-    """Makes a file when it is unpickled by whoever obeys pickles."""
+    """Makes a file when a pickle with it is executed."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = str(canary)

@@ -1,4 +1,4 @@
-"""Weights in formats that are not read: recognised by their true names, refused with the command that converts them."""
+"""Weights in unsupported formats: recognised by their real names, refused with the command that converts them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run from elsewhere may hold: links, pipes, huge and deep files. Refused or passed over, and nothing waits."""
+"""What a downloaded run may hold: links, pipes, huge and deeply nested files. Refused or skipped, without waiting."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_links_in_a_circle_end(source: Path) -> None:
 
 
 def make(kind: str, path: Path) -> None:
-    """Something that is no file, in the place of one."""
+    """Something other than a file, under the name of one."""
     path.unlink(missing_ok=True)
     if kind == "a named pipe":
         os.mkfifo(path)

@@ -1,4 +1,4 @@
-"""Which weight files of a checkpoint are parts of the model, what is left out, and that it is said."""
+"""Which weight files of a checkpoint belong to the model, and warnings about what is left out."""
 
 from __future__ import annotations
 

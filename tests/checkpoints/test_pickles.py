@@ -55,7 +55,7 @@ class Settings:
 
 
 def with_much_beside(tensors: Weights, step: int) -> dict[str, Any]:
-    """What trainers save beside a model, of classes that need not be there when it is read."""
+    """What trainers save beside a model, with classes that need not be installed to read it."""
     return {
         "config": Settings(),
         "model": tensors,

@@ -1,4 +1,4 @@
-"""Everything that can be told before a weight is read is told at once: problems, warnings, sizes, memory."""
+"""Everything known before a weight is read is reported together: problems, warnings, sizes, memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running statistics take a convex average, whatever the scheme and whatever they are called."""
+"""Running statistics get a convex average, for any scheme and name."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_model_that_outputs_numbers(tmp_path: Path, verb: str) -> None:
 
 
 def test_a_result_with_the_correction_is_noticed(tmp_path: Path) -> None:
-    """As results of old, whose records name no running statistics."""
+    """Like old results, whose records name no running statistics."""
     checkpoints = run_of(torch.float32)
     done = ckavg.average(ckavg.open_run(write_run(tmp_path / "run", checkpoints, STEPS)), ckavg.BEMA(eta=0.0))
     path, weights = done.directory / "model.safetensors", load_file(done.directory / "model.safetensors")

@@ -1,4 +1,4 @@
-"""What small runs come to that real trainers leave behind."""
+"""Small runs in the layouts of real trainers, opened and averaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is fetched as it is read: the bytes of the files, each fetched once, within the window, in any order of work."""
+"""Streamed reading: the bytes of the files, each fetched once, within the memory limit, in any order of work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEAD = 64
 
 
 class Far:
-    """Files that are elsewhere; what is asked of them is taken down."""
+    """Remote files that record all requests."""
 
     url = pinned_url = "s3://far"
     is_shared = is_offline = False
@@ -106,7 +106,7 @@ def opened(run: Sequence[Checkpoint], blocks: Sequence[Block], nbytes: int) -> I
 
 
 def read_block(window: RemoteReader, far: Far, run: Sequence[Checkpoint], block: Block, tile: int) -> None:
-    """As a worker does: tile after tile, of every checkpoint."""
+    """Read a block like a worker: tile after tile, of every checkpoint."""
     for start, stop in block.ranges:
         for low in range(start, stop, tile):
             high = min(low + tile, stop)

@@ -43,6 +43,8 @@ def test_the_documented_calls(here: Path, capsys: pytest.CaptureFixture[str]) ->
     shown = str(run)
     assert [line.split()[0] for line in shown.splitlines()[2:8]] == ["0", "10", "20", "30", "40", "50"]
     assert "<table>" in run._repr_html_()
+    assert run.warnings[0].startswith("--last 20 asks for more")
+    assert all("warning: last=20 asks for more" in text for text in (shown, run._repr_html_()))
 
     path = ckavg.path_length(run)
     assert path.steps == (0, *STEPS)

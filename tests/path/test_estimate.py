@@ -1,4 +1,4 @@
-"""The path from a sample: close to the exact one, and as far off as it says."""
+"""The path from a sample: close to the exact one, with errors as large as stated."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_result_says_that_its_path_was_sampled(tmp_path: Path) -> None:
     fraction=st.floats(1e-6, 1, exclude_max=True),
 )
 def test_strips(sizes: list[int], fraction: float) -> None:
-    """In order, apart, inside the tensor, of the size that was asked for, and standing for all of it."""
+    """Strips are in order, disjoint, inside the tensor, of the requested size, and their weights cover it."""
     named = {str(place): numel for place, numel in enumerate(sizes)}
     fraction = min(fraction, 10**8 / sum(sizes))
     chosen = choose_samples(named, fraction)

@@ -1,4 +1,4 @@
-"""The kept path: what is read again, and what is not, after every kind of change to a run."""
+"""The path cache: what is read again, and what is not, after every kind of change to a run."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_grown_run_reads_two_checkpoints(source: Path) -> None:
 
 
 def change(file: Path, how: str) -> None:
-    """Have a file be another one: its bytes, with the times restored or not, or its time alone."""
+    """Change a file: its bytes, with the times restored or not, or only its time."""
     status = file.stat()
     if how == "replaced, times restored":
         shutil.copyfile(file, file.with_suffix(".new"))
@@ -205,7 +205,7 @@ def test_a_run_that_cannot_be_written_beside_is_kept_in_the_cache(
 
 @pytest.mark.parametrize("link", ["path.json", "averaged"])
 def test_a_link_to_somewhere_else_is_not_written_through(source: Path, cache: Path, link: str) -> None:
-    """A run from elsewhere could have it lead to a checkpoint, or to a file of the user's."""
+    """In a downloaded run, such a link could lead to a checkpoint, or to a file of the user."""
     target = file_of(source, 50)
     if link == "averaged":
         (source / "averaged").symlink_to(target.parent)
@@ -245,7 +245,7 @@ VALUES: tuple[Any, ...] = (7, None, [], {}, [[1]], {"a": [1]}, {"a": {}})
     ids=str,
 )
 def test_a_table_that_makes_no_sense_is_measured_anew(source: Path, nonsense: str | tuple[str, Any]) -> None:
-    """Text, numbers of no path, and other values in the place of a part; all with the checksum that belongs to it."""
+    """Text, impossible numbers, and other values instead of a part; all with a valid checksum."""
     want = measured(source)
     kept = source / "averaged" / "path.json"
     table = json.loads(kept.read_text())
@@ -264,7 +264,7 @@ def test_a_table_that_makes_no_sense_is_measured_anew(source: Path, nonsense: st
 
 
 def edit(table: dict[str, Any], what: str) -> None:
-    """Change one thing that makes sense."""
+    """Change one valid value."""
     distances, checkpoints = table["distances"], table["checkpoints"]
     if what == "a distance":
         row = next(iter(distances.values()))

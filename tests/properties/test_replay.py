@@ -1,4 +1,4 @@
-"""What holds for every average: it is affine, its weights sum to 1, and a run that stands still stays where it is."""
+"""Properties of every average: it is affine, its weights sum to 1, and constant weights stay constant."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_power_1_is_the_flat_average(count: int) -> None:
 def test_an_update_rounds_alike_wherever_a_tile_begins(
     seed: int, beta: float, start: int, size: int, dtype: torch.dtype
 ) -> None:
-    """No vector width, and no rest of one at the end of a tile, shows in the result."""
+    """The result does not depend on the vector width, or on the remainder at the end of a tile."""
     generator = torch.Generator().manual_seed(seed)
     run = torch.randn(2, 200, generator=generator, dtype=torch.float64).to(dtype)
     step = Coefficients("ema", 0, (None, beta))

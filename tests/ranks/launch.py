@@ -27,7 +27,7 @@ class Job:
 
 @dataclass
 class Ran:
-    """What came of a job: stdout, stderr and exit status, by rank."""
+    """The outcome of a job: stdout, stderr and exit status, by rank."""
 
     out: list[str]
     err: list[str]

@@ -1,4 +1,4 @@
-"""The ends of a job: who is killed, fails or hangs at which moment; what the others say and when; what a rerun does."""
+"""How a job ends if a process is killed, fails or hangs: what the others print and when, and what a rerun does."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 def said(process: subprocess.Popen[str], pattern: str) -> str:
-    """What a process says up to a line of this kind."""
+    """The output of a process up to a line of this kind."""
     assert process.stderr is not None
     lines = ""
     while not re.search(pattern, lines):
@@ -85,7 +85,7 @@ def result_of(run: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What one process by itself makes of the run."""
+    """The result of a single process."""
     import torch
 
     from tests.cli.runner import run_cli
@@ -157,7 +157,7 @@ def test_one_fails_and_all_end(
 def test_a_stopped_process_is_named_with_what_it_was_doing(
     jobs: list[subprocess.Popen[str]], run: Path, rank: int, moment: str
 ) -> None:
-    """By the other one, muted or not. The one that was stopped ends, too, once it goes on."""
+    """The other process names it, quiet or not. The stopped process ends too, once it continues."""
     for each in range(2):
         before = sabotage(run, moment, STOP) if each == rank else ""
         jobs.append(start(each, 2, "pema", run, "--rank-timeout", 4, before=before))
@@ -175,7 +175,7 @@ def test_a_stopped_process_is_named_with_what_it_was_doing(
 def test_a_job_that_was_stopped_as_a_whole_goes_on(
     jobs: list[subprocess.Popen[str]], run: Path, expected: bytes
 ) -> None:
-    """As with Ctrl-Z. The others have been as silent as oneself."""
+    """As with Ctrl-Z: all processes were silent for the same time."""
     go_on = run.parent / "go-on"
     hang = f"while not os.path.exists({str(go_on)!r}): time.sleep(0.05)"
     for rank in range(2):
@@ -212,7 +212,7 @@ def test_an_interrupt_is_heard_while_another_hangs(
 def test_what_a_shell_remembers_of_another_job(
     jobs: list[subprocess.Popen[str]], run: Path, rank: int, expected: bytes
 ) -> None:
-    """The process says whom it waits for, muted or not, and how to do without; and it can be interrupted."""
+    """The process names the ranks it waits for, quiet or not, and how to run alone; it can be interrupted."""
     jobs.append(start(rank, 2, "pema", run))
     place = run / "averaged" / f".{NAME}.ckavg-partial"
     line = said(jobs[0], "waits for")
@@ -250,7 +250,7 @@ def test_two_jobs_on_one_output(jobs: list[subprocess.Popen[str]], run: Path, ex
 
 @pytest.mark.exhaustive
 def test_the_agent_of_torchrun_is_killed(run: Path, expected: bytes) -> None:
-    """The processes need it no more: the job goes on to its end."""
+    """The processes do not need it any more: the job continues to its end."""
     code = run.parent / "code.py"
     go_on = run.parent / "go-on"
     hang = f"while not os.path.exists({str(go_on)!r}): time.sleep(0.05)"
@@ -279,7 +279,7 @@ def test_torchrun_shows_the_root_cause(run: Path) -> None:
 def test_leftovers_continue_with_any_number_of_processes(
     jobs: list[subprocess.Popen[str]], run: Path, expected: bytes
 ) -> None:
-    """Two begin, three go on and are killed, one ends it."""
+    """Two processes begin, three continue and are killed, one finishes."""
     often = "from ckavg.engine import stream; stream.SECONDS_BETWEEN_NOTES = 0\n"
     for world, moment in ((2, "pass 1"), (3, "pass 2")):
         (run.parent / "acted").unlink(missing_ok=True)
@@ -295,7 +295,7 @@ def test_leftovers_continue_with_any_number_of_processes(
 
 
 def test_no_process_id_of_another_job_is_believed(jobs: list[subprocess.Popen[str]], run: Path) -> None:
-    """Files of an earlier job, of a hostile one, and of none."""
+    """Status files of an earlier job, of a hostile one, and invalid ones."""
     partial = run / "averaged" / f".{NAME}.ckavg-partial"
     partial.mkdir(parents=True)
     for rank, text in enumerate((b"{}", b"\xff" * 100_000, b"[" * 100_000)):

@@ -1,4 +1,4 @@
-"""What a process tells the others through its file: an error as what it is, and nothing else than what it may say."""
+"""The status file of a process: errors keep their class, and invalid content is rejected."""
 
 from __future__ import annotations
 

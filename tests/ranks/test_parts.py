@@ -37,7 +37,7 @@ WORDS = {
 
 
 def contents(directory: Path) -> dict[str, Any]:
-    """The files of a result but for what tells the time, and the number of bytes read a second time."""
+    """The files of a result without times and without the number of bytes read twice."""
     found: dict[str, Any] = {
         str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
     }

@@ -1,4 +1,4 @@
-"""Several processes of one job: the bytes of a single one, one voice, and one end."""
+"""Several processes of one job: the same bytes as one process, one output, and one end."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fresh(original: Path, place: Path) -> Path:
-    """The same run where nothing was averaged or measured yet."""
+    """A copy of the run without results or cached path."""
     place.mkdir(parents=True)
     for checkpoint in original.glob("checkpoint-*"):
         (place / checkpoint.name).symlink_to(checkpoint)

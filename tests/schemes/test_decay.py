@@ -1,4 +1,4 @@
-"""Means with a decay: the weights are those of the training they stand for, whatever the run looks like."""
+"""Means with a decay have the weights of the training they imitate, for any run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is left of 1 by a power close to 1, against 60 decimal digits."""
+"""1 minus a power close to 1, compared with 60 decimal digits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_beta_of_a_momentum(away: float, scale: float, gap: int) -> None:
 
 @pytest.mark.parametrize("scale", [1e-3, 1e-6, 1e-12, 1e-30])
 def test_a_momentum_that_a_small_batch_takes_to_1(scale: float) -> None:
-    """ρ^κ is 1 in float64: what is said to be averaged would stay the anchor."""
+    """ρ^κ is 1 in float64: the average would stay at the anchor."""
     scheme = MomentumEMA(momentum=0.9999999999999, batch_scale=scale, momentum_per="update")
     assert relative_error(scheme.coefficients(Timeline((0, 7))).betas[1], left(scheme.momentum, Decimal(scale))) < 1e-13
 

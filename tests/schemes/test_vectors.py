@@ -1,4 +1,4 @@
-"""The values that settle every convention, to 1e-9, through the files and the whole pipeline."""
+"""The values that define every convention, to 1e-9, through files and the whole pipeline."""
 
 from __future__ import annotations
 

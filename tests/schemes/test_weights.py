@@ -1,4 +1,4 @@
-"""Explicit weights: what is stated is what is formed, and what cannot be is refused."""
+"""Explicit weights: the result has the stated weights, and invalid ones are refused."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def _storage() -> Iterator[str]:
 
 @pytest.fixture
 def s3(_storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """A bucket of its own, in a store that the environment names; its clients try once, and know no other user."""
+    """A fresh bucket in the store that the environment names; clients do not retry and have no other credentials."""
     with fronting(_storage) as store:
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_CA_BUNDLE"):
             monkeypatch.delenv(name, raising=False)

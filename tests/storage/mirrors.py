@@ -1,4 +1,4 @@
-"""A Hub that others wrote: Olah, on loopback, as the mirror of another Hub or of a git repository.
+"""Olah, an independent implementation of the Hub, on loopback, as a mirror of another Hub or of a git repository.
 
 It is run by the interpreter of the tests, or by the one that `OLAH_PYTHON` names where it lives in an environment of
 its own.

@@ -1,4 +1,4 @@
-"""What must have come of a command on a run that is elsewhere, whether it ended well or not."""
+"""The required outcome of a command on a remote run, after success or failure."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def refused(*command: str | Path, named: str, status: int = 1) -> str:
 
 
 def told_once(done: Result, named: str, *, status: int = 1) -> str:
-    """One message that names the place as its user knows it, and says what to do next; nothing secret, nothing ours.
+    """Exactly one message, with the address as typed and what to do next; no secrets, no internals.
 
     Returns:
         The message.

@@ -1,4 +1,4 @@
-"""A run of torch.distributed.checkpoint in an object store: the bytes that it gives on a disk, and few requests."""
+"""A run of torch.distributed.checkpoint in an object store: the same bytes as from a disk, with few requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong between a place and a run that is read from it: at every stage, once, and for good."""
+"""Failures while a remote run is read: at every stage, transient and permanent."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_the_revision_of_folders(hub: Hub, run: Path, expected: dict[str, bytes]
 def test_a_hub_that_knows_no_ranges(
     hub: Hub, repo: Repo, expected: dict[str, bytes], tmp_path: Path, max_disk: int | None
 ) -> None:
-    """It answers each with the whole file: dear, and right."""
+    """It answers each request with the whole file: slow, but correct."""
     hub.faults["fetch"] = WHOLE, FOREVER
     run = ckavg.open_run(f"hf://{REPO}@step*", max_disk=max_disk)
     assert weights_of(ckavg.average(run, ckavg.PEMA(), out=tmp_path / "remote").directory) == expected

@@ -1,6 +1,6 @@
-"""What is interrupted goes on where it was, downloaded or fetched as it is read; what was damaged is noticed.
+"""Interrupted downloads and streams continue where they stopped; damage is noticed.
 
-Files are downloaded in small pieces here. What is fetched as it is read is noted after each block.
+Files are downloaded in small pieces here. Streamed blocks are noted one by one.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def started(out: Path) -> subprocess.Popen[bytes]:
 def test_a_process_that_ends(
     hub: Hub, repo: Repo, run: Path, expected: dict[str, bytes], tmp_path: Path, ends: signal.Signals
 ) -> None:
-    """It waits for no request that is under way."""
+    """It does not wait for requests in progress."""
     hub.faults["fetch"], hub.passes_before["fetch"] = (Broken(50_000, "stalled"), FOREVER), 30
     with started(tmp_path / "out") as process:
         assert hub.held.wait(60)
@@ -311,7 +311,7 @@ def test_on_the_command_line(hub: Hub, source: str, tmp_path: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_a_revision_that_is_another_one_by_then(hub: Hub, source: str, tmp_path: Path) -> None:
-    """What was finished of other weights is not taken for these."""
+    """Finished blocks of other weights are not reused."""
     out = tmp_path / "out"
     run = ckavg.open_run(source, max_disk=0)
     hub.faults["fetch"], hub.passes_before["fetch"] = (503, FOREVER), 3 * PIECES // 2

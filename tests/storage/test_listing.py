@@ -1,4 +1,4 @@
-"""Which revisions and folders of a place are a run, what they may hold, and lists that are not to be trusted."""
+"""Which revisions and folders are a run, what they may hold, and listings that must not be trusted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the environment says, in processes of their own, as users have them; and who may read what."""
+"""Environment variables, in real processes; and access rights."""
 
 from __future__ import annotations
 

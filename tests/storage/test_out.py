@@ -184,7 +184,7 @@ def test_strange_names(store: Store, run: Path, local: dict[str, bytes], key: st
 
 
 def test_a_run_and_its_result_in_one_store(store: Store, run: Path, local: dict[str, bytes]) -> None:
-    """The path is kept beside the run, where the next command finds it, on another machine, too."""
+    """The path is cached beside the run, where the next command finds it, also on another machine."""
     source = store.upload(run, "run")
     out = f"{source}/averaged/pema"
     assert run_cli("pema", source, "--out", out).exit_code == 0
@@ -284,7 +284,7 @@ def test_a_moments_fault_costs_nothing(store: Store, run: Path, local: dict[str,
 
 @pytest.mark.parametrize("cut", all_but(((DROPPED, 4),), [(DROPPED, 4), (DROPPED, 1), (LOST, 1), (503, 1)]))
 def test_cut_at_each_request(store: Store, run: Path, local: dict[str, bytes], cut: tuple[Fault, int]) -> None:
-    """From there on nothing is answered; every third time the command succeeds then, and else is cut once more."""
+    """From there on no request is answered. Every third time the next command succeeds; otherwise it is cut again."""
     command, (fault, each), failed = ("ema", run, "--out", OUT, "--quiet"), cut, 0
     for number, served in enumerate(itertools.count(0, each)):
         store.faults["any"], store.passes_before["any"] = (fault, FOREVER), served
@@ -310,7 +310,7 @@ def test_cut_at_each_request(store: Store, run: Path, local: dict[str, bytes], c
 
 
 def test_an_upload_that_was_cut_is_continued(store: Store, run: Path, local: dict[str, bytes]) -> None:
-    """Nothing is averaged again, and what has come is not sent again; of an earlier result nothing is left."""
+    """Nothing is averaged or uploaded again, and nothing of an earlier result is left."""
     assert run_cli("ema", run, "--gamma", "0.3", "--snapshot-every", "10", "--out", OUT).exit_code == 0
     command = ("ema", run, "--out", OUT, "--force")
     store.stages = {"last": rf"PUT /{BUCKET}/{KEY}/ckavg.json"}
@@ -349,7 +349,7 @@ def test_no_such_bucket(store: Store, run: Path) -> None:
 
 
 def test_another_command_at_the_same_place(store: Store, run: Path) -> None:
-    """Who came last may go on: here, between the weights and the record."""
+    """The latest command wins: here it starts between the weights and the record."""
     mark = json.dumps({"token": "0" * 32, "files": ["model.safetensors"]}).encode()
     store.stages = {"weights": rf"PUT /{BUCKET}/{KEY}/model.safetensors"}
     store.then["weights"] = lambda: store.put(f"{KEY}/.ckavg-partial", mark)

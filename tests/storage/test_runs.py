@@ -1,4 +1,4 @@
-"""A run that is elsewhere gives the bytes that it gives on a disk, and takes no more of the disk than it may."""
+"""A remote run gives the same bytes as a local one, and uses no more disk than allowed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every verb on a run that is elsewhere, on the command line; and what is left of it on this machine: no view."""
+"""Every command on a remote run; afterwards no downloads are left on this machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FAR = (f"hf://{REPO}", "--revisions", "step*")
 
 
 def ran(*command: str | Path) -> str:
-    """What a command that ends well says on stdout."""
+    """The stdout of a command that succeeds."""
     done = run_cli(*command)
     assert done.exit_code == 0, done.output
     keeps_to_itself(done.output)
