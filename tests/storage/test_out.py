@@ -196,7 +196,7 @@ def test_a_run_and_its_result_in_one_store(store: Store, run: Path, local: dict[
     assert "the path is cached" in told
     store.put("run/averaged/path.json", there(store, "run/averaged")["path.json"].replace(b"0.0", b"0.5"))
     told = run_cli("pema", source, "--gamma", "0.3", "--out", f"{source}/averaged/other", "--dry-run").output
-    assert "It is not believed" in told
+    assert "It is ignored" in told
     assert "the path is cached" not in told
 
 
