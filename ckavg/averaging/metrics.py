@@ -19,10 +19,7 @@ from ckavg.checkpoints.trainer_log import goal_of
 KeyPath = tuple[str, ...]
 """The path to a value in a JSON document: keys and list indices, outermost first."""
 
-_NUMBER = re.compile(
-    r"(?<![\w.])[-+]?(?>(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?)(?!\w)",
-    re.IGNORECASE,
-)
+_NUMBER = re.compile(r"(?<![\w.])[-+]?(?>(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?)(?!\w)", re.IGNORECASE)
 _PAIR = re.compile(rf"([A-Za-z_][\w@/,.-]*)['\"]?\s*[:=]\s*(?:{_NUMBER.pattern})", re.IGNORECASE)
 
 _SHOWN_KEYS, _SHOWN = 6, 60

@@ -38,22 +38,9 @@ ACCUMULATE = ("float32", "float64")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What was asked for, besides the schemes and output paths.
+    """What was asked for, besides the schemes and output paths; for the fields see `average`.
 
-    Attributes:
-        dtype: output dtype of floating tensors: `source`, `float32`, `bfloat16`, `float16` or `float64`.
-        accumulate: `float32` or `float64`; float64 checkpoints are accumulated in float64 in any case.
-        path_exclude: shell patterns of tensors to leave out of the path length.
-        zero_sigma: `exclude` leaves tensors without spread out of the sum and of N; `eps` divides by σ_p + 1e-8.
-        sample: estimate the path length from this fraction of each tensor, in (0, 1]; 1 is exact.
-        snapshot_every: also write the average as it stood at every multiple of this many optimizer steps.
-        card: a Markdown file whose fields and text come first in the model card of the result.
-        allow_nonfinite: also average checkpoints that hold NaN or infinity.
-        allow_anchor: form an average even if it is almost its anchor.
-        force: replace an existing result.
-        lora: how low-rank adapters are averaged: `factors`, tensor by tensor, or `product`, the products s·BA; None:
-            like `factors`, but the run need not hold adapters.
-        rank: R, the rank to truncate averaged products to; None: keep all columns.
+    With `lora` None, adapters are averaged tensor by tensor, and the run need not hold any.
 
     Raises:
         SettingError: a value is not one of these.

@@ -129,12 +129,7 @@ def _measure_all(reading: Reading, fingerprints: Fingerprints, context: Context)
 
 
 def measure_path(
-    run: Run,
-    runs: Sequence[Run],
-    reading: PathReading,
-    fingerprints: Fingerprints,
-    options: Options,
-    context: Context,
+    run: Run, runs: Sequence[Run], reading: PathReading, fingerprints: Fingerprints, options: Options, context: Context
 ) -> tuple[PathLength, ...]:
     """Pass 1: take each path from the cache, measure it or estimate it, as planned.
 
@@ -165,12 +160,7 @@ def measure_path(
 
     if sampled:
         estimated = estimate_paths(
-            run,
-            of(sampled),
-            zero_sigma=zero_sigma,
-            allow_nonfinite=allow_nonfinite,
-            context=context,
-            key=fingerprints,
+            run, of(sampled), zero_sigma=zero_sigma, allow_nonfinite=allow_nonfinite, context=context, key=fingerprints
         )
         paths |= zip(sampled, estimated, strict=True)
     if exact:

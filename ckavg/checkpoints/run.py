@@ -246,28 +246,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """Which checkpoints of a source to average, and from which anchor.
-
-    Attributes:
-        init: the anchor θ_0, a checkpoint directory or safetensors file; None: the first selected checkpoint.
-        init_step: optimizer step of `init`.
-        match: shell pattern of the names of checkpoints, if a directory holds several runs.
-        steps: exactly these optimizer steps; empty: all.
-        skip_step: leave out these optimizer steps.
-        every: update frequency f in optimizer steps: visit only checkpoints with (t_k − t_0) mod f = 0.
-        every_from: count `every` from this step instead of the anchor's.
-        from_step: leave out checkpoints before this optimizer step.
-        to_step: leave out checkpoints after this optimizer step.
-        best: keep only this many checkpoints, the best by a metric of the trainer's log, before `last`.
-        metric: its name in the log, such as `eval_loss`.
-        goal: whether `min` or `max` of it is best; None: inferred from its name.
-        last: keep only this many checkpoints, the newest.
-        skip_incomplete: leave out incomplete checkpoints.
-        common_only: average the tensors that all checkpoints have, and copy the others.
-        revisions: patterns of the revisions of a repository, each of which is a checkpoint.
-        prefix: how the names of the model's tensors begin in a torch.distributed.checkpoint; it is removed.
-        copy: shell patterns of further files of the last checkpoint to copy into the result.
-    """
+    """Which checkpoints of a source to average, and from which anchor; for the fields see `open_run`."""
 
     init: AnyPath | None = None
     init_step: int = 0

@@ -100,12 +100,7 @@ def estimate(
     tensors = tuple(to_measure(run.tensors, exclude))
     plan = PathPlan(exclude, tensors, CachedPath.empty(run), fraction, 0)
     (path,) = estimate_paths(
-        run,
-        PathReading.single(plan),
-        zero_sigma=zero_sigma,
-        allow_nonfinite=allow_nonfinite,
-        context=context,
-        few=few,
+        run, PathReading.single(plan), zero_sigma=zero_sigma, allow_nonfinite=allow_nonfinite, context=context, few=few
     )
     return path
 

@@ -98,10 +98,7 @@ def address_of(source: Path | str) -> Address | None:
             hint=did_you_mean(text) or "Download the run, and name its directory.",
         )
     if (shown := shown_address(text)) != text:
-        raise SettingError(
-            f"{shown} holds a password or a key, which is not allowed in an address.",
-            hint=_CREDENTIALS,
-        )
+        raise SettingError(f"{shown} holds a password or a key, which is not allowed in an address.", hint=_CREDENTIALS)
     scheme, rest = match["scheme"].lower(), match["rest"].rstrip("/")
     address = Address(scheme, rest)
     if not address.is_hub:

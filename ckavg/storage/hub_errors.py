@@ -75,11 +75,7 @@ _ANSWERS: tuple[tuple[str, str, str], ...] = (
         "Check the name and the revision, and who is logged in: hf auth whoami",
     ),
     ("409", "it conflicts with what is there (409){words}", "Choose another name."),
-    (
-        "412",
-        "the branch has changed meanwhile (412){words}",
-        "Look at the change, then run the command again.",
-    ),
+    ("412", "the branch has changed meanwhile (412){words}", "Look at the change, then run the command again."),
     ("429", "{endpoint} accepts no more requests for now (429){words}", "Try again {when}."),
     (
         r"[5-9]\d\d",
