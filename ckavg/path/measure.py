@@ -19,11 +19,13 @@ from torch import Tensor
 
 from ckavg.checkpoints.run import Run
 from ckavg.engine.blocks import CHUNK, Block, cut_blocks
+from ckavg.engine.coalescing import SMALL, Group, by_dtype
 from ckavg.engine.context import Context
-from ckavg.engine.stream import Streamed, by_tensor, stream
+from ckavg.engine.stream import Streamed, by_tensor, stream_groups
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader
 from ckavg.errors import RanksError
 from ckavg.path.cache import CachedPath
+from ckavg.path.coalesced import GroupDistances
 from ckavg.path.journal import PathJournal
 from ckavg.path.kernels import DTYPES as KERNEL_DTYPES
 from ckavg.path.kernels import Distances, load_kernel
@@ -142,7 +144,8 @@ def measure_paths(
         )
         journal = path_journal.journal(asked, _to_json, _from_json) if path_journal else None
         read = [run.checkpoints[index] for index in reading.to_read]
-        streamed = stream("path", read, blocks, make_worker, context, journal)
+        key = by_dtype(run.checkpoints)
+        streamed = stream_groups("path", read, blocks, make_worker, key, context, journal)
     by_name = by_tensor(blocks, streamed.results) if reading.to_read else {}
     used: Literal["torch", "numba"] = "torch" if kernel is None else "numba"
     paths = []
@@ -248,6 +251,7 @@ class _Worker:
         self._device = context.device
         self._buffers: dict[torch.dtype, list[Tensor]] = {}
         self._lanes: dict[torch.dtype, Tensor] = {}
+        self._groups = GroupDistances(reader, reading.visits)
         reader.compute_on(context.device)
 
     def _rows_of(self, plan: PathPlan, places: tuple[int, ...]) -> list[int]:
@@ -258,7 +262,31 @@ class _Worker:
         first = len(self._pairs) + 4 * anchor
         return [pairs[places[step - 1], places[step]] for step in plan.steps] + list(range(first, first + 4))
 
-    def __call__(self, block: Block) -> tuple[_Partial, ...]:
+    def __call__(self, blocks: Sequence[Block]) -> Sequence[tuple[_Partial, ...]]:
+        found = self._measure_group(blocks) if len(blocks) > 1 else None
+        return [self._measure(block) for block in blocks] if found is None else found
+
+    def _measure_group(self, blocks: Sequence[Block]) -> list[tuple[_Partial, ...]] | None:
+        """What `_measure` gives of each of several small tensors; None where it must take care of them one by one."""
+        group, chunk = Group.padded(blocks)
+        sums = self._groups.sum(group, chunk, self._way(blocks[0].name)[0])
+        if sums is None:
+            return None
+        bounds = list(zip(group.first_chunks.tolist(), group.chunks.tolist(), strict=True))
+        of_paths = []
+        for own in [sums[rows] for rows in self._rows]:
+            columns = own.T.tolist()
+            of_paths.append(
+                [
+                    _Partial(tuple(columns[first][:-4]), *columns[first][-4:-2])
+                    if count == 1
+                    else self._partial(own[:, first : first + count].contiguous())
+                    for first, count in bounds
+                ]
+            )
+        return list(zip(*of_paths, strict=True))
+
+    def _measure(self, block: Block) -> tuple[_Partial, ...]:
         dtype, kernel = self._way(block.name)
         chunks = -(-(block.stop - block.start) // CHUNK)
         sums = [torch.zeros(len(rows), chunks, dtype=torch.float64) for rows in self._rows]
@@ -285,7 +313,8 @@ class _Worker:
         if self._run.is_wide(name):
             return torch.float64, None
         stored = {TORCH_DTYPES[self._run.checkpoints[index].entries[name].dtype] for index in self._place}
-        if self._kernel is not None and len(stored) == 1 and stored <= KERNEL_DTYPES:
+        is_large = self._run.tensors[name].numel > SMALL  # others must give the same alone and in a group
+        if self._kernel is not None and is_large and len(stored) == 1 and stored <= KERNEL_DTYPES:
             return stored.pop(), self._kernel
         return torch.float32, None
 
