@@ -89,5 +89,5 @@ def checksums(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], hashes
 
 
 def _begin(block: Block, entry: TensorInfo) -> str:
-    """What is hashed of a block before its own hash."""
-    return json.dumps([block.name, entry.dtype, entry.shape, block.start])[:-1]
+    """What is hashed of a block before its own hash: the beginning of a JSON list."""
+    return f"[{json.dumps(block.name)}, {json.dumps(entry.dtype)}, {list(entry.shape)}, {block.start}"

@@ -51,13 +51,17 @@ def alone(_: Block) -> None:
 def by_dtype(checkpoints: Sequence[Checkpoint]) -> Key:
     """The key of small whole tensors: the dtype that all checkpoints store them in."""
     tables = [table for table, _ in distinct_tables(checkpoints)]
+    first, others = tables[0], tables[1:]
 
     def key(block: Block) -> str | None:
         if block.start or block.stop > SMALL:
             return None
-        entries = [table[block.name] for table in tables]
-        dtype = entries[0].dtype
-        return dtype if all(each.dtype == dtype and not each.pieces for each in entries) else None
+        entry = first[block.name]
+        for table in others:
+            other = table[block.name]
+            if other.pieces or other.dtype != entry.dtype:
+                return None
+        return None if entry.pieces else entry.dtype
 
     return key
 
@@ -71,10 +75,12 @@ def cut_groups(blocks: Sequence[Block], key: Key, *, threads: int = 1, tile: int
     small = sum(block.stop for block in blocks if block.stop <= SMALL)
     most = min(tile, MOST_ELEMENTS, max(_LEAST_ELEMENTS, small // threads))
     ends: list[int] = []
-    begin = chunks = length = 0
+    begin = chunks = length = size = more = needed = 0
     common: object = None
     for place, block in enumerate(blocks):
-        own, more, needed = key(block), -(-block.stop // CHUNK), padded_length(block.stop)
+        own, stop = key(block), block.stop
+        if stop != size:  # mostly the same again
+            size, more, needed = stop, -(-stop // CHUNK), padded_length(stop)
         is_one = own is not None and own == common and place - begin < _MOST_TENSORS
         if place and not (is_one and (chunks + more) * max(length, needed) <= most):
             ends.append(place)
@@ -187,16 +193,15 @@ class GroupSums:
 
     def hashes(self) -> list[str]:
         """The hashes of each block's chunk sums, 32 digits for each checkpoint."""
-        data = self._sums.T.astype("<i8").tobytes()  # by chunk, and of each all checkpoints
         count, sha256 = len(self._sums), hashlib.sha256
-        found, place = [], 0
+        rows = self._sums.astype("<i8")
+        data = rows.T.tobytes()  # by chunk, and of each all checkpoints
+        found = []
         for first, chunks in zip(self._group.first_chunks.tolist(), self._group.chunks.tolist(), strict=True):
             if chunks == 1:
-                end = place + count * _WORD
-                each = [data[start : start + _WORD] for start in range(place, end, _WORD)]
+                begin, end = first * count * _WORD, (first + 1) * count * _WORD
+                each = [sha256(data[at : at + _WORD]).hexdigest()[:_DIGITS] for at in range(begin, end, _WORD)]
             else:
-                end = place + chunks * count * _WORD
-                each = [row.tobytes() for row in self._sums[:, first : first + chunks].astype("<i8")]
-            found.append("".join([sha256(sums).hexdigest()[:_DIGITS] for sums in each]))
-            place = end
+                each = [sha256(row.tobytes()).hexdigest()[:_DIGITS] for row in rows[:, first : first + chunks]]
+            found.append("".join(each))
         return found

@@ -91,7 +91,7 @@ def stream_groups(
         return _stream_share(work, left, make_worker, context)
     work = dataclasses.replace(work, kept_bytes=sum(work.sizes) - sum(work.sizes[place] for place in left))
     own_results, nbytes = _stream_own(work, left, make_worker, context)
-    results = {**journal.found, **own_results}
+    results = {**journal.found, **own_results} if journal.found else own_results
     return Streamed(tuple(results[place] for place in range(len(blocks))), nbytes)
 
 

@@ -83,7 +83,7 @@ def _moments(group: Group, anchor: Tensor) -> tuple[Tensor, Tensor] | None:
 
     chunks = torch.from_numpy(group.chunks)
     first = anchor[torch.from_numpy(group.first_chunks), 0, 0].double().repeat_interleave(chunks)
-    shifted = anchor.double().sub_(first[:, None, None])
+    shifted = anchor.to(torch.float64, copy=True).sub_(first[:, None, None])
     inner = torch.arange(len(first)) - torch.from_numpy(np.repeat(group.first_chunks, group.chunks))
     left = torch.from_numpy(group.sizes).repeat_interleave(chunks) - inner * CHUNK
     elements = torch.arange(anchor[0].numel()).view(anchor.shape[1:])

@@ -150,8 +150,7 @@ def measure_paths(
     used: Literal["torch", "numba"] = "torch" if kernel is None else "numba"
     paths = []
     for number, (plan, places) in enumerate(zip(reading.plans, reading.places, strict=True)):
-        own = {name: [partials[number] for partials in of_name] for name, of_name in by_name.items()}
-        tensors = _completed(run, plan, own)
+        tensors = _completed(run, plan, by_name, number)
         if plan.to_read and not allow_nonfinite:
             refuse_infinite(tensors)
         steps = tuple(run.steps[index] for index in places)
@@ -185,20 +184,26 @@ def _kernel(plans: Sequence[PathPlan], context: Context) -> Distances | None:
     return kernel
 
 
-def _completed(run: Run, plan: PathPlan, partials: Mapping[str, Sequence[_Partial]]) -> dict[str, TensorPath]:
-    """What was measured and what is cached, together: the path of every tensor that counts."""
+def _completed(
+    run: Run, plan: PathPlan, by_name: Mapping[str, Sequence[tuple[_Partial, ...]]], number: int
+) -> dict[str, TensorPath]:
+    """What was measured for path `number` and what is cached, together: the path of every tensor that counts."""
     places = {step: place for place, step in enumerate(plan.steps)}
-    return {
-        name: TensorPath(
-            run.tensors[name].numel,
-            _sigma(run.tensors[name].numel, partials[name]) if plan.needs_sigma else plan.cached.sigmas[name],
-            tuple(
-                fsum(part.distances[places[step]] for part in partials[name]) if step in places else cached[name]
+    is_new, needs_sigma, tensors = len(plan.steps) == len(plan.cached.distances), plan.needs_sigma, run.tensors
+    completed = {}
+    for name in plan.names:
+        parts = [each[number] for each in by_name.get(name, ())]
+        numel = tensors[name].numel
+        sigma = _sigma(numel, parts) if needs_sigma else plan.cached.sigmas[name]
+        if is_new and len(parts) == 1:  # as of any small tensor: kept once
+            distances = parts[0].distances
+        else:
+            distances = tuple(
+                fsum(part.distances[places[step]] for part in parts) if step in places else cached[name]
                 for step, cached in enumerate(plan.cached.distances, start=1)
-            ),
-        )
-        for name in plan.names
-    }
+            )
+        completed[name] = TensorPath(numel, sigma, distances)
+    return completed
 
 
 def _sigma(numel: int, partials: Sequence[_Partial]) -> float:
@@ -207,14 +212,24 @@ def _sigma(numel: int, partials: Sequence[_Partial]) -> float:
     About an element rather than 0, so that a tensor of equal values gives exactly 0; and since no element is further
     than √n standard deviations from the mean, little is lost to cancellation whichever element it is.
     """
+    if len(partials) == 1:  # nothing to add up, as of any small tensor
+        part = partials[0]
+        return _deviation(numel - part.infinite, part.shifted_sum, part.shifted_squares, part.exponent)
     numel -= sum(part.infinite for part in partials)
-    if numel < 2:
-        return 0.0
     if not all(math.isfinite(part.shifted_squares) for part in partials):
-        return math.nan
+        return 0.0 if numel < 2 else math.nan
     unit = max((part.exponent for part in partials if part.shifted_squares), default=0)
     total = math.fsum(math.ldexp(part.shifted_sum, part.exponent - unit) for part in partials)
     squares = math.fsum(math.ldexp(part.shifted_squares, 2 * (part.exponent - unit)) for part in partials)
+    return _deviation(numel, total, squares, unit)
+
+
+def _deviation(numel: int, total: float, squares: float, unit: int) -> float:
+    """σ from Σ and Σ² in units of 2^unit."""
+    if numel < 2:
+        return 0.0
+    if not math.isfinite(squares):
+        return math.nan
     return scaled(math.sqrt(max(0.0, squares - total * total / numel) / (numel - 1)), unit)
 
 
