@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ from ckavg.averaging.rules import RULES, State, round_into, too_large
 from ckavg.checkpoints.run import ITEM_BYTES, Run, TensorInfo, not_constant
 from ckavg.engine.blocks import Block, cut_blocks
 from ckavg.engine.checksums import checksums
+from ckavg.engine.coalescing import Group, GroupSums, Key, by_dtype
 from ckavg.engine.context import Context
 from ckavg.engine.distributed import PassJournal
-from ckavg.engine.stream import stream
+from ckavg.engine.stream import stream, stream_groups
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader, all_finite
 from ckavg.errors import MissingPartsError, raise_all
 from ckavg.schemes import Coefficients
@@ -34,6 +35,14 @@ class TensorWriter(Protocol):
 
     def put(self, name: str, offset: int, values: Tensor) -> None:
         """Take the bytes of tensor `name` from byte `offset` on: (n,) uint8 in CPU memory, valid during the call."""
+
+
+@runtime_checkable
+class WholeTensorWriter(Protocol):
+    """A `TensorWriter` that takes whole tensors together, too; it may be given the same bytes again."""
+
+    def put_whole(self, tensors: Mapping[str, memoryview]) -> None:
+        """Take all bytes of some tensors, by name; valid during the call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +177,12 @@ def replay(
         with _put_off(unfinished):
             journal = journals("products", _as_it_is, _as_it_is)
             of_pairs = replay_products(run, products, averages, places=places, context=context, journal=journal)
-    averaged = stream(
+    averaged = stream_groups(
         "replay",
         read,
         blocks,
         average_worker,
+        _by_average(run, averages),
         context,
         journals("average", BlockResult.to_json, BlockResult.from_json),
     )
@@ -208,6 +218,22 @@ def _as_it_is(value: Any) -> Any:
 
 def _no_journals(*_: object) -> PassJournal[Any]:
     return PassJournal({}, (), lambda _: None)
+
+
+def _by_average(run: Run, averages: Sequence[Average]) -> Key:
+    """The key of small tensors that are averaged alike: by dtypes and coefficients."""
+    same_dtype = by_dtype(run.checkpoints)
+    alike = [
+        (each.dtypes, each.coefficients.tensor_betas, frozenset(each.coefficients.uncorrected)) for each in averages
+    ]
+
+    def key(block: Block) -> object:
+        name, dtype = block.name, same_dtype(block)
+        if dtype is None:
+            return None
+        return dtype, [(dtypes[name], betas.get(name), name in uncorrected) for dtypes, betas, uncorrected in alike]
+
+    return key
 
 
 def check_constant(
@@ -301,7 +327,49 @@ class _AverageWorker:
             if 1.0 in betas and not allow_nonfinite
         }
 
-    def __call__(self, block: Block) -> BlockResult:
+    def __call__(self, blocks: Sequence[Block]) -> Sequence[BlockResult]:
+        found = self._average_group(blocks) if len(blocks) > 1 else None
+        return [self._average_block(block) for block in blocks] if found is None else found
+
+    def _average_group(self, blocks: Sequence[Block]) -> list[BlockResult] | None:
+        """Average several small tensors as one tile. None where not all is finite: then each must be looked at, and
+        what was handed on is handed on again.
+        """
+        group = Group(blocks)
+        buffer, states = self._workspace(self._accumulate_dtype(blocks[0].name))
+        theta, sums, totals = buffer[: group.size], GroupSums(group, len(self._takers)), []
+        zeros = {read: _NegativeZeros() for read in self._read}
+        for state in states:
+            state.set_tensor(blocks[0].name)
+        for place, takers in enumerate(self._takers):
+            self._reader.load_group(place, group, theta, sums)
+            for read, of_read in zeros.items():
+                if place in read:
+                    of_read.take(theta)
+            if self._forgetful:
+                totals.append(theta.sum())
+            for number, index in takers:
+                states[number].take(index, theta)
+                if index in self._averages[number].writers:
+                    result = zeros[self._read[number]].kept_in(states[number].output(index, theta))
+                    if not self._hand_on_group(number, index, group, result):
+                        return None
+        if totals and not bool(torch.isfinite(torch.stack(totals)).all()):
+            return None
+        none = (0,) * len(self._averages)
+        return [BlockResult(hashes, none, none) for hashes in sums.hashes()]
+
+    def _hand_on_group(self, number: int, index: int, group: Group, result: Tensor) -> bool:
+        """Round finished tensors of average `number` and hand them on; whether all of them are finite."""
+        average = self._averages[number]
+        dtype = TORCH_DTYPES[average.dtypes[group.blocks[0].name]]
+        stored = self._out[: group.size * dtype.itemsize]
+        if not all_finite(round_into(result, stored.view(dtype))):
+            return False
+        put_whole(average.writers[index], group, stored)
+        return True
+
+    def _average_block(self, block: Block) -> BlockResult:
         buffer, states = self._workspace(self._accumulate_dtype(block.name))
         sums = self._reader.sum_up(block)
         for state in states:
@@ -385,6 +453,16 @@ class _AverageWorker:
             states = [RULES[each.coefficients.rule](each.coefficients, scratch) for each in self._averages]
             self._work[dtype] = theta, states
         return self._work[dtype]
+
+
+def put_whole(writer: TensorWriter, group: Group, stored: Tensor) -> None:
+    """Hand on the tensors of a group, of which these are the bytes."""
+    tensors = {block.name: data for block, data in zip(group.blocks, group.slots(stored), strict=True)}
+    if isinstance(writer, WholeTensorWriter):
+        writer.put_whole(tensors)
+        return
+    for name, data in tensors.items():
+        writer.put(name, 0, torch.frombuffer(data, dtype=torch.uint8))
 
 
 class _NegativeZeros:

@@ -34,7 +34,7 @@ class Block:
     @property
     def size(self) -> int:
         """How many elements are read."""
-        return sum(stop - start for start, stop in self.ranges)
+        return self.stop - self.start
 
     def tiles(self, tile: int) -> Iterator[tuple[int, int]]:
         """The block's element range in steps of `tile`.
@@ -58,6 +58,11 @@ class SampledBlock(Block):
     length: int
 
     @property
+    def size(self) -> int:
+        """How many elements are read."""
+        return len(self.starts) * self.length
+
+    @property
     def ranges(self) -> tuple[tuple[int, int], ...]:
         """The element ranges that are read."""
         return tuple((start, start + self.length) for start in self.starts)
@@ -69,17 +74,19 @@ def cut_blocks(entries: Mapping[str, TensorInfo]) -> tuple[Block, ...]:
     >>> cut_blocks({"w": TensorInfo("F32", (2, 3), 0, 80), "empty": TensorInfo("F32", (0,), 0, 80)})
     (Block(name='w', start=0, stop=6),)
     """
-    in_file_order = sorted(entries.items(), key=lambda item: (item[1].shard, item[1].offset))
+    in_file_order = sorted(entries, key=lambda name: (entries[name].shard, entries[name].offset))
+    sizes = ((name, entries[name].numel) for name in in_file_order)
     return tuple(
-        Block(name, start, min(start + BLOCK, entry.numel))
-        for name, entry in in_file_order
-        for start in range(0, entry.numel, BLOCK)
+        Block(name, start, min(start + BLOCK, numel)) for name, numel in sizes for start in range(0, numel, BLOCK)
     )
 
 
 def sizes_of(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block]) -> list[int]:
     """Bytes that are read of each block."""
-    tables = distinct_tables(checkpoints)
+    (table, count), *others = distinct_tables(checkpoints)
+    if not others:  # mostly; there may be a million blocks
+        return [count * table[block.name].item_bytes * block.size for block in blocks]
+    tables = [(table, count), *others]
     items = {
         name: sum(count * table[name].item_bytes for table, count in tables) for name in {each.name for each in blocks}
     }

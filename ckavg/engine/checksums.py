@@ -14,11 +14,12 @@ from collections.abc import Sequence
 
 import torch
 
-from ckavg.checkpoints.run import Checkpoint
+from ckavg.checkpoints.run import Checkpoint, TensorInfo
 from ckavg.engine.blocks import BLOCK, CHUNK, Block
 
 _WORD = 8
 _DIGITS = 32
+_BLOCKS_AT_ONCE = 4096
 
 
 class BlockSums:
@@ -72,14 +73,21 @@ def checksums(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], hashes
         blocks: all blocks, in any order.
         hashes: of every block, in the order of `blocks`.
     """
-    of_checkpoints = [hashlib.sha256() for _ in checkpoints]
-    of_blocks = dict(zip(blocks, hashes, strict=True))
-    for block in sorted(of_blocks, key=lambda each: (each.name, each.start)):
-        stated, begin = None, b""
-        for index, (checkpoint, whole) in enumerate(zip(checkpoints, of_checkpoints, strict=True)):
-            entry = checkpoint.entries[block.name]
-            if entry is not stated:
-                stated, begin = entry, json.dumps([block.name, entry.dtype, entry.shape, block.start])[:-1].encode()
-            digits = of_blocks[block][_DIGITS * index : _DIGITS * (index + 1)]
-            whole.update(b'%b, "%b"]' % (begin, digits.encode()))
-    return tuple(whole.hexdigest() for whole in of_checkpoints)
+    whole = [hashlib.sha256() for _ in checkpoints]
+    in_order = sorted(range(len(blocks)), key=lambda place: (blocks[place].name, blocks[place].start))
+    for first in range(0, len(in_order), _BLOCKS_AT_ONCE):
+        some = [(blocks[place], hashes[place]) for place in in_order[first : first + _BLOCKS_AT_ONCE]]
+        stated, begins = None, [""]
+        for index, (checkpoint, sha256) in enumerate(zip(checkpoints, whole, strict=True)):
+            if checkpoint.entries is not stated:
+                stated = checkpoint.entries
+                begins = [_begin(block, stated[block.name]) for block, _ in some]
+            start, end = _DIGITS * index, _DIGITS * (index + 1)
+            lines = [f'{begin}, "{each[start:end]}"]' for begin, (_, each) in zip(begins, some, strict=True)]
+            sha256.update("".join(lines).encode())
+    return tuple(each.hexdigest() for each in whole)
+
+
+def _begin(block: Block, entry: TensorInfo) -> str:
+    """What is hashed of a block before its own hash: the beginning of a JSON list."""
+    return f"[{json.dumps(block.name)}, {json.dumps(entry.dtype)}, {list(entry.shape)}, {block.start}"

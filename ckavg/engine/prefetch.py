@@ -8,11 +8,11 @@ thread is its own, because the system takes an announcement no faster than the s
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 
 from ckavg.checkpoints.run import Checkpoint
-from ckavg.engine.blocks import Block, sizes_of
+from ckavg.engine.blocks import Block
 from ckavg.engine.reader import Files
 
 PREFETCH_BYTES = 256 << 20
@@ -21,8 +21,8 @@ PREFETCH_BYTES = 256 << 20
 
 def announcer(
     checkpoints: Sequence[Checkpoint], files: Files, stopped: Callable[[], bool] = lambda: False
-) -> Callable[[Block], None]:
-    """What has the system fetch all that a block reads of every checkpoint, in large pieces and at once.
+) -> Callable[[Sequence[Block]], None]:
+    """What has the system fetch all that some blocks read of every checkpoint, in large pieces and at once.
 
     Args:
         checkpoints: what is read of every block.
@@ -30,36 +30,47 @@ def announcer(
         stopped: whether the pass is over; then nothing more is fetched.
     """
 
-    def announce(block: Block) -> None:
+    def announce(blocks: Sequence[Block]) -> None:
+        ranges: dict[int, list[tuple[int, int, int]]] = {}
         for checkpoint in checkpoints:
-            if stopped():
-                return
-            for start, stop in block.ranges:
-                for path, begin, end in checkpoint.ranges(block.name, start, stop):
-                    files.announce(path, begin, end - begin)
+            table = checkpoint.entries
+            if id(table) not in ranges:
+                ranges[id(table)] = _joined(
+                    each
+                    for block in blocks
+                    for start, stop in block.ranges
+                    for each in table[block.name].ranges(start, stop)
+                )
+            for shard, begin, end in ranges[id(table)]:
+                if stopped():
+                    return
+                files.announce(checkpoint.shards[shard].path, begin, end - begin)
 
     return announce
 
 
+def _joined(ranges: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Ranges of bytes by shard, those that touch made one."""
+    joined: list[tuple[int, int, int]] = []
+    for shard, begin, end in sorted(ranges):
+        if joined and joined[-1][0] == shard and joined[-1][2] == begin:
+            joined[-1] = shard, joined[-1][1], end
+        else:
+            joined.append((shard, begin, end))
+    return joined
+
+
 class Prefetch:
-    """What is announced of the blocks of a pass; shared by its threads. A context: on leaving it, nothing more is.
+    """What is announced of a pass; shared by its threads. A context: on leaving it, nothing more is.
 
     Args:
-        checkpoints: what is read of every block.
-        blocks: in the order in which they are begun.
-        announce: has the system fetch a block; called from the thread of its own.
-        nbytes: how far ahead, in bytes; the block that was begun last is announced in any case.
+        sizes: bytes of each unit of work, in the order in which they are begun.
+        announce: has the system fetch the unit with a number; called from the thread of its own.
+        nbytes: how far ahead, in bytes; the unit that was begun last is announced in any case.
     """
 
-    def __init__(
-        self,
-        checkpoints: Sequence[Checkpoint],
-        blocks: Sequence[Block],
-        announce: Callable[[Block], None],
-        nbytes: int = PREFETCH_BYTES,
-    ) -> None:
-        self._blocks = blocks
-        self._sizes = sizes_of(checkpoints, blocks)
+    def __init__(self, sizes: Sequence[int], announce: Callable[[int], None], nbytes: int = PREFETCH_BYTES) -> None:
+        self._sizes = sizes
         self._announce = announce
         self._nbytes = nbytes
         self._changed = threading.Condition()
@@ -69,13 +80,13 @@ class Prefetch:
         self._ended = False
 
     def begin(self, place: int) -> None:
-        """Say that block number `place` is begun."""
+        """Say that unit number `place` is begun."""
         with self._changed:
             self._begun = max(self._begun, place)
             self._changed.notify()
 
     def miss(self, place: int) -> None:
-        """Say that block number `place` is not in memory as a whole."""
+        """Say that unit number `place` is not in memory as a whole."""
         with self._changed:
             if self._thread is None and not self._ended:
                 self._announced = place
@@ -99,19 +110,19 @@ class Prefetch:
         self.close()
 
     def _run(self) -> None:
-        while (block := self._next()) is not None:
-            self._announce(block)
+        while (place := self._next()) is not None:
+            self._announce(place)
 
-    def _next(self) -> Block | None:
-        """The block to announce now, once it is near enough; None at the end."""
+    def _next(self) -> int | None:
+        """The unit to announce now, once it is near enough; None at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._is_near())
             place = max(self._announced, self._begun)
-            if self._ended or place >= len(self._blocks):
+            if self._ended or place >= len(self._sizes):
                 return None
             self._announced = place + 1
-            return self._blocks[place]
+            return place
 
     def _is_near(self) -> bool:
         place = max(self._announced, self._begun)
-        return place >= len(self._blocks) or sum(self._sizes[self._begun : place]) < self._nbytes
+        return place >= len(self._sizes) or sum(self._sizes[self._begun : place]) < self._nbytes

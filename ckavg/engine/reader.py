@@ -91,7 +91,7 @@ class Files:
             self.bytes_read += size
             return
         try:
-            done = self._read_cached(self._handle(path), buffer, offset)
+            done = self._read_cached(self._handle(path), (buffer,), offset)
             if done < size:
                 on_miss()  # may open other files, and so close this one
             while done < size:
@@ -130,6 +130,27 @@ class Files:
         for rest in range(place, len(offsets)):
             self.read_into(path, offsets[rest], buffer[rest * size : (rest + 1) * size], on_miss=on_miss)
 
+    def read_scattered(
+        self, path: AnyPath, offset: int, buffers: Sequence[memoryview], *, on_miss: Callable[[], None]
+    ) -> None:
+        """Fill one buffer after another, at most 1,024, with the bytes of `path` from `offset` on.
+
+        Args, errors: as of `read_into`.
+        """
+        size = sum(map(len, buffers))
+        if not self._is_remote(path):
+            with suppress(OSError):  # whatever is wrong is found again, and told, below
+                if self._read_cached(self._handle(path), buffers, offset) == size:
+                    self.bytes_read += size
+                    return
+        if len(self._scratch) < size:
+            self._scratch = bytearray(size)
+        data, place = memoryview(self._scratch)[:size], 0
+        self.read_into(path, offset, data, on_miss=on_miss)
+        for buffer in buffers:
+            buffer[:] = data[place : place + len(buffer)]
+            place += len(buffer)
+
     def announce(self, path: AnyPath, offset: int, nbytes: int) -> None:
         """Tell the system that these bytes will be read soon, so that it fetches them in large pieces at once."""
         if _HAS_FADVISE and not self._is_remote(path):
@@ -152,12 +173,12 @@ class Files:
     def _is_remote(self, path: AnyPath) -> bool:
         return self._remote is not None and self._remote.has(path)
 
-    def _read_cached(self, handle: int, buffer: memoryview, offset: int) -> int:
+    def _read_cached(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
         """Read what is in memory already and return how much that was; 0 where the system cannot tell."""
         if not self._can_read_cached:
             return 0
         try:
-            return os.preadv(handle, [buffer], offset, os.RWF_NOWAIT)
+            return os.preadv(handle, buffers, offset, os.RWF_NOWAIT)
         except BlockingIOError:
             return 0
         except OSError:  # not every file system knows how

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from typing import Generic, TypeVar
 import torch
 
 from ckavg.checkpoints.run import Checkpoint
-from ckavg.engine.blocks import Block, check_tile, sizes_of
+from ckavg.engine.blocks import TILE, Block, check_tile, sizes_of
+from ckavg.engine.coalescing import Key, alone, cut_groups
 from ckavg.engine.context import Context, OnProgress, Pass, Progress
 from ckavg.engine.distributed import PassJournal, Ranks, worker_threads
 from ckavg.engine.job import SECONDS_BETWEEN_LOOKS
@@ -61,29 +62,50 @@ def stream(
         Exception: whatever a worker raised first; the blocks not yet begun are dropped.
         MissingPartsError: other parts of the work are missing, and this process does not wait for them.
     """
+
+    def make_single(reader: TileReader) -> Callable[[Sequence[Unit]], Sequence[Result]]:
+        worker = make_worker(reader)
+        return lambda group: [worker(block) for block in group]
+
+    return stream_groups(stage, checkpoints, blocks, make_single, alone, context, journal)
+
+
+def stream_groups(
+    stage: Pass,
+    checkpoints: Sequence[Checkpoint],
+    blocks: Sequence[Unit],
+    make_worker: Callable[[TileReader], Callable[[Sequence[Unit]], Sequence[Result]]],
+    key: Key,
+    context: Context,
+    journal: PassJournal[Result] | None = None,
+) -> Streamed[Result]:
+    """As `stream`, with workers that are called with one group of blocks after another: small tensors with the same
+    key, or a block alone; they return what came of each block.
+    """
+    if context.device != "cpu" or far_files(checkpoints):
+        key = alone
     journal = journal or PassJournal({}, (), lambda _: None)
-    sizes = sizes_of(checkpoints, blocks)
+    work = _Work(stage, checkpoints, blocks, sizes_of(checkpoints, blocks), key, journal)
     left = [place for place in range(len(blocks)) if place not in journal.done]
     if context.ranks.is_shared:
-        return _stream_share(_Work(stage, checkpoints, blocks, journal, 0), left, sizes, make_worker, context)
-    work = _Work(stage, checkpoints, blocks, journal, sum(sizes) - sum(sizes[place] for place in left))
+        return _stream_share(work, left, make_worker, context)
+    work = dataclasses.replace(work, kept_bytes=sum(work.sizes) - sum(work.sizes[place] for place in left))
     own_results, nbytes = _stream_own(work, left, make_worker, context)
-    results = {**journal.found, **own_results}
+    results = {**journal.found, **own_results} if journal.found else own_results
     return Streamed(tuple(results[place] for place in range(len(blocks))), nbytes)
 
 
 def _stream_share(
     work: _Work[Unit, Result],
     left: Sequence[int],
-    sizes: Sequence[int],
-    make_worker: Callable[[TileReader], Callable[[Unit], Result]],
+    make_worker: Callable[[TileReader], Callable[[Sequence[Unit]], Sequence[Result]]],
     context: Context,
 ) -> Streamed[Result]:
     """Work on the share of this process, and wait for those of the others; errors as of `stream`."""
-    ranks, blocks, places = context.ranks, work.blocks, range(len(work.blocks))
+    ranks, blocks, sizes, places = context.ranks, work.blocks, work.sizes, range(len(work.blocks))
     # A part's share is the same whatever the others have done, a job's of what is left at its beginning.
     dealt = left if ranks.mode == "job" else places
-    owners = dict(zip(dealt, _deal(work.checkpoints, [blocks[place] for place in dealt], ranks), strict=True))
+    owners = dict(zip(dealt, _deal(work, dealt, ranks), strict=True))
     own = [place for place in left if owners[place] == ranks.rank and ranks.mode != "join"]
     listener = None
     if ranks.mode == "job":
@@ -116,19 +138,29 @@ def by_tensor(blocks: Sequence[Block], results: Sequence[Result]) -> dict[str, l
 
 @dataclass(frozen=True, slots=True)
 class _Work(Generic[Unit, Result]):
-    """A pass: what is read, all of the blocks, what was done of them before, and how many bytes that saves."""
+    """A pass: what is read, all of the blocks and their bytes, which of them are worked on together, what was done of
+    them before, and how many bytes that saves.
+    """
 
     stage: Pass
     checkpoints: Sequence[Checkpoint]
     blocks: Sequence[Unit]
+    sizes: Sequence[int]
+    key: Key
     journal: PassJournal[Result]
-    kept_bytes: int
+    kept_bytes: int = 0
+
+    def groups(self, places: Sequence[int], threads: int, tile: int = TILE) -> Sequence[int]:
+        """Where each group of these blocks ends; a block alone is one, too."""
+        if self.key is alone:
+            return range(1, len(places) + 1)
+        return cut_groups([self.blocks[place] for place in places], self.key, threads=threads, tile=tile)
 
 
 def _stream_own(
     work: _Work[Unit, Result],
     own: Sequence[int],
-    make_worker: Callable[[TileReader], Callable[[Unit], Result]],
+    make_worker: Callable[[TileReader], Callable[[Sequence[Unit]], Sequence[Result]]],
     context: Context,
 ) -> tuple[dict[int, Result], int]:
     """Work on the blocks of this process, by place: what came of each, and the bytes read; errors as of `stream`."""
@@ -136,24 +168,26 @@ def _stream_own(
         return {}, 0
     threads = context.threads or worker_threads(context.ranks.local_world)
     tile = check_tile(context.tile)
-    blocks = [work.blocks[place] for place in own]
+    blocks, sizes = [work.blocks[place] for place in own], [work.sizes[place] for place in own]
+    ends = work.groups(own, threads, tile)
     of_thread = threading.local()
     readers: list[TileReader] = []
     stop = threading.Event()
     remote: RemoteReader | None = None
 
-    def do(place: int, block: Unit) -> Result:
+    def do(number: int, start: int, end: int) -> Sequence[Result]:
         if not hasattr(of_thread, "worker"):
             files = open_files.enter_context(Files(threads=threads + 1, remote=remote))
             of_thread.reader = TileReader(work.checkpoints, files, tile=tile, stopped=stop.is_set)
             readers.append(of_thread.reader)
             of_thread.worker = make_worker(of_thread.reader)
         reader: TileReader = of_thread.reader
-        reader.begin(lambda: prefetch.miss(place))
-        prefetch.begin(place)
-        with context.ranks.working_on(f"{block.name!r}, elements {block.start:,} to {block.stop:,}"):
-            result: Result = of_thread.worker(block)
-        return result
+        reader.begin(lambda: prefetch.miss(number))
+        prefetch.begin(number)
+        first = blocks[start]
+        with context.ranks.working_on(f"{first.name!r}, elements {first.start:,} to {first.stop:,}"):
+            results: Sequence[Result] = of_thread.worker(blocks[start:end])
+        return results
 
     results: dict[int, Result] = {}
     with ExitStack() as open_files, one_core_per_kernel():
@@ -161,15 +195,20 @@ def _stream_own(
             remote = open_files.enter_context(RemoteReader(work.checkpoints, blocks, stop.is_set))
         files = open_files.enter_context(Files(threads=threads + 1, remote=remote))
         announce = announcer(work.checkpoints, files, stop.is_set)
-        prefetch = open_files.enter_context(Prefetch(work.checkpoints, blocks, announce))
+        starts = [0, *ends[:-1]]
+        group_sizes = [sum(sizes[start:end]) for start, end in zip(starts, ends, strict=True)]
+        prefetch = open_files.enter_context(
+            Prefetch(group_sizes, lambda number: announce(blocks[starts[number] : ends[number]]))
+        )
         executor = ThreadPoolExecutor(threads, thread_name_prefix="ckavg")
         try:
-            report = _reporter(work, blocks, context.on_progress)
+            report = _reporter(work, sum(sizes), context.on_progress)
             note = _Notes(work.journal)
-            for place, result in _as_done(blocks, do, stop, executor, threads, context.ranks):
-                results[own[place]] = result
-                report(place)
-                note(own[place], result)
+            for number, found in _as_done(zip(starts, ends, strict=True), do, stop, executor, threads, context.ranks):
+                finished = dict(zip(own[starts[number] : ends[number]], found, strict=True))
+                results |= finished
+                report(group_sizes[number])
+                note(finished)
             if context.ranks.is_shared:
                 note.flush()
         except BaseException:
@@ -181,27 +220,27 @@ def _stream_own(
 
 
 def _as_done(
-    blocks: Sequence[Unit],
-    do: Callable[[int, Unit], Result],
+    bounds: Iterable[tuple[int, int]],
+    do: Callable[[int, int, int], Sequence[Result]],
     stop: threading.Event,
     executor: ThreadPoolExecutor,
     threads: int,
     ranks: Ranks,
-) -> Iterator[tuple[int, Result]]:
-    """The place of every block with what came of it, as it is done; raises what a worker raised first. Meanwhile, the
-    other processes are looked at.
+) -> Iterator[tuple[int, Sequence[Result]]]:
+    """The number of every group with what came of its blocks, as it is done; raises what a worker raised first.
+    Meanwhile, the other processes are looked at.
 
-    Each thread takes the next block by itself. A future for each block would take half a gigabyte for a model of 10¹²
+    Each thread takes the next group by itself. A future for each block would take half a gigabyte for a model of 10¹²
     parameters, and a short queue of them would run empty while the thread that reads this waits for the disk.
     """
-    to_do = iter(enumerate(blocks))  # of which several threads may take the next: no Python code runs in it
-    done: SimpleQueue[tuple[int, Result] | Future[None]] = SimpleQueue()
+    to_do = iter(enumerate(bounds))  # of which several threads may take the next: no Python code runs in it
+    done: SimpleQueue[tuple[int, Sequence[Result]] | Future[None]] = SimpleQueue()
 
     def work() -> None:
-        for place, block in to_do:
+        for number, (start, end) in to_do:
             if stop.is_set():
                 return
-            done.put((place, do(place, block)))
+            done.put((number, do(number, start, end)))
 
     for _ in range(threads):
         executor.submit(work).add_done_callback(done.put)
@@ -218,24 +257,24 @@ def _as_done(
             yield each
 
 
-def _deal(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], ranks: Ranks) -> list[int]:
-    """The process that each block falls to.
+def _deal(work: _Work[Unit, Result], places: Sequence[int], ranks: Ranks) -> list[int]:
+    """The process that each of these blocks falls to.
 
     They are dealt out in the order of the files, whatever the order of the pass: what a machine has read in pass 1, and
-    may have in memory still, falls to it in pass 2.
+    may have in memory still, falls to it in pass 2. Blocks that are worked on together stay together.
     """
-    entries = checkpoints[-1].entries
-    sizes = sizes_of(checkpoints, blocks)
-    in_files = sorted(
-        range(len(blocks)),
-        key=lambda place: (
-            entries[blocks[place].name].shard,
-            entries[blocks[place].name].offset,
-            blocks[place].start,
-        ),
-    )
-    owners = dict(zip(in_files, ranks.share([sizes[place] for place in in_files]), strict=True))
-    return [owners[place] for place in range(len(blocks))]
+    entries, blocks = work.checkpoints[-1].entries, work.blocks
+
+    def position(place: int) -> tuple[int, int, int]:
+        entry = entries[blocks[place].name]
+        return entry.shard, entry.offset, blocks[place].start
+
+    in_files = sorted(places, key=position)
+    ends = work.groups(in_files, ranks.world)
+    bounds = list(zip([0, *ends[:-1]], ends, strict=True))
+    shares = ranks.share([sum(work.sizes[place] for place in in_files[start:end]) for start, end in bounds])
+    owners = {place: owner for (start, end), owner in zip(bounds, shares, strict=True) for place in in_files[start:end]}
+    return [owners[place] for place in places]
 
 
 class GlobalProgress:
@@ -284,8 +323,8 @@ class _Notes(Generic[Result]):
         self._new: dict[int, Result] = {}
         self._noted = time.monotonic()
 
-    def __call__(self, place: int, result: Result) -> None:
-        self._new[place] = result
+    def __call__(self, finished: Mapping[int, Result]) -> None:
+        self._new.update(finished)
         if time.monotonic() - self._noted >= SECONDS_BETWEEN_NOTES:
             self.flush()
 
@@ -297,20 +336,16 @@ class _Notes(Generic[Result]):
         self._noted = time.monotonic()
 
 
-def _reporter(
-    work: _Work[Unit, Result], blocks: Sequence[Block], on_progress: OnProgress | None
-) -> Callable[[int], None]:
+def _reporter(work: _Work[Unit, Result], total: int, on_progress: OnProgress | None) -> Callable[[int], None]:
     if on_progress is None:
         return lambda _: None
     listener = on_progress
-    sizes = sizes_of(work.checkpoints, blocks)
-    total = sum(sizes)
     done = 0
     listener(Progress(work.stage, 0, total, work.kept_bytes))
 
-    def report(place: int) -> None:
+    def report(nbytes: int) -> None:
         nonlocal done
-        done += sizes[place]
+        done += nbytes
         listener(Progress(work.stage, done, total, work.kept_bytes))
 
     return report

@@ -12,6 +12,7 @@ from torch import Tensor
 from ckavg.checkpoints.run import Checkpoint
 from ckavg.engine.blocks import CHUNK, Block
 from ckavg.engine.checksums import BlockSums
+from ckavg.engine.coalescing import Group, GroupSums
 from ckavg.engine.devices import CudaStreams, Uploader
 from ckavg.engine.reader import Files
 from ckavg.errors import NonFiniteError
@@ -136,6 +137,35 @@ class TileReader:
             path = checkpoint.shards[entry.shard].path
             self._files.read_each(path, offsets, self._bytes[:size], on_miss=self._missed)
         out.view(-1).copy_(self._raw[:size].view(TORCH_DTYPES[entry.dtype]))
+
+    def load_group(self, index: int, group: Group, out: Tensor, sums: GroupSums | None = None) -> None:
+        """Read all tensors of a group from checkpoint `index`, widened into `out`, zero between them.
+
+        Args:
+            index: which checkpoint.
+            group: which tensors.
+            out: (group.size,) contiguous, float32 or float64, in CPU memory; it is filled.
+            sums: takes their checksums, where that is asked for.
+
+        Raises:
+            TruncatedShardError, ReadError: the bytes are not there.
+        """
+        dtype = TORCH_DTYPES[self._checkpoints[index].entries[group.blocks[0].name].dtype]
+        memory = out.view(torch.uint8) if out.dtype == dtype else self._raw[: group.size * dtype.itemsize]
+        self.raw_group(index, group, memory, sums)
+        if out.dtype != dtype:
+            out.copy_(memory.view(dtype))
+
+    def raw_group(self, index: int, group: Group, memory: Tensor, sums: GroupSums | None = None) -> None:
+        """Read all tensors of a group as stored into (group.size · bytes of an element,) uint8, zero between them."""
+        checkpoint = self._checkpoints[index]
+        for part in group.parts(checkpoint.entries, memory):
+            if self._stopped():
+                raise Stopped
+            path = checkpoint.shards[part.shard].path
+            self._files.read_scattered(path, part.offset, part.buffers, on_miss=self._missed)
+        if sums is not None:
+            sums.take(index, memory)
 
     def raw(self, index: int, name: str, start: int, stop: int) -> Tensor:
         """Read bytes `start` to `stop` of a tensor as stored: (n,) uint8, valid until the next read."""

@@ -7,10 +7,11 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
@@ -205,6 +206,18 @@ class WeightFiles:
         with self._handle(path) as handle:
             _write_at(handle, values.numpy().data, start + offset)
 
+    def put_whole(self, tensors: Mapping[str, memoryview]) -> None:
+        """Write whole tensors; those side by side in a file at once."""
+        by_file: dict[Path, list[tuple[int, memoryview]]] = {}
+        for name, data in tensors.items():
+            path, start = self._positions[name]
+            by_file.setdefault(path, []).append((start, data))
+        for path, placed in by_file.items():
+            placed.sort(key=itemgetter(0))
+            with self._handle(path) as handle:
+                for start, parts in _side_by_side(placed):
+                    _write_at(handle, memoryview(b"".join(parts)), start)
+
     def sync(self) -> None:
         """Wait until every byte is on the disk."""
         for path in self._paths:
@@ -229,6 +242,20 @@ class WeightFiles:
                 yield handle
             finally:
                 os.close(handle)
+
+
+def _side_by_side(placed: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[int, list[memoryview]]]:
+    """Bytes by where they go, ascending, made one where they touch: where they begin, and their parts."""
+    begin, end, parts = 0, -1, list[memoryview]()
+    for start, data in placed:
+        if start != end:
+            if parts:
+                yield begin, parts
+            begin, parts = start, []
+        parts.append(data)
+        end = start + len(data)
+    if parts:
+        yield begin, parts
 
 
 def write_own_hashes(path: Path, shard: ShardPlan) -> None:

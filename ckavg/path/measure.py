@@ -19,11 +19,13 @@ from torch import Tensor
 
 from ckavg.checkpoints.run import Run
 from ckavg.engine.blocks import CHUNK, Block, cut_blocks
+from ckavg.engine.coalescing import SMALL, Group, by_dtype
 from ckavg.engine.context import Context
-from ckavg.engine.stream import Streamed, by_tensor, stream
+from ckavg.engine.stream import Streamed, by_tensor, stream_groups
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader
 from ckavg.errors import RanksError
 from ckavg.path.cache import CachedPath
+from ckavg.path.coalesced import GroupDistances
 from ckavg.path.journal import PathJournal
 from ckavg.path.kernels import DTYPES as KERNEL_DTYPES
 from ckavg.path.kernels import Distances, load_kernel
@@ -142,13 +144,13 @@ def measure_paths(
         )
         journal = path_journal.journal(asked, _to_json, _from_json) if path_journal else None
         read = [run.checkpoints[index] for index in reading.to_read]
-        streamed = stream("path", read, blocks, make_worker, context, journal)
+        key = by_dtype(run.checkpoints)
+        streamed = stream_groups("path", read, blocks, make_worker, key, context, journal)
     by_name = by_tensor(blocks, streamed.results) if reading.to_read else {}
     used: Literal["torch", "numba"] = "torch" if kernel is None else "numba"
     paths = []
     for number, (plan, places) in enumerate(zip(reading.plans, reading.places, strict=True)):
-        own = {name: [partials[number] for partials in of_name] for name, of_name in by_name.items()}
-        tensors = _completed(run, plan, own)
+        tensors = _completed(run, plan, by_name, number)
         if plan.to_read and not allow_nonfinite:
             refuse_infinite(tensors)
         steps = tuple(run.steps[index] for index in places)
@@ -182,20 +184,26 @@ def _kernel(plans: Sequence[PathPlan], context: Context) -> Distances | None:
     return kernel
 
 
-def _completed(run: Run, plan: PathPlan, partials: Mapping[str, Sequence[_Partial]]) -> dict[str, TensorPath]:
-    """What was measured and what is cached, together: the path of every tensor that counts."""
+def _completed(
+    run: Run, plan: PathPlan, by_name: Mapping[str, Sequence[tuple[_Partial, ...]]], number: int
+) -> dict[str, TensorPath]:
+    """What was measured for path `number` and what is cached, together: the path of every tensor that counts."""
     places = {step: place for place, step in enumerate(plan.steps)}
-    return {
-        name: TensorPath(
-            run.tensors[name].numel,
-            _sigma(run.tensors[name].numel, partials[name]) if plan.needs_sigma else plan.cached.sigmas[name],
-            tuple(
-                fsum(part.distances[places[step]] for part in partials[name]) if step in places else cached[name]
+    is_new, needs_sigma, tensors = len(plan.steps) == len(plan.cached.distances), plan.needs_sigma, run.tensors
+    completed = {}
+    for name in plan.names:
+        parts = [each[number] for each in by_name.get(name, ())]
+        numel = tensors[name].numel
+        sigma = _sigma(numel, parts) if needs_sigma else plan.cached.sigmas[name]
+        if is_new and len(parts) == 1:  # as of any small tensor: kept once
+            distances = parts[0].distances
+        else:
+            distances = tuple(
+                fsum(part.distances[places[step]] for part in parts) if step in places else cached[name]
                 for step, cached in enumerate(plan.cached.distances, start=1)
-            ),
-        )
-        for name in plan.names
-    }
+            )
+        completed[name] = TensorPath(numel, sigma, distances)
+    return completed
 
 
 def _sigma(numel: int, partials: Sequence[_Partial]) -> float:
@@ -204,14 +212,24 @@ def _sigma(numel: int, partials: Sequence[_Partial]) -> float:
     About an element rather than 0, so that a tensor of equal values gives exactly 0; and since no element is further
     than √n standard deviations from the mean, little is lost to cancellation whichever element it is.
     """
+    if len(partials) == 1:  # nothing to add up, as of any small tensor
+        part = partials[0]
+        return _deviation(numel - part.infinite, part.shifted_sum, part.shifted_squares, part.exponent)
     numel -= sum(part.infinite for part in partials)
-    if numel < 2:
-        return 0.0
     if not all(math.isfinite(part.shifted_squares) for part in partials):
-        return math.nan
+        return 0.0 if numel < 2 else math.nan
     unit = max((part.exponent for part in partials if part.shifted_squares), default=0)
     total = math.fsum(math.ldexp(part.shifted_sum, part.exponent - unit) for part in partials)
     squares = math.fsum(math.ldexp(part.shifted_squares, 2 * (part.exponent - unit)) for part in partials)
+    return _deviation(numel, total, squares, unit)
+
+
+def _deviation(numel: int, total: float, squares: float, unit: int) -> float:
+    """σ from Σ and Σ² in units of 2^unit."""
+    if numel < 2:
+        return 0.0
+    if not math.isfinite(squares):
+        return math.nan
     return scaled(math.sqrt(max(0.0, squares - total * total / numel) / (numel - 1)), unit)
 
 
@@ -248,6 +266,7 @@ class _Worker:
         self._device = context.device
         self._buffers: dict[torch.dtype, list[Tensor]] = {}
         self._lanes: dict[torch.dtype, Tensor] = {}
+        self._groups = GroupDistances(reader, reading.visits)
         reader.compute_on(context.device)
 
     def _rows_of(self, plan: PathPlan, places: tuple[int, ...]) -> list[int]:
@@ -258,7 +277,31 @@ class _Worker:
         first = len(self._pairs) + 4 * anchor
         return [pairs[places[step - 1], places[step]] for step in plan.steps] + list(range(first, first + 4))
 
-    def __call__(self, block: Block) -> tuple[_Partial, ...]:
+    def __call__(self, blocks: Sequence[Block]) -> Sequence[tuple[_Partial, ...]]:
+        found = self._measure_group(blocks) if len(blocks) > 1 else None
+        return [self._measure(block) for block in blocks] if found is None else found
+
+    def _measure_group(self, blocks: Sequence[Block]) -> list[tuple[_Partial, ...]] | None:
+        """What `_measure` gives of each of several small tensors; None where it must take care of them one by one."""
+        group, chunk = Group.padded(blocks)
+        sums = self._groups.sum(group, chunk, self._way(blocks[0].name)[0])
+        if sums is None:
+            return None
+        bounds = list(zip(group.first_chunks.tolist(), group.chunks.tolist(), strict=True))
+        of_paths = []
+        for own in [sums[rows] for rows in self._rows]:
+            columns = own.T.tolist()
+            of_paths.append(
+                [
+                    _Partial(tuple(columns[first][:-4]), *columns[first][-4:-2])
+                    if count == 1
+                    else self._partial(own[:, first : first + count].contiguous())
+                    for first, count in bounds
+                ]
+            )
+        return list(zip(*of_paths, strict=True))
+
+    def _measure(self, block: Block) -> tuple[_Partial, ...]:
         dtype, kernel = self._way(block.name)
         chunks = -(-(block.stop - block.start) // CHUNK)
         sums = [torch.zeros(len(rows), chunks, dtype=torch.float64) for rows in self._rows]
@@ -285,7 +328,8 @@ class _Worker:
         if self._run.is_wide(name):
             return torch.float64, None
         stored = {TORCH_DTYPES[self._run.checkpoints[index].entries[name].dtype] for index in self._place}
-        if self._kernel is not None and len(stored) == 1 and stored <= KERNEL_DTYPES:
+        is_large = self._run.tensors[name].numel > SMALL  # others must give the same alone and in a group
+        if self._kernel is not None and is_large and len(stored) == 1 and stored <= KERNEL_DTYPES:
             return stored.pop(), self._kernel
         return torch.float32, None
 

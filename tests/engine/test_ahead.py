@@ -11,34 +11,28 @@ import pytest
 import torch
 
 import ckavg
-from ckavg.checkpoints.run import Checkpoint, TensorInfo
 from ckavg.engine import reader as files
-from ckavg.engine.blocks import Block
 from ckavg.engine.prefetch import Prefetch
 from tests.runs import random_run, write_run
 
 NBYTES = 100
-BLOCKS = [Block("w", 10 * place, 10 * place + 10) for place in range(20)]
-"""Of 20 bytes each in two checkpoints of one byte per element."""
-
-
-def checkpoint(step: int) -> Checkpoint:
-    return Checkpoint(step, Path(), "model", (), (), {"w": TensorInfo("U8", (200,), 0, 0)})
+BLOCKS = list(range(20))
+SIZES = [20] * len(BLOCKS)
 
 
 class Announced:
     """Collects what is announced, and lets the test wait for it."""
 
     def __init__(self) -> None:
-        self.blocks: list[Block] = []
+        self.blocks: list[int] = []
         self._more = threading.Condition()
 
-    def __call__(self, block: Block) -> None:
+    def __call__(self, block: int) -> None:
         with self._more:
             self.blocks.append(block)
             self._more.notify()
 
-    def wait_for(self, count: int) -> list[Block]:
+    def wait_for(self, count: int) -> list[int]:
         with self._more:
             assert self._more.wait_for(lambda: len(self.blocks) >= count, timeout=20)
             return self.blocks
@@ -47,7 +41,7 @@ class Announced:
 @contextmanager
 def announcing(nbytes: int = NBYTES) -> Iterator[tuple[Prefetch, Announced]]:
     announced = Announced()
-    with Prefetch([checkpoint(0), checkpoint(1)], BLOCKS, announced, nbytes) as ahead:
+    with Prefetch(SIZES, announced, nbytes) as ahead:
         yield ahead, announced
 
 

@@ -1,0 +1,207 @@
+"""Stage *engine*: small tensors that lie side by side, read and computed with as one tile.
+
+A model of 100,000 tensors, or a run of 1,000 adapters, would otherwise cost an interpreter's work for each tensor of
+each checkpoint. What is kept for each block stays the same: its sums, its hashes, its result.
+
+Every tensor has a slot in the tile, zero behind its elements, and is read straight into it. Slots are *packed* for what
+is done by element and *padded* for sums by chunk: zeros change no sum, so it is formed in the order of the plain path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ckavg.checkpoints.run import Checkpoint, TensorInfo, distinct_tables
+from ckavg.engine.blocks import CHUNK, Block
+
+SMALL = 1 << 16
+"""Elements of the largest tensor that others are joined to; of larger ones, the work by element is most of the time."""
+
+LANES = 1024
+_FEWEST_LANES = 128
+"""A chunk is padded to a power of two from here, and beyond 1,024 elements to rows of as many."""
+
+_MOST_TENSORS, MOST_ELEMENTS = 1024, 1 << 17
+"""Of a group of several, when its chunks are padded. A system reads into at most 1,024 places at once (IOV_MAX)."""
+
+_LEAST_ELEMENTS = 1 << 15
+"""Of a group, where there are others for other threads."""
+
+_ALIGNMENT = 8
+"""Elements: every slot begins at a whole word of 64 bits, whatever the dtype."""
+
+_WORD, _DIGITS = 8, 32
+
+Key = Callable[[Block], object]
+"""What blocks of one group have in common, compared by equality; None where a block stays alone."""
+
+
+def alone(_: Block) -> None:
+    """The key of work that joins nothing."""
+
+
+def by_dtype(checkpoints: Sequence[Checkpoint]) -> Key:
+    """The key of small whole tensors: the dtype that all checkpoints store them in."""
+    tables = [table for table, _ in distinct_tables(checkpoints)]
+    first, others = tables[0], tables[1:]
+
+    def key(block: Block) -> str | None:
+        if block.start or block.stop > SMALL:
+            return None
+        entry = first[block.name]
+        for table in others:
+            other = table[block.name]
+            if other.pieces or other.dtype != entry.dtype:
+                return None
+        return None if entry.pieces else entry.dtype
+
+    return key
+
+
+def cut_groups(blocks: Sequence[Block], key: Key, *, threads: int = 1, tile: int = MOST_ELEMENTS) -> list[int]:
+    """Cut blocks, in their order, into groups that fit a tile; where each ends.
+
+    >>> cut_groups([Block(name, 0, 9) for name in "abcd"], lambda block: block.name < "c" or None)
+    [2, 3, 4]
+    """
+    small = sum(block.stop for block in blocks if block.stop <= SMALL)
+    most = min(tile, MOST_ELEMENTS, max(_LEAST_ELEMENTS, small // threads))
+    ends: list[int] = []
+    begin = chunks = length = size = more = needed = 0
+    common: object = None
+    for place, block in enumerate(blocks):
+        own, stop = key(block), block.stop
+        if stop != size:  # mostly the same again
+            size, more, needed = stop, -(-stop // CHUNK), padded_length(stop)
+        is_one = own is not None and own == common and place - begin < _MOST_TENSORS
+        if place and not (is_one and (chunks + more) * max(length, needed) <= most):
+            ends.append(place)
+            begin, chunks, length = place, 0, 0
+        common, chunks, length = own, chunks + more, max(length, needed)
+    return [*ends, len(blocks)] if blocks else []
+
+
+def padded_length(numel: int) -> int:
+    """To how many elements the chunks of a tensor are padded.
+
+    >>> [padded_length(numel) for numel in (1, 200, 1024, 1025, 16_384, 50_000)]
+    [128, 256, 1024, 2048, 16384, 16384]
+    """
+    if numel <= LANES:
+        return max(_FEWEST_LANES, 1 << (numel - 1).bit_length())
+    return min(CHUNK, -(-numel // LANES) * LANES)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tensors that lie side by side in a file: where they begin, and the memory that each is read into."""
+
+    shard: int
+    offset: int
+    buffers: list[memoryview]
+
+
+class Group:
+    """Small tensors of one dtype that are computed with as one, and where each lies in a tile.
+
+    Args:
+        blocks: whole tensors.
+        chunk: elements that each chunk of each of them takes; 0: the tensors are packed.
+
+    Attributes:
+        starts: (blocks,) the first element of each in the tile.
+        sizes: (blocks,) elements of each.
+        chunks: (blocks,) chunks of each.
+        size: elements of the tile that they take.
+    """
+
+    def __init__(self, blocks: Sequence[Block], chunk: int = 0) -> None:
+        self.blocks = blocks
+        self.sizes = np.array([block.stop for block in blocks], dtype=np.int64)
+        self.chunks = -(-self.sizes // CHUNK)
+        slots = self.chunks * chunk if chunk else -(-self.sizes // _ALIGNMENT) * _ALIGNMENT
+        ends = np.cumsum(slots)
+        self.starts: NDArray[np.int64] = ends - slots
+        self.size = int(ends[-1])
+        self._slots: dict[tuple[int, int], list[memoryview]] = {}
+        self._parts: dict[tuple[int, int], list[Part]] = {}
+        self._cuts: dict[tuple[int, int], list[memoryview]] = {}
+
+    @classmethod
+    def padded(cls, blocks: Sequence[Block]) -> tuple[Group, int]:
+        """A group of padded chunks, and the elements that each chunk takes."""
+        chunk = padded_length(max(block.stop for block in blocks))
+        return cls(blocks, chunk), chunk
+
+    @property
+    def first_chunks(self) -> NDArray[np.int64]:
+        """(blocks,) of all chunks, the first of each tensor."""
+        return np.cumsum(self.chunks) - self.chunks
+
+    def slots(self, memory: Tensor) -> list[memoryview]:
+        """The bytes of each tensor in (size · bytes of an element,) uint8."""
+        key = memory.data_ptr(), len(memory)
+        if key not in self._slots:
+            item, data = len(memory) // self.size, memory.numpy().data
+            begins, ends = (self.starts * item).tolist(), ((self.starts + self.sizes) * item).tolist()
+            self._slots[key] = [data[begin:end] for begin, end in zip(begins, ends, strict=True)]
+        return self._slots[key]
+
+    def parts(self, table: Mapping[str, TensorInfo], memory: Tensor) -> list[Part]:
+        """How the tensors of a file are read into (size · bytes of an element,) uint8, which is zero between them."""
+        key = id(table), memory.data_ptr()
+        if key not in self._parts:
+            memory.zero_()
+            entries = [table[block.name] for block in self.blocks]
+            places = [(entry.shard, entry.offset) for entry in entries]
+            parts, end = self._parts.setdefault(key, []), (-1, -1)
+            for place, slot in sorted(zip(places, self.slots(memory), strict=True), key=itemgetter(0)):
+                if place != end:
+                    parts.append(Part(*place, []))
+                parts[-1].buffers.append(slot)
+                end = place[0], place[1] + len(slot)
+        return self._parts[key]
+
+
+class GroupSums:
+    """The chunk sums of a group in each of some checkpoints; see `checksums.py`.
+
+    Args:
+        group: its tensors.
+        checkpoints: how many are read.
+    """
+
+    def __init__(self, group: Group, checkpoints: int) -> None:
+        self._group = group
+        inner = np.arange(int(group.chunks.sum())) - np.repeat(group.first_chunks, group.chunks)
+        self._starts = np.repeat(group.starts, group.chunks) + inner * CHUNK
+        self._sums = np.zeros((checkpoints, len(inner)), dtype=np.int64)
+
+    def take(self, index: int, memory: Tensor) -> None:
+        """Take the bytes of checkpoint `index`: (size · bytes of an element,) uint8, zero between the tensors."""
+        words = memory.view(torch.int64).numpy()
+        item = len(memory) // self._group.size
+        np.add.reduceat(words, self._starts * item // _WORD, out=self._sums[index])
+
+    def hashes(self) -> list[str]:
+        """The hashes of each block's chunk sums, 32 digits for each checkpoint."""
+        count, sha256 = len(self._sums), hashlib.sha256
+        rows = self._sums.astype("<i8")
+        data = rows.T.tobytes()  # by chunk, and of each all checkpoints
+        found = []
+        for first, chunks in zip(self._group.first_chunks.tolist(), self._group.chunks.tolist(), strict=True):
+            if chunks == 1:
+                begin, end = first * count * _WORD, (first + 1) * count * _WORD
+                each = [sha256(data[at : at + _WORD]).hexdigest()[:_DIGITS] for at in range(begin, end, _WORD)]
+            else:
+                each = [sha256(row.tobytes()).hexdigest()[:_DIGITS] for row in rows[:, first : first + chunks]]
+            found.append("".join(each))
+        return found
