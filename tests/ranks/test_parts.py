@@ -159,7 +159,7 @@ def test_parts_of_something_else_are_refused(run: Path, tmp_path: Path) -> None:
         return " ".join(done.stderr.split())
 
     assert "holds parts of another average: gamma 0.15 there, 0.3 asked." in refused("ema", run, "--gamma", 0.3)
-    assert "something else: scheme ema there, bema asked" in refused("bema", run)
+    assert "another average: scheme ema there, bema asked" in refused("bema", run)
     assert "parts 2 there, 3 asked." in refused("ema", run, part="1/3")
     assert "checkpoints 4 of steps 0 to 30 there, 2 of steps 20 to 30 asked" in refused("ema", run, "--last", 2)
     weights = run / "checkpoint-10" / "model.safetensors"
