@@ -170,7 +170,7 @@ def test_parts_of_something_else_are_refused(run: Path, tmp_path: Path) -> None:
     other = fresh(run, tmp_path / "other")
     (other / "checkpoint-30").rename(other / "checkpoint-40")
     (other / "checkpoint-40" / "trainer_state.json").unlink()
-    assert "something else: checkpoints 4 of steps 0 to 30" in refused("ema", other)
+    assert "another average: checkpoints 4 of steps 0 to 30" in refused("ema", other)
 
 
 @pytest.mark.parametrize(
