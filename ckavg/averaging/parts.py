@@ -174,8 +174,13 @@ def read_parts(directory: Path) -> Parts:
         fields = parse_fields(read_small(file, _MOST_BYTES, follow=False))
         return _adapter().validate_python(fields)
     except (OSError, ValueError, RecordError) as error:
-        why = getattr(error, "strerror", None) or getattr(error, "message", str(error)).partition("\n")[0]
-        raise RecordError(f"{file} is not valid: {why}.", hint=_AFRESH) from error
+        raise RecordError(f"{file} is not valid: {_reason(error)}.", hint=_AFRESH) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, as the end of a sentence."""
+    why = getattr(error, "strerror", None) or getattr(error, "message", str(error))
+    return str(why).partition("\n")[0].rstrip(".")
 
 
 @functools.cache
@@ -196,10 +201,7 @@ def plan_of_parts(directory: Path, parts: Parts) -> Plan:
         options = Options(**_typed(Options, parts.options))
         scheme = scheme_from(parts.scheme, parts.parameters)
     except (ValueError, TypeError, KeyError, RecordError) as error:
-        raise RecordError(
-            f"{directory / JOB} is not valid: {getattr(error, 'message', str(error)).partition(chr(10))[0]}.",
-            hint=_AFRESH,
-        ) from error
+        raise RecordError(f"{directory / JOB} is not valid: {_reason(error)}.", hint=_AFRESH) from error
     found, out = inspect_source(parts.source, selection), Path(parts.out)
     (run,) = checked([found], [out], force=options.force)
     (plan,) = plan_averages([(run, scheme, out)], options)

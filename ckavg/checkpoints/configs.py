@@ -347,7 +347,7 @@ def _different_headers(
     checkpoint: Checkpoint, last: Checkpoint, keys: Sequence[str], other: Mapping[str, str], own: Mapping[str, str]
 ) -> MismatchError:
     differing = ", ".join(
-        f"{key} is {_short(own.get(key, 'not there'))}, but {_short(other.get(key, 'not there'))}" for key in keys[:4]
+        f"{key} is {_short(own.get(key, 'absent'))}, but {_short(other.get(key, 'absent'))}" for key in keys[:4]
     )
     return MismatchError(
         f"step {last.step}: in the header of the weights, {differing} at step {checkpoint.step}.",

@@ -194,8 +194,7 @@ def _nothing_to_average(last: Checkpoint) -> list[CkavgError]:
     name, entry = next(iter(last.entries.items()))
     return [
         UnsupportedFormatError(
-            f"{last.path} holds no tensor to average: for example, {name!r} has dtype {entry.dtype!r}, which "
-            "cannot be averaged.",
+            f"{last.path} holds no tensor to average: {name!r} has dtype {entry.dtype!r}, which cannot be averaged.",
             hint="Expected tensors of float32, bfloat16, float16 or float64. Quantized weights cannot be averaged: "
             "average the checkpoints from before quantizing.",
         )

@@ -304,7 +304,7 @@ _FORMATS = tuple(
         ("files of DeepSpeed", _RANK.pattern, _find_ranks),
         ("files of verl", r"model_world_size_\d+_rank_\d+\.pt", _find_verl),
         ("NeMo archives", r"[^/]+\.nemo", _find_nemo),
-        ("pickles that are not read", rf"[^/]+(?:{'|'.join(map(re.escape, PICKLES))})", _find_pickles),
+        ("unsupported pickles", rf"[^/]+(?:{'|'.join(map(re.escape, PICKLES))})", _find_pickles),
         ("weights in other formats", r"[^/]+", lambda group: (_NO_COMMAND, "")),
     )
 )

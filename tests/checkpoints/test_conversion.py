@@ -316,7 +316,7 @@ def test_forty_checkpoints_have_one_command(tmp_path: Path) -> None:
         save_old({"model": {"w": torch.full((3,), float(step))}}, run / f"checkpoint-{step}" / "pytorch_model.bin")
     done = run_cli("ema", run)
     assert done.stderr.startswith(
-        f"error: 40 checkpoints hold pickles that are not read, such as {run}/checkpoint-0/pytorch_model.bin, "
+        f"error: 40 checkpoints hold unsupported pickles, such as {run}/checkpoint-0/pytorch_model.bin, "
     )
     assert done.stderr.count("\n") == 3
     for lines in (done.stderr.splitlines(), printed("ema", run), printed("inspect", run)):
@@ -356,7 +356,7 @@ def test_among_checkpoints_that_are_read(tmp_path: Path) -> None:
     lines = printed("ema", run)
     assert lines[0] == "error: 2 problems:"
     pickle = f"{run}/checkpoint-30/pytorch_model.bin"
-    assert lines[1].startswith(f"- 3 checkpoints hold pickles that are not read, such as {pickle}, not safetensors. ")
+    assert lines[1].startswith(f"- 3 checkpoints hold unsupported pickles, such as {pickle}, not safetensors. ")
     assert lines[1].endswith(f" {pickle} has the layout that torch wrote before 1.6.")
     assert in_shell(command_of(lines)).returncode == 0
     (run / "checkpoint-60").rmdir()

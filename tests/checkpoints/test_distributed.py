@@ -194,7 +194,7 @@ def test_a_prefix_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"`prefix` app.: no tensor in .* begins so") as told:
         ckavg.open_run(tmp_path / "run", prefix="app.")
     assert "model.layers.0.w" in str(told.value.hint)
-    with pytest.raises(SettingError, match="is none"):
+    with pytest.raises(SettingError, match="is not one"):
         ckavg.open_run(write_safetensors(tmp_path / "other"), prefix="model.")
 
 
@@ -276,9 +276,9 @@ def share_chunks(metadata: Any, count: int) -> None:
 
 
 HOSTILE: dict[str, tuple[Callable[[Any], object], str]] = {
-    "no metadata": (lambda metadata: {"a": 1}, "Metadata is expected"),
+    "no metadata": (lambda metadata: {"a": 1}, "expected Metadata"),
     "no tensors": (lambda metadata: metadata.state_dict_metadata.clear(), "no tensors of a model"),
-    "tensors that are none": (lambda metadata: setattr(metadata, "state_dict_metadata", [1]), "makes no sense"),
+    "tensors that are none": (lambda metadata: setattr(metadata, "state_dict_metadata", [1]), "is not expected"),
     "a way out": (
         lambda metadata: setattr(info(metadata), "relative_path", "../step-10/__0_0.distcp"),
         "not a file beside",
@@ -289,9 +289,9 @@ HOSTILE: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "no name": (lambda metadata: setattr(info(metadata), "relative_path", "."), "not a file beside it"),
     "a zero byte": (lambda metadata: setattr(info(metadata), "relative_path", "a\0b"), "not a file beside it"),
-    "bytes for a name": (lambda metadata: setattr(info(metadata), "relative_path", b"x"), "makes no sense"),
+    "bytes for a name": (lambda metadata: setattr(info(metadata), "relative_path", b"x"), "is not expected"),
     "a missing piece": (lambda metadata: metadata.state_dict_metadata["model.norm"].chunks.clear(), "no piece holds"),
-    "no place": (lambda metadata: metadata.storage_data.clear(), "says not where"),
+    "no place": (lambda metadata: metadata.storage_data.clear(), "does not say where"),
     "an overlap": (lambda metadata: second_chunk(metadata, 1, 2), "two pieces hold"),
     "out of the tensor": (lambda metadata: second_chunk(metadata, 3, 2), "exceeds"),
     "a negative offset": (lambda metadata: setattr(info(metadata), "offset", -1), "no place in a file"),
@@ -356,11 +356,11 @@ def test_nothing_in_metadata_is_executed(run: Path, tmp_path: Path, place: str) 
     [
         (lambda canary: torch.ones(3, dtype=torch.float64), "it is F64"),
         (lambda canary: torch.ones(4), r"\(4,\), not F32 \(3,\)"),
-        (lambda canary: [torch.ones(3)], "no plain tensor"),
+        (lambda canary: [torch.ones(3)], "not a plain tensor"),
         (lambda canary: torch.ones(6)[::2], "transposed"),
-        (lambda canary: Payload(canary), "no plain tensor"),
-        (lambda canary: torch.ones(3).to_sparse(), "no plain tensor"),
-        (lambda canary: torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8), "no plain tensor"),
+        (lambda canary: Payload(canary), "not a plain tensor"),
+        (lambda canary: torch.ones(3).to_sparse(), "not a plain tensor"),
+        (lambda canary: torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8), "not a plain tensor"),
     ],
 )
 def test_pieces_that_hold_something_else_are_refused(

@@ -103,7 +103,7 @@ def test_formats_side_by_side(tmp_path: Path) -> None:
     write_foreign(tmp_path, "checkpoint-{}", ("state/zero_pp_rank_0_mp_rank_00_optim_states.pt",), steps=(30, 40))
     write_foreign(tmp_path, "checkpoint-{}", ("model.gguf",), steps=(50,))
     told, advice, command = run_cli("ema", tmp_path).stderr.splitlines()
-    kinds = "pickles that are not read and files of DeepSpeed and weights in other formats"
+    kinds = "unsupported pickles and files of DeepSpeed and weights in other formats"
     pickle = f"{tmp_path}/checkpoint-0/pytorch_model.bin"
     why = f"{pickle} has the layout that torch wrote before 1.6."
     assert told == f"error: 12 checkpoints hold {kinds}, such as {pickle}, not safetensors. {why}"

@@ -144,8 +144,8 @@ def test_other_clocks_are_said(tmp_path: Path, pattern: str, word: str) -> None:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("checkpoint-best", "states no step: checkpoint-best."),
-        ("final", "states no step: final."),
+        ("checkpoint-best", "no step in the name: checkpoint-best."),
+        ("final", "no step in the name: final."),
         ("tmp-checkpoint-40", "still being written: tmp-checkpoint-40."),
         (".checkpoint-15.partial", ""),
         ("checkpoint-" + "9" * 100, ""),
@@ -295,7 +295,7 @@ def test_checkpoints_of_an_earlier_run_are_refused(run: Path, resumed: bool) -> 
     if resumed:
         assert ckavg.open_run(run).warnings == ()
     else:
-        told = r"of 2 runs: .* checkpoint-10, checkpoint-20 and checkpoint-30 logged different losses"
+        told = r"to 2 runs: .* checkpoint-10, checkpoint-20 and checkpoint-30 logged different losses"
         with pytest.raises(MismatchError, match=told):
             ckavg.open_run(run)
         assert ckavg.open_run(run, to_step=20).steps == (10, 20)

@@ -91,7 +91,7 @@ def test_two_stems_are_two_runs(tmp_path: Path, case: str, flat: bool) -> None:
             save_file(weights(place), tmp_path / f"{name}.safetensors")
         else:
             write_checkpoint(tmp_path / name, weights(place))
-    with pytest.raises(MixedOrderError, match="of 2 runs, stages or experiments") as met:
+    with pytest.raises(MixedOrderError, match="to 2 runs, stages or experiments") as met:
         ckavg.open_run(tmp_path)
     assert all(name in met.value.message for name in names)
     assert met.value.hint.endswith(f"--match '{pattern}'")
@@ -149,7 +149,7 @@ def test_the_end_of_each_of_two_runs_has_the_name_of_its_own(tmp_path: Path) -> 
         save_file(weights(len(step + noise)), tmp_path / f"wan{step}_{noise}.safetensors")
     run = ckavg.open_run(tmp_path, match="*high_noise*")
     assert [each.path.stem for each in run.checkpoints][-1] == "wan_high_noise"
-    with pytest.raises(MixedOrderError, match="of 2 runs") as met:
+    with pytest.raises(MixedOrderError, match="to 2 runs") as met:
         ckavg.open_run(tmp_path)
     assert met.value.hint.endswith("--match '*_high_noise.safetensors'")
 

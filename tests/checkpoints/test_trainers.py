@@ -98,7 +98,7 @@ def test_without_headers_the_steps_count_and_the_rest_is_named(tmp_path: Path) -
 
 def test_two_runs_are_refused_and_one_is_chosen_by_name(tmp_path: Path) -> None:
     trainers.two_runs_by_name(tmp_path)
-    with pytest.raises(MixedOrderError, match=r"of 2 runs, stages or experiments: styleA.*; styleB") as met:
+    with pytest.raises(MixedOrderError, match=r"to 2 runs, stages or experiments: styleA.*; styleB") as met:
         ckavg.open_run(tmp_path)
     assert met.value.hint.endswith("--match 'styleA*'")
     assert ckavg.open_run(tmp_path, match="styleB*").steps == (750, 1250)

@@ -134,7 +134,7 @@ CASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "mixed clocks": (lambda run: write_checkpoint(run / "epoch_3", weights()), ("count different things", "epoch_3")),
     "mixed stages": (
         lambda run: write_checkpoint(run / "stage1-step30", weights()),
-        ("of 2 runs, stages or experiments", "; stage1-step30.", "--match"),
+        ("to 2 runs, stages or experiments", "; stage1-step30.", "--match"),
     ),
 }
 

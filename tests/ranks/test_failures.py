@@ -36,15 +36,15 @@ def before(owner, name, count=0):
 MOMENTS = {
     "before joining": "from ckavg.averaging import pipeline; before(pipeline, 'file_fingerprints')",
     "joining": "from ckavg.engine import job; before(job.Job, '_wait_to_join', 0 if os.environ['RANK'] == '0' else 1)",
-    "joined": "from ckavg.averaging import pipeline; before(pipeline, 'agreed_fingerprints')",
+    "joined": "from ckavg.averaging import prepare; before(prepare, 'agreed_fingerprints')",
     "pass 1": "from ckavg.engine.tiles import TileReader; before(TileReader, 'load', 2)",
-    "after pass 1": "from ckavg.averaging import pipeline; before(pipeline, '_timeline')",
+    "after pass 1": "from ckavg.averaging import prepare; before(prepare, '_timeline')",
     "opening the files": "from ckavg.averaging import distributed; before(distributed.WeightFiles, '__init__')",
     "pass 2": "from ckavg.output.weight_files import WeightFiles; before(WeightFiles, 'put', 1)",
     "noting": "from ckavg.output.weight_files import WeightFiles; before(WeightFiles, 'sync')",
     "hashing": "from ckavg.averaging import distributed; before(distributed, 'sha256_of')",
     "leaving": "from ckavg.engine.distributed import Ranks; before(Ranks, 'leave')",
-    "publishing": "from ckavg.averaging import pipeline; before(pipeline, '_publish')",
+    "publishing": "from ckavg.averaging import pipeline; before(pipeline, 'publish')",
     "renaming": "from ckavg.output.staging import Staging; before(Staging, 'commit')",
 }
 """Code after which a process acts at that moment."""

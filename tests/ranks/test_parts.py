@@ -158,8 +158,8 @@ def test_parts_of_something_else_are_refused(run: Path, tmp_path: Path) -> None:
         assert done.exit_code == 1
         return " ".join(done.stderr.split())
 
-    assert "holds parts of something else: gamma 0.15 there, 0.3 asked." in refused("ema", run, "--gamma", 0.3)
-    assert "something else: scheme ema there, bema asked" in refused("bema", run)
+    assert "holds parts of another average: gamma 0.15 there, 0.3 asked." in refused("ema", run, "--gamma", 0.3)
+    assert "another average: scheme ema there, bema asked" in refused("bema", run)
     assert "parts 2 there, 3 asked." in refused("ema", run, part="1/3")
     assert "checkpoints 4 of steps 0 to 30 there, 2 of steps 20 to 30 asked" in refused("ema", run, "--last", 2)
     weights = run / "checkpoint-10" / "model.safetensors"
@@ -170,7 +170,7 @@ def test_parts_of_something_else_are_refused(run: Path, tmp_path: Path) -> None:
     other = fresh(run, tmp_path / "other")
     (other / "checkpoint-30").rename(other / "checkpoint-40")
     (other / "checkpoint-40" / "trainer_state.json").unlink()
-    assert "something else: checkpoints 4 of steps 0 to 30" in refused("ema", other)
+    assert "another average: checkpoints 4 of steps 0 to 30" in refused("ema", other)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_one_part_is_done_once_at_a_time(run: Path, tmp_path: Path) -> None:
     )
     done = run_cli("join", out)
     assert done.exit_code == 3
-    assert "unfinished: Part 0/2 has not finished its share of the work that is going on." in done.stderr
+    assert "unfinished: Part 0/2 has not finished its share of the work in progress." in done.stderr
     (tmp_path / "go-on").touch()
     assert first.wait(SECONDS) == 0
 
@@ -253,5 +253,5 @@ def test_a_description_is_not_trusted(run: Path, tmp_path: Path, name: str) -> N
     file.write_bytes(change if isinstance(change, bytes) else json.dumps(change).encode())
     done = run_cli("join", out)
     assert done.exit_code == 1
-    assert re.search("error: .*(cannot be understood|another result|something else)", done.stderr.replace("\n", " "))
+    assert re.search("error: .*(is not valid|another result|another average)", done.stderr.replace("\n", " "))
     assert not out.exists()
