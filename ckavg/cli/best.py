@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import typer
 from rich.filesize import decimal
 
 from ckavg.averaging.best import NAME, SCRATCH, Best, Search
@@ -20,7 +21,7 @@ from ckavg.checkpoints.run import Run
 from ckavg.cli.average import carry_out_shown, library_options
 from ckavg.cli.errors import distributed, interrupted_with
 from ckavg.cli.evaluation import Job, add_said, criterion_from, directory_here, judge, shown_value, unsent
-from ckavg.cli.options import Averaging, evaluation, with_options
+from ckavg.cli.options import Averaging, with_options
 from ckavg.cli.push import destination_of, push_shown
 from ckavg.cli.text import Output, plain_table, print_json, quoted, say, show_progress, warn, warn_of
 from ckavg.engine.distributed import Ranks
@@ -35,15 +36,16 @@ class Searching(Averaging):
     """The options of `best`."""
 
     budget: Annotated[
-        int, evaluation("How many evaluations the search may take, the last checkpoint's among them.", metavar="N")
+        int,
+        typer.Option(help="How many evaluations the search may take, the last checkpoint's among them.", metavar="N"),
     ] = 12
     strategy: Annotated[
         Literal["halving", "soup"],
-        evaluation("Search schemes, values and windows, or add checkpoints to a greedy soup."),
+        typer.Option(help="Search schemes, values and windows, or add checkpoints to a greedy soup."),
     ] = "halving"
     confirm: Annotated[
         str | None,
-        evaluation("Evaluate the winner and the last checkpoint once more, on other data.", metavar="COMMAND"),
+        typer.Option(help="Evaluate the winner and the last checkpoint once more, on other data.", metavar="COMMAND"),
     ] = None
 
 

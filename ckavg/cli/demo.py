@@ -10,7 +10,7 @@ import typer
 from ckavg.averaging.pipeline import average
 from ckavg.averaging.sources import open_run
 from ckavg.cli.errors import failures
-from ckavg.cli.options import Json, Verbose
+from ckavg.cli.options import Json, Verbose, folder
 from ckavg.cli.text import Output, plain_table, print_json, quoted, say
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import SettingError
@@ -23,7 +23,7 @@ DEFAULT_DIRECTORY = Path("ckavg-demo")
 
 def demo(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where the checkpoints go.", show_default=str(DEFAULT_DIRECTORY))
+        Path, folder("DIR", "Where the checkpoints go.", show_default=str(DEFAULT_DIRECTORY))
     ] = DEFAULT_DIRECTORY,
     *,
     force: Annotated[bool, typer.Option("--force", help="Replace the checkpoints of an earlier demo in DIR.")] = False,

@@ -6,12 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.filesize import decimal
 
 from ckavg.averaging.recipe import setting_shown
 from ckavg.cli.errors import failures
-from ckavg.cli.options import Json, Quiet, Verbose
+from ckavg.cli.options import Json, Quiet, Verbose, folder
 from ckavg.cli.text import Output, plain_table, print_json, quoted, show_progress
 from ckavg.errors import listed
 from ckavg.verify.difference import Difference, TensorDistance, compare
@@ -20,8 +19,8 @@ _MOST_ROWS = 40
 
 
 def diff(
-    one: Annotated[Path, typer.Argument(metavar="A", help="Directory of a result, or of a checkpoint.")],
-    other: Annotated[Path, typer.Argument(metavar="B", help="Likewise; one of the two is a result.")],
+    one: Annotated[Path, folder("A", "Directory of a result, or of a checkpoint.")],
+    other: Annotated[Path, folder("B", "Likewise; one of the two is a result.")],
     *,
     as_json: Json = False,
     quiet: Quiet = False,

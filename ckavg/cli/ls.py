@@ -7,12 +7,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from ckavg.averaging.evaluation import rank
 from ckavg.cli.errors import failures
 from ckavg.cli.evaluation import marks, shown_value
-from ckavg.cli.options import Json, Verbose
+from ckavg.cli.options import Json, Verbose, folder
 from ckavg.cli.text import Output, plain_table, print_json, quoted
 from ckavg.output.record import Record
 from ckavg.verify.results import Result, list_results
@@ -21,9 +19,9 @@ from ckavg.verify.results import Result, list_results
 def ls(
     source: Annotated[
         Path,
-        typer.Argument(
-            metavar="SOURCE",
-            help="Directory of saved checkpoints, or that results were put into with --out.",
+        folder(
+            "SOURCE",
+            "Directory of saved checkpoints, or that results were put into with --out.",
             show_default="current directory",
             readable=False,
         ),

@@ -9,7 +9,7 @@ import typer
 from rich.filesize import decimal
 
 from ckavg.cli.errors import failures, interrupted_with
-from ckavg.cli.options import Averaging, CommitMessage, CreatePr, Json, Private, Quiet, Revision, Verbose
+from ckavg.cli.options import Averaging, CommitMessage, CreatePr, Json, Private, Quiet, Revision, Verbose, folder
 from ckavg.cli.text import Output, print_json, show_progress, stderr_is_terminal, warn_of
 from ckavg.errors import SettingError
 from ckavg.hub import Destination, Pushed, continued, plan_push
@@ -17,7 +17,7 @@ from ckavg.hub import push as upload
 
 
 def push(
-    result: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a result, or of a snapshot in it.")],
+    result: Annotated[Path, folder("DIR", "Directory of a result, or of a snapshot in it.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hugging Face Hub.")],
     *,
     private: Private = None,

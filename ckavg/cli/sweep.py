@@ -24,6 +24,7 @@ from ckavg.cli.average import (
     write_plot,
     write_report,
 )
+from ckavg.cli.completion import scheme_words
 from ckavg.cli.errors import distributed, interrupted_with
 from ckavg.cli.evaluation import (
     Evaluated,
@@ -61,6 +62,7 @@ class Sweeping(Averaging):
         typer.Argument(
             metavar="[SOURCE] SCHEME...",
             help="Schemes with values to try, such as pema:gamma=0.1,0.15,every=50,100 mean:last=10.",
+            autocompletion=scheme_words,
         ),
     ] = dataclasses.field(kw_only=True)
 
@@ -69,8 +71,7 @@ class Sweeping(Averaging):
 def sweep(options: Sweeping) -> None:
     """Form many averages from one reading of the checkpoints: every value of every scheme.
 
-    Each result is the same to the byte as that of the scheme's own command. With --eval, your own command tells which
-    of them is best.
+    Each result is the same to the byte as that of the scheme's own command.
     """
     words = list(options.words)
     with distributed(verbose=options.verbose, timeout=options.rank_timeout) as ranks:

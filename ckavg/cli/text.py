@@ -37,6 +37,7 @@ _COLOURS = {
     "error": typer.colors.RED,
     "warning": typer.colors.YELLOW,
     "interrupted": typer.colors.YELLOW,
+    "hint": typer.colors.CYAN,
 }
 _HEIGHTS = "▁▂▃▄▅▆▇█"
 _COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))

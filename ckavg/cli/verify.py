@@ -10,7 +10,7 @@ import typer
 from rich.filesize import decimal
 
 from ckavg.cli.errors import FAILED, failures
-from ckavg.cli.options import Json, Quiet, Verbose
+from ckavg.cli.options import Json, Quiet, Verbose, folder
 from ckavg.cli.text import Output, plural, print_json, say, show_progress
 from ckavg.errors import SettingError, printable
 from ckavg.verify.findings import Verified
@@ -26,7 +26,7 @@ _PASSED = {
 
 
 def verify(
-    result: Annotated[Path, typer.Argument(metavar="RESULT", help="Directory of a result, or of a snapshot in it.")],
+    result: Annotated[Path, folder("RESULT", "Directory of a result, or of a snapshot in it.")],
     *,
     replay: Annotated[
         bool, typer.Option("--replay", help="Compute elements again from the checkpoints, and compare.")
