@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from ckavg import __version__
 from ckavg.cli.errors import FAILED, INTERRUPTED, USAGE, failures, mute_others, system_error, unknown, usage_errors
 from ckavg.cli.help import program_screen
-from ckavg.cli.text import Stdout, warn
+from ckavg.cli.text import ASCII, Stdout, warn
 from ckavg.cli.verbs import GROUPS, VERBS, Verb
 from ckavg.engine.launchers import slurm_environment
 
@@ -85,10 +85,10 @@ def main() -> None:
     gc.disable()  # a short life with bounded memory: looking for cycles in torch's modules costs a tenth of a second
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that has no ℓ shows a question mark, not a traceback
+            stream.reconfigure(errors=ASCII)  # a terminal that has no ℓ shows an l, not a traceback
     if isinstance(sys.stdout, io.TextIOWrapper):
         of_stdout = {name: getattr(sys.stdout, name) for name in ("encoding", "line_buffering", "write_through")}
-        sys.stdout = Stdout(sys.stdout.detach(), errors="replace", **of_stdout)
+        sys.stdout = Stdout(sys.stdout.detach(), errors=ASCII, **of_stdout)
     _occupy_standard_streams()
     _allow_many_files()
     if "slurm" in _values_of("--distributed"):

@@ -49,7 +49,7 @@ def scheme_words(incomplete: str) -> list[str]:
 
 
 def _words(typed: str) -> Iterator[str]:
-    """Schemes; of one that is meant, its parameters; of one of these, values: of a single word, a shell adds a space."""
+    """Schemes; of one that is meant, its parameters; of one of these, values; after a lone word, shells add a space."""
     name, colon, rest = typed.partition(":")
     if not colon:
         names = [*dict.fromkeys(scheme.name for scheme in SCHEMES if scheme.in_sweep)]

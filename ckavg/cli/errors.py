@@ -6,7 +6,6 @@ import difflib
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -20,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ckavg.cli.help import usage
-from ckavg.cli.layout import wrapped
-from ckavg.cli.text import Stdout, say, say_labelled, stderr_is_terminal
+from ckavg.cli.text import Stdout, say, say_labelled, warn
 from ckavg.engine.distributed import SECONDS_WITHOUT_PROGRESS
 from ckavg.engine.failures import OTHER_PROCESS, is_from_another
 from ckavg.errors import (
@@ -66,18 +64,18 @@ def failures(*, verbose: bool) -> Iterator[None]:
             message, hint, command = message_of(error)
             if isinstance(error, SettingError):
                 hint = hint or f"See: {' '.join(_command)} --help"
-            _say_wrapped("unfinished" if isinstance(error, MissingPartsError) else "error", message)
+            say_labelled("unfinished" if isinstance(error, MissingPartsError) else "error", message)
             _say_hints(hint, *_notes(error))
             if command:
                 say(f"  {command}")
         elif isinstance(error, MemoryError):
-            _say_wrapped("error", f"There is not enough memory. {_AS_IT_WAS}")
+            warn("error", f"There is not enough memory. {_AS_IT_WAS}")
         elif not isinstance(error, BrokenPipeError):  # nobody reads stdout any more, and so nobody misses it
-            _say_wrapped("error", printable(system_error(error)))
+            warn("error", system_error(error))
         statuses = {SettingError: USAGE, MissingPartsError: UNFINISHED}
         raise typer.Exit(next((each for kind, each in statuses.items() if isinstance(error, kind)), FAILED)) from error
     except KeyboardInterrupt as error:
-        _say_wrapped("interrupted", _AS_IT_WAS)
+        warn("interrupted", _AS_IT_WAS)
         _say_hints(*(_notes(error) or [_BEGINS_ANEW]))
         raise typer.Exit(INTERRUPTED) from error
 
@@ -88,7 +86,7 @@ def interrupted_with(message: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        _say_wrapped("interrupted", printable(message))
+        warn("interrupted", message)
         raise typer.Exit(INTERRUPTED) from error
 
 
@@ -215,21 +213,9 @@ def _notes(error: BaseException) -> list[str]:
     return [printable(note) for note in getattr(error, "__notes__", ()) if not note.startswith(OTHER_PROCESS)]
 
 
-def _say_wrapped(label: str, text: str) -> None:
-    """Print `label: text` to stderr, in lines of a terminal if it is one; words of the command line stay whole."""
-    if stderr_is_terminal():
-        kept = [word for word in map(printable, sys.argv) if " " in word]
-        columns = shutil.get_terminal_size().columns
-        first, *others = text.split("\n")
-        lines = [wrapped(f"{label}: {first}", columns, hanging="  ", kept=kept)]
-        lines += [wrapped(each, columns, hanging="  ", kept=kept) for each in others]
-        text = "\n".join(lines).removeprefix(f"{label}: ")
-    say_labelled(label, text)
-
-
 def _say_hints(*hints: str) -> None:
     for each in filter(None, hints):
-        _say_wrapped("hint", each)
+        say_labelled("hint", each)
 
 
 # --- what is wrong with a command line ---

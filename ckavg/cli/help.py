@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
+import typer
 from typer.core import TyperCommand, TyperOption
 
-from ckavg.cli.layout import COLUMN, clause, emphasized, help_width, in_columns, wrapped
+from ckavg.cli.text import as_encoded, is_plain, wrapped
 from ckavg.schemes import SCHEMES
 from ckavg.schemes.parse import SELECTED_BY, described, parameters_of, shown
 
@@ -31,6 +33,10 @@ _RARE = {"pairing", "clock", "min_beta", "form", "no_bias_correction", "momentum
 _KINDS = {float: "X", int: "N", str: "TEXT"}
 
 _GAP = " " * 3
+"""What separates the parts of a formula."""
+
+_WIDEST, _COLUMN = 100, 26
+"""Columns of a screen, for longer lines are hard to read, and where its second column begins."""
 
 EXAMPLES = {
     "pema": ("ckavg pema ./checkpoints", "ckavg pema ./checkpoints --gamma 0.2 --last 10"),
@@ -70,14 +76,14 @@ def program_screen(groups: dict[str, dict[str, str]], options: Sequence[Any]) ->
         groups: by their titles, the verbs with what each does.
         options: of the program itself.
     """
-    columns = help_width()
+    columns = _width()
     purpose = "Average the saved checkpoints of a training run into one better model."
-    lines = [f"{emphasized('Usage:')} ckavg VERB [OPTIONS]", "", wrapped(purpose, columns)]
+    lines = [f"{_emphasized('Usage:')} ckavg VERB [OPTIONS]", "", wrapped(purpose, columns)]
     for title, verbs in groups.items():
-        rows = [(verb, clause(text, columns - 11)) for verb, text in verbs.items()]
-        lines += ["", emphasized(f"{title}:"), *in_columns(rows, columns, first=11)]
+        rows = [(verb, _clause(text, columns - 11)) for verb, text in verbs.items()]
+        lines += ["", _emphasized(f"{title}:"), *_in_columns(rows, columns, first=11)]
     begin = ("ckavg inspect ./checkpoints", "ckavg pema ./checkpoints")
-    lines += ["", emphasized("Begin with:"), *(f"  {each}" for each in begin)]
+    lines += ["", _emphasized("Begin with:"), *(f"  {each}" for each in begin)]
     names = ", ".join(each.opts[0] for each in options if each.param_type_name == "option")
     lines += ["", wrapped(f"ckavg VERB --help shows the options of a verb. Of the program: {names}.", columns)]
     return "\n".join((*lines, f"{DOCUMENTATION}/cli.html"))
@@ -91,7 +97,7 @@ def verb_screen(command: TyperCommand, variable: str, *, whole: bool) -> str:
         variable: an environment variable that sets one of its options, as an example.
         whole: whether all of it is shown.
     """
-    columns = help_width()
+    columns = _width()
     options = [each for each in command.params if isinstance(each, TyperOption) and each.name != "help_all"]
     options.sort(key=_is_shared)  # its own first
     if whole:
@@ -119,21 +125,21 @@ def _lines(
     """The lines of a screen with these options; those that are to be short say what is most important, in a line."""
 
     def rows(parameters: Iterable[Any]) -> Iterator[str]:
-        texts = ((_named(each), _meaning(each, columns - COLUMN if is_short(each) else 0)) for each in parameters)
-        return in_columns(texts, columns)
+        texts = ((_named(each), _meaning(each, columns - _COLUMN if is_short(each) else 0)) for each in parameters)
+        return _in_columns(texts, columns)
 
-    lines = [f"{emphasized('Usage:')} {usage(command)}", "", *_described(str(command.help), columns)]
+    lines = [f"{_emphasized('Usage:')} {usage(command)}", "", *_described(str(command.help), columns)]
     arguments = [each for each in command.params if each.param_type_name == "argument"]
     if arguments:
         lines += ["", *rows(arguments)]
     if _takes_words(command):
-        lines += ["", emphasized("Schemes, with their parameters and defaults:"), *_schemes(columns)]
+        lines += ["", _emphasized("Schemes, with their parameters and defaults:"), *_schemes(columns)]
     panels: dict[str, list[TyperOption]] = {}
     for each in options:
         panels.setdefault((each.rich_help_panel if by_panel else None) or "Options", []).append(each)
     for panel, here in panels.items():
-        lines += ["", emphasized(f"{panel}:"), *rows(here)]
-    lines += ["", emphasized("Examples:"), *(f"  {each}" for each in EXAMPLES[str(command.name)])]
+        lines += ["", _emphasized(f"{panel}:"), *rows(here)]
+    lines += ["", _emphasized("Examples:"), *(f"  {each}" for each in EXAMPLES[str(command.name)])]
     return "\n".join((*lines, "", *more, f"{DOCUMENTATION}/cli.html#ckavg-{command.name}")).split("\n")
 
 
@@ -210,8 +216,8 @@ def _meaning(parameter: Any, room: int = 0) -> str:
     suffix = f" [default: {default}]" if default else ""
     if not room:
         return f"{text}{suffix}"
-    short = clause(text, room - len(suffix))
-    return f"{short}{suffix}" if len(short) + len(suffix) <= room else clause(text, room)
+    short = _clause(text, room - len(suffix))
+    return f"{short}{suffix}" if len(short) + len(suffix) <= room else _clause(text, room)
 
 
 def _described(text: str, columns: int) -> Iterator[str]:
@@ -234,12 +240,57 @@ def _schemes(columns: int) -> Iterator[str]:
     for name in dict.fromkeys(scheme.name for scheme in SCHEMES if scheme.in_sweep):
         own = [each for each in parameters_of(name) if each.type is not bool]
         stated = " ".join(f"{shown(each.name)}={_value(each.default, each.type)}" for each in own)
-        rows.append((name, stated or clause(described(name), columns - 11)))
+        rows.append((name, stated or _clause(described(name), columns - 11)))
     selection = " ".join(f"{shown(name)}=N" for name in SELECTED_BY)
-    yield from in_columns((*rows, ("any", selection)), columns, first=11)
+    yield from _in_columns((*rows, ("any", selection)), columns, first=11)
 
 
 def _value(default: object, kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "|".join(typing.get_args(kind))
     return _kind(kind) if default is None else f"{default:g}" if isinstance(default, float) else str(default)
+
+
+# --- layout ---
+
+
+def _width() -> int:
+    """Columns that a help screen takes."""
+    return max(40, min(shutil.get_terminal_size().columns, _WIDEST))
+
+
+def _in_columns(rows: Iterable[tuple[str, str]], columns: int, *, first: int = _COLUMN) -> Iterator[str]:
+    r"""Rows of a name and what it means, the meanings one below the other.
+
+    Args:
+        rows: names and meanings.
+        columns: of the terminal.
+        first: where the meanings begin; a longer name has a line of its own.
+
+    >>> print(*_in_columns([("--every F", "Take a checkpoint every F steps.")], 30, first=14), sep="\n")
+      --every F   Take a
+                  checkpoint every
+                  F steps.
+    """
+    for name, meaning in rows:
+        left = f"  {name}"
+        fits = len(left) + 1 < first
+        lines = wrapped(as_encoded(meaning), columns, first, first).split("\n")
+        lines[0] = f"{left if fits else '':{first}}{lines[0]}"
+        yield from lines if fits else [left, *lines]
+
+
+def _clause(text: str, room: int) -> str:
+    """As much of a first sentence as there is room for, up to a colon, semicolon or comma; at least up to the first.
+
+    >>> _clause("Mean of the checkpoints: SWA; LAWA of the newest few. As is.", 35)
+    'Mean of the checkpoints: SWA'
+    """
+    whole = re.split(r"\.(?:\s|$)", text)[0].replace("\n", " ")
+    ends = [*(found.start() for found in re.finditer(r"[:;,] ", whole)), len(whole)]
+    return whole[: max((end for end in ends if end <= room), default=ends[0])]
+
+
+def _emphasized(text: str) -> str:
+    """A heading, bold in a terminal that can show it."""
+    return text if is_plain() else typer.style(text, bold=True)

@@ -18,10 +18,10 @@ class Progress:
     """How far a pass has come.
 
     Attributes:
-        stage: `path` for pass 1, `replay` for pass 2, `health` for `inspect --deep`; of a result that is verified, what
-            is read of it: its `files`, its `weights`, single `elements`, or all of its `sources`; `difference` of two;
-            `fetch` of files that
-            are fetched whole before they are read, `upload` to the Hub.
+        stage: `path` for pass 1, `replay` for pass 2, `files` for syncing and hashing what they wrote; `health` for
+            `inspect --deep`; of a result that is verified, what is read of it: its `files`, its `weights`, single
+            `elements`, or all of its `sources`; `difference` of two; `fetch` of files that are fetched whole before
+            they are read, `upload` to the Hub.
         done: bytes worked through.
         total: bytes to work through.
         kept: bytes beside these that an interrupted attempt had worked through.
