@@ -14,7 +14,8 @@ import torch
 import typer
 
 import ckavg
-from ckavg.cli.app import Verb, app
+from ckavg.cli.app import app
+from ckavg.cli.verbs import Verb
 from ckavg.schemes import Scheme
 from tests.cli.runner import placeless, run_cli, snapshot
 from tests.runs import random_run, write_run

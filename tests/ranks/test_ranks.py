@@ -191,7 +191,7 @@ CASES = {
     "interrupted": Case([130, 130], r"interrupted: No result was left in part", before={1: STOPPED}, stays=True),
     "bug": Case([1, 1], r"ZeroDivisionError: division by zero\nIn another process:", before={1: BROKEN}),
     "setting": Case([2, 2], r"error: bema: eta is -1", ["bema", "--eta", -1]),
-    "usage": Case([2, 2], r"No such option: --no-such", ["bema", "--no-such"]),
+    "usage": Case([2, 2], r"error: ckavg bema has no option --no-such", ["bema", "--no-such"]),
     "other options": Case(
         [1, 1],
         r"error: Rank 1 on .* has other options than rank 0",

@@ -210,9 +210,10 @@ def _run(words: list[str]) -> None:
 
 
 def _options(work: Path, verb: str) -> list[str]:
-    _, out, _ = _forked(work, work, [verb, "--help"])
-    starts = re.findall(r"^│ [* ]*((?:--?[a-z][\w-]*[ ,]+)+)", out, re.MULTILINE)
-    return sorted({option for start in starts for option in re.findall(r"--?[a-z][\w-]*", start)})
+    _, out, _ = _forked(work, work, [verb, "--help-all"])
+    starts = re.findall(r"^  ((?:--?[a-z][\w-]*[ ,/]*)+)", out, re.MULTILINE)
+    found = {option for start in starts for option in re.findall(r"--?[a-z][\w-]*", start)}
+    return sorted(found | {"-h", "--help"})
 
 
 def _files(directory: Path) -> dict[str, bytes]:
