@@ -94,6 +94,12 @@ def test_no_number_and_no_name_is_cut(rows: list[tuple[str, float, float, str]],
         pytest.fail(f"there was room in {width} columns")
 
 
+def test_blank_titles_are_not_shown() -> None:
+    table = Table("", " ", left=("", " "))
+    table.add_row("files", "ok")
+    assert lines_of(table, 80) == ["files  ok"]
+
+
 def test_columns_go_in_their_order_and_are_named() -> None:
     table = Table("step", "a", "b", "weight", " ", left=(" ",), spare=(" ", "b", "a"))
     table.add_row("100", "0.1234", "0.5678", "1.0000", Bar(1.0, 0.0, 1.0))
