@@ -127,8 +127,8 @@ def test_warnings_are_counted_and_the_step_to_look_at_is_named(tmp_path: Path) -
     assert last == ["2 warnings: look at step 60 first.", f"next     ckavg pema {run}"]
     deep = run_cli("inspect", run, "--deep", "-q", "--json")
     assert deep.exit_code == 0
-    last = run_cli("inspect", run, "--deep").stdout.splitlines()[-2]
-    assert last == "4 warnings: look at step 60 first."  # two stale saves more
+    said = run_cli("inspect", run, "--deep").stdout.splitlines()[-2]
+    assert said == "4 warnings: look at step 60 first."  # two stale saves more
 
 
 def adapters(root: Path, *steps: int) -> Path:
