@@ -153,5 +153,5 @@ def test_a_quiet_result_is_a_path_to_the_byte(cwd: Path) -> None:
     command = [sys.executable, "-m", "ckavg", "mean", name, "-q"]
     ran = subprocess.run(command, env=os.environ | ASCII | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=True)
     assert ran.stdout == os.fsencode(name) + b"/averaged/mean\n"
-    shown = run_in_terminal("mean", name, "-q", cwd=cwd)
+    shown = run_in_terminal("mean", name, "-q", environment=NO_COLOUR, cwd=cwd)
     assert (shown.status, "\x1b" in shown.raw) == (0, False), "a terminal would obey it"
