@@ -48,6 +48,7 @@ def demo(
             remove_earlier(directory)
         train(directory, on_progress=_say_tenths)
         run = open_run(directory)
+        say("averaging the checkpoints, and computing the loss of each average")
         results = [average(run, scheme, force=True) for scheme in (EMA(), PEMA(), BEMA())]
         losses = {"last checkpoint": held_out_loss(Path(run.last.path))}
         losses |= {result.outputs[-1].name: held_out_loss(result.directory) for result in results}

@@ -280,4 +280,4 @@ def _print_verdict(out: Output, found: Inspection, health: Health | None) -> Non
         out.line(f"{plural(count, 'warning')}{f': look at step {steps[0]} first' if steps else ''}.", style="warning")
     else:
         out.line("Nothing stands in the way.", style="good")
-    out.line(f"Next: {next_command(found.source, found.selection)}")
+    out.fact("next", next_command(found.source, found.selection), style="command")

@@ -83,7 +83,7 @@ Source = Annotated[
     ),
 ]
 Json = Annotated[bool, display("One JSON object on stdout.", "--json")]
-Quiet = Annotated[bool, display("No progress, no summary.", "--quiet", "-q")]
+Quiet = Annotated[bool, display("No progress and no summary: the paths of results alone.", "--quiet", "-q")]
 Verbose = Annotated[bool, display("Add a traceback to an error.", "--verbose", "-v")]
 
 Private = Annotated[

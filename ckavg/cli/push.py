@@ -81,7 +81,7 @@ def push_shown(directory: Path, destination: Destination, *, quiet: bool) -> Pus
     """Upload a result and show how far it has come. An interrupt costs nothing but the rest of the upload."""
     show_bars = stderr_is_terminal() and not (quiet or is_plain())  # huggingface_hub's own
     with interrupted_with(when_complete(directory, destination)):
-        with show_progress(2, quiet=quiet) as on_progress:
+        with show_progress(1, quiet=quiet) as on_progress:
             plan = plan_push(directory, destination, on_progress=on_progress)
             if not show_bars:
                 pushed = upload(plan, on_progress=on_progress)

@@ -170,9 +170,11 @@ def print_results(evaluated: Evaluated, plans: Sequence[Plan]) -> None:
     out.line()
     shown: tuple[str, ...] = () if criterion is None else (printable(criterion.metric or "eval"), " ")
     new = [record for record, plan in zip(results, plans, strict=True) if plan.current is None]
-    shown += () if len(new) == len(results) else (" ",)
+    shown += () if len(new) == len(results) else ("state",)
     columns = ("average", "weights", "first", "last", "least", "n", "age", *shown)
-    table = Table(*columns, left=("average", "weights", " "), spare=("first", "least", "weights", "last", "age"))
+    table = Table(
+        *columns, left=("average", "weights", " ", "state"), spare=("state", "first", "least", "weights", "last", "age")
+    )
     of_results = marks(evaluated.ranking, len(results))
     for chosen, places in groups.items():
         if len(groups) > 1:
@@ -187,7 +189,7 @@ def print_results(evaluated: Evaluated, plans: Sequence[Plan]) -> None:
             cells: list[str | Cell] = [f"{weight:.4f}" for weight in ends]
             cells += [f"{record.effective_count or 1:.1f}", f"{record.mean_age or 0:.0f}"]
             cells += [] if criterion is None else [shown_value(record.evaluation), of_results[place]]
-            cells += [] if len(new) == len(results) else ["up to date" if plans[place].is_up_to_date else ""]
+            cells += [] if len(new) == len(results) else ["up to date" if plans[place].is_up_to_date else "new"]
             table.add_row(name, _spark(record, visited), *cells, style="good" if place == best else "")
     out.table(table)
     out.line()

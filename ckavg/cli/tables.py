@@ -119,7 +119,7 @@ class Table:
     """A table without rules; numbers to the right.
 
     Args:
-        titles: of the columns.
+        titles: of the columns; where all are blank, none is shown.
         left: those that begin at the left.
         wraps: those whose texts may have several lines.
         spare: those that are left out where there is no room, the first one first.
@@ -157,7 +157,8 @@ class Table:
         for place in sorted(kept, key=lambda place: least[place] - widths[place]):  # those that can shrink most
             over = sum(widths.values()) + _GAP * (len(kept) - 1) - width
             widths[place] = max(least[place], widths[place] - max(over, 0))
-        lines = self._lines([Words(title) for title in self._titles], widths, "bold")
+        titles: list[Cell] = [Words(title) for title in self._titles]
+        lines = self._lines(titles, widths, "bold") if any(map(str.strip, self._titles)) else []
         for row, style in self._rows:
             if isinstance(row, str):
                 lines += Words(row, style, wraps=True).drawn(width).split()

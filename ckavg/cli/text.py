@@ -12,7 +12,7 @@ import textwrap
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 from rich.console import Console
@@ -59,7 +59,8 @@ ASCII = "ckavg.ascii"
 
 _SPELLED = {
     **dict(zip("▏▎▍▌▋▊▉█▐│─·•", "   ######|-.*", strict=True)),
-    **dict(zip("▁▂▃▄▅▆▇", "_.:=+*%", strict=True)),
+    **dict(zip("▁▂▃▄▅▆▇", "_,:=+*%", strict=True)),
+    **dict.fromkeys("├└┌┐┘┤┬┴┼╭╮╰╯", "+"),
     **dict(zip("−–—×‖‘’“”⁄", ("-", "-", "--", "x", "||", "'", "'", '"', '"', "/"), strict=True)),
     **{"→": "->", "←": "<-", "↑": "^", "±": "+/-", "≤": "<=", "≥": ">=", "≈": "~", "√": "sqrt ", "✓": "ok"},
 }
@@ -78,19 +79,18 @@ def _in_ascii(char: str) -> str:
     >>> "".join(map(_in_ascii, "ℓ β² … ± 模"))
     'l beta2 ... +/- \\u6a21'
     """
-    if char in _SPELLED:
-        return _SPELLED[char]
     name = unicodedata.name(char, "")
     plain = name.rsplit(" ", 1)[-1].lower() if name.startswith("GREEK") else unicodedata.normalize("NFKC", char)
+    plain = "".join(_SPELLED.get(each, each) for each in (char if char in _SPELLED else plain))
     return plain if plain.isascii() else char.encode("ascii", "backslashreplace").decode()
 
 
 codecs.register_error(ASCII, _spell)
 
 
-def as_encoded(text: str) -> str:
-    """The text as stdout shows it, so that what is laid out has the width that it will have."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+def as_encoded(text: str, stream: TextIO | None = None) -> str:
+    """The text as a stream shows it, or stdout, so that what is laid out has the width that it will have."""
+    encoding = getattr(stream or sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, ASCII).decode(encoding, "replace")
 
 
@@ -120,6 +120,7 @@ def say_labelled(kind: str, text: str) -> None:
     """Print `kind: text` to stderr, where `text` is fit for a terminal already and may have several lines."""
     label = f"{kind}:"
     if stderr_is_terminal():
+        text = as_encoded(text, sys.stderr)
         width = Output(stderr=True).width
         text = "\n".join(wrapped(line, width, len(label) + 1) for line in text.split("\n"))
     if stderr_is_terminal() and not is_plain():

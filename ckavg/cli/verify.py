@@ -101,7 +101,7 @@ def print_verified(verified: Verified, *, quiet: bool) -> None:
         out.line(verified.title, wrap=True)
         out.line()
         wrong = {each.check for each in verified.findings if each.is_problem}
-        table = Table("check", "outcome", " ", left=("check", "outcome", " "), wraps=(" ",))
+        table = Table("", " ", "  ", left=("", " ", "  "), wraps=("  ",))
         for check in verified.checks:
             outcome = Words("WRONG", "bad") if check in wrong else Words("ok", "good")
             passed = f"{'see below' if check in wrong else _PASSED[check]}{_measured(verified, check)}"

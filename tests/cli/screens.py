@@ -31,7 +31,9 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIO
 
 _VOLATILE = (
     (r"\b\d+\.\d (s|ms|min)\b", r"TIME \1"),
-    (r"\b\d+(\.\d+)? ([kMGT]?B/s)", r"RATE \2"),
+    (r"(?m)^.*: \d+ %, .* left\n", ""),  # how far a slow machine had come after ten seconds
+    (r"\b\d+(\.\d+)? ([kMGT]?B|bytes)/s", "RATE"),
+    (r"\bRead [\d.]+ kB", "Read SIZE"),  # with a record, in which times have more digits or fewer
     (r"\b(about|room for) [\d.]+ [kMGT]?B\b", r"\1 SIZE"),
     (r"\b\d{4}-\d\d-\d\d \d\d:\d\d\b", "DATE"),
 )

@@ -336,7 +336,7 @@ def test_torchrun_is_told_to_stop(tmp_path: Path, sent: signal.Signals) -> None:
     )
     assert process.stderr is not None
     said = ""
-    while "GB to read" not in said:
+    while "averaging: " not in said:
         said += process.stderr.readline()
     process.send_signal(sent)
     said += process.communicate(timeout=SECONDS)[1]
