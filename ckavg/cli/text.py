@@ -191,9 +191,13 @@ class Output(Console):
     """
 
     def __init__(self, *, stderr: bool = False) -> None:
-        super().__init__(stderr=stderr, markup=False, highlight=False, theme=_THEME)
-        if is_plain():
-            self._color_system = None
+        super().__init__(
+            stderr=stderr,
+            markup=False,
+            highlight=False,
+            theme=_THEME,
+            color_system=None if is_plain() else "auto",
+        )
         if not self.is_terminal:
             self.width = _WIDTH
 
