@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 FAILED, USAGE, UNFINISHED, INTERRUPTED = 1, 2, 3, 130
 _AS_IT_WAS = "No result was left in part; the checkpoints are as they were."
-_BEGINS_ANEW = "Nothing was kept yet: the same command begins anew."
+_BEGINS_ANEW = "Nothing is finished yet: the same command begins anew."
 _STDOUT, _STDERR = 1, 2
 _LONGEST_LINE = 10_000
 """Characters; twice the longest path."""

@@ -86,7 +86,7 @@ def program_screen(groups: dict[str, dict[str, str]], options: Sequence[Any]) ->
     lines += ["", _emphasized("Begin with:"), *(f"  {each}" for each in begin)]
     names = ", ".join(each.opts[0] for each in options if each.param_type_name == "option")
     lines += ["", wrapped(f"ckavg VERB --help shows the options of a verb. Of the program: {names}.", columns)]
-    return "\n".join((*lines, f"{DOCUMENTATION}/cli.html"))
+    return as_encoded("\n".join((*lines, f"{DOCUMENTATION}/cli.html")))
 
 
 def verb_screen(command: TyperCommand, variable: str, *, whole: bool) -> str:
@@ -128,7 +128,7 @@ def _lines(
         texts = ((_named(each), _meaning(each, columns - _COLUMN if is_short(each) else 0)) for each in parameters)
         return _in_columns(texts, columns)
 
-    lines = [f"{_emphasized('Usage:')} {usage(command)}", "", *_described(str(command.help), columns)]
+    lines = [f"{_emphasized('Usage:')} {usage(command)}", "", *_described(as_encoded(str(command.help)), columns)]
     arguments = [each for each in command.params if each.param_type_name == "argument"]
     if arguments:
         lines += ["", *rows(arguments)]
@@ -140,7 +140,8 @@ def _lines(
     for panel, here in panels.items():
         lines += ["", _emphasized(f"{panel}:"), *rows(here)]
     lines += ["", _emphasized("Examples:"), *(f"  {each}" for each in EXAMPLES[str(command.name)])]
-    return "\n".join((*lines, "", *more, f"{DOCUMENTATION}/cli.html#ckavg-{command.name}")).split("\n")
+    text = "\n".join((*lines, "", *more, f"{DOCUMENTATION}/cli.html#ckavg-{command.name}"))
+    return as_encoded(text).split("\n")
 
 
 def usage(command: TyperCommand) -> str:
@@ -213,7 +214,7 @@ def _meaning(parameter: Any, room: int = 0) -> str:
         value = parameter.default
         is_said = parameter.required or default is False or value is None or value is False
         default = "" if is_said else f"{value:g}" if isinstance(value, float) else str(value)
-    suffix = f" [default: {default}]" if default else ""
+    suffix = f" [default:\N{NO-BREAK SPACE}{default}]" if default else ""
     if not room:
         return f"{text}{suffix}"
     short = _clause(text, room - len(suffix))

@@ -110,7 +110,8 @@ def _help_all(
 
 
 def _screen(command: Any, *, whole: bool) -> str:
-    variables = [f"{each.envvar}={each.default}" for each in _options(command) if each.envvar and each.default]
+    own_first = sorted(_options(command), key=lambda option: bool(option.rich_help_panel))
+    variables = [f"{each.envvar}={each.default}" for each in own_first if each.envvar and each.default]
     return verb_screen(command, next(iter(variables), ""), whole=whole)
 
 

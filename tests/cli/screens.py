@@ -7,18 +7,22 @@ records anew, in `tests/cli/screens/`, what the tests of `test_*_screens.py` com
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
 import subprocess
 import sys
 import termios
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
+
+from ckavg.cli import main
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).with_suffix("")
@@ -63,6 +67,7 @@ def run_in_terminal(
     environment: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     interrupt_at: str = "",
+    warm: bool = False,
 ) -> Shown:
     """Run `ckavg` in a pseudo-terminal that has nothing but the command on its screen.
 
@@ -72,6 +77,7 @@ def run_in_terminal(
         environment: variables beside those of a plain UTF-8 terminal with colours.
         cwd: where it is run.
         interrupt_at: press Ctrl-C once this text was printed.
+        warm: fork this process, which has the program imported, instead of starting another.
     """
     words = ("-m", "ckavg", *words)
     pid, terminal = pty.fork()
@@ -79,6 +85,8 @@ def run_in_terminal(
         try:
             os.chdir(cwd or ROOT)
             termios.tcsetwinsize(0, (ROWS, columns))
+            if warm:
+                _run_here(words[2:], _environment(environment))
             os.execve(sys.executable, [sys.executable, *map(str, words)], _environment(environment))
         finally:
             os._exit(99)
@@ -172,6 +180,19 @@ def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
     return kept | plain | {"HF_HUB_OFFLINE": "1"} | dict(more or {})
 
 
+def _run_here(words: Sequence[str | Path], environment: Mapping[str, str]) -> None:
+    """Become the program, whose terminal is the standard streams."""
+    warnings.resetwarnings()
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["ckavg", *map(str, words)]
+    sys.stdin, sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.FileIO(number, mode, closefd=False), encoding="utf-8", line_buffering=True)
+        for number, mode in enumerate("rww")
+    )
+    main()
+
+
 def _read(descriptor: int) -> bytes:
     try:
         return os.read(descriptor, 1 << 16)
@@ -179,11 +200,11 @@ def _read(descriptor: int) -> bytes:
         return b""
 
 
-def main() -> None:
+def record() -> None:
     """Record all screens anew."""
     os.environ[RECORDING] = "1"
     sys.exit(pytest.main(["-q", *map(str, sorted(HERE.parent.glob("test_*_screens.py")))]))
 
 
 if __name__ == "__main__":
-    main()
+    record()

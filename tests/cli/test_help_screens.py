@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ckavg.cli.help import DOCUMENTATION, EXAMPLES, MOST_LINES
-from ckavg.cli.verbs import VERBS
-from tests.cli.screens import ASCII, DUMB, NO_COLOUR, ROOT, compare, run_in_pipe, run_in_terminal
+from ckavg.cli.verbs import VERBS, Verb
+from tests.cli.screens import ASCII, DUMB, NO_COLOUR, ROOT, Shown, compare, run_in_pipe, run_in_terminal
 
 WIDTHS = (60, 80, 120)
+for verb in VERBS:  # what is imported here is there in the processes that are forked
+    Verb(verb).load()
 ERRORS = {
     "no-such-verb": "pemma",
     "no-such-option": "pema --gama 0.2",
@@ -22,13 +25,17 @@ ERRORS = {
     "outside-its-domain": "pema . --gamma -1",
     "no-such-parameter": "sweep . pema:gama=0.1",
     "no-such-directory": "ema /data/runs/a-rather-long-name-of-a-training-run/checkpoints-of-the-last-week",
-    "a-command-to-copy": "watch . pema",
+    "a-command-to-copy": "watch nowhere pema",
 }
+
+
+def shown_by(*words: str | Path, columns: int = 80, **more: Any) -> Shown:
+    return run_in_terminal(*words, columns=columns, warm=True, **more)
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_fits_a_screen(verb: str) -> None:
-    shown = run_in_terminal(verb, "--help")
+    shown = shown_by(verb, "--help")
     assert shown.status == 0
     assert len(shown.text.splitlines()) <= MOST_LINES
     compare(f"help-{verb}", shown.text)
@@ -36,7 +43,7 @@ def test_help_fits_a_screen(verb: str) -> None:
 
 @pytest.mark.parametrize("columns", WIDTHS)
 def test_help_of_the_program(columns: int) -> None:
-    shown = run_in_terminal("--help", columns=columns)
+    shown = shown_by("--help", columns=columns)
     if columns >= 80:
         assert len(shown.text.splitlines()) <= MOST_LINES
     compare(f"help-{columns}", shown.text)
@@ -45,7 +52,7 @@ def test_help_of_the_program(columns: int) -> None:
 @pytest.mark.parametrize("verb", ["pema", "bema", "sweep"])
 @pytest.mark.parametrize("columns", [60, 120])
 def test_help_at_other_widths(verb: str, columns: int) -> None:
-    shown = run_in_terminal(verb, "--help", columns=columns)
+    shown = shown_by(verb, "--help", columns=columns)
     longest = max(map(len, shown.text.splitlines()))
     assert longest <= columns
     compare(f"help-{verb}-{columns}", shown.text)
@@ -53,7 +60,7 @@ def test_help_at_other_widths(verb: str, columns: int) -> None:
 
 @pytest.mark.parametrize("columns", WIDTHS)
 def test_all_options(columns: int) -> None:
-    shown = run_in_terminal("pema", "--help-all", columns=columns)
+    shown = shown_by("pema", "--help-all", columns=columns)
     assert max(map(len, shown.text.splitlines())) <= columns
     compare(f"help-all-{columns}", shown.text)
 
@@ -61,7 +68,7 @@ def test_all_options(columns: int) -> None:
 @pytest.mark.parametrize("columns", WIDTHS)
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors(name: str, columns: int, tmp_path: Path) -> None:
-    shown = run_in_terminal(*ERRORS[name].split(), columns=columns, cwd=tmp_path)
+    shown = shown_by(*ERRORS[name].split(), columns=columns, cwd=tmp_path)
     assert shown.status == (1 if name == "no-such-directory" else 2)
     assert shown.text.startswith("error: ")
     assert "\nhint: " in shown.text
@@ -71,9 +78,8 @@ def test_errors(name: str, columns: int, tmp_path: Path) -> None:
 def test_what_would_be_copied_stays_in_one_piece(tmp_path: Path) -> None:
     place = tmp_path / "my run"
     place.mkdir()
-    told = " ".join(run_in_terminal("pema", place, columns=60).raw.split())
-    assert str(place) in run_in_terminal("pema", place, columns=60).raw, told
-    assert "ckavg watch ./checkpoints pema mean:last=5" in run_in_terminal("watch", ".", "pema", columns=60).raw
+    assert str(place) in shown_by("pema", place, columns=60).raw
+    assert "ckavg watch ./checkpoints pema mean:last=5" in shown_by("watch", "nowhere", "pema", columns=60).raw
 
 
 @pytest.mark.parametrize(("name", "environment"), [("no-colour", NO_COLOUR), ("dumb", DUMB), ("ascii", ASCII)])

@@ -111,6 +111,7 @@ def test_stopped_before_anything_is_worth_keeping(
     said = stopped(warm, run, "ema", number, seconds=60)
     assert sorted(path.name for path in run.iterdir()) == before
     assert "kept" not in said
+    assert said.endswith("\nhint: Nothing is finished yet: the same command begins anew.\n")
 
 
 def result_of(run: Path, name: str) -> dict[str, bytes]:
@@ -130,7 +131,7 @@ def test_what_pass_2_has_finished_is_not_done_again(warm: subprocess.Popen[str],
     expected, whole = undisturbed(run, "ema")
     said = stopped(warm, run, "ema", signal.SIGINT, seconds=0.5)
     left = run / "averaged" / ".ema-gamma0.15.ckavg-partial"
-    assert f"What was finished is kept in {left}: the same command continues from there." in said
+    assert f"\nhint: What was finished is kept in {left}: the same command continues from there." in said
     assert [path.name for path in (run / "averaged").iterdir()] == [left.name]
 
     again = run_cli("ema", run, "--json")
@@ -146,7 +147,7 @@ def test_what_pass_2_has_finished_is_not_done_again(warm: subprocess.Popen[str],
 def test_what_pass_1_has_finished_is_not_done_again(warm: subprocess.Popen[str], run: Path) -> None:
     expected, whole = undisturbed(run, "pema")
     said = stopped(warm, run, "pema", signal.SIGINT, seconds=0.5)
-    assert "What was measured of the path so far is kept: the same command continues from there." in said
+    assert "\nhint: What was measured of the path so far is kept: the same command continues from there.\n" in said
     (left,) = (run / "averaged").iterdir()
     assert re.fullmatch(r"\.path-[0-9a-f]{16}-[0-9a-f]{16}-0\.ckavg-partial", left.name)
 
