@@ -136,7 +136,6 @@ def test_what_pass_2_has_finished_is_not_done_again(warm: subprocess.Popen[str],
 
     again = run_cli("ema", run, "--json")
     assert re.search("averaging: .*; .* more were done before it was interrupted", again.stderr)
-    assert "GB more were done before it was interrupted" in again.stderr
     told = json.loads(again.stdout)
     assert 0 < told["bytes_read"] < whole
     assert result_of(run, "ema-gamma0.15") == expected
