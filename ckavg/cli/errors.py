@@ -214,8 +214,11 @@ def _notes(error: BaseException) -> list[str]:
 
 
 def _say_hints(*hints: str) -> None:
+    """Say what helps; what follows on a colon is quoted, and no advice of ours."""
+    is_quoted = False
     for each in filter(None, hints):
-        say_labelled("hint", each)
+        say(each) if is_quoted else say_labelled("hint", each)
+        is_quoted = is_quoted or each.endswith(":")
 
 
 # --- what is wrong with a command line ---
