@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from ckavg.averaging.sweep import Sweep, sweep
     from ckavg.averaging.tensors import average_tensors, effective_weights
     from ckavg.checkpoints.run import Run
-    from ckavg.cli.text import show_progress as show_progress
+    from ckavg.cli.progress import show_progress as show_progress
     from ckavg.engine.context import Progress
     from ckavg.engine.distributed import all_ranks
     from ckavg.hub import Pushed
@@ -123,7 +123,7 @@ _MODULES = {
 
 _INTERNAL = {
     "path_figure": "output.plots",
-    "show_progress": "cli.text",
+    "show_progress": "cli.progress",
 }
 """What rooms that come earlier call of later ones, for the methods of their values."""
 

@@ -16,7 +16,9 @@ from mkdocs.structure.pages import Page
 from typer.core import TyperGroup, TyperOption
 
 from ckavg import errors
-from ckavg.cli.app import Verb, app
+from ckavg.cli.app import app
+from ckavg.cli.help import ALL
+from ckavg.cli.verbs import Verb
 from ckavg.output.record import Input, Output, Record, Seconds
 from ckavg.schemes import SCHEMES
 
@@ -64,7 +66,7 @@ def filled(markdown: str) -> str:
 def options(verb: str) -> dict[str, TyperOption]:
     """The options of a verb, by their names as they are typed, without the help."""
     command = cast(Verb, cast(TyperGroup, typer.main.get_command(app)).commands[verb])
-    found = (each for each in command.load().params if isinstance(each, TyperOption))
+    found = (each for each in command.load().params if isinstance(each, TyperOption) and ALL not in each.opts)
     return {", ".join(f"`{name}`" for name in (*each.opts, *each.secondary_opts)): each for each in found}
 
 

@@ -18,6 +18,7 @@ from ckavg.averaging.plan import Plan
 from ckavg.averaging.recipe import recipe_of
 from ckavg.checkpoints.fingerprints import Fingerprints, fingerprint_run, with_tensors
 from ckavg.checkpoints.run import Run
+from ckavg.engine.context import Context, OnProgress, Progress
 from ckavg.engine.distributed import AGREED, JOURNAL, PassJournal, Ranks
 from ckavg.engine.job import RANK_FILE
 from ckavg.engine.reader import usable_handles
@@ -222,9 +223,9 @@ def open_writers(
 
 
 def finalize(
-    plans: Sequence[Plan], stagings: Sequence[Staging], writers: Writers, key: str, ranks: Ranks
+    plans: Sequence[Plan], stagings: Sequence[Staging], writers: Writers, key: str, context: Context
 ) -> list[dict[Path, str]]:
-    """Flush all weight files to disk; return the SHA-256 of each by its path in the result.
+    """Flush all weight files to disk; return the SHA-256 of each by its path in the result. Reports progress.
 
     Raises:
         WriteError: a file cannot be written.
@@ -236,11 +237,13 @@ def finalize(
         for index, out in plan.outputs.items()
         for shard in plan.layout(index).weights.shards
     ]
-    syncs = [writer.sync for files in writers for writer in files.values()]
+    ranks, syncs = context.ranks, [writer.sync for files in writers for writer in files.values()]
+    written = [plan.layout(index).weights.nbytes for plan in plans for index in plan.outputs]
+    report = _report_files(context.on_progress, [shard.nbytes for _, shard in outputs], written)
     if ranks.mode != "job":
         for path, shard in outputs:
             write_own_hashes(path, shard)
-        hashes = dict(enumerate(sha256_of([path for path, _ in outputs], beside=syncs)))
+        hashes = dict(enumerate(sha256_of([path for path, _ in outputs], beside=syncs, on_done=report)))
     else:
         journal: PassJournal[str] = ranks.journal("files", key)
         own = [place for place in range(ranks.rank, len(outputs), ranks.world) if place not in journal.done]
@@ -255,11 +258,30 @@ def finalize(
             return {place % ranks.world for place in range(len(outputs)) if place not in hashes}
 
         ranks.wait(awaited, "hashing")
+        for place in range(len(outputs) + len(syncs)):
+            report(place)
     by_path = {path: hashes[place] for place, (path, _) in enumerate(outputs)}
     return [
         {name: by_path[staging.path / name] for name in plan.weight_files}
         for staging, plan in zip(stagings, plans, strict=True)
     ]
+
+
+def _report_files(
+    on_progress: OnProgress | None, hashed: Sequence[int], synced: Sequence[int]
+) -> Callable[[int], None]:
+    """What tells how far files are hashed and on the disk, by the place of what is done: each is half of the work."""
+    total, done, sizes = sum(hashed), 0, [*hashed, *synced]
+    if on_progress is not None:
+        on_progress(Progress("files", 0, total))
+
+    def report(place: int) -> None:
+        nonlocal done
+        done += sizes[place]
+        if on_progress is not None:
+            on_progress(Progress("files", done // 2, total))
+
+    return report
 
 
 def hash_run(run: Run) -> str:

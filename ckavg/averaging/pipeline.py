@@ -339,7 +339,7 @@ def _replay(
             context=context,
             journals=journals,
         )
-        hashes = [] if ranks.mode == "part" else finalize(plans, stagings, writers, key, ranks)
+        hashes = [] if ranks.mode == "part" else finalize(plans, stagings, writers, key, context)
     return replayed, hashes
 
 

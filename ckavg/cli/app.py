@@ -9,96 +9,53 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from importlib import import_module
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, cast
+from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
 from ckavg import __version__
-from ckavg.cli.errors import FAILED, INTERRUPTED, mute_others, system_error
-from ckavg.cli.text import Stdout, warn
+from ckavg.cli.errors import FAILED, INTERRUPTED, USAGE, failures, mute_others, system_error, unknown, usage_errors
+from ckavg.cli.help import program_screen
+from ckavg.cli.text import ASCII, Stdout, warn
+from ckavg.cli.verbs import GROUPS, VERBS, Verb
 from ckavg.engine.launchers import slurm_environment
-from ckavg.errors import printable
-from ckavg.schemes import SCHEMES
-from ckavg.schemes.parse import described
 
 _STDERR = 2
 _MANY_FILES = 10_240
 """The most that macOS allows, and enough for any run."""
 
-_VERBS = {
-    **{scheme.name: described(scheme.name) for scheme in SCHEMES if scheme.has_verb},
-    "sweep": "Form many averages from one reading of the checkpoints: every value of every scheme.",
-    "watch": "Average a run anew whenever a checkpoint of it is complete, while training goes on.",
-    "best": "Search for the average that your own command finds best, and compare it with the last checkpoint.",
-    "join": "Put the parts of an average together that were done with --part.",
-    "path": "Measure how far the weights travelled: pass 1 alone, kept for later runs.",
-    "inspect": "Show what was found, in which order, and what is wrong with it. Reads no weights without --deep.",
-    "eval": "Compute the held-out loss of a causal language model on a text, in nats per token.",
-    "verify": "Read a result again and check it against its record: files, weights, numbers.",
-    "ls": "List the results of a run: recipe, evaluation, what their weights say. Reads no weights.",
-    "diff": "Compare two results, or a result with a checkpoint: recipe, weights, distance by tensor.",
-    "push": "Upload a finished average to the Hugging Face Hub.",
-    "demo": "Train a small model, save its checkpoints, average them, and compare.",
-}
-"""What `ckavg --help` says of each verb, without importing its file; a verb itself begins with the same sentence."""
-
-
-class Verb(TyperCommand):
-    """A verb whose file is imported when it is run, so that `ckavg --help` need not wait for all of them."""
-
-    def load(self) -> TyperCommand:
-        """The verb itself, with its options."""
-        name = str(self.name)
-        if name in {scheme.name for scheme in SCHEMES}:
-            function = import_module("ckavg.cli.average").scheme_verb(name)
-        else:
-            function = getattr(import_module(f"ckavg.cli.{name}"), name)
-        alone = typer.Typer(add_completion=False)
-        alone.command(name)(function)
-        return cast(TyperCommand, typer.main.get_command(alone))
-
-    def make_context(self, *arguments: Any, **options: Any) -> Any:
-        """As of the verb itself."""
-        return self.load().make_context(*arguments, **options)
-
 
 class _Program(TyperGroup):
-    """The verbs. What is wrong with a command line is said in one line, and without obeying what was typed."""
+    """The verbs, and what is wrong with a command line."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.commands.update({name: Verb(name, help=text) for name, text in _VERBS.items()})
+        self.commands.update({name: Verb(name, help=text) for name, text in VERBS.items()})
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
-        with _in_one_line():
+        with failures(verbose=False), usage_errors(self):
             return super().make_context(*arguments, **options)
 
     def invoke(self, *arguments: Any) -> Any:
-        with _in_one_line():
+        with failures(verbose=False), usage_errors(self):
             return super().invoke(*arguments)
 
+    def resolve_command(self, context: Any, args: list[str]) -> Any:
+        if args[0] not in self.commands and not context.resilient_parsing:
+            raise unknown("ckavg", "verb", args[0], self.commands)
+        return super().resolve_command(context, args)
 
-@contextmanager
-def _in_one_line() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if hasattr(error, "format_message"):  # a usage error: typer brings its own, under names of its own
-            vars(error).update(message=printable(str(vars(error).get("message", ""))))
-        raise
+    def format_help(self, _context: Any, formatter: Any) -> None:
+        formatter.write(program_screen(GROUPS, self.params))
 
 
 app = typer.Typer(
     name="ckavg",
     cls=_Program,
-    help="Average the saved checkpoints of a training run into one better model, without retraining.",
-    epilog="Begin with: ckavg inspect ./checkpoints",
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -112,11 +69,14 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def _program(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(USAGE)
 
 
 def main() -> None:
@@ -125,10 +85,10 @@ def main() -> None:
     gc.disable()  # a short life with bounded memory: looking for cycles in torch's modules costs a tenth of a second
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that has no ℓ shows a question mark, not a traceback
+            stream.reconfigure(errors=ASCII)  # a terminal that has no ℓ shows an l, not a traceback
     if isinstance(sys.stdout, io.TextIOWrapper):
         of_stdout = {name: getattr(sys.stdout, name) for name in ("encoding", "line_buffering", "write_through")}
-        sys.stdout = Stdout(sys.stdout.detach(), errors="replace", **of_stdout)
+        sys.stdout = Stdout(sys.stdout.detach(), errors=ASCII, **of_stdout)
     _occupy_standard_streams()
     _allow_many_files()
     if "slurm" in _values_of("--distributed"):

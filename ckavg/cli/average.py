@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.filesize import decimal
 
 from ckavg.averaging.evaluation import Criterion
 from ckavg.averaging.pipeline import Done, carry_out, do_part
 from ckavg.averaging.plan import Options, Plan, checked, output_path, plan_averages
 from ckavg.averaging.publish import discard_sent
-from ckavg.averaging.reading import fetching_of, memory_bytes, readings
+from ckavg.averaging.reading import fetching_of, readings
 from ckavg.averaging.sources import inspect_sources
 from ckavg.checkpoints.run import Run, Selection
 from ckavg.cli.errors import distributed, interrupted_with
@@ -28,28 +27,26 @@ from ckavg.cli.evaluation import (
     marks,
     print_curves,
     send_shown,
-    shown_value,
     unsent,
     write_curves,
 )
 from ckavg.cli.options import Averaging, Command, Measuring, with_options
 from ckavg.cli.parts import print_part, ranks_of_part
+from ckavg.cli.progress import show_progress, show_status
 from ckavg.cli.push import destination_of, print_pushed, push_shown, when_complete
-from ckavg.cli.text import Output, as_count, print_json, say, show_progress, table_by_step, warn_of
+from ckavg.cli.summary import as_result, print_summary, reading_shown, say_fetching, show_plans, to_form
+from ckavg.cli.text import print_json, print_places, warn_of
 from ckavg.engine.context import Context
 from ckavg.engine.distributed import Ranks
-from ckavg.errors import SettingError, listed, printable
+from ckavg.errors import SettingError, listed
 from ckavg.hub import Destination, check_access
-from ckavg.output.card import products_shown
-from ckavg.output.commands import load_command
 from ckavg.output.output_path import check_file
-from ckavg.output.record import MOST_BYTES, Record
+from ckavg.output.record import MOST_BYTES
 from ckavg.output.staging import find_leftovers
 from ckavg.schemes import SCHEMES, Scheme
 from ckavg.schemes.parse import Parameter, described, make_scheme, parameters_of, shown
 from ckavg.storage.address import output_address
 from ckavg.storage.local import parse_json, read_small
-from ckavg.storage.remote import Fetching
 
 _WEIGHTS = 'Expected JSON: [0.1, 0.2, 0.7], or {"500": 0.3, "1000": 0.7} by step.'
 
@@ -148,7 +145,9 @@ def finish(
         warn_of(new_warnings(done, plans))
         evaluated = send_shown(evaluate_all(done.records, plans, criterion, options), plans, quiet=options.quiet)
         (result,), (plan,) = evaluated.records, plans
-        if not (options.as_json or options.quiet):
+        if options.quiet and not options.as_json:
+            print_places([result.directory])
+        elif not options.as_json:
             print_summary(result, plan)
             print_curves(evaluated)
         write_plot(done, options, evaluated)
@@ -195,7 +194,8 @@ def plans_of(
     words: dict[Selection, list[str]] = {}
     for each in asked:
         words.setdefault(each.selection, []).append(each.word)
-    found = inspect_sources(options.source, list(words), max_disk=options.max_disk)
+    with show_status(f"looking for checkpoints in {options.source}", quiet=options.quiet or not ranks.is_first):
+        found = inspect_sources(options.source, list(words), max_disk=options.max_disk)
     places = paths_in(found[0].home)
     runs = checked(found, places, words=[listed(some) for some in words.values()], force=options.force)
     for run in runs:
@@ -270,18 +270,8 @@ def shown_progress(plans: Sequence[Plan], options: Averaging, ranks: Ranks) -> I
     say_fetching(fetching, quiet=quiet)
     passes = sum(2 if reading.path_bytes else 1 for reading in readings(new))
     passes += fetching is not None and bool(fetching.whole)
-    with show_progress(passes, quiet=quiet) as on_progress:
+    with show_progress(passes, quiet=quiet, first=reading_shown(new)) as on_progress:
         yield Context(device=options.device, on_progress=on_progress, ranks=ranks)
-
-
-def to_form(plans: Sequence[Plan]) -> list[Plan]:
-    """Those of plans whose result is not there already and up to date."""
-    return [plan for plan in plans if plan.current is None]
-
-
-def as_result(record: Record, plan: Plan) -> dict[str, Any]:
-    """A record as plain JSON values, marked where the result was there already and is up to date."""
-    return record.to_dict() | ({"up_to_date": True} if plan.is_up_to_date else {})
 
 
 def new_warnings(done: Done, plans: Sequence[Plan]) -> list[str]:
@@ -329,161 +319,3 @@ def write_report(done: Done, options: Averaging, evaluated: Evaluated) -> None:
             evaluated.records, marks(evaluated.ranking, len(evaluated.records)), done.paths, evaluated.curves
         )
         save_report(options.report, data)
-
-
-def say_fetching(fetching: Fetching | None, *, quiet: bool) -> None:
-    """Say what will be fetched, and how much of the disk it takes, before it begins."""
-    if not quiet:
-        for line in fetching_lines(fetching):
-            say(printable(line))
-
-
-def fetching_lines(fetching: Fetching | None) -> list[str]:
-    """What is fetched to the disk and what is not, in lines that begin with a verb, in one column."""
-    if fetching is None:
-        return []
-    room = f"with room for {decimal(fetching.room)}"
-    lines = {
-        f"find   {decimal(fetching.kept_bytes)} in {fetching.directory}": fetching.kept_bytes,
-        f"fetch  {decimal(fetching.whole_bytes)} to {fetching.directory}, {room}": fetching.whole_bytes,
-        f"fetch  {decimal(fetching.streamed_bytes)} as it is read, none of it to the disk": fetching.streamed_bytes,
-    }
-    return [line for line, count in lines.items() if count]
-
-
-def show_plans(plans: Sequence[Plan], options: Averaging, *, of_sweep: bool = False) -> None:
-    """Show what would be read and written, as `--dry-run` asks for."""
-    if not options.as_json:
-        print_plans(plans)
-        return
-    new = to_form(plans)
-    fetching = fetching_of(new)
-    as_dicts = [plan_to_dict(plan, fetching) for plan in plans]
-    if not of_sweep:
-        print_json(as_dicts[0])
-        return
-    bytes_to_read = sum(reading.path_bytes + reading.replay_bytes for reading in readings(new))
-    whole = {"dry_run": True, "bytes_to_read": bytes_to_read, "memory_bytes": memory_bytes(new), "averages": as_dicts}
-    print_json(whole)
-
-
-def plan_to_dict(plan: Plan, fetching: Fetching | None) -> dict[str, Any]:
-    """A plan as plain JSON values, with what is fetched for it and those it is carried out with."""
-    is_new = plan.current is None
-    return {
-        "dry_run": True,
-        **({"up_to_date": True} if plan.is_up_to_date else {}),
-        "scheme": plan.scheme.name,
-        "parameters": plan.scheme.parameters(),
-        "steps": list(plan.run.steps),
-        "bytes_to_read": plan.path_bytes + plan.replay_bytes if is_new else 0,
-        "bytes_to_write": plan.write_bytes if is_new else 0,
-        "memory_bytes": memory_bytes([plan]),
-        "fetch": fetching
-        and {
-            "to_disk_bytes": fetching.whole_bytes,
-            "on_disk_bytes": fetching.kept_bytes,
-            "streamed_bytes": fetching.streamed_bytes,
-            "directory": str(fetching.directory),
-            "room_bytes": fetching.room,
-        },
-        "warnings": list(plan.warnings + plan.foreseen),
-        "outputs": [
-            {
-                "name": out.name,
-                "step": plan.run.steps[index],
-                "directory": str(plan.shown(out)),
-                "files": list(plan.files),
-            }
-            for index, out in plan.outputs.items()
-        ],
-    }
-
-
-def print_plans(plans: Sequence[Plan]) -> None:
-    """Print what would be read and written."""
-    out = Output()
-    for each in plans:
-        if each.is_up_to_date:
-            out.line(f"{each.shown()} is up to date")
-        elif each.current is not None:
-            out.line(f"would send   {decimal(each.write_bytes)} to {each.shown()}, finished in {each.out}")
-    plans = to_form(plans)
-    if not plans:
-        out.line("Nothing was read or written.")
-        return
-    plan, together = plans[0], readings(plans)
-    visited = sorted({step for each in plans for step in each.run.steps})
-    steps = f"{len(visited)} checkpoints, steps {visited[0]} to {visited[-1]}"
-    title = plan.scheme.title if len(plans) == 1 else f"{len(plans)} averages from one reading"
-    out.line(f"{title}: {steps}", style="bold")
-    path_bytes, replay_bytes = sum(each.path_bytes for each in together), sum(each.replay_bytes for each in together)
-    if any(each.path for each in plans):
-        cached = "nothing in pass 1: the path is cached"
-        out.line(f"would read   {f'{decimal(path_bytes)} in pass 1, the path' if path_bytes else cached}")
-    if replay_bytes:
-        out.line(f"would read   {decimal(replay_bytes)} in pass 2, the average")
-    for line in fetching_lines(fetching_of(plans)):
-        out.line(f"would {line}")
-    for each in plans:
-        out.line(f"would write  {decimal(each.write_bytes)} to {each.shown()}")
-    if len(plans) == 1:
-        for name in (*plan.files, *(f"{place.name}/" for place in list(plan.outputs.values())[:-1])):
-            out.line(f"             {name}")
-    out.line(f"would need   about {decimal(memory_bytes(plans))} of memory")
-    out.line("Nothing was read or written.")
-
-
-def print_summary(result: Record, plan: Plan) -> None:
-    """Print what was averaged, the weight of each checkpoint as a bar, where the result is, and what to type next."""
-    out = Output()
-    if plan.is_up_to_date:
-        out.line(f"{plan.shown()} is up to date")
-    stated = ", ".join(f"{shown(name)} {value}" for name, value in plan.scheme.stated.items())
-    out.line(f"{plan.scheme.title}: {stated}" if stated else plan.scheme.title, style="bold")
-    floating = as_count(sum(entry.numel for entry in plan.run.tensors.values() if entry.is_floating))
-    path = "" if result.path_length is None else f", {path_shown(result)}"
-    steps = f"steps {result.steps[0]} to {result.steps[-1]}"
-    out.line(f"{len(result.steps)} checkpoints of {floating} parameters, {steps}{path}")
-    out.line()
-    out.print(table_by_step(result.columns(), result.weights, sums="weight"))
-    out.line()
-    out.line(f"spread   {spread_shown(result)}")
-    if plan.current is None:
-        rate = result.bytes_read / max(result.seconds.path + result.seconds.replay, 1e-9) / 1e9
-        took = f"in {result.seconds.total:.1f} s ({rate:.1f} GB/s)"
-        out.line(f"read     {decimal(result.bytes_read)} {took}, wrote {decimal(plan.write_bytes)}")
-    if len(result.outputs) > 1:
-        snapshots = ", ".join(str(output.step) for output in result.outputs[:-1])
-        out.line(f"also     checkpoint-STEP in it, the average as of step {snapshots}")
-    if result.lora == "product":
-        out.line(f"adapters {products_shown(result)}")
-    if result.evaluation is not None:
-        out.line(f"eval     {f'{result.evaluation.metric} {shown_value(result.evaluation)}'.strip()}")
-    out.line(f"result   {result.directory}")
-    if plan.target is not None:
-        return
-    largest = sorted(plan.weights.shards, key=lambda shard: -sum(each.nbytes for each in plan.weights.of(shard.part)))
-    out.line(f"next     {load_command(result.directory, plan.side_files, [shard.name for shard in largest])}")
-
-
-def spread_shown(result: Record) -> str:
-    """What the weights of a result say of it, in words."""
-    count, age, weight = result.effective_count or 1.0, result.mean_age or 0.0, result.anchor_weight or 0.0
-    parts = [
-        f"like {count:.1f} equal checkpoints",
-        f"{abs(age):.0f} steps {'ahead of' if age < 0 else 'behind'} the last",
-    ]
-    if result.anchor_step < result.steps[-1]:
-        of_init = result.anchor_is_init and result.anchor_step == result.steps[0]
-        parts.append(f"{100 * weight:.0f} % of {'the base model' if of_init else f'step {result.anchor_step}'}")
-    return "; ".join(parts)
-
-
-def path_shown(result: Record) -> str:
-    """The path length of a result that has one, and how it is known where it was not measured in full."""
-    lengths, errors = result.path_length or (0.0,), result.path_length_error
-    length = f"path length ℓ(T) = {lengths[-1]:.4f}"
-    if errors is not None:
-        return f"{length} ± {errors[-1]:.4f}, from a sample of {100 * result.sample:g} %"
-    return f"{length}, cached" if result.path_kernel is None else length

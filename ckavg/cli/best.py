@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import typer
 from rich.filesize import decimal
 
 from ckavg.averaging.best import NAME, SCRATCH, Best, Search
@@ -20,9 +21,12 @@ from ckavg.checkpoints.run import Run
 from ckavg.cli.average import carry_out_shown, library_options
 from ckavg.cli.errors import distributed, interrupted_with
 from ckavg.cli.evaluation import Job, add_said, criterion_from, directory_here, judge, shown_value, unsent
-from ckavg.cli.options import Averaging, evaluation, with_options
+from ckavg.cli.options import Averaging, with_options
+from ckavg.cli.progress import show_progress, show_status
 from ckavg.cli.push import destination_of, push_shown
-from ckavg.cli.text import Output, plain_table, print_json, quoted, say, show_progress, warn, warn_of
+from ckavg.cli.summary import print_next
+from ckavg.cli.tables import Table
+from ckavg.cli.text import Output, print_json, print_places, say, warn, warn_of
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import EvaluationError, SettingError, listed, printable
 from ckavg.hub import Destination, check_access, continued
@@ -35,15 +39,16 @@ class Searching(Averaging):
     """The options of `best`."""
 
     budget: Annotated[
-        int, evaluation("How many evaluations the search may take, the last checkpoint's among them.", metavar="N")
+        int,
+        typer.Option(help="How many evaluations the search may take, the last checkpoint's among them.", metavar="N"),
     ] = 12
     strategy: Annotated[
         Literal["halving", "soup"],
-        evaluation("Search schemes, values and windows, or add checkpoints to a greedy soup."),
+        typer.Option(help="Search schemes, values and windows, or add checkpoints to a greedy soup."),
     ] = "halving"
     confirm: Annotated[
         str | None,
-        evaluation("Evaluate the winner and the last checkpoint once more, on other data.", metavar="COMMAND"),
+        typer.Option(help="Evaluate the winner and the last checkpoint once more, on other data.", metavar="COMMAND"),
     ] = None
 
 
@@ -70,7 +75,8 @@ def _search(options: Searching, ranks: Ranks) -> None:
     criterion, destination = criterion_from(options), destination_of(options)
     if criterion is None:
         raise SettingError("best: nothing tells which average is best.", hint="Add --eval 'COMMAND {dir}'.")
-    search = _search_of(options, criterion)
+    with show_status(f"looking for checkpoints in {options.source}", quiet=options.quiet):
+        search = _search_of(options, criterion)
     first = search.plan_result()
     warn_of(first.warnings)
     for left in sorted(first.out.absolute().parent.glob(f"{SCRATCH}*")):
@@ -101,8 +107,10 @@ def _search(options: Searching, ranks: Ranks) -> None:
         found = dataclasses.replace(found, record=record)
     if options.as_json:
         print_json(found.record.to_dict() | {"search": found.to_dict()})
-    elif not options.quiet:
-        print_search(found, criterion)
+    elif options.quiet:
+        print_places([found.record.directory])
+    else:
+        print_search(found, criterion, first)
     if destination is not None:
         _push(found, first, destination, quiet=options.quiet)
     if found.target is not None:
@@ -200,32 +208,33 @@ def _show_plan(search: Search, first: Plan, options: Searching) -> None:
     out.line("Nothing was read or written.")
 
 
-def print_search(found: Best, criterion: Criterion) -> None:
+def print_search(found: Best, criterion: Criterion, plan: Plan) -> None:
     """Print all contestants in the order in which they were tried, which won and why, and what to do next."""
     out, metric = Output(), printable(criterion.metric or "eval")
     out.line(f"{found.evaluated} evaluations in {found.contestants[-1].round} rounds", style="bold")
     out.line()
-    table = plain_table("round", "average", "n", "anchor", metric, " ", left=("average", " "))
+    table = Table("round", "average", "n", "anchor", metric, " ", left=("average", " "), spare=("anchor", "round"))
     for place, each in enumerate(found.contestants):
         mark = "best" if place == found.winner else f"as {each.same_as}" if each.same_as else ""
         table.add_row(
             str(each.round),
-            quoted(each.name),
+            each.name,
             f"{each.record.effective_count or 1:.1f}",
             f"{each.record.anchor_weight or 0:.4f}",
-            quoted(shown_value(each.evaluation)),
-            quoted(mark),
-            style="bold" if place == found.winner else "",
+            shown_value(each.evaluation),
+            mark,
+            style="good" if place == found.winner else "",
         )
-    out.print(table)
+    out.table(table)
     out.line()
     out.line(found.reason, wrap=True)
     best, last = (found.contestants[place].evaluation for place in (found.winner, 0))
-    out.line(f"{metric}     {shown_value(best)}, the best of {found.evaluated} by this very number: "
-             f"no estimate of quality, but optimistic")  # fmt: skip
+    is_chosen = f"the best of {found.evaluated} by this very number: no estimate of quality, but optimistic"
+    out.fact("eval", f"{metric} {shown_value(best)}, {is_chosen}")
     if found.confirmed is not None:
         best, last = found.confirmed
-        out.line(f"confirm  {shown_value(best)}, the last checkpoint {shown_value(last)}")
+        out.fact("confirm", f"{shown_value(best)}, the last checkpoint {shown_value(last)}")
     elif found.standing != "last":
-        out.line("         On other data: the same with --confirm 'COMMAND {dir}'")
-    out.line(f"result   {found.record.directory}")
+        out.fact("", "On other data: the same with --confirm 'COMMAND {dir}'", style="command")
+    out.fact("result", found.record.directory, style="path")
+    print_next(out, found.record, plan)

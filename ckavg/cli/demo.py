@@ -10,10 +10,12 @@ import typer
 from ckavg.averaging.pipeline import average
 from ckavg.averaging.sources import open_run
 from ckavg.cli.errors import failures
-from ckavg.cli.options import Json, Verbose
-from ckavg.cli.text import Output, plain_table, print_json, quoted, say
+from ckavg.cli.options import Json, Verbose, folder
+from ckavg.cli.tables import Table
+from ckavg.cli.text import Output, print_json, say
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import SettingError
+from ckavg.output.commands import shell_word
 from ckavg.output.record import Record
 from ckavg.schemes import BEMA, EMA, PEMA
 from ckavg.storage.address import AddressPath, is_meant_for_address
@@ -23,7 +25,7 @@ DEFAULT_DIRECTORY = Path("ckavg-demo")
 
 def demo(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where the checkpoints go.", show_default=str(DEFAULT_DIRECTORY))
+        Path, folder("DIR", "Where the checkpoints go.", show_default=str(DEFAULT_DIRECTORY))
     ] = DEFAULT_DIRECTORY,
     *,
     force: Annotated[bool, typer.Option("--force", help="Replace the checkpoints of an earlier demo in DIR.")] = False,
@@ -46,6 +48,7 @@ def demo(
             remove_earlier(directory)
         train(directory, on_progress=_say_tenths)
         run = open_run(directory)
+        say("averaging the checkpoints, and computing the loss of each average")
         results = [average(run, scheme, force=True) for scheme in (EMA(), PEMA(), BEMA())]
         losses = {"last checkpoint": held_out_loss(Path(run.last.path))}
         losses |= {result.outputs[-1].name: held_out_loss(result.directory) for result in results}
@@ -65,15 +68,16 @@ def print_comparison(run: Path, losses: dict[str, float], results: list[Record])
     """Print held-out losses, nats per byte, side by side; the last checkpoint's is the first."""
     out, steps = Output(), results[0].steps
     last, best = next(iter(losses.values())), min(losses.values())
-    table = plain_table("", "held-out loss", "against the last checkpoint", left=("",))
+    table = Table("", "held-out loss", "against the last checkpoint", left=("",))
     for name, loss in losses.items():
         change = "" if loss is last else f"{100 * (loss / last - 1):+.2f} %"
-        table.add_row(quoted(name), f"{loss:.4f}", change, style="bold" if loss == best else "")
+        table.add_row(name, f"{loss:.4f}", change, style="good" if loss == best else "")
     title = f"{len(steps)} checkpoints of one training run in {run}, steps {steps[0]} to {steps[-1]}"
     out.line(title, style="bold", wrap=True)
-    out.line("Loss on text that no training saw, in nats per byte: lower is better.")
+    out.line("Loss on text that no training saw, in nats per byte: lower is better.", wrap=True)
     out.line()
-    out.print(table)
+    out.table(table)
     out.line()
-    out.line(f"The averages are in {results[0].directory.parent}.")
-    out.line(f"Next: ckavg inspect {run}, or try another power: ckavg pema {run} --gamma 0.2")
+    out.fact("results", results[0].directory.parent, style="path")
+    out.fact("next", f"ckavg inspect {shell_word(str(run))}", style="command")
+    out.fact("", f"ckavg pema {shell_word(str(run))} --gamma 0.2", style="command")

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.filesize import decimal
 
 from ckavg.averaging.recipe import setting_shown
 from ckavg.cli.errors import failures
-from ckavg.cli.options import Json, Quiet, Verbose
-from ckavg.cli.text import Output, plain_table, print_json, quoted, show_progress
+from ckavg.cli.options import Json, Quiet, Verbose, folder
+from ckavg.cli.progress import show_progress
+from ckavg.cli.tables import Table
+from ckavg.cli.text import Output, print_json
 from ckavg.errors import listed
 from ckavg.verify.difference import Difference, TensorDistance, compare
 
@@ -20,8 +21,8 @@ _MOST_ROWS = 40
 
 
 def diff(
-    one: Annotated[Path, typer.Argument(metavar="A", help="Directory of a result, or of a checkpoint.")],
-    other: Annotated[Path, typer.Argument(metavar="B", help="Likewise; one of the two is a result.")],
+    one: Annotated[Path, folder("A", "Directory of a result, or of a checkpoint.")],
+    other: Annotated[Path, folder("B", "Likewise; one of the two is a result.")],
     *,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -49,7 +50,7 @@ def _print_difference(one: Path, other: Path, difference: Difference) -> None:
             (name.replace("_", "-"), *(setting_shown(name, each, absent="") for each in values))
             for name, *values in difference.recipe
         ]
-        _print_table(out, ("recipe", "A", "B"), settings, left=("recipe", "A", "B"))
+        _print_table(out, ("recipe", "A", "B"), settings, left=("recipe", "A", "B"), wraps=("A", "B"))
     if difference.weights:
         rows = [(str(step), *map(_number, weights)) for step, *weights in difference.weights]
         _print_table(out, ("step", "weight in A", "weight in B"), rows)
@@ -58,22 +59,26 @@ def _print_difference(one: Path, other: Path, difference: Difference) -> None:
     if len(tensors) > _MOST_ROWS:
         out.line(f"… {len(tensors) - _MOST_ROWS} more, closer")
     out.line()
-    out.line(f"total    {_relative(difference.total)}")
+    out.fact("total", _relative(difference.total))
     if difference.unequal:
-        out.line(
-            f"unequal  {listed(difference.unequal)}, which {'is' if len(difference.unequal) == 1 else 'are'} copied"
-        )
-    out.line(f"read     {decimal(difference.bytes_read)}")
+        are = "is" if len(difference.unequal) == 1 else "are"
+        out.fact("unequal", f"{listed(difference.unequal)}, which {are} copied")
+    out.fact("read", decimal(difference.bytes_read))
 
 
 def _print_table(
-    out: Output, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: tuple[str, ...] = ()
+    out: Output,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    left: tuple[str, ...] = (),
+    wraps: tuple[str, ...] = (),
 ) -> None:
-    table = plain_table(*columns, left=left)
+    table = Table(*columns, left=left, wraps=wraps)
     for row in rows:
-        table.add_row(*map(quoted, row))
+        table.add_row(*row)
     out.line()
-    out.print(table)
+    out.table(table)
 
 
 def _number(weight: float | None) -> str:

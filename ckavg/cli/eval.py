@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from ckavg.cli.errors import failures
-from ckavg.cli.options import Verbose, display
+from ckavg.cli.options import Verbose, display, folder
 from ckavg.cli.text import print_json
 
 
 def eval(  # noqa: A001 - the name of the verb
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a result, or of a checkpoint.")],
+    directory: Annotated[Path, folder("DIR", "Directory of a result, or of a checkpoint.")],
     *,
     text: Annotated[Path, typer.Option(metavar="FILE", help="A text in UTF-8 that no training saw.", readable=False)],
     length: Annotated[

@@ -27,7 +27,9 @@ from ckavg.averaging.plan import Plan
 from ckavg.averaging.publish import send_results
 from ckavg.cli.errors import INTERRUPTED
 from ckavg.cli.options import Averaging
-from ckavg.cli.text import Output, plain_table, quoted, say, show_progress, warn, warn_of
+from ckavg.cli.progress import show_progress
+from ckavg.cli.tables import Table
+from ckavg.cli.text import MOST_ROWS, Output, say, warn, warn_of
 from ckavg.engine.context import Context
 from ckavg.errors import EvaluationError, SettingError, WriteError, listed, printable
 from ckavg.output.record import Curves, Evaluation, Record
@@ -37,8 +39,6 @@ from ckavg.storage.base import RemotePath
 
 RUN = "run"
 """The series of the run's own checkpoints in a curve."""
-
-_MOST_ROWS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,16 +290,17 @@ def print_curves(evaluated: Evaluated) -> None:
     out = Output()
     out.line()
     out.line(f"{evaluated.criterion.metric or 'evaluation'} by step", style="bold")
-    table = plain_table("step", *(printable(name) for name, _ in lines))
+    names = [name for name, _ in lines]
+    table = Table("step", *names, spare=(*names[:0:-1],))
     steps = sorted({step for _, curve in lines for step in curve})
-    hidden = slice(_MOST_ROWS // 4, len(steps) - _MOST_ROWS + _MOST_ROWS // 4)
-    shown = steps if len(steps) <= _MOST_ROWS else [*steps[: hidden.start], None, *steps[hidden.stop :]]
+    hidden = slice(MOST_ROWS // 4, len(steps) - MOST_ROWS + MOST_ROWS // 4)
+    shown = steps if len(steps) <= MOST_ROWS else [*steps[: hidden.start], None, *steps[hidden.stop :]]
     for step in shown:
         if step is None:
-            table.add_row("…", f"{len(steps[hidden])} more")
+            table.add_row("…", f"{len(steps[hidden])} more", *[""] * (len(lines) - 1))
         else:
-            table.add_row(str(step), *(quoted(shown_value(curve.get(step))) for _, curve in lines))
-    out.print(table)
+            table.add_row(str(step), *(shown_value(curve.get(step)) for _, curve in lines))
+    out.table(table)
 
 
 def write_curves(evaluated: Evaluated, file: Path | None) -> None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.filesize import decimal
-from rich.table import Table
 
 from ckavg.averaging.advice import about_anchor
 from ckavg.averaging.sources import inspect_source
@@ -21,10 +20,12 @@ from ckavg.checkpoints.run import Checkpoint
 from ckavg.checkpoints.trainer_log import Course, Trend, read_course, values_at
 from ckavg.cli.errors import FAILED, failures, message_of
 from ckavg.cli.options import Choice, Json, Quiet, Verbose, with_options
-from ckavg.cli.text import Output, as_count, plain_table, plural, print_json, quoted, show_progress, sparkline
+from ckavg.cli.progress import show_progress, show_status
+from ckavg.cli.summary import next_command
+from ckavg.cli.tables import Table, sparkline
+from ckavg.cli.text import Output, as_count, plural, print_json
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import listed
-from ckavg.output.commands import as_options, shell_word
 from ckavg.output.staging import find_leftovers
 from ckavg.storage.address import address_of
 from ckavg.storage.remote import storages_of
@@ -68,7 +69,8 @@ def inspect(options: Inspecting) -> None:
     Exit status 1 when something stands in the way of averaging.
     """
     with failures(verbose=options.verbose):
-        found = inspect_source(options.source, options.selection(), max_disk=options.max_disk)
+        with show_status(f"looking for checkpoints in {options.source}", quiet=options.quiet):
+            found = inspect_source(options.source, options.selection(), max_disk=options.max_disk)
         left = find_leftovers(found.home / "averaged")
         found = dataclasses.replace(found, warnings=(*found.warnings, *map(str, left)))
         course = read_course(found.last.path) if found.checkpoints else Course("", (), None, ())
@@ -84,7 +86,7 @@ def inspect(options: Inspecting) -> None:
             if health is not None:
                 print_health(out, health, seconds=seconds)
             out.line()
-            out.line(_verdict(found, health))
+            _print_verdict(out, found, health)
         if found.problems or (health is not None and any(each.is_problem for each in health.findings)):
             raise typer.Exit(FAILED)
 
@@ -165,23 +167,23 @@ def print_inspection(out: Output, found: Inspection, course: Course) -> None:
         counted = f"{len(found.checkpoints)} checkpoints of {floating} parameters, {total}"
         out.line(f"{found.source}: {counted}", style="bold", wrap=True)
         out.line()
-        out.print(_table(found, course))
+        out.table(_table(found, course))
         if len(course.values) > 1:
             out.line()
-            out.line(_course_shown(course))
+            out.line(_course_shown(course), wrap=True)
     for warning in _warnings(found):
         out.warning(warning)
     for problem in found.problems:
         out.line()
         message, *more = message_of(problem)
-        out.problem(message, more, wrap=True)
+        out.problem(message, more)
 
 
 def _table(found: Inspection, course: Course) -> Table:
     losses = _eval_losses(found, course)
     of_loss = ("eval_loss",) if any(loss is not None for loss in losses) else ()
     columns = ("step", "interval", *of_loss, "shards", "size", "dtype", "directory")
-    table = plain_table(*columns, left=("dtype", "directory"))
+    table = Table(*columns, left=("dtype", "directory"), spare=("shards", "interval", "dtype"))
     before: int | None = None
     for checkpoint, dtypes, loss in zip(found.checkpoints, _dtypes(found.checkpoints), losses, strict=True):
         is_anchor = before is None
@@ -198,7 +200,7 @@ def _table(found: Inspection, course: Course) -> Table:
             str(len(checkpoint.shards)),
             decimal(checkpoint.nbytes),
             dtypes or "none",
-            quoted(name + (" (anchor)" if is_anchor else "")),
+            name + (" (anchor)" if is_anchor else ""),
         )
         before = checkpoint.step
     return table
@@ -229,7 +231,7 @@ def print_health(out: Output, health: Health, *, seconds: float) -> None:
     """Print what the weights told: findings, then hashes."""
     for message in _shortened([each for each in health.findings if each.is_problem]):
         out.line()
-        out.problem(message, wrap=True)
+        out.problem(message)
     for message in _shortened(_suspicions(health)):
         out.warning(message)
     if health.sha256:
@@ -242,8 +244,8 @@ def print_health(out: Output, health: Health, *, seconds: float) -> None:
     out.line()
     frozen = [each.tensor for each in health.findings if each.check == "frozen" and each.tensor]
     if frozen:
-        out.line(f"frozen   {plural(len(frozen), 'tensor')} that never move ({listed(frozen, _NAMED)})")
-    out.line(f"read     {decimal(health.bytes_read)}, in {seconds:.1f} s")
+        out.fact("frozen", f"{plural(len(frozen), 'tensor')} that never move ({listed(frozen, _NAMED)})")
+    out.fact("read", f"{decimal(health.bytes_read)}, in {seconds:.1f} s")
 
 
 def _suspicions(health: Health | None) -> list[Finding]:
@@ -257,22 +259,25 @@ def _shortened(findings: Sequence[Finding]) -> list[str]:
     return messages if hidden <= 0 else [*messages[:_MOST_FINDINGS], f"and {hidden} more, all of them with --json."]
 
 
-def _verdict(found: Inspection, health: Health | None) -> str:
-    """What to do next."""
+def _print_verdict(out: Output, found: Inspection, health: Health | None) -> None:
+    """Print whether anything stands in the way, and what to do next."""
     findings = () if health is None else health.findings
     unsound = sorted({each.step for each in findings if each.is_problem and each.step is not None})
     if unsound:
         options = " ".join(f"--skip-step {step}" for step in unsound[:_NAMED]) + " …" * (len(unsound) > _NAMED)
         where = plural(len(unsound), "checkpoint")
-        return f"NaN or infinity in {where}: leave them out with {options}, or save them again."
+        verdict = f"NaN or infinity in {where}: leave them out with {options}, or save them again."
+        out.line(verdict, style="bad", wrap=True)
+        return
     if found.problems:
-        return f"{plural(len(found.problems), 'problem')} to solve before averaging."
+        out.line(f"{plural(len(found.problems), 'problem')} to solve before averaging.", style="bad", wrap=True)
+        return
     more = _suspicions(health)
     known = {checkpoint.step for checkpoint in found.checkpoints}
     named = [int(step) for text in found.warnings for step in _STEP.findall(text)]
     steps = [each.step for each in more if each.step is not None] + [step for step in named if step in known]
-    verdict = "Nothing stands in the way."
     if count := len(_warnings(found)) + len(more):
-        verdict = f"{plural(count, 'warning')}{f': look at step {steps[0]} first' if steps else ''}."
-    options = as_options(found.selection.stated)
-    return f"{verdict} Next: ckavg pema {shell_word(str(found.source))} {options}".rstrip()
+        out.line(f"{plural(count, 'warning')}{f': look at step {steps[0]} first' if steps else ''}.", style="warning")
+    else:
+        out.line("Nothing stands in the way.", style="good")
+    out.fact("next", next_command(found.source, found.selection), style="command")

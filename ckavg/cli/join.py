@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from ckavg.averaging.parts import find_parts, plan_of_parts
 from ckavg.cli.average import carry_out_shown, check_files, finish
 from ckavg.cli.errors import distributed
 from ckavg.cli.evaluation import criterion_from
-from ckavg.cli.options import Averaging, with_options
+from ckavg.cli.options import Averaging, folder, with_options
 from ckavg.cli.push import destination_of
 from ckavg.cli.text import warn_of
 from ckavg.engine.distributed import Ranks
@@ -30,8 +28,8 @@ _TAKEN = {
 class Joining(Averaging):
     """The options of `join`."""
 
-    result: Annotated[Path, typer.Argument(metavar="RESULT", help="Where the result goes.", readable=False)] = (
-        dataclasses.field(kw_only=True)
+    result: Annotated[Path, folder("RESULT", "Where the result goes.", readable=False)] = dataclasses.field(
+        kw_only=True
     )
 
 

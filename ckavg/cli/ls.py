@@ -7,13 +7,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from ckavg.averaging.evaluation import rank
 from ckavg.cli.errors import failures
 from ckavg.cli.evaluation import marks, shown_value
-from ckavg.cli.options import Json, Verbose
-from ckavg.cli.text import Output, plain_table, print_json, quoted
+from ckavg.cli.options import Json, Verbose, folder
+from ckavg.cli.tables import Table, Words
+from ckavg.cli.text import Output, print_json
 from ckavg.output.record import Record
 from ckavg.verify.results import Result, list_results
 
@@ -21,9 +20,9 @@ from ckavg.verify.results import Result, list_results
 def ls(
     source: Annotated[
         Path,
-        typer.Argument(
-            metavar="SOURCE",
-            help="Directory of saved checkpoints, or that results were put into with --out.",
+        folder(
+            "SOURCE",
+            "Directory of saved checkpoints, or that results were put into with --out.",
             show_default="current directory",
             readable=False,
         ),
@@ -66,16 +65,19 @@ def _print_results(source: Path, results: Sequence[Result], said: Sequence[str])
     if not results:
         out.line(f"There are no results in {source}.")
         return
-    table = plain_table(
+    table = Table(
         *("result", "recipe", "eval", " ", "anchor", "n", "age", "made", "state"),
         left=("result", "recipe", " ", "made", "state"),
+        wraps=("recipe",),
+        spare=("made", "recipe", "age", "anchor"),
     )
     for each, mark in zip(results, said, strict=True):
         made = "" if each.made is None else datetime.fromtimestamp(each.made).astimezone().strftime("%Y-%m-%d %H:%M")
         record = each.record
         cells = ["", "", "", "", "", ""] if record is None else [*_cells(record, mark)]
-        table.add_row(quoted(each.directory.name), *map(quoted, cells), made, "problem" if each.problem else each.state)
-    out.print(table)
+        state = Words("problem", "bad") if each.problem else each.state
+        table.add_row(each.directory.name, *cells, made, state, style="good" if mark.startswith("best") else "")
+    out.table(table)
     for each in results:
         if each.problem:
             out.problem(f"{each.directory.name}: {each.problem}")

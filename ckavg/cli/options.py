@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 
 from ckavg.checkpoints.run import Selection
+from ckavg.cli.completion import devices, directories
 from ckavg.errors import SettingError
 
 Options = TypeVar("Options")
@@ -66,17 +67,23 @@ display = partial(option, "What is shown")
 evaluation = partial(option, "Evaluation by your own command")
 hub = partial(option, "The Hugging Face Hub")
 
+
+def folder(name: str, text: str, **more: Any) -> Any:
+    """An argument that is a directory; `name` is what the help calls it."""
+    return typer.Argument(metavar=name, help=text, autocompletion=directories, **more)
+
+
 Source = Annotated[
     Path,
-    typer.Argument(
-        metavar="SOURCE",
-        help="Directory of saved checkpoints, hf://owner/name, or an address such as s3://bucket/run.",
+    folder(
+        "SOURCE",
+        "Directory of saved checkpoints, hf://owner/name, or an address such as s3://bucket/run.",
         show_default="current directory",
         readable=False,  # what cannot be read is no wrong usage, and is reported later
     ),
 ]
 Json = Annotated[bool, display("One JSON object on stdout.", "--json")]
-Quiet = Annotated[bool, display("No progress, no summary.", "--quiet", "-q")]
+Quiet = Annotated[bool, display("No progress and no summary: the paths of results alone.", "--quiet", "-q")]
 Verbose = Annotated[bool, display("Add a traceback to an error.", "--verbose", "-v")]
 
 Private = Annotated[
@@ -95,7 +102,7 @@ class Choice:
     init: Annotated[
         Path | None,
         choice(
-            "The anchor θ_0: the base model's directory, file or hf://owner/name.",
+            "The base model, as the anchor θ_0: its directory, file or hf://owner/name.",
             metavar="PATH",
             shown="the first checkpoint",
             readable=False,
@@ -170,7 +177,7 @@ def _whole_numbers(text: str | None) -> tuple[int, ...]:
 class Measuring(Choice):
     """The options of every verb that may measure the path."""
 
-    device: Annotated[str, work("auto, cpu, cuda or cuda:N.", metavar="DEVICE")] = "auto"
+    device: Annotated[str, work("auto, cpu, cuda or cuda:N.", metavar="DEVICE", autocompletion=devices)] = "auto"
     path_exclude: Annotated[
         list[str] | None, work("Tensors that do not count in the path length (repeatable).", metavar="GLOB")
     ] = None
@@ -208,6 +215,7 @@ class Averaging(Measuring):
             "-o",
             metavar="DIR",
             shown="SOURCE/averaged/NAME",
+            autocompletion=directories,
         ),
     ] = None
     dtype: Annotated[Literal["source", "float32", "bfloat16", "float16"], result("Output dtype.")] = "source"

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ckavg.cli.text import Output, print_json
+from ckavg.cli.text import Output, print_json, print_places
 from ckavg.errors import SettingError, listed, printable
 
 if TYPE_CHECKING:
@@ -66,7 +66,9 @@ def print_part(plan: Plan, missing: Sequence[int], options: Averaging, ranks: Ra
     if options.as_json:
         told = {"part": ranks.rank, "parts": ranks.world, "missing": list(missing), "result": str(plan.out)}
         print_json(told | ({"up_to_date": True} if is_complete else {}))
-    elif not options.quiet:
+    elif options.quiet:
+        print_places([plan.out] if is_complete else [])
+    else:
         out, place = Output(), printable(shlex.quote(str(plan.out)))
         if is_complete:
             out.line(f"{place} is up to date")

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import RenderableType
 from rich.filesize import decimal
-from rich.table import Table
 
 from ckavg.averaging.advice import about_anchor, about_path
 from ckavg.averaging.pipeline import path_length
@@ -21,10 +19,13 @@ from ckavg.averaging.record import left_out_of_path
 from ckavg.averaging.sources import inspect_source
 from ckavg.checkpoints.inspect import as_run
 from ckavg.checkpoints.run import Run
-from ckavg.cli.average import check_plot, say_fetching
+from ckavg.cli.average import check_plot
 from ckavg.cli.errors import distributed
 from ckavg.cli.options import Measuring, with_options
-from ckavg.cli.text import Output, as_count, bar, plain_table, print_json, quoted, show_progress, table_by_step, warn_of
+from ckavg.cli.progress import show_progress, show_status
+from ckavg.cli.summary import next_command, say_fetching
+from ckavg.cli.tables import Bar, Table, table_by_step
+from ckavg.cli.text import Output, as_count, plural, print_json, warn_of
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import WriteError
 from ckavg.output.output_path import check_file
@@ -53,7 +54,8 @@ def path(options: MeasuringPath) -> None:
     The table is kept in SOURCE/averaged/path.json, so that ckavg pema need not read the checkpoints for it again.
     """
     with distributed(verbose=options.verbose, timeout=options.rank_timeout) as ranks:
-        run = as_run(inspect_source(options.source, options.selection(), max_disk=options.max_disk))
+        with show_status(f"looking for checkpoints in {options.source}", quiet=options.quiet or not ranks.is_first):
+            run = as_run(inspect_source(options.source, options.selection(), max_disk=options.max_disk))
         check_plot(options, run)
         if options.csv is not None:
             check_file(options.csv, run)
@@ -71,7 +73,7 @@ def path(options: MeasuringPath) -> None:
         if options.as_json:
             print_json(path_to_dict(run, measured, warnings=warnings, seconds=seconds))
         elif not options.quiet:
-            print_path(measured, seconds=seconds)
+            print_path(run, measured, seconds=seconds)
 
 
 def _measure(run: Run, options: MeasuringPath, ranks: Ranks) -> tuple[PathLength, tuple[str, ...]]:
@@ -83,7 +85,9 @@ def _measure(run: Run, options: MeasuringPath, ranks: Ranks) -> tuple[PathLength
     warn_of(before)
     fetching = fetching_of_path(run, plan)
     say_fetching(fetching, quiet=quiet)
-    with show_progress(1 + (fetching is not None and bool(fetching.whole)), quiet=quiet) as on_progress:
+    passes = 1 + (fetching is not None and bool(fetching.whole))
+    reading = f"reading {plural(len(run.steps), 'checkpoint')} in {run.source}: {decimal(plan.nbytes)}"
+    with show_progress(passes, quiet=quiet, first=reading if plan.nbytes else "") as on_progress:
         measured = path_length(
             run,
             path_exclude=exclude,
@@ -148,37 +152,38 @@ def write_csv(path: PathLength, file: Path) -> None:
         ) from error
 
 
-def print_path(path: PathLength, *, seconds: float) -> None:
-    """Print ℓ by step, and which tensors travelled furthest and least."""
+def print_path(run: Run, path: PathLength, *, seconds: float) -> None:
+    """Print ℓ by step, which tensors travelled furthest and least, and what to type next."""
     out = Output()
     counted = f"{len(path.steps)} checkpoints, steps {path.steps[0]} to {path.steps[-1]}"
     travelled = f"{as_count(path.parameters_counted)} parameters travelled ℓ(T) = {path.lengths[-1]:.4f}"
-    out.line(f"{counted}: {travelled}", style="bold")
-    out.line("ℓ is the mean distance that a parameter went, in units of its tensor's spread at the anchor.")
+    out.line(f"{counted}: {travelled}", style="bold", wrap=True)
+    out.line("ℓ is the mean distance that a parameter went, in units of its tensor's spread at the anchor.", wrap=True)
     out.line()
     columns = {"step": [str(step) for step in path.steps], "ℓ": [f"{length:.4f}" for length in path.lengths]}
     if path.standard_errors:
         columns["±"] = [f"{error:.4f}" for error in path.standard_errors]
-    out.print(table_by_step(columns, path.lengths))
+    out.table(table_by_step(columns, path.lengths, most=out.rows))
     out.line()
-    out.print(_by_tensor(path))
+    out.table(_by_tensor(path))
     out.line()
     if path.sample < 1:
-        out.line(f"estimated from {100 * path.sample:g} % of each tensor; ± is one standard error")
-    out.line(f"read     {decimal(path.bytes_read)}, {f'in {seconds:.1f} s' if path.bytes_read else 'all of it cached'}")
+        out.line(f"estimated from {100 * path.sample:g} % of each tensor; ± is one standard error", wrap=True)
+    out.fact("read", f"{decimal(path.bytes_read)}, {f'in {seconds:.1f} s' if path.bytes_read else 'all of it cached'}")
+    out.fact("next", next_command(run.source, run.selection), style="command")
 
 
 def _by_tensor(path: PathLength) -> Table:
     """The tensors that travelled furthest, and those that travelled least."""
     ends = {name: path.tensor_lengths(name)[-1] for name in path.counted}
     ordered = sorted(ends, key=lambda name: (-ends[name], name))
-    rows: list[tuple[RenderableType, ...]] = [
-        (quoted(name), f"{ends[name]:.4f}", bar(ends[name], ends[ordered[0]])) for name in ordered
+    rows: list[tuple[str | Bar, ...]] = [
+        (name, f"{ends[name]:.4f}", Bar(ends[name], 0.0, ends[ordered[0]])) for name in ordered
     ]
     hidden = len(rows) - 2 * _FURTHEST
     if hidden > 1:
         rows[_FURTHEST:-_FURTHEST] = [(f"… {hidden} more between", "", "")]
-    table = plain_table("tensor", "ℓ", " ", left=("tensor", " "))
+    table = Table("tensor", "ℓ", " ", left=("tensor", " "), spare=(" ",))
     for row in rows:
         table.add_row(*row)
     return table

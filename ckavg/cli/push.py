@@ -9,15 +9,16 @@ import typer
 from rich.filesize import decimal
 
 from ckavg.cli.errors import failures, interrupted_with
-from ckavg.cli.options import Averaging, CommitMessage, CreatePr, Json, Private, Quiet, Revision, Verbose
-from ckavg.cli.text import Output, print_json, show_progress, stderr_is_terminal, warn_of
+from ckavg.cli.options import Averaging, CommitMessage, CreatePr, Json, Private, Quiet, Revision, Verbose, folder
+from ckavg.cli.progress import show_progress
+from ckavg.cli.text import Output, is_plain, plural, print_json, print_places, say, stderr_is_terminal, warn_of
 from ckavg.errors import SettingError
 from ckavg.hub import Destination, Pushed, continued, plan_push
 from ckavg.hub import push as upload
 
 
 def push(
-    result: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a result, or of a snapshot in it.")],
+    result: Annotated[Path, folder("DIR", "Directory of a result, or of a snapshot in it.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hugging Face Hub.")],
     *,
     private: Private = None,
@@ -40,15 +41,17 @@ def push(
         pushed = push_shown(result, destination, quiet=quiet)
         if as_json:
             print_json(pushed.to_dict())
-        elif not quiet:
+        elif quiet:
+            print_places([pushed.url])
+        else:
             print_pushed(pushed)
 
 
 def print_pushed(pushed: Pushed) -> None:
     """Print where the result can be looked at."""
     out = Output()
-    out.line(f"uploaded {len(pushed.files)} files, {decimal(pushed.bytes)}, commit {pushed.commit[:8]}")
-    out.line(f"url      {pushed.url}")
+    out.fact("uploaded", f"{len(pushed.files)} files, {decimal(pushed.bytes)}, commit {pushed.commit[:8]}")
+    out.fact("url", pushed.url, style="path")
 
 
 def destination_of(options: Averaging) -> Destination | None:
@@ -76,13 +79,14 @@ def when_complete(directory: Path, destination: Destination | None) -> str:
 
 def push_shown(directory: Path, destination: Destination, *, quiet: bool) -> Pushed:
     """Upload a result and show how far it has come. An interrupt costs nothing but the rest of the upload."""
-    show_bars = stderr_is_terminal() and not quiet  # huggingface_hub's own
+    show_bars = stderr_is_terminal() and not (quiet or is_plain())  # huggingface_hub's own
     with interrupted_with(when_complete(directory, destination)):
-        with show_progress(2, quiet=quiet) as on_progress:
+        with show_progress(1, quiet=quiet) as on_progress:
             plan = plan_push(directory, destination, on_progress=on_progress)
             if not show_bars:
                 pushed = upload(plan, on_progress=on_progress)
         if show_bars:
+            say(f"uploading {plural(len(plan.sizes), 'file')}, {decimal(sum(plan.sizes.values()))}, to {plan.repo}")
             pushed = upload(plan, show_bars=True)
     warn_of(pushed.warnings)
     return pushed

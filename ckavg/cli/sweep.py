@@ -15,15 +15,13 @@ from ckavg.averaging.plan import Plan, result_name
 from ckavg.averaging.publish import discard_sent
 from ckavg.cli.average import (
     Asked,
-    as_result,
     carry_out_shown,
     new_warnings,
-    path_shown,
     plans_of,
-    show_plans,
     write_plot,
     write_report,
 )
+from ckavg.cli.completion import scheme_words
 from ckavg.cli.errors import distributed, interrupted_with
 from ckavg.cli.evaluation import (
     Evaluated,
@@ -40,16 +38,15 @@ from ckavg.cli.evaluation import (
 )
 from ckavg.cli.options import Averaging, with_options
 from ckavg.cli.push import destination_of, push_shown
-from ckavg.cli.text import Output, plain_table, print_json, quoted, say, sparkline, warn, warn_of
+from ckavg.cli.summary import as_result, path_shown, print_next, show_plans
+from ckavg.cli.tables import Cell, Spark, Table
+from ckavg.cli.text import Output, print_json, print_places, say, warn, warn_of
 from ckavg.engine.distributed import Ranks
 from ckavg.errors import SettingError, listed, printable
 from ckavg.hub import Destination, continued
 from ckavg.output.output_path import path_within
 from ckavg.output.record import Record
 from ckavg.schemes.parse import Word, is_scheme, parse_words
-
-_MOST_BARS = 60
-"""Checkpoints whose weights are drawn in a column of the table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +58,7 @@ class Sweeping(Averaging):
         typer.Argument(
             metavar="[SOURCE] SCHEME...",
             help="Schemes with values to try, such as pema:gamma=0.1,0.15,every=50,100 mean:last=10.",
+            autocompletion=scheme_words,
         ),
     ] = dataclasses.field(kw_only=True)
 
@@ -69,8 +67,7 @@ class Sweeping(Averaging):
 def sweep(options: Sweeping) -> None:
     """Form many averages from one reading of the checkpoints: every value of every scheme.
 
-    Each result is the same to the byte as that of the scheme's own command. With --eval, your own command tells which
-    of them is best.
+    Each result is the same to the byte as that of the scheme's own command.
     """
     words = list(options.words)
     with distributed(verbose=options.verbose, timeout=options.rank_timeout) as ranks:
@@ -125,10 +122,12 @@ def _average_all(asked: list[Asked], options: Sweeping, ranks: Ranks) -> None:
         warn_of(new_warnings(done, plans))
         evaluated = send_shown(evaluate_all(done.records, plans, criterion, options), plans, quiet=options.quiet)
         results = evaluated.records
-        if options.as_json:
+        if options.quiet and not options.as_json:
+            print_places([record.directory for record in results])
+        elif options.as_json:
             averages = {"averages": [as_result(*each) for each in zip(results, plans, strict=True)]}
             print_json(averages | ranking_to_dict(evaluated) | evaluated.to_dict())
-        elif not options.quiet:
+        else:
             print_results(evaluated, plans)
             print_curves(evaluated)
         write_plot(done, options, evaluated)
@@ -159,42 +158,50 @@ def print_results(evaluated: Evaluated, plans: Sequence[Plan]) -> None:
     """Print the averages side by side, with their evaluations, if there are any, and where the results are."""
     results, criterion = evaluated.records, evaluated.criterion
     best = None if evaluated.ranking is None else evaluated.ranking.best
-    out, first = Output(), results[0]
+    out = Output()
     visited = sorted({step for record in results for step in record.steps})
-    out.line(
-        f"{len(results)} averages of {len(visited)} checkpoints, steps {visited[0]} to {visited[-1]}", style="bold"
-    )
+    title = f"{len(results)} averages of {len(visited)} checkpoints, steps {visited[0]} to {visited[-1]}"
+    out.line(title, style="bold", wrap=True)
     groups: dict[str, list[int]] = {}
     for place, record in enumerate(results):
         groups.setdefault(record.chosen, []).append(place)
     if len(groups) == 1 and (measured := _measured(results)) is not None:
-        out.line(path_shown(measured))
+        out.line(path_shown(measured), wrap=True)
     out.line()
-    weights = "weights, first to last" if len(groups) == 1 else "weights by step"
     shown: tuple[str, ...] = () if criterion is None else (printable(criterion.metric or "eval"), " ")
     new = [record for record, plan in zip(results, plans, strict=True) if plan.current is None]
-    shown += () if len(new) == len(results) else (" ",)
-    columns = ("average", weights, "first", "last", "least", "n", "age", *shown)
-    table, of_results = plain_table(*columns, left=("average", weights, " ")), marks(evaluated.ranking, len(results))
+    shown += () if len(new) == len(results) else ("state",)
+    columns = ("average", "weights", "first", "last", "least", "n", "age", *shown)
+    table = Table(
+        *columns, left=("average", "weights", " ", "state"), spare=("state", "first", "least", "weights", "last", "age")
+    )
+    of_results = marks(evaluated.ranking, len(results))
     for chosen, places in groups.items():
         if len(groups) > 1:
             group = [results[place] for place in places]
             measured = _measured(group)
             path = f", {path_shown(measured)}" if measured is not None else ""
-            table.add_row(chosen, f"{len(group[0].steps)} checkpoints{path}", *[""] * (len(columns) - 2), style="bold")
+            table.add_heading(f"{chosen}: {len(group[0].steps)} checkpoints{path}")
         for place in places:
             record = results[place]
             name = record.output.name if len(groups) == 1 else f"  {record.to_scheme().label}"
-            cells = [f"{weight:.4f}" for weight in (record.weights[0], record.weights[-1], min(record.weights))]
+            ends = record.weights[0], record.weights[-1], min(record.weights)
+            cells: list[str | Cell] = [f"{weight:.4f}" for weight in ends]
             cells += [f"{record.effective_count or 1:.1f}", f"{record.mean_age or 0:.0f}"]
             cells += [] if criterion is None else [shown_value(record.evaluation), of_results[place]]
-            cells += [] if len(new) == len(results) else ["up to date" if plans[place].is_up_to_date else ""]
-            table.add_row(quoted(name), _bars(record, visited), *cells, style="bold" if place == best else "")
-    out.print(table)
+            cells += [] if len(new) == len(results) else ["up to date" if plans[place].is_up_to_date else "new"]
+            table.add_row(name, _spark(record, visited), *cells, style="good" if place == best else "")
+    out.table(table)
     out.line()
     if new:
-        out.line(f"read     {decimal(new[0].bytes_read)} in {new[0].seconds.total:.1f} s")
-    out.line(f"results  {first.directory.parent}" if best is None else f"best     {results[best].directory}")
+        out.fact("read", f"{decimal(new[0].bytes_read)} in {new[0].seconds.total:.1f} s")
+    if best is not None:
+        out.fact("best", results[best].directory, style="path")
+        print_next(out, results[best], plans[best])
+        return
+    out.fact("results", results[0].directory.parent, style="path")
+    if criterion is None:
+        out.fact("next", "the same with --eval 'COMMAND {dir}' shows which is best", style="command")
 
 
 def _measured(results: Sequence[Record]) -> Record | None:
@@ -202,9 +209,7 @@ def _measured(results: Sequence[Record]) -> Record | None:
     return next((record for record in results if record.path_length), None)
 
 
-def _bars(record: Record, visited: Sequence[int]) -> str:
-    """Its weights against the steps that any average visits; a dot where it passes one over."""
-    if len(visited) > _MOST_BARS:
-        return ""
-    bars = dict(zip(record.steps, sparkline(record.weights), strict=True))
-    return "".join(bars.get(step, "·") for step in visited)
+def _spark(record: Record, visited: Sequence[int]) -> Spark:
+    """Its weights against the steps that any average visits."""
+    weights = dict(zip(record.steps, record.weights, strict=True))
+    return Spark([weights.get(step) for step in visited])

@@ -1,70 +1,112 @@
-"""What goes to stdout and stderr: messages, tables, numbers as text, progress."""
+"""What goes to stdout and stderr: messages, paragraphs, numbers as text; plain where a terminal shows no more."""
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
-import math
 import os
+import re
 import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import textwrap
+import unicodedata
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import typer
-from rich.bar import Bar
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+from rich.theme import Theme
 
-from ckavg.engine.context import OnProgress, Progress
 from ckavg.errors import printable
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bars
-    from rich.progress import TaskID
+    from ckavg.cli.tables import Table
 
-_MOST_ROWS = 40
-"""Rows of a table by checkpoint; of a longer one, those in the middle are left out."""
-
-_BAR_WIDTH = 32
 _WIDTH = 120
 """Columns where stdout is no terminal."""
 
-_COLOURS = {
-    "unfinished": typer.colors.YELLOW,
-    "error": typer.colors.RED,
-    "warning": typer.colors.YELLOW,
-    "interrupted": typer.colors.YELLOW,
-}
-_HEIGHTS = "▁▂▃▄▅▆▇█"
-_COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+MOST_ROWS, _FEWEST_ROWS = 40, 8
+"""Rows of a table by checkpoint; of a longer one, those in the middle are left out."""
 
-_TITLES = {
-    "path": "measuring the path",
-    "replay": "averaging",
-    "health": "examining",
-    "files": "hashing the files",
-    "weights": "looking for NaN",
-    "elements": "computing elements again",
-    "sources": "reading the sources",
-    "difference": "comparing",
-    "fetch": "fetching",
-    "upload": "uploading",
+_BESIDE = 12
+"""Lines of a screen beside such a table."""
+
+_LABEL = 9
+"""Columns of the word before a fact, such as `result`."""
+
+_THEME = Theme(
+    {
+        **{"good": "green", "bad": "bold red", "warning": "yellow", "path": "cyan", "command": "", "number": "bold"},
+        **{"bar": "cyan", "bar.negative": "yellow"},
+        **{"bar.complete": "cyan", "bar.finished": "green", "bar.pulse": "cyan", "progress.spinner": "cyan"},
+    }
+)
+"""All colours there are."""
+
+_COLOURS = {"unfinished": typer.colors.YELLOW, "error": typer.colors.RED, "warning": typer.colors.YELLOW}
+_COLOURS |= {"interrupted": typer.colors.YELLOW, "hint": typer.colors.CYAN}
+
+_COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+_NUMBER = r"(?<![\w./-])\d[\d,]*(?:\.\d+)?(?: (?:%|[kMGT]?B(?:/s)?))?(?![\w/-])"
+_UNIT = re.compile(r"(?<=\d) (?=(?:%|[kMGT]?B(?:/s)?|s|±)\b|%)|(?<=±) (?=\d)")
+_TYPED = re.compile(r"(?<=: )(?:ckavg|env|hf|pip|python3?|unset) .*|(?<!\S)--[a-z][\w-]* [^\s-]\S*|`[^`]*`")
+"""What is typed: a command, with which a sentence ends after a colon, an option with its value, a quotation."""
+
+ASCII = "ckavg.ascii"
+"""How a stream encodes what its encoding does not have: the name of a handler of errors, for `open` and the like."""
+
+_SPELLED = {
+    **dict(zip("▏▎▍▌▋▊▉█▐│─·•", "   ######|-.*", strict=True)),
+    **dict(zip("▁▂▃▄▅▆▇", "_,:=+*%", strict=True)),
+    **dict.fromkeys("├└┌┐┘┤┬┴┼╭╮╰╯", "+"),
+    **dict(zip("−–—×‖‘’“”⁄", ("-", "-", "--", "x", "||", "'", "'", '"', '"', "/"), strict=True)),
+    **{"→": "->", "←": "<-", "↑": "^", "±": "+/-", "≤": "<=", "≥": ">=", "≈": "~", "√": "sqrt ", "✓": "ok"},
 }
-_TO_DO = {"upload": "to send", "fetch": "to fetch"}
-_SECONDS_BETWEEN_LINES = 5.0
+"""What stands for a character in ASCII; those of drawings are as wide."""
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_in_ascii, error.object[error.start : error.end])), error.end
+
+
+def _in_ascii(char: str) -> str:
+    r"""A character as one would type it; as its number where nobody could.
+
+    >>> "".join(map(_in_ascii, "ℓ β² … ± 模"))
+    'l beta2 ... +/- \\u6a21'
+    """
+    name = unicodedata.name(char, "")
+    plain = name.rsplit(" ", 1)[-1].lower() if name.startswith("GREEK") else unicodedata.normalize("NFKC", char)
+    plain = "".join(_SPELLED.get(each, each) for each in (char if char in _SPELLED else plain))
+    return plain if plain.isascii() else char.encode("ascii", "backslashreplace").decode()
+
+
+codecs.register_error(ASCII, _spell)
+
+
+def as_encoded(text: str, stream: TextIO | None = None) -> str:
+    """The text as a stream shows it, or stdout, so that what is laid out has the width that it will have."""
+    encoding = getattr(stream or sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, ASCII).decode(encoding, "replace")
+
+
+def is_plain() -> bool:
+    """Whether the terminal, if there is one, shows no more than text, or its user wants no more."""
+    return os.environ.get("TERM", "").lower() in ("", "dumb", "unknown") or bool(os.environ.get("NO_COLOR"))
 
 
 def say(line: str) -> None:
     """Print a line to stderr. Where nobody reads that any more, or its disk is full, the work continues without."""
     with suppress(OSError, ValueError):
-        typer.echo(line, err=True)
+        print(line, file=sys.stderr, flush=True)  # noqa: T201 - typer's would say it in UTF-8 whatever the locale
 
 
 def warn(kind: str, message: str) -> None:
-    """Print `kind: message` to stderr, in one line."""
+    """Print `kind: message` to stderr."""
     say_labelled(kind, printable(message))
 
 
@@ -77,9 +119,41 @@ def warn_of(warnings: Iterable[str]) -> None:
 def say_labelled(kind: str, text: str) -> None:
     """Print `kind: text` to stderr, where `text` is fit for a terminal already and may have several lines."""
     label = f"{kind}:"
-    if not os.environ.get("NO_COLOR"):
+    if stderr_is_terminal():
+        text = as_encoded(text, sys.stderr)
+        width = Output(stderr=True).width
+        text = "\n".join(wrapped(line, width, len(label) + 1) for line in text.split("\n"))
+    if stderr_is_terminal() and not is_plain():
         label = typer.style(label, fg=_COLOURS[kind], bold=True)
     say(f"{label} {text}")
+
+
+def wrapped(text: str, width: int, used: int = 0, indent: int = 0) -> str:
+    r"""A paragraph of lines of a width, broken between words alone; a number stays with its unit, a command and a name
+    with spaces that was typed in one piece.
+
+    Args:
+        text: in one line.
+        width: in columns.
+        used: columns that the first line has less.
+        indent: spaces before all others.
+
+    >>> wrapped("about 12 MB of it", 10)
+    'about\n12 MB of\nit'
+    """
+    joined = _TYPED.sub(lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
+    joined = _UNIT.sub("\N{NO-BREAK SPACE}", joined)
+    for word in (each for each in map(printable, sys.argv[1:]) if " " in each):
+        joined = joined.replace(word, word.replace(" ", "\N{NO-BREAK SPACE}"))
+    filled = textwrap.fill(
+        joined,
+        max(width, 1),
+        initial_indent=" " * used,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return filled[used:].replace("\N{NO-BREAK SPACE}", " ")
 
 
 def stderr_is_terminal() -> bool:
@@ -112,61 +186,69 @@ class Stdout(io.TextIOWrapper):
 
 
 class Output(Console):
-    """Stdout for people: as wide as the terminal, wide enough for a table where there is none. Nothing is markup."""
+    """Stdout for people, or stderr: as wide as the terminal, wide enough for a table where there is none. Nothing is
+    markup.
+    """
 
-    def __init__(self) -> None:
-        super().__init__(markup=False, highlight=False)
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(
+            stderr=stderr,
+            markup=False,
+            highlight=False,
+            theme=_THEME,
+            color_system=None if is_plain() else "auto",
+        )
         if not self.is_terminal:
             self.width = _WIDTH
 
+    @property
+    def rows(self) -> int:
+        """Rows of a table by checkpoint that leave room for the rest on the screen."""
+        return min(max(self.height - _BESIDE, _FEWEST_ROWS), MOST_ROWS) if self.is_terminal else MOST_ROWS
+
     def line(self, text: object = "", *, style: str = "", wrap: bool = False) -> None:
         """Print a line as it is, whatever its length: it may hold a command to copy. With `wrap`, a paragraph."""
-        self.print(quoted(text), style=style, soft_wrap=not wrap)
+        shown = quoted(text)
+        self.print(wrapped(shown.plain, self.width) if wrap else shown, style=style, soft_wrap=True)
 
-    def problem(self, message: str, more: Iterable[str] = (), *, wrap: bool = False) -> None:
-        """Print a problem, and what helps; with `wrap`, the problem as a paragraph."""
-        self.print(Text.assemble(("problem: ", "bold red"), quoted(message)), soft_wrap=not wrap)
+    def fact(self, label: str, text: object, *, style: str = "") -> None:
+        """Print a label and what there is to say, with its numbers emphasized; a path or a command has a `style` and
+        stays in one line.
+        """
+        shown = quoted(text)
+        if not style:
+            shown = Text(wrapped(shown.plain, self.width, _LABEL, _LABEL))
+            shown.highlight_regex(_NUMBER, "number")
+        else:
+            shown.stylize(style)
+        self.print(Text.assemble(f"{label:{_LABEL}}", shown), soft_wrap=True)
+
+    def table(self, table: Table) -> None:
+        """Print a table as wide as there is room, and say what had to be left out."""
+        lines, left_out = table.laid_out(self.width)
+        for line in lines:
+            self.print(line, soft_wrap=True)
+        if left_out:
+            self.line(f"(left out for want of room: {', '.join(left_out)})", wrap=True)
+
+    def problem(self, message: str, more: Iterable[str] = ()) -> None:
+        """Print a problem as a paragraph, and what helps."""
+        label = "problem: "
+        self.print(
+            Text.assemble((label, "bad"), wrapped(quoted(message).plain, self.width, len(label))), soft_wrap=True
+        )
         for line in filter(None, more):
             self.line(line)
 
     def warning(self, message: str) -> None:
         """Print an empty line and a warning."""
         self.line()
-        self.line(f"warning: {message}", style="yellow", wrap=True)
-
-
-def plain_table(*columns: str, left: tuple[str, ...] = ()) -> Table:
-    """A table without rules; numbers to the right, the columns in `left` to the left."""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, justify="left" if column in left else "right", no_wrap=column not in left)
-    return table
-
-
-def table_by_step(columns: Mapping[str, Sequence[str]], values: Sequence[float], *, sums: str = "") -> Table:
-    """A table with a row for each checkpoint and a bar for its value; of a long one, without those in the middle.
-
-    Args:
-        columns: texts by title, the step first.
-        values: whose bars come last.
-        sums: title of the column that shows the sum of the values that are left out.
-    """
-    table = plain_table(*columns, " ", left=(" ",))
-    largest = max(map(abs, values))
-    rows = [(*texts, bar(value, largest)) for *texts, value in zip(*columns.values(), values, strict=True)]
-    hidden = slice(_MOST_ROWS // 4, len(rows) - _MOST_ROWS + _MOST_ROWS // 4)
-    if len(rows) > _MOST_ROWS:
-        left_out = {"step": "…", sums: f"{sum(values[hidden]):.4f}"}
-        count = f"{len(rows[hidden])} more"
-        rows[hidden] = [(*(left_out.get(title, "") for title in columns), count)]
-    for row in rows:
-        table.add_row(*row)
-    return table
+        self.line(f"warning: {message}", style="warning", wrap=True)
 
 
 def quoted(text: object) -> Text:
-    """Text from outside, shown as it is: no markup, no control characters."""
-    return Text(printable(str(text)))
+    """Text from outside, shown as it is: no markup, no control characters, in the encoding of stdout."""
+    return Text(as_encoded(printable(str(text))))
 
 
 def print_json(value: object) -> None:
@@ -179,6 +261,12 @@ def print_json(value: object) -> None:
     except UnicodeEncodeError:
         text = json.dumps(json.loads(text), indent=2)
     typer.echo(text)
+
+
+def print_places(places: Iterable[object]) -> None:
+    """Print where results are, a line for each: to the byte, but in a terminal, which would obey some of them."""
+    for place in map(str, places):
+        typer.echo(printable(place) if sys.stdout.isatty() else os.fsencode(place))
 
 
 def as_count(count: int) -> str:
@@ -197,82 +285,3 @@ def plural(count: int, noun: str) -> str:
     ('1 problem', '3 warnings')
     """
     return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def bar(value: float, largest: float) -> Bar:
-    """A bar whose length is that of `value` on a scale up to `largest`, rounded to an eighth of a character."""
-    half_an_eighth = largest / (2 * 8 * _BAR_WIDTH)  # rich cuts off what is less than an eighth
-    return Bar(largest, 0, abs(value) + half_an_eighth, width=_BAR_WIDTH)
-
-
-def sparkline(values: Sequence[float]) -> str:
-    """A character for each value, its height on a scale up to the largest; a minus sign for what is negative.
-
-    >>> sparkline([0.0, 0.5, 1.0, -0.25])
-    '▁▅█-'
-    """
-    largest = max((abs(value) for value in values), default=0.0) or 1.0
-    top = len(_HEIGHTS) - 1
-    return "".join("-" if value < 0 else _HEIGHTS[math.ceil(value / largest * top)] for value in values)
-
-
-@contextmanager
-def show_progress(passes: int, *, quiet: bool) -> Iterator[OnProgress | None]:
-    """Yield a listener that shows how far each of so many passes has come: bytes, GB/s, time left.
-
-    A bar for each in a terminal, plain lines elsewhere.
-    """
-    if quiet:
-        yield None
-    elif not stderr_is_terminal():
-        yield _Lines(passes)
-    else:
-        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-        from rich.progress import Progress as Bars
-
-        columns = (BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Bars(TextColumn("{task.description}"), *columns, console=Console(stderr=True), transient=True) as bars:
-            yield _bar_listener(bars, passes)
-
-
-def _bar_listener(bars: Bars, passes: int) -> OnProgress:
-    starting = bars.add_task("starting", total=None)
-    tasks: dict[str, TaskID] = {}
-
-    def listen(news: Progress) -> None:
-        if news.stage not in tasks:
-            bars.update(starting, visible=False)
-            tasks[news.stage] = bars.add_task(_title(news, len(tasks) + 1, passes), total=news.total)
-        bars.update(tasks[news.stage], completed=news.done)
-
-    return listen
-
-
-class _Lines:
-    """A line at the beginning and the end of each pass, and every few seconds between."""
-
-    def __init__(self, passes: int) -> None:
-        self._passes = passes
-        self._begun: dict[str, float] = {}
-        self._shown = 0.0
-
-    def __call__(self, news: Progress) -> None:
-        now = time.monotonic()
-        is_new = news.stage not in self._begun
-        begun = self._begun.setdefault(news.stage, now)
-        if not is_new and news.done != news.total and now - self._shown < _SECONDS_BETWEEN_LINES:
-            return
-        self._shown = now
-        title = _title(news, len(self._begun), self._passes)
-        if is_new:
-            kept = f"; {news.kept / 1e9:.2f} GB more were done before it was interrupted" if news.kept else ""
-            say(f"{title}: {news.total / 1e9:.2f} GB {_TO_DO.get(news.stage, 'to read')}{kept}")
-            return
-        rate = news.done / max(now - begun, 1e-9)
-        left = "done" if news.done == news.total else f"{(news.total - news.done) / rate:.0f} s left"
-        say(f"{title}: {news.done / 1e9:.2f} of {news.total / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s, {left}")
-
-
-def _title(news: Progress, number: int, passes: int) -> str:
-    title = f"continuing {_TITLES[news.stage]}" if news.kept else _TITLES[news.stage]
-    return f"pass {number} of {passes}, {title}" if passes > 1 else title

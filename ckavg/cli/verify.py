@@ -10,8 +10,10 @@ import typer
 from rich.filesize import decimal
 
 from ckavg.cli.errors import FAILED, failures
-from ckavg.cli.options import Json, Quiet, Verbose
-from ckavg.cli.text import Output, plural, print_json, say, show_progress
+from ckavg.cli.options import Json, Quiet, Verbose, folder
+from ckavg.cli.progress import show_progress
+from ckavg.cli.tables import Table, Words
+from ckavg.cli.text import Output, plural, print_json, say
 from ckavg.errors import SettingError, printable
 from ckavg.verify.findings import Verified
 from ckavg.verify.verify import ELEMENTS, verify_result
@@ -26,7 +28,7 @@ _PASSED = {
 
 
 def verify(
-    result: Annotated[Path, typer.Argument(metavar="RESULT", help="Directory of a result, or of a snapshot in it.")],
+    result: Annotated[Path, folder("RESULT", "Directory of a result, or of a snapshot in it.")],
     *,
     replay: Annotated[
         bool, typer.Option("--replay", help="Compute elements again from the checkpoints, and compare.")
@@ -96,12 +98,15 @@ def print_verified(verified: Verified, *, quiet: bool) -> None:
     out = Output()
     if not quiet:
         out.line(verified.result, style="bold")
-        out.line(verified.title)
+        out.line(verified.title, wrap=True)
         out.line()
         wrong = {each.check for each in verified.findings if each.is_problem}
+        table = Table("", " ", "  ", left=("", " ", "  "), wraps=("  ",))
         for check in verified.checks:
-            outcome = "WRONG  see below" if check in wrong else f"ok     {_PASSED[check]}"
-            out.line(f"{check:8} {outcome}{_measured(verified, check)}")
+            outcome = Words("WRONG", "bad") if check in wrong else Words("ok", "good")
+            passed = f"{'see below' if check in wrong else _PASSED[check]}{_measured(verified, check)}"
+            table.add_row(check, outcome, passed)
+        out.table(table)
         for warning in verified.warnings:
             out.warning(warning)
     for problem in verified.problems:
@@ -111,7 +116,7 @@ def print_verified(verified: Verified, *, quiet: bool) -> None:
         out.problem(message, more)
     if not quiet:
         out.line()
-        out.line(_verdict(verified))
+        out.line(_verdict(verified), style="bad" if verified.problems else "good", wrap=True)
 
 
 def _measured(verified: Verified, check: str) -> str:

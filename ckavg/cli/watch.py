@@ -14,9 +14,10 @@ import typer
 
 from ckavg.averaging.sources import inspect_source
 from ckavg.checkpoints.run import Checkpoint
+from ckavg.cli.completion import scheme_words
 from ckavg.cli.errors import distributed, interrupted_with
 from ckavg.cli.evaluation import criterion_from
-from ckavg.cli.options import with_options, work
+from ckavg.cli.options import with_options
 from ckavg.cli.sweep import Sweeping, average_words
 from ckavg.cli.text import say, warn
 from ckavg.engine.distributed import Ranks
@@ -40,11 +41,13 @@ class Watching(Sweeping):
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN SCHEME...", help="Directory of the run, and schemes such as pema:gamma=0.1,0.15 mean:last=10."
+            metavar="RUN SCHEME...",
+            help="Directory of the run, and schemes such as pema:gamma=0.1,0.15 mean:last=10.",
+            autocompletion=scheme_words,
         ),
     ] = dataclasses.field(kw_only=True)
-    until: Annotated[int | None, work("End when the average has reached step N.", metavar="N")] = None
-    poll: Annotated[float, work("Look for checkpoints so often.", metavar="SECONDS", min=0.01)] = 10.0
+    until: Annotated[int | None, typer.Option(help="End when the average has reached step N.", metavar="N")] = None
+    poll: Annotated[float, typer.Option(help="Look for checkpoints so often.", metavar="SECONDS", min=0.01)] = 10.0
 
 
 @with_options(Watching, without=_NOT_HERE)

@@ -18,8 +18,9 @@ class Progress:
     """The progress of a pass.
 
     Attributes:
-        stage: `path` for pass 1, `replay` for pass 2, `health` for `inspect --deep`; `files`, `weights`, `elements` or
-            `sources` for what `verify` reads; `difference` for `diff`; `fetch` for downloads, `upload` for uploads.
+        stage: `path` for pass 1, `replay` for pass 2; `files` for syncing and hashing what was written; `health` for
+            `inspect --deep`; `files`, `weights`, `elements` or `sources` for what `verify` reads; `difference` for
+            `diff`; `fetch` for downloads, `upload` for uploads.
         done: bytes done.
         total: bytes to do.
         kept: bytes done by an interrupted attempt, not counted in these.

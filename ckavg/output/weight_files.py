@@ -8,12 +8,12 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckavg.checkpoints.headers import KNOWN_HASHES
 from ckavg.checkpoints.run import DTYPE_NAMES, ITEM_BYTES, Checkpoint, Shard, TensorInfo
@@ -345,8 +345,15 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_of(paths: Sequence[Path], *, beside: Sequence[Callable[[], None]] = ()) -> list[str]:
+def sha256_of(
+    paths: Sequence[Path],
+    *,
+    beside: Sequence[Callable[[], None]] = (),
+    on_done: Callable[[int], None] = lambda place: None,
+) -> list[str]:
     """SHA-256 of files in hexadecimal digits, several at a time, while something else is done `beside` it.
+
+    `on_done` is called in this thread with the place of whatever is done, files first, what is beside them after that.
 
     Raises:
         ReadError: the system would not let us read.
@@ -356,8 +363,11 @@ def sha256_of(paths: Sequence[Path], *, beside: Sequence[Callable[[], None]] = (
         try:
             others = [executor.submit(each) for each in beside]
             hashed = [executor.submit(_sha256_of_file, path) for path in paths]
-            for each in others:
+            futures: list[Future[Any]] = [*hashed, *others]
+            places = {each: place for place, each in enumerate(futures)}
+            for each in as_completed(places):
                 each.result()
+                on_done(places[each])
             return [each.result() for each in hashed]
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)

@@ -14,7 +14,8 @@ import torch
 import typer
 
 import ckavg
-from ckavg.cli.app import Verb, app
+from ckavg.cli.app import app
+from ckavg.cli.verbs import Verb
 from ckavg.schemes import Scheme
 from tests.cli.runner import placeless, run_cli, snapshot
 from tests.runs import random_run, write_run
@@ -192,15 +193,18 @@ def test_summary(run: Path) -> None:
     assert any(line.startswith("result ") and "pema-gamma0.15" in line for line in lines)
     assert any(line.startswith("next ") and "LlamaForCausalLM" in line for line in lines)
     assert "\x1b" not in result.stdout
-    assert "pass 1 of 2, measuring the path: 0.00 GB to read" in result.stderr
-    assert "pass 2 of 2, averaging: 0.00 of 0.00 GB" in result.stderr
+    assert "pass 1 of 2, measuring the path: 1.7 MB\n" in result.stderr
+    assert "pass 2 of 2, averaging: 100 %, " in result.stderr
+    assert "syncing and hashing: " in result.stderr
+    assert result.stderr.index("writing card and record\n") > result.stderr.index("syncing and hashing: ")
     assert "warning: No spread at the anchor" in result.stderr
     negative = run_cli("bema", run, "--eta", "0", "--kappa", "0.1").stdout.splitlines()
-    first = next(line for line in negative if line.startswith("   0 "))
+    first, last = (next(line for line in negative if line.startswith(step)) for step in ("   0 ", " 150 "))
     assert "-0." in first
-    assert "█" in first, "drawn by its size"
+    assert first.endswith("█│"), "to the left of the axis"
+    assert "  │█" in last.replace(" " * 12, "  "), "to its right"
     quiet = run_cli("ema", run, "--gamma", "0.05", "-q")
-    assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
+    assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, f"{run}/averaged/ema-gamma0.05\n", "")
     assert (run / "averaged/ema-gamma0.05/model-00001-of-00002.safetensors").exists()
 
 

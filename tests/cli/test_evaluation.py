@@ -196,7 +196,10 @@ def test_table_json_and_records(run: Path, goal: tuple[str, ...], winner: int) -
     cells = {row.split()[0]: row.split() for row in rows[:3]}
     assert [cells[name][7] for name in NAMES] == ["0.75", "1.5", "0.5"]
     assert [name for name in NAMES if cells[name][-1] == "best"] == [NAMES[winner]]
-    assert result.stdout.endswith(f"\nbest     {run / 'averaged' / NAMES[winner]}\n")
+    *_, best, following = result.stdout.splitlines()
+    assert best == f"best     {run / 'averaged' / NAMES[winner]}"
+    assert following.startswith("next     python -c ")
+    assert f"{run / 'averaged' / NAMES[winner]}" in following
     assert [line for line in result.stderr.splitlines() if line.startswith("evaluating")] == [
         f"evaluating {name}, {place} of 3" for place, name in enumerate(NAMES, start=1)
     ]
@@ -218,8 +221,8 @@ def test_the_first_of_equals_is_the_best(run: Path) -> None:
 
 def test_without_a_command_there_is_no_column_and_no_evaluation(run: Path) -> None:
     table = run_cli("sweep", run, "mean", "last").stdout
-    assert "eval" not in table
-    assert "best" not in table
+    assert "eval" not in table.split("next ")[0]
+    assert table.endswith("\nnext     the same with --eval 'COMMAND {dir}' shows which is best\n")
     told = json.loads(run_cli("sweep", run, "mean", "last", "--force", "--json").stdout)
     assert [each["evaluation"] for each in told["averages"]] == [None, None]
     assert "best" not in told
@@ -288,7 +291,8 @@ def test_it_sees_each_complete_result_once_and_no_snapshot(run: Path, tmp_path: 
         f"echo {{dir}} >> {tmp_path}/seen; test -f {{dir}}/model.safetensors && test -f {{dir}}/ckavg.json; echo 1"
     )
     result = run_cli("sweep", run, "mean", "dema", "--snapshot-every", "100", "--eval", command, *MIN, "-q")
-    assert (result.exit_code, result.stdout) == (0, "")
+    results = "".join(f"{run}/averaged/{name}\n" for name in ("mean", "dema-kappa0.5"))
+    assert (result.exit_code, result.stdout) == (0, results)
     assert (tmp_path / "seen").read_text().splitlines() == [
         str(run / "averaged" / name) for name in ("mean", "dema-kappa0.5")
     ]

@@ -27,7 +27,7 @@ def test_table_and_json(tmp_path: Path) -> None:
     assert table[1][1:3] == ["+400", "2"]
     assert table[2][1] == "+600"
     assert "(anchor)" in table[0]
-    assert lines[-1].startswith("Nothing stands in the way. Next: ckavg pema")
+    assert lines[-2:] == ["Nothing stands in the way.", f"next     ckavg pema {run}"]
     record = json.loads(run_cli("inspect", run, "--json").stdout)
     assert record["problems"] == []
     files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -121,14 +121,14 @@ def test_help_and_version() -> None:
 def test_warnings_are_counted_and_the_step_to_look_at_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [WEIGHTS] * 3, (0, 50, 75))
     put(run / "checkpoint-75" / "model_1.safetensors", WEIGHTS)
-    assert run_cli("inspect", run).stdout.splitlines()[-1].startswith("1 warning. Next: ckavg pema")
+    assert run_cli("inspect", run).stdout.splitlines()[-2:] == ["1 warning.", f"next     ckavg pema {run}"]
     (run / "checkpoint-50" / "trainer_state.json").write_text('{"global_step": 60}')
-    last = run_cli("inspect", run).stdout.splitlines()[-1]
-    assert last.startswith("2 warnings: look at step 60 first. Next: ckavg pema")
+    last = run_cli("inspect", run).stdout.splitlines()[-2:]
+    assert last == ["2 warnings: look at step 60 first.", f"next     ckavg pema {run}"]
     deep = run_cli("inspect", run, "--deep", "-q", "--json")
     assert deep.exit_code == 0
-    last = run_cli("inspect", run, "--deep").stdout.splitlines()[-1]
-    assert last.startswith("4 warnings: look at step 60 first. Next: ckavg pema")  # two stale saves more
+    said = run_cli("inspect", run, "--deep").stdout.splitlines()[-2]
+    assert said == "4 warnings: look at step 60 first."  # two stale saves more
 
 
 def adapters(root: Path, *steps: int) -> Path:

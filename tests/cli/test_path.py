@@ -114,7 +114,7 @@ def test_table(run: Path, tmp_path: Path) -> None:
     assert [line.split()[:2] for line in lines[10:14]] == [[name, f"{ends[name]:.4f}"] for name in furthest_first]
     assert lines[15].startswith("read     ")
     assert "warning: No spread at the anchor (σ = 0)" in result.stderr
-    assert run_cli("path", run).stdout.endswith("read     0 bytes, all of it cached\n")
+    assert run_cli("path", run).stdout.endswith(f"read     0 bytes, all of it cached\nnext     ckavg pema {run}\n")
     for words in (("pema", run), ("sweep", run, "pema", "mean", "--out", tmp_path / "many")):
         result = run_cli(*words)
         assert "pass 1" not in result.stderr
@@ -264,7 +264,7 @@ def test_more_than_40_checkpoints_are_elided(tmp_path: Path, count: int, hidden:
 def test_many_tensors_are_elided(tmp_path: Path, count: int) -> None:
     weights = [{f"w{place:02}": torch.arange(4.0) + k * place for place in range(count)} for k in (1, 2)]
     lines = run_cli("path", write_run(tmp_path / "run", weights, (0, 1))).stdout.splitlines()
-    rows = lines[lines.index("", 3) + 2 : -2]
+    rows = lines[lines.index("", 3) + 2 : -3]
     names = [f"w{place:02}" for place in reversed(range(count))]
     between = [f"… {count - 16} more between"] if count > 17 else []
     want = [*names[:8], *between, *names[-8:]] if between else names

@@ -258,7 +258,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(KeyboardInterrupt) if stage else nullcontext():
             attempt(stage)
     of_tensor = 5 * 500 * 4  # in the five checkpoints that either of them visits
-    assert kept == {"path": 4 * of_tensor, "replay": 4 * of_tensor}
+    assert kept == {"path": 4 * of_tensor, "replay": 4 * of_tensor, "files": 0}
     for run in runs:
         forget(source)
         ckavg.average(run, ckavg.PEMA(), out=tmp_path / "alone" / str(len(run.steps)))

@@ -16,7 +16,8 @@ from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 import ckavg
-from ckavg.cli.app import Verb, app
+from ckavg.cli.app import app
+from ckavg.cli.verbs import Verb
 from ckavg.schemes import Scheme
 from tests.cli.runner import placeless
 from tests.docs.site import page
@@ -28,7 +29,7 @@ README = ROOT / "README.md"
 CLI = ROOT / "docs" / "cli.md"
 DOCUMENTS = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 AVERAGING = ("pema", "bema", "ema", "power", "ouema", "dema", "mean", "weights")
-HELP = {"--help", "-h"}
+HELP = {"--help", "-h", "--help-all"}
 OF_TORCHRUN = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}
 OF_SLURM = {"--kill-on-bad-exit"}
 OF_LM_EVAL = {"--model", "--model_args", "--tasks", "--output_path"}

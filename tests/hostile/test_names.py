@@ -89,8 +89,8 @@ def test_results(run: Path) -> None:
 
 def test_the_next_command_can_be_typed(run: Path) -> None:
     """What is offered for copying names the same directory in a shell, whatever the name is."""
-    line = next(line for line in said("inspect", run)[0].splitlines() if "Next: ckavg pema " in line)
-    words = line.split("Next: ckavg pema ")[1]
+    line = next(line for line in said("inspect", run)[0].splitlines() if line.startswith("next     ckavg pema "))
+    words = line.removeprefix("next     ckavg pema ")
     printed = subprocess.run(["bash", "-c", f"printf %s {words}"], capture_output=True, check=True).stdout
     assert printed == os.fsencode(run)
 

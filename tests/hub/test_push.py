@@ -109,7 +109,9 @@ def test_command(hub: Hub, result: Path) -> None:
     assert told["revision"] == "main"
     section = (Path(__file__).parents[2] / "docs" / "json.md").read_text().partition("## The JSON object of push")[2]
     assert set(re.findall(r"^\| `(\w+)` \|", section.partition("\n## ")[0], re.MULTILINE)) == told.keys()
-    assert re.findall(r"pass 2 of 2, uploading: (\S+)", done.stderr) == ["0.00", "0.00"], "the beginning and the end"
+    size = f"{told['bytes'] / 1000:.1f} kB"
+    assert f"\nuploading: {size}\nuploading: 100 %, " in done.stderr, "the beginning and the end"
+    assert run_cli("push", result, REPO, "-q").stdout == f"{hub.url}/{REPO}\n"
 
 
 def test_after_averaging(hub: Hub, run: Path) -> None:

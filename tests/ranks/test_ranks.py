@@ -189,7 +189,7 @@ CASES = {
     "interrupted": Case([130, 130], r"interrupted: No result was left in part", before={1: STOPPED}, stays=True),
     "bug": Case([1, 1], r"ZeroDivisionError: division by zero\nIn another process:", before={1: BROKEN}),
     "setting": Case([2, 2], r"error: bema: eta is -1", ["bema", "--eta", -1]),
-    "usage": Case([2, 2], r"No such option: --no-such", ["bema", "--no-such"]),
+    "usage": Case([2, 2], r"error: ckavg bema has no option --no-such", ["bema", "--no-such"]),
     "other options": Case(
         [1, 1],
         r"error: Rank 1 on .* has other options than rank 0",
@@ -334,7 +334,7 @@ def test_torchrun_is_told_to_stop(tmp_path: Path, sent: signal.Signals) -> None:
     )
     assert process.stderr is not None
     said = ""
-    while "GB to read" not in said:
+    while "averaging: " not in said:
         said += process.stderr.readline()
     process.send_signal(sent)
     said += process.communicate(timeout=SECONDS)[1]

@@ -59,9 +59,9 @@ WORDED = {"warnings", "problems", "problem", "message"}
 PRESENT = {".svg", ".png", ".md"}
 """Endings of files whose bytes are a matter of other packages, or of words."""
 WORDS = (
-    (r"(?m)^.*: (step )?[\d.]+ of [\d.]+( GB)?,(?!.*done$).*\n", ""),  # how far a pass had come meanwhile
+    (r"(?m)^.*: (step \d+ of \d+,|\d+ %, .* left$).*\n", ""),  # how far a pass had come meanwhile
     (r"http://127\.0\.0\.1:\d+", "SERVER"),
-    (r"\b[\d.]+ [kMGT]?B/s", "SPEED"),
+    (r"\b[\d.]+ ([kMGT]?B|bytes)/s", "SPEED"),
     (r"\b(in|after) [\d.]+ (ms|s|min)\b", "in TIME"),
     (r"(room for|about) [\d.]+ [kMG]?B\b", r"\1 SIZE"),
     (r"\bckavg \d+\.\d+\.\d+", "ckavg VERSION"),
@@ -210,9 +210,10 @@ def _run(words: list[str]) -> None:
 
 
 def _options(work: Path, verb: str) -> list[str]:
-    _, out, _ = _forked(work, work, [verb, "--help"])
-    starts = re.findall(r"^│ [* ]*((?:--?[a-z][\w-]*[ ,]+)+)", out, re.MULTILINE)
-    return sorted({option for start in starts for option in re.findall(r"--?[a-z][\w-]*", start)})
+    _, out, _ = _forked(work, work, [verb, "--help-all"])
+    starts = re.findall(r"^  ((?:--?[a-z][\w-]*[ ,/]*)+)", out, re.MULTILINE)
+    found = {option for start in starts for option in re.findall(r"--?[a-z][\w-]*", start)}
+    return sorted(found | {"-h", "--help"})
 
 
 def _files(directory: Path) -> dict[str, bytes]:

@@ -28,7 +28,7 @@ def test_a_sound_run(source: Path) -> None:
     result = run_cli("inspect", source, "--deep")
     assert result.exit_code == 0
     assert snapshot(source) == before
-    assert result.stdout.splitlines()[-1].startswith("Nothing stands in the way. Next: ckavg pema")
+    assert result.stdout.splitlines()[-2:] == ["Nothing stands in the way.", f"next     ckavg pema {source}"]
     assert "SHA-256" not in result.stdout
     assert "examining: " in result.stderr
     assert "done" in result.stderr

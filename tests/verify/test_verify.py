@@ -192,11 +192,11 @@ def test_what_the_command_prints(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert lines[1] == "Bias-corrected EMA (BEMA): eta 0.2, burn-in 10; 6 checkpoints, steps 0 to 50"
     assert lines[3:8] == [
-        "record   ok     its numbers follow from each other",
-        "files    ok     nothing is missing or changed (8 files)",
-        "weights  ok     they load, and none is NaN",
-        "sources  ok     the checkpoints are those that were averaged",
-        "replay   ok     computed again from the checkpoints (10,000 elements, at most 0.50 units in the last place "
+        "record   ok  its numbers follow from each other",
+        "files    ok  nothing is missing or changed (8 files)",
+        "weights  ok  they load, and none is NaN",
+        "sources  ok  the checkpoints are those that were averaged",
+        "replay   ok  computed again from the checkpoints (10,000 elements, at most 0.50 units in the last place "
         "apart, seed 3)",
     ]
     assert lines[9] == "warning: Not read, then and now: step 0 took no part in the average."
