@@ -25,6 +25,7 @@ from ckavg.engine.failures import OTHER_PROCESS, is_from_another
 from ckavg.errors import (
     CkavgError,
     CombinedError,
+    EvaluationError,
     MissingPartsError,
     OutputExistsError,
     RanksError,
@@ -65,9 +66,14 @@ def failures(*, verbose: bool) -> Iterator[None]:
             if isinstance(error, SettingError):
                 hint = hint or f"See: {' '.join(_command)} --help"
             say_labelled("unfinished" if isinstance(error, MissingPartsError) else "error", message)
-            _say_hints(hint, *_notes(error))
+            _say_hints(hint)
             if command:
                 say(f"  {command}")
+            if isinstance(error, EvaluationError):  # with what the user's command said
+                for line in _notes(error):
+                    say(line)
+            else:
+                _say_hints(*_notes(error))
         elif isinstance(error, MemoryError):
             warn("error", f"There is not enough memory. {_AS_IT_WAS}")
         elif not isinstance(error, BrokenPipeError):  # nobody reads stdout any more, and so nobody misses it
@@ -214,11 +220,9 @@ def _notes(error: BaseException) -> list[str]:
 
 
 def _say_hints(*hints: str) -> None:
-    """Say what helps; what follows on a colon is quoted, and no advice of ours."""
-    is_quoted = False
+    """Print what to do next."""
     for each in filter(None, hints):
-        say(each) if is_quoted else say_labelled("hint", each)
-        is_quoted = is_quoted or each.endswith(":")
+        say_labelled("hint", each)
 
 
 # --- what is wrong with a command line ---

@@ -141,7 +141,7 @@ class _Lines(_Listener):
         say(what)
 
 
-class _Live(_Listener):
+class _BarListener(_Listener):
     """A bar for each stage, and beneath them what goes on where no bytes are counted."""
 
     def __init__(self, passes: int, bars: Bars, first: str) -> None:
@@ -191,7 +191,7 @@ def show_progress(passes: int, *, quiet: bool, first: str = "") -> Iterator[OnPr
         yield _Lines(passes)
     else:
         with _bars() as bars:
-            yield _Live(passes, bars, first or "starting")
+            yield _BarListener(passes, bars, first or "starting")
 
 
 @contextmanager

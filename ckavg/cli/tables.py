@@ -30,7 +30,7 @@ class Cell(Protocol):
     @property
     def most(self) -> int: ...  # noqa: D102
 
-    def rendered(self, width: int) -> Text:
+    def as_text(self, width: int) -> Text:
         """As text of at most so many columns, perhaps in several lines."""
 
 
@@ -56,7 +56,7 @@ class Words:
     def _plain(self) -> str:
         return quoted(self.text).plain
 
-    def rendered(self, width: int) -> Text:
+    def as_text(self, width: int) -> Text:
         """As of any cell."""
         return Text(wrapped(self._plain, width) if self.wraps else self._plain, self.style)
 
@@ -73,7 +73,7 @@ class Bar:
     least: int = 8
     most: int = 32
 
-    def rendered(self, width: int) -> Text:
+    def as_text(self, width: int) -> Text:
         """As of any cell."""
         low, high = min(self.low, 0.0), max(self.high, 0.0)
         if not low:
@@ -105,7 +105,7 @@ class Spark:
         """As of any cell."""
         return max(len(self.values), self.least)
 
-    def rendered(self, width: int) -> Text:
+    def as_text(self, width: int) -> Text:
         """As of any cell."""
         count = len(self.values)
         edges = [math.ceil(place * count / width) for place in range(width + 1)] if count > width else range(count + 1)
@@ -161,7 +161,7 @@ class Table:
         lines = self._lines(titles, widths, "bold") if any(map(str.strip, self._titles)) else []
         for row, style in self._rows:
             if isinstance(row, str):
-                lines += Words(row, style, wraps=True).rendered(width).split()
+                lines += Words(row, style, wraps=True).as_text(width).split()
             else:
                 lines += self._lines(row, widths, style)
         return lines, [title for place, title in enumerate(self._titles) if place not in kept and title.strip()]
@@ -170,7 +170,7 @@ class Table:
         return [Words(self._titles[place]), *(cells[place] for cells, _ in self._rows if not isinstance(cells, str))]
 
     def _lines(self, cells: Sequence[Cell], widths: Mapping[int, int], style: str) -> list[Text]:
-        columns = {place: cells[place].rendered(width).split("\n") for place, width in widths.items()}
+        columns = {place: cells[place].as_text(width).split("\n") for place, width in widths.items()}
         lines = []
         for number in range(max(map(len, columns.values()), default=0)):
             line = Text(style=style)

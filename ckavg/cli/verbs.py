@@ -51,7 +51,7 @@ TYPED_ONLY = {
 }
 """Options that the environment cannot set: they replace results, lift a refusal, run a command, or publish."""
 
-_OF_EVALUATIONS = {"CKAVG_EVAL_DIR", "CKAVG_EVAL_OUT"}
+_EVALUATION_VARIABLES = {"CKAVG_EVAL_DIR", "CKAVG_EVAL_OUT"}
 """What a command given with --eval finds in its environment, and passes on to a `ckavg eval`."""
 
 
@@ -134,7 +134,7 @@ def _check_environment(command: TyperCommand) -> None:
     verb = str(command.name)
     variables = {_variable(verb, each): each for each in _options(command)}
     begun = [name for name in os.environ if name.startswith(f"CKAVG_{verb.upper()}_")]
-    for name in sorted({*begun} - _OF_EVALUATIONS):
+    for name in sorted({*begun} - _EVALUATION_VARIABLES):
         option = variables.get(name)
         if option is None:
             near = difflib.get_close_matches(name, variables, n=1)

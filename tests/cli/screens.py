@@ -7,6 +7,7 @@ records anew, in `tests/cli/screens/`, what the tests of `test_*_screens.py` com
 
 from __future__ import annotations
 
+import difflib
 import io
 import os
 import pty
@@ -170,7 +171,8 @@ def compare(name: str, text: str, *, places: Mapping[Path, str] | None = None) -
     if os.environ.get(RECORDING):
         file.parent.mkdir(exist_ok=True)
         file.write_text(text, encoding="utf-8")
-    assert text == file.read_text(encoding="utf-8")
+    recorded = file.read_text(encoding="utf-8")
+    assert text == recorded, "\n".join(difflib.unified_diff(recorded.splitlines(), text.splitlines(), lineterm=""))
 
 
 def _environment(more: Mapping[str, str] | None) -> dict[str, str]:

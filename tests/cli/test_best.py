@@ -193,7 +193,7 @@ def test_the_same_weights_are_evaluated_once(tmp_path: Path, judge: Judge) -> No
     [
         ((), "Add --eval 'COMMAND {dir}'."),
         (("--eval", "echo {dir}", "--eval-goal", "min", "--budget", "1"), "budget is 1; it must be 2 or more"),
-        (("--eval", "echo {dir}", "--eval-goal", "min", "--strategy", "x"), "halving or soup"),
+        (("--eval", "echo {dir}", "--eval-goal", "min", "--strategy", "x"), "it must be halving or soup"),
         (("--eval", "echo {dir}", "--eval-goal", "min", "--confirm", "echo"), "--confirm is 'echo'"),
     ],
 )

@@ -35,7 +35,7 @@ def length(drawn: str) -> float:
 
 @given(values=st.lists(NUMBERS, min_size=1, max_size=9).filter(any), width=st.integers(8, 40))
 def test_bars_are_to_one_scale_on_both_sides_of_one_axis(values: Sequence[float], width: int) -> None:
-    drawn = [Bar(value, min(values), max(values)).rendered(width).plain for value in values]
+    drawn = [Bar(value, min(values), max(values)).as_text(width).plain for value in values]
     assert max(map(len, drawn)) <= width
     if min(values) >= 0:
         scale = width / max(values)
@@ -51,17 +51,17 @@ def test_bars_are_to_one_scale_on_both_sides_of_one_axis(values: Sequence[float]
 
 
 def test_a_bar_reaches_the_ends_of_its_scale() -> None:
-    drawn = [Bar(value, -0.5, 1.0).rendered(31).plain for value in (-0.5, -0.25, 0.0, 0.05, 1.0)]
+    drawn = [Bar(value, -0.5, 1.0).as_text(31).plain for value in (-0.5, -0.25, 0.0, 0.05, 1.0)]
     assert drawn == ["██████████│", "     █████│", "          │", "          │█", "          │" + "█" * 20]
-    assert Bar(-0.025, -0.5, 1.0).rendered(31).plain == "         ▐│"
-    assert Bar(0.5, 0.0, 1.0).rendered(32).plain == "█" * 16
+    assert Bar(-0.025, -0.5, 1.0).as_text(31).plain == "         ▐│"
+    assert Bar(0.5, 0.0, 1.0).as_text(32).plain == "█" * 16
 
 
 def test_a_sparkline_of_too_many_shows_sums() -> None:
     values = [0.1, None, 0.2, 0.3, None, None, 0.0, -0.4]
-    assert Spark(values).rendered(8).plain == "▃·▅▇··▁-"
-    assert Spark(values).rendered(4).plain == sparkline([0.1, 0.5]) + "·-"
-    assert len(Spark([1.0] * 1000).rendered(37).plain) == 37
+    assert Spark(values).as_text(8).plain == "▃·▅▇··▁-"
+    assert Spark(values).as_text(4).plain == sparkline([0.1, 0.5]) + "·-"
+    assert len(Spark([1.0] * 1000).as_text(37).plain) == 37
 
 
 # --- tables ---
@@ -164,6 +164,6 @@ def test_any_text_goes_into_any_encoding(encoding: str, text: str) -> None:
 
 
 def test_what_is_drawn_is_as_wide_in_ascii() -> None:
-    bars = [Bar(value, low, 1.0).rendered(32).plain for low in (0.0, -0.7) for value in (low, 0.03, 0.5, 1.0)]
+    bars = [Bar(value, low, 1.0).as_text(32).plain for low in (0.0, -0.7) for value in (low, 0.03, 0.5, 1.0)]
     for drawn in [*bars, sparkline([0.1 * value for value in range(-1, 10)])]:
         assert len(drawn.encode("ascii", ASCII)) == len(drawn)
