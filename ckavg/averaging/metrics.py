@@ -6,6 +6,7 @@ of lm-evaluation-harness, the last line with the name as a word. A name with two
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
@@ -25,6 +26,7 @@ _NUMBER = re.compile(
 )
 _PAIR = re.compile(rf"([A-Za-z_][\w@/,.-]*)['\"]?\s*[:=]\s*(?:{_NUMBER.pattern})", re.IGNORECASE)
 
+_UNITS = ("tokens", "samples", "examples", "documents", "sequences", "images")
 _SHOWN_KEYS, _SHOWN = 6, 60
 
 
@@ -48,11 +50,13 @@ class Reading:
         value: of the metric; None where it has none.
         stderr: its standard error; None where none is known.
         problem: why there is no value, or no standard error of a name that was given.
+        data: how much data was used, such as `4,096 tokens`; empty where that is not said.
     """
 
     value: float | None = None
     stderr: float | None = None
     problem: str = ""
+    data: str = ""
 
 
 def read_metric(text: str, metric: str | None, stderr: str | None = None, document: Any = None) -> Reading:
@@ -66,7 +70,7 @@ def read_metric(text: str, metric: str | None, stderr: str | None = None, docume
         document: what a JSON file holds; None: there is none.
 
     >>> read_metric('{"loss": 0.5, "loss_stderr": 0.125}', "loss")
-    Reading(value=0.5, stderr=0.125, problem='')
+    Reading(value=0.5, stderr=0.125, problem='', data='')
     >>> read_metric("train loss 0.5\nval_loss 0.25, loss 0.75", "val_loss").value
     0.25
     >>> read_metric('{"a": {"acc": 1}, "b": {"acc": 2}}', "acc").problem
@@ -87,7 +91,8 @@ def read_metric(text: str, metric: str | None, stderr: str | None = None, docume
             if value is None:
                 return Reading(problem=f"{metric!r} is {_shown(leaves[found[0]])}, not a number")
             error = _stderr_among(leaves, found[0], stderr)
-            return _with_stderr(_finite(value, f"{metric!r} is {{}}"), error, stderr)
+            reading = _with_stderr(_finite(value, f"{metric!r} is {{}}"), error, stderr)
+            return dataclasses.replace(reading, data=_data_among(leaves, found[0]))
     numbers = _after_word(rest, metric)
     if numbers is None:
         return Reading(problem=_missing(metric, documents, rest))
@@ -172,6 +177,17 @@ def _stderr_among(leaves: Mapping[KeyPath, Any], of: KeyPath, name: str | None) 
     if name is not None and not paths and len(found := _find(leaves, name)) == 1:
         paths = found
     return _as_number(leaves[paths[0]]) if paths else None
+
+
+def _data_among(leaves: Mapping[KeyPath, Any], of: KeyPath) -> str:
+    """How much data the value at a path was computed from: a count beside it, or what lm-evaluation-harness states.
+
+    >>> _data_among({("a", "loss"): 0.5, ("a", "tokens"): 4096}, ("a", "loss"))
+    '4,096 tokens'
+    """
+    places = {(*of[:-1], unit): unit for unit in _UNITS} | {("n-samples", *of[1:-1], "effective"): "samples"}
+    counts = ((leaves.get(path), unit) for path, unit in places.items())
+    return next((f"{count:,} {unit}" for count, unit in counts if type(count) is int and count > 0), "")
 
 
 def _as_number(value: object) -> float | None:

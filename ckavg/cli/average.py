@@ -40,7 +40,7 @@ from ckavg.engine.distributed import Ranks
 from ckavg.errors import SettingError, listed, printable
 from ckavg.hub import Destination, check_access
 from ckavg.output.card import products_shown
-from ckavg.output.commands import load_command
+from ckavg.output.loading import load_command
 from ckavg.output.output_path import check_file
 from ckavg.output.record import MOST_BYTES, Record
 from ckavg.output.staging import find_leftovers
@@ -462,8 +462,7 @@ def print_summary(result: Record, plan: Plan) -> None:
     out.line(f"result   {result.directory}")
     if plan.target is not None:
         return
-    largest = sorted(plan.weights.shards, key=lambda shard: -sum(each.nbytes for each in plan.weights.of(shard.part)))
-    out.line(f"next     {load_command(result.directory, plan.side_files, [shard.name for shard in largest])}")
+    out.line(f"next     {load_command(result.directory, plan.side_files, plan.weights.names)}")
 
 
 def spread_shown(result: Record) -> str:

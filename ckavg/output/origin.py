@@ -14,6 +14,7 @@ from typing import Any
 
 from ckavg.checkpoints.run import Run
 from ckavg.errors import ReadError, SettingError
+from ckavg.output.loading import is_timm
 from ckavg.output.output_path import CARD
 from ckavg.output.side_files import read_config
 from ckavg.storage.atomic import resolved
@@ -136,7 +137,7 @@ def find_origin(run: Run, side_files: Mapping[str, bytes], card: Path | str | No
     found = {
         "base_model": base,
         "base_model_relation": relation,
-        "library_name": _library_of(config, adapter),
+        "library_name": _library_of(side_files, config, adapter),
         "pipeline_tag": pipeline_of(config, adapter),
     }
     found |= {name: inherited.get(name) for name in _LICENSE_FIELDS}
@@ -211,11 +212,15 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
-def _library_of(config: Mapping[str, Any], adapter_config: Mapping[str, Any]) -> str:
+def _library_of(side_files: Mapping[str, bytes], config: Mapping[str, Any], adapter_config: Mapping[str, Any]) -> str:
     if adapter_config:
         return "peft"
+    if "modules.json" in side_files:
+        return "sentence-transformers"
     if "_diffusers_version" in config:
         return "diffusers"
+    if is_timm(config):
+        return "timm"
     return "transformers" if "model_type" in config else ""
 
 

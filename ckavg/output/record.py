@@ -170,6 +170,9 @@ class Evaluation:
         stderr: standard error of the value; None where none is known.
         goal: whether the least or the greatest value is best; empty in records of earlier versions.
         best_of: how many averages were evaluated, of which its value made this one the choice; 0: none did.
+        data: how much data was used, such as `4,096 tokens`; empty where the command does not say.
+        last_value: what the same command says of the run's last checkpoint; None where it was not evaluated.
+        last_stderr: standard error of that value.
     """
 
     command: Text
@@ -179,6 +182,9 @@ class Evaluation:
     stderr: Number | None = None
     goal: EvaluationGoal = ""
     best_of: Count = 0
+    data: Text = ""
+    last_value: Number | None = None
+    last_stderr: Number | None = None
 
 
 Curves = Sequence[tuple[str, Sequence[tuple[int, Evaluation]]]]

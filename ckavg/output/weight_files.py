@@ -74,6 +74,13 @@ class WeightPlan:
         """Bytes of all files."""
         return sum(shard.nbytes for shard in self.shards)
 
+    @property
+    def names(self) -> list[str]:
+        """Their names, those of the largest part first."""
+        return [
+            shard.name for shard in sorted(self.shards, key=lambda one: -sum(each.nbytes for each in self.of(one.part)))
+        ]
+
     def of(self, part: str = "") -> list[ShardPlan]:
         """The files of a part."""
         return [shard for shard in self.shards if shard.part == part]
