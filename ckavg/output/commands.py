@@ -11,7 +11,7 @@ from ckavg.schemes import Scheme
 
 
 def as_options(settings: Mapping[str, object]) -> str:
-    """The options that state these settings; one with several values is repeated, and a switch that is on has none.
+    """The options for some settings. An option with several values is repeated; a switch has no value.
 
     >>> as_options({"gamma": 0.15, "from_step": 100, "path_exclude": ("lm_head.*", "b")})
     "--gamma 0.15 --from-step 100 --path-exclude 'lm_head.*' --path-exclude b"
@@ -26,7 +26,7 @@ def as_options(settings: Mapping[str, object]) -> str:
 
 
 def shell_word(text: str) -> str:
-    r"""The text as a word of a shell's command line, in one line and without a character that a terminal would obey.
+    r"""The text quoted for a shell: one word on one line, without control characters.
 
     >>> print(shell_word("run"), shell_word("my run"), shell_word("a\nb's"))
     run 'my run' $'a\nb\'s'
@@ -39,11 +39,11 @@ def shell_word(text: str) -> str:
 
 
 def reproduce(record: Record, scheme: Scheme) -> str:
-    """The command line that forms the same average; in the directory of the checkpoints, if they have no address."""
+    """The command line that makes the same average. A run on this machine is taken from the current directory."""
     settings: dict[str, object] = {**scheme.stated, **record.selection}
     settings.pop("every_from", None)  # follows from --burn-in
     if "init" in settings and not is_address(settings["init"]):
-        settings["init"] = BASE_MODEL  # a local path, and nobody else's
+        settings["init"] = BASE_MODEL  # a local path means nothing elsewhere
     snapshot = record.output.step if record.output.step < record.steps[-1] else None
     measured = record.path_length is not None
     others: dict[str, tuple[object, object]] = {

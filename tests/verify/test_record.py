@@ -109,7 +109,7 @@ def test_any_bytes(made: tuple[Path, dict[str, Any]], data: bytes) -> None:
         (("parameters", "gamma"), -1, "parameters do not fit pema: pema: gamma is -1; it must be 0 or more."),
         (("parameters", "gamma"), "0.15", "parameters do not fit pema: '0.15' must be of the type float."),
         (("parameters",), {"gamma": 1}, "parameters are not those of pema."),
-        (("steps",), [], "steps holds fewer than two checkpoints."),
+        (("steps",), [], "steps has fewer than two entries."),
         (("steps", 2), 10, "steps are not ascending."),
         (("anchor_step",), 1, "anchor_step is not among the steps."),
         (("steps", 2), 20.0, "steps[2] is 20.0; it must be a whole number."),
