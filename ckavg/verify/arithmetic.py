@@ -11,8 +11,8 @@ rounding errors of the updates, with ε half the unit of 1 in the accumulation d
     E ← E + β (θ − E)        e ← (1 − β) e + β e_θ + 3 ε β |θ − E| + ε |E|
 
 This covers the rounding of β, of the difference, of the product and of the sum; e_θ is the error of OUEMA's corrected
-θ, or of DEMA's e_1. β = 1 copies. A sum of differences, E ← E + w (θ − θ_0), adds 3 ε |w (θ − θ_0)| + ε |E|. The last term
-of the bound is the rounding error of this computation; g_k adds up the sizes of all terms with checkpoint k.
+θ, or of DEMA's e_1. β = 1 copies. A sum of differences, E ← E + w (θ − θ_0), adds 3 ε |w (θ − θ_0)| + ε |E|. The last
+term of the bound is the rounding error of this computation; g_k adds up the sizes of all terms with checkpoint k.
 """
 
 from __future__ import annotations

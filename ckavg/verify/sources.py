@@ -208,7 +208,7 @@ def _open_remote(address: Address, recorded: Input, prefix: str | None) -> Check
     folders = {str(PurePosixPath(name).parent) for name in recorded.files}
 
     def is_shown(name: str) -> bool:
-        """Whether a file is needed: averaged weights, indexes, or the configs of adapters."""
+        """Whether to list a file: averaged weights, and the indexes and configs that say how to load them."""
         path = PurePosixPath(name)
         is_listed = any(each in path.name for each in _INDEXES) or path.name == METADATA
         is_index = is_listed and str(path.parent) in folders
