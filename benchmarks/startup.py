@@ -1,4 +1,4 @@
-"""What a command costs besides its passes: the interpreter, imports, headers, and the way out."""
+"""The time of a command outside its passes: the interpreter, imports, headers, and exit."""
 
 from __future__ import annotations
 
