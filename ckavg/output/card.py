@@ -269,9 +269,11 @@ def _gain(found: Evaluation) -> str:
     change = found.value - found.last_value
     if change == 0:
         return f"Averaging changed nothing. {better}".rstrip()
-    part = f" ({100 * abs(change / found.last_value):.2g} %)" if found.last_value else ""
+    name = _escaped(found.metric) if found.metric else "the value"
+    how = f"{'lowered' if change < 0 else 'raised'} {name} from {found.last_value:.4g} to {found.value:.4g}"
+    part = f" (by {100 * abs(change / found.last_value):.2g} %)" if found.last_value else ""
     verdict = "" if less_is_better is None else f", which is {'better' if (change < 0) is less_is_better else 'worse'}"
-    return f"Averaging {'lowered' if change < 0 else 'raised'} it by {abs(change):.2g}{part}{verdict}."
+    return f"Averaging {how}{part}{verdict}."
 
 
 def _value(value: float, error: float | None) -> str:
@@ -303,7 +305,8 @@ def _terms(record: Record) -> str:
     if record.path_length is not None:
         lines.append(
             "**ℓ**, the normalized path length, is how far the weights had moved by that step: the distances from "
-            "checkpoint to checkpoint, added up, in units of the standard deviation that each tensor had at the anchor."
+            "checkpoint to checkpoint, added up and averaged over all parameters, in units of each tensor's standard "
+            "deviation at the anchor."
         )
     if record.scheme != "weights":
         lines.append(

@@ -96,7 +96,7 @@ def test_the_card_says_what_was_gained(run: Path, scheme: str) -> None:
         card = (run / "averaged/mean/README.md").read_text()
         rows = "| last checkpoint of the run | 2 ± 0.25 |\n| **this average** | 1.5 |\n"
         assert f"| | loss |\n|---|---:|\n{rows}" in card
-        assert "Averaging lowered it by 0.5 (25 %), which is better. Measured on 4,096 tokens. ± is" in card
+        assert "Averaging lowered loss from 2 to 1.5 (by 25 %), which is better. Measured on 4,096 tokens. ± is" in card
     assert run_cli("verify", run / "averaged/mean").exit_code == 0
 
 
