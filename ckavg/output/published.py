@@ -37,21 +37,21 @@ def published(record: Record) -> Record:
     """
     places = dict(_paths(record))
 
-    def told(text: Any) -> Any:
+    def hidden(text: Any) -> Any:
         if isinstance(text, tuple):
-            return tuple(map(told, text))
+            return tuple(map(hidden, text))
         return without_paths(without_secrets(text), places.items()) if isinstance(text, str) else text
 
-    selection = {name: told(value) for name, value in record.selection.items()}
+    selection = {name: hidden(value) for name, value in record.selection.items()}
     if record.anchor_is_init:
         selection["init"] = str(_in_run(record, record.selection["init"]))
     return replace(
         record,
         source=record.source if is_address(record.source) else _run_from(record),
         selection=selection,
-        warnings=told(record.warnings),
+        warnings=hidden(record.warnings),
         evaluation=(said := record.evaluation)
-        and replace(said, command=told(said.command), problem=told(said.problem), metric=told(said.metric)),
+        and replace(said, command=hidden(said.command), problem=hidden(said.problem), metric=hidden(said.metric)),
         inputs=tuple(replace(each, directory=_in_run(record, each.directory)) for each in record.inputs),
         outputs=tuple(replace(each, directory=each.directory.relative_to(record.directory)) for each in record.outputs),
     )

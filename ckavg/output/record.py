@@ -432,9 +432,9 @@ def read_record(directory: Path) -> Record:
             hint="Give the directory of a result, such as checkpoints/averaged/pema-gamma0.15.",
         ) from error
     except (OSError, ValueError) as error:
-        told = error.strerror if isinstance(error, OSError) else error
+        why = error.strerror if isinstance(error, OSError) else error
         raise ReadError(
-            f"{path} cannot be read: {told}.", hint="Check that it is a record and that you may read it."
+            f"{path} cannot be read: {why}.", hint="Check that it is a record and that you may read it."
         ) from error
     return parse_record(data, path)
 

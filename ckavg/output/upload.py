@@ -310,11 +310,11 @@ class Target:
             )
         sent = [name for name in names if name not in _LAST]
         sizes = {name: (self.place / name).stat().st_size for name in sent}
-        told = {name: there[name].md5 for name in sent if name in there}
+        md5s = {name: there[name].md5 for name in sent if name in there}
         # A store that encrypts does not report the MD5 of the file.
-        is_comparable = any(told.get(name) == notes.md5(name) for name in sent)
+        is_comparable = any(md5s.get(name) == notes.md5(name) for name in sent)
         for name in sent:
-            is_wrong = is_comparable and told.get(name) not in (None, notes.md5(name))
+            is_wrong = is_comparable and md5s.get(name) not in (None, notes.md5(name))
             if name not in there or there[name].nbytes != sizes[name] or is_wrong:
                 notes.forget(name)
                 raise WriteError(

@@ -113,10 +113,10 @@ def _check_same_tensors(a: Checkpoint, b: Checkpoint) -> None:
             hint="Compare results of the same model.",
         )
 
-    def told(entry: TensorInfo) -> object:
+    def layout(entry: TensorInfo) -> object:
         return entry.shape, entry.dtype if not entry.is_floating else "floating"
 
-    names = sorted(name for name, entry in a.entries.items() if told(entry) != told(b.entries[name]))
+    names = sorted(name for name, entry in a.entries.items() if layout(entry) != layout(b.entries[name]))
     if names:
         raise MismatchError(
             f"{len(names)} tensors have different shapes or dtypes in {a.path} and {b.path}: {listed(names)}.",

@@ -39,9 +39,9 @@ class Inspected:
         return f"Inspected({self.run!r}, {len(self.problems)} problems, {len(self.warnings)} warnings)"
 
     def __str__(self) -> str:
-        told = [f"problem: {each}" for each in self.problems]
-        told += [f"warning: {each}" for each in self.warnings if each not in self.run.warnings]
-        return "\n".join([str(self.run), *told])
+        lines = [f"problem: {each}" for each in self.problems]
+        lines += [f"warning: {each}" for each in self.warnings if each not in self.run.warnings]
+        return "\n".join([str(self.run), *lines])
 
 
 def inspect(
