@@ -37,9 +37,9 @@ From this directory; from elsewhere, put its path or its name on the Hub in plac
 
 {recipe}
 
-{picture}{table}
+{terms}{picture}{table}
 
-{terms}{level}# Reproduce
+{level}# Reproduce
 
 {again}
 
