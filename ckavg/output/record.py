@@ -539,7 +539,7 @@ def _inconsistencies(record: Record) -> list[tuple[bool, str]]:
         ),
         (
             any({*each.sha256, RESULT_RECORD} != set(each.files) for each in outputs),
-            f"outputs[].sha256 does not list the files in outputs[].files except {RESULT_RECORD}.",
+            f"outputs[].sha256 must list the files in outputs[].files except {RESULT_RECORD}.",
         ),
         (any(len(set(each.files)) < len(each.files) for each in outputs), "outputs[].files has a duplicate."),
         (

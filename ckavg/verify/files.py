@@ -84,12 +84,12 @@ def _find_files(report: Report, part: Part, within: Path) -> dict[str, int]:
         try:
             status = path.stat()
         except (FileNotFoundError, NotADirectoryError):
-            wrong = "is not there."
+            wrong = "is missing."
         except (OSError, ValueError) as error:
             wrong = f"cannot be looked at: {error}."
         else:
             if inside not in resolved(path).parents:
-                wrong = "is a link that leads out of the result."
+                wrong = "is a link that leaves the result."
             elif not stat.S_ISREG(status.st_mode):
                 wrong = "is not a plain file."
             else:

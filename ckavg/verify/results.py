@@ -120,7 +120,7 @@ def _examine(directory: Path) -> Result:
         return Result(directory, None, made, "unknown", error.message.splitlines()[0])
     local, files = read_local(directory), _files(record)
     if missing := [name for name in files if not (directory / name).is_file()]:
-        return Result(directory, record, made, "unknown", f"{listed(missing)} is not there.")
+        return Result(directory, record, made, "unknown", f"{listed(missing)} is missing.")
     return Result(directory, record, made, _state(record, directory, local, files))
 
 

@@ -143,12 +143,12 @@ def test_a_card_of_the_run_that_cannot_be_read_is_passed_over(source: Path) -> N
     (source / "checkpoint-30" / "README.md").write_text("---\nlicense: [mit\n---\n")
     (source / "README.md").write_text("---\nlicense: mit\n---\n")
     result = ckavg.average(ckavg.open_run(source), ckavg.Mean())
-    (warning,) = (each for each in result.warnings if "Nothing is taken over" in each)
+    (warning,) = (each for each in result.warnings if "is not used" in each)
     assert "checkpoint-30/README.md: its front matter is not valid YAML" in warning
     card = (result.directory / "README.md").read_text()
     assert fields_of(card)["license"] == "mit"
     assert str(source) not in card
-    assert "Nothing is taken over from the card RUN/checkpoint-30/README.md: its front matter" in card
+    assert "The card RUN/checkpoint-30/README.md is not used: its front matter" in card
 
 
 # --- text ---
@@ -229,7 +229,7 @@ def test_nothing_of_a_run_breaks_out(source: Path, tmp_path: Path) -> None:
 def test_a_hostile_card_of_the_run_costs_a_warning(source: Path, content: bytes) -> None:
     (source / "README.md").write_bytes(content)
     result = ckavg.average(ckavg.open_run(source), ckavg.Mean())
-    assert sum("Nothing is taken over" in each for each in result.warnings) == 1
+    assert sum("is not used" in each for each in result.warnings) == 1
 
 
 def test_a_card_that_leads_elsewhere_is_not_read(source: Path, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_null_removes_a_field_and_another_base_model_is_related_anew(source: Pat
     ("content", "why"),
     [
         (b"\xff", "it is not UTF-8 text (byte 0)"),
-        (b"---\nlicense: mit\n", "has no second ---"),
+        (b"---\nlicense: mit\n", "has no closing ---"),
         (b"---\n- a\n---\n", "is not a mapping"),
         (b"---\na: [1\n---\n", "is not valid YAML (line 3)"),
         (b"---\na: 1\na: 2\n---\n", "states 'a' twice"),

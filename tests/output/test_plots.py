@@ -409,7 +409,7 @@ def test_places_that_cannot_be_written_are_refused(path: PathLength, tmp_path: P
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_directory_without_permission_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(WriteError, match="may not be written to"):
+    with pytest.raises(WriteError, match="you may not write to"):
         check_plot_file(tmp_path / "a.png")
 
 
