@@ -470,5 +470,5 @@ def _plot_tensors(bars: Mapping[str, float], title: str, hidden: int, axis: Axes
     axis.set_yticks(range(len(bars)), [label(name) for name in bars], size="small")
     axis.tick_params(axis="y", length=0)
     axis.set(title=title, ylim=(len(bars) - 0.5, -0.5), xlim=(0, 1.1 * max(bars.values()) or 1))
-    axis.set_xlabel(f"{hidden} tensors that moved less are left out" if hidden else "")
+    axis.set_xlabel(f"{hidden} tensors that moved less are not shown" if hidden else "")
     axis.locator_params(axis="x", nbins=6)

@@ -241,7 +241,7 @@ def test_tokens(token: dict[str, Any], create_pr: bool, allowed: bool) -> None:
         ("lab", "contributor", ""),
         ("lab", None, ""),
         ("lab", "read", "ada has the role read in lab"),
-        ("nobody", None, "ada is not nobody, nor a member of it"),
+        ("nobody", None, "ada is neither nobody nor a member of it"),
     ],
 )
 def test_owners(owner: str, role: str | None, refused: str) -> None:
@@ -278,7 +278,7 @@ REFUSED: tuple[tuple[Callable[[Hub], object], tuple[str, ...], str], ...] = (
     (read_token, (REPO,), "it is a read token"),
     (read_token, (REPO, "--dry-run"), "it is a read token"),
     (lambda _: None, ("club/x",), "ada has the role read in club"),
-    (lambda _: None, ("stranger/x",), "ada is not stranger, nor a member of it"),
+    (lambda _: None, ("stranger/x",), "ada is neither stranger nor a member of it"),
     (not_mine, ("stranger/model",), "the token has no write access (403): You have no write access to this model"),
     (gated, ("stranger/model",), "the repository is gated, and the token's user has no access (403)"),
     (gated, ("stranger/model",), "/stranger/model"),
