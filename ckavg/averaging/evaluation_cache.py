@@ -84,7 +84,9 @@ class EvaluationCache:
             return
         self.values[key] = (evaluation.value, evaluation.stderr, evaluation.data)
         for file in self.files:
-            table = {"format": _FORMAT, "evaluations": (_load(file) or {}) | {key: self.values[key]}}
+            values = (_load(file) or {}) | {key: self.values[key]}
+            known = {key: each if each[2] else each[:2] for key, each in values.items()}
+            table = {"format": _FORMAT, "evaluations": known}
             with contextlib.suppress(OSError):  # what is there may be somebody else's, too
                 save_table(file, table)
                 return

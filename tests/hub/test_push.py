@@ -427,7 +427,7 @@ def test_one_process_of_a_job_uploads(hub: Hub, run: Path, tmp_path: Path) -> No
     jobs.mkdir()
     refused, done = run_jobs(jobs, 2, Job((*words, "nobody/x")), Job((*words, "ada/x")))
     assert refused.status == [1, 1]
-    assert "ada is not nobody" in refused.err[0]
+    assert "ada is neither nobody" in refused.err[0]
     assert refused.err[1] == ""
     assert done.first_out.splitlines()[-1] == f"url      {hub.url}/ada/x"
     assert hub.requests.count("GET /api/whoami-v2") == 3, "once in vain, then before and after the averaging"

@@ -144,7 +144,7 @@ def test_a_card_of_the_run_that_cannot_be_read_is_passed_over(source: Path) -> N
     (source / "README.md").write_text("---\nlicense: mit\n---\n")
     result = ckavg.average(ckavg.open_run(source), ckavg.Mean())
     (warning,) = (each for each in result.warnings if "is not used" in each)
-    assert "checkpoint-30/README.md: its front matter is not valid YAML" in warning
+    assert "checkpoint-30/README.md is not used: its front matter is not valid YAML" in warning
     card = (result.directory / "README.md").read_text()
     assert fields_of(card)["license"] == "mit"
     assert str(source) not in card

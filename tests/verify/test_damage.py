@@ -259,7 +259,7 @@ def test_another_version(result: Path) -> None:
     done = run_cli("verify", result)
     assert done.exit_code == 1
     assert "inputs is missing." in done.stderr
-    assert "It was made with ckavg 0.0.1; this is " in done.stderr
+    assert "It was made by ckavg 0.0.1; this is " in done.stderr
 
 
 # --- the sources ---
@@ -282,7 +282,7 @@ def test_a_replaced_checkpoint(result: Path, source: Path) -> None:
     replace(shard, lambda weights: weights.update(tiles=weights["tiles"] + 1))
     one, two = ckavg.verify_result(result, replay=True, sources=True, seed=0).problems
     assert one.startswith("step 20: ")
-    assert "are not what the sources give" in two
+    assert "differ from what the sources give" in two
     shard.write_bytes(shard.read_bytes().replace(b'"odd"', b'"ode"'))
     problem = ckavg.verify_result(result, sources=True).problems[0]
     assert problem.startswith("step 20: ")
