@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import metadata_load
 from safetensors.torch import load_file
 from torch import nn
 
 from tests.cli.runner import run_cli
+from tests.output.cards import fields_of
 from tests.trainers import put
 
 transformers = pytest.importorskip("transformers")
@@ -276,7 +276,7 @@ def test_example_of_sentence_transformers(
     assert run_cli("mean", tmp_path / "run").exit_code == 0
     scope = run_example(tmp_path / "run", monkeypatch)
     assert scope["embeddings"].shape == (2, TINY["hidden_size"])
-    assert metadata_load("README.md")["library_name"] == "sentence-transformers"
+    assert fields_of(Path("README.md").read_text())["library_name"] == "sentence-transformers"
     assert "tensor" in capsys.readouterr().out
 
 
@@ -291,7 +291,7 @@ def test_example_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     loaded = run_example(tmp_path / "run", monkeypatch)["model"]
     assert sums(loaded.state_dict()) == sums(load_file("model.safetensors"))
     assert "torch.Size([1, 3])" in capsys.readouterr().out
-    assert metadata_load("README.md")["library_name"] == "timm"
+    assert fields_of(Path("README.md").read_text())["library_name"] == "timm"
 
 
 def test_example_of_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
