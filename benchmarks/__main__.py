@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: build a run, measure, print tables. Results to stdout, what is being done to stderr."""
+"""`python -m benchmarks`: build a run, measure, print tables. Results go to stdout, progress to stderr."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from benchmarks.table import Row, render
 PARTS = ("speed", "cold", "memory", "scaling", "startup")
 _NEED_EMPTY_CACHE = {"cold", "memory"}
 _RUNS, _COPIES = 1.5, 16
-"""On the disk: the run with the smaller ones beside it, in its own size; what the averages must be and one set of
-results, in checkpoints."""
+"""Disk space: the run and the smaller ones, relative to the run; the expected averages and one set of results, in
+checkpoints."""
 
 
 def main() -> int:
@@ -54,7 +54,7 @@ def main() -> int:
 def _measure(arguments: argparse.Namespace, parts: set[str], run: Path, scratch: Path, mergekit: str | None) -> None:
     repeats, fewer = arguments.repeats, max(1, arguments.repeats - 1)
     in_turn = {state: part for state, part in ((State.WARM, "speed"), (State.COLD, "cold")) if part in parts}
-    _say("forming what the averages must be")
+    _say("computing the expected averages")
     where = contest.arena(run, scratch, list(AVERAGES) if in_turn else [PEMA, MEAN])
     if in_turn:
         contests = {state: speed.programs(state, mergekit_python=mergekit) for state in in_turn}
@@ -78,7 +78,7 @@ def _show(header: Row, rows: list[Row], notes: str) -> None:
 
 
 def _possible(parts: set[str]) -> set[str]:
-    """The parts that this system and this user can measure."""
+    """The parts that can be measured on this system by this user."""
     if cache.can_drop():
         return parts
     for part in sorted(parts & _NEED_EMPTY_CACHE):
@@ -87,7 +87,7 @@ def _possible(parts: set[str]) -> set[str]:
 
 
 def _refuse_full(arguments: argparse.Namespace) -> None:
-    """Raise `OSError` where the disk has too little space, rather than after minutes of writing."""
+    """Raise `OSError` if the disk has too little space, before minutes of writing."""
     arguments.directory.mkdir(parents=True, exist_ok=True)
     needed = arguments.megabytes * 1_000_000 * (arguments.checkpoints * _RUNS + _COPIES)
     free = shutil.disk_usage(arguments.directory).free
@@ -128,7 +128,7 @@ def _parse() -> argparse.Namespace:
         default=Path(tempfile.gettempdir()),
         help="where ckavg-benchmarks/ is made, on a disk rather than in memory; default: %(default)s",
     )
-    parser.add_argument("--keep", action="store_true", help="leave the run there, for the next time")
+    parser.add_argument("--keep", action="store_true", help="keep the run for the next time")
     parser.add_argument(
         "--mergekit", metavar="PYTHON", help="Python that has mergekit; by default this one, where it has it"
     )

@@ -1,7 +1,7 @@
-"""Whether averages are what they must be, but for rounding: no time counts for a wrong result.
+"""Compares averages up to rounding: the time of a wrong result does not count.
 
-As a program it compares pairs of directories, exits with status 1, and names the first tensor that differs. Imports
-torch; see `benchmarks.measure`.
+As a program it compares pairs of directories; if they differ, it names the first tensor and exits with status 1.
+Imports torch; see `benchmarks.measure`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-_PIECE = 1 << 18  # elements, so that what is computed stays in the processor's cache
+_PIECE = 1 << 18  # elements, few enough for the processor's cache
 _WEIGHT_TOLERANCE = 1e-5
-"""Relative to a tensor's largest weight: float32 updates in another order, and β off by what ℓ is off. It matters only
-where a weight comes out near 0; elsewhere the last place of bfloat16 is far coarser."""
+"""Tolerance relative to a tensor's largest weight, for float32 updates in another order and the error of β from ℓ. It
+matters only for weights near 0; elsewhere the last place of bfloat16 is far coarser."""
 
 
 def weight_difference(first: Tensor, second: Tensor) -> str | None:
-    """What is wrong between two bfloat16 tensors, or None: one unit in the last place is allowed."""
+    """The difference between two bfloat16 tensors, or None; one unit in the last place is allowed."""
     if first.dtype != torch.bfloat16 or second.dtype != torch.bfloat16 or first.shape != second.shape:
         return f"{first.dtype} {tuple(first.shape)} and {second.dtype} {tuple(second.shape)}"
     least = max(first.abs().max().item(), second.abs().max().item()) * _WEIGHT_TOLERANCE
@@ -34,15 +34,15 @@ def weight_difference(first: Tensor, second: Tensor) -> str | None:
 
 
 def _wrong(one: Tensor, other: Tensor, least: float) -> int:
-    """How many weights are more than a unit in the last place of bfloat16 apart, and more than `least`."""
+    """How many weights differ by more than a unit in the last place of bfloat16 and by more than `least`."""
     # A unit in the last place of x is more than 2⁻⁸ |x| and at most 2⁻⁷ |x|: the bound admits one unit, never two.
     allowed = torch.maximum(one.abs(), other.abs()).mul_(2**-7).clamp_(min=least)
-    right = ((one - other).abs_() <= allowed) & allowed.isfinite()  # not >, so that NaN is wrong
+    right = ((one - other).abs_() <= allowed) & allowed.isfinite()  # not >, so that NaN counts as wrong
     return one.numel() - int(right.sum())
 
 
 def first_difference(first: Path, second: Path) -> str | None:
-    """What is wrong between two averages, given their directories, or None. Either may be cut into shards."""
+    """The difference between two averages, given their directories, or None. Either may be sharded."""
     with ExitStack() as stack:
         one, other = _tensors(first, stack), _tensors(second, stack)
         if not one or one.keys() != other.keys():
@@ -55,7 +55,7 @@ def first_difference(first: Path, second: Path) -> str | None:
 
 
 def _tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
-    """The opened file that holds a tensor, by the tensor's name."""
+    """The open file of each tensor, by the tensor's name."""
     opened = [stack.enter_context(safe_open(file, "pt")) for file in sorted(directory.glob("*.safetensors"))]
     return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - not a mapping
 

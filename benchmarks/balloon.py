@@ -1,7 +1,7 @@
-"""Takes memory away, so that the page cache of a machine is as small as a measurement wants it. Linux, root.
+"""Occupies memory, so that the page cache is as small as a measurement needs. Only for root on Linux.
 
-As a program it holds memory until its standard input ends. It gives way when others need memory, and is the first to be
-ended when there is none.
+As a program it holds memory until its standard input ends. It releases memory when others need it, and is the first
+process that the system kills when there is none.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from benchmarks.cache import available_bytes
 
 _STEP = 64 << 20
 _PAUSE = 0.05
-_LOCK_ALL = 1 | 2  # MCL_CURRENT | MCL_FUTURE: what is mapped from then on is in memory at once, and never swapped out
+_LOCK_ALL = 1 | 2  # MCL_CURRENT | MCL_FUTURE: later mappings are resident at once, and never swapped out
 _READY = b"ready\n"
 
 
 @contextlib.contextmanager
 def balloon(leave: int) -> Iterator[None]:
-    """Leave only so many bytes of memory to all others and the page cache, for as long as the context lasts.
+    """Leave only this many bytes of memory to other processes and the page cache while the context lasts.
 
     Raises:
-        OSError: the system does not let this user have so much memory for good.
+        OSError: the system does not let this user lock that much memory.
     """
     command = [sys.executable, "-m", "benchmarks.balloon", str(leave)]
     root = Path(__file__).resolve().parent.parent
@@ -43,13 +43,13 @@ def balloon(leave: int) -> Iterator[None]:
                 raise OSError("memory could not be taken away; see above")
             yield
             if process.poll() is not None:
-                raise OSError("the system took back the memory that was to be kept from it")
+                raise OSError("the system took back the occupied memory")
         finally:
             process.stdin.close()
 
 
 def change(available: int, leave: int) -> int:
-    """How many steps of memory to take, or to give back where the number is negative.
+    """How many steps of memory to take, or to release if negative.
 
     >>> change(_STEP * 10, _STEP * 7), change(_STEP * 7 - 1, _STEP * 7), change(_STEP * 7 + 1, _STEP * 7)
     (3, -1, 0)

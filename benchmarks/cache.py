@@ -15,30 +15,30 @@ _BUFFER = 1 << 20
 
 
 class State(enum.Enum):
-    """Where the files of a run are before a command starts."""
+    """Whether the files of a run are in the page cache before a command starts."""
 
     WARM = "in the page cache"
     COLD = "on the disk alone"
 
 
 def prepare(state: State, files: Sequence[Path]) -> None:
-    """Leave nothing to be written to the disk, then have the files in the page cache, or nothing at all in it."""
+    """Write everything to the disk, then load the files into the page cache, or empty it."""
     os.sync()
     if state is State.COLD:
         _DROP.write_text("3\n", encoding="ascii")
     else:
-        # Every time: a system may have dropped some of them from the cache by itself.
+        # Every time: the system may have evicted some of them.
         with ThreadPoolExecutor(_READERS) as executor:
             list(executor.map(_read, files))
 
 
 def can_drop() -> bool:
-    """Whether this system and this user can empty the page cache: Linux, root."""
+    """Whether the page cache can be emptied: only root on Linux can."""
     return os.access(_DROP, os.W_OK)
 
 
 def available_bytes() -> int:
-    """Memory that the system could still give away, the page cache included; of Linux alone."""
+    """Memory that the system could still give to processes, including the page cache. Only on Linux."""
     return parse_available(_MEMORY.read_text(encoding="ascii"))
 
 

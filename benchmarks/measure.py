@@ -1,7 +1,7 @@
-"""Wall time and peak memory of whole commands, each in a process of its own.
+"""Wall time and peak memory of whole commands, each in its own process.
 
-The process that measures must stay small, and so must not import torch: the system counts what a child inherits between
-`fork` and `exec` towards the child's peak, so that no child can seem smaller than its parent.
+The measuring process must stay small, so it must not import torch: the system counts memory inherited between `fork`
+and `exec` towards the child's peak, so a child never seems smaller than its parent.
 """
 
 from __future__ import annotations
@@ -31,12 +31,11 @@ class Measured:
     """One run of a command.
 
     Attributes:
-        seconds: wall time from its start to its end, the interpreter and its imports included.
-        peak_bytes: the most memory it had resident at any time.
-        disk_bytes: bytes that were fetched from storage for it, not from the page cache; None where the system does not
-            count them.
+        seconds: wall time from start to end, including the interpreter and its imports.
+        peak_bytes: its peak resident memory.
+        disk_bytes: bytes read from storage rather than the page cache; None if the system does not count them.
         stdout: what it printed.
-        cpu_seconds: what its threads computed, and the system for them. Other work on the machine counts less in it.
+        cpu_seconds: user and system time of its threads, which depends less on other work on the machine.
     """
 
     seconds: float
@@ -66,10 +65,10 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 def run(arguments: Sequence[str], *, python: str = sys.executable) -> Measured:
-    """Run a Python with some arguments and measure it.
+    """Run a Python with arguments and measure it.
 
     Raises:
-        CommandError: it could not be started, or ended with another status than 0.
+        CommandError: it could not be started, or its exit status was not 0.
     """
     command = [python, *arguments]
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
@@ -79,7 +78,7 @@ def run(arguments: Sequence[str], *, python: str = sys.executable) -> Measured:
         except OSError as error:
             raise CommandError(f"{python} cannot be run: {error.strerror}.") from error
         try:
-            # Not process.wait(): only wait4 tells the usage of this child alone.
+            # Not process.wait(): only wait4 reports the usage of this child alone.
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
             process.kill()

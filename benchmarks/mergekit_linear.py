@@ -1,9 +1,8 @@
 """mergekit's own command, `mergekit-yaml`, on a synthetic run: the mean of all checkpoints. Run by mergekit's Python.
 
-It is called the way that its script calls it, and timed from inside as well, so that its imports can be told from its
-work. Settings: equal weights, `dtype: bfloat16` (the sums are float32 all the same), no tokenizer to copy, no progress
-bars, all cores. On 12 checkpoints of 470 MB with two cores, `--async-write`, smaller shards and `-j 2` made no
-difference beyond the noise; `-j 1` was slower.
+It is called as its script calls it, and also timed from inside, to separate imports from work. Settings: equal weights,
+`dtype: bfloat16` (sums are float32 anyway), no tokenizer to copy, no progress bars, all cores. On 12 checkpoints of 470
+MB with two cores, `--async-write`, smaller shards and `-j 2` made no difference beyond the noise; `-j 1` was slower.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="directory for the result")
     arguments = parser.parse_args()
 
-    os.environ["HF_HUB_OFFLINE"] = "1"  # before the import: nothing here is to be looked up on the Hub
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before the import: avoid requests to the Hub
     command = importlib.import_module("mergekit.scripts.run_yaml").main
     files = weight_files(arguments.run)
     models = [{"model": str(file.parent.resolve()), "parameters": {"weight": 1.0}} for file in files]

@@ -1,7 +1,6 @@
-"""The averaging loop that anyone would write with `load_file`, as a whole program: what ckavg is measured against.
+"""The obvious averaging loop with `load_file`, as a whole program that ckavg is compared with.
 
-It shares no code with ckavg. It should stay obvious: clear first, no slower than it has to be, and with nothing that
-one would not write on the first day.
+It shares no code with ckavg. It should stay obvious: clear first, not slower than necessary, without tricks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Picture of the README, its numbers, and report of the gallery, from a demo: `python -m benchmarks.pictures`."""
+"""The plot of the README, its numbers, and the report of the gallery, from a demo: `python -m benchmarks.pictures`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _JUDGE = "-c 'from pathlib import Path; from ckavg.demo import held_out_loss; pr
 
 
 def main() -> None:
-    """Train a demo, average it in many ways, and write all three files."""
+    """Train a demo, average it in many ways, and write the three files."""
     with tempfile.TemporaryDirectory() as place:
         run, report = Path(place) / "ckavg-demo", Path(place) / "report.html"
         train(run)
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def judge_run(directory: Path) -> Table:
-    """The held-out loss by step, of the checkpoints and of their average up to each of them."""
+    """The held-out loss by step, of the checkpoints and of their average up to that step."""
     run = ckavg.open_run(directory)
     out = Path(ckavg.average(run, ckavg.PEMA(), snapshot_every=40, out=directory.parent / "average").directory)
     places = [out / f"checkpoint-{step}" for step in run.steps[1:-1]] + [out]

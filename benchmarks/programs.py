@@ -1,4 +1,4 @@
-"""The programs that are measured: how each is called, what it must produce, and what it prints of itself."""
+"""The programs that are measured: how each is called, what it must produce, and what it reports."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _QUIETLY = ("--force", "--json", "-q")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """Something that reads every checkpoint of a run.
+    """A program that reads every checkpoint of a run.
 
     Attributes:
-        name: as the tables show it.
-        arguments: of the Python that runs it, by the run and the place for the results.
-        results: where each average that it makes is, below that place, by the average's name.
-        imports: the modules that it spends its start-up on.
-        python: which Python runs it.
-        alone: count only the seconds that it measures itself, without start-up.
+        name: in the tables.
+        arguments: for Python, from the run and the directory for results.
+        results: path of each average below that directory, by the average's name.
+        imports: the modules that dominate its start-up.
+        python: the Python that runs it.
+        alone: count only the seconds that it reports itself, without start-up.
     """
 
     name: str
@@ -48,13 +48,13 @@ class Sample:
     """One measured run of a program.
 
     Attributes:
-        seconds: wall time of the whole command, start-up and writing included.
+        seconds: wall time of the whole command, including start-up and writing.
         peak_bytes: its peak resident memory.
-        disk_bytes: bytes that came from storage; None where the system does not count them.
-        bytes_read: bytes of checkpoints it read.
-        path_seconds: wall time of pass 1 within it; None where there is none.
-        replay_seconds: wall time of pass 2 within it, which reads as much; None where there is none.
-        path_length: ℓ at every checkpoint; None where it is not measured.
+        disk_bytes: bytes that came from storage; None if the system does not count them.
+        bytes_read: bytes of checkpoints read.
+        path_seconds: wall time of pass 1; None if there is none.
+        replay_seconds: wall time of pass 2, which reads as much; None if there is none.
+        path_length: ℓ at every checkpoint; None if it was not measured.
     """
 
     seconds: float
@@ -83,12 +83,12 @@ class Sample:
 
     @property
     def outside_seconds(self) -> float:
-        """What the passes do not account for: start-up, headers, the last files, the way out."""
+        """Time outside the passes: start-up, headers, the last files, exit."""
         return self.seconds - (self.path_seconds or 0.0) - (self.replay_seconds or 0.0)
 
 
 def sample_of(program: Program, measured: Measured) -> Sample:
-    """Read what a program printed: a JSON object, or those of several averages under `averages`.
+    """Parse the output of a program: a JSON object, or those of several averages under `averages`.
 
     >>> printed = '{"bytes_read": 8, "seconds": {"path": 1, "replay": 2, "total": 3}, "path_length": [0, 0.5]}'
     >>> sample = sample_of(obvious_loop(), Measured(4.0, 100, 0, printed))
@@ -96,7 +96,7 @@ def sample_of(program: Program, measured: Measured) -> Sample:
     (1, 1.0, (0, 0.5))
     """
     printed = json.loads(measured.stdout)
-    # All averages of a sweep come from one reading, with the same bytes and seconds; a PEMA knows ℓ.
+    # All averages of a sweep have the bytes and seconds of its one reading; a PEMA has ℓ.
     objects = printed.get("averages", [printed])
     lengths = next((each["path_length"] for each in objects if each["path_length"]), None)
     seconds = objects[0]["seconds"]
@@ -112,12 +112,12 @@ def sample_of(program: Program, measured: Measured) -> Sample:
 
 
 def mapped_roofline() -> Program:
-    """Reading and summing what is in the page cache, and nothing else."""
+    """Only reads and sums files in the page cache."""
     return Program(name="reading alone, mapped", arguments=lambda run, out: [*_ROOFLINE, str(run)], alone=True)
 
 
 def pread_roofline(threads: int) -> Program:
-    """Reading from the disk and nothing else."""
+    """Only reads from the disk."""
     return Program(
         name=f"reading alone, {threads} threads",
         arguments=lambda run, out: [*_ROOFLINE, str(run), "--pread", str(threads)],
@@ -126,7 +126,7 @@ def pread_roofline(threads: int) -> Program:
 
 
 def obvious_loop() -> Program:
-    """The loop that anyone would write, for PEMA."""
+    """The obvious loop, for PEMA."""
     return Program(
         name="obvious loop, pema",
         arguments=lambda run, out: ["-m", "benchmarks.obvious_loop", str(run), str(out)],
@@ -171,10 +171,10 @@ def find_mergekit(python: str | None) -> tuple[str, str] | None:
     """The Python that has mergekit, and mergekit's version.
 
     Args:
-        python: where to look; None: in this one.
+        python: where to look; None means this one.
 
     Returns:
-        None where this Python has none, and no other was named.
+        None if this Python has none, and no other was named.
 
     Raises:
         ValueError: the named Python has none.

@@ -1,7 +1,7 @@
-"""What every measured program has to arrive at: the averages as sums of weighted checkpoints, one tensor at a time.
+"""The expected results of every measured program: sums of weighted checkpoints, one tensor at a time.
 
-`python -m benchmarks.reference RUN DIR NAME...` writes each average to a directory of its own in DIR, rounded to
-bfloat16, and prints ℓ. Imports torch; see `benchmarks.measure`.
+`python -m benchmarks.reference RUN DIR NAME...` writes each average to its own directory in DIR, rounded to bfloat16,
+and prints ℓ. Imports torch; see `benchmarks.measure`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PIECE = 1 << 22  # elements of one checkpoint
 
 
 class Checkpoints:
-    """A run of which pieces can be had, the same of every checkpoint."""
+    """A run that is read in pieces, the same piece of every checkpoint."""
 
     def __init__(self, files: list[Path], stack: ExitStack) -> None:
         self._opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
@@ -34,7 +34,7 @@ class Checkpoints:
         return tuple(self._opened[0].get_tensor(name).shape)
 
     def pieces(self, name: str) -> Iterator[tuple[slice, Tensor]]:
-        """Where a piece lies in the flat tensor, and its elements: a float32 row for each checkpoint."""
+        """The position of a piece in the flat tensor, and its elements: a float32 row per checkpoint."""
         flat: list[Tensor] = [checkpoint.get_tensor(name).flatten() for checkpoint in self._opened]
         for start in range(0, flat[0].numel(), _PIECE):
             place = slice(start, min(start + _PIECE, flat[0].numel()))
@@ -80,7 +80,7 @@ def write_averages(checkpoints: Checkpoints, weights: dict[str, list[float]], di
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reference", description=__doc__)
     parser.add_argument("run", type=Path, help="a synthetic run")
-    parser.add_argument("directory", type=Path, help="where the averages go")
+    parser.add_argument("directory", type=Path, help="directory for the averages")
     parser.add_argument("names", nargs="+", choices=AVERAGES, metavar="NAME", help=", ".join(AVERAGES))
     arguments = parser.parse_args()
     files = weight_files(arguments.run)

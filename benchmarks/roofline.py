@@ -1,7 +1,7 @@
-"""How fast this machine can read a run at all. No average can be formed faster than this.
+"""How fast this machine can read a run: an upper bound on the speed of any average.
 
-From the page cache: every mapped byte summed, by all cores. From the disk: `pread` of large pieces by several threads,
-each into one buffer that it keeps. As a program it prints its seconds, start-up left out, and what it read.
+From the page cache, all cores sum every mapped byte. From the disk, several threads `pread` large pieces, each into one
+reused buffer. As a program it prints its seconds, without start-up, and the bytes read.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import numpy.typing as npt
 
 from benchmarks.synthetic import weight_files
 
-_PIECE = 8 << 20  # bytes; small beside a file, so that the threads finish together
+_PIECE = 8 << 20  # bytes; much smaller than a file, so that the threads finish together
 
 Words = npt.NDArray[np.int64]
 
 
 def sum_mapped(files: list[Path], *, threads: int) -> None:
-    """Sum the files as 64-bit integers, wrapping around; what is over at their ends is left out."""
+    """Sum the files as 64-bit integers with wrap-around; remainders at their ends are left out."""
     mapped: list[Words] = [np.memmap(file, np.int64, "r", shape=(file.stat().st_size // 8,)) for file in files]
     length = _PIECE // 8
     pieces = [words[start : start + length] for words in mapped for start in range(0, len(words), length)]
@@ -34,7 +34,7 @@ def sum_mapped(files: list[Path], *, threads: int) -> None:
 
 
 def read_pieces(files: list[Path], *, threads: int) -> None:
-    """Read the files piece by piece and look at nothing."""
+    """Read the files piece by piece, and do nothing else."""
     own = threading.local()
     pieces = [(file, start) for file in files for start in range(0, file.stat().st_size, _PIECE)]
 
@@ -55,7 +55,7 @@ def read_pieces(files: list[Path], *, threads: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
     parser.add_argument("run", type=Path, help="a synthetic run")
-    parser.add_argument("--pread", type=int, metavar="THREADS", help="read by so many threads, map nothing")
+    parser.add_argument("--pread", type=int, metavar="THREADS", help="read with this many threads instead of mapping")
     arguments = parser.parse_args()
     files = weight_files(arguments.run)
     begun = time.perf_counter()

@@ -1,8 +1,8 @@
-"""How good a sampled path is on a run: ℓ from a part of each tensor against ℓ in full, and what it does to a result.
+"""How accurate a sampled path is: ℓ from a part of each tensor against the full ℓ, and the effect on a result.
 
-`python -m benchmarks.sampled RUN --init BASE` prints, for each step, both lengths and their difference in standard
-errors, then how many units of the last place of the stored dtype lie between the two averages that PEMA forms. The run
-itself is left alone: it is measured through links in a temporary directory, so that nothing is known of its path.
+`python -m benchmarks.sampled RUN --init BASE` prints for each step both lengths and their difference in standard
+errors, then by how many units in the last place of the stored dtype the two averages of PEMA differ. The run is not
+modified: it is measured through links in a temporary directory, where no path is cached.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def _print_lengths(exact: ckavg.Averaged, sampled: ckavg.Averaged) -> bool:
-    """Print ℓ by step; whether every difference is what the standard error promises."""
+    """Print ℓ by step; return whether every difference agrees with the standard error."""
     assert exact.path_length is not None
     assert sampled.path_length is not None
     assert sampled.path_length_error is not None
@@ -63,7 +63,7 @@ def _print_lengths(exact: ckavg.Averaged, sampled: ckavg.Averaged) -> bool:
 
 
 def _print_units(exact: Path, sampled: Path) -> None:
-    """Print how many weights of two averages are how many units of the last place apart."""
+    """Print how many weights of two averages differ by how many units in the last place."""
     counts: Counter[int] = Counter()
     for file in sorted(exact.glob("*.safetensors")):
         with safe_open(file, "pt") as one, safe_open(sampled / file.name, "pt") as other:
@@ -80,7 +80,7 @@ def _print_units(exact: Path, sampled: Path) -> None:
 
 
 def _ordered(values: Tensor) -> Tensor:
-    """Integers that count the numbers of a dtype from 0 on, so that neighbours differ by 1."""
+    """Integers that number the values of a dtype from 0, so that neighbours differ by 1."""
     bits = values.contiguous().view(_BITS[values.dtype]).to(torch.int64)
     return torch.where(bits < 0, torch.iinfo(_BITS[values.dtype]).min - bits, bits)
 
@@ -90,7 +90,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="directory of saved checkpoints")
     parser.add_argument("--init", type=Path, default=None, help="the model that training began with")
     parser.add_argument("--fraction", type=float, default=0.01, help="default: %(default)s")
-    parser.add_argument("--directory", type=Path, default=None, help="where the two averages are made for a while")
+    parser.add_argument("--directory", type=Path, default=None, help="directory for the two temporary averages")
     return parser.parse_args()
 
 

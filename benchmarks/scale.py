@@ -1,7 +1,7 @@
-"""What averaging costs beyond this machine: `python -m benchmarks.scale`, tables to stdout, progress to stderr.
+"""The cost of averaging on larger machines: `python -m benchmarks.scale`, tables to stdout, progress to stderr.
 
-Costs are measured here, on one core and by plans of runs whose files are holes; machines are assumed. The rest is
-arithmetic: `FORMULA`. The directory must be on a file system that keeps holes and has room for the largest result, or
+Costs are measured here, on one core and by planning runs of sparse files; machines are assumed. The rest is arithmetic:
+`FORMULA`. The directory must be on a file system with sparse files and enough space for the largest result, or
 `--dry-run` would refuse it: `mount -t tmpfs -o size=100T none DIRECTORY`.
 """
 
@@ -34,7 +34,7 @@ block is 4,194,304 elements of all checkpoints. A piece is 384 MiB ÷ (4 × chec
 
 CONNECTIONS, THREADS, HELD = 16, 16, 384 << 20
 _THREAD_BYTES = TILE * (2 * 8 + 4 * 4)
-"""Of the buffers of one thread, as `memory_bytes` counts them."""
+"""Memory of the buffers of one thread, as `memory_bytes` counts them."""
 
 MERGED_TIB, MERGED_RANKS = 1.8, 8
 """A published merge: in 572 s, 3.2 GiB/s; 0.71 GiB/s by one process."""
@@ -42,7 +42,7 @@ MERGED_TIB, MERGED_RANKS = 1.8, 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What is assumed of one or more nodes, taken together.
+    """Assumptions about one or more nodes together.
 
     Attributes:
         name: as the tables show it.
@@ -92,7 +92,7 @@ PLANS = (*JOBS, ("1T", 2), ("1T", 40), ("1M tensors", 3))
 
 
 def pass_terms(machine: Machine, run: Built, costs: PassCosts) -> dict[str, float]:
-    """Seconds of a pass over a run by what they are spent on, all at the same time.
+    """Seconds of a pass over a run by resource; the resources work in parallel.
 
     >>> run = Built("", 10, files=1, tensors=2, tiles=32, blocks=2, nbytes=1 << 24, header_bytes=0)
     >>> machine = Machine(name="", nodes=1, cores=4, processes=2, read=1e9, write=1e9, open_seconds=0.0)
@@ -115,7 +115,7 @@ def pass_terms(machine: Machine, run: Built, costs: PassCosts) -> dict[str, floa
 
 
 def seconds_of(machine: Machine, planned: Planned, scheme: str, costs: Costs) -> tuple[float, str]:
-    """Seconds of a whole command, and what most of them are spent on."""
+    """Seconds of a whole command, and the resource that limits it."""
     run = planned.run
     passes = [costs.path, costs.replay[scheme]] if scheme == "pema" else [costs.replay[scheme]]
     result = {"storage": run.nbytes / machine.write, "cores": run.nbytes * costs.write_byte / machine.threads}
@@ -127,7 +127,7 @@ def seconds_of(machine: Machine, planned: Planned, scheme: str, costs: Costs) ->
 
 
 def memory_of(machine: Machine, planned: Planned) -> int:
-    """Bytes of one process: what the plan says, with the threads that it has there, and what it holds of objects."""
+    """Memory of one process: that of the plan, with its number of threads, and the window for objects."""
     further = machine.threads // machine.processes - min(len(os.sched_getaffinity(0)), THREADS)
     return planned.memory_bytes + further * _THREAD_BYTES + (HELD if machine.stream else 0)
 

@@ -1,4 +1,4 @@
-"""Time and memory by number of checkpoints and by size of the model: both should be straight lines, the second flat."""
+"""Time and memory by number of checkpoints and by size of the model: time should grow linearly, memory not at all."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ which does not grow. s per further GB: what was added since the line above, by w
 PROGRAMS = (ckavg(PEMA), ckavg(MEAN))
 
 Size = tuple[int, int]
-"""Number of checkpoints, and 10⁶ bytes of each."""
+"""Number of checkpoints, and megabytes of each."""
 
 
 def sizes(checkpoints: int, megabytes: int) -> tuple[list[Size], list[Size]]:
@@ -53,8 +53,8 @@ def measure_all(whole: Arena, size: Size, *, repeats: int, say: Say) -> dict[Siz
     Args:
         whole: the run.
         size: its size.
-        repeats: number of turns.
-        say: told what is being done.
+        repeats: number of rounds.
+        say: called with progress messages.
 
     Returns:
         The samples of each program by its name, by the size of the run.
@@ -74,7 +74,7 @@ def measure_all(whole: Arena, size: Size, *, repeats: int, say: Say) -> dict[Siz
 
 
 def rows(samples: Mapping[Size, Mapping[str, Sequence[Sample]]], size: Size) -> list[Row]:
-    """For each program a line by number of checkpoints, then one by their size."""
+    """For each program, lines by number of checkpoints, then by their size."""
     by_number, by_size = sizes(*size)
     return [
         _row(program.name, each, samples[each][program.name], samples[before][program.name] if before else None)

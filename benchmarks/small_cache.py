@@ -1,4 +1,4 @@
-"""PEMA over a run that the page cache cannot hold: how much of its second pass comes from the disk after all."""
+"""PEMA on a run larger than the page cache: how much of its second pass comes from the disk."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ the cache can hold is not fetched a second time. Medians (least–most)."""
 
 _ROOM = 1 / 3
 _PROGRAMS_BYTES = 500_000_000
-"""What the measured program and the system need beside the page cache."""
+"""Memory of the measured program and the system, besides the page cache."""
 
 
 def measure_all(where: Arena, *, repeats: int, say: Say) -> list[Sample]:
-    """Measure PEMA with room for a third of the run.
+    """Measure PEMA with a page cache for a third of the run.
 
     Raises:
-        OSError: memory could not be taken away.
+        OSError: memory could not be occupied.
     """
     samples = []
     for turn in range(repeats):

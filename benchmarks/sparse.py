@@ -1,7 +1,7 @@
-"""Runs as large as one likes, on any disk: real safetensors headers, and files that are holes behind them.
+"""Runs of any size on any disk: sparse files with real safetensors headers.
 
-A plan reads no weight, so it cannot tell. Such a file takes a few pages, but its file system must allow its size. A
-process of its own builds a run, since a list of a million tensors is large: see `benchmarks.measure`.
+Planning reads no weights, so it cannot tell the difference. A file takes a few pages, but the file system must allow
+its size. A separate process builds a run, since a list of a million tensors is large: see `benchmarks.measure`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 RECORD = "sparse.json"
-"""In a directory of sparse runs, so that it is known for what it is."""
+"""A file that marks a directory of sparse runs."""
 
 TILE, BLOCK, ITEM = 1 << 18, 1 << 22, 2
-"""Elements of what is computed at once and of the unit of work, and bytes of an element."""
+"""Elements of a tile and of a block, and bytes of an element."""
 
 _STEPS_BETWEEN = 1000
 _PIECE = 8 << 20
@@ -30,7 +30,7 @@ Tensors = list[tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What is saved: bfloat16 tensors, by name and shape, in so many files."""
+    """The content of a checkpoint: bfloat16 tensors, by name and shape, and the number of files."""
 
     name: str
     tensors: Tensors
@@ -44,7 +44,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A run that was built: what one of its checkpoints holds.
+    """A run that was built: the size of each of its checkpoints.
 
     Attributes:
         model: its name.
@@ -126,7 +126,7 @@ def experts(name: str, *, layers: int, of_layer: int, hidden: int, intermediate:
 
 
 def squares(name: str, *, tensors: int, side: int, shards: int) -> Model:
-    """So many tensors of side × side."""
+    """This many tensors of side × side."""
     return Model(name, [(f"model.layers.{n // 1000}.{n % 1000}.weight", (side, side)) for n in range(tensors)], shards)
 
 
@@ -148,16 +148,16 @@ MODELS: Mapping[str, Callable[[], Model]] = {
 
 
 def build(run: Path, model: Model, *, checkpoints: int, filled: bool = False) -> Built:
-    """Write a run in place of what this made there before.
+    """Write a run, replacing one that was built there before.
 
     Args:
         run: its directory.
-        model: what is saved.
-        checkpoints: how often.
-        filled: with numbers from 0.5 to 1, instead of holes.
+        model: the content of each checkpoint.
+        checkpoints: their number.
+        filled: with random numbers from 0.5 to 1, instead of holes.
 
     Raises:
-        FileExistsError: the directory holds something else.
+        FileExistsError: the directory has other files.
         OSError: the file system does not allow files of that size.
     """
     if run.exists() and not (run / RECORD).exists():
@@ -207,7 +207,7 @@ def _shards(model: Model) -> dict[str, Tensors]:
 
 
 def _header(tensors: Tensors) -> tuple[bytes, int]:
-    """The first bytes of a file, and how many follow."""
+    """The header of a file, and the number of bytes after it."""
     declared: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in tensors:

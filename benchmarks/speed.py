@@ -1,4 +1,4 @@
-"""The main table: ckavg beside reading alone, the obvious loop and mergekit, from the page cache and from the disk."""
+"""The main table: ckavg, reading alone, the obvious loop and mergekit, from the page cache and from the disk."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _RIVALS: Mapping[str, str] = {ckavg(PEMA).name: obvious_loop().name, ckavg(MEAN)
 
 
 def programs(state: State, *, mergekit_python: str | None) -> list[Program]:
-    """What is measured from a state of the page cache, in the order of one turn."""
+    """The programs for each state of the page cache, in the order of a round."""
     merging = [mergekit(mergekit_python)] if mergekit_python else []
     return [*_READERS[state], obvious_loop(), ckavg(PEMA), *merging, ckavg(MEAN), ckavg(BEMA), sweep()]
 
@@ -88,7 +88,7 @@ def _pass(rates: Sequence[float | None], reading: Sequence[float]) -> tuple[str,
 
 
 def _ratio(theirs: Sequence[Sample] | None, ours: Sequence[Sample]) -> str:
-    """How often the seconds of one program go into those of another in the same turn."""
+    """The ratio of the seconds of two programs in the same round."""
     if not theirs:
         return ""
     return with_spread([one.seconds / other.seconds for one, other in zip(theirs, ours, strict=True)], 1)

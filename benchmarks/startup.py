@@ -1,4 +1,4 @@
-"""What a command costs besides its passes: the interpreter, imports, headers, and the way out."""
+"""The time of a command outside its passes: the interpreter, imports, headers, and exit."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _COMMANDS: Mapping[str, Sequence[str]] = {
 def measure_all(
     where: Arena, *, mergekit_python: str | None, repeats: int, say: Say
 ) -> tuple[dict[str, list[Measured]], dict[str, list[Sample]]]:
-    """Run short commands and averages in turn, the short ones often, and once before for nothing."""
+    """Run short commands and averages alternately, the short ones more often, after one untimed run of each."""
     commands = {name: (list(arguments), sys.executable) for name, arguments in _COMMANDS.items()}
     if mergekit_python:
         commands["import mergekit"] = (["-c", f"import {MERGEKIT_IMPORT}"], mergekit_python)
     averages = [ckavg(PEMA), ckavg(MEAN)]
-    say("start-up, once for nothing")
+    say("start-up, untimed")
     for arguments, python in commands.values():
         measure.run(arguments, python=python)
     short: dict[str, list[Measured]] = {name: [] for name in commands}

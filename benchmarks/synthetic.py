@@ -1,7 +1,7 @@
-"""A run to measure on: the checkpoints that transformers' Trainer would have left, with random weights.
+"""A run to measure on: checkpoints as of transformers' Trainer, with random weights.
 
 Llama tensor names and shapes, bfloat16, `checkpoint-0`, `checkpoint-100`, and so on, each a small random step from the
-one before. It must be built by a process of its own (`python -m benchmarks.synthetic`), because it imports torch.
+one before. A separate process must build it (`python -m benchmarks.synthetic`), because it imports torch.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Shape:
 
 
 def shape_of(megabytes: int) -> Shape:
-    """The Llama whose bfloat16 checkpoint comes closest to a size, with at most 40% of it in the two embeddings.
+    """The Llama whose bfloat16 checkpoint is closest to a size, with at most 40% of it in the two embeddings.
 
     >>> shape_of(470)
     Shape(hidden=1024, layers=13)
@@ -92,7 +92,7 @@ def _outside(hidden: int) -> int:
 
 
 def build(run: Path, *, checkpoints: int, megabytes: int) -> None:
-    """Write a synthetic run, unless one of that shape and number is there already.
+    """Write a synthetic run, unless one of that shape and number exists already.
 
     Args:
         run: its directory. A synthetic run of another shape is replaced; anything else there is refused.
@@ -100,7 +100,7 @@ def build(run: Path, *, checkpoints: int, megabytes: int) -> None:
         megabytes: about how large each is, in 10⁶ bytes.
 
     Raises:
-        FileExistsError: the directory holds something that is not a synthetic run.
+        FileExistsError: the directory has files that are not of a synthetic run.
     """
     shape = shape_of(megabytes)
     wanted = {"checkpoints": checkpoints, **asdict(shape)}
@@ -109,14 +109,14 @@ def build(run: Path, *, checkpoints: int, megabytes: int) -> None:
         return
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
-    # Written before the first checkpoint as well, so that an interrupted build is known for what it is.
+    # Also written before the first checkpoint, so that an interrupted build is recognized.
     _write_json(run / RECORD, wanted)
     sizes = _write_checkpoints(run, shape, checkpoints)
     _write_json(run / RECORD, {**wanted, "bytes": sizes})
 
 
 def refuse_foreign(run: Path) -> None:
-    """Raise `FileExistsError` if a directory holds anything but a synthetic run, whole or not."""
+    """Raise `FileExistsError` if a directory has anything except a synthetic run, complete or not."""
     if run.exists() and any(run.iterdir()) and not (run / RECORD).exists():
         raise FileExistsError(f"{run} holds something that is not a synthetic run. Name another directory.")
 

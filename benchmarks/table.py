@@ -1,4 +1,4 @@
-"""Plain-text tables and what stands in their cells. Reads nothing and runs nothing."""
+"""Plain-text tables and the format of their cells. Pure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def render(header: Row, rows: Iterable[Row]) -> str:
 
 
 def median(values: Iterable[float | None], digits: int) -> str:
-    """The median of what there is, or nothing.
+    """The median of the known values, or an empty text.
 
     >>> median([2.0, None, 1.0], 1), median([None], 1)
     ('1.5', '')
@@ -46,7 +46,7 @@ def with_spread(values: Iterable[float], digits: int) -> str:
 
 
 def most(values: Iterable[int | None], unit: float, digits: int = 0) -> str:
-    """The largest of several numbers of bytes, in a unit; nothing where they are not known.
+    """The largest of several numbers of bytes, in a unit; empty if they are unknown.
 
     >>> most([1_500_000, 1_000_000], 1e6), most([None], 1e6)
     ('2', '')

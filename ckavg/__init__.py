@@ -1,14 +1,14 @@
 """Average the saved checkpoints of a training run into one model, without retraining.
 
     run = ckavg.open_run("checkpoints")                     # or "hf://owner/name"
-    ckavg.path_length(run).plot()                           # how far the weights travelled
-    ckavg.effective_weights(run, ckavg.PEMA(0.15))          # {step: weight}; nothing is averaged yet
+    ckavg.path_length(run).plot()                           # how far the weights moved
+    ckavg.effective_weights(run, ckavg.PEMA(0.15))          # {step: weight}, without averaging
     result = ckavg.average(run, ckavg.PEMA(0.15), progress=True)
     result.directory                                        # loads with from_pretrained
-    ckavg.verify_result(result).problems                    # nothing, if it is still what it was
+    ckavg.verify_result(result).problems                    # empty if the result is intact
 
-Wherever a run is taken, so is a directory or an address. Nothing here prints, but for `progress=True`. torch is
-imported when weights are read, not before.
+Every function that takes a run also takes its directory or address. Nothing here prints, except with `progress=True`.
+torch is imported only when weights are read.
 """
 
 __version__ = "0.1.0"
@@ -118,23 +118,23 @@ _MODULES = {
     "sweep": "averaging.sweep",
     "verify_result": "verify.verify",
 }
-"""Where the names are that are imported when they are first used, so that `ckavg --help` need not wait for them."""
+"""The modules of names that are imported on first use, so that `ckavg --help` is fast."""
 
 
 _INTERNAL = {
     "path_figure": "output.plots",
     "show_progress": "cli.progress",
 }
-"""What rooms that come earlier call of later ones, for the methods of their values."""
+"""Functions of later rooms that methods in earlier rooms call."""
 
 _OLD = {"measure_path": "path_length", "push_result": "push"}
-"""Earlier names, which go with the next version."""
+"""Deprecated names, to be removed in the next version."""
 
 
 def __getattr__(name: str) -> Any:
     if name in _OLD:
         new = _OLD[name]
-        warnings.warn(f"ckavg.{name} is called ckavg.{new} now.", DeprecationWarning, stacklevel=2)
+        warnings.warn(f"ckavg.{name} is now ckavg.{new}.", DeprecationWarning, stacklevel=2)
         return globals()[new] if new in globals() else __getattr__(new)
     known = _MODULES | _INTERNAL
     if name not in known:

@@ -1,4 +1,4 @@
-"""In the trainer: a callback that keeps what an average needs while transformers' Trainer trains, and averages after.
+"""A callback for transformers' Trainer: it keeps the checkpoints during training and averages them at the end.
 
     trainer = SFTTrainer(...)
     averaging = CheckpointAveraging(trainer, "pema", "mean:last=5", load_best=True)
@@ -6,7 +6,7 @@
     trainer.train()
     averaging.best                                      # the record of the best average, or None
 
-The only module that imports transformers. It has no word in training: what goes wrong here is a warning.
+The only module that imports transformers on import. It never stops a training: errors here become warnings.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from ckavg.schemes.parse import Word, parse_words
 _LOG = logging.getLogger(__name__)
 
 _DIRECTORY = "_averaging"
-"""In the output directory; what begins with an underscore is not uploaded by the Trainer."""
+"""Folder in the output directory. The Trainer does not upload names that begin with an underscore."""
 
 _OWNED = ".ckavg"
-"""A file that says that the directory is ours, and may be emptied."""
+"""A file that marks the directory as the callback's, which may be emptied."""
 
 _TRAINING_STATE = (
     "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "global_step*", "zero_to_fp32.py",
@@ -55,35 +55,36 @@ _TRAINED = "trained"
 
 
 class CheckpointAveraging(TrainerCallback):  # type: ignore[misc]
-    """Keep the base model and every checkpoint that is saved, average them at the end of training, and evaluate.
+    """Keep the base model and every saved checkpoint, average them at the end of training, and evaluate the averages.
 
-    Checkpoints are kept in `OUTPUT_DIR/_averaging`, whatever `save_total_limit` is, as hard links where the disk has
-    them, and without optimizer states. Averages are in `OUTPUT_DIR/_averaging/averaged`, the same to the byte as those
-    of `ckavg sweep OUTPUT_DIR/_averaging`. A training that begins at step 0 empties the directory; one that is resumed
-    continues with it.
+    Checkpoints are kept in `OUTPUT_DIR/_averaging`, regardless of `save_total_limit`, as hard links if the disk
+    supports them, and without optimizer states. Averages go to `OUTPUT_DIR/_averaging/averaged`, and are the same to
+    the byte as those of `ckavg sweep OUTPUT_DIR/_averaging`. A training that begins at step 0 empties the directory; a
+    resumed one continues with it.
 
     In distributed training the first process averages, and nothing is evaluated.
 
     Attributes:
         results: the records of the averages that are kept, in the order of the schemes; empty until training has ended.
         values: the metric of the trained model (`trained`) and of each average by name; empty without evaluation.
-        best: the best average; None where the trained model is better, or nothing tells.
+        best: the best average; None if the trained model is better, or nothing was evaluated.
         pushed: what was uploaded.
 
     Args:
-        trainer: the Trainer, or one that derives from it, such as those of TRL.
-        schemes: schemes, or words as of `ckavg sweep`, such as `pema:gamma=0.1,0.2` or `mean:last=5`; none: `pema`.
-            Where all choose checkpoints by `last` alone, no more than those are kept.
-        metric: what decides, as `evaluate` names it; None: the trainer's `metric_for_best_model`, else `eval_loss`.
-        greater_is_better: None: as the trainer has it for its own metric, else as the name tells.
-        keep: `all` averages, or the `best` alone, and none if the trained model is better.
-        load_best: load the best average into the model of the trainer, if it is better than the trained model.
-        push_to_hub: upload the best average to this repository, if it is better than the trained model or is not
+        trainer: the Trainer, or a subclass such as those of TRL.
+        schemes: schemes, or words of `ckavg sweep` such as `pema:gamma=0.1,0.2` or `mean:last=5`; by default `pema`.
+            If all of them choose checkpoints with `last`, only those checkpoints are kept.
+        metric: the metric that decides, by its name in `evaluate`; None means the trainer's `metric_for_best_model`,
+            else `eval_loss`.
+        greater_is_better: None means the trainer's setting for its own metric, else what the name implies.
+        keep: `all` averages, or only the `best`; then none if the trained model is better.
+        load_best: load the best average into the trainer's model, if it is better than the trained model.
+        push_to_hub: upload the best average to this repository, if it is better than the trained model or was not
             evaluated.
-        private: whether that repository must be private; None: where it is created.
+        private: whether that repository must be private; None means private if it is created.
 
     Raises:
-        SettingError: a scheme or a repository is misspelled, or nothing would tell which average is best.
+        SettingError: a scheme or the repository name is invalid, or nothing decides which average is best.
     """
 
     def __init__(
@@ -109,22 +110,22 @@ class CheckpointAveraging(TrainerCallback):  # type: ignore[misc]
         self._is_on = False
         labels = [word.label for word in self._words]
         if len({*labels}) < len(labels):
-            raise SettingError(f"One average is there twice: {', '.join(labels)}.", hint="Name every average once.")
+            raise SettingError(f"Duplicate averages: {', '.join(labels)}.", hint="Name each average once.")
         if keep not in ("all", "best"):
             raise SettingError(f"keep is {keep!r}; it must be all or best.")
         if trainer.eval_dataset is None and (keep == "best" or load_best or (push_to_hub and len(self._words) > 1)):
             raise SettingError(
-                "The trainer has no eval_dataset, and nothing else tells which average is best.",
-                hint="Give it one; or leave out keep and load_best, and name one scheme to push.",
+                "The trainer has no eval_dataset, so nothing decides which average is best.",
+                hint="Give it one; or leave out keep and load_best, and push a single scheme.",
             )
 
     @property
     def directory(self) -> Path:
-        """Where checkpoints are kept; the averages are in `averaged` there."""
+        """The directory of the kept checkpoints. The averages are in its folder `averaged`."""
         return Path(self._trainer.args.output_dir) / _DIRECTORY
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Keep the base model, or what was saved before training was resumed."""
+        """Keep the base model; after a resume, the checkpoints saved before it."""
         self.results, self.values, self.best, self.pushed = (), {}, None, None
         self._is_on = True
         with self._warned("No average will be formed"):
@@ -134,14 +135,14 @@ class CheckpointAveraging(TrainerCallback):  # type: ignore[misc]
                 self._keep_earlier(args, state)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Keep the checkpoint that was saved."""
+        """Keep the saved checkpoint."""
         if self._is_on and state.is_world_process_zero:
             with self._warned("No average will be formed"):
                 _keep(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.directory)
                 self._remove_unneeded()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Average, evaluate, and do what was asked for with the best average."""
+        """Average, evaluate, and keep, load or push the best average."""
         if not self._is_on or not state.is_world_process_zero:
             return
         with self._warned("There is no average"):
@@ -156,7 +157,7 @@ class CheckpointAveraging(TrainerCallback):  # type: ignore[misc]
         place = Path(args.output_dir) / ".averaging-base"
         if state.is_world_process_zero:
             shutil.rmtree(place, ignore_errors=True)
-        # In all processes, and before anything can fail in one of them: each may hold a part of the model.
+        # In all processes, before anything can fail in one of them: each may hold a part of the model.
         self._trainer.save_model(str(place), _internal_call=True)
         if not state.is_world_process_zero:
             return
@@ -185,7 +186,7 @@ class CheckpointAveraging(TrainerCallback):  # type: ignore[misc]
 
     @property
     def _most(self) -> int | None:
-        """How many of the newest checkpoints are needed; None: all."""
+        """How many of the newest checkpoints are needed; None means all."""
         lasts = [word.selection["last"] for word in self._words if [*word.selection] == ["last"]]
         return max(2, *lasts) if len(lasts) == len(self._words) else None
 
@@ -217,7 +218,7 @@ class CheckpointAveraging(TrainerCallback):  # type: ignore[misc]
         return False
 
     def _evaluate(self) -> None:
-        """Compare the averages with the model as it is now, which is in place again afterwards."""
+        """Compare the averages with the trained model, which is restored afterwards."""
         values = {_TRAINED: self._value(_TRAINED)}
         weights = _weights_of(self._trainer.model)
         before = {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}
@@ -232,13 +233,13 @@ class CheckpointAveraging(TrainerCallback):  # type: ignore[misc]
         self.values, self.best = values, next((each for each in self.results if each.output.name == first), None)
 
     def _value(self, name: str) -> float:
-        """The metric of the model as it is now; NaN is the worst."""
+        """The metric of the current model; NaN counts as the worst."""
         metrics = self._trainer.evaluate(metric_key_prefix=f"eval_{name}")
         key = f"eval_{name}_{self._goal.metric}"
         if key not in metrics:
             known = ", ".join(each.replace(f"eval_{name}_", "eval_", 1) for each in metrics)
             raise SettingError(
-                f"evaluate returns no eval_{self._goal.metric}; it returns {known}.", hint="Name a metric."
+                f"evaluate returns no eval_{self._goal.metric}; it returns {known}.", hint="Set metric to one of these."
             )
         value = float(metrics[key])
         return float("-inf" if self._goal.greater_is_better else "inf") if math.isnan(value) else value
@@ -261,7 +262,7 @@ class CheckpointAveraging(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def _warned(self, consequence: str) -> Iterator[None]:
-        """Have an error cost an average, and not the training."""
+        """Turn an error into a warning: it costs the averages, not the training."""
         try:
             yield
         except Exception as error:
@@ -271,7 +272,7 @@ class CheckpointAveraging(TrainerCallback):  # type: ignore[misc]
 
 @dataclass(frozen=True, slots=True)
 class _Goal:
-    """The metric, without the `eval_` before it."""
+    """The metric, without its prefix `eval_`."""
 
     metric: str
     greater_is_better: bool
@@ -284,7 +285,7 @@ def _goal_of(args: Any, metric: str | None, greater_is_better: bool | None) -> _
     known = goal_of(asked)
     if greater_is_better is None and known is None:
         raise SettingError(
-            f"The name {asked!r} does not tell whether less or more of it is better.", hint="State greater_is_better."
+            f"The name {asked!r} does not say whether less or more is better.", hint="Set greater_is_better."
         )
     return _Goal(asked.removeprefix("eval_"), known == "max" if greater_is_better is None else greater_is_better)
 
@@ -301,7 +302,7 @@ def _every_from(word: Word) -> int | None:
 
 
 def _claim(directory: Path) -> None:
-    """Make the directory ours, or refuse one that is somebody else's: what is in it may be removed."""
+    """Create and mark the directory, or refuse an existing one without the mark: its content may be removed later."""
     if directory.is_symlink() or (directory.exists() and not (directory / _OWNED).is_file()):
         raise SettingError(f"{directory} exists, and this callback did not make it.", hint="Move it away.")
     directory.mkdir(parents=True, exist_ok=True)
@@ -314,14 +315,14 @@ def _checkpoints_in(directory: Path) -> dict[int, Path]:
 
 
 def _remove_from(directory: Path, first: int) -> None:
-    """Remove what a training that is done anew from this step had kept."""
+    """Remove the checkpoints from this step on: the training repeats them."""
     for step, path in _checkpoints_in(directory).items():
         if step >= first:
             shutil.rmtree(path)
 
 
 def _keep(checkpoint: Path, directory: Path, name: str | None = None) -> None:
-    """Link or copy a checkpoint, but for the state of training; it appears whole or not at all."""
+    """Link or copy a checkpoint without its training state; the copy appears complete or not at all."""
     target = directory / (name or checkpoint.name)
     partial = directory / f".{target.name}.partial"
     for place in (partial, target):
@@ -342,16 +343,16 @@ def _link(source: str, target: str) -> None:
 
 
 def _bytes_of(directory: Path) -> int:
-    """What the directory takes of the disk by itself: files that are linked elsewhere take nothing."""
+    """Bytes that the directory alone takes on the disk: files with links elsewhere do not count."""
     files = [path.lstat() for path in directory.rglob("*") if path.is_file() and not path.is_symlink()]
     return sum(each.st_size for each in files if each.st_nlink == 1)
 
 
-# --- Loading into a model that is there ---
+# --- Loading into an existing model ---
 
 
 def _weights_of(model: Any) -> dict[str, torch.Tensor]:
-    """The model's own tensors by the names under which it saves them: of an adapter, those of the adapter."""
+    """The model's tensors by the names under which it saves them; for an adapter, only its own."""
     if hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict
 
@@ -362,10 +363,10 @@ def _weights_of(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _load(weights: Mapping[str, torch.Tensor], directory: Path) -> None:
-    """Put the weights of a checkpoint in the place of a model's own.
+    """Overwrite a model's weights with those of a checkpoint.
 
     Raises:
-        SettingError: it does not hold the model's tensors by the names that the model has for them.
+        SettingError: the checkpoint does not have exactly the model's tensors.
     """
     files = sorted(directory.glob("*.safetensors"))
     loaded = {name: tensor for file in files for name, tensor in load_file(file).items()}

@@ -1,7 +1,7 @@
-"""A minute of training to try it on: a small Llama learns Python's own manual, byte by byte, and is saved as it goes.
+"""A minute of training to try ckavg on: a small Llama learns Python's manual, byte by byte, and saves checkpoints.
 
-It is the usual case for averaging: a model that can already do something, trained on at a constant learning rate with
-small batches, so that the last checkpoint is one noisy draw from around a better one. Needs no network and no GPU.
+This is the usual case for averaging: a pretrained model is trained further at a constant learning rate with small
+batches, so that the last checkpoint is a noisy sample around a better model. It needs no network and no GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LOGGING_STEPS = 10
 
 
 class Corpus(NamedTuple):
-    """What is learnt before the run, in the run and never, as UTF-8: a byte is a token, so there is no tokenizer."""
+    """Text for pretraining, for the run, and held out, in UTF-8. Each byte is a token, so there is no tokenizer."""
 
     pretraining: bytes
     training: bytes
@@ -43,9 +43,9 @@ class Corpus(NamedTuple):
 def load_corpus(topics: Mapping[str, str] = python_topics) -> Corpus:
     r"""Split texts, by default Python's language reference, into three parts that share no paragraph.
 
-    The topics, sorted by name, are cut in two where half of the bytes have passed; the last eighth of the paragraphs
-    of every topic in the second half is held out. Whole sections of the reference stand in several topics ("if" within
-    "compound"), so a paragraph is kept only where it occurs first: otherwise most held-out text would be trained on.
+    The topics, sorted by name, are cut in two at half of the bytes. The last eighth of the paragraphs of every topic in
+    the second half is held out. Some sections of the reference are repeated in other topics ("if" in "compound"), so
+    only the first occurrence of a paragraph is kept: otherwise most held-out text would also be trained on.
 
     Raises:
         ValueError: a part is empty, because there are fewer than two topics or they are too short.
@@ -67,7 +67,7 @@ def load_corpus(topics: Mapping[str, str] = python_topics) -> Corpus:
     pretraining, training, held_out, passed = b"", b"", b"", 0
     for paragraphs in by_topic:
         size = len(b"".join(paragraphs))
-        if 2 * passed + size <= total:  # by its middle, so that one long topic cannot leave a part empty
+        if 2 * passed + size <= total:  # decided by its middle, so that one long topic cannot leave a part empty
             pretraining += b"".join(paragraphs)
         else:
             cut = len(paragraphs) - max(1, round(len(paragraphs) / 8))
@@ -81,9 +81,9 @@ def load_corpus(topics: Mapping[str, str] = python_topics) -> Corpus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaShape:
-    """The sizes of a :class:`Llama`, under the names that `config.json` gives them.
+    """The sizes of a :class:`Llama`, named as in `config.json`.
 
-    `hidden_size` is an even multiple of the heads; `max_position_embeddings`, the tokens of a window.
+    `hidden_size` is an even multiple of the number of heads; `max_position_embeddings` is the tokens of a window.
     """
 
     vocab_size: int = 256
@@ -94,7 +94,7 @@ class LlamaShape:
     max_position_embeddings: int = 128
 
     def to_config(self) -> dict[str, object]:
-        """What `config.json` says of this network, for `AutoModelForCausalLM` to build the same one."""
+        """The content of `config.json`, from which `AutoModelForCausalLM` builds the same network."""
         return asdict(self) | {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -103,7 +103,7 @@ class LlamaShape:
             "rms_norm_eps": _RMS_NORM_EPS,
             "rope_parameters": {"rope_type": "default", "rope_theta": _ROPE_THETA},
             "tie_word_embeddings": True,
-            # Bytes have no special tokens; left out, these would be read as Llama's 1 and 2.
+            # Bytes have no special tokens. Without these entries, Llama's defaults 1 and 2 would apply.
             "bos_token_id": None,
             "eos_token_id": None,
             "dtype": "float32",
@@ -139,7 +139,7 @@ class Llama(nn.Module):
     """A causal language model; its `state_dict` is that of `LlamaForCausalLM`, without the tied `lm_head.weight`.
 
     RMSNorm before each block, rotary position embeddings (pairs half a head apart), SwiGLU, no biases; the output
-    layer is the embedding. Made on torch's meta device it costs nothing, and draws nothing from the random state.
+    layer is the embedding. On torch's meta device it takes no memory and no random numbers.
     """
 
     def __init__(self, shape: LlamaShape) -> None:
@@ -172,7 +172,7 @@ class Llama(nn.Module):
 
 
 def initialised_llama(shape: LlamaShape, *, generator: torch.Generator) -> Llama:
-    """A network as transformers initialises it, by `generator` alone: matrices normal with deviation 0.02, norms 1."""
+    """A network initialised as by transformers, from `generator`: matrices normal with deviation 0.02, norms 1."""
     with torch.device("meta"):
         network = Llama(shape)
     network.to_empty(device="cpu")
@@ -185,10 +185,10 @@ def initialised_llama(shape: LlamaShape, *, generator: torch.Generator) -> Llama
 
 
 def write_checkpoint(run: Path, step: int, model: Llama, trainer_state: Mapping[str, object]) -> Path:
-    """Write `run`/checkpoint-`step` as transformers' Trainer does, whole or not at all, and return where it is.
+    """Write `run`/checkpoint-`step` as transformers' Trainer does, completely or not at all, and return its path.
 
     Raises:
-        OSError: the checkpoint is there already, or cannot be written.
+        OSError: the checkpoint exists already, or cannot be written.
     """
     staging = run / f".tmp-checkpoint-{step}"
     staging.mkdir()
@@ -209,7 +209,7 @@ def load_model(directory: Path) -> Llama:
 
     Raises:
         OSError: `config.json` or `model.safetensors` is missing or cannot be read.
-        KeyError, RuntimeError: they are not of one of the demo's models.
+        KeyError, RuntimeError: they are not a model of the demo.
     """
     config = json.loads((directory / "config.json").read_bytes())
     shape = LlamaShape(**{field.name: config[field.name] for field in fields(LlamaShape)})
@@ -240,30 +240,30 @@ def train(
 ) -> tuple[int, ...]:
     """Train a small Llama on Python's language reference and save the run as transformers' Trainer does.
 
-    First `pretraining_steps` on one half of the topics, nothing of which is saved; then the run, on the other half: a
-    fresh AdamW at a constant learning rate after a short warm-up. A decay would quiet the very noise that averaging
-    takes away. The same arguments give the same weights on one machine, under one Python and torch: one thread
-    computes, however many cores there are. The process's own random state is neither read nor changed.
+    First come `pretraining_steps` on one half of the topics, without saving. The run follows on the other half, with a
+    new AdamW at a constant learning rate after a short warm-up; a decay would remove the noise that averaging is to
+    remove. The same arguments give the same weights on one machine with one Python and torch, since one thread
+    computes. The random state of the process is neither read nor changed.
 
     Args:
-        directory: where the checkpoints go; made if it is not there.
+        directory: where the checkpoints go; created if it does not exist.
         steps: optimizer steps of the run.
-        save_every: optimizer steps between two checkpoints; the last step is saved, too.
+        save_every: optimizer steps between two checkpoints; the last step is saved as well.
         pretraining_steps: optimizer steps before the run.
         shape: the network; by default `LlamaShape()`.
         seed: of the initial weights and of the order of the text.
-        on_progress: called after every optimizer step with the steps done, the steps to do (pretraining and run
-            together) and the step's training loss in nats per byte.
+        on_progress: called after every optimizer step with the steps done, the total steps (pretraining and run) and
+            the step's training loss in nats per byte.
 
     Returns:
         The steps that were saved.
 
     Raises:
-        OutputExistsError: `directory` holds checkpoints already.
+        OutputExistsError: `directory` already has checkpoints.
         OSError: it is a file, or a checkpoint cannot be written.
     """
     if any(directory.glob("checkpoint-*")):
-        hint = "Name another directory; --force replaces the checkpoints of an earlier demo."
+        hint = "Give another directory; --force replaces the checkpoints of an earlier demo."
         raise OutputExistsError(f"{directory} holds checkpoints already.", hint=hint)
     directory.mkdir(parents=True, exist_ok=True)
     corpus, generator = load_corpus(), torch.Generator().manual_seed(seed)
@@ -297,15 +297,15 @@ def train(
 
 
 def remove_earlier(directory: Path) -> None:
-    """Remove the checkpoints that an earlier :func:`train` left in `directory`, and nothing else.
+    """Remove the checkpoints that an earlier :func:`train` wrote to `directory`, and nothing else.
 
     Raises:
-        OutputExistsError: one of them does not say that the demo made it, or holds what the demo does not write.
+        OutputExistsError: the demo did not make one of them, or it has other files.
     """
     found = [path for name in ("checkpoint-*", ".tmp-checkpoint-*") for path in sorted(directory.glob(name))]
     for path in found:
         if not _is_of_demo(path):
-            message = f"{path} was not made by the demo, and is not removed."
+            message = f"{path} was not made by the demo, so it is not removed."
             raise OutputExistsError(message, hint="Name another directory.")
     for path in found:
         shutil.rmtree(path)
@@ -315,11 +315,11 @@ def remove_earlier(directory: Path) -> None:
 def held_out_loss(directory: Path) -> float:
     """Mean cross-entropy of the model in `directory` over the whole held-out text, in nats per byte.
 
-    The text is read in windows of the model's own length, one after the other: every byte but the very first is
-    predicted once, from the bytes of its window before it. ln 256 = 5.55 knows nothing.
+    The text is cut into consecutive windows of the model's length. Every byte except the first is predicted once, from
+    the bytes before it in its window. A uniform guess has ln 256 = 5.55.
 
     Raises:
-        OSError, KeyError, RuntimeError: as :func:`load_model`.
+        OSError, KeyError, RuntimeError: see :func:`load_model`.
     """
     model, tokens = load_model(directory), _tokens(load_corpus().held_out)
     length = model.shape.max_position_embeddings
@@ -337,7 +337,7 @@ def _tokens(text: bytes) -> Tensor:
 def _updates(
     model: Llama, text: bytes, steps: int, batch_size: int, generator: torch.Generator
 ) -> Iterator[dict[str, Any]]:
-    """Train `model` in place with a fresh AdamW; after each update, what the Trainer logs of it."""
+    """Train `model` in place with a new AdamW; yield after each update what the Trainer would log."""
     length = model.shape.max_position_embeddings
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / 20))
@@ -355,7 +355,7 @@ def _updates(
 
 
 def _is_of_demo(path: Path) -> bool:
-    """Whether `path` is a real directory of files that the demo writes, and says so unless it was left unfinished."""
+    """Whether `path` is a directory, not a link, with only the demo's files, and marked as the demo's if finished."""
     is_real = path.is_dir() and not path.is_symlink()
     if not is_real or not all(each.name in _FILES and each.is_file() for each in path.iterdir()):
         return False

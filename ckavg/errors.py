@@ -1,30 +1,30 @@
-"""Everything ckavg refuses, as one tree. Each error says what, where, what was expected, and what to do next.
+"""All errors of ckavg, as one tree. Each says what is wrong, where, what was expected, and what to do next.
 
 CkavgError
-├── RunError                     what was named cannot be averaged as one run
-│   ├── NoCheckpointsError       nothing in it is a checkpoint
-│   ├── TooFewCheckpointsError   an average needs an anchor and one checkpoint more
-│   ├── UnsupportedFormatError   weights are there, in a format that is not read
-│   ├── DuplicateStepError       two checkpoints claim one optimizer step
-│   ├── MixedOrderError          steps, epochs or stages that have no common order
+├── RunError                     the source cannot be averaged as one run
+│   ├── NoCheckpointsError       the source has no checkpoints
+│   ├── TooFewCheckpointsError   an average needs an anchor and one more checkpoint
+│   ├── UnsupportedFormatError   the weights have a format that is not supported
+│   ├── DuplicateStepError       two checkpoints have the same optimizer step
+│   ├── MixedOrderError          steps, epochs or stages without a common order
 │   └── MismatchError            names, shapes or dtypes differ between checkpoints
 ├── CheckpointError              one checkpoint is damaged
-│   ├── MissingShardError        a file that belongs to it is not there
+│   ├── MissingShardError        one of its files is missing
 │   ├── TruncatedShardError      a file is shorter than its header says
-│   ├── CorruptFileError         a file is not what its name promises
-│   ├── ChangedError             a file is not what it was when the work began
-│   └── NonFiniteError           NaN or infinity among the weights
-├── RecordError                  a result has no record, or one that cannot be understood
-├── ReadError                    the system would not let us read
-├── SettingError                 a setting outside its domain (also a ValueError)
-├── OutputError                  the result cannot be put where it was asked for
-│   ├── OutputExistsError        something is there already
-│   └── WriteError               the system would not let us write
-├── RanksError                   the processes of one job cannot work together any more
-│   └── MissingPartsError        parts of a piece of work are missing that are done by themselves
+│   ├── CorruptFileError         the content of a file is not what its name says
+│   ├── ChangedError             a file changed during the work
+│   └── NonFiniteError           the weights contain NaN or infinity
+├── RecordError                  the record of a result is missing or invalid
+├── ReadError                    a file cannot be read
+├── SettingError                 a setting is invalid (also a ValueError)
+├── OutputError                  the result cannot go where it was asked for
+│   ├── OutputExistsError        something exists there already
+│   └── WriteError               a file cannot be written
+├── RanksError                   the processes of a job cannot continue together
+│   └── MissingPartsError        independent parts of a job have not finished
 ├── HubError                     the Hugging Face Hub refused, or cannot be reached
-├── EvaluationError              no evaluation of a result succeeded, or a model cannot be evaluated
-└── CombinedError               more than one of the above, all listed
+├── EvaluationError              no evaluation succeeded, or a model cannot be evaluated
+└── CombinedError               several of the above, all listed
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from typing import Any
 class CkavgError(Exception):
     """Root of every error ckavg raises on purpose.
 
-    Messages and hints name settings as options of the command line, `--force`; the text of the exception, which is what
-    Python shows, names them as arguments, `force=True`.
+    Messages and hints name settings as command-line options, `--force`. The text that Python shows for the exception
+    names them as arguments, `force=True`.
 
     Args:
         message: what is wrong, where, and what was expected.
@@ -61,7 +61,7 @@ class CkavgError(Exception):
 
     @property
     def as_typed(self) -> str:
-        """The same text for those who type commands, with options."""
+        """The text for the command line, with options."""
         return "\n".join(filter(None, (self.message, self.hint, self.command)))
 
     def __reduce__(self) -> tuple[Callable[..., CkavgError], tuple[Any, ...], dict[str, Any]]:
@@ -69,23 +69,23 @@ class CkavgError(Exception):
 
 
 class RunError(CkavgError):
-    """What was named cannot be averaged as one run."""
+    """The source cannot be averaged as one run."""
 
 
 class NoCheckpointsError(RunError):
-    """Nothing in the source is a checkpoint."""
+    """The source has no checkpoints."""
 
 
 class TooFewCheckpointsError(RunError):
-    """An average needs an anchor and at least one checkpoint more."""
+    """An average needs an anchor and at least one more checkpoint."""
 
 
 class UnsupportedFormatError(RunError):
-    """Weights are there, in a format that is not read.
+    """The weights have a format that is not supported.
 
     Args:
-        message, hint, command: as of any error.
-        unread: the checkpoints that hold no others.
+        message, hint, command: see `CkavgError`.
+        unread: the checkpoints that have no other weights.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class UnsupportedFormatError(RunError):
 
 
 class DuplicateStepError(RunError):
-    """Two checkpoints claim the same optimizer step."""
+    """Two checkpoints have the same optimizer step."""
 
 
 class MixedOrderError(RunError):
@@ -112,7 +112,7 @@ class CheckpointError(CkavgError):
 
 
 class MissingShardError(CheckpointError):
-    """A file that belongs to a checkpoint is not there."""
+    """A file of a checkpoint is missing."""
 
 
 class TruncatedShardError(CheckpointError):
@@ -120,52 +120,52 @@ class TruncatedShardError(CheckpointError):
 
 
 class CorruptFileError(CheckpointError):
-    """A file is not what its name promises."""
+    """The content of a file is not what its name says."""
 
 
 class ChangedError(CheckpointError):
-    """A file is not what it was when the work began."""
+    """A file changed during the work."""
 
 
 class NonFiniteError(CheckpointError):
-    """NaN or infinity among the weights."""
+    """The weights contain NaN or infinity."""
 
 
 class RecordError(CkavgError):
-    """The record of a result is not there, or not what a record must be."""
+    """The record of a result is missing or invalid."""
 
 
 class ReadError(CkavgError):
-    """The system would not let us read a file."""
+    """A file cannot be read."""
 
 
 class SettingError(CkavgError, ValueError):
-    """A setting outside its domain."""
+    """A setting is invalid."""
 
 
 class OutputError(CkavgError):
-    """The result cannot be put where it was asked for."""
+    """The result cannot go where it was asked for."""
 
 
 class OutputExistsError(OutputError):
-    """Something is already where the result should go."""
+    """Something already exists where the result should go."""
 
 
 class WriteError(OutputError):
-    """The system would not let us write the result."""
+    """A file cannot be written."""
 
 
 class RanksError(CkavgError):
-    """One of the processes of a job ended, did not come, or sees something else than the others."""
+    """A process of a job ended or did not start, or the processes disagree on what they see."""
 
 
 class MissingPartsError(RanksError):
-    """Parts that are done by themselves have not finished yet.
+    """Independent parts of a job (`--part`) have not finished yet.
 
     Args:
-        parts: which, from 0.
-        count: of how many.
-        what: of which work.
+        parts: the missing ones, from 0.
+        count: the number of parts.
+        what: the job.
     """
 
     def __init__(self, parts: Sequence[int], count: int, what: str) -> None:
@@ -178,7 +178,7 @@ class MissingPartsError(RanksError):
         )
         super().__init__(
             f"{some} of {what}.",
-            hint="Run what is missing, and then this command again; a part can also wait for the others, with --wait.",
+            hint="Run the missing parts, then this command again. With --wait, a part waits for the others.",
         )
 
     def __reduce__(self) -> tuple[Callable[..., CkavgError], tuple[Any, ...], dict[str, Any]]:
@@ -186,15 +186,15 @@ class MissingPartsError(RanksError):
 
 
 class HubError(CkavgError):
-    """The Hugging Face Hub refused what was asked of it, or cannot be reached."""
+    """The Hugging Face Hub refused a request, or cannot be reached."""
 
 
 class EvaluationError(CkavgError):
-    """No evaluation of a result succeeded, or a model cannot be evaluated."""
+    """No evaluation succeeded, or a model cannot be evaluated."""
 
 
 class CombinedError(CkavgError):
-    """More than one problem, all of them listed.
+    """Several problems, all listed.
 
     Args:
         errors: the problems, worst first; at least two.
@@ -209,7 +209,7 @@ class CombinedError(CkavgError):
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether the same work may well succeed when it is tried again, and what was done of it is worth keeping."""
+    """Whether a retry may succeed, so that finished work is worth keeping."""
     return isinstance(error, KeyboardInterrupt | ReadError | WriteError | RanksError | HubError)
 
 
@@ -223,8 +223,9 @@ def listed(names: Sequence[str], most: int = 4) -> str:
 
 
 def printable(text: str) -> str:
-    r"""The text in one line, as it is but for characters that a terminal would obey or not show: control characters,
-    bytes that are no text, and Unicode's invisible ones, among them those that reverse the order of what follows.
+    r"""The text in one line, with control characters, invalid bytes and invisible Unicode characters escaped.
+
+    Some of the latter reverse the order of what follows them.
 
     >>> printable("a\x1b[31mb\nc\u202ed [red]é")
     'a\\x1b[31mb\\nc\\u202ed [red]é'
@@ -235,7 +236,7 @@ def printable(text: str) -> str:
 
 
 def raise_all(errors: Sequence[CkavgError]) -> None:
-    """Raise the one error as itself, several as `CombinedError`, none not at all."""
+    """Raise a single error as it is, and several as `CombinedError`; do nothing without any."""
     if len(errors) == 1:
         raise errors[0]
     if errors:
@@ -264,11 +265,11 @@ _OPTION = re.compile(
     r"(?: (?P<value>'[^']*'|\d[\d.,:]*\d|\d|(?:cpu|min|max|product|eval_loss|b?float\d+|GLOB)\b|[^\s']+?(?=\.?$)))?",
     re.MULTILINE,
 )
-"""A command, which stays as it is, or an option and, where it can be told from prose, its value."""
+"""A command, which is left unchanged; or an option, with its value if that can be told from prose."""
 
 
 def as_arguments(text: str) -> str:
-    """A text that speaks of options of the command line, with arguments in their place; commands stay as they are.
+    """The text with command-line options replaced by arguments. Commands are left unchanged.
 
     >>> as_arguments("Add --force, or --skip-step 20; or choose with --out.")
     'Add force=True, or skip_step=[20]; or choose with `out`.'
@@ -295,6 +296,6 @@ _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 2, 80, 100
 
 
 def short_repr(value: Any) -> str:
-    """The repr of a dataclass in which long values are cut: as `__repr__` of what holds numbers of every checkpoint."""
+    """The repr of a dataclass, with long values cut. For classes that hold numbers of every checkpoint."""
     fields = (f"{each.name}={_SHORT.repr(getattr(value, each.name))}" for each in dataclasses.fields(value))
     return f"{type(value).__qualname__}({', '.join(fields)})"

@@ -1,7 +1,6 @@
-"""Push a result to the Hugging Face Hub: checked against its record, then one commit of all of it.
+"""Push a result to the Hugging Face Hub: check it against its record, then upload it as one commit.
 
-The only user of the write side of huggingface_hub, which is imported when the Hub is asked and finds the token
-where its users expect it.
+Only this module writes with huggingface_hub. It imports that library on use, and leaves finding the token to it.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _ROLES_THAT_WRITE = ("admin", "write", "contributor")
 _SMALL = (RESULT_RECORD, CARD)
 _LARGE = 1 << 20
-"""Bytes from which a file is uploaded before the commit. Smaller ones go with the commit."""
+"""Bytes from which a file is uploaded before the commit. Smaller ones are part of the commit."""
 
 _HAS_MOVED = 412
 """Status of a commit whose parent is no longer the head of the branch."""
@@ -51,15 +50,15 @@ class Destination:
     """Where an upload goes.
 
     Attributes:
-        repo: `owner/name`; the name alone is that of a repository of the token's user.
-        private: whether the repository must be private (True) or public (False); None: private where it is created,
-            and as it is where it exists.
-        revision: the branch, created from `main` if need be, or `refs/pr/N`; None: `main`.
-        commit_message: its first line; None: one that names the average.
-        create_pr: open a pull request rather than change the branch.
+        repo: `owner/name`; a name alone belongs to the token's user.
+        private: whether the repository must be private (True) or public (False). None: a new one is private, an
+            existing one stays as it is.
+        revision: the branch, created from `main` if needed, or `refs/pr/N`; None means `main`.
+        commit_message: its first line; None means one that names the average.
+        create_pr: open a pull request instead of changing the branch.
 
     Raises:
-        SettingError: a name or a combination that no repository could have.
+        SettingError: a name is invalid, or the settings contradict each other.
     """
 
     repo: str
@@ -84,14 +83,14 @@ class Destination:
         if self.revision is not None and _NO_BRANCH.search(self.revision):
             raise SettingError(f"Invalid branch name {self.revision!r}.", hint="For example: --revision pema-gamma0.15")
         if self.revision is not None and _COMMIT.fullmatch(self.revision):
-            raise SettingError(f"{self.revision} is a commit; an upload needs a branch.", hint="Name a branch.")
+            raise SettingError(f"{self.revision} is a commit; an upload needs a branch.", hint="Give a branch.")
         if self.create_pr and self.revision not in (None, MAIN):
             raise SettingError(
-                "A pull request is always made to main, and does not go with another revision.",
-                hint="Leave out --revision; or, to add to a pull request, --create-pr for --revision refs/pr/N.",
+                "A pull request is always made against main: --create-pr cannot be combined with another revision.",
+                hint="Leave out --revision. To add to an existing pull request, use --revision refs/pr/N alone.",
             )
         if self.commit_message is not None and not self.commit_message.strip():
-            raise SettingError("The commit message is empty.", hint="Leave it out for one that names the average.")
+            raise SettingError("The commit message is empty.", hint="Leave it out to get one that names the average.")
 
     @property
     def branch(self) -> str:
@@ -106,12 +105,12 @@ class Pushed:
     Attributes:
         result: the directory.
         repo: full name of the repository.
-        revision: the branch, or `refs/pr/N`; None where a pull request was opened.
-        url: where to look at it: the repository, the branch or the pull request.
-        commit: the commit that holds it.
-        files: names of all its files, those included that were there already.
-        bytes: size of all of them.
-        warnings: what a user should know.
+        revision: the branch, or `refs/pr/N`; None if a pull request was opened.
+        url: of the repository, the branch or the pull request.
+        commit: the commit that has the files.
+        files: names of all files, including those that the Hub already had.
+        bytes: their total size.
+        warnings: for the user.
     """
 
     result: Path
@@ -133,7 +132,7 @@ class Pushed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushPlan:
-    """A result whose rights and files were checked: what goes where, and bytes and SHA-256 of every file by name."""
+    """A checked upload: what goes where, and bytes and SHA-256 of every file by name."""
 
     directory: Path
     destination: Destination
@@ -156,20 +155,20 @@ def push_result(
 ) -> Pushed:
     """Upload a result to the Hugging Face Hub as one commit: the files of its record, and the record.
 
-    The files are first read again and compared with their SHA-256 in the record. What the Hub has already is not sent
-    again, so that an upload that failed is continued by the same call. The token is found as huggingface_hub does.
+    The files are first read and compared with their SHA-256 in the record. Files that the Hub already has are not
+    uploaded again, so the same call continues a failed upload. huggingface_hub finds the token.
 
     Args:
         result: a result, or the directory of one or of one of its snapshots.
-        repo: `owner/name`, or a name of the token's user; created where it does not exist.
-        private, revision, commit_message, create_pr: as of `Destination`.
-        on_progress: called now and then while files are read, and after each large file that was sent.
+        repo: `owner/name`, or a name alone for the token's user; created if it does not exist.
+        private, revision, commit_message, create_pr: see `Destination`.
+        on_progress: called from time to time while files are read, and after each large upload.
 
     Raises:
-        RecordError: there is no record, or the files are not those of it.
-        ReadError: the system would not let us read it.
+        RecordError: there is no record, or the files differ from it.
+        ReadError: a file cannot be read.
         HubError: the Hub refused, or cannot be reached.
-        SettingError: a name that no repository or branch could have.
+        SettingError: the name of the repository or branch is invalid.
     """
     destination = Destination(
         repo=repo, private=private, revision=revision, commit_message=commit_message, create_pr=create_pr
@@ -179,12 +178,12 @@ def push_result(
 
 
 def plan_push(directory: Path, destination: Destination, *, on_progress: OnProgress | None = None) -> PushPlan:
-    """Check the rights, then every file of a result against its record. Sends nothing; errors as of `push_result`."""
+    """Check permissions, then every file of a result against its record. Uploads nothing; errors: see `push_result`."""
     record = read_record(directory)
     with _continuing(directory, destination):
         repo = check_access(destination, record.output.files)
     sizes, warnings = _check_files(directory, record, on_progress)
-    # the record does not hold its own SHA-256, and people edit a card
+    # the record has no SHA-256 of itself, and users edit the card
     own = {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in sizes if name in _SMALL}
     steps = f"steps {record.steps[0]} to {record.output.step}"
     return PushPlan(
@@ -199,15 +198,15 @@ def plan_push(directory: Path, destination: Destination, *, on_progress: OnProgr
 
 
 def push(plan: PushPlan, *, on_progress: OnProgress | None = None, show_bars: bool = False) -> Pushed:
-    """Upload a result: large files first, then one commit of all. What is there already is not sent again.
+    """Upload a result: large files first, then one commit of all. Skips what the Hub already has.
 
     Args:
-        plan: of `plan_push`, just before.
+        plan: from `plan_push`, just before.
         on_progress: called after each large file.
         show_bars: let huggingface_hub draw its progress bars on stderr.
 
     Raises:
-        HubError: the Hub refused, or cannot be reached. What was sent by then is not sent again by the next attempt.
+        HubError: the Hub refused, or cannot be reached. The next attempt skips what has been uploaded.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -219,7 +218,7 @@ def push(plan: PushPlan, *, on_progress: OnProgress | None = None, show_bars: bo
         _create(api, repo, destination)
         for name in (name for name, size in plan.sizes.items() if size >= _LARGE):
             report(done)
-            with hub_errors(f"uploading {name}", repo, api):  # the client itself repeats what fails
+            with hub_errors(f"uploading {name}", repo, api):  # the client retries by itself
                 api.preupload_lfs_files(
                     repo, [operations[name]], revision=destination.branch, create_pr=destination.create_pr
                 )
@@ -247,7 +246,7 @@ def _report(on_progress: OnProgress | None, total: int, done: int) -> None:
 
 
 def continued(directory: Path, destination: Destination) -> str:
-    """How to go on after a failure, as a command to type."""
+    """The command that continues after a failure."""
     settings: dict[str, object] = {
         "private": destination.private,
         "public": destination.private is False,
@@ -271,32 +270,32 @@ def _continuing(directory: Path, destination: Destination) -> Iterator[None]:
 def _check_files(
     directory: Path, record: Record, on_progress: OnProgress | None
 ) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Read a result's files, and return the sizes of those to be uploaded, and what should be known of them."""
+    """Check a result's files; return the sizes of those to upload, and warnings."""
     output, report = record.output, Report(on_progress)
     (sizes,) = check_files(report, [Part(directory, output)], within=directory)
     problems = [each.message for each in report.findings if each.is_problem]
     if problems:
         more = f" And {len(problems) - 1} more." if len(problems) > 1 else ""
         raise RecordError(
-            f"{directory} is not what its record says: {problems[0]}{more}",
-            hint=f"See all of it with: ckavg verify {shell_word(str(directory))}",
+            f"{directory} differs from its record: {problems[0]}{more}",
+            hint=f"See all problems with: ckavg verify {shell_word(str(directory))}",
         )
     hidden = [name for name in output.files if any(part.startswith(".") for part in PurePosixPath(name).parts)]
     warnings = [each.message for each in report.findings]
     if output.directory.is_absolute():
-        warnings.append(f"{RESULT_RECORD} is as earlier versions wrote it: it names directories of this machine.")
+        warnings.append(f"{RESULT_RECORD} was written by an earlier version: it names directories of this machine.")
     return {name: sizes[name] for name in output.files if name not in hidden}, tuple(warnings)
 
 
-# --- rights ---
+# --- permissions ---
 
 
 def check_access(destination: Destination, names: Collection[str] = ()) -> str:
-    """Find out whether an upload of files of these names would be let in, and return the full name of the repository.
+    """Check that files of these names may be uploaded, and return the full name of the repository.
 
     Raises:
-        HubError: there is no token; it may not write there; the repository is not private, or not public, as it was
-            asked for; or weights that a loader might take for these lie there.
+        HubError: there is no token; it may not write there; the repository is public but should be private, or the
+            reverse; or it has other weights that a loader might confuse with these.
     """
     api = connect(token=True)
     me = ask("checking the token", destination.repo, api, api.whoami)
@@ -316,9 +315,9 @@ def check_access(destination: Destination, names: Collection[str] = ()) -> str:
 
 
 def check_token(me: dict[str, Any], repo: str, url: str, *, create_pr: bool) -> None:
-    """Refuse a token that may write nowhere or, if it is fine-grained, not there, by the Hub's answer to `whoami`.
+    """Refuse a token that cannot write, or a fine-grained one that cannot write there, by the response to `whoami`.
 
-    With `create_pr`, the right to open a pull request is enough. A kind of token that is not known is left to the Hub.
+    With `create_pr`, permission to open a pull request suffices. Unknown kinds of token are left to the Hub.
     """
     token = (me.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
@@ -336,14 +335,14 @@ def check_token(me: dict[str, Any], repo: str, url: str, *, create_pr: bool) -> 
 
 
 def check_owner(me: dict[str, Any], repo: str, url: str) -> None:
-    """Refuse to create a repository whose owner is neither the user nor an organization that lets them write."""
+    """Refuse to create a repository unless the owner is the user or an organization in which the user may write."""
     user, owner = str(me["name"]), _owner(repo)
     roles = {str(each.get("name", "")).lower(): each.get("roleInOrg") for each in me.get("orgs") or ()}
     role = roles.get(owner)
     if owner != user.lower() and owner not in roles:
         raise HubError(
-            f"{repo} does not exist, and {user} may not create it: {user} is not {owner}, nor a member of it.",
-            hint="Check the name, and who is logged in: hf auth whoami",
+            f"{repo} does not exist, and {user} may not create it: {user} is neither {owner} nor a member of it.",
+            hint="Check the name. To see who is logged in: hf auth whoami",
         )
     if owner != user.lower() and role not in (None, *_ROLES_THAT_WRITE):
         raise _may_not_write(repo, url, f"{user} has the role {role} in {owner}")
@@ -355,13 +354,13 @@ def _owner(repo: str) -> str:
 
 def _may_not_write(repo: str, url: str, why: str) -> HubError:
     return HubError(
-        f"{repo}: the token may not write there: {why}.",
+        f"{repo}: the token cannot write there: {why}.",
         hint=f"Make a token with write access at {url}/settings/tokens, then: hf auth login --force",
     )
 
 
 def _is_private(api: HfApi, repo: str) -> bool | None:
-    """Whether a model repository is private; None where there is none, as far as the token sees."""
+    """Whether a model repository is private; None if the token sees none of that name."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -384,7 +383,7 @@ def _check_visibility(private: bool, destination: Destination, repo: str, url: s
 def _has_branch(api: HfApi, repo: str, branch: str) -> bool:
     refs = ask("listing the branches", repo, api, lambda: api.list_repo_refs(repo, include_pull_requests=True))
     if any(branch == each.name for each in refs.tags):
-        raise HubError(f"{repo}: {branch} is a tag; an upload needs a branch.", hint="Name another --revision.")
+        raise HubError(f"{repo}: {branch} is a tag; an upload needs a branch.", hint="Give another --revision.")
     existing = {each.name for each in refs.branches} | {each.ref for each in refs.pull_requests or ()}
     if branch.startswith("refs/") and branch not in existing:
         raise HubError(f"{repo} has no {branch}.", hint=f"See its pull requests: {endpoint_of(api)}/{repo}/discussions")
@@ -392,7 +391,7 @@ def _has_branch(api: HfApi, repo: str, branch: str) -> bool:
 
 
 def _check_other_weights(api: HfApi, repo: str, revision: str, names: Collection[str]) -> None:
-    """Refuse weights beside those to be uploaded: which of them a loader takes, nobody can tell."""
+    """Refuse a repository with other weights: a loader might take those, or a mixture."""
     folders = {PurePosixPath(name).parent for name in names if name.endswith(_WEIGHTS)}
     existing = ask("listing its files", repo, api, lambda: api.list_repo_files(repo, revision=revision))
     others = [
@@ -402,16 +401,16 @@ def _check_other_weights(api: HfApi, repo: str, revision: str, names: Collection
     ]
     if others:
         raise HubError(
-            f"{repo} holds other weights at {revision}, which would be loaded in part or instead: {listed(others)}.",
-            hint=f"Delete them at {endpoint_of(api)}/{repo}/tree/{revision}, or name another repository.",
+            f"{repo} has other weights at {revision}, which a loader might take: {listed(others)}.",
+            hint=f"Delete them at {endpoint_of(api)}/{repo}/tree/{revision}, or use another repository.",
         )
 
 
-# --- upload: every attempt first looks whether an earlier one has arrived, for answers get lost ---
+# --- upload: every attempt first checks whether an earlier one succeeded, since responses get lost ---
 
 
 def _create(api: HfApi, repo: str, destination: Destination) -> None:
-    """Create the repository and the branch, where they do not exist."""
+    """Create the repository and the branch, if they do not exist."""
     branch = destination.branch
 
     def create() -> None:
@@ -428,10 +427,10 @@ def _create(api: HfApi, repo: str, destination: Destination) -> None:
 
 
 def _commit(api: HfApi, plan: PushPlan, operations: Operations) -> tuple[str, str | None]:
-    """Commit all files at once, and return the commit, and the address of the pull request that it opened, if it did.
+    """Commit all files at once. Returns the commit, and the address of the pull request if it opened one.
 
-    The Hub refuses to commit to a branch that has moved since the first attempt. Every commit that arrives as a pull
-    request opens one, so that there is no further attempt at it after a lost answer.
+    The Hub refuses a commit to a branch that has moved since the first attempt. A pull request is not retried after a
+    lost response: each attempt that arrives would open another one.
     """
     repo, branch, create_pr = plan.repo, plan.destination.branch, plan.destination.create_pr
     parent = None if create_pr else ask("looking at the branch", repo, api, lambda: _head(api, repo, branch))
@@ -460,18 +459,18 @@ def _commit(api: HfApi, plan: PushPlan, operations: Operations) -> tuple[str, st
             if not create_pr or status_of(error) == 429 or not may_pass(error):
                 raise
     raise HubError(
-        f"{repo}: the answer to the commit was lost; the pull request may be open.",
-        hint=f"Look at {endpoint_of(api)}/{repo}/discussions in some minutes, before another attempt.",
+        f"{repo}: the response to the commit was lost; the pull request may be open.",
+        hint=f"Before another attempt, look at {endpoint_of(api)}/{repo}/discussions in a few minutes.",
     )
 
 
 def _check_commit(api: HfApi, plan: PushPlan, commit: str) -> None:
-    """Look whether the commit holds every file as it was sent: a .gitignore there silently keeps files out."""
+    """Check that the commit has every file unchanged: a .gitignore there silently excludes files."""
     repo = plan.repo
     missing = ask("checking the commit", repo, api, lambda: _missing(api, plan, commit))
     if missing is not None:
         raise HubError(
-            f"{repo}: {missing} is not in commit {commit[:8]} as it was sent.",
+            f"{repo}: {missing} is missing from commit {commit[:8]} or differs.",
             hint=f"Look for a .gitignore at {endpoint_of(api)}/{repo}/tree/{commit}",
         )
 
@@ -481,7 +480,7 @@ def _head(api: HfApi, repo: str, ref: str) -> str:
 
 
 def _missing(api: HfApi, plan: PushPlan, revision: str) -> str | None:
-    """The first file that is not there as it is here; None where all are."""
+    """The first file that is missing or differs; None if there is none."""
     from huggingface_hub.hf_api import RepoFile
     from huggingface_hub.utils.sha import git_hash
 

@@ -1,4 +1,4 @@
-"""What the site makes of the program and of the files beside docs/, when mkdocs builds it."""
+"""Hooks of mkdocs: pages from files beside docs/, and tables that the program generates."""
 
 from __future__ import annotations
 
@@ -41,13 +41,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put what the program knows of itself in the place of the markers."""
-    return filled(markdown)
+    """Replace the markers by what the program generates, and links to files that are not on the site by their text."""
+    return without_examples(filled(markdown))
+
+
+def without_examples(text: str) -> str:
+    """A page in which links to `examples/`, which is not on the site, are plain text."""
+    return re.sub(r"\[([^]]+)\]\((?:\.\./)?examples/[^)]*\)", r"\1", text)
 
 
 def as_page(text: str) -> str:
-    """A file of the repository with the links of the site; what is not on it is named without a link."""
-    text = re.sub(r"\[([^]]+)\]\(examples/[^)]*\)", r"\1", text)
+    """A file of the repository with the links of the site."""
+    text = without_examples(text)
     for page, name in BESIDE.items():
         text = text.replace(f"]({name}", f"]({page}")
     return text.replace("](docs/", "](")

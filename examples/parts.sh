@@ -1,9 +1,9 @@
 #!/bin/sh
-# Average a run in several processes that know nothing of each other, and join what they have done:
+# Average a run in several independent processes, and join their results:
 #
 #     sh parts.sh SOURCE RESULT PARTS [OPTION]...
 #
-# Each line with --part may as well be started on another machine, or again after it was killed.
+# Each part may also be started on another machine, or again after it was killed.
 set -eu
 source=$1 result=$2 parts=$3
 shift 3

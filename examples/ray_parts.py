@@ -2,7 +2,7 @@
 
     python ray_parts.py /shared/run /shared/pema --parts 8
 
-A task that is lost with its node is done again elsewhere, and continues. Fewer tasks than parts may run at a time.
+If a node is lost, its task restarts on another node and continues. Not all tasks need to run at the same time.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ UNFINISHED = 3
 
 
 def do_part(words: list[str]) -> int:
-    """One part, in a process of its own; its exit status."""
+    """Run one part in a separate process, and return its exit status."""
     return subprocess.run([sys.executable, "-m", "ckavg", *words], check=False).returncode
 
 
 def main() -> None:
-    """Do all parts, in as many rounds as the scheme has passes, and join them."""
+    """Run all parts, once for each pass of the scheme, and join them."""
     parser = argparse.ArgumentParser()
     parser.add_argument("source")
     parser.add_argument("result")

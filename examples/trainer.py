@@ -1,8 +1,8 @@
-"""Fine-tune a language model with TRL, average its checkpoints at the end, and keep what is better.
+"""Fine-tune a language model with TRL, average its checkpoints at the end, and load the best average if it is better.
 
     python trainer.py MODEL TEXT OUT [--scheme pema:gamma=0.1,0.2 mean:last=5] [--lora] [--steps 200]
 
-MODEL is a directory or a name on the Hub, TEXT a file with an example a line; the last tenth of it is for evaluation.
+MODEL is a directory or a name on the Hub. TEXT is a file with one example per line; its last tenth is for evaluation.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""All studies, one after the other: `python -m benchmarks.evidence`, which is what `make reproduce` runs."""
+"""All studies, one after another: `python -m benchmarks.evidence`, as run by `make reproduce`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Study: factors or products of low-rank adapters; `python -m benchmarks.evidence.adapters [DIR]`.
 
 PEFT trains LoRA adapters of SmolLM2-135M on Shakespeare, in float32 and at constant rates. Each run is averaged by its
-factors, by its products, and by its products cut to the rank of the run, and judged on plays that no run has seen, as
-PEFT loads the results. With `DIR`, runs are kept there, and those that are there are not trained again.
+factors, by its products, and by its products cut to the rank of the run. PEFT loads the results, which are evaluated on
+held-out plays. With `DIR`, runs are kept there, and not trained again.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class Setting:
 
     Attributes:
         steps: optimizer steps of a run.
-        every: steps between checkpoints; the first is saved after so many.
+        every: steps between checkpoints, and before the first.
         warm_up: steps over which the rate rises.
         batch: windows a step, of 128 tokens each.
         seed: of the order in which the text is read, and of A.
-        windows: held-out windows that judge.
+        windows: number of held-out windows.
         cells: the runs.
     """
 
@@ -76,7 +76,7 @@ class Setting:
 
 
 def train(directory: Path, cell: Cell, setting: Setting) -> None:
-    """Leave `directory`/checkpoint-N, adapters as PEFT saves them, unless they are there."""
+    """Write `directory`/checkpoint-N, adapters as PEFT saves them, unless they exist."""
     if (directory / f"checkpoint-{setting.steps}").exists():
         return
     import peft
@@ -101,9 +101,9 @@ def train(directory: Path, cell: Cell, setting: Setting) -> None:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a run gave: held-out losses of each window in nats per token, and for cut products the energy cut off.
+    """The outcome of a run: held-out losses of each window in nats per token, and the energy that cut products lose.
 
-    Both by scheme and by what is averaged; `last` by neither.
+    Both are by scheme and by what is averaged, except `last`.
     """
 
     cell: Cell
@@ -145,7 +145,7 @@ def losses_of(base: Any, adapter: Path, windows: torch.Tensor) -> list[float]:
 
 
 def table_of(outcomes: Sequence[Outcome]) -> Table:
-    """All losses, and what each is less that of the last checkpoint and of the averaged factors, window by window."""
+    """All losses, and their differences from the last checkpoint and from the averaged factors, window by window."""
     rows: list[tuple[str | int | float | None, ...]] = []
     for outcome in outcomes:
         last = outcome.losses[LAST, ""]
@@ -167,7 +167,7 @@ def _less(losses: Sequence[float], others: Sequence[float]) -> str:
 
 
 def main(arguments: Sequence[str] = ()) -> int:
-    """Carry it out, then write the table and the settings."""
+    """Run it, then write the table and the settings."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence.adapters", description=__doc__)
     parser.add_argument("directory", nargs="?", type=Path, help="where runs are kept; default: nowhere")
     options, setting = parser.parse_args(arguments), Setting()

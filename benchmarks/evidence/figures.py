@@ -15,9 +15,9 @@ class Curve:
     """One line.
 
     Attributes:
-        name: what the key calls it; the same name has the same colour in every panel.
+        name: in the legend; the same name has the same colour in every panel.
         x, y: its points.
-        error: one standard error of each y, drawn as a band; empty where there is none.
+        error: one standard error of each y, drawn as a band; may be empty.
         dashed: whether it is theory rather than measurement.
         dots: whether its points are drawn by themselves, without a line.
     """
@@ -64,7 +64,7 @@ def draw(name: str, panels: Sequence[Panel], *, columns: int, directory: Path = 
             axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
             axis.set(xscale=panel.x_scale, yscale=panel.y_scale)
             for one, scale in ((axis.xaxis, panel.x_scale), (axis.yaxis, panel.y_scale)):
-                if scale == "log":  # the labels of matplotlib's own are formulas, which the style does not set
+                if scale == "log":  # matplotlib's own labels are formulas, which the style turns off
                     one.set_major_formatter(StrMethodFormatter("{x:g}"))
                     one.set_minor_formatter(NullFormatter())
             for curve in panel.curves:

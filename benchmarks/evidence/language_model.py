@@ -1,7 +1,7 @@
 """Study: all schemes on a fine-tuned language model; `python -m benchmarks.evidence.language_model`.
 
-SmolLM2-135M on Shakespeare, over learning rates, schedules and seeds, judged on plays that no run has seen. Runs are
-carried out two at a time, each with one thread of torch.
+SmolLM2-135M on Shakespeare, over learning rates, schedules and seeds, evaluated on held-out plays. Two runs at a time,
+each with one thread of torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.finetune import TO_TRAIN, RefusedError, refuse_missing
 
 
 def outcomes(setting: Setting, *, processes: int) -> list[Outcome]:
-    """All cells in order, so many at a time."""
+    """All cells in order, this many at a time."""
     found = []
     with single_threaded(processes) as pool:
         for outcome in pool.map(partial(carry_out_cell, setting=setting), setting.cells):
@@ -32,7 +32,7 @@ def outcomes(setting: Setting, *, processes: int) -> list[Outcome]:
 
 
 def main(arguments: Sequence[str] = ()) -> int:
-    """Carry it out, then write tables, figures and settings."""
+    """Run it, then write tables, figures and settings."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence.language_model", description=__doc__)
     parser.add_argument("--papers", action="store_true", help="the size of the papers' runs, on one GPU")
     parser.add_argument("--processes", type=int, help="runs at a time; default: 2, on a GPU 1")

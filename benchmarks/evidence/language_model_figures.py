@@ -12,7 +12,7 @@ from benchmarks.evidence.language_model_tables import BEST_EMA, EMA_POWERS, best
 from benchmarks.evidence.tables import RESULTS, Difference
 
 Against = Callable[[str, str, int], Difference]
-"""How much the average of one name is above that of another, at an interval."""
+"""The difference between the averages of two names, at an interval."""
 
 _COMPARED = ("PEMA 0.15", *EMA_POWERS, "BEMA 0.2, 0.5", "DEMA")
 
@@ -57,7 +57,7 @@ def frequency_panels(
 
 
 def power_panels(setting: Setting, outcomes: Sequence[Outcome]) -> list[Panel]:
-    """All runs at all intervals against ℓ(T): the best power of EMA, what it brings, and PEMA against it."""
+    """All runs at all intervals against ℓ(T): the best power of EMA, its gain, and PEMA against it."""
 
     def points(value: Callable[[Outcome, int], float], intervals: Sequence[int]) -> list[Curve]:
         return [
@@ -87,7 +87,7 @@ def power_panels(setting: Setting, outcomes: Sequence[Outcome]) -> list[Panel]:
 
 
 def path_panels(setting: Setting, outcomes: Sequence[Outcome]) -> list[Panel]:
-    """ℓ(t), β(t), and how differently the tensors travel, for the runs of the first seed at the shortest interval."""
+    """ℓ(t), β(t), and the spread of ℓ over tensors, for the runs of the first seed at the shortest interval."""
     chosen = [(outcome.cell.name, outcome.paths[setting.frequencies[0]]) for outcome in _first_seeds(outcomes)]
     panels = []
     for title, key, y_label in (

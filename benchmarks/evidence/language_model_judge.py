@@ -1,4 +1,4 @@
-"""The held-out loss of many models of one shape: the network is built once, the weights are put in its place."""
+"""The held-out loss of many models of one shape: the network is built once, and the weights are replaced."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from benchmarks.finetune import quiet_transformers
 
 
 class Judge:
-    """Cross-entropy of models on the same windows, computed in float32 whatever the weights are stored in.
+    """Cross-entropy of models on the same windows, computed in float32 for weights of any dtype.
 
     Args:
-        base: a model directory that transformers loads; its network is the one that all weights are put into.
+        base: a model directory that transformers loads; all weights are put into its network.
         windows: token ids, all windows of one length.
         device: `cpu` or `cuda`.
         at_once: windows of one forward pass.

@@ -38,26 +38,26 @@ SCHEMES: Mapping[str, Scheme] = {
     "OUEMA": ckavg.OUEMA(),
     "mean": ckavg.Mean(),
 }
-"""What is judged at every interval; BEMA by η and κ, and `EMA κ 0.5` is BEMA's own average without its correction."""
+"""The averages evaluated at every interval; BEMA by η and κ. `EMA κ 0.5` is BEMA's average without its correction."""
 
 PER_TENSOR = "PEMA 0.15 by tensor"
-"""Judged at the shortest interval alone."""
+"""Evaluated only at the shortest interval."""
 
 BASE, LAST = "base", "last"
 
 _AT_ONCE = 4
-"""Averages that are on the disk together: 0.5 GB each."""
+"""Averages on the disk at the same time, 0.5 GB each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """What one run is made with.
+    """The settings of one run.
 
     Attributes:
-        learning_rate: the highest.
-        minimum: where a cosine ends, as a fraction of the highest rate; 1 keeps the rate constant.
-        batch: windows of 128 tokens a step.
-        seed: of the order in which the text is read.
+        learning_rate: the peak rate.
+        minimum: end of the cosine, as a fraction of the peak rate; 1 keeps the rate constant.
+        batch: windows of 128 tokens per step.
+        seed: of the order of the text.
     """
 
     learning_rate: float
@@ -76,7 +76,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its name in tables: what it has in common with most others is left out.
+        """Its name in tables, without the settings that most runs share.
 
         >>> Cell(learning_rate=8e-4, minimum=0.1, seed=2).name, Cell(learning_rate=3e-4, batch=256).name
         ('0.0008 to 10 %, seed 2', '0.0003, batch 256')
@@ -95,7 +95,7 @@ CELLS = (
     Cell(learning_rate=8e-4, minimum=0.1),
     Cell(learning_rate=8e-4, seed=2),
 )
-"""In the order in which they are carried out: whatever the time allows, there is something of everything."""
+"""In the order of execution, so that a run that is cut short covers something of everything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +106,8 @@ class Setting:
         steps: optimizer steps of a run.
         warm_up: steps over which the rate rises.
         frequencies: steps between averaged checkpoints; the run is saved at the first, which divides the others.
-        windows: held-out windows of 128 tokens that judge.
-        device: where models are trained, averaged and judged.
+        windows: number of held-out windows of 128 tokens.
+        device: for training, averaging and evaluation.
         cells: the runs.
     """
 
@@ -135,7 +135,7 @@ PAPERS = Setting(
 
 
 class Judging(Protocol):
-    """Tells how good a model is."""
+    """Evaluates a model."""
 
     def losses(self, checkpoint: Path) -> list[float]:
         """The loss of a model on each of some pieces of text, in nats per token."""
@@ -144,12 +144,12 @@ class Judging(Protocol):
 
 @dataclass(slots=True)
 class Outcome:
-    """What a cell gave.
+    """The outcome of a cell.
 
     Attributes:
         cell: the run.
-        losses: of each window in nats per token, by interval and name; interval 0 for what is no average.
-        paths: by interval, what there is to know of the path; see `path_of`.
+        losses: of each window in nats per token, by interval and name; interval 0 for checkpoints.
+        paths: statistics of the path by interval; see `path_of`.
         tensor_paths: ℓ_p at the end, by tensor, at the shortest interval.
         seconds: wall-clock time of training, averaging and judging.
     """
@@ -168,8 +168,8 @@ class Outcome:
 def path_of(path: PathLength) -> dict[str, list[float]]:
     """Step, ℓ, β of PEMA and EMA with γ = 0.15, and the spread over the tensors, at every checkpoint but the anchor.
 
-    `spread` is the standard deviation of ℓ_p over the tensors as a part of their mean; `uneven` is that of ℓ_p as a
-    part of the tensor's whole path, which is all that the β of single tensors depends on.
+    `spread` is the standard deviation of ℓ_p over the tensors relative to their mean; `uneven` is that of ℓ_p relative
+    to the tensor's whole path, on which alone the β of single tensors depends.
     """
     timeline = Timeline(path.steps, path.lengths)
     betas = {
@@ -193,11 +193,11 @@ def spread(values: Sequence[float]) -> float:
 
 
 def carry_out_cell(cell: Cell, setting: Setting) -> Outcome:
-    """Train, average and judge one cell in a temporary directory.
+    """Train, average and evaluate one cell in a temporary directory.
 
     Args:
         cell: the run.
-        setting: what it has in common with others.
+        setting: common to all cells.
     """
     with tempfile.TemporaryDirectory(prefix="ckavg-evidence-") as scratch:
         directory, outcome = Path(scratch), Outcome(cell)
@@ -227,7 +227,7 @@ def fine_tuning(cell: Cell, setting: Setting) -> FineTuning:
 
 
 def judge_all(directory: Path, setting: Setting, judge: Judging, outcome: Outcome) -> None:
-    """Judge the base and the last checkpoint of the run in `directory`, then all averages at all intervals."""
+    """Evaluate the base and the last checkpoint of the run in `directory`, then all averages at all intervals."""
     outcome.losses[0, BASE] = judge.losses(directory / "base")
     outcome.losses[0, LAST] = judge.losses(directory / "run" / f"checkpoint-{setting.steps}")
     for every in setting.frequencies:
@@ -243,11 +243,11 @@ def judge_all(directory: Path, setting: Setting, judge: Judging, outcome: Outcom
 def _judge_some(
     directory: Path, every: int, schemes: Mapping[str, Scheme], judge: Judging, outcome: Outcome, *, device: str
 ) -> None:
-    """Average by some schemes from one reading, judge each, and remove them; the first of all measure the path."""
+    """Average by some schemes from one reading, evaluate each, and remove them; the first call measures the path."""
     begun = time.perf_counter()
     run = open_saved(directory, every=every)
     averages = directory / "averages"
-    # In float32: close averages are then apart by what they are, not by how they are rounded.
+    # In float32, so that similar averages do not differ by rounding.
     plans = plan_averages(
         [(run, scheme, averages / name) for name, scheme in schemes.items()], Options(dtype="float32")
     )

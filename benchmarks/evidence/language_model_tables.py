@@ -1,7 +1,7 @@
 """What the language-model study found, as tables: losses, differences with their standard errors, the best powers.
 
-All averages of a run are judged on the same windows of text, so a difference is taken window by window. Its standard
-error tells how much of it is the choice of the text. How much is the run itself is told by the seeds.
+All averages of a run are evaluated on the same windows of text, so differences are taken window by window. Their
+standard error covers the choice of the text; the seeds cover the run itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from benchmarks.evidence.tables import Difference, Table
 EMA_POWERS = tuple(name for name in SCHEMES if name.startswith("EMA 0"))
 PEMA_POWERS = tuple(name for name in SCHEMES if name.startswith("PEMA"))
 BEST_EMA = "best EMA"
-"""Stands for the one of `EMA_POWERS` with the least loss, which differs from run to run."""
+"""Stands for the best of `EMA_POWERS`, which differs between runs."""
 
 PAIRS = (
     ("PEMA 0.15", LAST),
@@ -36,7 +36,7 @@ PAIRS = (
     ("BEMA 0.2, 0.5", "OUEMA"),
     ("mean", BEST_EMA),
 )
-"""What is compared: of two averages, the first less the second."""
+"""The comparisons: the first average minus the second."""
 
 
 def best(outcome: Outcome, every: int, names: Sequence[str] = EMA_POWERS) -> str:
@@ -71,7 +71,7 @@ def of_one_setting(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def losses_of(outcomes: Sequence[Outcome]) -> Table:
-    """Everything that was judged, window by window."""
+    """All losses, window by window."""
     count = len(outcomes[0].losses[0, LAST])
     columns = ("run", "every", "average", "loss", *(f"window {place}" for place in range(1, count + 1)))
     rows = [
@@ -104,7 +104,7 @@ def tensors_of(outcomes: Sequence[Outcome]) -> Table:
 
 
 def runs_of(setting: Setting, outcomes: Sequence[Outcome]) -> Table:
-    """What each run was: its loss before and after, how far it went, how differently its tensors did."""
+    """Each run: its loss before and after, its path, and the spread over its tensors."""
     shortest = setting.frequencies[0]
     columns = ("run", "last", "− base", *(f"ℓ(T), every {every}" for every in setting.frequencies),
                "spread of ℓ_p(T), %", "of the layers' matrices, %", "of the MLPs', %",

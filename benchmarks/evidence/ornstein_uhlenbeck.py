@@ -1,4 +1,4 @@
-"""The process of the noisy quadratic, and what theory says of estimators of its optimum.
+"""The process of the noisy quadratic, and the theory of estimators of its optimum.
 
     dθ = A (μ* − θ) dt + √h σ dW        A = diag(a_1, …, a_d)
 
@@ -25,7 +25,7 @@ class Process:
         distance: θ_0 − μ* in every direction.
         step_size: h, which is also the time that one optimizer step takes.
         noise: σ.
-        optimum: μ* in every direction; not 0, at which a mistake might not show.
+        optimum: μ* in every direction; not 0, which could hide a mistake.
     """
 
     curvatures: tuple[float, ...]
@@ -65,7 +65,7 @@ class Process:
 
 
 def expected_of_weights(process: Process, weights: Array) -> float:
-    """E‖Σ_k w_k θ_k − μ*‖² for weights of θ_0, …, θ_K that sum to 1: what any affine scheme must come to.
+    """E‖Σ_k w_k θ_k − μ*‖² for weights of θ_0, …, θ_K that sum to 1: the expectation for any affine scheme.
 
     The noise of step j reaches the estimate with S_j = w_j + φ w_{j+1} + φ² w_{j+2} + …, so its part is S_j² times the
     variance of one transition, and S_0 is what is left of θ_0 − μ*.

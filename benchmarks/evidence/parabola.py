@@ -157,7 +157,7 @@ def panel_of(outcomes: Sequence[Outcome]) -> Panel:
 
 
 def main() -> None:
-    """Carry it out, print Err, and write the table, the figure and the settings."""
+    """Run it, print Err, and write the table, the figure and the settings."""
     parabola = Parabola()
     outcomes = study(parabola)
     for each in outcomes:

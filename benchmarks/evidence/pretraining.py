@@ -1,7 +1,7 @@
 """Study: averages in place of a learning-rate decay in pretraining; `python -m benchmarks.evidence.pretraining`.
 
-Everything is judged by the loss on text that no run has seen, in nats per byte. Runs of one seed share their beginning,
-so differences are taken within a seed, and their standard error is that over the seeds.
+Losses are on held-out text, in nats per byte. Runs of one seed share their beginning, so differences are taken within a
+seed, with the standard error over the seeds.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def burnt_in(window: int) -> str:
 
 
 def judge(setting: Setting, seed: int) -> dict[str, float]:
-    """Train everything of one seed, average the stable run in every way, and judge all of it."""
+    """Train all runs of one seed, average the stable run in every way, and evaluate everything."""
     with tempfile.TemporaryDirectory(prefix="ckavg-evidence-") as scratch:
         directory = Path(scratch)
         ends = train(directory, setting, seed)
@@ -70,7 +70,7 @@ def judge(setting: Setting, seed: int) -> dict[str, float]:
             decay: Decay
             for decay in ("linear", "cosine", "minus-sqrt"):
                 losses[merged(decay, window)] = averaged(ckavg.Mean(decay=decay), from_step=begin)
-    # What the file of the seeds holds: all that is told follows from it.
+    # The content of the seeds' file, from which everything else follows.
     return {name: round(loss, 5) for name, loss in losses.items()}
 
 
@@ -80,7 +80,7 @@ def difference(losses: Losses, one: str, other: str) -> Difference:
 
 
 def told(losses: Losses, one: str, other: str) -> tuple[str, str]:
-    """The difference and its verdict; nothing of a name and itself."""
+    """The difference and its verdict; empty for a name and itself."""
     found = difference(losses, one, other)
     return (str(found), found.verdict) if one != other else ("", "")
 
@@ -145,7 +145,7 @@ def panels_of(setting: Setting, losses: Losses) -> list[Panel]:
 
 
 def main() -> None:
-    """Carry it out seed by seed, then write tables, figure and settings."""
+    """Run all seeds, then write tables, figure and settings."""
     setting = Setting()
     of_seed = []
     with single_threaded() as pool:

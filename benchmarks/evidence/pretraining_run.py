@@ -1,4 +1,4 @@
-"""A small language model from scratch at a stable learning rate, saved as it goes, and runs that decay theirs.
+"""Trains a small language model from scratch at a stable learning rate, and runs that branch off to decay the rate.
 
 Every decayed run is a branch: it takes weights, optimizer and order of the text from the stable run where its decay
 begins, so that it differs from it in the learning rate alone.
@@ -60,7 +60,7 @@ class Setting:
 
 @dataclass(slots=True)
 class Training:
-    """What training goes on from: it is copied where a run branches off."""
+    """The training state, copied where a run branches off."""
 
     model: Llama
     optimizer: torch.optim.AdamW
@@ -92,14 +92,14 @@ class Training:
             yield
 
     def windows(self, setting: Setting) -> Iterator[Tensor]:
-        """Batches of the text, from where it has come to."""
+        """Batches of the text, from the current position."""
         corpus = load_corpus()
         text = corpus.pretraining + corpus.training
         return random_windows(text, setting.shape.max_position_embeddings, setting.batch, self.generator)
 
 
 def new_optimizer(model: Llama) -> torch.optim.AdamW:
-    """AdamW as all runs have it."""
+    """AdamW with the settings of all runs."""
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1)
 
 

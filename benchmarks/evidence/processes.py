@@ -1,6 +1,6 @@
-"""Runs of a study side by side, each in a process with one thread of torch.
+"""Runs of a study in parallel, each in a process with one thread of torch.
 
-The processes are the parallelism, and one thread sums in the same order however many cores there are.
+One thread sums in the same order on any number of cores.
 """
 
 from __future__ import annotations
@@ -12,6 +12,6 @@ import torch
 
 
 def single_threaded(processes: int = 2) -> ProcessPoolExecutor:
-    """A pool of so many processes, which begin afresh."""
+    """A pool of this many new processes."""
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,))

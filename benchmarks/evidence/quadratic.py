@@ -12,7 +12,7 @@ from benchmarks.evidence.tables import publish, write_record
 
 
 def main() -> None:
-    """Carry out every case, print how far it is from theory, and write tables, figures and settings."""
+    """Run every case, print its distance from theory, and write tables, figures and settings."""
     setting = Setting()
     weights = weights_of_all(setting)
     cases: list[Case] = []

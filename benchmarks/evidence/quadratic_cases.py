@@ -1,7 +1,7 @@
-"""The noisy quadratic, carried out: runs saved, averaged by ckavg, and measured beside what they must come to.
+"""Simulates the noisy quadratic: saves runs, averages them with ckavg, and compares them with theory.
 
 The rows of one tensor are independent replicas of the run, its columns the eigenvectors of the Hessian. So ckavg
-averages all replicas at once, each as if it were alone, and the spread over the rows gives the standard errors.
+averages all replicas at once, and the spread over the rows gives the standard errors.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ STARTS = {"far": 10.0, "at the optimum": 0.0}
 """θ_0 − μ* in every direction."""
 
 Weights = Mapping[str, Mapping[int, Array]]
-"""The weights of θ_0, …, θ_step, 0 for what was not visited, by scheme and step."""
+"""The weights of θ_0, …, θ_step by scheme and step; 0 for skipped steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """How much is simulated.
+    """The size of the simulation.
 
     Attributes:
         conditions: condition numbers of the Hessian.
@@ -69,7 +69,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One process, averaged from checkpoints at one interval, and what was found.
+    """The measurements of one process, averaged from checkpoints at one interval.
 
     Attributes:
         condition: condition number of the Hessian.
@@ -77,7 +77,7 @@ class Case:
         every: optimizer steps between checkpoints.
         process: the process.
         distances: ‖θ̂ − μ*‖² of each replica, by estimator and step.
-        expected: what it must be on average, by estimator and step: exact for the saved run.
+        expected: its expectation by estimator and step, exact for the saved run.
     """
 
     condition: int
@@ -89,7 +89,7 @@ class Case:
 
     @property
     def measured(self) -> tuple[int, ...]:
-        """The steps at which the estimates were looked at."""
+        """The steps at which the estimates were measured."""
         return tuple(self.distances[LIKELIEST])
 
     def mean(self, name: str, step: int) -> float:
@@ -99,7 +99,7 @@ class Case:
         return standard_error(self.distances[name][step])
 
     def z(self, name: str, step: int) -> float:
-        """Measured less expected, in standard errors."""
+        """Measured minus expected, in standard errors."""
         return (self.mean(name, step) - self.expected[name][step]) / self.error(name, step)
 
     def lead(self, one: str, other: str, step: int) -> float:
@@ -144,9 +144,9 @@ def study(condition: int, start: str, setting: Setting, seed: int, weights: Mapp
     Args:
         condition: condition number of the Hessian.
         start: a name in `STARTS`.
-        setting: how much is simulated.
+        setting: the size of the simulation.
         seed: of this run.
-        weights: what `weights_of_all` gives.
+        weights: from `weights_of_all`.
 
     Returns:
         A case for each interval, all of the same saved run.
@@ -184,7 +184,7 @@ def study(condition: int, start: str, setting: Setting, seed: int, weights: Mapp
 
 
 def expected_of_all(process: Process, weights: Weights, every: int) -> dict[str, dict[int, float]]:
-    """What each estimator must come to on average: closed forms where there are any, which owe nothing to ckavg."""
+    """The expectation of each estimator: closed forms independent of ckavg, where they exist."""
     expected = {
         name: {step: expected_of_weights(process, of_step) for step, of_step in by_step.items()}
         for name, by_step in weights.items()

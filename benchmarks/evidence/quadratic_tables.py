@@ -1,4 +1,4 @@
-"""The noisy quadratic, told: tables and panels of what the cases hold."""
+"""Tables and panels of the noisy quadratic."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONTINUOUS = {
 
 
 def tables_of(cases: Sequence[Case]) -> Iterator[Table]:
-    """Everything that was measured, and what the document says of it."""
+    """All tables: the measurements, and what the document says about them."""
     yield curves_of(cases)
     yield _agreement(cases)
     yield _theory([case for case in cases if case.every == 1])
@@ -63,7 +63,7 @@ def curves_of(cases: Sequence[Case]) -> Table:
 
 
 def _agreement(cases: Sequence[Case]) -> Table:
-    """Of how many points the mean lies how far from what was expected."""
+    """How many means are how far from their expectation."""
     rows = []
     for name in ESTIMATORS:
         z = [abs(case.z(name, step)) for case in cases for step in case.measured]
@@ -133,7 +133,7 @@ def _powers(every: int, cases: Sequence[Case]) -> Table:
 
 
 def _anchor(cases: Sequence[Case]) -> Table:
-    """What the weight of θ_0 alone comes to, beside all that was measured where the runs have long arrived."""
+    """The distance caused by the weight of θ_0 alone, beside the measured one, for runs that have converged."""
     rows: list[tuple[Cell, ...]] = []
     for case in cases:
         if (case.condition, case.start) == (1, "far"):

@@ -33,7 +33,7 @@ def save_run(directory: Path, states: Iterable[Array]) -> None:
 
 
 def open_saved(directory: Path, *, every: int | None = None) -> ckavg.Run:
-    """What `save_run` saved, or of it only every so many steps, from its base model on."""
+    """The run that `save_run` saved, or every n-th step of it, from its base model on."""
     return ckavg.open_run(directory / "run", init=directory / "base", every=every)
 
 

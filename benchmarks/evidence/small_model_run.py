@@ -1,6 +1,6 @@
-"""One run of the small-model study: a model of the reference of Python is fine-tuned on Shakespeare, and judged on it.
+"""One run of the small-model study: a model of Python's reference is fine-tuned on Shakespeare, and evaluated.
 
-What is trained is the network of the pretraining study. It is so small that a run of the papers' length takes seconds.
+The network is that of the pretraining study, so small that a run of the papers' length takes seconds.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from benchmarks.finetune import plays
 from ckavg.demo import load_model, random_windows, write_checkpoint
 
 PRETRAINING = pretraining_run.Setting(windows=(30,), seeds=(0,))
-"""Of the base model, which is the end of the linear decay."""
+"""Seed of the base model, which is the end of the linear decay."""
 
 _JUDGED_BYTES = 2048
-"""Of each piece of the text that no run has seen."""
+"""Length of each piece of held-out text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallCell(Cell):
-    """What one run is made with; a step takes `batch` windows of 64 bytes."""
+    """The settings of one run; a step takes `batch` windows of 64 bytes."""
 
     batch: int = 8
 
 
 def pretrain(directory: Path) -> Path:
-    """Train the base model from scratch; returns where it is."""
+    """Train the base model from scratch, and return its directory."""
     ends = pretraining_run.train(directory, PRETRAINING, seed=PRETRAINING.seeds[0])
     return ends["linear", PRETRAINING.windows[0]]
 
 
 def fine_tune(directory: Path, base: Path, cell: Cell, setting: Setting) -> None:
-    """Train `directory`/run/checkpoint-N from the model in `base`, which `directory`/base comes to lead to."""
+    """Train `directory`/run/checkpoint-N from the model in `base`, to which `directory`/base becomes a link."""
     (directory / "run").mkdir(parents=True)
     (directory / "base").symlink_to(base.resolve(), target_is_directory=True)
     model = load_model(base)
@@ -69,7 +69,7 @@ def rates(cell: Cell, setting: Setting) -> Iterator[float]:
 
 
 def pieces(count: int) -> list[Tensor]:
-    """So many pieces of the plays that no run has seen, evenly spaced, each as windows that overlap by one byte."""
+    """This many evenly spaced pieces of the held-out plays, each as windows that overlap by one byte."""
     text = torch.frombuffer(bytearray("".join(plays(held_out=True)).encode()), dtype=torch.uint8).long()
     length = PRETRAINING.shape.max_position_embeddings
     return [
@@ -96,7 +96,7 @@ class SmallJudge:
 
 
 def carry_out_cell(directory: Path, base: Path, cell: Cell, setting: Setting) -> Outcome:
-    """Train, average and judge one cell in `directory`."""
+    """Train, average and evaluate one cell in `directory`."""
     outcome, begun = Outcome(cell), time.perf_counter()
     fine_tune(directory, base, cell, setting)
     outcome.seconds["train"] = time.perf_counter() - begun

@@ -1,4 +1,4 @@
-"""What the small-model study found: means over the seeds of each cell, and in how many cells who is ahead of whom."""
+"""Tables of the small-model study: means over the seeds of each cell, and in how many cells which average is ahead."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def difference(group: Group, one: str, other: str, every: int) -> Difference:
 
 
 def losses_of(outcomes: Sequence[Outcome]) -> Table:
-    """Everything that was judged."""
+    """All losses."""
     rows = [
         (outcome.cell.name, every or "", name, statistics.fmean(losses))
         for outcome in outcomes
@@ -60,7 +60,7 @@ def losses_of(outcomes: Sequence[Outcome]) -> Table:
 
 
 def cells_of(setting: Setting, groups: Mapping[Cell, Group]) -> Table:
-    """For each cell and interval: how far it went, the best powers, and the differences that claims are about."""
+    """For each cell and interval: the path, the best powers, and the differences that the claims are about."""
     compared = (("PEMA 0.15", BEST_EMA), (BEST_EMA, LAST), ("BEMA 0.2, 0.5", LAST), ("BEMA 0.2, 0.5", BEST_EMA))
     columns = ("run", "every", "ℓ(T)", "T ℓ(T)²", "β(T) of PEMA 0.15", "best EMA", "best PEMA",
                *(f"{one} − {other}" for one, other in compared))  # fmt: skip
@@ -75,12 +75,12 @@ def cells_of(setting: Setting, groups: Mapping[Cell, Group]) -> Table:
 
 
 def mean_at_end(group: Group, every: int, key: str) -> float:
-    """Of what is known of the path at the last step; see `path_of`."""
+    """Statistics of the path at the last step; see `path_of`."""
     return statistics.fmean(outcome.paths[every][key][-1] for outcome in group)
 
 
 def runs_of(setting: Setting, groups: Mapping[Cell, Group]) -> Table:
-    """What each cell was: its loss, how far it went at each interval, how differently its tensors did."""
+    """Each cell: its loss, its path at each interval, and the spread over its tensors."""
     shortest = setting.frequencies[0]
     columns = ("run", "last", "− base", *(f"ℓ(T), every {every}" for every in setting.frequencies),
                "spread of ℓ_p(T), %", "spread of ℓ_p(t)/ℓ_p(T) at most, %")  # fmt: skip
@@ -110,7 +110,7 @@ def pairs_of(setting: Setting, groups: Mapping[Cell, Group]) -> Table:
 
 
 def shortfalls_of(setting: Setting, groups: Mapping[Cell, Group]) -> Table:
-    """How far each average is behind the best EMA of its cell: in the mean over the cells, and where it is furthest."""
+    """How far each average is behind the best EMA of its cell: the mean over the cells, and the worst."""
     names = (LAST, *(name for every, name in groups[next(iter(groups))][0].losses if every == setting.frequencies[-1]))
     columns = ("average", *(f"{what}, every {every}" for every in setting.frequencies for what in ("mean", "most")))
     rows: list[tuple[TableCell, ...]] = []

@@ -1,4 +1,4 @@
-"""What a study found: tables in CSV files, and its settings in a JSON file, all in docs/evidence."""
+"""The output of a study: tables in CSV files, and its settings in a JSON file, all in docs/evidence."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def read_table(file: Path) -> Table:
 
 
 def stored(cell: Cell) -> str:
-    """A cell as it stands in a CSV file.
+    """The text of a cell in a CSV file.
 
     >>> [stored(cell) for cell in ("far", 2000, 0.123456789, None)]
     ['far', '2000', '0.123457', '']
@@ -58,7 +58,7 @@ def stored(cell: Cell) -> str:
 
 
 def with_error(value: float, error: float) -> str:
-    """A value to the place of the second digit of its standard error.
+    """A value rounded to the second digit of its standard error.
 
     >>> with_error(0.02758, 0.000344), with_error(649.655, 36.1), with_error(1.5, 0.0)
     ('0.02758 ± 0.00034', '650 ± 36', '1.5 ± 0')
@@ -73,7 +73,7 @@ _STUDENT = {1: 63.66, 2: 9.92, 3: 5.84, 4: 4.60, 5: 4.03, 6: 3.71, 7: 3.50, 9: 3
 
 
 def least_t(count: int) -> float:
-    """Standard errors from which on a difference counts: Student's t, two-sided, 1 %, of `count` values.
+    """How many standard errors make a difference significant: Student's t, two-sided, 1 %, for `count` values.
 
     >>> least_t(3), least_t(12), least_t(13), least_t(1000)
     (9.92, 3.11, 3.11, 2.81)
@@ -116,7 +116,7 @@ def publish(tables: Iterable[Table], directory: Path = RESULTS) -> None:
 
 
 def write_record(name: str, record: Mapping[str, object]) -> None:
-    """Write `<name>.json`: the settings of a study, and what is no table."""
+    """Write `<name>.json`: the settings of a study, and other values."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=1, ensure_ascii=False)
     (RESULTS / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")

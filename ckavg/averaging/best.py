@@ -318,6 +318,8 @@ class Search:
         confirmed = None if confirm is None else self._confirmed(winner, form, confirm)
         plans = self._plans([(winner, target or self.out)])
         chosen = dataclasses.replace(contestants[winner].evaluation, best_of=_evaluated(contestants.values()))
+        if winner.scheme != LAST and (last := contestants.get(Candidate(LAST))) is not None:
+            chosen = dataclasses.replace(chosen, last_value=last.value, last_stderr=last.evaluation.stderr)
         record = record_evaluation(form(plans).records[0], chosen, plans[0])
         to_send = None if isinstance(record.directory, AddressPath) else target
         return Best(record, tuple(contestants.values()), [*contestants].index(winner), self.goal, confirmed, to_send)

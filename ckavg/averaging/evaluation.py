@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.trainer_log import Goal, goal_of
 from ckavg.errors import SettingError, WriteError
 from ckavg.output.card import write_card
+from ckavg.output.loading import example
 from ckavg.output.output_path import CARD, PLOT
 from ckavg.output.published import published
 from ckavg.output.record import Evaluation, Record
@@ -145,7 +146,13 @@ def failed(criterion: Criterion, problem: str, said: tuple[str, ...] = ()) -> Ou
 
 def _evaluation(criterion: Criterion, found: Reading) -> Evaluation:
     return Evaluation(
-        criterion.command, found.value, found.problem, criterion.metric or "", found.stderr, criterion.goal
+        criterion.command,
+        found.value,
+        found.problem,
+        criterion.metric or "",
+        found.stderr,
+        criterion.goal,
+        data=found.data,
     )
 
 
@@ -221,6 +228,10 @@ def record_evaluation(result: Record, evaluation: Evaluation, plan: Plan) -> Rec
     Raises:
         WriteError: a file cannot be written; the record is unchanged.
     """
+    if evaluation.last_value is None and (before := result.evaluation) is not None:
+        known = dataclasses.replace(evaluation, last_value=before.last_value, last_stderr=before.last_stderr)
+        same = published(dataclasses.replace(result, evaluation=known)).evaluation == published(result).evaluation
+        evaluation = known if same else evaluation
     evaluated = dataclasses.replace(result, evaluation=evaluation)
     if published(evaluated).evaluation == published(result).evaluation:  # already in the files of an up-to-date result
         return evaluated
@@ -244,10 +255,28 @@ def _with_card(evaluated: Record, plan: Plan) -> Record:
     if sha256(path.read_bytes()) != output.sha256[CARD]:
         return evaluated
     picture = PLOT if PLOT in output.files else None
-    card = write_card(published(evaluated), plan.scheme, plan.origin, picture=picture).encode()
+    usage = example(plan.side_files, plan.weights.names)
+    card = write_card(published(evaluated), plan.scheme, plan.origin, usage, picture=picture).encode()
     write_bytes(path, card, follow=False)
     output = dataclasses.replace(output, sha256=output.sha256 | {CARD: sha256(card)})
     return dataclasses.replace(evaluated, outputs=(*snapshots, output))
+
+
+def compare_with_last(
+    records: Sequence[Record], of_run: Mapping[int, Evaluation] | None = None
+) -> Iterator[tuple[int, Evaluation]]:
+    """Evaluations with that of the run's last checkpoint added, by the indices of their records.
+
+    Args:
+        records: the results, with their evaluations by one criterion; those of the scheme `last` are compared with.
+        of_run: evaluations of the run's own checkpoints by step.
+    """
+    lasts = {**(of_run or {})}
+    lasts |= {each.steps[-1]: each.evaluation for each in records if each.scheme == "last" and each.evaluation}
+    for index, record in enumerate(records):
+        last, own = lasts.get(record.steps[-1]), record.evaluation
+        if record.scheme != "last" and last is not None and own is not None and own.value is not None:
+            yield index, dataclasses.replace(own, last_value=last.value, last_stderr=last.stderr)
 
 
 @dataclass(frozen=True, slots=True)

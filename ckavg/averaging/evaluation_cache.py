@@ -26,8 +26,8 @@ _FORMAT = 1
 _MOST_BYTES = 1 << 26
 _KEY_LETTERS = 64
 
-Values = dict[str, tuple[float, float | None]]
-"""Value and standard error by key."""
+Values = dict[str, tuple[float, float | None, str]]
+"""Value, standard error and amount of data by key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +74,19 @@ class EvaluationCache:
         """The cached evaluation of a key; None if there is none."""
         if key is None or key not in self.values:
             return None
-        value, stderr = self.values[key]
+        value, stderr, data = self.values[key]
         criterion = self.criterion
-        return Evaluation(criterion.command, value, "", criterion.metric or "", stderr, criterion.goal)
+        return Evaluation(criterion.command, value, "", criterion.metric or "", stderr, criterion.goal, data=data)
 
     def add(self, key: str | None, evaluation: Evaluation) -> None:
         """Cache an evaluation that succeeded, in the file too, keeping what other processes have added meanwhile."""
         if key is None or evaluation.value is None or evaluation.problem:
             return
-        self.values[key] = (evaluation.value, evaluation.stderr)
+        self.values[key] = (evaluation.value, evaluation.stderr, evaluation.data)
         for file in self.files:
-            table = {"format": _FORMAT, "evaluations": (_load(file) or {}) | {key: self.values[key]}}
+            values = (_load(file) or {}) | {key: self.values[key]}
+            known = {key: each if each[2] else each[:2] for key, each in values.items()}
+            table = {"format": _FORMAT, "evaluations": known}
             with contextlib.suppress(OSError):  # the file there may belong to somebody else
                 save_table(file, table)
                 return
@@ -109,9 +111,11 @@ def _checked_key(key: str) -> str:
     return key
 
 
-def _checked(value: float, stderr: float | None) -> tuple[float, float | None]:
+def _checked(value: float, stderr: float | None, data: str = "") -> tuple[float, float | None, str]:
     if type(value) not in (int, float) or not math.isfinite(value):
         raise ValueError(value)
     if stderr is not None and (type(stderr) not in (int, float) or not 0 <= stderr < math.inf):
         raise ValueError(stderr)
-    return float(value), None if stderr is None else float(stderr)
+    if not isinstance(data, str) or len(data) > _KEY_LETTERS:
+        raise ValueError(data)
+    return float(value), None if stderr is None else float(stderr), data

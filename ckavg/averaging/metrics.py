@@ -6,6 +6,7 @@ lm-evaluation-harness, the last line with the name as a word. A name with two va
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
@@ -22,6 +23,7 @@ KeyPath = tuple[str, ...]
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?>(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?)(?!\w)", re.IGNORECASE)
 _PAIR = re.compile(rf"([A-Za-z_][\w@/,.-]*)['\"]?\s*[:=]\s*(?:{_NUMBER.pattern})", re.IGNORECASE)
 
+_UNITS = ("tokens", "samples", "examples", "documents", "sequences", "images")
 _SHOWN_KEYS, _SHOWN = 6, 60
 
 
@@ -45,11 +47,13 @@ class Reading:
         value: of the metric; None if it has none.
         stderr: its standard error; None if it is not known.
         problem: why there is no value, or no standard error of the given name.
+        data: how much data was used, such as `4,096 tokens`; empty if it is not known.
     """
 
     value: float | None = None
     stderr: float | None = None
     problem: str = ""
+    data: str = ""
 
 
 def read_metric(text: str, metric: str | None, stderr: str | None = None, document: Any = None) -> Reading:
@@ -63,7 +67,7 @@ def read_metric(text: str, metric: str | None, stderr: str | None = None, docume
         document: the content of a JSON file; None: there is none.
 
     >>> read_metric('{"loss": 0.5, "loss_stderr": 0.125}', "loss")
-    Reading(value=0.5, stderr=0.125, problem='')
+    Reading(value=0.5, stderr=0.125, problem='', data='')
     >>> read_metric("train loss 0.5\nval_loss 0.25, loss 0.75", "val_loss").value
     0.25
     >>> read_metric('{"a": {"acc": 1}, "b": {"acc": 2}}', "acc").problem
@@ -84,7 +88,8 @@ def read_metric(text: str, metric: str | None, stderr: str | None = None, docume
             if value is None:
                 return Reading(problem=f"{metric!r} is {_shown(leaves[found[0]])}, not a number")
             error = _stderr_among(leaves, found[0], stderr)
-            return _with_stderr(_finite(value, f"{metric!r} is {{}}"), error, stderr)
+            reading = _with_stderr(_finite(value, f"{metric!r} is {{}}"), error, stderr)
+            return dataclasses.replace(reading, data=_data_among(leaves, found[0]))
     numbers = _after_word(rest, metric)
     if numbers is None:
         return Reading(problem=_missing(metric, documents, rest))
@@ -169,6 +174,17 @@ def _stderr_among(leaves: Mapping[KeyPath, Any], of: KeyPath, name: str | None) 
     if name is not None and not paths and len(found := _find(leaves, name)) == 1:
         paths = found
     return _as_number(leaves[paths[0]]) if paths else None
+
+
+def _data_among(leaves: Mapping[KeyPath, Any], of: KeyPath) -> str:
+    """How much data the value at a path was computed from: a count beside it, or what lm-evaluation-harness states.
+
+    >>> _data_among({("a", "loss"): 0.5, ("a", "tokens"): 4096}, ("a", "loss"))
+    '4,096 tokens'
+    """
+    places = {(*of[:-1], unit): unit for unit in _UNITS} | {("n-samples", *of[1:-1], "effective"): "samples"}
+    counts = ((leaves.get(path), unit) for path, unit in places.items())
+    return next((f"{count:,} {unit}" for count, unit in counts if type(count) is int and count > 0), "")
 
 
 def _as_number(value: object) -> float | None:

@@ -13,6 +13,7 @@ from ckavg.averaging.plan import Plan
 from ckavg.checkpoints.checkpoint import RESULT_RECORD
 from ckavg.checkpoints.run import FLOATING, Run
 from ckavg.output.card import write_card
+from ckavg.output.loading import example
 from ckavg.output.output_path import CARD, PLOT
 from ckavg.output.published import pinned, published
 from ckavg.output.record import Input, Output, Record, Seconds
@@ -165,9 +166,9 @@ def completed(
             own = dataclasses.replace(record, weights=weights, outputs=(output,), **readouts)
             plots = {}  # there may be very many snapshots
         output = dataclasses.replace(output, files=tuple(sorted({*output.files, *plots})))
-        card = write_card(published(own), plan.scheme, plan.origin, picture=PLOT if plots else None)
-        place = out.relative_to(plan.out)
-        layout = plan.layout(index)
+        layout, place = plan.layout(index), out.relative_to(plan.out)
+        usage = example(layout.side_files, layout.weights.names)
+        card = write_card(published(own), plan.scheme, plan.origin, usage, picture=PLOT if plots else None)
         beside = layout.side_files | plots | {CARD: card.encode()}
         files |= {str(place / name): data for name, data in beside.items()}
         hashes = {shard.name: weight_hashes[place / shard.name] for shard in layout.weights.shards}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckavg.averaging.best import judged_by
-from ckavg.averaging.evaluation import rank, record_evaluation
+from ckavg.averaging.evaluation import compare_with_last, rank, record_evaluation
 from ckavg.averaging.pipeline import carry_out
 from ckavg.averaging.plan import Options, plan_averages, result_name
 from ckavg.averaging.publish import discard_sent, send_results
@@ -142,6 +142,8 @@ def sweep(
         judge = judged_by(evaluate, goal)
         for place, (record, plan) in enumerate(zip(done.records, plans, strict=True)):
             records[place] = record_evaluation(record, judge(record, plan), plan)
+        for place, evaluation in compare_with_last(records):
+            records[place] = record_evaluation(records[place], evaluation, plans[place])
     sent = send_results(plans, records, dataclasses.replace(context, on_progress=None))
     discard_sent(plans)
     return Sweep(sent, goal, next((path for path in done.paths if path is not None), None))

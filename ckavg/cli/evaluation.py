@@ -16,6 +16,7 @@ from ckavg.averaging.evaluation import (
     Criterion,
     Outcome,
     Ranking,
+    compare_with_last,
     criterion_of,
     evaluate,
     failed,
@@ -166,6 +167,8 @@ def evaluate_all(
     except KeyboardInterrupt:
         warn("interrupted", "The evaluation ends here. All averages are complete.")
         interrupted = True
+    for place, evaluation in compare_with_last(results, curves[-1]):
+        results[place] = _recorded(results[place], evaluation, plans[place])
     names = [RUN, *(record.output.name for record in results)]
     lines = [(name, tuple(sorted(curve.items()))) for name, curve in zip(names, curves.values(), strict=True) if curve]
     return Evaluated(

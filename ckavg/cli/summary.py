@@ -13,7 +13,8 @@ from ckavg.cli.tables import table_by_step
 from ckavg.cli.text import Output, as_count, plural, print_json, say
 from ckavg.errors import printable
 from ckavg.output.card import products_shown
-from ckavg.output.commands import as_options, load_command, shell_word
+from ckavg.output.commands import as_options, shell_word
+from ckavg.output.loading import load_command
 from ckavg.schemes.parse import shown
 
 if TYPE_CHECKING:
@@ -190,9 +191,7 @@ def print_next(out: Output, result: Record, plan: Plan) -> None:
     """Print the command that loads a result; of one that is at an address, there is none."""
     if plan.target is not None:
         return
-    largest = sorted(plan.weights.shards, key=lambda shard: -sum(each.nbytes for each in plan.weights.of(shard.part)))
-    loads = load_command(result.directory, plan.side_files, [shard.name for shard in largest])
-    out.fact("next", loads, style="command")
+    out.fact("next", load_command(result.directory, plan.side_files, plan.weights.names), style="command")
 
 
 def spread_shown(result: Record) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from ckavg import __version__
 from ckavg.output.commands import reproduce
 from ckavg.output.origin import Origin, is_hub_id
-from ckavg.output.record import Record, is_address
+from ckavg.output.record import Evaluation, Record, is_address
 from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, SCHEMES, Mean, MomentumEMA, PowerEMA, PowerExponentEMA, Scheme
 
 _MARKUP = re.compile(r"[\\`*\[\]<>&|~$]")
@@ -25,34 +25,38 @@ _TEMPLATE = """\
 
 {description}
 
-{evaluation}{level}# Recipe
+{level}# Use
+
+From this directory; from elsewhere, put its path or its name on the Hub in place of `.`:
+
+```python
+{usage}
+```
+
+{evaluation}{level}# How it was averaged
 
 {recipe}
 
-{level}# Checkpoints
+{terms}{picture}{table}
 
-{picture}{table}
-
-{level}# To make it again
+{level}# Reproduce
 
 {again}
 
 `ckavg.json` holds the full record.
 
-{level}# What was checked
+{level}# Checks
 
 - All checkpoints have {alike}, with the same shapes and dtypes.
 - {finite}
-- `ckavg.json` states the SHA-256 of every other file here, and a checksum of every checkpoint as it was read.
-  `ckavg verify .` compares; with `--replay`, where the checkpoints are at hand, it also computes elements of the
-  average again.
+- `ckavg verify .` compares the files with the SHA-256 in `ckavg.json`; with `--replay`, if the checkpoints are at hand,
+  it also computes elements of the average again.
 
 {warnings}{citation}"""
 
 _PEMA = """\
 @misc{pema2025,
   title = {Pathwise {EMA}: An Intrinsic Clock for Weight Averaging},
-  author = {{Author names withheld}},
   year = {2025},
   note = {Under review for the Workshop on High-dimensional Learning Dynamics}
 }"""
@@ -108,22 +112,25 @@ _WSM = """\
   archivePrefix = {arXiv}
 }"""
 
-_POWER = "It is an average along the run with a power-function profile, whose width is a constant part of the run."
+_POWER = (
+    "The weight of a checkpoint grows as a power of its step, so that the average covers the same fraction of a run of "
+    "any length."
+)
+_FADES = "It is an exponential moving average: older checkpoints fade"
+_NEGATIVE = "For that reason, early checkpoints may have negative weights."
 
 _ABOUT: Mapping[type[Scheme], str] = {
-    PEMA: "Each checkpoint is weighted by how far the weights had travelled when it was saved, rather than by the "
-    "number of steps: the more they moved, the more is averaged.",
-    EMA: "It is an exponential moving average along the run; the older the run grows, the longer it remembers.",
-    MomentumEMA: "It is an exponential moving average along the run with a constant momentum, adapted to the steps "
-    "between the saved checkpoints.",
-    BEMA: "It is an exponential moving average along the run, with a correction that takes out its lag behind "
-    "training. The weight of the first may be negative for that reason.",
-    OUEMA: "It is an exponential moving average of checkpoints, each of which is first freed of the pull of where "
-    "the run began. The weight of the first may be negative for that reason.",
+    PEMA: f"{_FADES}. How fast depends on how far the weights moved, not on the number of steps: the farther they "
+    "moved, the more checkpoints are averaged.",
+    EMA: f"{_FADES}, and they fade more slowly the longer the run is.",
+    MomentumEMA: f"{_FADES}, by the same factor with every optimizer step.",
+    BEMA: f"{_FADES}. Such an average lags behind training; a multiple of the way from the first checkpoint to the "
+    f"last is added to make up for it. {_NEGATIVE}",
+    OUEMA: f"{_FADES}. Each checkpoint is first corrected for the pull of the starting point. {_NEGATIVE}",
     PowerEMA: _POWER,
     PowerExponentEMA: _POWER,
-    DEMA: "It is twice an exponential moving average less the average of that average, which takes out most of its "
-    "lag. The weights of early checkpoints may be negative for that reason.",
+    DEMA: f"{_FADES}. Such an average lags behind training; averaging it once more shows by how much, and that much is "
+    f"taken out. {_NEGATIVE}",
 }
 
 _PAPERS: Mapping[type[Scheme], tuple[str, ...]] = {
@@ -138,13 +145,14 @@ _PAPERS: Mapping[type[Scheme], tuple[str, ...]] = {
 }
 
 
-def write_card(record: Record, scheme: Scheme, origin: Origin, *, picture: str | None = None) -> str:
-    """The text of `README.md`: metadata, what this is, how it was made and checked, and what to cite.
+def write_card(record: Record, scheme: Scheme, origin: Origin, usage: str, *, picture: str | None = None) -> str:
+    """The text of `README.md`: metadata, what the model is, how to use it, how it was made and checked, what to cite.
 
     Args:
         record: what was done, as it may be published.
         scheme: how.
         origin: what is known of the run besides; a card of the user's comes first, and its fields win.
+        usage: Python code that loads the result.
         picture: name of the file beside the card that shows the weights; None: there is none.
     """
     from huggingface_hub.repocard_data import ModelCardData  # takes a while
@@ -156,18 +164,20 @@ def write_card(record: Record, scheme: Scheme, origin: Origin, *, picture: str |
         metadata=ModelCardData(**fields).to_yaml(),
         own=f"{own}\n\n" if own else "",
         level=level,
-        heading="How the weights were averaged" if own else _escaped(record.output.name),
+        heading="Average of checkpoints" if own else _escaped(record.output.name),
         description=_description(record, scheme, fields.get("base_model"), origin.repository),
+        usage=usage,
         evaluation=_evaluation(record, level),
         recipe=_recipe(record, scheme),
         picture=f"![The weight of each checkpoint in the average, by optimizer step]({picture})\n\n" if picture else "",
         table=_table(record),
+        terms=_terms(record),
         again=_again(record, scheme, fields.get("base_model")),
         alike="the tensors that were averaged" if record.copied else "the same tensors",
         finite=(
-            "NaN and infinity in the checkpoints were let through; where they hold one, so do these weights."
+            "NaN and infinity were allowed; where an averaged checkpoint holds one, so do these weights."
             if record.allow_nonfinite
-            else "No checkpoint that was averaged holds NaN or infinity, and neither do these weights."
+            else "No averaged checkpoint holds NaN or infinity, and neither do these weights."
         ),
         warnings=_warnings(record, level),
         citation=_citation(scheme, level),
@@ -176,11 +186,11 @@ def write_card(record: Record, scheme: Scheme, origin: Origin, *, picture: str |
 
 
 def _fields(record: Record, origin: Origin) -> dict[str, Any]:
-    """The metadata for the Hub; the user's fields take the place of ours, and null removes one.
+    """The metadata for the Hub; the user's fields replace ours, and null removes one.
 
-    The Hub calls a merge what was made of several models, each of them a base model. The checkpoints of one run have
-    one base model between them, and none of them is a model of its own: their average stands where the run's last
-    checkpoint would, as a fine-tune of that model, or as an adapter to it.
+    To the Hub, a merge has several base models. The checkpoints of one run share one base model, and none of them is a
+    model of its own: their average takes the place of the last checkpoint, as a fine-tune of that model or an adapter
+    to it.
     """
     fields = dict(origin.metadata)
     fields["tags"] = ["checkpoint-averaging", record.scheme, *fields.get("tags", ())]
@@ -195,23 +205,24 @@ def _fields(record: Record, origin: Origin) -> dict[str, Any]:
 
 
 def _description(record: Record, scheme: Scheme, base: object, repository: str) -> str:
-    text = f"{_what(record)}, made with ckavg {__version__} without any further training."
+    text = f"{_what(record)}, made with ckavg {__version__} without further training."
     if record.scheme == "last":
         return text
     text += (
-        "\nCheckpoints along a run differ by the noise of training, of which their average holds less. It loads and\n"
-        "runs like any of them."
+        "\n\nTraining saves the weights of a model from time to time: its checkpoints. Each carries noise from the\n"
+        "last batches before it. The noise differs from checkpoint to checkpoint, so an average holds less of it,\n"
+        "and is often the better model. It has the size and the architecture of a checkpoint, and is used like one."
     )
     if repository:
         text += f" The checkpoints are those of [`{repository}`](https://huggingface.co/{repository})."
     if isinstance(base, str) and is_hub_id(base) and base != repository:
-        text += f" The run began with [`{base}`](https://huggingface.co/{base})."
+        text += f" Training began with [`{base}`](https://huggingface.co/{base})."
     about = _ABOUT.get(type(scheme), "")
     if isinstance(scheme, Mean):
         about = (
-            "All of them count alike."
+            "All checkpoints count alike."
             if scheme.decay in ("none", "linear")
-            else "They are weighted so that the mean stands where a decay of the learning rate would have led."
+            else "The weights imitate a decay of the learning rate at the end of training."
         )
     return f"{text}\n\n{about}" if about else text
 
@@ -221,27 +232,52 @@ def _what(record: Record) -> str:
     taken = [each for each, weight in zip(record.steps, record.weights, strict=True) if weight]
     if len(taken) == 1:
         return f"The checkpoint of step {taken[0]} of a training run"
-    what = f"The average of {len(taken)} checkpoints of one training run, from step {taken[0]} to step\n{step}"
-    return what if step == last else f"{what}, as it stood on the way to step {last}"
+    what = f"The weighted average of {len(taken)} checkpoints of one training run, from step {taken[0]} to step\n{step}"
+    return what if step == last else f"{what}, a snapshot on the way to step {last}"
 
 
 def _evaluation(record: Record, level: str) -> str:
-    """What the user's own command said; in words alone, since nothing tells on which data."""
-    told = record.evaluation
-    if told is None or told.value is None:
+    """What the user's own command measured; in words alone, since nothing names the task and the data for the Hub."""
+    found = record.evaluation
+    if found is None or found.value is None:
         return ""
-    error = "" if told.stderr is None else f" ± {told.stderr:.2g} (standard error)"
-    metric = f"{_escaped(told.metric)} " if told.metric else ""
-    goal = {"min": "Less is better.\n\n", "max": "More is better.\n\n"}.get(told.goal, "")
-    if told.best_of:
-        goal += (
-            f"These weights were chosen by that number, as the best of {told.best_of} candidates. So it is\n"
-            "optimistic, and no estimate of how good they are on other data.\n\n"
+    metric = _escaped(found.metric) if found.metric else "value"
+    rows = [(f"**this {'model' if record.scheme == 'last' else 'average'}**", found.value, found.stderr)]
+    if found.last_value is not None:
+        rows.insert(0, ("last checkpoint of the run", found.last_value, found.last_stderr))
+    table = "\n".join(f"| {name} | {_value(value, error)} |" for name, value, error in rows)
+    notes = [each for each in (_gain(found), f"Measured on {_escaped(found.data)}." if found.data else "") if each]
+    if any(error is not None for *_, error in rows):
+        notes.append("± is the standard error.")
+    if found.best_of:
+        notes.append(
+            f"This average was chosen by this number, as the best of {found.best_of} candidates, so the number is "
+            "optimistic: it is no estimate for other data."
         )
     return (
-        f"{level}# Evaluation\n\nThis command, with the directory of these weights in the place of `{{dir}}`, printed "
-        f"{metric}**{told.value:.10g}**{error}:\n\n    {_in_one_line(told.command)}\n\n{goal}"
+        f"{level}# Evaluation\n\n| | {metric} |\n|---|---:|\n{table}\n\n{' '.join(notes)}{' ' if notes else ''}"
+        f"The command, with the directory of the model in place of `{{dir}}`:\n\n    {_in_one_line(found.command)}\n\n"
     )
+
+
+def _gain(found: Evaluation) -> str:
+    """From the last checkpoint to the average, in words; without the former, which way is better."""
+    less_is_better = {"min": True, "max": False}.get(found.goal)
+    better = "" if less_is_better is None else f"{'Less' if less_is_better else 'More'} is better."
+    if found.last_value is None or found.value is None:
+        return better
+    change = found.value - found.last_value
+    if change == 0:
+        return f"Averaging changed nothing. {better}".rstrip()
+    name = _escaped(found.metric) if found.metric else "the value"
+    how = f"{'lowered' if change < 0 else 'raised'} {name} from {found.last_value:.4g} to {found.value:.4g}"
+    part = f" (by {100 * abs(change / found.last_value):.2g} %)" if found.last_value else ""
+    verdict = "" if less_is_better is None else f", which is {'better' if (change < 0) is less_is_better else 'worse'}"
+    return f"Averaging {how}{part}{verdict}."
+
+
+def _value(value: float, error: float | None) -> str:
+    return f"{value:.6g}" if error is None else f"{value:.6g} ± {error:.2g}"
 
 
 def _recipe(record: Record, scheme: Scheme) -> str:
@@ -249,16 +285,37 @@ def _recipe(record: Record, scheme: Scheme) -> str:
     lines = [
         f"Scheme: {scheme.title}; {scheme.reference}",
         f"Hyper-parameters: {stated or 'none'}",
-        f"Anchor: step {record.anchor_step}; span: {record.span} optimizer steps{_path(record)}",
+        f"Anchor, where the average begins: step {record.anchor_step}; span: {record.span} steps{_path(record)}",
         f"Accumulated in {record.accumulate}, rounded once",
     ]
     if record.lora == "product":
         lines.append(f"Low-rank adapters: {products_shown(record)}")
     if record.uncorrected:
-        lines.append(f"Running statistics, averaged without the correction: {len(record.uncorrected)} tensors")
+        lines.append(f"Running statistics averaged without the correction: {len(record.uncorrected)} tensors")
     if record.copied:
         lines.append(f"Copied from the last checkpoint, since not all have them: {len(record.copied)} tensors")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _terms(record: Record) -> str:
+    """What the columns of the table mean."""
+    if record.scheme == "last":
+        return ""
+    lines = []
+    if record.path_length is not None:
+        lines.append(
+            "**ℓ**, the normalized path length, is how far the weights had moved by that step: the distances from "
+            "checkpoint to checkpoint, added up and averaged over all parameters, in units of each tensor's standard "
+            "deviation at the anchor."
+        )
+    if record.scheme != "weights":
+        lines.append(
+            "**β** is the share that a checkpoint takes of the average when it is added: average ← (1 − β) · average + "
+            "β · checkpoint. Later checkpoints dilute it; what remains at the end is its **weight**."
+        )
+    if record.alphas is not None:
+        lines.append("**α** is the strength of the correction at that step.")
+    return " ".join(lines) + "\n\n" if lines else ""
 
 
 def products_shown(record: Record) -> str:
@@ -272,43 +329,43 @@ def products_shown(record: Record) -> str:
 def _path(record: Record) -> str:
     if record.path_length is None:
         return ""
-    told = f"; normalized path length ℓ(T) = {record.path_length[-1]:.4f}"
+    length = f"; normalized path length ℓ = {record.path_length[-1]:.4f}"
     if record.path_length_error is not None:
-        told += f", estimated from {100 * record.sample:g} % of each tensor"
-        told += f", standard error {record.path_length_error[-1]:.4f}"
-    return told
+        length += f", estimated from {100 * record.sample:g} % of each tensor"
+        length += f", standard error {record.path_length_error[-1]:.4f}"
+    return length
 
 
 def _table(record: Record) -> str:
-    """Every checkpoint with its weight; of a long run the first and the last ones, and the sum of what is between."""
+    """Every checkpoint with its weight; of a long run the first and the last ones, and the sum of the others."""
     columns = record.columns()
     rows = list(zip(*columns.values(), strict=True))
-    told = ""
+    note = ""
     if len(rows) > _MOST_ROWS:
         between = slice(_FIRST_ROWS, _FIRST_ROWS - _MOST_ROWS)
         left_out = record.weights[between]
         rows[between] = [("…",) * len(columns)]
-        told = (
+        note = (
             f"\n\n{len(left_out)} checkpoints in the middle are not shown; together they have the weight "
             f"{sum(left_out):.4f}. `ckavg.json` lists all."
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in [tuple(columns), ("---:",) * len(columns), *rows]) + told
+    return "\n".join(f"| {' | '.join(row)} |" for row in [tuple(columns), ("---:",) * len(columns), *rows]) + note
 
 
 def _again(record: Record, scheme: Scheme, base: object) -> str:
     if type(scheme) not in SCHEMES:
-        return f"`{scheme.name}` is a scheme of its author's own: the code that defines it forms this average again."
-    where = "" if is_address(record.source) else ", in their directory"
-    text = f"From the same checkpoints{where}:\n\n    {reproduce(record, scheme)}"
+        return f"`{scheme.name}` is a custom scheme: only the code that defines it makes this average again."
+    where = "" if is_address(record.source) else ", in the directory of the checkpoints"
+    text = f"This command makes the same average again{where}:\n\n    {reproduce(record, scheme)}"
     if record.anchor_is_init and not is_address(record.selection["init"]):
         known = f", `{base}`" if isinstance(base, str) and is_hub_id(base) else ""
-        text += f"\n\n`BASE_MODEL` is the directory of the model that the run began with{known}."
+        text += f"\n\n`BASE_MODEL` is the directory of the model that training began with{known}."
     return text
 
 
 def _warnings(record: Record, level: str) -> str:
-    told = "".join(f"- {_escaped(warning)}\n" for warning in record.warnings)
-    return f"{level}# Worth knowing\n\n{told}\n" if told else ""
+    warnings = "".join(f"- {_escaped(warning)}\n" for warning in record.warnings)
+    return f"{level}# Warnings\n\n{warnings}\n" if warnings else ""
 
 
 def _citation(scheme: Scheme, level: str) -> str:
@@ -320,7 +377,7 @@ def _citation(scheme: Scheme, level: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """A text in one line of Markdown, in which nothing of it has a meaning."""
+    """A text in one line of Markdown, without any markup."""
     return _MARKUP.sub(r"\\\g<0>", _in_one_line(text))
 
 

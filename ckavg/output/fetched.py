@@ -1,4 +1,4 @@
-"""A result in an object store, downloaded to be looked at, as far as its record lists it."""
+"""Downloads a result from an object store: the files that its record lists."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from ckavg.storage.objects import LOCK, ObjectTree
 
 @contextmanager
 def here(result: Path, on_progress: OnProgress | None = None) -> Iterator[Path]:
-    """The directory of a result; that of an address is downloaded, and removed in the end.
+    """The directory of a result. A result at an address is downloaded first, and the copy removed at the end.
 
     Args:
         result: the directory or the address of a result.
-        on_progress: called now and then in this thread while files are downloaded.
+        on_progress: called from time to time in this thread while files are downloaded.
 
     Raises:
-        RecordError: there is no record at the address, or not one that can be understood.
-        ReadError: it cannot be read, or there is no room for it.
-        SettingError: no result can be read from such an address.
+        RecordError: the address has no record, or an invalid one.
+        ReadError: it cannot be read, or the disk is too small for it.
+        SettingError: results at such an address are not supported.
     """
     address = address_of(result)
     if address is None:
@@ -44,7 +44,7 @@ def here(result: Path, on_progress: OnProgress | None = None) -> Iterator[Path]:
     info = tree.files.get(RESULT_RECORD)
     if info is None or info.nbytes > MOST_BYTES:
         raise RecordError(
-            f"{address} is not a result of ckavg: it holds no {RESULT_RECORD}.", hint="Name the address of a result."
+            f"{address} is not a result of ckavg: it has no {RESULT_RECORD}.", hint="Give the address of a result."
         )
     data = tree.read_whole(RESULT_RECORD, info)
     parse_record(data, f"{address}/{RESULT_RECORD}")
@@ -54,18 +54,18 @@ def here(result: Path, on_progress: OnProgress | None = None) -> Iterator[Path]:
         make_own_directory(parent)
         directory = parent / secrets.token_hex(16)
         directory.mkdir()
-        (directory / LOCK).touch()  # should this process be killed, it goes in a week
+        (directory / LOCK).touch()  # if this process is killed, the directory is removed after a week
         free, needed = shutil.disk_usage(parent).free, sum(tree.files[name].nbytes for name in names)
     except OSError as error:
         raise ReadError(
             f"{error.filename or parent} cannot be written: {error.strerror or error}.",
-            hint="Free some space, or name another directory with XDG_CACHE_HOME.",
+            hint="Free some space, or set XDG_CACHE_HOME to another directory.",
         ) from error
     try:
         if free < needed:
             raise ReadError(
-                f"{parent} has {free / 1e9:.2f} GB free; {address} needs {needed / 1e9:.2f} GB to be looked at.",
-                hint="Free some space, or name another disk with XDG_CACHE_HOME.",
+                f"{parent} has {free / 1e9:.2f} GB free; {address} needs {needed / 1e9:.2f} GB.",
+                hint="Free some space, or set XDG_CACHE_HOME to a directory on another disk.",
             )
         place = directory / address.name
         download(tree, tree.files, names, place, on_progress)
@@ -81,10 +81,10 @@ def download(
     place: Path,
     on_progress: OnProgress | None = None,
 ) -> None:
-    """Download files of a result, and what is kept beside its record; the record last.
+    """Download files of a result and the local file beside its record; the record comes last.
 
     Raises:
-        ReadError: one cannot be read, or written here.
+        ReadError: a file cannot be read, or cannot be written here.
     """
     wanted = sorted({*names, LOCAL} & files.keys(), key=lambda name: (name == RESULT_RECORD, name))
     total, done = sum(files[name].nbytes for name in wanted), 0

@@ -1,7 +1,7 @@
-"""What is known of a run besides its weights: its own card, its licence, its base model, and the user's card.
+"""Where a run comes from: its own card, its licence, its base model, and the card that the user wrote.
 
-Reads small files only, and believes nothing of them. What a card says of the last checkpoint holds for an average of
-the same run, unless it was measured: evaluation results are not taken over.
+Reads small files only, and trusts none of them. What a card states about the last checkpoint also holds for the
+average, except measurements: evaluation results are not copied.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from ckavg.checkpoints.run import Run
 from ckavg.errors import ReadError, SettingError
+from ckavg.output.loading import is_timm
 from ckavg.output.output_path import CARD
 from ckavg.output.side_files import read_config
 from ckavg.storage.atomic import resolved
@@ -22,7 +23,7 @@ from ckavg.storage.local import Bounds, problem_with, read_small, storage_of
 
 _MOST_BYTES = 4_000_000
 _MOST_CHARACTERS = 1_000_000
-"""Of front matter."""
+"""Limit on the length of front matter."""
 
 _DEEPEST = 32
 _MOST_LISTED, _LONGEST = 50, 200
@@ -46,7 +47,7 @@ _TEXTS = {
     "license_name": re.compile(r"[A-Za-z0-9][\w. -]*", re.ASCII),
     "license_link": re.compile(r"https?://[^\s<>\"'\\]+|LICENSE(?:\.md)?", re.ASCII),
 }
-"""The fields of a run's card that hold for its average, and the form that the Hub expects of their values."""
+"""The fields of a run's card that also hold for its average, and the form that the Hub expects of their values."""
 
 _LICENSE_FIELDS = ("license", "license_name", "license_link")
 _TASKS = {
@@ -69,8 +70,8 @@ _TASKS = {
     "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
-"""The task of an architecture, pipeline or adapter, by the end of its name. Not there: those that stand for several
-tasks, such as `ForConditionalGeneration`, and `ForSequenceClassification`, which reward models have, too."""
+"""The task of an architecture, pipeline or adapter, by the end of its name. Ambiguous ones are left out:
+`ForConditionalGeneration` has several tasks, and reward models also use `ForSequenceClassification`."""
 
 _LICENSE_FILES = ("LICENSE", "LICENSE.md")
 
@@ -85,14 +86,14 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a card can tell besides the recipe.
+    """What a card says besides the recipe.
 
     Attributes:
-        metadata: fields for the Hub, from the run's configs, its own card and its licence; without tags of ours.
-        own: the card that the user wrote for the result; None where there is none.
+        metadata: fields for the Hub, from the run's configs, its own card and its licence; without ckavg's tags.
+        own: the card that the user wrote for the result, if any.
         is_adapter: whether the weights are those of an adapter.
-        repository: the repository on the Hub that the checkpoints come from; empty where they do not.
-        warnings: what of it a user should know.
+        repository: the repository on the Hub that the checkpoints come from; empty for other sources.
+        warnings: for the user.
     """
 
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -103,12 +104,12 @@ class Origin:
 
 
 def find_origin(run: Run, side_files: Mapping[str, bytes], card: Path | str | None = None) -> Origin:
-    """Gather what the card of a result says of the run.
+    """Gather what the card of a result says about the run.
 
     Args:
         run: the checkpoints.
-        side_files: what is copied beside the weights, by relative path.
-        card: a Markdown file of the user's, whose fields and text come first; None: there is none.
+        side_files: the files copied beside the weights, by relative path.
+        card: a Markdown file by the user, whose fields and text come first; or None.
 
     Raises:
         ReadError: `card` cannot be read.
@@ -136,7 +137,7 @@ def find_origin(run: Run, side_files: Mapping[str, bytes], card: Path | str | No
     found = {
         "base_model": base,
         "base_model_relation": relation,
-        "library_name": _library_of(config, adapter),
+        "library_name": _library_of(side_files, config, adapter),
         "pipeline_tag": pipeline_of(config, adapter),
     }
     found |= {name: inherited.get(name) for name in _LICENSE_FIELDS}
@@ -151,7 +152,7 @@ def parse_card(content: bytes) -> Card:
         content: the file, in UTF-8.
 
     Raises:
-        ValueError: it is no text, or its front matter is not a mapping of plain values; the message says what is wrong.
+        ValueError: it is not text, or its front matter is not a mapping of plain values; the message says which.
     """
     try:
         text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
@@ -160,22 +161,22 @@ def parse_card(content: bytes) -> Card:
     found = _BLOCK.match(text)
     if found is None:
         if _OPENS.match(text):
-            raise ValueError("its front matter begins with --- and has no second --- that ends it")
+            raise ValueError("its front matter has no closing ---")
         return Card({}, text)
     return Card(_parsed(found[1] or ""), text[found.end() :])
 
 
 def _parsed(block: str) -> dict[str, Any]:
-    import yaml  # takes a while, and most runs have no card
+    import yaml  # slow to import, and most runs have no card
 
     if len(block) > _MOST_CHARACTERS:
         raise ValueError(f"its front matter is longer than {_MOST_CHARACTERS:,} characters")
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C, where it was built: ten times as fast
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the parser in C, if available: ten times as fast
     try:
         depth = 0
         for event in yaml.parse(block, Loader=loader):
-            if isinstance(event, yaml.AliasEvent):  # a few of them may stand for more values than memory holds
-                raise ValueError("its front matter uses an alias (*name), which is not read")
+            if isinstance(event, yaml.AliasEvent):  # a few aliases can expand to more values than memory holds
+                raise ValueError("its front matter uses an alias (*name), which is not supported")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST:
                 raise ValueError(f"its front matter is nested more than {_DEEPEST} deep")
@@ -186,7 +187,7 @@ def _parsed(block: str) -> dict[str, Any]:
         where = f" (line {mark.line + 2})" if mark is not None else ""
         raise ValueError(f"its front matter is not valid YAML{where}") from error
     except (TypeError, LookupError, ArithmeticError, AttributeError) as error:
-        raise ValueError("its front matter holds a value that is not what it seems to be") from error
+        raise ValueError("its front matter has an invalid value") from error
     if parsed is None:
         return {}
     if not isinstance(parsed, dict):
@@ -195,7 +196,7 @@ def _parsed(block: str) -> dict[str, Any]:
 
 
 def _check_keys(node: Any) -> None:
-    """Refuse a field that is stated twice: of the two, any parser would silently take another."""
+    """Refuse a field that is stated twice: parsers differ in which of the two they take."""
     values = node.value if node is not None and not isinstance(node.value, str) else []
     if node is not None and node.id == "mapping":
         keys = [key.value for key, _ in values if isinstance(key.value, str)]
@@ -207,20 +208,24 @@ def _check_keys(node: Any) -> None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name could be that of a repository on the Hub, `owner/name`."""
+    """Whether a name could be a repository id of the Hub, `owner/name`."""
     return _HUB_ID.fullmatch(name) is not None
 
 
-def _library_of(config: Mapping[str, Any], adapter_config: Mapping[str, Any]) -> str:
+def _library_of(side_files: Mapping[str, bytes], config: Mapping[str, Any], adapter_config: Mapping[str, Any]) -> str:
     if adapter_config:
         return "peft"
+    if "modules.json" in side_files:
+        return "sentence-transformers"
     if "_diffusers_version" in config:
         return "diffusers"
+    if is_timm(config):
+        return "timm"
     return "transformers" if "model_type" in config else ""
 
 
 def pipeline_of(config: Mapping[str, Any], adapter_config: Mapping[str, Any]) -> str:
-    """The task of a model, in the Hub's words; empty where its configs leave a doubt.
+    """The task of a model in the Hub's terms; empty where its configs do not settle it.
 
     >>> pipeline_of({"architectures": ["LlamaForCausalLM"]}, {}), pipeline_of({"architectures": ["T5Model"]}, {})
     ('text-generation', '')
@@ -238,21 +243,21 @@ def _read_own(path: Path) -> Card:
         content = read_small(path, _MOST_BYTES)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise ReadError(f"card: {path} cannot be read: {why}.", hint="Name a Markdown file with --card.") from error
+        raise ReadError(f"card: {path} cannot be read: {why}.", hint="Give a Markdown file with --card.") from error
     try:
         card = parse_card(content)
         _check_written(card.metadata)
     except ValueError as error:
         raise SettingError(
-            f"card: {path} is no model card that can be used: {error}.",
-            hint="Between two lines of --- it may have fields, such as 'license: mit'; below them, any Markdown.",
+            f"card: {path} is not a valid model card: {error}.",
+            hint="Expected: fields between two lines of ---, such as 'license: mit', then any Markdown.",
         ) from error
     return card
 
 
 def _check_written(metadata: Mapping[str, Any]) -> None:
-    """Refuse fields that the Hub's library cannot write: a `model-index` without metrics, say."""
-    from huggingface_hub.repocard_data import ModelCardData  # takes a while
+    """Refuse fields that huggingface_hub cannot write, such as a `model-index` without metrics."""
+    from huggingface_hub.repocard_data import ModelCardData  # slow to import
 
     try:
         ModelCardData(**metadata).to_yaml()
@@ -262,15 +267,17 @@ def _check_written(metadata: Mapping[str, Any]) -> None:
 
 
 def _first_card(places: Sequence[tuple[AnyPath, AnyPath]], warnings: list[str]) -> Mapping[str, Any]:
-    """The metadata of the first card that has any; one that cannot be read is passed over with a warning.
+    """The metadata of the first card that has any. A card that cannot be read is skipped with a warning.
 
-    Of each directory there is that which the user named, and out of which no link may lead.
+    Args:
+        places: directories, each with the directory that the user named, which no link may leave.
+        warnings: to add to.
     """
     for directory, named in places:
         path = directory / CARD
         found = problem_with(path, Bounds.of(directory, named))
         if found is not None:
-            warnings.append(f"Nothing is taken over from the card of the run. {found.message}")
+            warnings.append(f"The card of the run is not used. {found.message}")
             continue
         try:
             metadata = parse_card(storage_of(path).read_small(path, _MOST_BYTES)).metadata
@@ -278,7 +285,7 @@ def _first_card(places: Sequence[tuple[AnyPath, AnyPath]], warnings: list[str]) 
             continue
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else error
-            warnings.append(f"Nothing is taken over from the card {path}: {why}.")
+            warnings.append(f"The card {path} is not used: {why}.")
             continue
         if metadata:
             return metadata
@@ -286,7 +293,7 @@ def _first_card(places: Sequence[tuple[AnyPath, AnyPath]], warnings: list[str]) 
 
 
 def _inherited(card: Mapping[str, Any], run: Run) -> dict[str, Any]:
-    """Those fields of the run's card that hold for its average, where their values are what the Hub expects."""
+    """The fields of the run's card that also hold for its average, if their values have the form the Hub expects."""
     found: dict[str, Any] = {}
     for name, pattern in _LISTS.items():
         values = [each for each in _texts(card.get(name)) if pattern.fullmatch(each)]
@@ -304,7 +311,7 @@ def _inherited(card: Mapping[str, Any], run: Run) -> dict[str, Any]:
 
 
 def _base_model(run: Run, config: Mapping[str, Any], adapter: Mapping[str, Any], of_card: list[str]) -> str | list[str]:
-    """The base model on the Hub; empty where none is known. A directory of that name makes it no model of the Hub."""
+    """The base model on the Hub; empty where none is known. A name that is also a directory means the directory."""
     of_cache = ""
     if run.selection.init is not None:
         named = resolved(run.selection.init)
@@ -321,13 +328,13 @@ def _base_model(run: Run, config: Mapping[str, Any], adapter: Mapping[str, Any],
 
 
 def _repository(address: str) -> str:
-    """The repository of an address on the Hub; empty for any other place."""
+    """The repository of an address on the Hub; empty for any other address."""
     match = _ADDRESS.fullmatch(address)
     return match["repo"] if match else ""
 
 
 def _is_local(name: str, run: Run) -> bool:
-    """Whether a name that could be one of the Hub leads to something here: `outputs/base` looks like owner and name."""
+    """Whether a name is a path that exists here: `outputs/base` also looks like owner and name."""
     above = [Path()]
     if not isinstance(run.source, RemotePath):
         above += [run.source, run.source.parent]
@@ -337,7 +344,7 @@ def _is_local(name: str, run: Run) -> bool:
 
 
 def _texts(value: object) -> list[str]:
-    """A text, or the texts of a list, each once and a bounded number."""
+    """A text, or the texts of a list, without duplicates and at most 50."""
     values = value if isinstance(value, list) else [value]
     return list(dict.fromkeys(each for each in values if isinstance(each, str) and len(each) <= _LONGEST))[
         :_MOST_LISTED

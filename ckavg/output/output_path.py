@@ -1,6 +1,7 @@
-"""Where a result may go, which names in and beside it are ckavg's own, and whether what has such a name is.
+"""Where a result may go, and which files in and beside it belong to ckavg.
 
-Nothing is filled, emptied, renamed or removed because of its name alone: a run from elsewhere may hold anything.
+A name alone proves nothing: a run from elsewhere may hold files of any name. So nothing is filled, emptied, renamed or
+removed before it has been checked.
 """
 
 from __future__ import annotations
@@ -23,40 +24,40 @@ from ckavg.storage.base import AnyPath
 from ckavg.storage.local import parse_json, read_small
 
 CARD, PLOT = "README.md", "ckavg.svg"
-"""The model card, and the picture of the weights that it shows, beside it."""
+"""The model card, and beside it the plot that the card shows."""
 
 LOCAL = ".ckavg-local.json"
-"""What of a record is for this machine alone, beside it: where the run was. It is never uploaded."""
+"""The part of a record that is only for this machine, such as where the run is. It is never uploaded."""
 
 PARTIAL, REPLACED = ".ckavg-partial", ".ckavg-replaced"
-"""How the names end under which a result is filled, and kept until another one has its place."""
+"""Name endings of a result in progress, and of an earlier result until it has been replaced."""
 
 JOB = ".ckavg-job.json"
-"""What parts that are done by themselves belong to, where one is filled by several of them."""
+"""Identifies the job of a result that independent parts fill."""
 
 _WORK_FILES = (*NAMES_OF_A_JOB, JOB, f"{PARTIAL}.*")
-"""Names of files by which processes exchange while a result is filled."""
+"""Files through which processes exchange while a result is filled."""
 
 _CACHE_FILES = (*_WORK_FILES, LOCAL, ".DS_Store")
-"""Names in a result that no record lists: our own, and what a desktop leaves wherever it looks."""
+"""Files in a result that no record lists: ckavg's own, and the one that macOS leaves."""
 
 _MARGIN_BYTES = 16 << 20
 _CHOOSE = "Choose another place with --out."
-_LEAVE = "It is left alone. Remove it if you know what it is, or choose another place with --out."
+_LEAVE = "It was not touched. Remove it if you know what it is, or choose another place with --out."
 
 
-# --- where a result may go: looks, and refuses; creates nothing ---
+# --- where a result may go: checks only ---
 
 
 def path_within(directory: Path, *names: str) -> Path:
-    """A place in a directory that was named, by names of ours; none may be a link: nobody named where it leads."""
+    """A path below a directory that the user named. None of `names` may be a link: the user did not name its target."""
     place = directory
     for name in names:
         place /= name
         if os.path.islink(place):  # noqa: PTH114 - never raises
             raise OutputError(
-                f"{place} is a link to {resolved(place)}; links are followed only where they are named.",
-                hint="Name the place with --out, if you trust where the link came from.",
+                f"{place} is a link to {resolved(place)}; only links that you name are followed.",
+                hint="If you trust the link, name it with --out.",
             )
     return place
 
@@ -70,15 +71,20 @@ def output_path_problems(
     files: Collection[str] = (),
     differs: str = "",
 ) -> list[CkavgError]:
-    """Everything that speaks against putting a result with `files` at a place; what is there may go with `force`.
+    """All problems of writing a result with `files` to `out`.
 
-    `differs` says why a result that is there is not the one that would be put there.
+    Args:
+        out: where the result would go.
+        source: the run.
+        checkpoints: of the run.
+        force: whether an earlier result may be replaced.
+        files: the files of the result.
+        differs: why an existing result is not the one asked for.
 
     Returns:
-        OutputExistsError: something is there, and it is not a result that `force` may replace; or something that is
-            not ours has a name beside it that is needed.
-        OutputError: it would lie inside a checkpoint, or over the run.
-        WriteError: it could not be made there.
+        OutputExistsError: something else is there, or has a name beside it that ckavg needs.
+        OutputError: `out` is inside a checkpoint, or holds the run.
+        WriteError: the directory cannot be created.
     """
     place, run = resolved(out), resolved(source)
     try:
@@ -87,7 +93,7 @@ def output_path_problems(
             raise OutputError(f"{out} holds the run itself.", hint=_CHOOSE)
         if place.exists() and not (place.is_dir() and not any(place.iterdir())):
             check_replaceable(out, force=force, files=files, differs=differs)
-        with suppress(OSError):  # what the system says against the place is told below
+        with suppress(OSError):  # reported below
             check_names(place)
     except OSError as error:
         return [WriteError(f"{out} cannot be written: {error.strerror}.", hint=_CHOOSE)]
@@ -98,24 +104,28 @@ def output_path_problems(
 
 
 def check_file(file: Path, run: Run) -> None:
-    """Refuse to put a file into a checkpoint, over one, or to an address, with an `OutputError`."""
+    """Refuse a file inside a checkpoint, in place of one, or at an address.
+
+    Raises:
+        OutputError: it is.
+    """
     if is_meant_for_address(file):
         raise OutputError(
-            f"{AddressPath(file)} is an address; this file goes to a disk.",
-            hint="Name a path on this machine, and copy the file from there.",
+            f"{AddressPath(file)} is an address; this file must go to a local path.",
+            hint="Name a path on this machine, then copy the file from there.",
         )
     _check_outside(file, run.checkpoints, "Choose another place.")
 
 
 def check_parent(file: Path, option: str) -> None:
-    """Refuse a file that could not be written because of the directory that it goes to, or that it is.
+    """Refuse a file that is a directory, or whose directory is missing or not writable.
 
     Raises:
-        WriteError: it names `option`, with which another place is chosen.
+        WriteError: it is; the hint names `option`.
     """
     for is_wrong, why in (
         (not file.parent.is_dir(), f"{file.parent} is not a directory"),
-        (not os.access(file.parent, os.W_OK | os.X_OK), f"{file.parent} may not be written to"),
+        (not os.access(file.parent, os.W_OK | os.X_OK), f"you may not write to {file.parent}"),
         (file.is_dir(), f"{file} is a directory"),
     ):
         if is_wrong:
@@ -130,22 +140,22 @@ def _check_outside(out: Path, checkpoints: Iterable[Checkpoint], hint: str) -> N
 
 
 def _existing(place: Path) -> Path:
-    """The place, or the nearest of the directories above it that is there."""
+    """The path itself, or the nearest parent that exists."""
     for each in (place, *place.parents):
-        with suppress(OSError):  # a name that is too long, a directory that may not be read
+        with suppress(OSError):  # such as a name that is too long, or a directory without permission
             each.stat()
             return each
     return Path(place.anchor)
 
 
 def _why_not_made(place: Path) -> str:
-    """What would keep us from making a directory at a place; the system is asked, and nothing is made."""
+    """Why a directory cannot be created at a place; empty where it can. Creates nothing."""
     parent = _existing(place.parent)
     if not parent.is_dir():
         return f"{parent} is not a directory"
     if not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         return f"you may not write to {parent}"
-    with suppress(OSError, ValueError):  # not every file system tells; whoever writes says what is wrong
+    with suppress(OSError, ValueError):  # not every file system says; writing reports it then
         if max(len(os.fsencode(part)) for part in place.parts) > os.pathconf(parent, "PC_NAME_MAX"):
             return "File name too long"
     return ""
@@ -154,7 +164,7 @@ def _why_not_made(place: Path) -> str:
 def space_problems(
     places: Sequence[tuple[Path, int]], *, hint: str = "Free some space, or choose another disk with --out."
 ) -> list[CkavgError]:
-    """One error for each disk that has too few bytes left for the results of these sizes which go there."""
+    """One error for each disk that is too full for the results that go there."""
     needed: dict[int, tuple[Path, int]] = {}
     for out, nbytes in places:
         existing = _existing(resolved(out))
@@ -171,16 +181,20 @@ def space_problems(
 
 
 def check_replaceable(out: Path, *, force: bool, files: Collection[str] = (), differs: str = "") -> None:
-    """Refuse to replace what is at `out`, unless it is a result and nothing else, and `force` says so.
+    """Refuse to replace `out`, unless `force` is set and `out` is a result that holds no other files.
 
-    `files` are the names of a result's files, for one whose record was damaged; `differs` says why it is another one.
+    Args:
+        out: an existing path.
+        force: whether a result may be replaced.
+        files: names of a result's files, in case its record is damaged.
+        differs: why the existing result is not the one asked for.
 
     Raises:
-        OutputExistsError: it is not, or `force` does not.
-        OSError: the system would not let us look.
+        OutputExistsError: it must not be replaced.
+        OSError: it cannot be read.
     """
     if not _is_record(out / RESULT_RECORD):
-        raise OutputExistsError(f"{out} exists and is not a result of ckavg.", hint=f"It is left alone. {_CHOOSE}")
+        raise OutputExistsError(f"{out} exists and is not a result of ckavg.", hint=f"It was not touched. {_CHOOSE}")
     if not force:
         raise OutputExistsError(
             f"{out} already holds a result{f'; {differs}' if differs else ''}.",
@@ -188,31 +202,31 @@ def check_replaceable(out: Path, *, force: bool, files: Collection[str] = (), di
         )
     if unknown := unknown_files(out, files):
         raise OutputExistsError(
-            f"{out} holds what is not of the result, and would be lost: {listed(unknown)}.",
-            hint="It is left alone. Move what is yours away, or choose another place with --out.",
+            f"{out} holds files that are not part of the result and would be lost: {listed(unknown)}.",
+            hint="Nothing was removed. Move your files away, or choose another place with --out.",
         )
 
 
-# --- names of ours, and whether what has one is ours ---
+# --- files of ckavg, checked before they are used ---
 
 
 def beside(out: Path, ending: str) -> Path:
-    """The name, beside its own, under which a result is filled or kept."""
+    """The hidden path beside a result under which it is filled or kept."""
     return out.parent / f".{out.name}{ending}"
 
 
 def check_names(out: Path) -> None:
-    """Refuse a place beside which something that is no directory of ours has one of the names that it needs."""
+    """Refuse a place if something foreign has a name beside it that ckavg needs."""
     for ending in (PARTIAL, REPLACED):
         _check_own(beside(out, ending), directory=True)
 
 
 def check_partial(directory: Path, files: Collection[str] = ()) -> None:
-    """Refuse to fill or empty a directory, unless all of it is an unfinished result of ours, which is to have `files`.
+    """Refuse to fill or empty a directory unless everything in it belongs to an unfinished result with `files`.
 
     Raises:
-        OutputExistsError: it is none.
-        OSError: the system would not let us look.
+        OutputExistsError: something does not.
+        OSError: it cannot be read.
     """
     _check_own(directory, directory=True)
     known = {*files, *_recorded(directory), RESULT_RECORD, PLOT}
@@ -225,17 +239,20 @@ def check_partial(directory: Path, files: Collection[str] = ()) -> None:
         if not (is_ours or is_directory or (has_journal and path.suffix == ".safetensors")):
             strange.append(name)
     if strange:
-        raise OutputExistsError(f"{directory} holds what is not ckavg's: {listed(sorted(strange))}.", hint=_LEAVE)
+        raise OutputExistsError(
+            f"{directory} holds files that are not ckavg's: {listed(sorted(strange))}.", hint=_LEAVE
+        )
 
 
 def is_work_file(name: str) -> bool:
-    """Whether processes exchange through a file of this name, and a finished result has none."""
+    """Whether processes exchange through a file of this name. A finished result has none."""
     return any(fnmatch.fnmatchcase(name, each) for each in _WORK_FILES)
 
 
 def empty(directory: Path, *, but: tuple[str, ...] = ()) -> None:
-    """Remove what is in a directory of ours, but for files whose names begin so; what tells that all of it is ours goes
-    last.
+    """Empty a directory of ckavg's, except for files whose names begin with `but`.
+
+    The files that prove it is ckavg's go last.
     """
     for path in sorted(directory.iterdir(), key=lambda path: path.name.startswith((JOURNAL, RESULT_RECORD))):
         if path.is_dir() and not path.is_symlink():
@@ -245,16 +262,16 @@ def empty(directory: Path, *, but: tuple[str, ...] = ()) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Remove a directory of ours, as far as the system lets us."""
+    """Remove a directory of ckavg's; errors are ignored."""
     with suppress(OSError):
         empty(directory)
         directory.rmdir()
 
 
 def unknown_files(directory: Path, written: Collection[str] = ()) -> list[str]:
-    """What lies in a result without being of it, by relative path, sorted.
+    """Files in a result that are not part of it, by relative path, sorted.
 
-    `written` are the files of a result, for a record that cannot be understood.
+    `written` are the files of the result, in case its record is invalid.
     """
     known = _recorded(directory) or {*written, PLOT}
     files = (path.relative_to(directory) for path, is_directory in _all_in(directory) if not is_directory)
@@ -262,9 +279,9 @@ def unknown_files(directory: Path, written: Collection[str] = ()) -> list[str]:
 
 
 def restore(out: Path) -> bool:
-    """Give an earlier result its name back that a killed process had moved aside; whether it had.
+    """Move an earlier result back that a killed process had moved aside. Returns whether there was one.
 
-    This and `clear_replaced` are for whoever holds the lock on the result.
+    The caller of this and of `clear_replaced` holds the lock on the result.
     """
     aside = beside(out, REPLACED)
     if not is_result(aside) or (os.path.lexists(out) and any(out.iterdir())):
@@ -274,14 +291,14 @@ def restore(out: Path) -> bool:
 
 
 def clear_replaced(out: Path) -> None:
-    """The same, and remove an earlier result that was replaced. What is not ours stays."""
+    """Do the same, then remove an earlier result that has been replaced. Foreign files stay."""
     aside = beside(out, REPLACED)
     if not restore(out) and is_result(out) and check_own(aside, directory=True) and not unknown_files(aside):
         remove(aside)
 
 
 def is_result(directory: Path) -> bool:
-    """Whether there is a real directory with a record in it."""
+    """Whether this is a directory, not a link, with a record in it."""
     with suppress(OSError):
         return not directory.is_symlink() and _is_record(directory / RESULT_RECORD)
     return False
@@ -292,14 +309,14 @@ def _is_record(path: Path) -> bool:
 
 
 def _recorded(directory: Path) -> set[str]:
-    """The files that the record of a result lists, those of its snapshots among them; empty where it cannot be read."""
+    """The files that the record of a result lists, with those of its snapshots; empty if it cannot be read."""
     with suppress(OSError, ValueError):
         return recorded_files(read_small(directory / RESULT_RECORD, follow=False))
     return set()
 
 
 def recorded_files(record: bytes) -> set[str]:
-    """The files that a record lists, those of snapshots among them, by path in the result; empty where it is none."""
+    """The files that a record lists, with those of its snapshots, by path in the result; empty if it is invalid."""
     with suppress(ValueError, RecursionError, TypeError, KeyError, IndexError):
         outputs: list[Any] = parse_json(record)["outputs"]
         of_snapshots = {f"{each['name']}/{file}" for each in outputs[:-1] for file in each["files"]}
@@ -308,7 +325,7 @@ def recorded_files(record: bytes) -> set[str]:
 
 
 def _all_in(directory: Path) -> Iterator[tuple[Path, bool]]:
-    """Everything below a directory, and whether it is a real directory. No link is followed."""
+    """Every path below a directory, and whether it is a directory. No link is followed."""
     pending = [directory]
     while pending:
         with os.scandir(pending.pop()) as entries:
@@ -318,7 +335,7 @@ def _all_in(directory: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def is_cache_file(name: str) -> bool:
-    """Whether a file of this name may lie in a result without being of it."""
+    """Whether a file of this name may be in a result without being part of it."""
     return any(fnmatch.fnmatchcase(name, each) for each in _CACHE_FILES)
 
 

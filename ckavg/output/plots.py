@@ -1,6 +1,6 @@
 """Plots of averages and of the path length, for `--plot` and for model cards.
 
-matplotlib is optional, and so imported where it is used: without a display, pyplot, and the user's settings for it.
+matplotlib is optional, so it is imported on use: without a display, without pyplot, and without the user's settings.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
     Plot = Callable[[Axes], None]
-    """Plots something in the axes given."""
+    """Draws one plot in the given axes."""
 
-# Okabe and Ito's colours, which people with any colour vision tell apart; a grey in the place of their yellow, which
-# is hardly seen on white.
+# Okabe and Ito's colours, distinct for any colour vision; grey replaces their yellow, which is hard to see on white.
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F"
 
 _MARKERS, _DASHES = "osD^vPX<", ("-", "--", "-.", ":")
@@ -49,7 +48,7 @@ _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "axes.titlesize": 10.0,
     "axes.titlelocation": "left",
-    "axes.titley": 1.0,  # a place that need not be found
+    "axes.titley": 1.0,  # a fixed position is faster
     "axes.spines.top": False,
     "axes.spines.right": False,
     "figure.constrained_layout.h_pad": 0.05,
@@ -61,16 +60,16 @@ _STYLE: dict[Any, Any] = {
     "savefig.dpi": 160.0,
     "svg.hashsalt": "ckavg",
     "pdf.fonttype": 42,
-    "text.parse_math": False,  # names may hold dollar signs
+    "text.parse_math": False,  # names may contain dollar signs
 }
 
 
 def check_plot_file(file: Path) -> None:
-    """Refuse a plot that could not be written, before any work is done for it.
+    """Refuse a plot that cannot be written, before any work is done.
 
     Raises:
         SettingError: the name does not end in .png, .svg or .pdf, or matplotlib is not installed.
-        WriteError: the directory is not there or may not be written to, or `file` is a directory itself.
+        WriteError: `file` is a directory, or its directory is missing or not writable.
     """
     if file.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise SettingError(f"plot is {str(file)!r}; it must end in .png, .svg or .pdf.")
@@ -79,24 +78,24 @@ def check_plot_file(file: Path) -> None:
 
 
 def require_matplotlib() -> None:
-    """Refuse to draw without matplotlib.
+    """Check that matplotlib is installed.
 
     Raises:
-        SettingError: it is not installed.
+        SettingError: it is not.
     """
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise SettingError(
-            "Pictures need matplotlib, which is not installed.", hint="Install it: pip install 'ckavg[plot]'"
+            "Plots need matplotlib, which is not installed.", hint="Install it: pip install 'ckavg[plot]'"
         ) from error
 
 
 def save_figure(figure: Figure, file: Path) -> None:
-    """Write a figure in the format that the ending of `file` says: complete, or not at all.
+    """Write a figure in the format of the ending of `file`, completely or not at all.
 
     Raises:
-        WriteError: the system would not let us; `file` is as it was.
+        WriteError: the file cannot be written; it is unchanged.
     """
     kind = file.suffix[1:].lower()
     try:
@@ -109,10 +108,9 @@ def save_figure(figure: Figure, file: Path) -> None:
 
 
 def averages_figure(results: Sequence[Record], path: PathLength | None = None, curves: Curves = ()) -> Figure:
-    """Evaluations, ℓ, β and the weight of every checkpoint, by optimizer step, for averages of one run; ℓ by tensor of
-    a `path`.
+    """Evaluations, ℓ, β and the weight of every checkpoint by optimizer step, for averages of one run.
 
-    Where the averages are of several selections of checkpoints, each selection has plots of its own.
+    With `path`, also ℓ by tensor. If there are several selections of checkpoints, each has its own plots.
     """
     with plain_style():
         if len({result.chosen for result in results}) > 1:
@@ -128,7 +126,7 @@ def averages_figure(results: Sequence[Record], path: PathLength | None = None, c
 
 
 def _selections_figure(results: Sequence[Record], path: PathLength | None, curves: Curves) -> Figure:
-    """The same for several selections: those of one scheme are drawn alike in the plots of all."""
+    """The figure for several selections. A scheme has the same line style in all plots."""
     from matplotlib.lines import Line2D
 
     schemes = list(dict.fromkeys(result.to_scheme().label for result in results))
@@ -152,7 +150,7 @@ def _selections_figure(results: Sequence[Record], path: PathLength | None, curve
 
 
 def path_figure(path: PathLength) -> Figure:
-    """How far the weights travelled: ℓ by optimizer step, and that of every tensor at the last one.
+    """How far the weights moved: ℓ by optimizer step, and ℓ of every tensor at the last step.
 
     Raises:
         SettingError: matplotlib is not installed.
@@ -169,9 +167,9 @@ def path_figure(path: PathLength) -> Figure:
 
 
 def card_svg(result: Record) -> bytes | None:
-    """What `averages_figure` has of one average, smaller, for its model card. None without matplotlib.
+    """The plots of one average for its model card, smaller than `averages_figure`. None without matplotlib.
 
-    SVG, whose bytes hang on the numbers and on matplotlib alone; those of a PNG hang on the make of zlib, too.
+    The bytes of an SVG depend only on the numbers and on matplotlib; those of a PNG also on zlib.
     """
     if find_spec("matplotlib") is None:
         return None
@@ -181,20 +179,20 @@ def card_svg(result: Record) -> bytes | None:
         plots = _averages_plots([result])
         height = 1.4 * len(plots) + 0.4
         figure = Figure(figsize=(8.0, height))
-        # Margins are fixed, in inches: finding them takes as long as the plotting.
+        # Margins are fixed, in inches: computing them takes as long as plotting.
         margins = {"left": 0.75 / 8, "right": 7.9 / 8, "bottom": 0.5 / height, "top": 1 - 0.3 / height}
         axes = figure.subplots(len(plots), sharex=True, squeeze=False, gridspec_kw=margins | {"hspace": 0.4})
         _plot_by_step(axes[:, 0].tolist(), plots, result.steps)
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-        figure.clear()  # half of what it holds refers to itself, and the program collects no cycles
+        figure.clear()  # it has reference cycles, and the program does not collect those
         return file.getvalue()
 
 
 @contextmanager
 def plain_style() -> Iterator[None]:
-    """The defaults of matplotlib and ours, whatever the user's own are, and no log; afterwards all is as it was."""
-    log = logging.getLogger("matplotlib")  # of fonts that are looked for and of a cache that may not be written
+    """Use matplotlib's defaults and ours instead of the user's, without its log; restored at the end."""
+    log = logging.getLogger("matplotlib")  # about fonts and a cache that cannot be written
     level = log.level
     log.setLevel(logging.CRITICAL + 1)
     try:
@@ -209,9 +207,9 @@ def plain_style() -> Iterator[None]:
 
 
 def label(name: str, width: int = _MOST_LETTERS) -> str:
-    """A name from outside: on one line, without characters that control or that the font lacks.
+    """A name from outside on one line, with control characters and characters that the font lacks escaped.
 
-    The middle of a long one is left out, since names differ most at their ends.
+    A long one loses its middle, since names differ most at their ends.
     """
     from matplotlib.font_manager import findfont, get_font
 
@@ -223,19 +221,19 @@ def label(name: str, width: int = _MOST_LETTERS) -> str:
 
 
 def find_layers(path: PathLength) -> tuple[list[int], dict[str, list[float]], dict[str, float]]:
-    """Arrange ℓ of the counted tensors at the last step by where the tensors are in the model, which their names tell.
+    """Arrange ℓ of the counted tensors at the last step by layer and kind, as their names tell.
 
-    A layer's number is the first component of a name that is a number. Tensors that differ only in further numbers,
-    such as the experts of a layer, are one kind; its ℓ is that of all their parameters together:
+    The first numeric component of a name is the layer's number. Tensors that differ only in further numbers, such as
+    the experts of a layer, are one kind; its ℓ is that of all their parameters together:
 
         ℓ = Σ_p numel_p · ℓ_p / Σ_p numel_p
 
-    What all stacks of layers have in common is left out: `encoder.block.0.q` is of the kind `encoder.q` beside a
-    `decoder.block`, and of the kind `q` elsewhere.
+    A prefix that all stacks of layers share is dropped: `encoder.block.0.q` is of the kind `encoder.q` if there is also
+    a `decoder.block`, and of the kind `q` otherwise.
 
     Returns:
-        The numbers of the layers, rising. ℓ by kind, then by layer; NaN where there is no such counted tensor. ℓ of the
-        tensors outside the layers by name, the longest first: of all where no kind is in two layers.
+        The layers' numbers, ascending. ℓ by kind, then by layer; NaN where there is no counted tensor. ℓ of the other
+        tensors by name, the longest first; that is all of them if no kind is in two layers.
     """
     lengths = {name: path.tensor_lengths(name)[-1] for name in path.counted}
     matches = {name: match for name in lengths if (match := _LAYER.fullmatch(name))}
@@ -261,9 +259,9 @@ def find_layers(path: PathLength) -> tuple[list[int], dict[str, list[float]], di
 
 
 def recipe_title(result: Record) -> str:
-    """The scheme and what is stated of it, in words, as the summary has it."""
+    """The scheme and its hyper-parameters in words, as in the summary."""
     title, stated = result.scheme, result.parameters
-    with suppress(RecordError):  # a scheme of another version
+    with suppress(RecordError):  # a scheme of another version of ckavg
         scheme = result.to_scheme()
         title, stated = scheme.title, dict(scheme.stated)
     settings = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in stated.items())
@@ -279,10 +277,10 @@ def _compose(
     names: Sequence[str] = (),
     handles: Sequence[Line2D] | None = None,
 ) -> Figure:
-    """Plots below each other, under a title, a subtitle that ends with `more`, and a key of `names`, if there are any:
-    those of `handles` or, without, of the lines of the last plot by step.
+    """Stack plots under a title, a subtitle that ends with `more`, and a legend of `names`, if any.
 
-    Those by tensor come with heights in inches; they get margins of their own, since their labels are long.
+    The legend shows `handles` or, without them, the lines of the last plot by step. Plots by tensor come with heights
+    in inches; they have their own margins, since their labels are long.
     """
     from matplotlib.figure import Figure
 
@@ -302,7 +300,7 @@ def _compose(
     key: dict[str, Any] = {"loc": "outside upper left", "alignment": "left", "ncols": columns, "handlelength": 3.2}
     legend = top.legend(handles or axes[-1].lines[: len(names)], [""] * len(names), title=subtitle, **key)
     for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set_text(name)  # as labels, those that begin with _ would be left out
+        text.set_text(name)  # as labels, names that begin with _ would be dropped
     return figure
 
 
@@ -320,7 +318,7 @@ def _plot_by_step(axes: Sequence[Axes], plots: Sequence[Plot], steps: Sequence[i
 
 
 def _averages_plots(results: Sequence[Record], path: PathLength | None = None) -> list[Plot]:
-    """ℓ and β where there are any, then the weights."""
+    """ℓ and β, if there are any, then the weights."""
     lengths = [(one.steps, one.path_length, one.path_length_error) for one in results if one.path_length is not None]
     if path is not None:
         lengths = [(path.steps, path.lengths, path.standard_errors)]
@@ -369,14 +367,14 @@ def _plot_curves(names: Sequence[str], curves: Curves, axis: Axes) -> None:
 def _plot_betas(
     results: Sequence[Record], axis: Axes, *, places: Sequence[int] = (), count: int = 0, of: str = ""
 ) -> None:
-    """β by step; `places` and `count` tell which lines these are of how many."""
+    """β by step; `places` are the indices of these lines among all `count` lines."""
     lines, title = [result.betas for result in results], f"{of}β, the share of each checkpoint as it is taken in"
     if len(results) == 1 and results[0].alphas is not None:
         lines, title = [*lines, results[0].alphas], f"{title}; dashed: α, the strength of the correction"
     for number, values in enumerate(lines):
         steps = results[min(number, len(results) - 1)].steps  # the last line may be α
         known = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
-        if known:  # an empty line has no extent, and the layout would be lost on it
+        if known:  # an empty line has no extent, which breaks the layout
             place = places[number] if places else number
             axis.plot(*zip(*known, strict=True), **_line(len(known), place, count or len(lines)))
     axis.set(title=title, ylim=(0, 1.05 * max(value or 0.0 for values in lines for value in values) or 1))
@@ -385,7 +383,7 @@ def _plot_betas(
 def _plot_weights(
     results: Sequence[Record], axis: Axes, *, places: Sequence[int] = (), count: int = 0, of: str = ""
 ) -> None:
-    """Weights by step, as lines or, of one average alone, as bars; `places` and `count` as of `_plot_betas`."""
+    """Weights by step, as lines; as bars for a single average. For `places` and `count` see `_plot_betas`."""
     steps, weights = results[0].steps, [weight for result in results for weight in result.weights]
     if count or len(results) > 1:
         for number, result in enumerate(results):
@@ -396,7 +394,7 @@ def _plot_weights(
     else:
         span = max(steps[-1] - steps[0], 1)
         closest = min((after - before for before, after in itertools.pairwise(steps)), default=span)
-        width = min(max(0.7 * closest, 0.004 * span), 0.03 * span)  # neither a hair nor a block
+        width = min(max(0.7 * closest, 0.004 * span), 0.03 * span)  # neither too thin nor too thick
         axis.bar(steps, weights, width=width, color=[COLOURS[weight < 0] for weight in weights])
     axis.axhline(0, color="0.3", linewidth=0.8, zorder=1.5)
     limits = 1.05 * min(0.0, *weights), 1.05 * max(0.0, *weights)
@@ -404,9 +402,9 @@ def _plot_weights(
 
 
 def _line(checkpoints: int, place: int = 0, count: int = 1) -> dict[str, Any]:
-    """Up to eight lines get a colour each, more of them shades in their order; all get dashes and markers.
+    """Line style: a colour each for up to eight lines, shades in order for more; with dashes and markers.
 
-    One or two lines of many checkpoints go without markers.
+    One or two lines of many checkpoints have no markers.
     """
     import matplotlib
 
@@ -415,7 +413,7 @@ def _line(checkpoints: int, place: int = 0, count: int = 1) -> dict[str, Any]:
     return {
         "color": COLOURS[place] if count <= len(COLOURS) else shades(0.92 * place / (count - 1)),
         "linestyle": _DASHES[dashes],
-        "zorder": 2 + dashes / len(_DASHES),  # where two lines are one, what is below is seen between the dashes
+        "zorder": 2 + dashes / len(_DASHES),  # where two lines coincide, the lower one shows between the dashes
         "marker": _MARKERS[place % len(_MARKERS)] if count > 2 or every == 1 else None,
         "markevery": (place * every // count, every),
         "clip_on": False,
@@ -423,7 +421,7 @@ def _line(checkpoints: int, place: int = 0, count: int = 1) -> dict[str, Any]:
 
 
 def _tensor_plots(path: PathLength | None) -> dict[Plot, float]:
-    """The layers as a map where the names tell them, the other tensors as bars; with the height of each in inches."""
+    """A heat map of the layers, if names tell them, and bars for other tensors; with the height of each in inches."""
     plots: dict[Plot, float] = {}
     if path is None or not path.counted:
         return plots
@@ -446,7 +444,7 @@ def _plot_layers(numbers: Sequence[int], kinds: Mapping[str, list[float]], title
 
     lengths = [length for row in kinds.values() for length in row if length > 0] or [1.0]
     middle, top = statistics.median(lengths), max(lengths)
-    uneven = top > 10 * middle  # a few would hide all others
+    uneven = top > 10 * middle  # so that a few do not hide all others
     norm = AsinhNorm(linear_width=middle, vmin=0, vmax=top) if uneven else Normalize(0, top)
     mesh = axis.pcolormesh([*kinds.values()], norm=norm, cmap="viridis")
     aspect, tick_format = max(1.5 * len(kinds), 5), StrMethodFormatter("{x:.3g}")
@@ -455,14 +453,14 @@ def _plot_layers(numbers: Sequence[int], kinds: Mapping[str, list[float]], title
     bar.set_label(f"{_UNIT}\nlogarithmic above {middle:.2g}" if uneven else _UNIT, size="small")
     gaps = any(math.isnan(length) for row in kinds.values() for length in row)
     axis.patch.set(hatch="////" if gaps else None, edgecolor="0.75")
-    every = math.ceil(len(numbers) * (len(str(numbers[-1])) + 1) / 66)  # there is room for so many letters
+    every = math.ceil(len(numbers) * (len(str(numbers[-1])) + 1) / 66)  # that many letters fit
     shown = range(0, len(numbers), every)
     axis.set_xticks([place + 0.5 for place in shown], [str(numbers[place]) for place in shown])
     axis.set_yticks([place + 0.5 for place in range(len(kinds))], [label(kind) for kind in kinds], size="small")
     axis.tick_params(length=0)
     axis.invert_yaxis()
     axis.spines[:].set_visible(False)
-    rest = f"\n{hidden} kinds that moved less are left out" if hidden else ""
+    rest = f"\n{hidden} kinds that moved less are not shown" if hidden else ""
     axis.set(title=title, xlabel="layer" + " (hatched: no such tensor, or not counted)" * gaps + rest)
 
 
@@ -472,5 +470,5 @@ def _plot_tensors(bars: Mapping[str, float], title: str, hidden: int, axis: Axes
     axis.set_yticks(range(len(bars)), [label(name) for name in bars], size="small")
     axis.tick_params(axis="y", length=0)
     axis.set(title=title, ylim=(len(bars) - 0.5, -0.5), xlim=(0, 1.1 * max(bars.values()) or 1))
-    axis.set_xlabel(f"{hidden} tensors that moved less are left out" if hidden else "")
+    axis.set_xlabel(f"{hidden} tensors that moved less are not shown" if hidden else "")
     axis.locator_params(axis="x", nbins=6)

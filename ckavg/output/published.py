@@ -1,4 +1,4 @@
-"""A record as it may be uploaded, and what is kept of it for this machine alone."""
+"""A record as it may be uploaded, and the local file with what only concerns this machine."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ if TYPE_CHECKING:
 _COMMON = frozenset({"root", "user", "home", "ubuntu", "admin", "runner", "nobody", "localhost"})
 _MOST_BYTES_OF_LOCAL = 10_000_000
 _LEAST = 4
-"""Characters of a name that is hidden wherever it stands."""
+"""Shortest name, in characters, that is hidden wherever it appears."""
 
 
 def published(record: Record) -> Record:
-    """The record without places on this machine, and without what looks like a secret.
+    """The record without paths of this machine and without anything that looks like a secret.
 
-    Checkpoints are named as seen from the run; the run as seen from the result, where it holds that, else `RUN`; a base
-    model that lies elsewhere is `BASE_MODEL`. Addresses stay.
+    Checkpoints are named relative to the run; the run relative to the result if it contains it, else `RUN`; a base
+    model elsewhere is `BASE_MODEL`. Addresses stay.
     """
     places = dict(_paths(record))
 
-    def told(text: Any) -> Any:
+    def hidden(text: Any) -> Any:
         if isinstance(text, tuple):
-            return tuple(map(told, text))
+            return tuple(map(hidden, text))
         return without_paths(without_secrets(text), places.items()) if isinstance(text, str) else text
 
-    selection = {name: told(value) for name, value in record.selection.items()}
+    selection = {name: hidden(value) for name, value in record.selection.items()}
     if record.anchor_is_init:
         selection["init"] = str(_in_run(record, record.selection["init"]))
     return replace(
         record,
         source=record.source if is_address(record.source) else _run_from(record),
         selection=selection,
-        warnings=told(record.warnings),
+        warnings=hidden(record.warnings),
         evaluation=(said := record.evaluation)
-        and replace(said, command=told(said.command), problem=told(said.problem), metric=told(said.metric)),
+        and replace(said, command=hidden(said.command), problem=hidden(said.problem), metric=hidden(said.metric)),
         inputs=tuple(replace(each, directory=_in_run(record, each.directory)) for each in record.inputs),
         outputs=tuple(replace(each, directory=each.directory.relative_to(record.directory)) for each in record.outputs),
     )
@@ -59,13 +59,13 @@ def published(record: Record) -> Record:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """Of what a result was made, so that the same is not made again.
+    """What a result was made from, so that an unchanged one is not made again.
 
     Attributes:
         recipe: what was asked for; see `averaging/recipe.py`.
-        source_fingerprints: of the files of each checkpoint; None where a later change could not be told.
-        side_files: SHA-256 of what is copied beside the weights, before anything in it is adapted to them.
-        own_fingerprints: of each file of the result by its path in it, but for the record, the card and its picture.
+        source_fingerprints: of the files of each checkpoint; None if a later change could go unnoticed.
+        side_files: SHA-256 of the files copied beside the weights, before they are adapted.
+        own_fingerprints: of each file of the result by path, except the record, the card and its plot.
     """
 
     recipe: dict[Text, Any]
@@ -76,13 +76,13 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class Local:
-    """What is kept of a record for this machine alone.
+    """The part of a record that stays on this machine.
 
     Attributes:
-        source: where the run is; None where it is not on this machine.
-        init: where the model is that was given with `--init`; None likewise.
-        warnings: those of the record with all their paths.
-        made: of what it was made; None in results of earlier versions.
+        source: path of the run; None if it is not on this machine.
+        init: path of the model given with `--init`; None if it is not on this machine.
+        warnings: those of the record, with full paths.
+        made: what the result was made from; None in results of earlier versions.
     """
 
     source: Text | None = None
@@ -91,12 +91,12 @@ class Local:
     made: Made | None = None
 
     def to_bytes(self) -> bytes:
-        """The same as a file: `.ckavg-local.json`."""
+        """The content of `.ckavg-local.json`."""
         return as_json(asdict(self)).encode() + b"\n"
 
 
 def local_of(record: Record, made: Made | None = None) -> Local:
-    """What is to be kept beside a record that is published."""
+    """The local part of a record."""
     places = (record.source, record.inputs[0].directory if record.anchor_is_init else None)
     source, init = (None if each is None or is_address(each) else str(Path(each).absolute()) for each in places)
     return Local(source, init, tuple(map(without_secrets, record.warnings)), made)
@@ -104,14 +104,14 @@ def local_of(record: Record, made: Made | None = None) -> Local:
 
 @functools.cache
 def _adapter() -> TypeAdapter[Local]:
-    """What validates it."""
+    """The validator, made once."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(Local)
 
 
 def read_local(directory: Path) -> Local:
-    """What is kept beside a record, or beside that of the result which this is a snapshot of; anything may be there."""
+    """The local part of a record; of a snapshot, that of its result. Empty if the file is missing or invalid."""
     for place in (directory, directory.parent):
         with contextlib.suppress(OSError, ValueError):
             if (found := parse_local(read_small(place / LOCAL, _MOST_BYTES_OF_LOCAL))) != Local():
@@ -120,14 +120,14 @@ def read_local(directory: Path) -> Local:
 
 
 def parse_local(data: bytes) -> Local:
-    """What a file says that is kept beside a record; nothing where it is none."""
+    """The local part of a record from the content of its file; empty if that is invalid."""
     with contextlib.suppress(ValueError, RecordError):
         return _adapter().validate_python(parse_fields(data))
     return Local()
 
 
 def placed(record: Record, local: Local, run: Run, outputs: Sequence[Path]) -> Record:
-    """A published record with the places again that it was published without: of the run, and of each output."""
+    """A published record with its local paths put back: of the run, and of each output."""
     return replace(
         record,
         source=run.address,
@@ -142,7 +142,7 @@ def placed(record: Record, local: Local, run: Run, outputs: Sequence[Path]) -> R
 
 
 def pinned(path: AnyPath) -> str:
-    """A path by what cannot come to mean something else."""
+    """A path or address that keeps its meaning: an address is pinned to a version."""
     return path.storage.address(path, is_pinned=True) if isinstance(path, RemotePath) else str(path)
 
 
@@ -156,15 +156,15 @@ def _in_run(record: Record, place: object) -> str:
 
 
 def _run_from(record: Record) -> str:
-    """The way from the result to the run, where it leads upwards and so tells no name."""
-    if cache_directory() in record.directory.parents:  # on its way elsewhere
+    """The relative path from the result to the run, if it only leads upwards and so reveals no name; else `RUN`."""
+    if cache_directory() in record.directory.parents:  # on its way to an address
         return RUN
     way = os.path.relpath(resolved(Path(record.source)), resolved(record.directory))
     return way if set(Path(way).parts) == {os.pardir} else RUN
 
 
 def _paths(record: Record) -> Iterator[tuple[str, str]]:
-    """Texts that name something on this machine, and what stands for each; the more telling ones last."""
+    """Texts that name something on this machine, and the replacement of each; the more specific ones last."""
     home, here = Path("~").expanduser() if "HOME" in os.environ else Path(), Path.cwd()
     known: list[tuple[object, str]] = [(home, "~"), (here, "."), (record.directory, "RESULT")]
     known += [(record.selection["init"], BASE_MODEL)] if "init" in record.selection else []
@@ -175,7 +175,7 @@ def _paths(record: Record) -> Iterator[tuple[str, str]]:
             yield name, HIDDEN
     for place, name in local:
         if name not in ("RESULT", "~"):
-            for part in place.absolute().parts:  # a word such as `run` is no name
+            for part in place.absolute().parts:  # a plain word such as `run` reveals nothing
                 if len(part) >= _LEAST and not part.isdigit() and not (part.isalpha() and part.islower()):
                     yield part, HIDDEN
     for place, name in local:

@@ -1,7 +1,7 @@
-"""The record of a result, `ckavg.json`: what was done, in numbers. It is written here, and read as a stranger's file.
+"""The record of a result, `ckavg.json`: what was done, in numbers. It is written here, and read as an untrusted file.
 
-What is read is a record only where it is whole: every value of its kind, lists of one length, steps in order, and names
-that stay inside their directories. Whether its numbers are right is for `verify/`.
+A record is accepted only if every value has its type, lists have one length, steps ascend, and names stay inside their
+directories. `verify/` checks whether its numbers are right.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ if TYPE_CHECKING:
     from ckavg import Pushed
 
 RUN, BASE_MODEL = "RUN", "BASE_MODEL"
-"""What stands in a record for a run, and for the model it began with, that lie elsewhere on the machine."""
+"""Placeholders in a record for a run, and for a base model, whose path is not relative to the result."""
 
 MOST_BYTES = 32 << 20
-"""Of a run of 200 checkpoints in 30 shards each, with as many snapshots, it takes 2 MB."""
+"""Limit on a record. One of 200 checkpoints in 30 shards each, with as many snapshots, takes 2 MB."""
 
 MOST_VALUES = 1_000_000
-"""Some 250 bytes each, once they are parsed."""
+"""Limit on the values in a record: about 250 bytes each once parsed."""
 
 ALL_OTHERS = 0.01
 _LARGEST = 2**63
 _SHOWN = 60
 _MESSAGES = {"missing": "missing", "tuple_type": "a list", "dict_type": "an object", "dataclass_type": "an object"}
-"""What pydantic says by other words, by the types of its errors."""
+"""Our wording by pydantic's error types."""
 
 _BEYOND_ASCII = re.compile("[^\n -~]")
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a text holds no NUL, and a number is finite, and no whole one of more than 64 bits."""
+    """Whether a text has no NUL, a number is finite, and an integer has at most 64 bits."""
     if isinstance(value, str):
         return "\0" not in value
     return isinstance(value, list) or (abs(value) < _LARGEST if type(value) is int else math.isfinite(value))
@@ -57,7 +57,7 @@ def _is_plain(value: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Must:
-    """What a value that is read must be, for people and as a test. pydantic, which asks, is imported when one is."""
+    """A constraint on a value: its wording, and its test. pydantic is imported when a record is read."""
 
     be: str
     kinds: tuple[type, ...]
@@ -76,7 +76,7 @@ class _Must:
 
 
 class _ToFirstError:
-    """Of a list or an object, the first wrong value alone is told: there may be a million."""
+    """Report only the first wrong value of a list or an object: there may be a million."""
 
     @staticmethod
     def __get_pydantic_core_schema__(source: object, handler: Callable[[object], Any]) -> Any:
@@ -84,7 +84,7 @@ class _ToFirstError:
 
 
 def _is_plain_path(name: str) -> bool:
-    """Whether this is a file inside a directory: relative, without `..`, in one way of writing it."""
+    """Whether this names a file inside a directory: a relative path in normal form without `..`."""
     path = PurePosixPath(name)
     return not (path.is_absolute() or ".." in path.parts or str(path) != name or name == "." or "\\" in name)
 
@@ -116,9 +116,9 @@ class Input:
 
     Attributes:
         step: its optimizer step.
-        directory: where it was, on this machine or by its address.
+        directory: its path or address.
         files: bytes of its weight files, by path relative to `directory`.
-        checksum: of its averaged tensors, as `engine/checksums.py` takes it; None where they were not read.
+        checksum: of its averaged tensors, by `engine/checksums.py`; None if they were not read.
     """
 
     step: Whole
@@ -134,11 +134,11 @@ class Output:
     Attributes:
         name: its name.
         step: the optimizer step it stands for.
-        directory: where it is; of a result that went to an address, an `AddressPath`.
-        files: the files in it, by path relative to `directory`.
-        sha256: SHA-256 of each of them, but for the record itself.
-        discarded_energy: where products of low-rank adapters were cut to a rank, the part of the squared Frobenius norm
-            of all of them that was lost; else None.
+        directory: its path; an `AddressPath` for a result at an address.
+        files: its files, by path relative to `directory`.
+        sha256: SHA-256 of each file, except the record itself.
+        discarded_energy: the part of the squared Frobenius norm lost where products of low-rank adapters were cut to a
+            rank; else None.
     """
 
     name: Text
@@ -151,7 +151,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Wall-clock time: pass 1, pass 2, and all of it."""
+    """Wall-clock time in seconds: pass 1, pass 2, and the total."""
 
     path: Number
     replay: Number
@@ -160,16 +160,19 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a user's own command said of a result.
+    """The evaluation of a result by the user's command.
 
     Attributes:
-        command: as it was given, with `{dir}` in the place of the result's directory.
-        value: of the metric; None where it failed.
-        problem: why there is no value, or not the standard error that was asked for; empty where nothing is wrong.
-        metric: its name; empty where the last number printed counts.
-        stderr: standard error of the value; None where none is known.
-        goal: whether the least or the greatest value is best; empty in records of earlier versions.
-        best_of: how many averages were evaluated, of which its value made this one the choice; 0: none did.
+        command: as given, with `{dir}` in place of the result's directory.
+        value: of the metric; None if the evaluation failed.
+        problem: why there is no value, or no standard error though one was asked for; empty if nothing is wrong.
+        metric: its name; empty if the last number printed counts.
+        stderr: standard error of the value, if known.
+        goal: `min` or `max`, whichever is better; empty in records of earlier versions.
+        best_of: how many averages were compared by this value to choose this one; 0 if it was not chosen so.
+        data: how much data was used, such as `4,096 tokens`; empty if the command does not say.
+        last_value: value of the run's last checkpoint by the same command, if it was evaluated.
+        last_stderr: standard error of `last_value`, if known.
     """
 
     command: Text
@@ -179,10 +182,13 @@ class Evaluation:
     stderr: Number | None = None
     goal: EvaluationGoal = ""
     best_of: Count = 0
+    data: Text = ""
+    last_value: Number | None = None
+    last_stderr: Number | None = None
 
 
 Curves = Sequence[tuple[str, Sequence[tuple[int, Evaluation]]]]
-"""Evaluations by series, then by optimizer step: of the run's own checkpoints, and of averages along it."""
+"""Evaluations by series, then by optimizer step. The series are the run's own checkpoints and the averages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,39 +200,39 @@ class Record:
         parameters: its hyper-parameters.
         ckavg_version: the version that made it.
         source: the directory or address that the checkpoints came from.
-        selection: what was chosen of it, where it was not everything.
-        steps: optimizer step of every checkpoint that took part, the anchor's first.
+        selection: options that chose checkpoints, if not all of them.
+        steps: optimizer step of every checkpoint that took part, the anchor first.
         anchor_step: optimizer step of θ_0.
         span: T = t_K − t_0 in optimizer steps.
         path_length: ℓ at every checkpoint; None where the scheme does not use it.
-        path_length_error: standard error of each; None where they are exact.
+        path_length_error: standard error of each; None if ℓ is exact.
         betas: β of every update; None for the anchor and before.
-        alphas: α likewise; None for schemes without a correction.
+        alphas: α of every update; None for schemes without a correction.
         weights: effective weight of every checkpoint; they sum to 1.
-        effective_count: 1 / Σ w²: how many equal checkpoints would be spread as wide; None in older records, as are
-            the next two.
-        mean_age: Σ w_k (t_K − t_k) in optimizer steps, how far the average lags; negative where it leads.
+        effective_count: 1 / Σ w²: the number of equal weights with the same spread; None in older records, as are the
+            next two.
+        mean_age: Σ w_k (t_K − t_k) in optimizer steps, how far the average lags; negative if it leads.
         anchor_weight: weight of θ_0.
-        path_kernel: what computed ℓ: `torch` or `numba`; None where it was not measured, or known from before.
-        sample: the fraction of each tensor from which ℓ was estimated; 1 where it is exact.
-        path_exclude: shell patterns of tensors that were not to count in ℓ.
-        zero_sigma: what became of tensors without spread.
+        path_kernel: what computed ℓ: `torch` or `numba`; None if ℓ was not measured, or was cached.
+        sample: the fraction of each tensor from which ℓ was estimated; 1 if it is exact.
+        path_exclude: shell patterns of tensors excluded from ℓ.
+        zero_sigma: how tensors without spread were treated.
         excluded_from_path: floating tensors that did not count in ℓ.
-        parameters_counted: N, the scalars that did; None where ℓ was not measured.
+        parameters_counted: N, the scalars that did; None if ℓ was not measured.
         dtype: output dtype that was asked for.
         accumulate: dtype in which tensors were accumulated.
-        allow_nonfinite: whether checkpoints that hold NaN or infinity were let through.
+        allow_nonfinite: whether checkpoints with NaN or infinity were allowed.
         lora: how low-rank adapters were averaged: `factors` or `product`.
-        rank: the rank to which averaged products were cut; None where none were.
+        rank: the rank to which averaged products were cut, if they were.
         uncorrected: running statistics that were averaged without the correction of the scheme.
-        infinite: tensors that hold infinities, the same ones in all checkpoints and in the result.
-        copied: floating tensors that were copied from the last checkpoint: not all have them, or they never change.
-        warnings: what a user should know.
-        evaluation: what the user's own command said of it; None where there was none.
+        infinite: tensors with infinities, the same ones in all checkpoints and in the result.
+        copied: floating tensors copied from the last checkpoint: not all checkpoints have them, or they never change.
+        warnings: for the user.
+        evaluation: by the user's command, if there was one.
         inputs: the checkpoints that took part, the anchor first.
-        outputs: what was written; snapshots first, the average over all checkpoints last.
+        outputs: what was written: snapshots first, the average over all checkpoints last.
         bytes_read: bytes of checkpoints read.
-        seconds: how long it took.
+        seconds: wall-clock time.
     """
 
     scheme: Text
@@ -271,7 +277,7 @@ class Record:
 
     def push_to_hub(self, repo: str, *, private: bool | None = None, **options: Any) -> Pushed:
         """Upload the result to the Hugging Face Hub: `ckavg.push` of its directory, with the same arguments."""
-        from ckavg import push  # the one call of a later room
+        from ckavg import push  # of a later room; the only such call
 
         return push(self.directory, repo, private=private, **options)
 
@@ -282,17 +288,17 @@ class Record:
 
     @property
     def directory(self) -> Path:
-        """Where the average is."""
+        """The directory of the average."""
         return self.output.directory
 
     @property
     def output_index(self) -> int:
-        """Index of the checkpoint after which the result was written: the last one, but for a snapshot."""
+        """Index of the checkpoint after which the result was written: the last one, unless it is a snapshot."""
         return self.steps.index(self.output.step)
 
     @property
     def chosen(self) -> str:
-        """Which checkpoints it visits, as far as averages of one sweep may differ in that."""
+        """The range options that chose the checkpoints: averages of one sweep may differ in them."""
         names = "every", "every_from", "from_step", "to_step", "last"
         ranges = {name: self.selection.get(name) for name in names}
         stated = [f"{name.replace('_', ' ')} {value}" for name, value in ranges.items() if value is not None]
@@ -300,19 +306,19 @@ class Record:
 
     @property
     def anchor_is_init(self) -> bool:
-        """Whether θ_0 is a model given apart from the run."""
+        """Whether θ_0 is a model given with `init`, not a checkpoint of the run."""
         return "init" in self.selection
 
     @property
     def is_mostly_anchor(self) -> bool:
-        """Whether it is in effect θ_0."""
+        """Whether the average is practically θ_0."""
         return is_mostly_anchor(self.weights, self.steps.index(self.anchor_step), self.output_index)
 
     def to_scheme(self) -> Scheme:
-        """How it was averaged: the scheme of this name with these hyper-parameters, each of the type of its default.
+        """The scheme with its hyper-parameters.
 
         Raises:
-            RecordError: there is none.
+            RecordError: it is not known, or its parameters are not valid.
         """
         return scheme_from(self.scheme, self.parameters)
 
@@ -339,29 +345,30 @@ class Record:
 
 
 def is_mostly_anchor(weights: Sequence[float], start: int, last: int) -> bool:
-    """Whether an average is in effect the checkpoint where it begins: all others together have 1 % of weight or less,
-    whatever its sign. One that also ends there is rather the last checkpoint.
+    """Whether an average is practically its anchor: all other checkpoints together have at most 1 % of the weight.
+
+    False if the anchor is the last checkpoint as well.
     """
     others = math.fsum(abs(weight) for place, weight in enumerate(weights) if place != start)
     return start < last and others <= ALL_OTHERS
 
 
 def is_address(place: object) -> bool:
-    """Whether a place is one for everybody, rather than a directory here."""
+    """Whether a place is an address rather than a path on this machine."""
     return "://" in str(place)
 
 
 def scheme_from(name: str, parameters: Mapping[str, Any]) -> Scheme:
-    """The scheme of a name with these hyper-parameters, each of the type of its default.
+    """The scheme of a name with these hyper-parameters, each converted to the type of its default.
 
     Raises:
-        RecordError: there is none.
+        RecordError: the scheme is not known, or its parameters are not valid.
     """
     named = [scheme for scheme in SCHEMES if scheme.name == name] or _own_schemes(Scheme, name)  # type: ignore[type-abstract]
     if not named:
         raise RecordError(
-            f"scheme is {name[:40]!r}, which is not known.",
-            hint="If it is one of your own, read the result in Python, where its class has been imported.",
+            f"scheme is unknown: {name[:40]!r}.",
+            hint="If it is a custom scheme, read the result in Python after importing its class.",
         )
     for scheme in named:
         defaults = {field.name: field.default for field in dataclasses.fields(scheme)}
@@ -382,13 +389,13 @@ def scheme_from(name: str, parameters: Mapping[str, Any]) -> Scheme:
 
 
 def _own_schemes(base: type[Scheme], name: str) -> list[type[Scheme]]:
-    """The schemes of a name that were defined outside this package, the newest first."""
+    """The custom schemes of a name, the newest first."""
     found = [each for kind in base.__subclasses__() for each in (*_own_schemes(kind, name), kind) if each.name == name]
     return found[::-1]
 
 
 def as_json(value: object) -> str:
-    """One JSON object as text: readable, and without a character that a terminal would obey, or could not show."""
+    """A JSON object as readable text, with everything escaped that a terminal would obey or cannot show."""
     text = json.dumps(value, indent=2, default=str, ensure_ascii=False, allow_nan=False)
     return _BEYOND_ASCII.sub(lambda found: found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1], text)
 
@@ -403,54 +410,58 @@ def _as_typed(value: float | int | str, default: object) -> Any:
 
 
 def read_record(directory: Path) -> Record:
-    """Read the record of a result; one that a killed process had moved aside gets its name back first.
+    """Read the record of a result. A result that a killed process had moved aside is moved back first.
 
     Raises:
-        RecordError: there is none, or it is not what a record must be; all that is wrong is listed.
-        ReadError: the system would not let us read it.
+        RecordError: there is no record, or it is invalid; all problems are listed.
+        ReadError: it cannot be read.
     """
     if is_meant_for_address(directory):
         raise RecordError(
             f"{AddressPath(directory)} is not on this machine.",
-            hint="Copy it here first. Of all commands, verify and diff alone fetch a result.",
+            hint="Copy it here first. Only verify and diff download results.",
         )
-    for place in (directory.parent, directory):  # the result, perhaps, of which this is a snapshot
+    for place in (directory.parent, directory):  # if this is a snapshot, that is its result
         bring_back(place)
     path = directory / RESULT_RECORD
     try:
         data = read_small(path, MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RecordError(
-            f"{directory} is not a result of ckavg: it holds no {RESULT_RECORD}.",
-            hint="Name the directory of a result, such as checkpoints/averaged/pema-gamma0.15.",
+            f"{directory} is not a result of ckavg: it has no {RESULT_RECORD}.",
+            hint="Give the directory of a result, such as checkpoints/averaged/pema-gamma0.15.",
         ) from error
     except (OSError, ValueError) as error:
-        told = error.strerror if isinstance(error, OSError) else error
+        why = error.strerror if isinstance(error, OSError) else error
         raise ReadError(
-            f"{path} cannot be read: {told}.", hint="Check that it is a record, and that you may read it."
+            f"{path} cannot be read: {why}.", hint="Check that it is a record and that you may read it."
         ) from error
     return parse_record(data, path)
 
 
 def parse_record(data: bytes, path: object) -> Record:
-    """The record in a file; RecordError where it is not what a record must be. `path` is for messages."""
+    """The record in the content of a file; `path` is for messages.
+
+    Raises:
+        RecordError: it is invalid.
+    """
     version = __version__
     try:
         fields = parse_fields(data)
         version = str(fields.get("ckavg_version", version))
         return _validated(fields)
     except CkavgError as error:
-        hint = "The record was damaged or edited. Take it from a copy, or form the average again."
+        hint = "The record was damaged or edited. Restore it from a copy, or make the average again."
         if version != __version__:
-            hint = f"It was made with ckavg {version}; this is {__version__}. Verify it with that version."
+            hint = f"It was made by ckavg {version}; this is {__version__}. Use that version."
         raise RecordError(f"{path}: {error.message}", hint=hint) from error
 
 
 def parse_fields(data: bytes) -> dict[str, Any]:
-    """One JSON object of a bounded size, in which no name appears twice.
+    """Parse a JSON object of limited size without duplicate keys.
 
     Raises:
-        RecordError: it is not.
+        RecordError: it is not one.
     """
     if sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
         raise RecordError(f"holds more than {MOST_VALUES:,} values.")
@@ -465,7 +476,7 @@ def parse_fields(data: bytes) -> dict[str, Any]:
 
 @functools.cache
 def _adapter() -> TypeAdapter[Record]:
-    """What validates records; to make it takes 50 ms."""
+    """The validator of records, made once: that takes 50 ms."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(Record)
@@ -477,7 +488,7 @@ def _validated(fields: dict[str, Any]) -> Record:
     try:
         record = _adapter().validate_python(fields)
     except ValidationError as error:
-        found = error.errors(include_input=False)  # which would be a copy of the whole record, time and again
+        found = error.errors(include_input=False)  # which would copy the whole record each time
         wrong = [_wrong(fields, each["loc"], _MESSAGES.get(each["type"], each["msg"])) for each in found]
         raise (CombinedError(wrong) if len(wrong) > 1 else wrong[0]) from error
     raise_all([RecordError(message) for is_wrong, message in _inconsistencies(record) if is_wrong])
@@ -485,11 +496,11 @@ def _validated(fields: dict[str, Any]) -> Record:
 
 
 def _wrong(fields: dict[str, Any], place: tuple[int | str, ...], message: str) -> RecordError:
-    """What pydantic has found at a place of a record."""
+    """The error that pydantic found at a place of a record."""
     names = (f"[{each}]" if isinstance(each, int) else f".{each[:_SHOWN]}" for each in place if each != "[key]")
     where = "".join(names).lstrip(".")
     if message == "missing":
-        return RecordError(f"{where} is not there.")
+        return RecordError(f"{where} is missing.")
     value: Any = fields
     for each in place:
         value = value[each] if each != "[key]" else place[-2]
@@ -503,38 +514,38 @@ def _wrong(fields: dict[str, Any], place: tuple[int | str, ...], message: str) -
 
 
 def _inconsistencies(record: Record) -> list[tuple[bool, str]]:
-    """What must not be between the values of a record, and whether it is."""
+    """Possible inconsistencies between the values of a record, and whether each is present."""
     steps, outputs = record.steps, record.outputs
     if len(steps) < 2:
-        return [(True, "steps holds fewer than two checkpoints.")]
+        return [(True, "steps has fewer than two entries.")]
     lists = (record.betas, record.weights, record.inputs, record.alphas, record.path_length)
     names = [output.name for output in outputs]
     return [
         (any(after <= before for before, after in itertools.pairwise(steps)), "steps are not ascending."),
         (
             any(each is not None and len(each) != len(steps) for each in lists),
-            "steps, betas, weights, inputs, alphas and path_length are not of one length.",
+            "steps, betas, weights, inputs, alphas and path_length differ in length.",
         ),
         (record.anchor_step not in steps, "anchor_step is not among the steps."),
-        (tuple(each.step for each in record.inputs) != steps, "inputs are not of the steps in steps."),
+        (tuple(each.step for each in record.inputs) != steps, "inputs[].step differs from steps."),
         (not all(each.files for each in record.inputs), "inputs[].files is empty."),
         (not outputs, "outputs is empty."),
         (not all(each.step in steps for each in outputs), "outputs[].step is not among the steps."),
-        (len({each.step for each in outputs}) < len(outputs), "outputs[].step is there twice."),
-        (len(outputs) > 1 and outputs[-1].step != steps[-1], "the last of outputs is not of the last step."),
+        (len({each.step for each in outputs}) < len(outputs), "outputs[].step has a duplicate."),
+        (len(outputs) > 1 and outputs[-1].step != steps[-1], "the last of outputs is not at the last step."),
         (
             any("/" in name or name in ("", ".", "..") for name in names[:-1]) or len(set(names)) < len(names),
-            "outputs[].name is no name of a directory, or appears twice.",
+            "outputs[].name is not a directory name, or has a duplicate.",
         ),
         (
             any({*each.sha256, RESULT_RECORD} != set(each.files) for each in outputs),
-            f"outputs[].sha256 is not of the files in outputs[].files but {RESULT_RECORD}.",
+            f"outputs[].sha256 must list the files in outputs[].files except {RESULT_RECORD}.",
         ),
-        (any(len(set(each.files)) < len(each.files) for each in outputs), "outputs[].files names one twice."),
+        (any(len(set(each.files)) < len(each.files) for each in outputs), "outputs[].files has a duplicate."),
         (
             record.path_length is not None and any(length < 0 for length in record.path_length),
-            "path_length holds a negative number.",
+            "path_length has a negative value.",
         ),
         (record.to_scheme().needs_path and record.path_length is None, "path_length is null."),
-        (not 0 < record.sample <= 1, "sample is no fraction in (0, 1]."),
+        (not 0 < record.sample <= 1, "sample is not in (0, 1]."),
     ]

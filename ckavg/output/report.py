@@ -1,8 +1,7 @@
-"""The report of `--report`: one HTML page of averages, which needs neither the network nor a library.
+"""The report of `--report`: one HTML page of averages that needs neither a network nor a library.
 
-The page is `report.html`, a fixed text, with the numbers in it as JSON. Whatever is a name from outside stands in that
-JSON alone, and the page makes text of it, never markup. Its policy lets nothing run or load but its own script and
-style.
+The page is the fixed file `report.html` with the numbers inserted as JSON. Names from outside appear only in that JSON,
+and the page shows them as text, never as markup. Its content security policy allows only its own script and style.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ _INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
 def check_report_file(file: Path) -> None:
-    """Refuse a report that could not be written, before any work is done for it.
+    """Refuse a report that cannot be written, before any work is done.
 
     Raises:
         SettingError: the name does not end in .html.
-        WriteError: the directory is not there or may not be written to, or `file` is a directory itself.
+        WriteError: `file` is a directory, or its directory is missing or not writable.
     """
     if file.suffix.lower() != ".html":
         raise SettingError(f"report is {str(file)!r}; it must end in .html.")
@@ -49,10 +48,10 @@ def check_report_file(file: Path) -> None:
 
 
 def save_report(file: Path, data: dict[str, Any]) -> None:
-    """Write a page that shows what `report_data` gives: complete, or not at all.
+    """Write the page for the data of `report_data`, completely or not at all.
 
     Raises:
-        WriteError: the system would not let us; `file` is as it was.
+        WriteError: the file cannot be written; it is unchanged.
     """
     try:
         write_bytes(file, report_html(data).encode())
@@ -63,7 +62,7 @@ def save_report(file: Path, data: dict[str, Any]) -> None:
 
 
 def report_html(data: dict[str, Any]) -> str:
-    """The page. Its data hold no `<`, and so can end nothing; its policy names its own script and style by SHA-256."""
+    """The page. Its data contain no `<`, so they cannot end the script; its policy allows no other script or style."""
     page = (files("ckavg.output") / "report.html").read_text(encoding="utf-8")
     for kind, text in _INLINE.findall(page):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -77,12 +76,12 @@ def report_data(
     paths: Sequence[PathLength | None] = (),
     curves: Curves = (),
 ) -> dict[str, Any]:
-    """What the page shows, as plain JSON values without places on this machine and secrets.
+    """The data of the page as plain JSON values, without paths of this machine and secrets.
 
     Args:
         results: the averages, with their evaluations.
-        marks: what is said of each beside its evaluation, such as `best`; may be empty.
-        paths: of each, where pass 1 was taken; may be empty.
+        marks: a word for each beside its evaluation, such as `best`; may be empty.
+        paths: the path length of each, or None; may be empty.
         curves: evaluations along the run.
     """
     shown = [*map(published, results)]
@@ -135,9 +134,9 @@ def _point(x: float, evaluation: Evaluation) -> tuple[float, float | None, float
 
 
 def _axes(results: Sequence[Record]) -> list[dict[str, Any]]:
-    """The metric against each hyper-parameter and range of the selection that has several values.
+    """The metric against each hyper-parameter and each range of the selection that has several values.
 
-    A line has the averages that are alike in everything else; the last checkpoint, which has neither, is a flat one.
+    A line joins averages that differ in nothing else. The last checkpoint has neither, and is a flat line.
     """
     values = [(one, one.evaluation) for one in results if one.evaluation and one.evaluation.value is not None]
     settings = [
@@ -177,7 +176,7 @@ def _line_name(scheme: str, own: Sequence[tuple[str, object]]) -> str:
 
 
 def _paths(results: Sequence[Record], paths: Sequence[PathLength | None]) -> list[dict[str, Any]]:
-    """ℓ of each selection that was measured, once, and that of its tensors where pass 1 has them."""
+    """ℓ of each measured selection, once, and ℓ of its tensors if pass 1 has them."""
     found: dict[tuple[int, ...], dict[str, Any]] = {}
     for record, path in zip(results, paths, strict=True):
         if record.path_length is not None and found.get(record.steps, {"layers": None})["layers"] is None:

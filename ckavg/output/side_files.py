@@ -24,10 +24,10 @@ from ckavg.storage.local import Bounds, problem_with, read_object, size_of, stor
 CONFIG = "config.json"
 PIPELINE_CONFIG = "model_index.json"
 FOLDER_CONFIGS = {PIPELINE_CONFIG, "modules.json"}
-"""The files that list the folders of a model: of use beside these alone."""
+"""Files that list the folders of a model: useless without those."""
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
-"""Where configs state a dtype."""
+"""The keys under which configs state a dtype."""
 
 CONFIGS = frozenset(
     {
@@ -40,7 +40,7 @@ CONFIGS = frozenset(
 _LEFT_OUT = frozenset({"zero_to_fp32.py", "latest", "latest_checkpointed_iteration.txt"})
 _STEMS_LEFT_OUT = frozenset({"trainer_state", "training_args", "all_results"})
 _WRITTEN_BY = "metadata.json"
-"""Beside pieces of tensors, it tells what wrote them."""
+"""Beside pieces of tensors, it describes how they were saved."""
 
 _LOGS = (".log", ".out", ".err")
 _OTHER_WEIGHTS = (
@@ -50,14 +50,14 @@ _NOT_BESIDE_A_RUN = (
     ".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4", ".wav", ".csv", ".tsv", ".jsonl", ".parquet", ".html", ".ipynb",
     ".zip", ".gz", ".tar", ".toml", ".sh",
 )  # fmt: skip
-"""What lies beside the checkpoints of a run without being of the model: samples, data, scripts."""
+"""Files beside the checkpoints that do not belong to the model: samples, data, scripts."""
 
 _MADE_HERE = (CARD, RESULT_RECORD, PLOT)
 MOST_BYTES = 200_000_000
-"""Of a side file: larger ones are not copied."""
+"""Limit on a side file: larger ones are not copied."""
 
 _TAKES_FROM_INIT = frozenset({("model", "model"), ("pipeline", "pipeline"), ("model", "file")})
-"""Kinds of base model and of checkpoint of which the one has what the other lacks."""
+"""Kinds of base model and checkpoint for which the base model supplies missing files."""
 
 _MOST_FILES = 10_000
 _DEEPEST = 8
@@ -65,21 +65,21 @@ _DEEPEST = 8
 
 @dataclass(frozen=True, slots=True)
 class SideFiles:
-    """What goes beside the weights, content by relative path, and what of it a user should know."""
+    """The files beside the weights, content by relative path, and warnings for the user."""
 
     files: dict[str, bytes]
     warnings: tuple[str, ...]
 
 
 def gather_side_files(run: Run, weights: WeightPlan) -> SideFiles:
-    """Config, tokenizer, chat template, adapter config and custom code, by relative path; no training state.
+    """Gather config, tokenizer, chat template, adapter config and custom code, but no training state.
 
-    They come from the last checkpoint; what it lacks comes from the model given with `--init`. The dtype that
-    `config.json` states is made to agree with the weights. Links are followed as far as those to weights are.
+    They come from the last checkpoint; missing ones come from the model given with `--init`. The dtype in `config.json`
+    is set to that of the weights. Links are followed under the same rules as links to weights.
 
     Raises:
         SettingError: a pattern of `--copy` matches nothing that can be copied.
-        ReadError: the system would not let us read one of them.
+        ReadError: a file cannot be read.
     """
     last, anchor = run.last, run.checkpoints[0]
     warnings: list[str] = []
@@ -103,21 +103,22 @@ def gather_side_files(run: Run, weights: WeightPlan) -> SideFiles:
         files[f"{last.saved_as}.index.json"] = _index(None, *weights.index_of())
     if not (_tells_what_it_is(files) or _needs_no_config(last)):
         warnings.append(
-            "The result has no config, so that no loader will know what its weights are: there is none in the "
-            "checkpoints, nor beside them. Name the base model with --init, or put its config.json beside them."
+            "The result has no config, so no loader will know what its weights are: there is none in the checkpoints "
+            "or beside them. Name the base model with --init, or put its config.json beside the checkpoints."
         )
     code = sorted(name for name in files if name.endswith(".py"))
     if code:
         warnings.append(
-            f"Custom code is copied with the weights: {listed(code)}. It is run by whoever loads the result with "
-            "trust_remote_code; read it first."
+            f"Custom code is copied with the weights: {listed(code)}. Loading the result with trust_remote_code runs "
+            "it; read it first."
         )
     return SideFiles(files, tuple(dict.fromkeys(warnings)))
 
 
 def name_of_weights(run: Run) -> str:
-    """The name of the weight file of a result whose checkpoints are single files: the one that its loader looks for,
-    which the config tells, else that of the run.
+    """The name of the weight file of a result whose checkpoints are single files.
+
+    It is the name that the loader expects by the config; without one, the name that the run has.
     """
     last = run.last
     places = [last.directory, *([run.checkpoints[0].path] if run.anchor_is_init else [])]
@@ -136,15 +137,15 @@ def _tells_what_it_is(files: Mapping[str, bytes]) -> bool:
 
 
 def _needs_no_config(last: Checkpoint) -> bool:
-    """Whether the weights are those of an adapter, or say in their header what they are."""
+    """Whether the weights are an adapter, or their header says what they are."""
     facts = {key for shard in last.shards for key in shard.metadata} - {"format"}
     return last.kind == "adapter" or bool(facts) or any("lora_" in name for name in last.entries)
 
 
 def read_config(files: Mapping[str, bytes], name: str = CONFIG) -> dict[str, Any]:
-    """The named JSON file among the side files; empty where it is missing or not an object.
+    """The named JSON file among the side files; empty if it is missing or not an object.
 
-    For `config.json` of a pipeline, which has none, that is `model_index.json` or the config of its first component.
+    A pipeline has no `config.json`; `model_index.json` or the config of its first component takes its place.
     """
     if name == CONFIG and name not in files:
         of_parts = sorted(each for each in files if each.endswith(f"/{CONFIG}"))
@@ -176,7 +177,7 @@ def _gather(checkpoint: Checkpoint, named: AnyPath, warnings: list[str]) -> dict
 
 
 def _beside_checkpoints(run: Run, warnings: list[str]) -> dict[str, bytes]:
-    """The side files that lie in the directory of the run itself."""
+    """The side files in the directory of the run itself."""
     names = sorted(
         name
         for name in storage_of(run.source).list(run.source).files
@@ -202,12 +203,14 @@ def _contents(directory: AnyPath, names: Iterable[str], bounds: Bounds, warnings
 
 
 def _asked_for(run: Run, warnings: list[str]) -> dict[str, bytes]:
-    """What `--copy` names: any file of the last checkpoint but weights, and what a result has of its own."""
+    """The files that `--copy` names: any file of the last checkpoint except weights and the result's own files."""
     patterns, last = run.selection.copy, run.last
     if not patterns:
         return {}
     if last.kind == "file":
-        raise SettingError("copy: the checkpoints are single files, which have no files beside them.")
+        raise SettingError(
+            "copy: the checkpoints are single files; there is nothing to copy.", hint="Leave out --copy."
+        )
     names = list(_names(last.directory, last, frozenset(), wanted_only=False))
     bounds = Bounds.of(last.directory, run.named(last))
     files: dict[str, bytes] = {}
@@ -216,13 +219,13 @@ def _asked_for(run: Run, warnings: list[str]) -> dict[str, bytes]:
         if not matched:
             raise SettingError(
                 f"copy: {pattern!r} matches no file in {last.directory}.",
-                hint="Patterns are compared with paths relative to the checkpoint, such as 'eval/*.csv'.",
+                hint="Patterns match paths relative to the checkpoint, such as 'eval/*.csv'.",
             )
         weights = [name for name in matched if _is_weights(name)]
         if len(weights) == len(matched):
-            raise SettingError(f"copy: {pattern!r} matches weights alone ({listed(weights)}), which are never copied.")
+            raise SettingError(f"copy: {pattern!r} matches only weights ({listed(weights)}), which are never copied.")
         if weights:
-            warnings.append(f"Weights are never copied, though --copy {pattern} matches them: {listed(weights)}.")
+            warnings.append(f"--copy {pattern} also matches weights, which are never copied: {listed(weights)}.")
         files |= {name: _permitted(last.directory / name, bounds) for name in matched if name not in weights}
     return files
 
@@ -234,7 +237,7 @@ def _permitted(path: AnyPath, bounds: Bounds) -> bytes:
     if size_of(path) > MOST_BYTES:
         raise SettingError(
             f"copy: {path} has {size_of(path):,} bytes, more than {MOST_BYTES:,}.",
-            hint="Copy it by hand once the result is there.",
+            hint="Copy it by hand when the result is complete.",
         )
     return _content(path)
 
@@ -248,7 +251,7 @@ def _content(path: AnyPath) -> bytes:
 
 
 def _names(directory: AnyPath, checkpoint: Checkpoint, own: frozenset[str], *, wanted_only: bool) -> Iterator[str]:
-    """Files of a checkpoint by relative path, sorted. Links to directories are not followed: they may form a circle."""
+    """Files of a checkpoint by relative path, sorted. Links to directories are not followed: they may form a cycle."""
     count = 0
     try:
         for where, folders, files in walk(directory):
@@ -263,7 +266,7 @@ def _names(directory: AnyPath, checkpoint: Checkpoint, own: frozenset[str], *, w
             if count > _MOST_FILES:
                 raise ReadError(
                     f"{directory} holds more than {_MOST_FILES:,} files.",
-                    hint="Move what is no part of the model away.",
+                    hint="Move files away that are not part of the model.",
                 )
             yield from ((place / name).as_posix() for name in files)
     except OSError as error:
@@ -273,7 +276,7 @@ def _names(directory: AnyPath, checkpoint: Checkpoint, own: frozenset[str], *, w
 
 
 def _belongs(checkpoint: Checkpoint, place: PurePath, directory: AnyPath, own: frozenset[str]) -> bool:
-    """Whether a folder is of what is averaged, rather than of training, or another model that lies beside it."""
+    """Whether a folder belongs to the averaged model rather than to training or to another model."""
     leads_to_own = any(f"{folder}/".startswith(f"{place.as_posix()}/") for folder in checkpoint.folders)
     return _may_be_wanted(place, own) and (leads_to_own or not holds_weights(directory / place.as_posix()))
 
@@ -286,12 +289,12 @@ def _may_be_wanted(folder: PurePath, own: Collection[str]) -> bool:
 
 
 def is_side_file(path: PurePath, own: Collection[str] = (), *, beside_a_run: bool = False) -> bool:
-    """Whether a file, by its name, goes beside the weights of a result: not weights, training state, logs, pickles.
+    """Whether a file, by its name, goes beside the weights of a result: not weights, training state, logs or pickles.
 
     Args:
         path: relative to its checkpoint.
-        own: folders that belong to the model, whatever they are called.
-        beside_a_run: whether it lies in the directory of the checkpoints rather than in one of them.
+        own: folders that belong to the model, whatever their names.
+        beside_a_run: whether it is in the directory of the checkpoints rather than in one of them.
 
     >>> [is_side_file(PurePath(name)) for name in ("bpe.codes", "scheduler.pt", "trainer_state.json", "runs/events.1")]
     [True, False, False, False]
@@ -313,14 +316,14 @@ def _is_weights(name: str) -> bool:
 
 
 def _with_dtype(config: bytes, weights: WeightPlan, part: str) -> bytes:
-    """Unchanged to the byte where it agrees already, or where there is no one dtype to state."""
+    """A config with the dtype of the weights; unchanged to the byte if it has that already, or if there are several."""
     names = (name for shard in weights.of(part) for name in shard.offsets)
     dtypes = {DTYPE_NAMES[weights.dtypes[name]] for name in names if name in weights.dtypes}
     parsed = read_config({CONFIG: config})
     with contextlib.suppress(RecursionError):  # deeper than any config that a loader could read
         if len(dtypes) == 1 and _set_dtype(parsed, next(iter(dtypes))):
             text = json.dumps(parsed, indent=2, ensure_ascii=False)
-            return text.encode(errors="backslashreplace") + b"\n"  # as JSON escapes what stands for no character
+            return text.encode(errors="backslashreplace") + b"\n"  # as JSON escapes lone surrogates
     return config
 
 
@@ -336,7 +339,7 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
 
 
 def _index(index: AnyPath | None, placed: Mapping[str, str], total_size: int) -> bytes:
-    """A shard index with what another one says of the model."""
+    """A shard index with the metadata of another one."""
     metadata = read_config({CONFIG: _content(index)}).get("metadata") if index is not None else None
     stated = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total_size}
     return json.dumps({"metadata": stated, "weight_map": placed}, indent=2).encode() + b"\n"

@@ -1,6 +1,7 @@
-"""A result is filled under another name and appears complete or not at all; what killed processes leave is found.
+"""Fills a result under a temporary name, so that it appears complete or not at all.
 
-What can be continued is told of; what is worthless is removed; an earlier result that was moved aside comes back.
+Of what killed processes left, work that can continue is reported, the rest is removed, and an earlier result that was
+moved aside is moved back.
 """
 
 from __future__ import annotations
@@ -37,33 +38,33 @@ from ckavg.storage.journal import Journal, is_of
 from ckavg.storage.local import open_regular
 
 _KEY = f"{JOURNAL}0"
-"""The file that says of which work the weight files are."""
+"""The file that identifies the work that the weight files belong to."""
 
 _SECONDS_TO_ENTER = 10.0
 _SECONDS_LEFT_ALONE = 3600
-"""Some network file systems keep locks to one machine: what another one has begun just now is not taken for left."""
+"""Some network file systems keep locks to one machine, so recent files may belong to a process on another machine."""
 
 
 class Staging:
-    """Fills `.<name>.ckavg-partial` beside `out`; `commit` renames it to `out`.
+    """A directory `.<name>.ckavg-partial` beside `out`, which `commit` renames to `out`.
 
-    Used as a context. On leaving it without a commit, whatever was written is removed, unless it is worth continuing:
-    then it stays, with a journal of what is finished. Where the processes of a job fill it, the first does all of this.
+    A context manager. Leaving it without a commit removes what was written, unless enough is finished to continue
+    later: then it stays, with a journal of finished blocks. In a job of several processes, the first does all of this.
 
     Args:
         out: the final directory.
-        force: replace a result that is there. Anything else that is there is left alone in any case.
-        files: the names of the files of one output, by which a result is known whose record was damaged.
+        force: replace an existing result. Anything else that exists is never touched.
+        files: names of the files of one output, to recognize a result whose record was damaged.
 
     Attributes:
         path: the directory that is filled.
-        begin_part: of a part that is done by itself, which shares the directory with other parts: called with the
-            directory, and whether this process is alone in it.
+        begin_part: for an independent part, which shares the directory with other parts: called with the directory, and
+            whether this process is alone in it.
 
     Raises:
         OutputError: another process is writing the same result.
-        OutputExistsError: something that is not ours has one of the names that are needed.
-        WriteError: the system would not let us write.
+        OutputExistsError: something foreign has a name that ckavg needs.
+        WriteError: the directory cannot be written.
     """
 
     def __init__(self, out: Path, *, force: bool = False, files: Collection[str] = ()) -> None:
@@ -88,7 +89,7 @@ class Staging:
                 self._lock = _lock(self.path, self._files) if begin is None else self._enter_part(begin)
                 if self._lock is None:
                     raise OutputError(
-                        f"Another ckavg is writing {self._out.name} right now.",
+                        f"Another ckavg is writing {self._out.name}.",
                         hint="Wait for it, or choose another place with --out.",
                     )
                 if begin is None:
@@ -105,19 +106,19 @@ class Staging:
         elif error is not None and self._keeps and not self._committed and is_passing(error):
             if not isinstance(error, MissingPartsError):
                 error.add_note(
-                    f"What was finished is kept in {self.path}: the same command continues from there. "
-                    "Delete that directory to start afresh."
+                    f"Finished work is kept in {self.path}: the same command continues from there. "
+                    "Delete that directory to start over."
                 )
             self._close()
         else:
             self._clean_up()
 
     def holds(self, key: str, sizes: Mapping[Path, int]) -> bool:
-        """Whether an interrupted attempt at the work of this key has left its weight files here, of these bytes."""
+        """Whether an interrupted attempt with this key has left its weight files here, with these sizes."""
         return is_of(self.path / _KEY, key) and self.has_files(sizes)
 
     def has_files(self, sizes: Mapping[Path, int]) -> bool:
-        """Whether these files are here, of these bytes."""
+        """Whether these files are here, with these sizes."""
         try:
             states = [((self.path / name).lstat(), size) for name, size in sizes.items()]
         except OSError:
@@ -125,24 +126,24 @@ class Staging:
         return all(stat.S_ISREG(state.st_mode) and state.st_size == size for state, size in states)
 
     def begin(self, key: str, *, but: tuple[str, ...] = ()) -> None:
-        """Remove whatever is here, but for files whose names begin so, and say which work this is now."""
+        """Remove everything here except files whose names begin with `but`, and note the key of the new work."""
         with write_errors(self.path):
             empty(self.path, but=but)
         self.say(key)
 
     def say(self, key: str) -> None:
-        """Say of which work the weight files here are."""
+        """Note the key of the work that the weight files here belong to."""
         with write_errors(self.path):
             Journal(self.path / _KEY, key).close()
 
     def forget_processes(self) -> None:
-        """Remove what the processes of an earlier job have left by which they knew of each other."""
+        """Remove the files by which the processes of an earlier job knew of each other."""
         with write_errors(self.path):
             for path in [path for path in self.path.iterdir() if path.name.startswith((RANK_FILE, AGREED))]:
                 path.unlink()
 
     def keep(self) -> None:
-        """Say that enough is finished to be worth continuing."""
+        """Keep the directory after an interrupt: enough is finished to continue."""
         self._keeps = True
 
     def write(self, name: str, data: bytes) -> None:
@@ -156,11 +157,11 @@ class Staging:
                 os.fsync(file.fileno())
 
     def commit(self) -> None:
-        """Give it its final name. All files are on the disk by then.
+        """Rename it to its final name, after all files have been synced.
 
         Raises:
-            OutputExistsError: something came to be there since the work began.
-            WriteError: the system would not let us; the final name is as it was.
+            OutputExistsError: something has appeared there since the work began.
+            WriteError: it cannot be renamed; what has the final name is unchanged.
         """
         with write_errors(self._out):
             for ours in [path for path in self.path.iterdir() if is_work_file(path.name)]:
@@ -172,31 +173,31 @@ class Staging:
                 self._out.rename(self._replaced)
             try:
                 self.path.rename(self._out)
-            except BaseException:  # an interrupt, too
+            except BaseException:  # also an interrupt
                 if replaces and not self._out.exists():
                     self._replaced.rename(self._out)
                 raise
             self._committed = True
-            with suppress(OSError):  # it is there, and whole; only a power cut within seconds could undo the renaming
+            with suppress(OSError):  # the result is complete; only a power cut within seconds could undo the rename
                 _sync(self._out.parent)
             if replaces:
                 remove(self._replaced)
 
     def _check_out(self) -> bool:
-        """Whether there is a result to be replaced; what may not be is refused, and what is in the way of it."""
+        """Whether there is a result to replace. Refuses anything that must not be replaced or is in the way."""
         if not (self._out.exists() and any(self._out.iterdir())):
             return False
         check_replaceable(self._out, force=self._force, files=self._files)
         if os.path.lexists(self._replaced):
             raise OutputExistsError(
-                f"{self._replaced} is there, and is no earlier result of ckavg as it was written.",
-                hint="It is left alone. Move it away, or choose another place with --out.",
+                f"{self._replaced} exists and is not an intact earlier result of ckavg.",
+                hint="It was not touched. Move it away, or choose another place with --out.",
             )
         return True
 
     def _enter_part(self, begin: Callable[[Path, bool], None]) -> int | None:
-        """A lock that other parts may have, too; None where somebody who is no part has one."""
-        end = time.monotonic() + _SECONDS_TO_ENTER  # who only looks whether it is free has it for a moment
+        """A lock that parts share; None if a process that is not a part holds the lock."""
+        end = time.monotonic() + _SECONDS_TO_ENTER  # a process that only checks the lock holds it for a moment
         while time.monotonic() < end:
             is_alone = (handle := _lock(self.path, self._files)) is not None
             if handle is None and (handle := _lock(self.path, is_shared=True)) is None:
@@ -212,7 +213,7 @@ class Staging:
         return None
 
     def _leave_part(self, *, failed: bool) -> None:
-        """Leave what parts have finished, and remove it where that is nothing, and nobody is at work."""
+        """Keep what parts have finished; remove the directory if that is nothing and no part is running."""
         if failed and self._lock is not None:
             with suppress(OSError):
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -242,7 +243,7 @@ class Staging:
 
 @contextmanager
 def _held(path: Path) -> Iterator[bool]:
-    """Whether nobody works on a directory; nobody can while this is entered. True where there is no such directory."""
+    """Whether no process works on a directory; none can begin inside this context. True if there is no directory."""
     try:
         handle = _lock(path)
     except OSError as error:
@@ -256,14 +257,14 @@ def _held(path: Path) -> Iterator[bool]:
 
 
 def _lock(path: Path, files: Collection[str] | None = None, *, is_shared: bool = False) -> int | None:
-    """A handle of a directory that keeps others from it until it is closed; None where somebody has one.
+    """Lock a directory until the handle is closed; None if another process holds the lock.
 
-    The lock is on the directory itself. A lock file beside it would have to be opened under a name that something may
-    have been planted under, would stay behind, and would lock nothing once the directory has been renamed.
+    The lock is on the directory itself. A lock file beside it could be planted, would stay behind, and would lock
+    nothing once the directory has been renamed.
 
     Raises:
-        OutputExistsError: with `files`, those of the result that is to come: not all of it is ours.
-        OSError: there is no real directory, or the system would not let us open it.
+        OutputExistsError: given `files`, those of the future result: the directory has foreign files.
+        OSError: it is not a directory, or cannot be opened.
     """
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -292,20 +293,20 @@ def _sync(path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """An average that was interrupted, and that its command would continue: its directory, and its size in bytes."""
+    """An interrupted average that its command would continue: its directory, and its size in bytes."""
 
     path: Path
     nbytes: int
 
     def __str__(self) -> str:
         return (
-            f"{self.path} holds {self.nbytes / 1e6:,.0f} MB of an average that was interrupted. "
-            "Its command continues it; delete the directory otherwise."
+            f"{self.path} holds {self.nbytes / 1e6:,.0f} MB of an interrupted average. "
+            "Its command continues it; otherwise delete the directory."
         )
 
 
 def find_leftovers(directory: Path, *, but: Iterable[Path] = ()) -> tuple[Leftover, ...]:
-    """Interrupted averages in a directory that nobody works on now, but those of some results. Changes nothing."""
+    """Interrupted averages in a directory that no process works on, except those of given results. Changes nothing."""
     spared = {beside(resolved(out), PARTIAL).name for out in but}
     found = []
     for path in _named(directory, PARTIAL):
@@ -317,7 +318,7 @@ def find_leftovers(directory: Path, *, but: Iterable[Path] = ()) -> tuple[Leftov
 
 
 def remove_stale(directory: Path) -> None:
-    """Remove what cannot be continued, and bring back results that were moved aside and never replaced."""
+    """Remove remains that cannot continue, and move results back that were moved aside and never replaced."""
     for path in _named(directory, PARTIAL):
         with _held(path) as free, suppress(OSError, OutputExistsError):
             if free and not is_worth_continuing(path) and _age(path) > _SECONDS_LEFT_ALONE:
@@ -328,7 +329,7 @@ def remove_stale(directory: Path) -> None:
 
 
 def bring_back(out: Path) -> None:
-    """Give an earlier result its name back, if a process was killed between moving it aside and replacing it."""
+    """Move an earlier result back, if a process was killed between moving it aside and replacing it."""
     with suppress(ValueError):  # no file can have this name
         out = resolved(out)
         if os.path.lexists(beside(out, REPLACED)):
@@ -336,7 +337,7 @@ def bring_back(out: Path) -> None:
 
 
 def bring_back_all(directory: Path) -> None:
-    """The same of all results in a directory, unless that is a link."""
+    """Do the same for all results in a directory, unless that is a link."""
     for out in [] if os.path.islink(directory) else _moved_aside(directory):  # noqa: PTH114 - never raises
         bring_back(out)
 
@@ -352,14 +353,14 @@ def _moved_aside(directory: Path) -> list[Path]:
 
 
 def _named(directory: Path, ending: str) -> list[Path]:
-    """The real directories with a name of ours."""
+    """The directories, not links, that have one of ckavg's names."""
     with suppress(OSError, ValueError):
         return sorted(path for path in directory.glob(f".*{ending}") if path.is_dir() and not path.is_symlink())
     return []
 
 
 def is_worth_continuing(path: Path) -> bool:
-    """Whether any block is noted as finished: a journal holds more than the line of its key."""
+    """Whether any block is finished: then a journal has more than the line of its key."""
     for journal in path.glob(f"{JOURNAL}*"):
         with suppress(OSError), open_regular(journal, follow=False) as file:
             if sum(line != b"\n" for line, _ in zip(file, range(9), strict=False)) > 1:
@@ -368,7 +369,7 @@ def is_worth_continuing(path: Path) -> bool:
 
 
 def _age(path: Path) -> float:
-    """Seconds since anything in a directory was last written; 0 where that cannot be told."""
+    """Seconds since anything in a directory was last written; 0 if unknown."""
     try:
         return time.time() - max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
     except OSError:

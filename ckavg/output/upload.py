@@ -1,9 +1,9 @@
 """A result in an object store, such as `s3://bucket/result`: complete or absent, and continued after an interrupt.
 
-It is formed on this machine, in the user's cache, and sent from there; its record goes last. While files are sent, a
-mark lies beside them, with their names and a token. Who comes to the same place later puts a mark of its own there, and
-whoever finds another mark than its own gives up: two commands never make one result. What has come is noted here under
-the same token, so that it is not sent again.
+It is made on this machine, in the user's cache, and uploaded from there; its record goes last. During the upload, a
+mark beside the files holds their names and a token. A later command to the same address overwrites the mark, and a
+command that finds a mark other than its own gives up: two commands never mix in one result. Uploaded files are noted
+here under the same token, so that they are not uploaded again.
 """
 
 from __future__ import annotations
@@ -42,32 +42,32 @@ from ckavg.storage.objects import LOCK, PROBE, ObjectTree, md5_of, part_bytes, r
 _NOTES = ".sent.json"
 _SECONDS_TO_STOP = 5.0
 _PARTS = 16
-"""Parts of files that are sent, and held, at the same time."""
+"""Parts of files that are uploaded, and held in memory, at the same time."""
 
 _LAST = (LOCAL, RESULT_RECORD)
-"""What goes when all else has come, in this order."""
+"""The files uploaded after all others, in this order."""
 
 _CHOOSE = "Choose another place with --out."
 
-IN_CACHE = "It is formed there on its way. Free some space, or name another disk with XDG_CACHE_HOME."
-"""What helps where there is no room for a result that goes elsewhere."""
+IN_CACHE = "The result is made there before the upload. Free some space, or set XDG_CACHE_HOME to another disk."
+"""The hint where the cache has too little space for a result that is uploaded."""
 
 
 class Target:
-    """A place in an object store that a result goes to.
+    """An address in an object store that a result is uploaded to.
 
     Args:
         address: of the result.
-        like: another target; where it is in the same bucket, its driver is used.
+        like: another target, whose connection is used if it is in the same bucket.
 
     Attributes:
         address: of the result.
-        directory: the same as a path.
-        place: where on this machine the result is formed; a week after the last command it is removed.
+        directory: the address as a path.
+        place: the local directory in which the result is made; removed a week after the last command.
 
     Raises:
-        WriteError: nothing can be written with the driver of the address.
-        SettingError: there is no such driver.
+        WriteError: the driver of the address cannot write.
+        SettingError: there is no driver for it.
     """
 
     def __init__(self, address: Address, like: Target | None = None) -> None:
@@ -82,16 +82,16 @@ class Target:
 
     @cached_property
     def files(self) -> Mapping[str, FileInfo]:
-        """What was there when it was first asked for, by relative path."""
+        """The files at the address when they were first listed, by relative path."""
         return self._tree.list_files()
 
     @property
     def holds_result(self) -> bool:
-        """Whether a record is there."""
+        """Whether the address has a record."""
         return RESULT_RECORD in self.files
 
     def read_small(self, name: str) -> bytes:
-        """The bytes of a small file that is there; empty where there is none, or a large one.
+        """The content of a small file at the address; empty if it is missing or large.
 
         Raises:
             ReadError: it cannot be read.
@@ -102,7 +102,7 @@ class Target:
     def problems(
         self, checkpoints: Iterable[Checkpoint], *, force: bool, files: Collection[str], differs: str = ""
     ) -> list[CkavgError]:
-        """What speaks against putting a result there; arguments as of `output_path_problems`."""
+        """All problems of writing a result there; for the arguments see `output_path_problems`."""
         url = str(self.address)
         for each in checkpoints:
             if isinstance(each.path, RemotePath) and f"{url}/".startswith(f"{each.path}/"):
@@ -114,11 +114,11 @@ class Target:
         return []
 
     def begin(self) -> None:
-        """Keep other commands of this machine from the result, and try whether it can be written.
+        """Lock the result against other commands of this machine, and test whether the address can be written.
 
         Raises:
-            OutputError: another command is at it.
-            WriteError: it cannot be written, or what is on its way cannot be kept in the user's cache.
+            OutputError: another command is writing it.
+            WriteError: the address, or the local directory in the user's cache, cannot be written.
         """
         if self._held is not None and self._held.alive:
             return
@@ -128,10 +128,10 @@ class Target:
         except OSError as error:
             raise WriteError(
                 f"{error.filename or self._home} cannot be written: {error.strerror or error}.",
-                hint="Name a directory of yours with XDG_CACHE_HOME: results go through it on their way elsewhere.",
+                hint="Set XDG_CACHE_HOME to a directory of yours: results are made there before the upload.",
             ) from error
         if handle is None:
-            raise OutputError(f"Another ckavg is writing {self.address} right now.", hint=f"Wait for it. {_CHOOSE}")
+            raise OutputError(f"Another ckavg is writing {self.address}.", hint=f"Wait for it. {_CHOOSE}")
         self._held = weakref.finalize(self, os.close, handle)
         try:
             self._tree.check_writable()
@@ -140,7 +140,7 @@ class Target:
             raise
 
     def release(self) -> None:
-        """Let other commands of this machine at the result again, which may go on with what there is of it."""
+        """Unlock the result: another command of this machine may continue it."""
         if self._held is not None and self._held.alive:
             if not any(path.name != LOCK for path in self._home.iterdir()):
                 shutil.rmtree(self._home, ignore_errors=True)
@@ -148,7 +148,7 @@ class Target:
         self._held = None
 
     def at_address(self, record: Record) -> Record:
-        """The record, with the address in the place of where the result was formed."""
+        """The record with the address in place of the local directory."""
         outputs = [
             dataclasses.replace(each, directory=self.directory / each.directory.relative_to(record.directory))
             for each in record.outputs
@@ -156,7 +156,7 @@ class Target:
         return dataclasses.replace(record, outputs=tuple(outputs))
 
     def here(self, record: Record) -> Record:
-        """The record, with where the result is formed in the place of the address."""
+        """The record with the local directory in place of the address."""
         outputs = [
             dataclasses.replace(each, directory=self.place / each.directory.relative_to(record.directory))
             for each in record.outputs
@@ -164,18 +164,18 @@ class Target:
         return dataclasses.replace(record, outputs=tuple(outputs))
 
     def send(self, record: Record, on_progress: OnProgress | None = None) -> Record:
-        """Send a result that was formed here. What has come is not sent again; what was there before is replaced.
+        """Upload a result that was made here. Skips uploaded files, and replaces an earlier result.
 
         Args:
             record: of the result.
-            on_progress: called now and then in this thread.
+            on_progress: called from time to time in this thread.
 
         Returns:
-            The record, with the address.
+            The record with the address.
 
         Raises:
-            WriteError, ReadError: it could not be written, and is not there; the same command continues.
-            OutputError: another command has begun to write to the same place.
+            WriteError, ReadError: the upload failed, and the result is absent; the same command continues.
+            OutputError: another command has begun to write to the same address.
         """
         self.begin()
         try:
@@ -184,16 +184,16 @@ class Target:
             self.release()
             if is_passing(error):
                 error.add_note(
-                    f"The average is finished, and kept in {self.place} for a week: the same command sends the rest."
+                    f"The average is complete and kept in {self.place} for a week: the same command uploads the rest."
                 )
             raise
         return self.at_address(record)
 
     def fetch(self, record: Record, on_progress: OnProgress | None = None) -> None:
-        """Have a result that is there here, too.
+        """Download a result that is only at the address.
 
         Raises:
-            WriteError, ReadError: it could not be fetched.
+            WriteError, ReadError: the download failed.
         """
         self.begin()
         if (self.place / RESULT_RECORD).is_file() and (
@@ -204,13 +204,13 @@ class Target:
         download(self._tree, self.files, _names(record), self.place, on_progress)
 
     def discard(self) -> None:
-        """Remove what is on this machine of it, unless another command uses that."""
+        """Remove the local copy, unless another command uses it."""
         with suppress(OSError, CkavgError):
             if self._held is None and self._home.is_dir():
                 handle = _lock(self._home)
                 self._held = None if handle is None else weakref.finalize(self, os.close, handle)
             if self._held is not None and self._held.alive:
-                with suppress(CkavgError):  # the answer to the last request was lost
+                with suppress(CkavgError):  # the response to the last request was lost
                     notes = _Notes(self._home / _NOTES)
                     if notes.token and self._mark(self._tree.list_files()).get("token") == notes.token:
                         self._tree.remove(PARTIAL)
@@ -218,7 +218,7 @@ class Target:
                 self._held()
         self._held = None
 
-    # --- sending ---
+    # --- upload ---
 
     def _send(self, names: Sequence[str], on_progress: OnProgress | None) -> None:
         there = self._tree.list_files()
@@ -234,12 +234,12 @@ class Target:
         made = local.made and dataclasses.replace(local.made, own_fingerprints=tags)
         self._tree.put(LOCAL, type(local)(made=made).to_bytes())
         self._tree.put(RESULT_RECORD, (self.place / RESULT_RECORD).read_bytes())
-        with suppress(CkavgError):  # nobody minds it beside a record
+        with suppress(CkavgError):  # beside a record it does no harm
             self._tree.remove(PARTIAL)
             (self._home / _NOTES).unlink(missing_ok=True)
 
     def _begin_sending(self, names: Sequence[str], there: Mapping[str, FileInfo]) -> _Notes:
-        """Leave the mark; what was noted under it before counts."""
+        """Write the mark. Files noted under the same token earlier count as uploaded."""
         files = sorted({*names, LOCAL, *(there.keys() - {PARTIAL, RESULT_RECORD})})
         notes = _Notes(self._home / _NOTES)
         if self._mark(there).get("token") != notes.token:
@@ -287,38 +287,39 @@ class Target:
                 on_progress(Progress("upload", done, total))
 
         try:
-            # the large ones first, so that none of them is left over for the end
+            # large ones first, so that none of them is left for the end
             thread_map(send, sorted(names, key=lambda name: -sizes[name]), meanwhile=tell)
         finally:
             over.set()
             end = time.monotonic() + _SECONDS_TO_STOP
-            while in_parts and time.monotonic() < end:  # who stops has the store remove the parts it has sent
+            while in_parts and time.monotonic() < end:  # after an interrupt the store removes the uploaded parts
                 threading.Event().wait(0.05)
 
     def _check_sent(self, names: Sequence[str], notes: _Notes) -> dict[str, str]:
-        """Whether all has come and nobody else was at it; what tells later that files are still the same, by name.
+        """Check that every file has arrived unchanged, and return what identifies each version later, by name.
 
         Raises:
-            WriteError: something has not come as it was sent.
-            OutputError: somebody else was.
+            WriteError: a file differs from what was uploaded.
+            OutputError: another command has begun to write there.
         """
         there = self._tree.list_files()
         if self._mark(there).get("token") != notes.token:
             raise OutputError(
-                f"Another command has begun to write to {self.address}.", hint=f"Nothing is there now. {_CHOOSE}"
+                f"Another command has begun to write to {self.address}.",
+                hint=f"The address has no result now. {_CHOOSE}",
             )
         sent = [name for name in names if name not in _LAST]
         sizes = {name: (self.place / name).stat().st_size for name in sent}
-        told = {name: there[name].md5 for name in sent if name in there}
-        # An encrypting store tells something else than the MD5 of any file.
-        is_comparable = any(told.get(name) == notes.md5(name) for name in sent)
+        md5s = {name: there[name].md5 for name in sent if name in there}
+        # A store that encrypts does not report the MD5 of the file.
+        is_comparable = any(md5s.get(name) == notes.md5(name) for name in sent)
         for name in sent:
-            is_wrong = is_comparable and told.get(name) not in (None, notes.md5(name))
+            is_wrong = is_comparable and md5s.get(name) not in (None, notes.md5(name))
             if name not in there or there[name].nbytes != sizes[name] or is_wrong:
                 notes.forget(name)
                 raise WriteError(
-                    f"{self.address}/{name} is not there as it was sent.",
-                    hint="Run the command again: it is sent anew.",
+                    f"{self.address}/{name} differs from what was uploaded.",
+                    hint="Run the command again: it uploads the file again.",
                 )
         return {
             name: identity
@@ -327,7 +328,7 @@ class Target:
         }
 
     def _mark(self, there: Mapping[str, FileInfo]) -> dict[str, object]:
-        """What the mark says that lies there; empty where there is none of ours."""
+        """The content of the mark at the address; empty if there is none, or a foreign one."""
         info = there.get(PARTIAL)
         with suppress(ValueError, RecursionError):
             if info is not None and 0 < info.nbytes <= MOST_BYTES:
@@ -338,11 +339,11 @@ class Target:
     def _check_replaceable(
         self, there: Mapping[str, FileInfo], *, force: bool, files: Collection[str], differs: str = ""
     ) -> None:
-        """Refuse to replace anything but a result, with `force`, or what a command has left that was interrupted.
+        """Refuse to replace anything except a result, with `force`, or the remains of an interrupted command.
 
         Raises:
             OutputExistsError: something else is there.
-            ReadError: it cannot be told.
+            ReadError: the address cannot be read.
         """
         own = {name for name in there if is_cache_file(PurePosixPath(name).name)} | {PARTIAL, PROBE, RESULT_RECORD}
         if RESULT_RECORD in there:
@@ -362,13 +363,13 @@ class Target:
             return
         if unknown := sorted(there.keys() - known - own):
             raise OutputExistsError(
-                f"{self.address} holds what is not of the result, and would be lost: {listed(unknown)}.",
-                hint="It is left alone. Move what is yours away, or choose another place with --out.",
+                f"{self.address} holds files that are not part of the result and would be lost: {listed(unknown)}.",
+                hint="Nothing was removed. Move your files away, or choose another place with --out.",
             )
 
 
 class _Notes:
-    """Which files have come, under the token of a mark: their state here, and the MD5 of their content."""
+    """The files uploaded under the token of a mark: their state here, and the MD5 of their content."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -401,18 +402,18 @@ class _Notes:
         self._save()
 
     def _save(self) -> None:
-        with suppress(OSError):  # no room: it would be sent again
+        with suppress(OSError):  # the disk is full: it would be uploaded again
             write_bytes(self._file, json.dumps({"token": self.token, "sent": self._sent}).encode(), follow=False)
 
 
 def target_of(out: Path | str, like: Target | None = None) -> Target | None:
-    """The target that an address names; None for a path on this machine. Errors as of `output_address` and `Target`."""
+    """The target of an address; None for a path on this machine. For errors see `output_address` and `Target`."""
     address = output_address(out)
     return None if address is None else Target(address, like)
 
 
 def place_here(out: Path) -> Path:
-    """The path itself; of an address, the place where its result is formed. Asks nobody."""
+    """The local path; for an address, the directory in which its result is made. Makes no request."""
     address = output_address(out)
     return out if address is None else _results_directory() / short_hash(str(address)) / address.name
 
@@ -432,7 +433,7 @@ def _names(record: Record) -> list[str]:
 
 
 def _lock(home: Path) -> int | None:
-    """A handle that keeps other commands from a directory until it is closed; None where one is at it."""
+    """Lock a directory until the handle is closed; None if another command holds the lock."""
     make_own_directory(home.parent)
     make_own_directory(home)
     handle = open_own(home / LOCK, os.O_RDWR, 0o600)
@@ -441,7 +442,7 @@ def _lock(home: Path) -> int | None:
         if os.fstat(handle).st_ino == (home / LOCK).stat().st_ino:
             os.utime(handle)
             return handle
-    except (BlockingIOError, FileNotFoundError):  # or removed this very moment, by who had it
+    except (BlockingIOError, FileNotFoundError):  # or just removed by the process that held it
         pass
     except BaseException:
         os.close(handle)

@@ -1,4 +1,4 @@
-"""The weight files of a result: where every byte will lie, how tiles get there from several threads, and SHA-256."""
+"""The weight files of a result: their layout, how several threads write tiles into them, and SHA-256."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ckavg.storage.atomic import create_whole
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Never for reading: a network file system then writes the bytes it is given, and not their whole pages.
+# Write-only: a network file system then writes only the given bytes instead of whole pages.
 _WRITE = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 _CODES = {name: code for code, name in DTYPE_NAMES.items()}
@@ -32,11 +32,11 @@ _IN_ORDER = (
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
     "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
 )  # fmt: skip
-"""In which order the safetensors library lays out dtypes, and of each, tensors by name."""
+"""The order of dtypes in a file of the safetensors library; tensors of one dtype are ordered by name."""
 
 _FLAT_NAME = "model.safetensors"
 LARGEST_SHARD = 5_000_000_000
-"""Bytes of tensors in a file of a result that is not cut as its checkpoints are."""
+"""Bytes of tensors in a file, for a result that does not take over the shards of its checkpoints."""
 
 _LEGACY_START, _LEGACY_BYTES = 1 << 20, 1 << 16
 _MOST_THREADS = 8
@@ -52,7 +52,7 @@ class ShardPlan:
         offsets: where each tensor begins in the file, in bytes.
         nbytes: its size.
         part: of the model; see `Shard`.
-        metadata: what its header says besides the tensors.
+        metadata: the `__metadata__` of its header.
     """
 
     name: str
@@ -75,12 +75,19 @@ class WeightPlan:
         """Bytes of all files."""
         return sum(shard.nbytes for shard in self.shards)
 
+    @property
+    def names(self) -> list[str]:
+        """Their names, those of the largest part first."""
+        return [
+            shard.name for shard in sorted(self.shards, key=lambda one: -sum(each.nbytes for each in self.of(one.part)))
+        ]
+
     def of(self, part: str = "") -> list[ShardPlan]:
         """The files of a part."""
         return [shard for shard in self.shards if shard.part == part]
 
     def index_of(self, part: str = "") -> tuple[dict[str, str], int]:
-        """What a shard index states of a part: the file of every tensor, and the bytes of all of them."""
+        """The content of a part's shard index: the file of every tensor, and the total bytes."""
         shards = self.of(part)
         files = {PurePath(shard.name).name: shard.offsets for shard in shards}
         placed = {name.removeprefix(part): file for file, offsets in files.items() for name in offsets}
@@ -88,11 +95,11 @@ class WeightPlan:
 
 
 def plan_weights(like: Checkpoint, dtype: str = "source", *, file_name: str = "") -> WeightPlan:
-    """Lay out the result with the file names, the shard cut and the header entries of its last checkpoint.
+    """Lay out the result with the file names, shards and header metadata of its last checkpoint.
 
-    Floating tensors get `dtype`: `source` (their own), `float32`, `bfloat16`, `float16` or `float64`. Where the
-    checkpoints are single files, that of the result has a `file_name`; so have those that are in other formats than
-    safetensors, of at most 5 GB each.
+    Floating tensors get `dtype`: `source` (their own), `float32`, `bfloat16`, `float16` or `float64`. If the
+    checkpoints are single files, the result is one, named `file_name`. So is the result of checkpoints in other
+    formats, in shards of at most 5 GB.
     """
     out = {
         name: entry.dtype if dtype == "source" or not entry.is_floating else _CODES[dtype]
@@ -113,7 +120,7 @@ def plan_weights(like: Checkpoint, dtype: str = "source", *, file_name: str = ""
 
 
 def _cut(entries: Mapping[str, TensorInfo], dtypes: Mapping[str, str], file_name: str) -> tuple[ShardPlan, ...]:
-    """One file for all tensors or, where it would be too large, several, named as transformers does."""
+    """One file for all tensors; if it would be too large, several, named as transformers names them."""
     groups: list[dict[str, TensorInfo]] = [{}]
     size = 0
     for name, entry in sorted(entries.items()):
@@ -134,8 +141,9 @@ def _cut(entries: Mapping[str, TensorInfo], dtypes: Mapping[str, str], file_name
 def _plan_shard(
     file: str, entries: Mapping[str, TensorInfo], dtypes: Mapping[str, str], source: Shard | None = None
 ) -> ShardPlan:
-    """Lay out one file: in the order of its source or, of other formats, as safetensors are saved; in it, tensors have
-    their names without that of the part.
+    """Lay out one file, in the order of its source, or in that of the safetensors library for other formats.
+
+    In the file, names of tensors lack the name of the part.
     """
     part, metadata = (source.part, source.metadata) if source is not None else ("", {})
     keeps_order = source is not None and source.saved_as == source.path.name
@@ -175,13 +183,13 @@ class WeightFiles:
     """The weight files of a result, written tile by tile from several threads.
 
     Args:
-        directory: where they go; it is made where it does not exist.
+        directory: where they go; created if it does not exist.
         shards: their layout.
-        create: make them, as one process does, unless an interrupted attempt did; otherwise they are there.
-        keep_open: hold all of them open. Where there are too many for that, each is opened for every tile.
+        create: create the files. One process does so, unless an interrupted attempt has.
+        keep_open: keep all files open. If there are too many, each is opened for every tile.
 
     Raises:
-        WriteError: the system would not let us write.
+        WriteError: a file cannot be written.
     """
 
     def __init__(
@@ -201,7 +209,7 @@ class WeightFiles:
                     self._open[path] = os.open(path, _WRITE)
 
     def put(self, name: str, offset: int, values: Tensor) -> None:
-        """Write the bytes of tensor `name` from byte `offset` on: (n,) uint8 in CPU memory."""
+        """Write bytes of tensor `name`, beginning at its byte `offset`: (n,) uint8 in CPU memory."""
         path, start = self._positions[name]
         with self._handle(path) as handle:
             _write_at(handle, values.numpy().data, start + offset)
@@ -259,13 +267,13 @@ def _side_by_side(placed: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[in
 
 
 def write_own_hashes(path: Path, shard: ShardPlan) -> None:
-    """Put the hashes of its tensors into the header of a finished file that is to state them (sd-scripts defines them).
+    """Write the hashes of its tensors into the header of a finished file, if the header has such entries (sd-scripts).
 
-    `sshs_model_hash` is the SHA-256 of all that follows the header. `sshs_legacy_hash` is 8 digits of that of 64 KiB,
-    taken 1 MiB into the file as it would be if its header kept only the entries of training.
+    `sshs_model_hash` is the SHA-256 of everything after the header. `sshs_legacy_hash` is 8 digits of the SHA-256 of
+    64 KiB at 1 MiB into the file, taken as if its header had only the training entries.
 
     Raises:
-        WriteError: the system would not let us read or write it.
+        WriteError: the file cannot be read or written.
     """
     if not KNOWN_HASHES.keys() & shard.metadata.keys():
         return
@@ -285,7 +293,7 @@ def write_own_hashes(path: Path, shard: ShardPlan) -> None:
 
 
 def _create(path: Path, shard: ShardPlan) -> None:
-    # For appending: where the file system keeps no blocks, the C library would otherwise write to every one.
+    # For appending: if the file system cannot reserve blocks, the C library would otherwise write to every one.
     handle = os.open(path, _WRITE | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
     try:
         _write_at(handle, memoryview(shard.header), 0)
@@ -296,10 +304,10 @@ def _create(path: Path, shard: ShardPlan) -> None:
 
 
 def create_shared(directory: Path, shards: Sequence[ShardPlan]) -> None:
-    """Make weight files that several processes may make at the same time: each appears once, with header and size.
+    """Create weight files, possibly in several processes at once: each appears once, with header and size.
 
     Raises:
-        WriteError: the system would not let us write.
+        WriteError: a file cannot be written.
     """
     for path, shard in [(directory / shard.name, shard) for shard in shards]:
         with write_errors(path):
@@ -309,11 +317,11 @@ def create_shared(directory: Path, shards: Sequence[ShardPlan]) -> None:
 
 
 def _reserve(handle: int, nbytes: int) -> None:
-    """Have the file system keep blocks for a file, where it can: writing into them is twice as fast."""
+    """Reserve blocks for a file, if the file system can: writing into them is twice as fast."""
     try:
         os.posix_fallocate(handle, 0, nbytes)
     except AttributeError:
-        pass  # another system
+        pass  # not on this operating system
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -330,13 +338,13 @@ def _write_at(handle: int, data: memoryview, offset: int) -> None:
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turn what the system says against writing `path` into a `WriteError`."""
+    """Turn an OSError into a `WriteError` about `path`."""
     try:
         yield
     except OSError as error:
         raise WriteError(
             f"{path} cannot be written: {error.strerror or error}.",
-            hint="Nothing was left under the final name. Choose another place with --out, or free some space.",
+            hint="No incomplete result has the final name. Free some space, or choose another place with --out.",
         ) from error
 
 
@@ -351,13 +359,13 @@ def sha256_of(
     beside: Sequence[Callable[[], None]] = (),
     on_done: Callable[[int], None] = lambda place: None,
 ) -> list[str]:
-    """SHA-256 of files in hexadecimal digits, several at a time, while something else is done `beside` it.
+    """SHA-256 of files in hexadecimal digits, several at a time, while the functions in `beside` run.
 
     `on_done` is called in this thread with the place of whatever is done, files first, what is beside them after that.
 
     Raises:
-        ReadError: the system would not let us read.
-        Exception: whatever was raised beside it.
+        ReadError: a file cannot be read.
+        Exception: what a function in `beside` raised.
     """
     with ThreadPoolExecutor(min(_MOST_THREADS, (os.cpu_count() or 1) + len(beside))) as executor:
         try:
@@ -379,4 +387,6 @@ def _sha256_of_file(path: Path) -> str:
         with path.open("rb", buffering=0) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ReadError(f"{path} cannot be read: {error.strerror}.", hint="Check the disk and the rights.") from error
+        raise ReadError(
+            f"{path} cannot be read: {error.strerror}.", hint="Check the disk and your permissions."
+        ) from error

@@ -1,1 +1,1 @@
-"""Stage *verify*: a result is read again and checked. Writes nothing, anywhere."""
+"""Stage *verify*: reads a result again and checks it. Writes nothing."""

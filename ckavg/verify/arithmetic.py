@@ -1,18 +1,18 @@
-"""What the numbers of a record must be, and how far a right element may be from what float64 gives. Pure arithmetic.
+"""The numbers that a record must have, and the error bound of a correct element against float64. Pure arithmetic.
 
-The effective weights are not formed as the replay forms them, forwards on one-hot vectors, but backwards: from the
-output to the checkpoints, by the chain rule. For K checkpoints that takes K steps and not K². An element may differ by
+The effective weights are computed backwards, from the output to the checkpoints by the chain rule. Pass 2 computes them
+forwards on one-hot vectors. For K checkpoints this takes K steps instead of K². An element may differ by
 
     |got − expected| ≤ u/2 + e + ε_64 (4 K + 16) Σ_k g_k |θ_k|
 
-u is the unit of the last place of the output dtype, where that is narrower than what was accumulated in. e bounds the
-roundings of the updates. It follows them: with ε the half of the unit of 1 in the accumulation dtype,
+u is the unit in the last place of the output dtype, if that is narrower than the accumulation dtype. e bounds the
+rounding errors of the updates, with ε half the unit of 1 in the accumulation dtype:
 
     E ← E + β (θ − E)        e ← (1 − β) e + β e_θ + 3 ε β |θ − E| + ε |E|
 
-for the roundings of β itself, of the difference, of the product and of the sum; e_θ is that of OUEMA's corrected θ, or
-of DEMA's e_1. β = 1 copies. A sum of differences, E ← E + w (θ − θ_0), adds 3 ε |w (θ − θ_0)| + ε |E|.
-The last sum is what this computation itself rounds; g_k is the size of all terms into which checkpoint k comes.
+This covers the rounding of β, of the difference, of the product and of the sum; e_θ is the error of OUEMA's corrected
+θ, or of DEMA's e_1. β = 1 copies. A sum of differences, E ← E + w (θ − θ_0), adds 3 ε |w (θ − θ_0)| + ε |E|. The last
+term of the bound is the rounding error of this computation; g_k adds up the sizes of all terms with checkpoint k.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ Array = NDArray[np.float64]
 Numbers = Sequence[float | None]
 
 TOLERANCE = 1e-9
-"""Relative difference from the formulas that another processor's powers and sums may make, and much less than a
-digit that somebody changed.
+"""Relative difference from the formulas that is allowed: above what powers and sums of another processor differ by, far
+below an edited digit.
 """
 
 _SIGNIFICAND = {"F64": (53, -1022), "F32": (24, -126), "F16": (11, -14), "BF16": (8, -126)}
 """Bits of the significand and least exponent of normal numbers, by safetensors code."""
 
 _SPARE = 1.01
-"""For products of roundings, which the bound leaves out."""
+"""Factor for second-order rounding errors, which the bound neglects."""
 
 _POWERS = 2.0**-50
-"""Relative error of β that another processor's powers make."""
+"""Relative error of β from the powers of another processor."""
 
 
 def coefficients_of(record: Record) -> Coefficients:
@@ -51,7 +51,7 @@ def coefficients_of(record: Record) -> Coefficients:
 
     Raises:
         SettingError: the hyper-parameters do not fit the steps.
-        ArithmeticError: neither do the numbers.
+        ArithmeticError: the numbers do not fit the formulas.
     """
     return record.to_scheme().coefficients(
         Timeline(record.steps, record.path_length, anchor_is_init=record.anchor_is_init)
@@ -59,7 +59,7 @@ def coefficients_of(record: Record) -> Coefficients:
 
 
 def check_arithmetic(record: Record) -> list[str]:
-    """What is wrong with β, α, the weights, the anchor, the span and the path of a record, by the formulas."""
+    """Problems of β, α, the weights, the anchor, the span and the path of a record, by the formulas."""
     try:
         coefficients = coefficients_of(record)
     except (CkavgError, ArithmeticError) as error:
@@ -88,7 +88,7 @@ def check_arithmetic(record: Record) -> list[str]:
     if lengths[0] != 0:
         wrong.append(f"path_length begins with {lengths[0]}; it must begin with 0.")
     elif record.sample == 1 and list(lengths) != sorted(lengths):
-        wrong.append("path_length falls from one checkpoint to the next; a path only grows.")
+        wrong.append("path_length decreases from one checkpoint to the next; a path length only grows.")
     total = math.fsum(record.weights)
     if abs(total - 1) > TOLERANCE * scale:
         wrong.append(f"the weights sum to {total!r}, not to 1.")
@@ -104,9 +104,7 @@ def _compare(record: Record, name: str, recorded: Numbers | None, expected: Numb
     if recorded is None or expected is None:
         if recorded is expected:
             return ""
-        return (
-            f"{name} are {'null, but the scheme has some' if recorded is None else 'there, but the scheme has none'}."
-        )
+        return f"{name} are {'missing; the scheme has them' if recorded is None else 'present; the scheme has none'}."
     wrong = [
         place
         for place, (got, want) in enumerate(zip(recorded, expected, strict=True))
@@ -123,12 +121,12 @@ def _compare(record: Record, name: str, recorded: Numbers | None, expected: Numb
 
 
 def weights_of(coefficients: Coefficients, last: int, *, magnitudes: bool = False) -> tuple[float, ...]:
-    """The weight of each checkpoint in the average as it stands after checkpoint `last`.
+    """The weight of each checkpoint in the average after checkpoint `last`.
 
     Args:
         coefficients: of the scheme.
         last: index of that checkpoint.
-        magnitudes: let nothing cancel: add up the sizes of all terms that a checkpoint comes into.
+        magnitudes: add up the absolute values of all terms of a checkpoint, so that nothing cancels.
 
     >>> from ckavg.schemes import EMA
     >>> weights_of(EMA(gamma=1.0).coefficients(Timeline((0, 1, 2, 3))), 3)
@@ -143,7 +141,9 @@ def weights_of(coefficients: Coefficients, last: int, *, magnitudes: bool = Fals
         weights[start + 1 : last + 1] = map(abs, own) if magnitudes else own
         weights[start] = 1.0 + minus * math.fsum(weights)
         return tuple(weights)
-    first, second = (2.0, minus) if rule == "dema" else (1.0, 0.0)  # how the output hangs on e_1, or on E, and on e_2
+    first, second = (
+        (2.0, minus) if rule == "dema" else (1.0, 0.0)
+    )  # the derivatives of the output by e_1 (or E) and by e_2
     for place in range(last, start, -1):
         beta = betas[place] or 0.0
         first += beta * second
@@ -164,7 +164,7 @@ def weights_of(coefficients: Coefficients, last: int, *, magnitudes: bool = Fals
 
 
 def unit(values: Array, dtype: str) -> Array:
-    """The unit of the last place of a dtype at the size of each value; that of the smallest numbers at 0.
+    """The unit in the last place (ulp) of a dtype for each value; for 0 that of the smallest numbers.
 
     >>> float(unit(np.zeros(1), "F32")[0]) == 2.0**-149
     True
@@ -175,7 +175,7 @@ def unit(values: Array, dtype: str) -> Array:
 
 
 def relative_rounding(dtype: str) -> float:
-    """The largest relative error of rounding to a dtype: half a unit of the last place of 1."""
+    """The largest relative error of rounding to a dtype: half an ulp of 1."""
     return float(2.0 ** -_SIGNIFICAND[dtype][0])
 
 
@@ -185,7 +185,7 @@ def least_unit(dtype: str) -> float:
 
 
 def rounding(got: Array, expected: Array, dtype: str, accumulated: str) -> Array:
-    """Half a unit of the output dtype, where that is narrower than what was accumulated in; 0 otherwise."""
+    """Half an ulp of the output dtype if it is narrower than the accumulation dtype; 0 otherwise."""
     if _SIGNIFICAND[dtype][0] >= _SIGNIFICAND[accumulated][0]:
         return np.zeros_like(expected)
     largest = np.maximum(np.abs(got), np.abs(expected))  # a value just below a power of 2 may be rounded up to it
@@ -204,15 +204,15 @@ def allowed(
     accumulated: str,
     beta_error: float = 0.0,
 ) -> Array:
-    """The largest difference that roundings explain, for each element.
+    """The largest difference that rounding explains, for each element.
 
     Args:
-        got: (n,) what the result holds.
-        expected: (n,) what float64 gives.
+        got: (n,) values in the result.
+        expected: (n,) values computed in float64.
         thetas: the (n,) values of each checkpoint that takes part, in order.
         coefficients: of this tensor.
-        magnitudes: g_k of each.
-        index: of the last of them.
+        magnitudes: g_k of each checkpoint.
+        index: of the last checkpoint.
         dtype: of the output, as a safetensors code.
         accumulated: `F32` or `F64`.
         beta_error: relative error of β.
@@ -220,7 +220,7 @@ def allowed(
     own = 2.0 ** -_SIGNIFICAND[accumulated][0]
     terms = sum((size * np.abs(theta) for size, theta in zip(magnitudes, thetas, strict=True)), start=0.0)
     computed = 2.0**-53 * (4 * (len(thetas) - 1) + 16) * terms
-    tiny = 8 * len(thetas) * unit(np.zeros(1), accumulated)  # where numbers are too small to have all their bits
+    tiny = 8 * len(thetas) * unit(np.zeros(1), accumulated)  # subnormal numbers have fewer bits
     updates = _update_error(thetas, coefficients, index, own, max(beta_error, _POWERS))
     return np.asarray(rounding(got, expected, dtype, accumulated) + _SPARE * updates + computed + tiny)
 
@@ -228,7 +228,7 @@ def allowed(
 def _update_error(
     thetas: Sequence[Array], coefficients: Coefficients, index: int, own: float, beta_error: float
 ) -> Array:
-    """(n,) e, as above."""
+    """(n,) the bound e of the module's docstring."""
 
     def step(at: Array, error: Array, to: Array, its_error: Array, beta: float) -> tuple[Array, Array]:
         if beta == 1:
@@ -263,7 +263,7 @@ def _update_error(
 def size_of_unit(
     expected: Array, thetas: Sequence[Array], weights: Sequence[float], *, dtype: str, accumulated: str
 ) -> Array:
-    """What deviations are told in: a unit of the output dtype or, where terms cancel, of the accumulation dtype."""
+    """The unit of deviations: an ulp of the output dtype or, where terms cancel, of the accumulation dtype."""
     terms = np.zeros_like(expected)
     for theta, weight in zip(thetas, weights, strict=True):
         terms += abs(weight) * np.abs(theta)

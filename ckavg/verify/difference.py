@@ -1,4 +1,4 @@
-"""Two results, or a result and a checkpoint, side by side: recipe, weights by step, distance by tensor."""
+"""Compares two results, or a result and a checkpoint: recipe, weights by step, distance by tensor."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TensorDistance:
-    """How far a tensor of the one is from that of the other.
+    """The distance between the tensors of one name.
 
     Attributes:
         name: of the tensor.
         distance: ‖a − b‖₂, in float64.
         norm: ‖a‖₂.
-        relative: ‖a − b‖₂ / ‖a‖₂; 0 where both are 0; None where it is no finite number.
+        relative: ‖a − b‖₂ / ‖a‖₂; 0 if both are 0; None if it is not finite.
     """
 
     name: str
@@ -42,16 +42,16 @@ class TensorDistance:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What two results, or a result and a checkpoint, differ in.
+    """The differences between two results, or between a result and a checkpoint.
 
     Attributes:
-        recipe: name of a setting, what it is in the one, and in the other; only what differs.
-        weights: of every step that either visits: the step and both weights, None where it does not; empty where one
-            is a checkpoint.
+        recipe: name and both values of each setting that differs.
+        weights: step and both weights of every step that either has, None where it has not; empty if one of the two is
+            a checkpoint.
         tensors: the floating tensors, the farthest apart first.
-        total: the same of all of them together.
+        total: the distance of all floating tensors together.
         unequal: other tensors that differ in any byte.
-        bytes_read: bytes of both that were read.
+        bytes_read: bytes read of both.
     """
 
     recipe: tuple[tuple[str, Any, Any], ...]
@@ -70,16 +70,16 @@ class Difference:
 
 
 def compare(one: Path | str, other: Path | str, *, on_progress: OnProgress | None = None) -> Difference:
-    """Compare two results, or a result with a checkpoint, reading each of them once.
+    """Compare two results, or a result with a checkpoint, reading each once.
 
     Args:
-        one, other: directories of results or snapshots in them, or of checkpoints; at least one is a result. The
-            address of a result is downloaded.
-        on_progress: called now and then in this thread.
+        one, other: directories of results, snapshots or checkpoints; at least one is a result. A result at an address
+            is downloaded.
+        on_progress: called from time to time in this thread.
 
     Raises:
-        RecordError: neither is a result, or the record of one cannot be understood.
-        MismatchError: they do not have the same tensors.
+        RecordError: neither is a result, or a record is invalid.
+        MismatchError: their tensors have different names, shapes or dtypes.
         ReadError, CorruptFileError, TruncatedShardError: weights cannot be read.
     """
     with here(Path(one), on_progress) as a, here(Path(other), on_progress) as b:
@@ -91,7 +91,7 @@ def _compare(one: Path, other: Path, on_progress: OnProgress | None) -> Differen
     known = [record for record in records if record is not None]
     if not known:
         raise RecordError(
-            f"Neither {one} nor {other} is a result of ckavg.", hint="Name at least one, such as averaged/mean."
+            f"Neither {one} nor {other} is a result of ckavg.", hint="Give at least one result, such as averaged/mean."
         )
     pairs = zip((one, other), records, strict=True)
     a, b = (read_checkpoint(path, 0 if record is None else record.output.step) for path, record in pairs)
@@ -109,18 +109,18 @@ def _check_same_tensors(a: Checkpoint, b: Checkpoint) -> None:
     names = sorted(a.entries.keys() ^ b.entries.keys())
     if names:
         raise MismatchError(
-            f"{len(names)} tensors are in one of {a.path} and {b.path} alone: {listed(names)}.",
-            hint="Compare results of one model.",
+            f"{len(names)} tensors are in only one of {a.path} and {b.path}: {listed(names)}.",
+            hint="Compare results of the same model.",
         )
 
-    def told(entry: TensorInfo) -> object:
+    def layout(entry: TensorInfo) -> object:
         return entry.shape, entry.dtype if not entry.is_floating else "floating"
 
-    names = sorted(name for name, entry in a.entries.items() if told(entry) != told(b.entries[name]))
+    names = sorted(name for name, entry in a.entries.items() if layout(entry) != layout(b.entries[name]))
     if names:
         raise MismatchError(
-            f"{len(names)} tensors have other shapes or dtypes in {a.path} than in {b.path}: {listed(names)}.",
-            hint="Compare results of one model.",
+            f"{len(names)} tensors have different shapes or dtypes in {a.path} and {b.path}: {listed(names)}.",
+            hint="Compare results of the same model.",
         )
 
 
@@ -130,7 +130,7 @@ def _weights(one: Record, other: Record) -> list[tuple[int, float | None, float 
 
 
 def _distances(a: Checkpoint, b: Checkpoint, context: Context) -> tuple[list[TensorDistance], list[str], int]:
-    """The floating tensors, the farthest apart first, the other tensors that differ, and the bytes that were read."""
+    """The floating tensors, the farthest apart first; the other tensors that differ; and the bytes read."""
     from ckavg.engine.stream import by_tensor, stream
 
     blocks = cut_blocks(a.entries)
@@ -149,7 +149,7 @@ def _distances(a: Checkpoint, b: Checkpoint, context: Context) -> tuple[list[Ten
 
 
 def _worker(a: Checkpoint, reader: TileReader) -> Callable[[Block], tuple[float, float]]:
-    """What adds up (a − b)² and a² over a block in float64; of other tensors, counts the tiles that differ."""
+    """A function that sums (a − b)² and a² over a block in float64; for other tensors it counts differing tiles."""
     import torch
 
     from ckavg.engine.blocks import TILE
@@ -174,7 +174,7 @@ def _worker(a: Checkpoint, reader: TileReader) -> Callable[[Block], tuple[float,
 
 
 def _distance(name: str, distances: Iterable[float], norms: Iterable[float]) -> TensorDistance:
-    """From sums of squares."""
+    """The distance from sums of squares."""
     distance, norm = (math.sqrt(math.fsum(parts)) for parts in (distances, norms))
     relative = distance / norm if norm else 0.0 if distance == 0 else math.inf
     finite = [each if math.isfinite(each) else None for each in (distance, norm, relative)]

@@ -1,4 +1,4 @@
-"""The files of a result: is each there and what it was, would the weights load, and is every element a number?"""
+"""Checks the files of a result: each exists unchanged, the weights load, and every element is finite."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Part:
     Attributes:
         directory: where its files are.
         output: its entry in the record.
-        prefix: what stands before the names of its files and tensors in messages.
+        prefix: of the names of its files and tensors in messages.
     """
 
     directory: Path
@@ -46,14 +46,14 @@ class Part:
 
 
 def check_files(report: Report, parts: Sequence[Part], *, within: Path) -> list[dict[str, int]]:
-    """Look for the files of some parts, and compare their SHA-256 with the record.
+    """Compare the files of results with the SHA-256 in the record.
 
-    An edited card is worth a warning, any other change is a problem.
+    An edited card is a warning, any other change a problem.
 
     Args:
         report: to add to.
         parts: a result and its snapshots.
-        within: the directory of the result, out of which no link may lead.
+        within: the directory of the result, which no link may leave.
 
     Returns:
         The files of each part that can be read, with their sizes in bytes.
@@ -76,7 +76,7 @@ def check_files(report: Report, parts: Sequence[Part], *, within: Path) -> list[
 
 
 def _find_files(report: Report, part: Part, within: Path) -> dict[str, int]:
-    """The sizes of the files that can be read; opens none."""
+    """The sizes of the files that can be read. Opens none of them."""
     sizes: dict[str, int] = {}
     inside = resolved(within)
     for name in part.output.files:
@@ -84,12 +84,12 @@ def _find_files(report: Report, part: Part, within: Path) -> dict[str, int]:
         try:
             status = path.stat()
         except (FileNotFoundError, NotADirectoryError):
-            wrong = "is not there."
+            wrong = "is missing."
         except (OSError, ValueError) as error:
             wrong = f"cannot be looked at: {error}."
         else:
             if inside not in resolved(path).parents:
-                wrong = "is a link that leads out of the result."
+                wrong = "is a link that leaves the result."
             elif not stat.S_ISREG(status.st_mode):
                 wrong = "is not a plain file."
             else:
@@ -100,7 +100,7 @@ def _find_files(report: Report, part: Part, within: Path) -> dict[str, int]:
 
 
 def hashes(paths: Iterable[Path]) -> Iterator[str | ReadError]:
-    """The SHA-256 of each file, or why it cannot be read; several are read at a time."""
+    """The SHA-256 of each file, or the error; several files are read at a time."""
 
     def hash_file(path: Path) -> str | ReadError:
         try:
@@ -113,12 +113,12 @@ def hashes(paths: Iterable[Path]) -> Iterator[str | ReadError]:
 
 
 def check_others(report: Report, part: Part, folders: Collection[str]) -> None:
-    """Name the files that are there but not in the record, somebody's notes perhaps; hidden ones are skipped.
+    """Warn of files that are not in the record, such as a user's notes. Hidden files are skipped.
 
     Args:
         report: to add to.
-        part: whose directory is looked at.
-        folders: of the snapshots in it, which have records of their own.
+        part: the part whose directory is listed.
+        folders: of its snapshots, which have their own records.
     """
     others: list[str] = []
     for folder, inner, names in os.walk(part.directory):
@@ -142,7 +142,7 @@ def open_weights(report: Report, part: Part, names: Collection[str]) -> Checkpoi
     directory, output, prefix = part.directory, part.output, part.prefix
     try:
         special = next((path.name for path in directory.glob("*.safetensors") if not path.is_file()), None)
-        if special is not None:  # in the words that are used of any other file
+        if special is not None:  # worded like the other messages
             raise ReadError(f"{special} is not a plain file.")
         checkpoint = read_checkpoint(directory, output.step)
     except CkavgError as error:
@@ -152,12 +152,12 @@ def open_weights(report: Report, part: Part, names: Collection[str]) -> Checkpoi
     loaded = {str(shard.path.relative_to(directory)) for shard in checkpoint.shards}
     if loaded != recorded:
         other = ", ".join(sorted(loaded ^ recorded)[:_SHOWN])
-        report.problem("weights", f"{prefix}the weights that would be loaded are not those recorded: {other}.")
+        report.problem("weights", f"{prefix}a loader would take other weights than those recorded: {other}.")
     for name in filter(names.__contains__, output.files):
         path = directory / name
         if name.endswith(_INDEX) or path.name == CONFIG:
             check = _wrong_in_index if name.endswith(_INDEX) else _wrong_in_config
-            with suppress(OSError, ValueError):  # no JSON object: its SHA-256 shows that already
+            with suppress(OSError, ValueError):  # not a JSON object: its SHA-256 shows that already
                 wrong = check(read_object(path, _MOST_BYTES_OF_JSON), _entries_in(checkpoint, path.parent))
                 if wrong is not None:
                     report.problem("weights", f"{prefix}{name} {wrong}")
@@ -165,7 +165,7 @@ def open_weights(report: Report, part: Part, names: Collection[str]) -> Checkpoi
 
 
 def _entries_in(checkpoint: Checkpoint, folder: Path) -> list[TensorInfo]:
-    """The tensors that a loader takes from a folder: of its index and its config, not of the files beside them."""
+    """The tensors that a loader takes from a folder, by its index and config rather than by the files in it."""
     shards = enumerate(checkpoint.shards)
     inside = {place for place, shard in shards if shard.path.parent == folder and not shard.part.endswith(_SINGLE)}
     return [entry for entry in checkpoint.entries.values() if entry.shard in inside]
@@ -189,7 +189,7 @@ def _wrong_in_config(config: Mapping[str, Any], entries: Sequence[TensorInfo]) -
 
 
 def _stated_dtypes(config: Mapping[str, Any]) -> Iterator[str]:
-    """Every floating dtype that a config states, those of its parts included."""
+    """Every floating dtype that a config states, including those of its parts."""
     parts: list[Mapping[str, Any]] = [config]
     while parts:
         for key, value in parts.pop().items():
@@ -204,11 +204,11 @@ def check_finite(report: Report, outputs: Iterable[tuple[str, Checkpoint]], *, i
 
     Args:
         report: to add to.
-        outputs: the results, each with what stands before the names of its tensors in messages.
-        infinite: tensors that may hold infinities.
+        outputs: the results, each with the prefix of its tensors' names in messages.
+        infinite: tensors that may have infinities.
 
     Raises:
-        TruncatedShardError, ReadError: a file became shorter meanwhile, or cannot be read.
+        TruncatedShardError, ReadError: a file became shorter, or cannot be read.
     """
     outputs, listen = list(outputs), report.listener("weights")
     before, total = 0, sum(checkpoint.nbytes for _, checkpoint in outputs)
@@ -226,7 +226,7 @@ def check_finite(report: Report, outputs: Iterable[tuple[str, Checkpoint]], *, i
 
 
 def _count_nonfinite(checkpoint: Checkpoint, tell: OnProgress, infinite: Collection[str]) -> dict[str, int]:
-    """How many elements of each tensor are NaN, or infinite where they may not be."""
+    """How many elements of each tensor are NaN, or infinite without permission."""
     from ckavg.engine.blocks import TILE, Block, cut_blocks
     from ckavg.engine.stream import by_tensor, stream
     from ckavg.engine.tiles import TORCH_DTYPES, TileReader, all_finite

@@ -1,4 +1,4 @@
-"""What a check found, and what all checks of a result came to."""
+"""A finding of a check, and the outcome of all checks of a result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ckavg.engine.context import OnProgress, Pass, Progress
 from ckavg.errors import CkavgError, short_repr
 
 Check = Literal["record", "files", "weights", "sources", "replay"]
-"""The checks of a result, in the order in which they are made."""
+"""The checks of a result, in the order in which they run."""
 
 HealthCheck = Literal["nonfinite", "foreign", "stale", "frozen"]
 """The checks of a run's weights, in the order in which their findings are listed."""
@@ -20,14 +20,14 @@ HealthCheck = Literal["nonfinite", "foreign", "stale", "frozen"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is not as it was recorded, or as it should be in a sound run.
+    """A difference from the record, or from what a sound run has.
 
     Attributes:
-        check: what found it.
-        message: what is not as it should be, where, and what was expected.
-        is_problem: whether the result cannot be relied on, or the run cannot be averaged; otherwise it is a warning.
-        step: of the checkpoint of a run that it is about; None: of all of them, or a result.
-        tensor: the tensor of a run that it is about; None: all of them, or a result.
+        check: the check that found it.
+        message: what is wrong, where, and what was expected.
+        is_problem: whether the result is unreliable, or the run cannot be averaged; otherwise it is a warning.
+        step: of the checkpoint concerned; None for all of them, or for a result.
+        tensor: the tensor concerned; None for all of them, or for a result.
     """
 
     check: Check | HealthCheck
@@ -39,12 +39,12 @@ class Finding:
 
 @dataclass(slots=True)
 class Report:
-    """What the checks of a result have found until now; each of them adds to it.
+    """The findings so far, to which each check adds.
 
     Attributes:
-        on_progress: who is told of the bytes done and to do.
+        on_progress: called with the bytes done and the total.
         findings: in the order of the checks.
-        files, bytes_read, elements, largest_deviation: as of `Verified`.
+        files, bytes_read, elements, largest_deviation: see `Verified`.
     """
 
     on_progress: OnProgress | None = None
@@ -55,7 +55,7 @@ class Report:
     largest_deviation: float = 0.0
 
     def add(self, check: Check, message: str, *, is_problem: bool) -> None:
-        """Add a problem, for which the result cannot be relied on, or a warning, which a user should know."""
+        """Add a problem, which makes the result unreliable, or a warning."""
         self.findings.append(Finding(check, message, is_problem))
 
     def problem(self, check: Check, message: str) -> None:
@@ -68,34 +68,34 @@ class Report:
 
     @contextmanager
     def ending(self, check: Check) -> Iterator[None]:
-        """Have an error end this check alone, as one more problem."""
+        """Turn an error into a problem, which ends only this check."""
         try:
             yield
         except CkavgError as error:
             self.problem(check, error.message)
 
     def listener(self, stage: Pass) -> Callable[[int, int], None]:
-        """What takes the bytes done and the bytes to do of a stage."""
+        """A function that takes the bytes done and the total bytes of a stage."""
         listen = self.on_progress
         return (lambda done, total: listen(Progress(stage, done, total))) if listen else (lambda done, total: None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verified:
-    """What came of checking a result.
+    """The outcome of checking a result.
 
     Attributes:
         result: the directory that was checked.
-        title: what its record says it is, for people.
+        title: its scheme and steps, in words.
         ckavg_version: the version that made it.
-        checks: what was checked.
-        findings: all that is not as it was recorded, in the order of the checks.
+        checks: the checks that ran.
+        findings: all differences from the record, in the order of the checks.
         files: how many files were read in full.
         elements: how many elements were computed again; None without `replay`.
-        largest_deviation: the largest difference from what was recomputed, in units of the last place; None likewise.
-        seed: which elements were drawn; None likewise.
-        bytes_read: bytes of the result and of its sources that were read.
-        seconds: how long it took.
+        largest_deviation: the largest difference from them, in units in the last place; None without `replay`.
+        seed: of the random choice of elements; None without `replay`.
+        bytes_read: bytes read of the result and its sources.
+        seconds: wall-clock time.
     """
 
     result: Path
@@ -114,12 +114,12 @@ class Verified:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What makes the result unreliable; empty where all is as recorded."""
+        """What makes the result unreliable; empty if it matches its record."""
         return tuple(each.message for each in self.findings if each.is_problem)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What does not, but should be known."""
+        """Other differences that a user should know."""
         return tuple(each.message for each in self.findings if not each.is_problem)
 
     def to_dict(self) -> dict[str, Any]:

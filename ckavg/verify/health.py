@@ -1,11 +1,11 @@
-"""`inspect --deep`: what one reading of all weights reveals of a run.
+"""`inspect --deep`: reads all weights of a run once and checks them.
 
-Four checks: NaN and infinity, saves that hold what the one before holds, tensors that never move, and checkpoints that
-stand out. Nothing is compared with an absolute size, so that neither a warm-up, nor a decaying learning rate, nor
-uneven intervals, nor the rounding of 16-bit weights count as damage.
+There are four checks: NaN and infinity, saves equal to the one before, tensors that never move, and checkpoints that
+stand out. All comparisons are relative, so a warm-up, a decaying learning rate, uneven intervals and the rounding of
+16-bit weights do not count as damage.
 
-Differences are taken in float32 (float64 where any checkpoint is) and summed by tile, then in float64. A tile that
-holds NaN or infinity is measured once more in float64, without those elements.
+Differences are taken in float32 (float64 if any checkpoint is), summed by tile, then in float64. A tile with NaN or
+infinity is measured again in float64, without those elements.
 """
 
 from __future__ import annotations
@@ -39,31 +39,31 @@ from ckavg.verify.files import hashes
 from ckavg.verify.findings import Finding
 
 _DETOUR = 8.0
-"""How many times the way past a checkpoint the way to it must be, from both sides, for it to stand out. In units of the
-way past it, noise about one point has 1, a random walk 0.7, a straight line 0.5. The first and the last have one side:
-their interval must be so many times all others."""
+"""A checkpoint stands out if its distance to both neighbours is this many times the distance between those. That ratio
+is 1 for noise about one point, 0.7 for a random walk, 0.5 for a straight line. The first and the last checkpoint have
+one neighbour: their interval must be this many times all others."""
 
 _FEWEST_ELEMENTS = 64
-"""Fewer elements may by chance return to where they were."""
+"""Smaller tensors are not compared: they may return to earlier values by chance."""
 
 _FEWEST_INTERVALS = 3
-"""Others in which a tensor moves, for the first or the last interval to be compared with them."""
+"""How many other intervals with movement are needed to judge the first or the last interval."""
 
 _MOST_TENSORS = 0.5
-"""Part of the tensors in which a checkpoint must stand out to be named as a whole."""
+"""The fraction of tensors in which a checkpoint must stand out to be reported as a whole."""
 
-_TIMES = "times as far from the checkpoints beside it as is usual"
+_TIMES = "times the usual distance from its neighbours"
 _NAN, _INFINITE, _SIZE, _DISTANCE, _ACROSS = range(5)
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What one reading of all weights revealed.
+    """The outcome of reading all weights once.
 
     Attributes:
         steps: optimizer step of every checkpoint that was read.
         findings: problems first, then by kind and in the order of the steps.
-        path: ℓ_k − ℓ_{k−1} of each checkpoint but the first; None where weights are not finite or none count.
+        path: ℓ_k − ℓ_{k−1} of each checkpoint except the first; None if weights are not finite or none count.
         sha256: SHA-256 of every weight file, in hexadecimal, by its path below the source; empty unless asked for.
         bytes_read: bytes of checkpoints read.
     """
@@ -79,18 +79,18 @@ class Health:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorStatistics:
-    """What was measured of a floating tensor. Every tuple has one number for each checkpoint that holds it.
+    """Measurements of a floating tensor. Every tuple has one number for each checkpoint that has the tensor.
 
-    Elements that are NaN or infinite in either of two checkpoints add nothing to the distance between them.
+    Elements that are NaN or infinite in either of two checkpoints do not count in their distance.
 
     Attributes:
         name: the tensor's name.
         numel: its number of elements.
-        held: index of each checkpoint that holds it, in this shape.
-        epsilon: distance from 1 to the next number of the coarsest dtype in which it is stored.
-        sigma: standard deviation of its finite elements in the first of them, ddof = 1; 0 of fewer than two.
+        held: index of each checkpoint that has it in this shape.
+        epsilon: machine epsilon of the coarsest dtype in which it is stored.
+        sigma: standard deviation of its finite elements in the first checkpoint, ddof = 1; 0 for fewer than two.
         nan: how many elements are NaN.
-        infinite: how many are infinite, but for those that are the same infinity in all checkpoints.
+        infinite: how many are infinite, except those with the same infinity in all checkpoints.
         size: ‖θ_k‖₁.
         distance: ‖θ_k − θ_{k−1}‖₁; 0 at the first.
         across: ‖θ_{k+1} − θ_{k−1}‖₁; 0 at both ends.
@@ -108,7 +108,7 @@ class TensorStatistics:
     across: tuple[float, ...]
 
     def is_finite(self, *places: int) -> bool:
-        """Whether neither NaN nor infinity was found in the checkpoints at some places of `held`; none: in all."""
+        """Whether the checkpoints at these positions of `held` (none given: all) have neither NaN nor infinity."""
         return not any(self.nan[place] or self.infinite[place] for place in places or range(len(self.held)))
 
 
@@ -118,9 +118,9 @@ class _Partial:
 
     Attributes:
         rows: (5, checkpoints) float64, numbered as above.
-        moments: count, Σ and Σ² of the finite elements of the first checkpoint less the first of them, in units of
+        moments: count, Σ and Σ² of the finite elements of the first checkpoint, minus the first element, in units of
             2^exponent.
-        exponent: by the first of them.
+        exponent: from the first finite element.
     """
 
     rows: NDArray[np.float64]
@@ -139,13 +139,13 @@ def examine(
     sha256: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Health:
-    """Read all weights of some checkpoints, whose tensors may differ, and say what they reveal.
+    """Read all weights of some checkpoints, whose tensors may differ, and check them.
 
     Args:
-        source: the directory that the names of files are relative to.
+        source: the directory to which names of files are relative.
         checkpoints: ordered by step, the anchor first.
-        sha256: also hash every weight file, which reads it once more; those elsewhere must have been downloaded.
-        on_progress: called in this thread now and then.
+        sha256: also hash every weight file, which reads it again; remote files must have been downloaded.
+        on_progress: called from time to time in this thread.
 
     Raises:
         ChangedError, TruncatedShardError, ReadError: a file changed or cannot be read.
@@ -160,7 +160,7 @@ def examine(
             raise digest
         try:
             named[shard.path.relative_to(source).as_posix()] = digest
-        except ValueError:  # the anchor, apart from the run
+        except ValueError:  # an anchor outside the run
             named[str(shard.path)] = digest
         done += shard.nbytes
         if on_progress is not None:
@@ -172,7 +172,7 @@ def examine(
 
 
 def _path_between(tensors: Sequence[TensorStatistics], before: int, after: int) -> float | None:
-    """What the path length grows by: (1/N) Σ_p ‖θ_k,p − θ_{k−1},p‖₁ / σ_p, over the tensors that both hold."""
+    """The growth of the path length: (1/N) Σ_p ‖θ_k,p − θ_{k−1},p‖₁ / σ_p, over the tensors that both have."""
     moves, counted = [], 0
     left_out = running_statistics(tensor.name for tensor in tensors)
     for tensor in tensors:
@@ -189,7 +189,7 @@ def _path_between(tensors: Sequence[TensorStatistics], before: int, after: int) 
 
 
 def find(steps: Sequence[int], tensors: Sequence[TensorStatistics]) -> tuple[Finding, ...]:
-    """All findings: what is not finite first, then by kind, each in the order of the steps. Pure."""
+    """All findings: non-finite values first, then by kind, each in the order of the steps. Pure."""
     nonfinite = [finding for tensor in tensors for finding in _nonfinite(steps, tensor)]
     return (
         *sorted(nonfinite, key=lambda finding: finding.step or 0),
@@ -209,7 +209,7 @@ def _nonfinite(steps: Sequence[int], tensor: TensorStatistics) -> Iterator[Findi
 
 
 def _stale(steps: Sequence[int], tensors: Sequence[TensorStatistics]) -> Iterator[Finding]:
-    """Checkpoints in which every tensor is that of the one before."""
+    """Checkpoints in which every tensor equals that of the one before."""
     has_moved: dict[tuple[int, int], bool] = {}
     for tensor in tensors:
         for place, pair in enumerate(itertools.pairwise(tensor.held), start=1):
@@ -217,12 +217,12 @@ def _stale(steps: Sequence[int], tensors: Sequence[TensorStatistics]) -> Iterato
             has_moved[pair] = has_moved.get(pair, False) or moved
     for (before, after), moved in sorted(has_moved.items()):
         if after == before + 1 and not moved:
-            message = f"step {steps[after]}: all weights are those of step {steps[before]}: a stale save?"
+            message = f"step {steps[after]}: all weights equal those of step {steps[before]}: a stale save?"
             yield Finding("stale", message, is_problem=False, step=steps[after])
 
 
 def _frozen(tensors: Sequence[TensorStatistics]) -> list[Finding]:
-    """Tensors that never move, where others do."""
+    """Tensors that never move, if others do."""
     still = [tensor for tensor in tensors if len(tensor.held) > 1 and tensor.is_finite() and not any(tensor.distance)]
     if len(still) == len(tensors):
         return []
@@ -256,9 +256,9 @@ def _standing_out(steps: Sequence[int], tensors: Sequence[TensorStatistics]) -> 
 
 
 def _detour(steps: Sequence[int], tensor: TensorStatistics, place: int) -> float:
-    """How many times as far as is usual a checkpoint is from those beside it; 0 where that cannot be told.
+    """The distance of a checkpoint from its neighbours in multiples of the usual one; 0 if that is unknown.
 
-    Less than what rounding every element once may come to is no distance.
+    Distances below one rounding of every element are ignored.
     """
     last = len(tensor.held) - 1
     beside = [other for other in (place - 1, place + 1) if 0 <= other <= last]
@@ -271,10 +271,10 @@ def _detour(steps: Sequence[int], tensor: TensorStatistics, place: int) -> float
 
 
 def _interval_at_end(steps: Sequence[int], tensor: TensorStatistics, place: int) -> tuple[float, float]:
-    """The first or the last distance, and the largest of the others as it would be over as many steps.
+    """The first or the last distance, and the largest of the others scaled to the same number of steps.
 
-    A distance grows with the steps by a power from 0, for noise about one point, to 1, for a straight line: whichever
-    lets expect more counts.
+    A distance grows with the steps by a power between 0 (noise about one point) and 1 (a straight line). The power that
+    gives the larger value is used.
     """
     spans = [after - before for before, after in itertools.pairwise(steps[index] for index in tensor.held)]
     own = 0 if place == 0 else len(spans) - 1
@@ -291,15 +291,15 @@ def _interval_at_end(steps: Sequence[int], tensor: TensorStatistics, place: int)
 def measure_tensors(
     checkpoints: Sequence[Checkpoint], on_progress: OnProgress | None = None, *, more_bytes: int = 0
 ) -> tuple[list[TensorStatistics], int]:
-    """Measure every floating tensor of some checkpoints; they need not hold the same ones.
+    """Measure every floating tensor of some checkpoints, which may have different tensors.
 
     Args:
         checkpoints: ordered by step.
-        on_progress: called now and then in this thread.
-        more_bytes: what will be read after this, for the total of the progress.
+        on_progress: called from time to time in this thread.
+        more_bytes: bytes that will be read later, for the total of the progress.
 
     Returns:
-        The statistics of each tensor, and how many bytes were read.
+        The statistics of each tensor, and the bytes read.
 
     Raises:
         TruncatedShardError, ReadError: a file changed or cannot be read.
@@ -333,7 +333,7 @@ def measure_tensors(
 
 
 def _groups(checkpoints: Sequence[Checkpoint]) -> dict[tuple[int, ...], dict[str, TensorInfo]]:
-    """The floating tensors with elements, by the checkpoints that hold them in one shape; one group in a sound run."""
+    """The floating tensors with elements, by the checkpoints that have them in one shape. A sound run has one group."""
     held: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for index, checkpoint in enumerate(checkpoints):
         for name, entry in checkpoint.entries.items():
@@ -364,7 +364,7 @@ def _statistics(
 
 
 def _sigma(parts: Sequence[_Partial]) -> float:
-    """From moments about an element of the tensor: exactly 0 where all are equal."""
+    """σ from moments about one element of the tensor, so it is exactly 0 if all elements are equal."""
     count, total, squares = (fsum(part.moments[place] for part in parts) for place in range(3))
     if count < 2 or not math.isfinite(squares):
         return 0.0 if count < 2 else math.inf
@@ -373,13 +373,13 @@ def _sigma(parts: Sequence[_Partial]) -> float:
 
 
 def _exponent(first: float) -> int:
-    """Of the unit in which squares of float64 numbers are formed; 0 but for extreme ones, by the first of a tensor."""
+    """The exponent of the unit for squares in float64, so that extreme values do not overflow; 0 for usual values."""
     exponent = math.frexp(first)[1]
     return exponent if abs(exponent) > EXTREME else 0
 
 
 class _Worker:
-    """Measures one block after another, in one thread. Memory does not grow with the number of checkpoints."""
+    """Measures blocks one after another in one thread. Memory does not grow with the number of checkpoints."""
 
     def __init__(self, checkpoints: Sequence[Checkpoint], reader: TileReader) -> None:
         self._checkpoints = checkpoints
@@ -392,16 +392,16 @@ class _Worker:
         whole = _Partial(np.zeros((5, len(self._checkpoints))), np.zeros(3))
         for start, stop in block.tiles(TILE):
             part = self._measure(block.name, start, stop, dtype)
-            if not part.is_finite:  # NaN or infinity, or a sum that is beyond float32
+            if not part.is_finite:  # NaN, infinity, or a sum that overflows float32
                 same = self._reader.same_infinities(block.name, start, stop, range(len(self._checkpoints)))
                 part = self._measure(block.name, start, stop, torch.float64, same)
             whole = _Partial(whole.rows + part.rows, whole.moments + part.moments)
         return dataclasses.replace(whole, exponent=_exponent(self._reader.first_finite(block.name)))
 
     def _measure(self, name: str, start: int, stop: int, dtype: torch.dtype, same: Tensor | None = None) -> _Partial:
-        """The sums over elements `start` to `stop`, computed in a dtype.
+        """The sums over elements `start` to `stop`, computed in `dtype`.
 
-        Where some are not finite, `same` (n,) has the infinities that are the same in all checkpoints.
+        If some are not finite, `same` (n,) has the infinities that are equal in all checkpoints.
         """
         rows = np.zeros((5, len(self._checkpoints)))
         moments = np.zeros(3)
@@ -430,5 +430,5 @@ class _Worker:
 
 
 def _sum(values: Tensor, same: Tensor | None) -> float:
-    """Their sum; where some may be NaN, of the others."""
+    """The sum; with `same`, without NaN."""
     return float(values.sum() if same is None else values.nansum())

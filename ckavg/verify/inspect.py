@@ -1,4 +1,4 @@
-"""A run, looked at: what its headers tell and, where that is asked for, its weights."""
+"""Inspects a run: its headers and, if asked for, its weights."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """What was found.
+    """The outcome of an inspection.
 
     Attributes:
         run: the checkpoints whose headers are sound.
-        health: what their weights told; None without `deep`.
-        problems: what stands in the way of averaging; empty where nothing does.
-        warnings: what should be known.
+        health: of their weights; None without `deep`.
+        problems: what prevents averaging.
+        warnings: for the user.
     """
 
     run: Run
@@ -39,9 +39,9 @@ class Inspected:
         return f"Inspected({self.run!r}, {len(self.problems)} problems, {len(self.warnings)} warnings)"
 
     def __str__(self) -> str:
-        told = [f"problem: {each}" for each in self.problems]
-        told += [f"warning: {as_arguments(each)}" for each in self.warnings if each not in self.run.warnings]
-        return "\n".join([str(self.run), *told])
+        lines = [f"problem: {each}" for each in self.problems]
+        lines += [f"warning: {as_arguments(each)}" for each in self.warnings if each not in self.run.warnings]
+        return "\n".join([str(self.run), *lines])
 
 
 def inspect(
@@ -52,14 +52,14 @@ def inspect(
     progress: bool | OnProgress = False,
     **selection: Any,
 ) -> Inspected:
-    """Look at a run, and return what is wrong with it instead of raising it.
+    """Inspect a run, and return its problems instead of raising them.
 
     Args:
         run: a run, or a directory or address.
-        deep: read all weights, too: NaN, stale saves, checkpoints that stand out.
-        sha256: as `deep`, with the SHA-256 of every weight file.
-        progress: as of `average`.
-        selection: what to choose of a directory or address, as of `open_run`; None of it with a run.
+        deep: also read all weights, for NaN, stale saves and checkpoints that stand out.
+        sha256: like `deep`, with the SHA-256 of every weight file.
+        progress: see `average`.
+        selection: which checkpoints of a directory or address, see `open_run`; not allowed with a run.
 
     Raises:
         CkavgError: there is nothing to inspect, or files changed or cannot be read.
@@ -67,7 +67,10 @@ def inspect(
     found: Run
     if isinstance(run, Run):
         if selection:
-            raise SettingError("A run has been chosen already.", hint="Name its directory, or leave out the selection.")
+            raise SettingError(
+                f"{', '.join(selection)}: a run has its checkpoints already.",
+                hint="Give its directory instead, or leave out the selection.",
+            )
         found = run
     else:
         limit = selection.pop("max_disk", None)
@@ -80,7 +83,7 @@ def inspect(
     problems = tuple(str(each) for each in found.problems) if isinstance(found, Inspection) else ()
     if not (deep or sha256):
         return Inspected(found, None, problems, found.warnings)
-    from ckavg.verify.health import examine  # and with it torch
+    from ckavg.verify.health import examine  # imports torch
 
     with listening(progress) as on_progress:
         fetch_all(found.checkpoints, on_progress)

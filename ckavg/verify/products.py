@@ -1,10 +1,10 @@
 """`verify --replay` for low-rank adapters that were averaged by their products.
 
-A pair of factors is read whole, of the result and of all checkpoints, and compared as one matrix, which is never
-formed: with D = [w_k s B_k]_k beside −s B and E = [A_k]_k above A, the distance is ‖D E‖² = tr(DᵀD · E Eᵀ). The least
-distance that any product of rank R can have is the sum of the smallest eigenvalues of the same kind of product, without
-the result (Eckart and Young, 1936). No factor is stacked, decomposed or cut as the averaging does it. The two may be
-apart by what rounding the result's factors explains, and by what this computation itself rounds.
+Each pair of factors is read whole, from the result and from all checkpoints. Their products are compared without
+forming a product: with D = [w_k s B_k]_k beside −s B and E = [A_k]_k above A, the distance is ‖D E‖² = tr(DᵀD · E Eᵀ).
+The least distance of any product of rank R is the sum of the smallest eigenvalues of the same expression without the
+result (Eckart and Young, 1936). No factor is stacked, decomposed or cut as in the averaging. The distance may exceed
+the least one by the rounding of the result's factors and of this computation.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from ckavg.verify.findings import Report
 from ckavg.verify.replay import read_whole
 
 _MOST_BYTES = 1 << 30
-"""Of all checkpoints, up to which every pair is compared; of more, some that are drawn."""
+"""Bytes of all checkpoints up to which every pair is compared. Of larger ones, random pairs are."""
 
 _COMPUTED = 2.0**-23
-"""Of the size of all terms, what the square root of a difference of float64 sums may be off."""
+"""Error of the square root of a difference of float64 sums, relative to the size of all terms."""
 
 _ENERGY_TOLERANCE = 1e-6
-"""Relative difference of the energy cut off, and that to all of it: float32 sources need no more."""
+"""Tolerance of the discarded energy, relative to itself and to the total: enough for float32 sources."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Factors:
-    """The product s·BA of one checkpoint in float64: A (r, n), B (m, r) with s in it, and the dtypes they have."""
+    """The product s·BA of one checkpoint in float64: A (r, n), s·B (m, r), and their stored dtypes."""
 
     a: Array
     b: Array
@@ -61,13 +61,13 @@ def check_products(
     Args:
         report: to add to.
         record: of the result.
-        coefficients: β and α, of single tensors, too.
-        checkpoints, outputs: as of `Comparison`.
-        seed: which pairs, where they are too large to compare all.
+        coefficients: β and α, also of single tensors.
+        checkpoints, outputs: see `Comparison`.
+        seed: of the random choice of pairs, if they are too large to compare all.
 
     Raises:
-        UnsupportedFormatError: the sources or the result hold no such adapter.
-        TruncatedShardError, ReadError: a file became shorter meanwhile, or cannot be read.
+        UnsupportedFormatError: the sources or the result have no such adapter.
+        TruncatedShardError, ReadError: a file became shorter, or cannot be read.
     """
     sources = {index: (each, _pairs(each)) for index, each in enumerate(checkpoints) if each is not None}
     results = {index: (each, _pairs(each), prefix) for index, (prefix, each) in outputs.items()}
@@ -97,7 +97,7 @@ def check_products(
         report.bytes_read += files.bytes_read
     for prefix, each in wrong.items():
         if each:
-            what = f"{len(each)} of {len(drawn)} products BA are not the averages of those of the sources"
+            what = f"{len(each)} of {len(drawn)} products BA are not the averages of the sources"
             report.problem("replay", f"{prefix}{what}: {listed(each)}.")
     if len(drawn) == len(names):
         _check_energies(report, record, energies)
@@ -117,8 +117,8 @@ def _read(files: Files, checkpoint: Checkpoint, pair: Pair) -> _Factors:
 
 
 def _compare(terms: Sequence[tuple[float, _Factors]], got: _Factors) -> tuple[float, float, float, float]:
-    """The energy of the sum; what of it any product of the result's rank misses; the distance of the result from the
-    sum, and how large that may be.
+    """The energy of the sum, the least energy that a product of the result's rank misses, the distance of the result
+    from the sum, and its bound.
     """
     b = np.concatenate([weight * each.b for weight, each in terms], axis=1)
     a = np.concatenate([each.a for _, each in terms])
@@ -139,7 +139,7 @@ def _energies(b: Array, a: Array) -> Array:
 
 
 def _rounded(got: _Factors) -> float:
-    """How far rounding its factors may have moved a product: ‖δB A + B δA‖, column by column."""
+    """The largest error of a product from rounding its factors: ‖δB A + B δA‖, column by column."""
     of_a, of_b = np.linalg.norm(got.a, axis=1), np.linalg.norm(got.b, axis=0)
     relative = 1.01 * sum(relative_rounding(dtype) for dtype in got.dtypes)
     tiny = [
@@ -150,7 +150,7 @@ def _rounded(got: _Factors) -> float:
 
 
 def _check_energies(report: Report, record: Record, energies: Mapping[int, Sequence[tuple[float, float]]]) -> None:
-    """Is the energy that was cut off what the record says?"""
+    """Compare the discarded energy with the record."""
     by_step = {output.step: output for output in record.outputs}
     for index, each in energies.items():
         output = by_step[record.steps[index]]

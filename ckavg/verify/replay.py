@@ -1,8 +1,7 @@
-"""`verify --replay`: elements drawn at random are computed again from the checkpoints, and compared with the result.
+"""`verify --replay`: computes random elements again from the checkpoints, and compares them with the result.
 
-Shares nothing with the averaging but the formulas of β and α, from a path that is measured again: Σ_k w_k θ_k is formed
-in float64, with weights that `arithmetic.py` finds in its own way. Reads single elements, so that it takes seconds
-whatever the size of the model.
+It shares only the formulas of β and α with the averaging. It measures the path again, and computes Σ_k w_k θ_k in
+float64 with weights from `arithmetic.py`. It reads single elements, so it takes seconds for a model of any size.
 """
 
 from __future__ import annotations
@@ -36,26 +35,26 @@ _PATH_TOLERANCE = 1e-5
 """Relative difference of ℓ between kernels and devices, which add in different orders; in practice 1e-7."""
 
 _TENSOR_PATH_TOLERANCE = 1e-6
-"""The same of a tensor's own path, from which its β follows."""
+"""The same for a tensor's own path, from which its β follows."""
 
 _READ_WHOLE = 1 << 30
 """Bytes of all checkpoints up to which the whole path is measured again."""
 
 _SAMPLED = 1 << 22
-"""Elements of each checkpoint from which it is estimated otherwise."""
+"""Elements of each checkpoint from which the path of larger runs is estimated."""
 
 _STANDARD_ERRORS, _PART_OF_SAMPLE = 8.0, 0.02
-"""Standard errors, and part of ℓ, by which a path may differ from an estimate."""
+"""By how many standard errors, plus which fraction of ℓ, a path may differ from an estimate."""
 
 _PER_TENSOR = 8
-"""Elements drawn of each tensor, where it has as many and the budget allows."""
+"""Elements chosen from each tensor, if it has as many and the budget allows."""
 
 _BATCH = 100_000
 """Elements that are read and compared together, so that memory does not grow with their number."""
 
 _PAGE = 4096
 _MOST_WHOLE = 16 << 20
-"""Bytes of the largest tensor that is read whole instead of element by element."""
+"""Bytes up to which a tensor is read whole instead of element by element."""
 
 _THREADS = 8
 _EXAMPLES = 8
@@ -66,13 +65,13 @@ _NUMPY_DTYPES = {
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "<u1", "BOOL": "<u1",
     "C64": "<u8", "F8_E4M3": "<u1", "F8_E5M2": "<u1", "F8_E8M0": "<u1", "F8_E4M3FNUZ": "<u1", "F8_E5M2FNUZ": "<u1",
 }  # fmt: skip
-"""As bits where numpy has no such numbers."""
+"""Dtypes that numpy lacks are read as bits."""
 
 Stored = NDArray[np.generic]
 """(n,) elements as they are stored."""
 
 Places = Mapping[str, tuple[int, ...]]
-"""Elements by the name of their tensor: their places in row-major order, ascending."""
+"""Elements by the name of their tensor: row-major indices, ascending."""
 
 
 def check_elements(
@@ -85,7 +84,7 @@ def check_elements(
     elements: int,
     seed: int,
 ) -> None:
-    """Find β, then compute elements again; `source` is where the run is now, if the user named it."""
+    """Compute β, then elements, again; `source` is the directory of the run, if the user named it."""
     scheme = record.to_scheme()
     per_tensor = isinstance(scheme, PEMA) and scheme.scope == "tensor"
     try:
@@ -136,9 +135,9 @@ def check_elements(
 
 
 def _measured(record: Record, run: Run, *, whole: bool) -> PathLength:
-    """The path of the sources as they are now, from nothing that is cached.
+    """The current path of the sources, without the cache.
 
-    It is measured as it was, where that takes little reading or the whole of it is needed, otherwise estimated.
+    It is measured exactly if that is quick or necessary, and estimated otherwise.
     """
     exclude, zero_sigma, nonfinite = record.path_exclude, record.zero_sigma, record.allow_nonfinite
     entries = to_measure(run.tensors, exclude)
@@ -154,7 +153,7 @@ def _measured(record: Record, run: Run, *, whole: bool) -> PathLength:
 
 
 def _check_path(report: Report, record: Record, path: PathLength) -> None:
-    """Whether the sources have travelled as far as the record says."""
+    """Compare the path of the sources with the record."""
     errors = path.standard_errors if path.sample != record.sample else None
     for place, (got, want) in enumerate(zip(record.path_length or (), path.lengths, strict=True)):
         error = _STANDARD_ERRORS * errors[place] if errors else 0.0
@@ -168,16 +167,16 @@ def _check_path(report: Report, record: Record, path: PathLength) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What is computed again, and compared with what.
+    """The sources and results to compare.
 
     Attributes:
-        coefficients: β and α, of single tensors, too.
+        coefficients: β and α, also of single tensors.
         checkpoints: the sources by index; None before the average begins.
-        outputs: the results, by the index of the checkpoint after which each was written, with what stands before the
-            names of its tensors in messages.
-        wide: whether everything was accumulated in float64; tensors that are float64 in a checkpoint were in any case.
-        allow_nonfinite: whether NaN and infinity were let through.
-        beta_error: relative error of β, where it follows from a path that was measured again.
+        outputs: the results, by the index of the checkpoint after which each was written, with the prefix of its
+            tensors' names in messages.
+        wide: whether everything was accumulated in float64; tensors that are float64 in a checkpoint always are.
+        allow_nonfinite: whether NaN and infinity were allowed.
+        beta_error: relative error of β, if it comes from a path that was measured again.
     """
 
     coefficients: Coefficients
@@ -188,10 +187,10 @@ class Comparison:
     beta_error: float = 0.0
 
     def compare(self, report: Report, elements: int, seed: int) -> None:
-        """Draw so many elements of each output, compute them again, and compare.
+        """Choose this many random elements of each output, compute them again, and compare.
 
         Raises:
-            TruncatedShardError, ReadError: a file became shorter meanwhile, or cannot be read.
+            TruncatedShardError, ReadError: a file became shorter, or cannot be read.
         """
         read = [each for each in self.checkpoints if each is not None] + [each for _, each in self.outputs.values()]
         drawn = draw(read[-1].entries, elements, seed)
@@ -227,7 +226,7 @@ class Comparison:
         result: Stored,
         tally: _Tally,
     ) -> None:
-        """Compare elements of one tensor of one output. `sources` begins with the checkpoint where the average does."""
+        """Compare elements of one tensor of one output. `sources` begins with the anchor."""
         entry, start = self.outputs[index][1].entries[name], self.coefficients.start
         if not entry.is_floating:
             source = sources[index - start]
@@ -240,7 +239,7 @@ class Comparison:
         magnitudes = weights_of(coefficients, index, magnitudes=True)[start : index + 1]
         thetas = [widened(*each) for each in zip(sources[: index + 1 - start], dtypes, strict=False)]
         last, got = thetas[-1], widened(result, entry.dtype)
-        same = np.logical_and.reduce([theta == thetas[0] for theta in thetas])  # those stay what they are
+        same = np.logical_and.reduce([theta == thetas[0] for theta in thetas])  # infinities stay
         thetas = [theta if size else np.zeros_like(theta) for theta, size in zip(thetas, magnitudes, strict=True)]
         unit = 2.0**-64 if max(np.abs(theta).max(initial=0.0) for theta in thetas) > _LARGE else 1.0
         thetas, got, last = [theta * unit for theta in thetas], got * unit, last * unit  # so that no sum overflows
@@ -270,7 +269,7 @@ class Comparison:
 
 @dataclass(slots=True)
 class _Tally:
-    """How many elements of one output are right, and which are not."""
+    """The number of compared elements of one output, and those that are wrong."""
 
     prefix: str
     compared: int = 0
@@ -302,17 +301,17 @@ class _Tally:
         if count:
             elements = f"{count:,} of {self.compared:,} elements, in {len(self.wrong)} of the tensors"
             examples = "; ".join(self.examples) + ("; …" if count > len(self.examples) else "")
-            report.problem("replay", f"{self.prefix}{elements}, are not what the sources give: {examples}.")
+            report.problem("replay", f"{self.prefix}{elements}, differ from what the sources give: {examples}.")
 
 
 def draw(entries: Mapping[str, TensorInfo], elements: int, seed: int) -> Places:
-    """Draw elements at random, without repetition: some of every tensor, the others by its size.
+    """Choose elements at random without repetition: some of every tensor, the rest in proportion to size.
 
     Args:
         entries: the tensors.
-        elements: how many in all; fewer where there are not as many. Where there are more tensors than that, one of
-            each of as many tensors.
-        seed: the same seed draws the same elements of the same tensors.
+        elements: the total number; fewer if there are not as many. If there are more tensors than that, one element
+            each of that many tensors.
+        seed: the same seed chooses the same elements of the same tensors.
     """
     generator = random.Random(seed)  # noqa: S311 - it guards nothing
     sizes = {name: entry.numel for name, entry in sorted(entries.items()) if entry.numel}
@@ -329,7 +328,7 @@ def _counts(sizes: Mapping[str, int], elements: int) -> dict[str, int]:
     left = {name: size - counts[name] for name, size in sizes.items()}
     while (budget := elements - sum(counts.values())) > 0 and any(left.values()):
         total = sum(left.values())
-        # At least one more in each round, so that it comes to an end.
+        # At least one more in each round, so that the loop ends.
         for name in sorted(left, key=lambda name: -left[name]):
             more = min(left[name], max(1, left[name] * budget // total), elements - sum(counts.values()))
             counts[name] += more
@@ -352,11 +351,13 @@ def _batches(drawn: Places) -> Iterator[Places]:
 
 
 def _gather_all(read: Sequence[Checkpoint], batch: Places) -> Iterator[tuple[Mapping[str, Stored], int]]:
-    """These elements of each checkpoint by tensor, and how many bytes were read; several at the same time."""
+    """These elements of each checkpoint by tensor, and the bytes read; several tensors are read at a time."""
 
     def gather(checkpoint: Checkpoint) -> tuple[Mapping[str, Stored], int]:
         with Files(threads=_THREADS) as files:
-            held = [name for name in batch if name in checkpoint.entries]  # what is copied need not be everywhere
+            held = [
+                name for name in batch if name in checkpoint.entries
+            ]  # copied tensors need not be in every checkpoint
             return {name: _gather(files, checkpoint, name, batch[name]) for name in held}, files.bytes_read
 
     with ThreadPoolExecutor(_THREADS) as executor:
@@ -364,7 +365,7 @@ def _gather_all(read: Sequence[Checkpoint], batch: Places) -> Iterator[tuple[Map
 
 
 def bytes_to_gather(entry: TensorInfo, places: tuple[int, ...]) -> int:
-    """How much is read: a small tensor whole, since storage would read most of its pages for single elements anyway."""
+    """The bytes to read. A small tensor is read whole, since single elements would touch most of its pages anyway."""
     whole = entry.nbytes <= min(_PAGE * len(places), _MOST_WHOLE)
     return entry.nbytes if whole else entry.item_bytes * len(places)
 
@@ -379,7 +380,7 @@ def _gather(files: Files, checkpoint: Checkpoint, name: str, places: tuple[int, 
     pending = list(places)
 
     def announce() -> None:
-        for place in pending:  # all of them at the first that is not in memory, so that they are fetched together
+        for place in pending:  # all at once, so that they are fetched together
             for path, begin, end in checkpoint.ranges(name, place, place + 1):
                 files.announce(path, begin, end - begin)
         pending.clear()
@@ -395,7 +396,7 @@ def _gather(files: Files, checkpoint: Checkpoint, name: str, places: tuple[int, 
 
 
 def read_whole(files: Files, checkpoint: Checkpoint, name: str) -> Array:
-    """(n,) all elements of a tensor in float64."""
+    """(n,) All elements of a tensor in float64."""
     entry = checkpoint.entries[name]
     buffer = bytearray(entry.nbytes)
     files.read_elements(checkpoint, name, 0, memoryview(buffer), on_miss=lambda: None)
@@ -403,14 +404,14 @@ def read_whole(files: Files, checkpoint: Checkpoint, name: str) -> Array:
 
 
 def widened(stored: Stored, dtype: str) -> Array:
-    """Floating elements in float64, exactly."""
+    """Floating elements converted to float64, exactly."""
     if dtype == "BF16":
         stored = (stored.astype(np.uint32) << 16).view(np.float32)
     return np.asarray(stored.astype(np.float64))
 
 
 def where(entry: TensorInfo, place: int) -> str:
-    """The index of an element, as one types it: `[3, 0]`; nothing for a scalar."""
+    """The index of an element as one types it, `[3, 0]`; empty for a scalar."""
     return str([int(each) for each in np.unravel_index(place, entry.shape)]) if entry.shape else ""
 
 

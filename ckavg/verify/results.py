@@ -1,4 +1,4 @@
-"""The results that a run has: what their records say, and whether they are still what they were. Reads no weight."""
+"""Lists the results of a run: what their records say, and whether they are up to date. Reads no weights."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ State = Literal["up to date", "sources changed", "copied or edited", "unknown"]
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A directory with a record in it.
+    """A directory with a record.
 
     Attributes:
-        directory: where it is.
-        record: what it says; None where it cannot be understood.
-        made: when its weights were written, in seconds since 1970; None where there are none.
-        state: whether its checkpoints are still those it was made of, and its files are as they were written;
-            `unknown` where the checkpoints are elsewhere, or nothing tells.
-        problem: what is wrong with it; empty where nothing is.
+        directory: its path.
+        record: its content; None if it is invalid.
+        made: when its weights were written, in seconds since 1970; None if there are none.
+        state: whether its checkpoints and its files are unchanged since it was made; `unknown` if the checkpoints are
+            not on this machine, or cannot be compared.
+        problem: what is wrong with it; empty if nothing is.
     """
 
     directory: Path
@@ -62,10 +62,10 @@ class Result:
 
 
 def list_results(source: AnyPath | str) -> list[Result]:
-    """The results in a directory and in `averaged` beneath it, by name; of a source elsewhere, those beneath here, too.
+    """The results in a directory and in its folder `averaged`, by name; for a remote run, those below the current one.
 
     Args:
-        source: a run, a directory that results were put into, or a result.
+        source: a run, a directory of results, or a result.
 
     Raises:
         ReadError: it cannot be listed.
@@ -81,7 +81,7 @@ def list_results(source: AnyPath | str) -> list[Result]:
         found += [] if averaged.is_symlink() or not averaged.is_dir() else _results_in(averaged)
     except OSError as error:
         raise ReadError(
-            f"{home} cannot be listed: {error.strerror}.", hint="Name a run, or a directory that holds results."
+            f"{home} cannot be listed: {error.strerror}.", hint="Give a run, or a directory of results."
         ) from error
     results = [_examine(each) for each in found]
     if address is not None and address.scheme != "hf":
@@ -90,7 +90,7 @@ def list_results(source: AnyPath | str) -> list[Result]:
 
 
 def _results_at(address: Address) -> Iterator[Result]:
-    """The results at an address and in `averaged` beneath it; whether they are up to date is unknown."""
+    """The results at an address and in its folder `averaged`; whether they are up to date is unknown."""
     tree = ObjectTree(address)
     for name, info in tree.list_files().items():
         *folders, last = name.split("/")
@@ -120,7 +120,7 @@ def _examine(directory: Path) -> Result:
         return Result(directory, None, made, "unknown", error.message.splitlines()[0])
     local, files = read_local(directory), _files(record)
     if missing := [name for name in files if not (directory / name).is_file()]:
-        return Result(directory, record, made, "unknown", f"{listed(missing)} is not there.")
+        return Result(directory, record, made, "unknown", f"{listed(missing)} is missing.")
     return Result(directory, record, made, _state(record, directory, local, files))
 
 

@@ -1,7 +1,7 @@
-"""`verify --sources` and `--replay`: where the checkpoints are now, and whether they are what was averaged.
+"""`verify --sources` and `--replay`: finds the checkpoints, and checks whether they are the averaged ones.
 
-A record says where they were. A run that was moved is looked for beside the result, where it was before, and where the
-user says that it is. Of what has an address, headers are fetched.
+A record says where they were. A run is looked for where the user says, beside the result, and where it was before. For
+an address, only headers are downloaded.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from ckavg.storage.remote import open_storage
 from ckavg.verify.findings import Report
 
 _ACTING = ("/net/", "/sys/", "/proc/")
-"""To look below `/net` is to mount what another machine offers; files of the kernel act when they are read."""
+"""Looking below `/net` mounts directories of other machines; reading files of the kernel has side effects."""
 
 _INDEXES = (".safetensors.index", ".bin.index")
 _LENGTH = 8
-"""Bytes that state the length of a header."""
+"""Bytes that hold the length of a header."""
 
 Place = Mapping[str, Path]
-"""Where the weight files of a checkpoint may be, by their names in the record."""
+"""Possible paths of a checkpoint's weight files, by their names in the record."""
 
 Sources = Sequence[Checkpoint | None]
-"""The checkpoints by index; None for those that take no part, are not there, or are not what they were."""
+"""The checkpoints by index; None for those that take no part, are missing, or have changed."""
 
 
 def is_remote(recorded: Input) -> bool:
-    """Whether a checkpoint is known by an address, be it of a kind that is read or not."""
+    """Whether a checkpoint has an address, even of an unsupported kind."""
     try:
         return address_of(recorded.directory) is not None
     except SettingError:
@@ -50,10 +50,10 @@ def is_remote(recorded: Input) -> bool:
 
 
 def addresses_in(inputs: Iterable[Input]) -> tuple[str, ...]:
-    """The repositories and buckets that checkpoints lie in, each with their number. Asks none of them."""
+    """The repositories and buckets of checkpoints, each with their number. Makes no request."""
     found: Counter[str] = Counter()
     for recorded in inputs:
-        with suppress(SettingError):  # of a kind that is not read: said in its turn
+        with suppress(SettingError):  # of an unsupported kind: reported later
             address = address_of(recorded.directory)
             if address is not None:
                 parts = address.place.split("/")[: 3 if address.scheme == "hf" else 1]  # a repository, or a bucket
@@ -76,17 +76,17 @@ def find_sources(
     init: Path | None,
     on_addresses: Callable[[Sequence[str]], None],
 ) -> Sources:
-    """Find the checkpoints of a result and read their headers; sizes are compared before a file is opened.
+    """Find the checkpoints of a result and read their headers. Sizes are compared before a file is opened.
 
     Args:
         report: to add to.
         record: of the result.
         directory: of the result.
-        tensors: of the result, all of which every checkpoint must hold in the same shape.
+        tensors: of the result; every checkpoint must have all of them in the same shape.
         first: index of the first checkpoint that takes part.
-        source: where the run is now; None: where it was.
-        init: where the anchor given with `--init` is now.
-        on_addresses: called with the directories in which they are read, before a file there is opened.
+        source: directory of the run; None means where it was.
+        init: directory of the anchor given with `--init`.
+        on_addresses: called with the places of the checkpoints, before a file there is opened.
     """
     located: dict[int, Place | Address] = {}
     stated = record.selection.get("prefix")
@@ -132,10 +132,10 @@ def locate(
     source: Path | None = None,
     init: Path | None = None,
 ) -> Place | Address:
-    """The address of a checkpoint, or the first place where its files have the sizes they had. Opens nothing.
+    """The address of a checkpoint, or the first directory in which its files have the recorded sizes. Opens nothing.
 
     Raises:
-        CkavgError: there is none; of the likeliest place, what is wrong there.
+        CkavgError: there is none; the message is about the most likely directory.
     """
     recorded = record.inputs[index]
     if source is None and (address := address_of(recorded.directory)) is not None:
@@ -148,14 +148,14 @@ def locate(
             return place
         errors.append(wrong)
     if not errors:
-        raise CorruptFileError("the record does not tell where it is; name it with --init or --source.")
+        raise CorruptFileError("the record does not say where it is. Name it with --init or --source.")
     raise errors[0]
 
 
 def _candidates(
     record: Record, index: int, directory: Path, local: Local, *, source: Path | None, init: Path | None
 ) -> list[Place]:
-    """Where a checkpoint may be, the likeliest first; one place alone where the user has named it."""
+    """Where a checkpoint may be, the most likely first; a single place if the user named it."""
     recorded = record.inputs[index]
     was, is_init = Path(recorded.directory), index == 0 and record.anchor_is_init
     if is_init and init is not None:
@@ -178,10 +178,12 @@ def _directory(place: Place) -> Path:
 
 
 def _refused(place: Place) -> CkavgError | None:
-    """What a record must not have us look at, since looking is an act: of other machines, or of the kernel."""
+    """Refuse a path of a record whose mere lookup has side effects: on other machines, or in the kernel."""
     directory = os.path.normpath(_directory(place).absolute())
     if directory.startswith(_ACTING):
-        return CorruptFileError(f"{directory} is not looked at for a record. Name it with --source, if it is right.")
+        return CorruptFileError(
+            f"{directory} is not opened because a record names it. If it is right, name it with --source."
+        )
     return None
 
 
@@ -190,7 +192,7 @@ def _wrong_size(place: Place, recorded: Input) -> CkavgError | None:
         try:
             status = path.stat()
         except (OSError, ValueError):
-            return CorruptFileError(f"{path} is not there; it was averaged.")
+            return CorruptFileError(f"{path} is missing; it was averaged.")
         size, expected = status.st_size, recorded.files[name]
         if not stat.S_ISREG(status.st_mode):
             return CorruptFileError(f"{path} is not a plain file.")
@@ -202,11 +204,11 @@ def _wrong_size(place: Place, recorded: Input) -> CkavgError | None:
 
 
 def _open_remote(address: Address, recorded: Input, prefix: str | None) -> Checkpoint:
-    """Open a checkpoint that has an address: its headers are fetched, none of its weights."""
+    """Open a checkpoint at an address: only headers are downloaded."""
     folders = {str(PurePosixPath(name).parent) for name in recorded.files}
 
     def is_shown(name: str) -> bool:
-        """Weights that were averaged, what tells which of them are loaded as one, and how adapters are scaled."""
+        """Whether to list a file: averaged weights, and the indexes and configs that say how to load them."""
         path = PurePosixPath(name)
         is_listed = any(each in path.name for each in _INDEXES) or path.name == METADATA
         is_index = is_listed and str(path.parent) in folders
@@ -216,7 +218,7 @@ def _open_remote(address: Address, recorded: Input, prefix: str | None) -> Check
     for name, size in recorded.files.items():
         there = storage.info(storage.root / name)
         if there is None:
-            raise CorruptFileError(f"{address}/{name} is not there; it was averaged.")
+            raise CorruptFileError(f"{address}/{name} is missing; it was averaged.")
         if there.nbytes != size:
             raise CorruptFileError(
                 f"{address}/{name} is {there.nbytes:,} bytes long; it was {size:,} when it was averaged."
@@ -225,9 +227,9 @@ def _open_remote(address: Address, recorded: Input, prefix: str | None) -> Check
 
 
 def _open_local(place: Place, record: Record, recorded: Input, prefix: str | None) -> Checkpoint:
-    """The checkpoint that these files are: all or some parts of their directory, or a single file among others."""
+    """The checkpoint of these files: all or some parts of their directory, or a single file among others."""
     directory, files = _directory(place), set(place.values())
-    for each in files:  # before anything beside it is looked at
+    for each in files:  # before other files are opened
         if each.suffix != SLICES:
             _check_length(each)
     is_single = len(files) == 1
@@ -247,7 +249,7 @@ def _open_local(place: Place, record: Record, recorded: Input, prefix: str | Non
 
 
 def _check_length(path: Path) -> None:
-    """Refuse a file that does not begin as weights do."""
+    """Refuse a file that does not begin like a weight file."""
     try:
         with open_regular(path) as file:
             first = file.read(_LENGTH)
@@ -277,10 +279,10 @@ def check_checksums(report: Report, record: Record, sources: Sources, outputs: S
         report: to add to.
         record: of the result.
         sources: the checkpoints.
-        outputs: the results; their tensors tell which were averaged.
+        outputs: the results, whose tensors were averaged.
 
     Raises:
-        TruncatedShardError, ReadError: a file became shorter meanwhile, or cannot be read.
+        TruncatedShardError, ReadError: a file became shorter, or cannot be read.
     """
     from ckavg.engine.blocks import TILE, Block, cut_blocks
     from ckavg.engine.checksums import checksums
@@ -320,6 +322,6 @@ def check_checksums(report: Report, record: Record, sources: Sources, outputs: S
     report.bytes_read += streamed.bytes_read
     for (checkpoint, recorded), checksum in zip(here, checksums(read, blocks, streamed.results), strict=True):
         if checksum != recorded.checksum:
-            changed = f"step {recorded.step}: the weights in {checkpoint.path} are not those that were averaged"
+            changed = f"step {recorded.step}: the weights in {checkpoint.path} are not the averaged ones"
             sums = f"their checksum is {checksum[:12]}…, it was {recorded.checksum}."
             report.problem("sources", f"{changed}: {sums}")

@@ -1,4 +1,4 @@
-"""A result, verified, all of it in order: the record, the files, the weights, the sources, the elements."""
+"""Verifies a result in order: the record, the files, the weights, the sources, the elements."""
 
 from __future__ import annotations
 
@@ -47,32 +47,32 @@ def verify_result(
     on_progress: OnProgress | None = None,
     on_addresses: OnAddresses | None = None,
 ) -> Verified:
-    """Read a result again and check it against its record and, where that is asked for, against its sources.
+    """Read a result again and check it against its record and, if asked for, against its sources.
 
-    Nothing is written, neither to the result nor to the sources. A result that a killed process had moved aside, to put
-    another in its place, gets its name back first.
+    Nothing is written to the result or to the sources. But a result that a killed process had moved aside is moved back
+    first.
 
     Args:
         result: a result, or the directory of one or of one of its snapshots; it may have been moved, renamed or
-            copied. One at an address is downloaded, and the copy removed.
-        replay: compute elements, drawn at random, again from the checkpoints, and compare them.
+            copied. A result at an address is downloaded, and the copy removed.
+        replay: compute random elements again from the checkpoints, and compare them.
         sources: read all checkpoints again, and compare their checksums with the record.
-        source: directory of the checkpoints; None: where they were, as seen from the result or by its record.
-        init: the anchor that was given apart from the run; None likewise.
-        fetch: ask the repositories and buckets that the record names for the checkpoints; a record may name any.
+        source: directory of the checkpoints; None means where they were, relative to the result or by its record.
+        init: the anchor given with `init`; None means where it was.
+        fetch: read checkpoints from the repositories and buckets that the record names; a record may name any.
         elements: how many elements `replay` computes, in the result and in each of its snapshots.
-        seed: which elements; None: others each time.
-        on_progress: called now and then in this thread.
-        on_addresses: called with the places where checkpoints will be read, before anything there is opened.
+        seed: of the random choice of elements; None means different ones each time.
+        on_progress: called from time to time in this thread.
+        on_addresses: called with the places of the checkpoints, before anything there is opened.
 
     Returns:
-        What is not as it was recorded. There is a result that can be relied on where `problems` is empty.
+        All differences from the record. The result is reliable if `problems` is empty.
 
     Raises:
-        RecordError: there is no record, or not one that can be understood.
-        ReadError: the system would not let us read it.
-        SettingError: `elements` is less than 1, or `seed` is negative; the checkpoints are not on this machine, and are
-            not to be fetched; or `source` or `init` is an address.
+        RecordError: the record is missing or invalid.
+        ReadError: the result cannot be read.
+        SettingError: `elements` is less than 1, or `seed` is negative; the checkpoints are not on this machine and
+            `fetch` is not set; or `source` or `init` is an address.
     """
     begun = time.perf_counter()
     result = result.directory if isinstance(result, Record) else result
@@ -82,7 +82,9 @@ def verify_result(
         raise SettingError(f"seed is {seed}; it must be 0 or more.")
     for name, place in (("source", source), ("init", init)):
         if place is not None and (address := address_of(place)) is not None:
-            raise SettingError(f"{name} is {address}; it must be on this machine.", hint="Fetch it, and name the copy.")
+            raise SettingError(
+                f"{name} is {address}; it must be on this machine.", hint="Download it, and give the copy."
+            )
     if (address := address_of(result)) is not None:
         options: dict[str, Any] = {"replay": replay, "sources": sources, "source": source, "init": init, "fetch": fetch}
         options |= {"elements": elements, "seed": seed, "on_progress": on_progress, "on_addresses": on_addresses}
@@ -97,8 +99,7 @@ def verify_result(
     if addresses and not fetch:
         raise SettingError(
             f"The checkpoints are not on this machine; the record names {listed(addresses)}.",
-            hint="If you trust these places, have them read with --fetch; or name the directory of a copy with "
-            "--source.",
+            hint="If you trust these places, add --fetch to read them; or name the directory of a copy with --source.",
         )
     if addresses:
         on_addresses(addresses)
@@ -115,7 +116,7 @@ def verify_result(
         seed = secrets.randbelow(2**32) if seed is None else seed
         outputs_only = [checkpoint for _, checkpoint in outputs.values()]
         tensors = outputs_only[-1].entries if outputs else {}
-        if outputs and record.lora == "product":  # whose shapes are of another rank
+        if outputs and record.lora == "product":  # their shapes depend on the rank
             tensors = outputs_only[-1].without(names_of_pairs(outputs_only[-1])).entries
         found = find_sources(
             report, record, directory, tensors, first=first, source=source, init=init, on_addresses=on_addresses
@@ -131,7 +132,7 @@ def verify_result(
                 fetch_all(present, on_progress)
                 check_elements(report, record, outputs, found, source=source, elements=elements, seed=seed)
         for storage in storages_of(each.path for each in present):
-            storage.remove_downloads()  # after an error they stay, for the next time
+            storage.remove_downloads()  # after an error they stay for the next attempt
     return Verified(
         result=directory,
         title=_title(record),
@@ -148,7 +149,7 @@ def verify_result(
 
 
 def _title(record: Record) -> str:
-    """What a record says it is."""
+    """The title of a record: scheme, settings and steps."""
     scheme = record.to_scheme()
     stated = "".join(f"{name.replace('_', '-')} {value}, " for name, value in scheme.stated.items())
     steps = f"{len(record.steps)} checkpoints, steps {record.steps[0]} to {record.steps[-1]}"
@@ -157,7 +158,7 @@ def _title(record: Record) -> str:
 
 
 def _parts(directory: Path, record: Record) -> dict[int, Part]:
-    """The snapshots and the result, by the index after which each was written; links that lead out are left out."""
+    """The snapshots and the result, by the index after which each was written, without links that leave the result."""
     parts = {record.output_index: Part(directory, record.output)}
     for output in record.outputs[:-1]:
         place = directory / output.name
@@ -167,21 +168,21 @@ def _parts(directory: Path, record: Record) -> dict[int, Part]:
 
 
 def _check_record(report: Report, record: Record, parts: Mapping[int, Part]) -> None:
-    """Do the numbers follow from each other, and do the records of the snapshots say the same?"""
-    from ckavg.verify.arithmetic import check_arithmetic  # numpy takes a while
+    """Check that the numbers follow from each other, and that the records of the snapshots agree."""
+    from ckavg.verify.arithmetic import check_arithmetic  # numpy is slow to import
 
     if record.ckavg_version != __version__:
-        version = f"It was made with ckavg {record.ckavg_version}, and is checked with {__version__}."
+        version = f"It was made by ckavg {record.ckavg_version}, and is checked by {__version__}."
         report.warning("record", version)
     for each in check_arithmetic(record):
         report.problem("record", each)
     inside = {part.output.name for part in parts.values()}
     for output in record.outputs:
         if output.name not in inside:
-            report.problem("files", f"{output.name} is a link that leads out of the result.")
+            report.problem("files", f"{output.name} is a link that leaves the result.")
     for part in parts.values():
         if not part.prefix or not part.directory.is_dir():
-            continue  # that it is not there shows with its files
+            continue  # its missing files are reported later
         try:
             own = read_record(part.directory)
         except CkavgError as error:
@@ -189,19 +190,19 @@ def _check_record(report: Report, record: Record, parts: Mapping[int, Part]) -> 
         else:
             wrong = [f": {each}" for each in check_arithmetic(own)]
             if _identity(own, own.output) != _identity(record, part.output):
-                wrong.append(" is not of the same average as that of the result.")
+                wrong.append(" is of another average than the result.")
         for each in wrong:
             report.problem("record", f"{part.prefix}{RESULT_RECORD}{each}")
 
 
 def _identity(record: Record, output: Output) -> tuple[object, ...]:
-    """What a result and its snapshot must agree on."""
+    """What a result and its snapshot must have in common."""
     average = record.to_scheme(), record.steps, record.path_length, record.betas, record.alphas
     return *average, record.accumulate, record.inputs, output.step, output.files, output.sha256
 
 
 def _check_files(report: Report, directory: Path, record: Record, parts: Mapping[int, Part]) -> Outputs:
-    """Are all files there and as they were, and would the weights load? Returns those that would."""
+    """Check that all files exist unchanged and that the weights load; return those that do."""
     snapshots = [each.name for each in record.outputs[:-1]]
     for part in parts.values():
         check_others(report, part, () if part.prefix else snapshots)
@@ -218,5 +219,5 @@ def _check_files(report: Report, directory: Path, record: Record, parts: Mapping
                 unknown |= {field: min(names - floating) for field, names in named.items() if names - floating}
                 opened[index] = part.prefix, checkpoint.with_copied(copied)
     for field, name in unknown.items():
-        report.problem("record", f"{field} names {name!r}, which is no floating tensor of the result.")
+        report.problem("record", f"{field} names {name!r}, which is not a floating tensor of the result.")
     return opened

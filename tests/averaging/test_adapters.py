@@ -297,7 +297,7 @@ def test_a_product_that_is_wrong_is_found(tmp_path: Path) -> None:
     tensors[B][0, 0] *= 1.01
     save_file(tensors, file, {"format": "pt"})
     found = ckavg.verify_result(record.directory, replay=True).problems
-    assert any("1 of 1 products BA are not the averages of those of the sources: q is" in each for each in found)
+    assert any("1 of 1 products BA are not the averages of the sources: q is" in each for each in found)
     config = record.directory / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 4', '"lora_alpha": 5'))
     assert any("q is" in each for each in ckavg.verify_result(record.directory, replay=True).problems)

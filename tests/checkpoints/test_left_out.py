@@ -197,8 +197,8 @@ def test_copied_files(source: Path) -> None:
     ("pattern", "told"),
     [
         ("nothing*", "'nothing\\*' matches no file"),
-        ("*.safetensors", "matches weights alone"),
-        ("pytorch_model.bin", "matches weights alone"),
+        ("*.safetensors", "matches only weights"),
+        ("pytorch_model.bin", "matches only weights"),
         ("../checkpoint-10/*", "matches no file"),
         ("/etc/passwd", "matches no file"),
         ("README.md", "matches no file"),
@@ -218,6 +218,6 @@ def test_what_is_never_copied(source: Path, pattern: str, told: str) -> None:
 def test_what_is_copied_and_said(source: Path) -> None:
     (source / "checkpoint-40" / "modeling_mine.py").write_text("import os")
     plan = ckavg.plan_average(ckavg.open_run(source, copy=("*",)), ckavg.EMA())
-    assert f"Weights are never copied, though --copy * matches them: {MODEL}." in plan.warnings
+    assert f"--copy * also matches weights, which are never copied: {MODEL}." in plan.warnings
     assert plan.side_files["modeling_mine.py"] == b"import os"
     assert any("Custom code is copied with the weights: modeling_mine.py." in warning for warning in plan.warnings)

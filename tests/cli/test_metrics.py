@@ -64,8 +64,10 @@ def test_the_standard_error_is_not_the_metric_and_more_accuracy_is_better(run: P
     )
     assert evaluations(told.stdout)[1] == {
         "command": ACCURACIES, "value": 0.75, "problem": "", "metric": "acc", "stderr": 0.03, "goal": "max",
-        "best_of": 0,
+        "best_of": 0, "data": "", "last_value": None, "last_stderr": None,
     }  # fmt: skip
+    mean = evaluations(told.stdout)[0]
+    assert (mean["value"], mean["last_value"], mean["last_stderr"]) == (0.5, 0.75, 0.03)
     assert {key: json.loads(told.stdout)[key] for key in ("best", "level")} == {
         "best": "last",
         "level": ["dema-kappa0.5"],
@@ -75,10 +77,27 @@ def test_the_standard_error_is_not_the_metric_and_more_accuracy_is_better(run: P
 def test_the_card_and_the_record_say_the_metric(run: Path) -> None:
     run_cli("sweep", run, "last", "--eval", ACCURACIES, "--eval-metric", "acc")
     card = (run / "averaged" / "last" / "README.md").read_text()
-    assert "printed acc **0.75** ± 0.03 (standard error):" in card
-    assert "\n\nMore is better.\n" in card
+    assert "| | acc |\n|---|---:|\n| **this model** | 0.75 ± 0.03 |\n" in card
+    assert "\n\nMore is better. ± is the standard error. The command" in card
     assert json.loads((run / "averaged" / "last" / "ckavg.json").read_text())["evaluation"]["metric"] == "acc"
     assert run_cli("verify", run / "averaged" / "last").exit_code == 0
+
+
+@pytest.mark.parametrize("scheme", ["mean", "last mean"])
+def test_the_card_says_what_was_gained(run: Path, scheme: str) -> None:
+    """Against the last checkpoint, if `last` is among the averages or `--eval-run` evaluates the run."""
+    values = {"mean": {"loss": 1.5, "tokens": 4096}, "": {"loss": 2.0, "loss_stderr": 0.25}}
+    cases = " ".join(f"*{name}) echo '{json.dumps(each)}';;" for name, each in values.items())
+    said = f"case {{dir}} in {cases} esac"
+    curve = () if "last" in scheme else ("--eval-run",)
+    for words in (("sweep", run, *scheme.split(), *curve), ("sweep", run, "mean")):  # the second finds it up to date
+        done = run_cli(*words, "--eval", said, "--eval-metric", "loss", "--json")
+        assert done.exit_code == 0, done.stderr
+        card = (run / "averaged/mean/README.md").read_text()
+        rows = "| last checkpoint of the run | 2 ± 0.25 |\n| **this average** | 1.5 |\n"
+        assert f"| | loss |\n|---|---:|\n{rows}" in card
+        assert "Averaging lowered loss from 2 to 1.5 (by 25 %), which is better. Measured on 4,096 tokens. ± is" in card
+    assert run_cli("verify", run / "averaged/mean").exit_code == 0
 
 
 EQUAL = saying(mean="loss 2", last="loss 1", dema="loss 1")
@@ -281,7 +300,7 @@ def test_what_is_not_as_it_was_written_is_not_believed(run: Path, counted: tuple
             warning.startswith(f"{file} is damaged, edited, or from another version") for warning in cache.warnings
         ] == [True]
     file.write_bytes(resealed(table))
-    assert EvaluationCache.load(opened, criterion).values == {key: tuple(pair)}
+    assert EvaluationCache.load(opened, criterion).values == {key: (*pair, "")}
     file.write_bytes(wrong[-1])
     lines(runs)
     done = run_cli(*sweep)

@@ -95,12 +95,12 @@ def test_what_has_changed_and_what_is_damaged(run: Path) -> None:
         "version": "unknown",
         "good": "up to date",
     }
-    assert results["missing"]["problem"] == "config.json is not there."
+    assert results["missing"]["problem"] == "config.json is missing."
     assert "is not JSON" in results["damaged"]["problem"]
-    assert "weights is not there" in results["version"]["problem"]
+    assert "weights is missing" in results["version"]["problem"]
     assert results["version"]["ckavg_version"] is None
     shown = run_cli("ls", run / "out").stdout
-    assert "problem: missing: config.json is not there." in shown.splitlines()
+    assert "problem: missing: config.json is missing." in shown.splitlines()
     (run / "checkpoint-10" / MODEL).touch()
     assert listed(run / "out")["good"]["state"] == "up to date", "it has no part in it"
     (run / "checkpoint-30" / MODEL).touch()
@@ -203,8 +203,8 @@ def test_tensors_that_do_not_match_are_refused_by_name(run: Path) -> None:
     for changed, told in (
         ({name: tensor for name, tensor in weights.items() if name != "bias"}, "alone: bias."),
         (weights | {"new": torch.ones(1)}, "alone: new."),
-        (weights | {"bias": torch.ones(13, 10)}, "other shapes or dtypes"),
-        (weights | {"mask": torch.ones(3)}, "other shapes or dtypes"),
+        (weights | {"bias": torch.ones(13, 10)}, "different shapes or dtypes"),
+        (weights | {"mask": torch.ones(3)}, "different shapes or dtypes"),
     ):
         save_file(changed, path)
         done = run_cli(*words)

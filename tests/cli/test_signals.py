@@ -131,7 +131,7 @@ def test_what_pass_2_has_finished_is_not_done_again(warm: subprocess.Popen[str],
     expected, whole = undisturbed(run, "ema")
     said = stopped(warm, run, "ema", signal.SIGINT, seconds=0.5)
     left = run / "averaged" / ".ema-gamma0.15.ckavg-partial"
-    assert f"\nhint: What was finished is kept in {left}: the same command continues from there." in said
+    assert f"\nhint: Finished work is kept in {left}: the same command continues from there." in said
     assert [path.name for path in (run / "averaged").iterdir()] == [left.name]
 
     again = run_cli("ema", run, "--json")

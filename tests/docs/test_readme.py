@@ -21,7 +21,10 @@ from tests.runs import random_run, write_run
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 START = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
-ELSEWHERE = ("uv ", "pipx ", "pip ", "ckavg demo", "torchrun ", "ckavg push", "ckavg pema hf://")
+ELSEWHERE = (
+    *("uv ", "pipx ", "pip ", "ckavg demo", "torchrun ", "ckavg push", "ckavg pema hf://"),
+    "ckavg ema ./checkpoints --out s3://",
+)
 """What installs, trains, or needs a network or several processes; other tests run these."""
 
 

@@ -297,7 +297,7 @@ def test_a_commit_of_somebody_else(hub: Hub, result: Path, monkeypatch: pytest.M
 def test_a_pull_request_whose_answer_is_lost(hub: Hub, result: Path, fault: int, opened: int) -> None:
     hub.add(REPO)
     hub.faults["commit"] = fault, 1
-    with pytest.raises(HubError, match="the answer to the commit was lost; the pull request may be open") as met:
+    with pytest.raises(HubError, match="the response to the commit was lost; the pull request may be open") as met:
         ckavg.push(result, REPO, create_pr=True)
     assert f"{hub.url}/{REPO}/discussions" in met.value.hint
     assert (requests_of(hub, "commit"), len(hub.repos[REPO].pulls)) == (1, opened)

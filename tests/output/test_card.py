@@ -57,7 +57,7 @@ def test_metadata_of_a_fine_tune(source: Path) -> None:
         "tags": ["checkpoint-averaging", "pema", "sft", "trl"],
     }
     assert metadata_load(directory / "README.md") == fields_of(card)
-    assert "The run began with [`owner/base`](https://huggingface.co/owner/base)." in card
+    assert "Training began with [`owner/base`](https://huggingface.co/owner/base)." in card
 
 
 def test_an_adapter_is_an_adapter(tmp_path: Path) -> None:
@@ -143,12 +143,12 @@ def test_a_card_of_the_run_that_cannot_be_read_is_passed_over(source: Path) -> N
     (source / "checkpoint-30" / "README.md").write_text("---\nlicense: [mit\n---\n")
     (source / "README.md").write_text("---\nlicense: mit\n---\n")
     result = ckavg.average(ckavg.open_run(source), ckavg.Mean())
-    (warning,) = (each for each in result.warnings if "Nothing is taken over" in each)
-    assert "checkpoint-30/README.md: its front matter is not valid YAML" in warning
+    (warning,) = (each for each in result.warnings if "is not used" in each)
+    assert "checkpoint-30/README.md is not used: its front matter is not valid YAML" in warning
     card = (result.directory / "README.md").read_text()
     assert fields_of(card)["license"] == "mit"
     assert str(source) not in card
-    assert "Nothing is taken over from the card RUN/checkpoint-30/README.md: its front matter" in card
+    assert "The card RUN/checkpoint-30/README.md is not used: its front matter" in card
 
 
 # --- text ---
@@ -158,7 +158,7 @@ def test_a_card_of_the_run_that_cannot_be_read_is_passed_over(source: Path) -> N
 def test_every_scheme_cites_its_papers(source: Path, scheme: Scheme, titles: list[str]) -> None:
     card = card_of(source, scheme)
     assert not {"base_model", "base_model_relation", "license"} & fields_of(card).keys()
-    bibtex = [text for kind, text in blocks(card) if kind == "fence"]
+    _, *bibtex = [text for kind, text in blocks(card) if kind == "fence"]  # the first loads the model
     assert len(bibtex) == (1 if titles else 0)
     for title in titles:
         assert f"title = {{{title}" in bibtex[0]
@@ -166,6 +166,10 @@ def test_every_scheme_cites_its_papers(source: Path, scheme: Scheme, titles: lis
         assert text.count("{") == text.count("}")
         assert text.count("\n@") + text.startswith("@") == len(titles)
     assert scheme.title in card
+    assert "withheld" not in card
+    assert ("**ℓ**, the normalized path length," in card) == (scheme.name == "pema")
+    assert ("**β** is the share" in card) == (scheme.name != "last")
+    assert ("**α**" in card) == (scheme.name in ("bema", "ouema"))
     assert str(source) not in card
 
 
@@ -185,7 +189,7 @@ def test_weights_are_listed_and_the_middle_of_a_long_run_is_summed(tmp_path: Pat
 
 
 def test_what_took_no_part_is_not_counted(source: Path, tmp_path: Path) -> None:
-    assert "The average of 3 checkpoints of one training run, from step 10 to step\n30" in card_of(
+    assert "The weighted average of 3 checkpoints of one training run, from step 10 to step\n30" in card_of(
         source, ckavg.BEMA(burn_in=5)
     )
     assert "The checkpoint of step 30 of a training run" in card_of(source, ckavg.Last())
@@ -197,7 +201,7 @@ def test_the_base_model_of_the_command_is_named(source: Path, tmp_path: Path) ->
     (source / "checkpoint-0").rename(tmp_path / "away")
     card = card_of(source, ckavg.EMA(), init=init)
     assert "    ckavg ema --gamma 0.15 --init BASE_MODEL\n" in card
-    assert "`BASE_MODEL` is the directory of the model that the run began with, `owner/base`." in card
+    assert "`BASE_MODEL` is the directory of the model that training began with, `owner/base`." in card
     assert "secret-place" not in card
 
 
@@ -214,7 +218,7 @@ def test_nothing_of_a_run_breaks_out(source: Path, tmp_path: Path) -> None:
     assert fields_of(card) == {"library_name": "transformers", "tags": ["checkpoint-averaging", "mean"]}
     assert "<script>" not in card
     kinds = [kind for kind, _ in blocks(card)]
-    assert (kinds.count("fence"), kinds.count("code_block")) == (1, 1)
+    assert (kinds.count("fence"), kinds.count("code_block")) == (2, 1)
     html = MarkdownIt().enable(["table", "strikethrough"]).render(card.split("\n---\n", 1)[1])
     assert "<h1>a | b `c` &lt;b&gt; ~~d~~ $e$ [f](g)</h1>" in html
 
@@ -225,7 +229,7 @@ def test_nothing_of_a_run_breaks_out(source: Path, tmp_path: Path) -> None:
 def test_a_hostile_card_of_the_run_costs_a_warning(source: Path, content: bytes) -> None:
     (source / "README.md").write_bytes(content)
     result = ckavg.average(ckavg.open_run(source), ckavg.Mean())
-    assert sum("Nothing is taken over" in each for each in result.warnings) == 1
+    assert sum("is not used" in each for each in result.warnings) == 1
 
 
 def test_a_card_that_leads_elsewhere_is_not_read(source: Path, tmp_path: Path) -> None:

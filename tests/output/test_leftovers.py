@@ -42,7 +42,7 @@ def test_one_that_can_be_continued_is_told_of_and_stays(source: Path) -> None:
     for verb in (["pema"], ["sweep", "mean"]):
         told = run_cli(verb[0], source, *verb[1:])
         assert told.exit_code == 0
-        assert f"{left} holds 3 MB of an average that was interrupted." in told.stderr
+        assert f"{left} holds 3 MB of an interrupted average." in told.stderr
     inspected = run_cli("inspect", source, "--json")
     assert f"{left} holds 3 MB" in json.loads(inspected.stdout)["warnings"][-1]
     assert snapshot(left) == before
@@ -72,7 +72,7 @@ def test_one_that_is_being_written_is_nobody_elses(source: Path) -> None:
     refused = run_cli("ema", source, "--gamma", "0.2")
     os.close(handle)
     assert refused.exit_code == 1
-    assert "error: Another ckavg is writing ema-gamma0.2 right now." in refused.stderr
+    assert "error: Another ckavg is writing ema-gamma0.2." in refused.stderr
     assert left.exists()
 
 

@@ -295,11 +295,11 @@ def test_experts_of_a_layer_are_one_kind_with_the_length_of_all_their_parameters
 def test_what_does_not_fit_is_left_out_and_counted() -> None:
     bars = panel(path_figure(travelled({f"conv{place}": 0.01 * place for place in range(400)})), "ℓ of each tensor")
     assert labels(bars.get_yticklabels()) == [f"conv{place}" for place in range(399, 369, -1)]
-    assert bars.get_xlabel() == "370 tensors that moved less are left out"
+    assert bars.get_xlabel() == "370 tensors that moved less are not shown"
     many = {f"h.{layer}.kind{kind:02}": 0.1 * (kind + layer + 1) for layer in range(2) for kind in range(50)}
     layers = panel(path_figure(travelled(many)), "ℓ of each tensor in the layers")
     assert labels(layers.get_yticklabels()) == [f"kind{kind:02}" for kind in range(10, 50)]
-    assert layers.get_xlabel() == "layer\n10 kinds that moved less are left out"
+    assert layers.get_xlabel() == "layer\n10 kinds that moved less are not shown"
 
 
 ODD = {
@@ -409,7 +409,7 @@ def test_places_that_cannot_be_written_are_refused(path: PathLength, tmp_path: P
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_directory_without_permission_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(WriteError, match="may not be written to"):
+    with pytest.raises(WriteError, match="you may not write to"):
         check_plot_file(tmp_path / "a.png")
 
 

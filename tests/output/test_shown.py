@@ -124,7 +124,8 @@ def evaluated(source: Path, command: str) -> tuple[str, Path]:
 
 def test_the_card_tells_the_evaluation(source: Path) -> None:
     card, out = evaluated(source, f"cd {source}; echo `basename {{dir}}` loss 0.1234567")
-    said = "This command, with the directory of these weights in the place of `{dir}`, printed **0.1234567**:"
+    assert ("inline", "0.123457") in blocks(card)
+    said = "Less is better. The command, with the directory of the model in place of `{dir}`:"
     assert ("inline", said) in blocks(card)
     assert ("code_block", "cd RUN; echo `basename {dir}` loss 0.1234567\n") in blocks(card)
     assert str(source) not in card

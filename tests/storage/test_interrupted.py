@@ -299,7 +299,7 @@ def test_on_the_command_line(hub: Hub, source: str, tmp_path: Path) -> None:
     command = ("bema", source, "--max-disk", "0", "--out", str(out))
     hub.faults["fetch"], hub.passes_before["fetch"] = (401, FOREVER), len(STREAMED_STEPS) + PIECES // 2
     told = told_once(run_cli(*command), REPO)
-    assert f"What was finished is kept in {tmp_path}/.out.ckavg-partial: the same command continues from there." in told
+    assert f"Finished work is kept in {tmp_path}/.out.ckavg-partial: the same command continues from there." in told
     nothing_is_busy()
     hub.faults.clear()
     hub.forget()

@@ -122,7 +122,7 @@ def one_nan(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-LOADED, CHANGED, GONE = "the weights cannot be loaded: ", " was changed: its SHA-256 is ", " is not there."
+LOADED, CHANGED, GONE = "the weights cannot be loaded: ", " was changed: its SHA-256 is ", " is missing."
 NOTHING = "No element was computed again: the result cannot be read."
 CASES: dict[str, tuple[Any, ...]] = {
     "header": (lambda result: flip(result / SECOND, 12), SECOND + CHANGED, LOADED, NOTHING),
@@ -145,7 +145,7 @@ CASES: dict[str, tuple[Any, ...]] = {
         INDEX + CHANGED,
         f"{INDEX} states a total_size of 7; the tensors take ",
     ),
-    "link out": (linked_out, "config.json is a link that leads out of the result."),
+    "link out": (linked_out, "config.json is a link that leaves the result."),
     "pipe": (piped("config.json"), "config.json is not a plain file."),
     "pipe for weights": (piped(FIRST), f"{FIRST} is not a plain file.", NOTHING),
     "pipe beside": (piped("model.safetensors"), f"{LOADED}model.safetensors is not a plain file.", NOTHING),
@@ -176,7 +176,7 @@ def test_a_damaged_result(result: Path, name: str) -> None:
 def test_weights_that_would_be_loaded_instead(result: Path) -> None:
     save_file({"w": torch.ones(3)}, result / "model.safetensors")
     problem = ckavg.verify_result(result).problems[0]
-    assert problem.startswith("the weights that would be loaded are not those recorded: model")
+    assert problem.startswith("a loader would take other weights than those recorded: model")
 
 
 def test_a_changed_byte_anywhere_in_the_weights(result: Path) -> None:
@@ -222,7 +222,7 @@ def test_numbers_that_fit_each_other_but_not_the_weights(result: Path, source: P
     edited("ckavg.json", **{name: record[name] for name in numbers})(result)
     assert ckavg.verify_result(result, sources=True).problems == ()
     (problem,) = ckavg.verify_result(result, replay=True, seed=0).problems
-    assert " are not what the sources give: '" in problem
+    assert " differ from what the sources give: '" in problem
     assert ", expected " in problem
 
 
@@ -231,7 +231,7 @@ def test_a_path_of_its_own_making(source: Path) -> None:
     edited("ckavg.json", path_length=[0.0, 1.0, 0.5, 2.0])(result)
     problems = ckavg.verify_result(result, replay=True, seed=0).problems
     assert problems[0].startswith("betas: 3 of 4 do not follow")
-    assert "path_length falls from one checkpoint to the next; a path only grows." in problems
+    assert "path_length decreases from one checkpoint to the next; a path length only grows." in problems
     assert any(each.startswith("path_length is 1.0 at step 10; the path of the sources is ") for each in problems)
 
 
@@ -239,27 +239,27 @@ def test_snapshots(source: Path, tmp_path: Path) -> None:
     result = source / "averaged" / "ema"
     one, two = (result / f"checkpoint-{step}" / "ckavg.json" for step in (10, 20))
     one.write_bytes(two.read_bytes())
-    other = "checkpoint-10/ckavg.json is not of the same average as that of the result."
+    other = "checkpoint-10/ckavg.json is of another average than the result."
     assert ckavg.verify_result(result).problems == (other,)
     one.write_text("{}")
     assert_told(ckavg.verify_result(result).problems, [f"checkpoint-10/ckavg.json: {one}: "])
     shutil.rmtree(one.parent)
-    assert "checkpoint-10/config.json is not there." in ckavg.verify_result(result).problems
+    assert "checkpoint-10/config.json is missing." in ckavg.verify_result(result).problems
     one.parent.symlink_to(tmp_path)  # what lies behind the link is not looked at, let alone listed
     verified = ckavg.verify_result(result)
-    assert (verified.problems, verified.warnings) == (("checkpoint-10 is a link that leads out of the result.",), ())
+    assert (verified.problems, verified.warnings) == (("checkpoint-10 is a link that leaves the result.",), ())
 
 
 def test_another_version(result: Path) -> None:
     edited("ckavg.json", ckavg_version="0.0.1")(result)
     verified = ckavg.verify_result(result)
     assert (verified.problems, verified.ckavg_version) == ((), "0.0.1")
-    assert verified.warnings == (f"It was made with ckavg 0.0.1, and is checked with {ckavg.__version__}.",)
+    assert verified.warnings == (f"It was made by ckavg 0.0.1, and is checked by {ckavg.__version__}.",)
     edit(result / "ckavg.json", lambda record: record.pop("inputs"))
     done = run_cli("verify", result)
     assert done.exit_code == 1
-    assert "inputs is not there." in done.stderr
-    assert "It was made with ckavg 0.0.1; this is " in done.stderr
+    assert "inputs is missing." in done.stderr
+    assert "It was made by ckavg 0.0.1; this is " in done.stderr
 
 
 # --- the sources ---
@@ -282,7 +282,7 @@ def test_a_replaced_checkpoint(result: Path, source: Path) -> None:
     replace(shard, lambda weights: weights.update(tiles=weights["tiles"] + 1))
     one, two = ckavg.verify_result(result, replay=True, sources=True, seed=0).problems
     assert one.startswith("step 20: ")
-    assert "are not what the sources give" in two
+    assert "differ from what the sources give" in two
     shard.write_bytes(shard.read_bytes().replace(b'"odd"', b'"ode"'))
     problem = ckavg.verify_result(result, sources=True).problems[0]
     assert problem.startswith("step 20: ")

@@ -60,7 +60,7 @@ def test_nan_is_a_problem_and_a_stale_save_is_not(tmp_path: Path) -> None:
     weights[3] = weights[2]
     result = run_cli("inspect", write_run(tmp_path / "stale", weights, STEPS), "--deep")
     assert result.exit_code == 0
-    assert "warning: step 30: all weights are those of step 20: a stale save?" in result.stdout
+    assert "warning: step 30: all weights equal those of step 20: a stale save?" in result.stdout
     weights[1]["bias"][4] = math.nan
     result = run_cli("inspect", write_run(tmp_path / "nan", weights, STEPS), "--deep")
     assert result.exit_code == 1

@@ -105,36 +105,36 @@ def test_any_bytes(made: tuple[Path, dict[str, Any]], data: bytes) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "told"),
     [
-        (("scheme",), "magic", "scheme is 'magic', which is not known."),
+        (("scheme",), "magic", "scheme is unknown: 'magic'."),
         (("parameters", "gamma"), -1, "parameters do not fit pema: pema: gamma is -1; it must be 0 or more."),
         (("parameters", "gamma"), "0.15", "parameters do not fit pema: '0.15' must be of the type float."),
         (("parameters",), {"gamma": 1}, "parameters are not those of pema."),
-        (("steps",), [], "steps holds fewer than two checkpoints."),
+        (("steps",), [], "steps has fewer than two entries."),
         (("steps", 2), 10, "steps are not ascending."),
         (("anchor_step",), 1, "anchor_step is not among the steps."),
         (("steps", 2), 20.0, "steps[2] is 20.0; it must be a whole number."),
         (("steps", 2), 10**30, "steps[2] is a huge number; it must be a whole number."),
         (("steps", 2), True, "steps[2] is true; it must be a whole number."),
-        (("betas",), [None, 0.5], "steps, betas, weights, inputs, alphas and path_length are not of one length."),
+        (("betas",), [None, 0.5], "steps, betas, weights, inputs, alphas and path_length differ in length."),
         (("betas", 1), "x" * 99, 'betas[1] is "' + "x" * 59 + "…; it must be a finite number."),
         (("weights",), None, "weights is null; it must be a list."),
         (("path_length",), None, "path_length is null."),
-        (("path_length", 1), -1e-9, "path_length holds a negative number."),
-        (("sample",), 0, "sample is no fraction in (0, 1]."),
+        (("path_length", 1), -1e-9, "path_length has a negative value."),
+        (("sample",), 0, "sample is not in (0, 1]."),
         (("zero_sigma",), "maybe", 'zero_sigma is "maybe"; it must be exclude or eps.'),
-        (("inputs", 1, "step"), 11, "inputs are not of the steps in steps."),
+        (("inputs", 1, "step"), 11, "inputs[].step differs from steps."),
         (("inputs", 1, "checksum"), "F" * 64, "inputs[1].checksum is"),
         (("inputs", 1, "files"), {"../../x": 1}, 'is "../../x"; it must be the plain path of a file'),
         (("inputs", 1, "files"), {"x": -1}, "inputs[1].files.x is -1; it must be a whole number, 0 or more."),
         (("inputs", 1, "files"), {}, "inputs[].files is empty."),
         (("outputs",), [], "outputs is empty."),
         (("outputs", 0, "step"), 21, "outputs[].step is not among the steps."),
-        (("outputs", 0, "step"), 30, "outputs[].step is there twice."),
-        (("outputs", 1, "step"), 10, "the last of outputs is not of the last step."),
-        (("outputs", 0, "name"), "../x", "outputs[].name is no name of a directory, or appears twice."),
+        (("outputs", 0, "step"), 30, "outputs[].step has a duplicate."),
+        (("outputs", 1, "step"), 10, "the last of outputs is not at the last step."),
+        (("outputs", 0, "name"), "../x", "outputs[].name is not a directory name, or has a duplicate."),
         (("outputs", 1, "files", 0), "/etc/passwd", 'outputs[1].files[0] is "/etc/passwd"; it must be the plain path'),
         (("outputs", 1, "files", 0), "a//b", 'outputs[1].files[0] is "a//b"; it must be the plain path of a file'),
-        (("outputs", 1, "sha256"), {}, "outputs[].sha256 is not of the files in outputs[].files but ckavg.json."),
+        (("outputs", 1, "sha256"), {}, "outputs[].sha256 must list the files in outputs[].files except ckavg.json."),
         (("source",), "a\0b", r'source is "a\u0000b"; it must be a text.'),
         (("allow_nonfinite",), 1, "allow_nonfinite is 1; it must be true or false."),
     ],
@@ -147,7 +147,7 @@ def test_what_is_said(made: tuple[Path, dict[str, Any]], path: tuple[Any, ...], 
         read_record(result)
     assert error.value.message.startswith(f"{result}/ckavg.json: ")
     assert told in error.value.message
-    assert error.value.hint == "The record was damaged or edited. Take it from a copy, or form the average again."
+    assert error.value.hint == "The record was damaged or edited. Restore it from a copy, or make the average again."
 
 
 def test_all_that_is_wrong_is_listed(made: tuple[Path, dict[str, Any]]) -> None:
@@ -186,5 +186,5 @@ def test_what_the_record_leads_to_is_looked_at_before_it_is_opened(made: tuple[P
     inputs = [dict(each, directory="/dev", files={"zero": 0}) for each in record["inputs"]]
     write(result, record | {"inputs": inputs})
     problems = ckavg.verify_result(result, sources=True, replay=True).problems
-    assert problems[0] == "checkpoint-20/ckavg.json is not of the same average as that of the result."
+    assert problems[0] == "checkpoint-20/ckavg.json is of another average than the result."
     assert problems[1] == "step 0: /dev/zero is not a plain file."

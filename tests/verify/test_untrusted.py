@@ -223,7 +223,7 @@ def test_a_record_of_small_values_takes_little_memory(result: Path, unit: str) -
 
 def test_the_largest_record_that_is_parsed(result: Path) -> None:
     (result / "ckavg.json").write_text(f'{{"a": [{"{}," * (MOST_VALUES // 2 - 9)}0]}}')
-    assert peak_of(result, "is not there") < 300
+    assert peak_of(result, "is missing") < 300
 
 
 def test_a_large_record_that_is_right_is_read(result: Path) -> None:

@@ -130,9 +130,9 @@ def test_snapshots(tmp_path: Path, scheme: Scheme) -> None:
     assert_sound(result.directory / "checkpoint-20")
     shutil.move(result.directory / "checkpoint-40", tmp_path / "elsewhere")
     assert_sound(tmp_path / "elsewhere", source=run.source)
-    assert "checkpoint-40/model.safetensors is not there." not in verified.problems
+    assert "checkpoint-40/model.safetensors is missing." not in verified.problems
     problems = ckavg.verify_result(result.directory).problems
-    assert any(each.startswith("checkpoint-40/model-0") and each.endswith("is not there.") for each in problems)
+    assert any(each.startswith("checkpoint-40/model-0") and each.endswith("is missing.") for each in problems)
 
 
 def test_a_sweep_of_a_choice(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_what_a_record_names_are_tensors_of_the_result(tmp_path: Path, field: st
     assert record["copied"] == ["bias", "odd"]
     (result / "ckavg.json").write_text(json.dumps(record | {field: [*record[field], name]}))
     problems = ckavg.verify_result(result).problems
-    assert f"{field} names {name!r}, which is no floating tensor of the result." in problems
+    assert f"{field} names {name!r}, which is not a floating tensor of the result." in problems
 
 
 @pytest.mark.parametrize("dtype", all_but((torch.bfloat16, torch.float32), DTYPES.values()), ids=DTYPES)
