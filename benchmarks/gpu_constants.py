@@ -106,8 +106,8 @@ def break_even(cpu: Sequence[Sample], gpu: Sequence[Sample]) -> float:
     (outside_GPU − outside_CPU) ÷ (1 / rate_CPU − 1 / rate_GPU).
 
     >>> sample = Sample(3.0, 1.0, 1.0, 1e9, 0, 0)
-    >>> break_even([sample], [Sample(4.0, 0.5, 0.5, 1e9, 0, 0)]), break_even([sample], [sample])
-    (4000000000.0, inf)
+    >>> round(break_even([sample], [Sample(4.0, 0.5, 0.5, 1e9, 0, 0)])), break_even([sample], [sample])
+    (4000000000, inf)
     """
     (outside, per_byte), (outside_gpu, per_byte_gpu) = map(_line, (cpu, gpu))
     if per_byte_gpu >= per_byte:
