@@ -98,12 +98,14 @@ def _command(verb: str, *words: str) -> Callable[[Check, float], None]:
         ends = time.monotonic() + seconds
         for turn in range(_TURNS):
             began = time.monotonic()
+            pair = []
             for name in (CPU, GPU):
-                sample = _measured(check, verb, words, name, ends - time.monotonic())
-                check.samples.setdefault((verb, name), []).append(sample)
-                print(f"{verb} on the {name}: {sample}", flush=True)
-            if turn == 0:
+                pair.append(_measured(check, verb, words, name, ends - time.monotonic()))
+                print(f"{verb} on the {name}: {pair[-1]}", flush=True)
+            if turn == 0:  # before: no time counts for a wrong result
                 _compare(check, verb, verb, ends - time.monotonic())
+            for name, sample in zip((CPU, GPU), pair, strict=True):
+                check.samples.setdefault((verb, name), []).append(sample)
             if 2 * time.monotonic() - began > ends:
                 break
         ratios = [one.seconds / other.seconds for one, other in zip(*_both(check, verb), strict=True)]
@@ -264,9 +266,11 @@ def _lines(words: Sequence[str], seconds: float) -> Iterator[str]:
         try:
             for line in process.stdout:
                 yield line.rstrip("\n")
+        except BaseException:
+            process.kill()
+            raise
         finally:
             watch.cancel()
-            process.kill() if sys.exc_info()[0] else None
     if process.returncode:
         late = time.monotonic() - began >= seconds
         raise CommandError(f"took longer than {seconds:.0f} s." if late else f"ended with status {process.returncode}.")
