@@ -31,6 +31,7 @@ from benchmarks.table import render, with_spread
 
 _PROGRAMS = ("-m", "benchmarks.gpu_programs")
 _TURNS = 3
+_MINUTES = 8
 
 
 @dataclass(slots=True)
@@ -59,7 +60,7 @@ class Part:
 
     Attributes:
         name: as the plan shows it.
-        seconds: after which it is ended.
+        seconds: after which it is ended, of eight minutes for all.
         work: gets the check, and the seconds that it has.
         what: it tells.
     """
@@ -68,6 +69,10 @@ class Part:
     seconds: float
     work: Callable[[Check, float], None]
     what: str
+
+    def limit(self, minutes: float) -> float:
+        """Seconds after which it is ended where all may take so many minutes."""
+        return self.seconds * minutes / _MINUTES
 
 
 def _machine(check: Check, seconds: float) -> None:
@@ -222,7 +227,7 @@ def main() -> int:
             if part.name not in arguments.only:
                 continue
             print(f"\n== {part.name}, {time.monotonic() - begun:.0f} s after the start", flush=True)
-            seconds = min(part.seconds, begun + 60 * arguments.minutes - time.monotonic())
+            seconds = min(part.limit(arguments.minutes), begun + 60 * arguments.minutes - time.monotonic())
             try:
                 if seconds < 1:
                     raise CommandError("no time is left for it.")
@@ -244,7 +249,7 @@ def main() -> int:
 
 def plan_of(minutes: float) -> str:
     """The parts in their order, with their limits."""
-    rows = [(part.name, f"{part.seconds:.0f}", part.what) for part in PARTS]
+    rows = [(part.name, f"{part.limit(minutes):.0f}", part.what) for part in PARTS]
     widest = max(len(row[2]) for row in rows)
     table = render(
         ("part", "at most, s", "what it tells".ljust(widest)), [(*row[:2], row[2].ljust(widest)) for row in rows]
@@ -283,7 +288,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART", help="default: all of them")
     parser.add_argument("--checkpoints", type=int, default=12, help="default: %(default)s")
     parser.add_argument("--megabytes", type=int, default=470, help="of one checkpoint; default: %(default)s")
-    parser.add_argument("--minutes", type=float, default=8, help="time for all of it; default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=_MINUTES, help="time for all of it; default: %(default)s")
     parser.add_argument("--device", default="cuda", help="default: %(default)s; cpu: a trial of all but the GPU")
     parser.add_argument(
         "--directory", type=Path, default=Path(tempfile.gettempdir()), help="for the run; default: %(default)s"
