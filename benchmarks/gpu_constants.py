@@ -14,6 +14,9 @@ CPU, GPU = "CPU", "GPU"
 _AS_GOOD = 0.95
 """Of the best rate: with that, less memory and fewer threads are preferred."""
 
+_FASTER = 0.9
+"""Of the CPU's seconds a byte: what a GPU must stay below, or it is noise."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -110,7 +113,7 @@ def break_even(cpu: Sequence[Sample], gpu: Sequence[Sample]) -> float:
     (4000000000, inf)
     """
     (outside, per_byte), (outside_gpu, per_byte_gpu) = map(_line, (cpu, gpu))
-    if per_byte_gpu >= per_byte:
+    if per_byte_gpu >= _FASTER * per_byte:
         return math.inf
     return max(0.0, (outside_gpu - outside) / (per_byte - per_byte_gpu))
 

@@ -114,7 +114,8 @@ def main() -> int:
     if arguments.row:
         print(row_of(LINES.read_text(encoding="utf-8").splitlines()))
         return 0
-    begun = time.monotonic()
+    begun, commit = time.monotonic(), commit_of(ROOT)
+    base = commit_of(arguments.base) if arguments.base else ""
     data = arguments.directory.expanduser().resolve()
     try:
         turns, of_base = _measured(data, arguments.base, ends=begun + arguments.seconds)
@@ -123,7 +124,7 @@ def main() -> int:
         return 1
     finally:
         shutil.rmtree(data / "results" if arguments.keep else data, ignore_errors=True)
-    lines = lines_of(turns, of_base) if of_base is None else lines_of(turns, of_base, base=commit_of(arguments.base))
+    lines = lines_of(turns, of_base, commit=commit, base=base)
     BUILD.mkdir(exist_ok=True)
     with LINES.open("a", encoding="utf-8") as file:
         file.writelines(f"{json.dumps(line)}\n" for line in lines)
@@ -185,13 +186,15 @@ def _check_close(ours: Path, theirs: Path) -> None:
     measure.run(["-m", "benchmarks.agreement", "--pair", str(ours), str(theirs)])
 
 
-def lines_of(turns: Sequence[Turn], of_base: Sequence[Turn] | None = None, *, base: str = "") -> list[dict[str, Any]]:
+def lines_of(
+    turns: Sequence[Turn], of_base: Sequence[Turn] | None = None, *, commit: str = "", base: str = ""
+) -> list[dict[str, Any]]:
     """A line for each case, and one for each that the other checkout ran, as JSON values.
 
     `median`, `min` and `max` are of ratios, turn by turn, `cpu` the same of the seconds that processors computed.
     """
     about = {
-        "commit": commit_of(ROOT),
+        "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
         "torch": version("torch"),
         "cores": os.cpu_count(),
@@ -263,16 +266,16 @@ def table_of(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def row_of(lines: Sequence[str]) -> str:
-    """A row of the table in docs/performance.md, of the last line of each case.
+    """A row of the table in docs/performance.md, of the last line of each case: ratios of processor seconds.
 
-    >>> line = {"name": "mean", "median": 1.24, "unit": "1", "commit": "abc", "date": "2026-01-02"}
+    >>> line = {"name": "mean", "cpu": {"median": 1.24}, "unit": "1", "commit": "abc", "date": "2026-01-02"}
     >>> row_of([json.dumps(line)])
     '| 2026-01-02, abc | 1.2 |'
     """
     last = {line["name"]: line for line in map(json.loads, lines) if line["unit"] == "1"}
     *_, newest = last.values()
     cells = [f"{newest['date']}, {newest['commit']}"]
-    cells += [f"{last[case.name]['median']:.2g}" for case in CASES if case.name in last]
+    cells += [f"{last[case.name]['cpu']['median']:.2g}" for case in CASES if case.name in last]
     return f"| {' | '.join(cells)} |"
 
 
