@@ -265,9 +265,9 @@ def _lines(words: Sequence[str], seconds: float) -> Iterator[str]:
     """
     with subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
+        began = time.monotonic()
         watch = threading.Timer(seconds, process.kill)
         watch.start()
-        began = time.monotonic()
         try:
             for line in process.stdout:
                 yield line.rstrip("\n")
