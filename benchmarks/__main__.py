@@ -1,4 +1,7 @@
-"""`python -m benchmarks`: build a run, measure, print tables. Results go to stdout, progress to stderr."""
+"""`python -m benchmarks`: build a run, measure, print tables. Results go to stdout, progress to stderr.
+
+Start-up, and runs of many tensors or adapters, are measured by `benchmarks.quick`.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from benchmarks import cache, contest, measure, scaling, small_cache, speed, startup
+from benchmarks import cache, contest, measure, scaling, small_cache, speed
 from benchmarks.cache import State
 from benchmarks.expected import AVERAGES
 from benchmarks.programs import MEAN, PEMA, find_mergekit
 from benchmarks.synthetic import LEAST_MEGABYTES, refuse_foreign
 from benchmarks.table import Row, render
 
-PARTS = ("speed", "cold", "memory", "scaling", "startup")
+PARTS = ("speed", "cold", "memory", "scaling")
 _NEED_EMPTY_CACHE = {"cold", "memory"}
 _RUNS, _COPIES = 1.5, 16
 """Disk space: the run and the smaller ones, relative to the run; the expected averages and one set of results, in
@@ -68,9 +71,6 @@ def _measure(arguments: argparse.Namespace, parts: set[str], run: Path, scratch:
         size = (arguments.checkpoints, arguments.megabytes)
         scaled = scaling.measure_all(where, size, repeats=fewer, say=_say)
         _show(scaling.HEADER, scaling.rows(scaled, size), scaling.NOTES)
-    if "startup" in parts:
-        started = startup.measure_all(where, mergekit_python=mergekit, repeats=repeats, say=_say)
-        _show(startup.HEADER, startup.rows(*started), startup.NOTES)
 
 
 def _show(header: Row, rows: list[Row], notes: str) -> None:
@@ -120,7 +120,7 @@ def _parse() -> argparse.Namespace:
         type=_at_least(1),
         default=3,
         metavar="N",
-        help="turns of speed and startup; one less of the other parts; default: %(default)s",
+        help="turns of speed; one less of the other parts; default: %(default)s",
     )
     parser.add_argument(
         "--directory",

@@ -44,7 +44,7 @@ def _wrong(one: Tensor, other: Tensor, least: float) -> int:
 def first_difference(first: Path, second: Path) -> str | None:
     """The difference between two averages, given their directories, or None. Either may be sharded."""
     with ExitStack() as stack:
-        one, other = _tensors(first, stack), _tensors(second, stack)
+        one, other = opened_tensors(first, stack), opened_tensors(second, stack)
         if not one or one.keys() != other.keys():
             return "the tensor names differ"
         for name in sorted(one):
@@ -54,7 +54,7 @@ def first_difference(first: Path, second: Path) -> str | None:
     return None
 
 
-def _tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
+def opened_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
     """The open file of each tensor, by the tensor's name."""
     opened = [stack.enter_context(safe_open(file, "pt")) for file in sorted(directory.glob("*.safetensors"))]
     return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - not a mapping

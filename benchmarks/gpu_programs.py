@@ -1,10 +1,11 @@
-"""Programs that `benchmarks.gpu` runs in separate processes; all import torch.
+"""What `benchmarks.gpu` runs in processes of their own; all of it imports torch.
 
-- `machine`: describe this machine;
-- `devices NAME...`: fail unless all of them are available;
-- `command WORDS...`: run a command of ckavg, and print the GPU memory it took as the last line;
-- `compare ONE OTHER`: compare two directories of results, weight by weight;
-- `passes RUN DEVICE...`: measure the speed of the passes, by tile and threads.
+- `machine`: what this machine is;
+- `devices NAME`: fail unless it is here, and all that ckavg needs;
+- `bus NAME`: how fast the way to it is;
+- `command WORDS...`: a command of ckavg, and the GPU memory that it took as a last line;
+- `compare ONE OTHER`: two places with results, weight by weight;
+- `passes RUN DEVICE`: how fast the passes are, by tile and threads, a line of JSON each.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,10 +25,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.table import Row, render
+from benchmarks.gpu_constants import CPU, GPU, Pass, best
 
 _TILES = [1 << power for power in range(18, 23)]
-_THREADS = (1, 4, 8, 16)
 _CANCELLED = 2.0**-21
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
@@ -35,7 +36,7 @@ def machine() -> int:
     """Print CPU, GPU, driver and versions."""
     print(f"{platform.system()} {platform.machine()}, {_cores()} of {os.cpu_count()} cores")
     print(f"Python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-    print(f"typer {'is' if find_spec('typer') else 'is not'} here, safetensors {version('safetensors')}")
+    print(f"safetensors {version('safetensors')}")
     if not torch.cuda.is_available():
         print("torch finds no GPU here")
         return 0
@@ -46,14 +47,19 @@ def machine() -> int:
     return 0
 
 
-def devices(names: Sequence[str]) -> int:
-    """Refuse devices that are not available, in one sentence."""
+def devices(name: str) -> int:
+    """Refuse a device that is not here, or a Python that cannot run ckavg, in one sentence."""
+    missing = [module for module in ("typer", "rich", "pydantic", "safetensors", "yaml") if not find_spec(module)]
+    if missing:
+        print(
+            f"{', '.join(missing)}: not here. `make gpu-wheels` where there is a network; carry them.", file=sys.stderr
+        )
+        return 1
     from ckavg.engine.devices import resolve_device
     from ckavg.errors import CkavgError
 
     try:
-        for name in names:
-            resolve_device(name)
+        resolve_device(name)
     except CkavgError as error:
         print(error, file=sys.stderr)
         return 1
@@ -61,48 +67,21 @@ def devices(names: Sequence[str]) -> int:
 
 
 def command(words: Sequence[str]) -> int:
-    """Run a command of ckavg, without the command line if typer is missing; print its JSON and one line."""
-    status = _by_command(words) if find_spec("typer") and find_spec("rich") else _by_library(words)
-    awake = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    taken = torch.cuda.max_memory_reserved() if awake else 0
-    print(json.dumps({"gpu_bytes": taken}))
-    return status
-
-
-def _by_command(words: Sequence[str]) -> int:
+    """Run a command of ckavg as its users do; print its JSON and one line more."""
     from ckavg.cli.app import app
 
+    status = 0
     try:
         app(args=list(words), prog_name="ckavg")
     except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
-def _by_library(words: Sequence[str]) -> int:
-    from ckavg.averaging.pipeline import carry_out
-    from ckavg.averaging.plan import plan_averages
-    from ckavg.averaging.sources import open_run
-    from ckavg.engine.context import Context
-    from ckavg.schemes import Mean, Scheme
-    from ckavg.schemes.parse import parse_words
-
-    verb, source, *rest = words
-    options = rest[rest.index("--out") :]
-    out, device = Path(options[1]), options[3]
-    schemes: tuple[Scheme, ...] = (Mean(),)
-    if verb != "mean":
-        schemes = tuple(word.scheme for word in parse_words(rest[: rest.index("--out")] or [verb]))
-    run = open_run(source)
-    places = [out / scheme.label for scheme in schemes] if verb == "sweep" else [out]
-    plans = plan_averages([(run, scheme, place) for scheme, place in zip(schemes, places, strict=True)])
-    records = carry_out(plans, Context(device=device)).records
-    print(f'{{"averages": [{", ".join(record.to_json() for record in records)}]}}')
-    return 0
+        status = int(end.code or 0)
+    awake = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    print(json.dumps({"gpu_bytes": torch.cuda.max_memory_reserved() if awake else 0}))
+    return status
 
 
 def compare(one: Path, other: Path) -> int:
-    """Print how much the weights of all results below two directories differ."""
+    """Print how far apart the weights of all results below two places are."""
     weights = differ = most = wrong = 0
     files = sorted(file.relative_to(one) for file in one.rglob("*.safetensors"))
     if not files or files != sorted(file.relative_to(other) for file in other.rglob("*.safetensors")):
@@ -124,21 +103,23 @@ def compare(one: Path, other: Path) -> int:
     return 0
 
 
-def passes(run: Path, names: Sequence[str]) -> int:
-    """Print the speed of each pass, by tile and threads; for a GPU also its start-up and the speed of its bus."""
-    for name in names:
-        if name != "cpu":
-            print(_told_of_gpu(name))
-    rows: list[Row] = []
-    for name in names:
-        for tile in _TILES if name != "cpu" else _TILES[:2]:
-            for threads in sorted({min(each, _cores()) for each in _THREADS}):
-                # The better of two: the first one pins memory.
-                rates = [max(_rate(run, name, tile, threads, number) for _ in range(2)) for number in (1, 2)]
-                rows.append((name, f"{tile:,}", str(threads), *(f"{rate:.1f}" for rate in rates)))
-    print("\n" + render(("passes alone", "tile", "threads", "pass 1, GB/s", "pass 2, GB/s"), rows))
-    print("\nPass 2: one EMA, nothing written. Warm page cache; the better of two.")
+def passes(run: Path, device: str) -> int:
+    """Print how fast each pass is alone: of the CPU, then of the GPU by tile, and with the best of them by threads."""
+    most = min(16, _cores())
+    _print_pass(run, CPU, "cpu", _TILES[0], most)
+    by_tile = [_print_pass(run, GPU, device, tile, min(8, most)) for tile in _TILES]
+    tile = best(by_tile).tile
+    for threads in sorted({1, 2, 4, most} - {min(8, most)}):
+        _print_pass(run, GPU, device, tile, threads)
     return 0
+
+
+def _print_pass(run: Path, name: str, device: str, tile: int, threads: int) -> Pass:
+    # Twice, and the better: with the first, memory is pinned.
+    rates = [max(_rate(run, device, tile, threads, number) for _ in range(2)) for number in (1, 2)]
+    found = Pass(name, tile, threads, *rates)
+    print(json.dumps(asdict(found)), flush=True)
+    return found
 
 
 def _rate(source: Path, device: str, tile: int, threads: int, number: int) -> float:
@@ -161,35 +142,30 @@ def _rate(source: Path, device: str, tile: int, threads: int, number: int) -> fl
 
 
 class _Dropped:
-    """A writer that discards everything."""
+    """A writer that keeps nothing."""
 
     def put(self, name: str, offset: int, values: Tensor) -> None:
         pass
 
 
-def _told_of_gpu(name: str) -> str:
+def bus(device: str) -> int:
+    """Print how soon a GPU is ready, and how fast its bus is: no pass can be faster."""
     begun = time.perf_counter()
-    torch.zeros(1, device=name).item()
-    ready = time.perf_counter() - begun
+    torch.zeros(1, device=device).item()
+    print(f"ready after {time.perf_counter() - begun:.2f} s", flush=True)
     begun = time.perf_counter()
-    pinned = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
-    pinning = time.perf_counter() - begun
-    there = torch.empty_like(pinned, device=name)
-    rates = []
-    for target, source in ((there, pinned), (pinned, there)):
-        seconds = min(_timed(lambda: target.copy_(source)) for _ in range(5))  # noqa: B023 - called at once
-        rates.append(pinned.numel() / 1e9 / seconds)
-    return (
-        f"{name}: ready after {ready:.2f} s, pins {pinned.numel() / 1e9 / pinning:.1f} GB/s, "
-        f"copies {rates[0]:.1f} GB/s there and {rates[1]:.1f} GB/s back"
-    )
+    pinned = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=device != "cpu")
+    print(f"pins {pinned.numel() / 1e9 / (time.perf_counter() - begun):.1f} GB/s", flush=True)
+    there = torch.empty_like(pinned, device=device)
+    for what, target, source in (("there", there, pinned), ("back", pinned, there)):
+        seconds = min(_timed(target, source) for _ in range(5))
+        print(f"copies {pinned.numel() / 1e9 / seconds:.1f} GB/s {what}", flush=True)
+    return 0
 
 
-def _timed(work: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
+def _timed(target: Tensor, source: Tensor) -> float:
     begun = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
+    target.copy_(source)  # not non_blocking: returns when it is there
     return time.perf_counter() - begun
 
 
@@ -202,7 +178,7 @@ def _pairs(one: Path, other: Path) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _ordered(values: Tensor) -> Tensor:
-    """Integers that number the values of a dtype from 0, so that neighbours differ by 1."""
+    """Integers that count the numbers of a dtype from 0 on, so that neighbours differ by 1."""
     bits = values.contiguous().view(_BITS[values.dtype]).to(torch.int64)
     return torch.where(bits < 0, torch.iinfo(_BITS[values.dtype]).min - bits, bits)
 
@@ -223,17 +199,19 @@ def _driver() -> str:
 
 def main() -> int:
     program, *words = sys.argv[1:]
-    if program == "machine":
-        return machine()
     if program == "compare":
         return compare(Path(words[0]), Path(words[1]))
     if program == "passes":
-        return passes(Path(words[0]), words[1:])
-    return {"devices": devices, "command": command}[program](words)
+        return passes(Path(words[0]), words[1])
+    if program == "command":
+        return command(words)
+    if program == "machine":
+        return machine()
+    return {"devices": devices, "bus": bus}[program](words[0])
 
 
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # as in ckavg
+    os._exit(status)  # as ckavg does: without taking torch apart

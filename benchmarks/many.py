@@ -20,7 +20,7 @@ RECORD = "many.json"
 
 _STEPS_BETWEEN = 100
 _ELEMENTS = 125
-_RANK, _HIDDEN, _KEYS = 4, 256, 128
+_HIDDEN, _KEYS = 256, 128
 _SPREAD, _STEP = 0.02, 0.001
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -36,8 +36,8 @@ def build_tiny(path: Path, tensors: int = 100_000, checkpoints: int = 5) -> Path
     return _build(path, shapes, checkpoints, "model.safetensors", {"config.json": {"model_type": "tiny"}})
 
 
-def build_adapters(path: Path, checkpoints: int = 1000, tensors: int = 200) -> Path:
-    """Write a run of LoRA adapters as PEFT saves them, 0.7 MB each with 200 tensors, unless it is there already.
+def build_adapters(path: Path, checkpoints: int = 1000, tensors: int = 200, rank: int = 4) -> Path:
+    """Write a run of LoRA adapters as PEFT saves them, 0.7 MB each by default, unless it is there already.
 
     Raises:
         FileExistsError: the directory holds something that is not such a run.
@@ -46,14 +46,14 @@ def build_adapters(path: Path, checkpoints: int = 1000, tensors: int = 200) -> P
     for pair in range(tensors // 2):
         module = ("q_proj", "v_proj")[pair % 2]
         prefix = f"base_model.model.model.layers.{pair // 2}.self_attn.{module}"
-        shapes[f"{prefix}.lora_A.weight"] = (_RANK, _HIDDEN)
-        shapes[f"{prefix}.lora_B.weight"] = (_HIDDEN if module == "q_proj" else _KEYS, _RANK)
+        shapes[f"{prefix}.lora_A.weight"] = (rank, _HIDDEN)
+        shapes[f"{prefix}.lora_B.weight"] = (_HIDDEN if module == "q_proj" else _KEYS, rank)
     config = {
         "base_model_name_or_path": "example/base",
         "bias": "none",
-        "lora_alpha": 2 * _RANK,
+        "lora_alpha": 2 * rank,
         "peft_type": "LORA",
-        "r": _RANK,
+        "r": rank,
         "target_modules": ["q_proj", "v_proj"],
         "task_type": "CAUSAL_LM",
     }
@@ -61,7 +61,8 @@ def build_adapters(path: Path, checkpoints: int = 1000, tensors: int = 200) -> P
 
 
 def _build(path: Path, shapes: Shapes, checkpoints: int, weights: str, beside: Mapping[str, object]) -> Path:
-    wanted = {"checkpoints": checkpoints, "tensors": len(shapes), "weights": weights}
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    wanted = {"checkpoints": checkpoints, "tensors": len(shapes), "elements": sum(sizes), "weights": weights}
     if path.exists() and any(path.iterdir()):
         if not (path / RECORD).exists():
             raise FileExistsError(f"{path} holds something that is not a run of many. Name another directory.")
@@ -71,7 +72,6 @@ def _build(path: Path, shapes: Shapes, checkpoints: int, weights: str, beside: M
     path.mkdir(parents=True, exist_ok=True)
     (path / RECORD).write_text("{}")
     generator = np.random.default_rng(0)
-    sizes = [math.prod(shape) for shape in shapes.values()]
     theta = _SPREAD * generator.standard_normal(sum(sizes), dtype=np.float32)
     for step in range(0, checkpoints * _STEPS_BETWEEN, _STEPS_BETWEEN):
         directory = path / f"checkpoint-{step}"
@@ -95,9 +95,10 @@ def main() -> None:
     parser.add_argument("path", type=Path, help="the directory of the run")
     parser.add_argument("--tensors", type=int, help="default: 100,000 tiny ones, 200 of an adapter")
     parser.add_argument("--checkpoints", type=int, help="default: 5 of tiny tensors, 1,000 adapters")
+    parser.add_argument("--rank", type=int, help="of an adapter alone; default: 4")
     arguments = parser.parse_args()
     build = build_tiny if arguments.kind == "tiny" else build_adapters
-    given = {"tensors": arguments.tensors, "checkpoints": arguments.checkpoints}
+    given = {name: getattr(arguments, name) for name in ("tensors", "checkpoints", "rank")}
     build(arguments.path, **{name: count for name, count in given.items() if count is not None})
 
 

@@ -7,16 +7,18 @@ and `exec` towards the child's peak, so a child never seems smaller than its par
 from __future__ import annotations
 
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 _LINUX = sys.platform.startswith("linux")
 _MAXRSS_UNIT = 1024 if _LINUX else 1
 _INBLOCK_UNIT = 512
@@ -64,28 +66,44 @@ def spread(values: Iterable[float]) -> Spread:
     return Spread(statistics.median(ordered), ordered[0], ordered[-1])
 
 
-def run(arguments: Sequence[str], *, python: str = sys.executable) -> Measured:
+def run(
+    arguments: Sequence[str], *, python: str = sys.executable, root: Path = ROOT, limit: float | None = None
+) -> Measured:
     """Run a Python with arguments and measure it.
 
+    Args:
+        arguments: what follows it.
+        python: which.
+        root: the checkout whose `ckavg` and `benchmarks` it finds.
+        limit: seconds after which it is killed; None: none.
+
     Raises:
-        CommandError: it could not be started, or its exit status was not 0.
+        CommandError: it could not be started, took too long, or its exit status was not 0.
     """
     command = [python, *arguments]
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         begun = time.perf_counter()
         try:
-            process = subprocess.Popen(command, cwd=_ROOT, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+            process = subprocess.Popen(command, cwd=root, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
         except OSError as error:
             raise CommandError(f"{python} cannot be run: {error.strerror}.") from error
+        watch = threading.Timer(limit, process.kill) if limit else None
         try:
+            if watch:
+                watch.start()
             # Not process.wait(): only wait4 reports the usage of this child alone.
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
             process.kill()
             process.wait()
             raise
+        finally:
+            if watch:
+                watch.cancel()
         seconds = time.perf_counter() - begun
         process.returncode = os.waitstatus_to_exitcode(status)
+        if limit and process.returncode == -signal.SIGKILL and seconds >= limit:
+            raise CommandError(f"{' '.join(command)}\ntook longer than {limit:.0f} s.")
         if process.returncode:
             said = _text(stderr.fileno()).strip()
             raise CommandError(f"{' '.join(command)}\nended with status {process.returncode}:\n{said}")

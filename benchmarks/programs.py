@@ -19,7 +19,7 @@ MERGEKIT_IMPORT = "mergekit.scripts.run_yaml"
 
 _CKAVG = "torch, ckavg.cli"
 _ROOFLINE = ("-m", "benchmarks.roofline")
-_QUIETLY = ("--force", "--json", "-q")
+QUIETLY = ("--force", "--json", "-q")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +151,7 @@ def ckavg(result: str) -> Program:
     scheme = result.partition("-")[0]
     return Program(
         name=f"ckavg {scheme}",
-        arguments=lambda run, out: ["-m", "ckavg", scheme, str(run), "--out", str(out), *_QUIETLY],
+        arguments=lambda run, out: ["-m", "ckavg", scheme, str(run), "--out", str(out), *QUIETLY],
         results={result: "."},
         imports=_CKAVG,
     )
@@ -161,7 +161,7 @@ def sweep() -> Program:
     """`ckavg sweep` over all averages."""
     return Program(
         name=f"ckavg sweep, {len(AVERAGES)} averages",
-        arguments=lambda run, out: ["-m", "ckavg", "sweep", str(run), *SWEEP, "--out", str(out), *_QUIETLY],
+        arguments=lambda run, out: ["-m", "ckavg", "sweep", str(run), *SWEEP, "--out", str(out), *QUIETLY],
         results={name: name for name in AVERAGES},
         imports=_CKAVG,
     )

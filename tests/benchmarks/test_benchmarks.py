@@ -56,7 +56,8 @@ def arena(synthetic: Path) -> Arena:
 @pytest.mark.parametrize(
     "name",
     [
-        *("balloon", "cache", "expected", "measure", "programs", "scaling", "synthetic", "table"),
+        *("balloon", "cache", "expected", "gpu_constants", "measure", "programs", "quick", "scaling", "synthetic"),
+        "table",
         *(f"evidence.{name}" for name in ("tables", "language_model_run", "small_model_run")),
     ],
 )
@@ -131,5 +132,6 @@ def test_what_is_not_finite_is_wrong(value: float) -> None:
 
 def test_what_measures_is_small() -> None:
     """A child cannot seem smaller than its parent, so the parent must do without torch."""
-    program = "import sys, benchmarks.__main__; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    program = "import sys, benchmarks.__main__, benchmarks.quick, benchmarks.gpu\n"
+    program += "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

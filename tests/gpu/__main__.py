@@ -1,4 +1,4 @@
-"""`python -m tests.gpu`: the checks on this machine's GPU, with nothing but torch, safetensors and numpy."""
+"""`python -m tests.gpu [DEVICE]`: the checks on this machine's GPU, `cuda`, without pytest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.gpu.checks import CHECKS
 
 
 def main() -> int:
-    if not torch.cuda.is_available():
+    device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
+    if device != "cpu" and not torch.cuda.is_available():
         _say(f"torch finds no GPU here: {len(CHECKS)} checks skipped")
         return 0
     failed = []
@@ -22,7 +23,7 @@ def main() -> int:
         begun = time.perf_counter()
         with tempfile.TemporaryDirectory() as directory:
             try:
-                check(Path(directory), "cuda")
+                check(Path(directory), device)
             except Exception:  # each check is told of, whatever went wrong in another
                 _say(traceback.format_exc())
                 failed.append(name)
