@@ -230,7 +230,8 @@ def _deviation(numel: int, total: float, squares: float, unit: int) -> float:
         return 0.0
     if not math.isfinite(squares):
         return math.nan
-    return scaled(math.sqrt(max(0.0, squares - total * total / numel) / (numel - 1)), unit)
+    deviation = math.sqrt(max(0.0, squares - total * total / numel) / (numel - 1))
+    return scaled(deviation, unit) if unit else deviation
 
 
 def scaled(value: float, exponent: int) -> float:
