@@ -331,10 +331,14 @@ class _AverageWorker:
         # By average: at which places among those that are read its checkpoints are, from that on with which it begins.
         self._read = [tuple(at[place] for place in average.read) for average in averages]
         # By such a place: the averages that take the checkpoint in, and which of theirs it is.
-        self._takers = [
-            [(number, average.places.index(place)) for number, average in enumerate(averages) if place in average.read]
-            for place in places
-        ]
+        self._takers: list[list[tuple[int, int]]] = [[] for _ in places]
+        for number, average in enumerate(averages):
+            for index, place in enumerate(average.places):
+                if index >= average.coefficients.start:
+                    self._takers[at[place]].append((number, index))
+        # Likewise: which sets of checkpoints it belongs to.
+        members = {read: frozenset(read) for read in self._read}
+        self._reads = [[read for read, own in members.items() if number in own] for number in range(len(places))]
         self._wide = wide
         self._tile = context.tile
         self._device = context.device
@@ -367,9 +371,8 @@ class _AverageWorker:
             state.set_tensor(blocks[0].name)
         for place, takers in enumerate(self._takers):
             self._reader.load_group(place, group, theta, sums)
-            for read, of_read in zeros.items():
-                if place in read:
-                    of_read.take(theta)
+            for read in self._reads[place]:
+                zeros[read].take(theta)
             if self._forgetful:
                 totals.append(theta.sum())
             for number, index in takers:
