@@ -31,7 +31,9 @@ from ckavg.schemes import Coefficients
 
 
 class TensorWriter(Protocol):
-    """Takes finished bytes; called from several threads, each byte of a tensor once."""
+    """Takes finished bytes; called from several threads. Each byte of a tensor comes once; of a small one, again where
+    values are not finite.
+    """
 
     def put(self, name: str, offset: int, values: Tensor) -> None:
         """Take the bytes of tensor `name` from byte `offset` on: (n,) uint8 in CPU memory, valid during the call."""
@@ -39,7 +41,7 @@ class TensorWriter(Protocol):
 
 @runtime_checkable
 class WholeTensorWriter(Protocol):
-    """A `TensorWriter` that takes whole tensors together, too; it may be given the same bytes again."""
+    """A `TensorWriter` that takes whole tensors together, too."""
 
     def put_whole(self, tensors: Mapping[str, memoryview]) -> None:
         """Take all bytes of some tensors, by name; valid during the call."""
