@@ -24,14 +24,16 @@ from ckavg.engine.checksums import checksums
 from ckavg.engine.coalescing import Group, GroupSums, Key, by_dtype
 from ckavg.engine.context import Context
 from ckavg.engine.distributed import PassJournal
-from ckavg.engine.stream import stream, stream_groups
+from ckavg.engine.stream import stream_groups
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader, all_finite
 from ckavg.errors import MissingPartsError, raise_all
 from ckavg.schemes import Coefficients
 
 
 class TensorWriter(Protocol):
-    """Takes finished bytes; called from several threads, each byte of a tensor once."""
+    """Takes finished bytes; called from several threads. Each byte of a tensor comes once; of a small one, again where
+    values are not finite.
+    """
 
     def put(self, name: str, offset: int, values: Tensor) -> None:
         """Take the bytes of tensor `name` from byte `offset` on: (n,) uint8 in CPU memory, valid during the call."""
@@ -39,7 +41,7 @@ class TensorWriter(Protocol):
 
 @runtime_checkable
 class WholeTensorWriter(Protocol):
-    """A `TensorWriter` that takes whole tensors together, too; it may be given the same bytes again."""
+    """A `TensorWriter` that takes whole tensors together, too."""
 
     def put_whole(self, tensors: Mapping[str, memoryview]) -> None:
         """Take all bytes of some tensors, by name; valid during the call."""
@@ -170,7 +172,10 @@ def replay(
         of_written = [run.checkpoints[place] for place in written]
         with _put_off(unfinished):
             journal = journals("copy", _as_it_is, _as_it_is)
-            nbytes = stream("replay", of_written, cut_blocks(copied), copy_worker, quiet, journal).bytes_read
+            key = by_dtype(of_written)
+            nbytes = stream_groups(
+                "replay", of_written, cut_blocks(copied), copy_worker, key, quiet, journal
+            ).bytes_read
     discarded: tuple[Mapping[int, float], ...] = ({},) * len(averages)
     of_pairs = None
     if products is not None:
@@ -255,8 +260,26 @@ def check_constant(
     """
     entries = {name: entry for name, entry in run.tensors.items() if entry.must_be_constant and not entry.kept}
 
-    def compare_worker(reader: TileReader) -> Callable[[Block], None]:
-        def compare(block: Block) -> None:
+    def compare_worker(reader: TileReader) -> Callable[[Sequence[Block]], Sequence[None]]:
+        def compare(blocks: Sequence[Block]) -> Sequence[None]:
+            if len(blocks) == 1 or not are_same(blocks):
+                for block in blocks:
+                    compare_block(block)
+            return [None] * len(blocks)
+
+        def are_same(blocks: Sequence[Block]) -> bool:
+            group, item = Group(blocks), entries[blocks[0].name].item_bytes
+            memory = torch.empty(group.size * item, dtype=torch.uint8)
+            for last in {places[-1] for places in selections}:
+                expected = torch.empty_like(memory)
+                reader.raw_group(last, group, expected)
+                for index in {index for places in selections if places[-1] == last for index in places[:-1]}:
+                    reader.raw_group(index, group, memory)
+                    if not torch.equal(memory, expected):
+                        return False
+            return True
+
+        def compare_block(block: Block) -> None:
             item = entries[block.name].item_bytes
             for start, stop in block.tiles(context.tile):
                 lasts = {
@@ -272,7 +295,10 @@ def check_constant(
 
     quiet = dataclasses.replace(context, on_progress=None)
     blocks = cut_blocks(entries)
-    return stream("replay", run.checkpoints, blocks, compare_worker, quiet, journal).bytes_read if blocks else 0
+    if not blocks:
+        return 0
+    key = by_dtype(run.checkpoints)
+    return stream_groups("replay", run.checkpoints, blocks, compare_worker, key, quiet, journal).bytes_read
 
 
 def replay_blocks(run: Run) -> tuple[Block, ...]:
@@ -307,10 +333,14 @@ class _AverageWorker:
         # By average: at which places among those that are read its checkpoints are, from that on with which it begins.
         self._read = [tuple(at[place] for place in average.read) for average in averages]
         # By such a place: the averages that take the checkpoint in, and which of theirs it is.
-        self._takers = [
-            [(number, average.places.index(place)) for number, average in enumerate(averages) if place in average.read]
-            for place in places
-        ]
+        self._takers: list[list[tuple[int, int]]] = [[] for _ in places]
+        for number, average in enumerate(averages):
+            for index, place in enumerate(average.places):
+                if index >= average.coefficients.start:
+                    self._takers[at[place]].append((number, index))
+        # Likewise: which sets of checkpoints it belongs to.
+        members = {read: frozenset(read) for read in self._read}
+        self._reads = [[read for read, own in members.items() if number in own] for number in range(len(places))]
         self._wide = wide
         self._tile = context.tile
         self._device = context.device
@@ -343,9 +373,8 @@ class _AverageWorker:
             state.set_tensor(blocks[0].name)
         for place, takers in enumerate(self._takers):
             self._reader.load_group(place, group, theta, sums)
-            for read, of_read in zeros.items():
-                if place in read:
-                    of_read.take(theta)
+            for read in self._reads[place]:
+                zeros[read].take(theta)
             if self._forgetful:
                 totals.append(theta.sum())
             for number, index in takers:
@@ -505,7 +534,19 @@ class _CopyWorker:
         self._writers = writers
         self._tile = tile
 
-    def __call__(self, block: Block) -> None:
+    def __call__(self, blocks: Sequence[Block]) -> Sequence[None]:
+        if len(blocks) == 1:
+            self._copy_block(blocks[0])
+        else:
+            group = Group(blocks)
+            memory = torch.empty(group.size * self._entries[blocks[0].name].item_bytes, dtype=torch.uint8)
+            for index, writers in enumerate(self._writers):
+                self._reader.raw_group(index, group, memory)
+                for writer in writers:
+                    put_whole(writer, group, memory)
+        return [None] * len(blocks)
+
+    def _copy_block(self, block: Block) -> None:
         item = self._entries[block.name].item_bytes
         for start, stop in block.tiles(self._tile):
             for index, writers in enumerate(self._writers):

@@ -83,10 +83,10 @@ def cut_blocks(entries: Mapping[str, TensorInfo]) -> tuple[Block, ...]:
 
 def sizes_of(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block]) -> list[int]:
     """Bytes that are read of each block."""
-    (table, count), *others = distinct_tables(checkpoints)
-    if not others:  # mostly; there may be a million blocks
+    tables = distinct_tables(checkpoints)
+    if len(tables) == 1:  # mostly; there may be a million blocks
+        table, count = tables[0]
         return [count * table[block.name].item_bytes * block.size for block in blocks]
-    tables = [(table, count), *others]
     items = {
         name: sum(count * table[name].item_bytes for table, count in tables) for name in {each.name for each in blocks}
     }

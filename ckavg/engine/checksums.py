@@ -20,6 +20,7 @@ from ckavg.engine.blocks import BLOCK, CHUNK, Block
 _WORD = 8
 _DIGITS = 32
 _BLOCKS_AT_ONCE = 4096
+_encoded = json.JSONEncoder().encode
 
 
 class BlockSums:
@@ -90,4 +91,4 @@ def checksums(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], hashes
 
 def _begin(block: Block, entry: TensorInfo) -> str:
     """What is hashed of a block before its own hash: the beginning of a JSON list."""
-    return f"[{json.dumps(block.name)}, {json.dumps(entry.dtype)}, {list(entry.shape)}, {block.start}"
+    return f'[{_encoded(block.name)}, "{entry.dtype}", {list(entry.shape)}, {block.start}'

@@ -271,7 +271,7 @@ def _deal(work: _Work[Unit, Result], places: Sequence[int], ranks: Ranks) -> lis
 
     in_files = sorted(places, key=position)
     ends = work.groups(in_files, ranks.world)
-    bounds = list(zip([0, *ends[:-1]], ends, strict=True))
+    bounds = list(zip([0, *ends], ends, strict=False))
     shares = ranks.share([sum(work.sizes[place] for place in in_files[start:end]) for start, end in bounds])
     owners = {place: owner for (start, end), owner in zip(bounds, shares, strict=True) for place in in_files[start:end]}
     return [owners[place] for place in places]

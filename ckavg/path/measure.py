@@ -147,13 +147,14 @@ def measure_paths(
         key = by_dtype(run.checkpoints)
         streamed = stream_groups("path", read, blocks, make_worker, key, context, journal)
     by_name = by_tensor(blocks, streamed.results) if reading.to_read else {}
+    all_steps = run.steps
     used: Literal["torch", "numba"] = "torch" if kernel is None else "numba"
     paths = []
     for number, (plan, places) in enumerate(zip(reading.plans, reading.places, strict=True)):
         tensors = _completed(run, plan, by_name, number)
         if plan.to_read and not allow_nonfinite:
             refuse_infinite(tensors)
-        steps = tuple(run.steps[index] for index in places)
+        steps = tuple(all_steps[index] for index in places)
         nbytes = streamed.bytes_read if plan.to_read else 0
         paths.append(PathLength(steps, tensors, zero_sigma, nbytes, kernel=used if plan.to_read else None))
     return tuple(paths)
@@ -230,7 +231,8 @@ def _deviation(numel: int, total: float, squares: float, unit: int) -> float:
         return 0.0
     if not math.isfinite(squares):
         return math.nan
-    return scaled(math.sqrt(max(0.0, squares - total * total / numel) / (numel - 1)), unit)
+    deviation = math.sqrt(max(0.0, squares - total * total / numel) / (numel - 1))
+    return scaled(deviation, unit) if unit else deviation
 
 
 def scaled(value: float, exponent: int) -> float:
@@ -266,7 +268,7 @@ class _Worker:
         self._device = context.device
         self._buffers: dict[torch.dtype, list[Tensor]] = {}
         self._lanes: dict[torch.dtype, Tensor] = {}
-        self._groups = GroupDistances(reader, reading.visits)
+        self._groups = GroupDistances(reader, self._visits)
         reader.compute_on(context.device)
 
     def _rows_of(self, plan: PathPlan, places: tuple[int, ...]) -> list[int]:

@@ -116,12 +116,15 @@ class PathReading:
         place = {index: place for place, index in enumerate(self.to_read)}
         pairs = [(place[first], place[second]) for first, second in self.pairs]
         last = dict(pairs)  # the pairs are in the order of their second checkpoint
+        firsts: dict[int, list[int]] = {}
+        for first, second in pairs:
+            firsts.setdefault(second, []).append(first)
         anchors = {place[index] for index in self.anchors}
         return tuple(
             Visit(
                 each,
                 each in anchors,
-                tuple((first, last[first] == each) for first, second in pairs if second == each),
+                tuple((first, last[first] == each) for first in firsts.get(each, ())),
                 each in last,
             )
             for each in place.values()

@@ -227,15 +227,27 @@ def check_finite(report: Report, outputs: Iterable[tuple[str, Checkpoint]], *, i
 
 def _count_nonfinite(checkpoint: Checkpoint, tell: OnProgress, infinite: Collection[str]) -> dict[str, int]:
     """How many elements of each tensor are NaN, or infinite without permission."""
+    import torch
+
     from ckavg.engine.blocks import TILE, Block, cut_blocks
-    from ckavg.engine.stream import by_tensor, stream
+    from ckavg.engine.coalescing import Group, by_dtype
+    from ckavg.engine.stream import by_tensor, stream_groups
     from ckavg.engine.tiles import TORCH_DTYPES, TileReader, all_finite
 
     entries = {name: entry for name, entry in checkpoint.entries.items() if entry.is_floating}
     blocks = cut_blocks(entries)
 
-    def make_worker(reader: TileReader) -> Callable[[Block], int]:
-        def count(block: Block) -> int:
+    def make_worker(reader: TileReader) -> Callable[[Sequence[Block]], Sequence[int]]:
+        def count(blocks: Sequence[Block]) -> Sequence[int]:
+            if len(blocks) > 1:
+                group, entry = Group(blocks), entries[blocks[0].name]
+                memory = torch.empty(group.size * entry.item_bytes, dtype=torch.uint8)
+                reader.raw_group(0, group, memory)
+                if all_finite(memory.view(TORCH_DTYPES[entry.dtype])):
+                    return [0] * len(blocks)
+            return [count_block(block) for block in blocks]
+
+        def count_block(block: Block) -> int:
             entry, wrong = entries[block.name], 0
             for start, stop in block.tiles(TILE):
                 raw = reader.raw(0, block.name, start * entry.item_bytes, stop * entry.item_bytes)
@@ -246,5 +258,6 @@ def _count_nonfinite(checkpoint: Checkpoint, tell: OnProgress, infinite: Collect
 
         return count
 
-    streamed = stream("weights", [checkpoint], blocks, make_worker, Context(on_progress=tell))
+    key, context = by_dtype([checkpoint]), Context(on_progress=tell)
+    streamed = stream_groups("weights", [checkpoint], blocks, make_worker, key, context)
     return {name: sum(parts) for name, parts in by_tensor(blocks, streamed.results).items()}

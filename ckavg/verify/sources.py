@@ -284,10 +284,13 @@ def check_checksums(report: Report, record: Record, sources: Sources, outputs: S
     Raises:
         TruncatedShardError, ReadError: a file became shorter, or cannot be read.
     """
+    import torch
+
     from ckavg.engine.blocks import TILE, Block, cut_blocks
     from ckavg.engine.checksums import checksums
+    from ckavg.engine.coalescing import Group, GroupSums, by_dtype
     from ckavg.engine.context import Context
-    from ckavg.engine.stream import stream
+    from ckavg.engine.stream import stream_groups
     from ckavg.engine.tiles import TileReader
 
     unread = [str(each.step) for each in record.inputs if each.checksum is None]
@@ -305,8 +308,18 @@ def check_checksums(report: Report, record: Record, sources: Sources, outputs: S
         return
     blocks = cut_blocks({name: read[-1].entries[name] for name in names})
 
-    def make_worker(reader: TileReader) -> Callable[[Block], str]:
-        def hashes(block: Block) -> str:
+    def make_worker(reader: TileReader) -> Callable[[Sequence[Block]], Sequence[str]]:
+        def hashes(blocks: Sequence[Block]) -> Sequence[str]:
+            if len(blocks) == 1:
+                return [hashes_of(blocks[0])]
+            group = Group(blocks)
+            sums = GroupSums(group, len(read))
+            memory = torch.empty(group.size * read[-1].entries[blocks[0].name].item_bytes, dtype=torch.uint8)
+            for index in range(len(read)):
+                reader.raw_group(index, group, memory, sums)
+            return sums.hashes()
+
+        def hashes_of(block: Block) -> str:
             sums = reader.sum_up(block)
             for start, stop in block.tiles(TILE):
                 for index, checkpoint in enumerate(read):
@@ -318,7 +331,7 @@ def check_checksums(report: Report, record: Record, sources: Sources, outputs: S
 
     listen = report.listener("sources")
     context = Context(on_progress=lambda news: listen(news.done, news.total))
-    streamed = stream("sources", read, blocks, make_worker, context)
+    streamed = stream_groups("sources", read, blocks, make_worker, by_dtype(read), context)
     report.bytes_read += streamed.bytes_read
     for (checkpoint, recorded), checksum in zip(here, checksums(read, blocks, streamed.results), strict=True):
         if checksum != recorded.checksum:

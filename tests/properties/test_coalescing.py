@@ -40,7 +40,7 @@ SIZES = st.sampled_from(
 )
 FLOATING = st.sampled_from(["F32", "F32", "F32", "BF16", "BF16", "F16", "F64"])
 OTHER = st.sampled_from(["I64", "U8", "BOOL", "F8_E4M3"])
-SPECIAL = st.sampled_from(["", "", "", "", "negative zero", "nan", "inf", "same inf", "huge", "constant"])
+SPECIAL = st.sampled_from(["", "", "", "", "negative zero", "nan", "inf", "same inf", "huge", "tiny", "constant"])
 SCHEMES: tuple[Scheme, ...] = (Mean(), EMA(), EMA(gamma=0.0), BEMA(), OUEMA(), DEMA())
 
 
@@ -103,7 +103,7 @@ def as_stored(theta: Tensor, code: str, special: str, place: int) -> Tensor:
         return torch.zeros(len(theta)).to(dtype)  # copied, where it is the same everywhere
     if not dtype.is_floating_point:
         return (8 * theta).to(torch.int64).to(dtype)
-    stored = theta.to(dtype)
+    stored = 1e-200 * theta.double() if special == "tiny" and code == "F64" else theta.to(dtype)
     value = {
         "negative zero": -0.0,
         "nan": float("nan") if place == 2 else None,
