@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ckavg.checkpoints.headers import KNOWN_HASHES
+from ckavg.checkpoints.layouts import WEIGHTS
 from ckavg.checkpoints.run import FLOATING, Checkpoint, TensorInfo
 from ckavg.checkpoints.unsupported import dequantized
 from ckavg.checkpoints.weight_files import ADAPTERS
@@ -92,6 +93,8 @@ def without_shared(checkpoint: Checkpoint, facts: Facts) -> Checkpoint:
     """A checkpoint as transformers would have saved it as safetensors: of tensors that are one in memory, as a pickle
     tells, the first alone, unless the config denies that they are tied.
     """
+    if all(shard.path.suffix == WEIGHTS for shard in checkpoint.shards):  # where no two tensors share bytes
+        return checkpoint
     if not any("model_type" in config for config in facts.configs.values()) or ties_embeddings(facts) is False:
         return checkpoint
     first: dict[tuple[int, int, tuple[int, ...], str], str] = {}
