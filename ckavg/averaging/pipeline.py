@@ -42,7 +42,7 @@ from ckavg.output.record import Record, Seconds, read_record
 from ckavg.output.staging import remove_stale
 from ckavg.path.cache import save_path
 from ckavg.path.plan import PathPlan, PathReading, plan_path
-from ckavg.path.table import PathLength, ZeroSigma
+from ckavg.path.table import PathLength, TensorLengths, ZeroSigma
 from ckavg.schemes import Coefficients, Scheme, Timeline
 from ckavg.storage.address import AddressPath
 from ckavg.storage.atomic import resolved
@@ -625,8 +625,7 @@ def coefficients_with(plan: Plan, path: PathLength | None) -> Coefficients:
 def _timeline(run: Run, path: PathLength | None) -> Timeline:
     if path is None:
         return Timeline(run.steps, anchor_is_init=run.anchor_is_init)
-    own = {name: path.tensor_lengths(name) for name in path.counted}
-    return Timeline(run.steps, path.lengths, own, run.anchor_is_init)
+    return Timeline(run.steps, path.lengths, TensorLengths(path), run.anchor_is_init)
 
 
 def _accumulated(run: Run, asked: str) -> str:

@@ -6,7 +6,7 @@ import fnmatch
 import itertools
 import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -110,7 +110,11 @@ class PathLength:
     @cached_property
     def counted(self) -> tuple[str, ...]:
         """Tensors that count, by name."""
-        return tuple(sorted(name for name in self.tensors if self.sigma(name) > 0 and self.tensors[name].is_finite))
+        return tuple(sorted(filter(self.counts, self.tensors)))
+
+    def counts(self, name: str) -> bool:
+        """Whether a tensor was measured and counts."""
+        return name in self.tensors and self.sigma(name) > 0 and self.tensors[name].is_finite
 
     @cached_property
     def uncounted(self) -> tuple[str, ...]:
@@ -158,6 +162,27 @@ class PathLength:
         if not math.isfinite(unit):
             return (0.0, *itertools.accumulate(each / self.sigma(name) / tensor.numel for each in tensor.distances))
         return (0.0, *(moved / unit for moved in itertools.accumulate(tensor.distances)))
+
+
+class TensorLengths(Mapping[str, tuple[float, ...]]):
+    """The paths of the tensors that count, by name, each formed when it is asked for: few schemes ask."""
+
+    def __init__(self, path: PathLength) -> None:
+        self._path = path
+
+    def __getitem__(self, name: str) -> tuple[float, ...]:
+        if not self._path.counts(name):
+            raise KeyError(name)
+        return self._path.tensor_lengths(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._path.counted)
+
+    def __len__(self) -> int:
+        return len(self._path.counted)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} tensors)"
 
 
 def to_measure(entries: Mapping[str, TensorInfo], exclude: Iterable[str]) -> dict[str, TensorInfo]:
