@@ -182,11 +182,11 @@ def _metadata(declared: dict[str, Any]) -> dict[str, str]:
     raise ValueError("__metadata__ must hold texts by name")
 
 
-def _checked(
-    path: AnyPath, declared: Mapping[str, Any], data_start: int, shard: int
-) -> tuple[dict[str, TensorInfo], int]:
-    """The tensors in the order of their bytes, and where the last of these ends in the file."""
-    spans = sorted((_span(path, name, value) for name, value in declared.items()), key=itemgetter(3, 4))
+def _checked(path: AnyPath, declared: dict[str, Any], data_start: int, shard: int) -> tuple[dict[str, TensorInfo], int]:
+    """The tensors in the order of their bytes, and where the last of these ends in the file. Empties `declared`: what
+    it holds of many tensors takes more memory than what is made of it.
+    """
+    spans = sorted((_span(path, name, declared.pop(name)) for name in [*declared]), key=itemgetter(3, 4))
     entries: dict[str, TensorInfo] = {}
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal ones kept once, as names and dtypes are
     end = 0

@@ -107,7 +107,7 @@ def test_what_states_share_is_parsed_once(states: list[tuple[list[Any], bool, tu
     logs, known, history = Logs(), list[dict[int, set[float]]](), list[Any]()
     for step, (entries, goes_on, (old, new)) in enumerate(states):
         history = [*history, *entries] if goes_on else entries
-        state = {"best": None, "global_step": step, "log_history": history, "name": "é", "y": {"z": []}}
+        state: dict[str, Any] = {"best": None, "global_step": step, "log_history": history, "name": "é", "y": {"z": []}}
         text = json.dumps(state, indent=2, sort_keys=True, ensure_ascii=False).replace(old, new, 1)
         data = text.encode("utf-8", "surrogateescape")
         try:
