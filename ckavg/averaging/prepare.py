@@ -22,7 +22,7 @@ from ckavg.errors import MissingPartsError, raise_all
 from ckavg.output.record import Seconds
 from ckavg.path.cache import save_path
 from ckavg.path.plan import PathPlan, PathReading
-from ckavg.path.table import PathLength
+from ckavg.path.table import PathLength, TensorLengths
 from ckavg.schemes import Coefficients, Timeline
 
 
@@ -110,8 +110,7 @@ def coefficients_with(plan: Plan, path: PathLength | None) -> Coefficients:
 def _timeline(run: Run, path: PathLength | None) -> Timeline:
     if path is None:
         return Timeline(run.steps, anchor_is_init=run.anchor_is_init)
-    own = {name: path.tensor_lengths(name) for name in path.counted}
-    return Timeline(run.steps, path.lengths, own, run.anchor_is_init)
+    return Timeline(run.steps, path.lengths, TensorLengths(path), run.anchor_is_init)
 
 
 def _measure_all(reading: Reading, fingerprints: Fingerprints, context: Context) -> tuple[PathLength | None, ...]:

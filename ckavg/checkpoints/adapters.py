@@ -127,7 +127,8 @@ def no_adapter(checkpoint: Checkpoint) -> UnsupportedFormatError:
 
 def hold_factors(names: Iterable[str], prefixes: tuple[str, ...] = _FACTOR_PREFIXES) -> bool:
     """Whether tensors are named like the factors of low-rank adapters."""
-    return any(part.startswith(prefixes) for name in names for part in name.split("."))
+    text = ".".join(["", *names])  # one search for each prefix, however many tensors there are
+    return any(f".{prefix}" in text for prefix in prefixes)
 
 
 def names_of_pairs(checkpoint: Checkpoint) -> frozenset[str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ckavg.checkpoints.headers import KNOWN_HASHES
+from ckavg.checkpoints.layouts import WEIGHTS
 from ckavg.checkpoints.run import FLOATING, Checkpoint, TensorInfo
 from ckavg.checkpoints.unsupported import dequantized
 from ckavg.checkpoints.weight_files import ADAPTERS
@@ -92,6 +93,8 @@ def without_shared(checkpoint: Checkpoint, facts: Facts) -> Checkpoint:
     """A checkpoint as transformers would save it as safetensors: of tensors that share memory in a pickle, only the
     first, unless the config says that they are not tied.
     """
+    if all(shard.path.suffix == WEIGHTS for shard in checkpoint.shards):  # where no two tensors share bytes
+        return checkpoint
     if not any("model_type" in config for config in facts.configs.values()) or ties_embeddings(facts) is False:
         return checkpoint
     first: dict[tuple[int, int, tuple[int, ...], str], str] = {}

@@ -32,7 +32,7 @@ from ckavg.checkpoints.layouts import (
     stem_of,
 )
 from ckavg.checkpoints.pickles import UnreadPickleError, pickled_step
-from ckavg.checkpoints.trainer_log import TRAINER_STATE, Logs, read_trainer_state
+from ckavg.checkpoints.trainer_log import TRAINER_STATE, Logs
 from ckavg.checkpoints.unsupported import holds_unsupported, is_pickled, refused, stem, unsupported_weights
 from ckavg.checkpoints.weight_files import find_weights, holds_weights, list_folder
 from ckavg.errors import (
@@ -249,8 +249,7 @@ def _may_be_checkpoint(path: AnyPath) -> bool:
 def _candidate(path: AnyPath, label: Label, logs: Logs, warnings: list[str]) -> Candidate:
     if path.suffix == WEIGHTS or (is_pickled(path.name) and not path.is_dir()):
         return Candidate(path, label.number or 0, label, stated=False, is_file=True)
-    state, stated = _trainer_state(path, warnings)
-    log = logs.number(state)
+    log, stated = _trainer_state(path, logs, warnings)
     if stated is None:
         return Candidate(path, label.number or 0, label, stated=False, log=log)
     if label.clock == "step" and stated != label.number:
@@ -274,22 +273,23 @@ def _holds_weights(path: AnyPath, *, of_any_kind: bool = False) -> bool:
         return True  # reading it will report the problem
 
 
-def _trainer_state(path: AnyPath, warnings: list[str]) -> tuple[Mapping[str, object], int | None]:
-    """What a trainer wrote beside a checkpoint, and the step that it states."""
+def _trainer_state(path: AnyPath, logs: Logs, warnings: list[str]) -> tuple[int | None, int | None]:
+    """Which log a trainer kept beside a checkpoint, and the step that it states."""
     why = "states no global_step"
-    state: Mapping[str, object] = {}
+    step: object = None
+    log: int | None = None
     try:
-        state = read_trainer_state(path)
+        state, log = logs.read(path)
+        step = state.get("global_step")
     except FileNotFoundError:
-        return {}, None
+        return None, None
     except (OSError, ValueError):
         why = "cannot be read"
-    step = state.get("global_step")
     if type(step) is int and 0 <= step < _LARGEST_STEP:
-        return state, step
+        return log, step
     if path.exists():
         warnings.append(f"{path.name}: {TRAINER_STATE} {why}; the step is taken from the name.")
-    return state, None
+    return log, None
 
 
 # --- single files: their clocks, and the one without a number ---
@@ -393,7 +393,10 @@ def _without_derived(candidates: Sequence[Candidate]) -> list[Candidate]:
         held = [[of_run for of_run in kept if any(map(holds, of_run))] for holds in (_holds_safetensors, _is_read)]
         kept = next(filter(None, held), kept)
     left = [candidate for of_run in kept for candidate in of_run]
-    return [each for each in left if not any(_is_derived(each, other) for other in left)]
+    by_number: dict[int | None, list[Candidate]] = defaultdict(list)
+    for candidate in left:
+        by_number[candidate.label.number].append(candidate)
+    return [each for each in left if not any(_is_derived(each, other) for other in by_number[each.label.number])]
 
 
 def _holds_safetensors(candidate: Candidate) -> bool:
@@ -408,9 +411,10 @@ def _is_read(candidate: Candidate) -> bool:
 
 
 def _is_derived(one: Candidate, other: Candidate) -> bool:
+    """Whether one, of the same number as the other, is made from it."""
     name, its_name = _stem(one.path), _stem(other.path)
     is_longer = name.startswith(its_name) and name[len(its_name) :][:1] in ("-", "_", ".", " ")
-    return is_longer and one.label.stem != other.label.stem and one.label.number == other.label.number
+    return is_longer and one.label.stem != other.label.stem
 
 
 def _passed_over(children: Iterable[AnyPath], candidates: Sequence[Candidate]) -> list[str]:

@@ -15,15 +15,18 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from ckavg.checkpoints.run import Checkpoint, Run, Shard
+from ckavg.checkpoints.run import Checkpoint, Run, Shard, TensorInfo
 from ckavg.errors import ChangedError, CkavgError, ReadError, raise_all
 from ckavg.storage.base import RemotePath
 
 _FINE_CLOCK_NS = 20_000_000
 _COARSE_CLOCK_NS = 2_000_000_000
+
+_declared: tuple[Mapping[str, TensorInfo], bytes] = {}, b""
+"""The last table and what it declares: a command needs the fingerprints of one run several times."""
 
 _RUN_AGAIN = "Run again when nothing writes to the checkpoints any more, or leave this one out with --to-step."
 
@@ -100,11 +103,16 @@ def _state(status: os.stat_result) -> list[int]:
 
 def _tensors(checkpoint: Checkpoint) -> bytes:
     """The tensors that the headers of a checkpoint declare, as the end of a JSON list."""
-    tensors = [
-        [name, entry.dtype, entry.shape, entry.shard, entry.offset, *map(dataclasses.astuple, entry.pieces)]
-        for name, entry in sorted(checkpoint.entries.items())
-    ]
-    return f", {json.dumps(tensors)[1:]}".encode()
+    global _declared
+    table, text = _declared
+    if table is not checkpoint.entries:
+        tensors = [
+            [name, entry.dtype, entry.shape, entry.shard, entry.offset, *map(dataclasses.astuple, entry.pieces)]
+            for name, entry in sorted(checkpoint.entries.items())
+        ]
+        text = f", {json.dumps(tensors)[1:]}".encode()
+        _declared = checkpoint.entries, text
+    return text
 
 
 def _digest(states: list[object] | list[list[int]], tensors: bytes = b"]") -> str:

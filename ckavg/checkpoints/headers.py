@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 from ckavg.checkpoints.model_names import count_moments
@@ -181,11 +182,11 @@ def _metadata(declared: dict[str, Any]) -> dict[str, str]:
     raise ValueError("__metadata__ must hold texts by name")
 
 
-def _checked(
-    path: AnyPath, declared: Mapping[str, Any], data_start: int, shard: int
-) -> tuple[dict[str, TensorInfo], int]:
-    """The tensors in the order of their bytes, and the offset at which the last one ends."""
-    spans = sorted((_span(path, name, value) for name, value in declared.items()), key=lambda span: span[3:])
+def _checked(path: AnyPath, declared: dict[str, Any], data_start: int, shard: int) -> tuple[dict[str, TensorInfo], int]:
+    """The tensors in the order of their bytes, and the offset at which the last one ends. Empties `declared`: for many
+    tensors it takes more memory than the result.
+    """
+    spans = sorted((_span(path, name, declared.pop(name)) for name in [*declared]), key=itemgetter(3, 4))
     entries: dict[str, TensorInfo] = {}
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal shapes stored once, like names and dtypes
     end = 0
@@ -199,22 +200,21 @@ def _checked(
 
 
 def _span(path: AnyPath, name: str, value: Any) -> tuple[str, str, tuple[int, ...], int, int]:
-    named = shown(name)
     try:
         name.encode()
         dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     except UnicodeEncodeError as error:
-        raise ValueError(f"{named} is not valid Unicode") from error
+        raise ValueError(f"{shown(name)} is not valid Unicode") from error
     except (TypeError, KeyError) as error:
-        raise ValueError(f"tensor {named} lacks dtype, shape or data_offsets") from error
+        raise ValueError(f"tensor {shown(name)} lacks dtype, shape or data_offsets") from error
     if not (_are_counts(shape) and _are_counts(offsets) and len(offsets) == 2):
-        raise ValueError(f"shape and offsets of tensor {named} must be whole numbers")
+        raise ValueError(f"shape and offsets of tensor {shown(name)} must be whole numbers")
     if not isinstance(dtype, str):
-        raise ValueError(f"the dtype of tensor {named} is not a string")
+        raise ValueError(f"the dtype of tensor {shown(name)} is not a string")
     item = ITEM_BYTES.get(dtype)
     if item is None:
         raise UnsupportedFormatError(
-            f"{path}: tensor {named} has dtype {shown(dtype)}, which cannot be averaged.",
+            f"{path}: tensor {shown(name)} has dtype {shown(dtype)}, which cannot be averaged.",
             hint="Quantized weights cannot be averaged. Average the checkpoints from before quantizing.",
         )
     start, stop = offsets
@@ -222,13 +222,15 @@ def _span(path: AnyPath, name: str, value: Any) -> tuple[str, str, tuple[int, ..
     if nbytes != stop - start:
         needs = "too many" if nbytes is None else f"{nbytes:,}"
         raise ValueError(
-            f"tensor {named} ({dtype}, {shown(tuple(shape))}) needs {needs} bytes, but has {stop - start:,}"
+            f"tensor {shown(name)} ({dtype}, {shown(tuple(shape))}) needs {needs} bytes, but has {stop - start:,}"
         )
     return name, dtype, tuple(shape), start, stop
 
 
 def _are_counts(values: object) -> bool:
-    return isinstance(values, list) and all(type(number) is int and 0 <= number <= LARGEST for number in values)
+    if not isinstance(values, list) or not {*map(type, values)} <= {int}:
+        return False
+    return not values or (min(values) >= 0 and max(values) <= LARGEST)
 
 
 def product(item: int, shape: Sequence[int]) -> int | None:

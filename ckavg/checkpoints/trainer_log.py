@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import json
 import math
 import re
 import statistics
@@ -22,7 +23,13 @@ from ckavg.storage.local import read_object
 TRAINER_STATE = "trainer_state.json"
 """The file in which transformers' Trainer keeps `global_step` and `log_history`."""
 
+_LOG, _ENTRIES, _SPACE = b'"log_history"', b'"log_history": [', " \t\n\r"
+_DECODER = json.JSONDecoder()
+
 Goal = Literal["min", "max"]
+
+_Losses = dict[int, set[float]]
+"""What a trainer logged, by step."""
 
 _LESS_IS_BETTER = "loss|losses|perplexity|ppl|nll|error|errors|err|wer|cer|ter|mse|rmse|mae|bits_per_byte|bpb|brier"
 _MORE_IS_BETTER = (
@@ -49,21 +56,74 @@ def read_trainer_state(directory: AnyPath) -> dict[str, Any]:
 
 
 class Logs:
-    """The logs of the trainers seen so far, each by the latest checkpoint that has it; those of one run share one."""
+    """The logs of the trainers seen so far, each by the latest checkpoint that has it; those of one run share one.
+
+    The states of K checkpoints of one run have some K²/2 entries: each holds the log of the one before, in the same
+    bytes, and goes on from there. What two of them share is parsed and compared once.
+    """
 
     def __init__(self) -> None:
-        self._known: list[dict[int, set[float]]] = []
+        self._known: list[_Losses] = []
+        self._text = b""  # the entries of the state read last
+        self._entries: list[Any] = []
+        self._shared = 0  # how many of them are of the state before, too: all of its entries, or none
+        self._growing: _Losses | None = None  # the losses of that state, where they are the only log
+        self._waiting: list[tuple[int, float]] = []  # losses after that, of no new step
 
-    def number(self, state: Mapping[str, Any]) -> int | None:
-        """Which log a state holds, or goes on with; None where it shares no step with any.
+    def read(self, directory: AnyPath) -> tuple[dict[str, Any], int | None]:
+        """The trainer state of a checkpoint directory, and which log it holds, or goes on with; None where it shares no
+        step with any.
 
         A trainer keeps its log from one checkpoint to the next: of one run, the later one holds all of the earlier. So
         two that have no loss in common for one step are of two runs.
+
+        Raises:
+            OSError, ValueError: as of `read_trainer_state`.
         """
-        losses: dict[int, set[float]] = {}
-        for step, loss in _logged(state, "loss"):
-            if type(loss) is float and math.isfinite(loss):
-                losses.setdefault(step, set()).add(loss)  # a run that was resumed may have logged a step twice
+        state = read_object(directory / TRAINER_STATE, LARGEST, self.parse)
+        return state, self.number(state)
+
+    def parse(self, text: bytes) -> Any:
+        """What `json.loads` makes of a trainer state, with the entries that the last one has taken from there."""
+        before, known, entries = self._text, 0, self._entries
+        self._text, self._entries, self._shared = b"", [], 0
+        head, found, rest = text.partition(_ENTRIES)
+        is_key = found and head[:1] == b"{" and head[1:2] != b"\0" and head[-1:] != b"\\"  # rather than part of one
+        if not is_key or _LOG in head or _LOG in rest:
+            return json.loads(text)
+        if before and rest.startswith(before):
+            known = len(before)
+        more = rest[known:].decode("utf-8", "surrogatepass").lstrip(_SPACE)
+        if known and more[:1] not in (",", "]"):
+            return json.loads(text)
+        is_more = known > 0 and more[0] == ","
+        new, end = _DECODER.raw_decode(more := f"[{more[is_more:].lstrip(_SPACE)}")
+        tail = more[end:]
+        state = json.loads(f'{head.decode("utf-8", "surrogatepass")}"log_history":[]{tail}')
+        if (is_more and not new) or b"\\u" in head or "\\u" in tail or state.get("log_history") != []:
+            return json.loads(text)
+        self._shared = len(entries) if known else 0
+        self._entries = state["log_history"] = (entries if known else []) + new
+        inner = rest[: len(rest) - len(tail.encode("utf-8", "surrogatepass")) - 1]
+        self._text = inner.rstrip(_SPACE.encode())
+        return state
+
+    def number(self, state: Mapping[str, Any]) -> int | None:
+        """Which log a state holds that was read just now."""
+        log = self._growing
+        if log is not None and self._shared:
+            self._waiting += _finite_losses({"log_history": self._entries[self._shared :]})
+            if any(step not in log for step, _ in self._waiting):
+                _add(log, self._waiting)
+                self._waiting = []
+            return 0
+        losses = _add({}, _finite_losses(state))
+        number = self._number_of(losses)
+        self._growing = losses if number == 0 and len(self._known) == 1 and self._known[0] is losses else None
+        self._waiting = []
+        return number
+
+    def _number_of(self, losses: _Losses) -> int | None:
         is_new = not self._known
         for number, log in enumerate(self._known):
             shared = log.keys() & losses.keys()
@@ -75,6 +135,17 @@ class Logs:
             return None
         self._known.append(losses)
         return len(self._known) - 1
+
+
+def _finite_losses(state: Mapping[str, Any]) -> list[tuple[int, float]]:
+    return [(step, loss) for step, loss in _logged(state, "loss") if type(loss) is float and math.isfinite(loss)]
+
+
+def _add(losses: _Losses, found: Iterable[tuple[int, float]]) -> _Losses:
+    """Add losses by step: a run that was resumed may have logged a step twice."""
+    for step, loss in found:
+        losses.setdefault(step, set()).add(loss)
+    return losses
 
 
 def unrelated_logs(checkpoints: Iterable[tuple[str, int | None]]) -> list[CkavgError]:

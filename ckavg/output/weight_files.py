@@ -28,6 +28,8 @@ _WRITE = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 _CODES = {name: code for code, name in DTYPE_NAMES.items()}
 _ALIGNMENT = 8
+_as_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+_quoted = json.encoder.encode_basestring
 _IN_ORDER = (
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
     "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
@@ -157,24 +159,21 @@ def _plan_shard(
     in_order = sorted(entries, key=place)
     to_come = {key: "0" * digits for key, digits in KNOWN_HASHES.items() if key in metadata}
     metadata = {**metadata, **to_come} or {"format": "pt"}
-    declared: dict[str, object] = {"__metadata__": metadata}
+    declared = [_as_text({"__metadata__": metadata})[:-1]]
     starts: dict[str, int] = {}
     end = 0
     for name in in_order:
         starts[name], end = end, end + entries[name].numel * ITEM_BYTES[dtypes[name]]
-        declared[name.removeprefix(part)] = {
-            "dtype": dtypes[name],
-            "shape": list(entries[name].shape),
-            "data_offsets": [starts[name], end],
-        }
-    header = _encode_header(declared)
+        key, shape = _quoted(name.removeprefix(part)), ",".join(map(str, entries[name].shape))
+        declared.append(f'{key}:{{"dtype":"{dtypes[name]}","shape":[{shape}],"data_offsets":[{starts[name]},{end}]}}')
+    header = _as_header(f"{','.join(declared)}}}")
     offsets = {name: len(header) + start for name, start in starts.items()}
     return ShardPlan(file, header, offsets, len(header) + end, part, metadata)
 
 
-def _encode_header(declared: Mapping[str, object]) -> bytes:
+def _as_header(declared: str) -> bytes:
     """The first bytes of a safetensors file, as the safetensors library writes them."""
-    text = json.dumps(declared, separators=(",", ":"), ensure_ascii=False).encode()
+    text = declared.encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
 
@@ -279,7 +278,7 @@ def write_own_hashes(path: Path, shard: ShardPlan) -> None:
         return
     declared = json.loads(shard.header[8:])
     of_training = {key: value for key, value in shard.metadata.items() if key.startswith("ss_")}
-    head = _encode_header(declared | {"__metadata__": of_training})
+    head = _as_header(_as_text(declared | {"__metadata__": of_training}))
     with write_errors(path), os.fdopen(os.open(path, _WRITE & ~os.O_WRONLY | os.O_RDWR), "r+b") as file:
         file.seek(len(shard.header))
         whole = hashlib.file_digest(file, "sha256").hexdigest()
@@ -289,7 +288,7 @@ def write_own_hashes(path: Path, shard: ShardPlan) -> None:
         hashes = {"sshs_model_hash": whole, "sshs_legacy_hash": sha256(piece)[:8]}
         stated = {key: hashes.get(key, value) for key, value in shard.metadata.items()}
         file.seek(0)
-        file.write(_encode_header(declared | {"__metadata__": stated}))
+        file.write(_as_header(_as_text(declared | {"__metadata__": stated})))
 
 
 def _create(path: Path, shard: ShardPlan) -> None:

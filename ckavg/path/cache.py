@@ -167,13 +167,13 @@ def _merged(table: Mapping[str, Any], run: Run, path: PathLength, fingerprints: 
         for key in held if isinstance(held, dict) else ():
             if all(fingerprint in kept for fingerprint in key.split()):
                 of_key[key] = _row(table, kind, key)
+    finite = {name: tensor for name, tensor in path.tensors.items() if tensor.is_finite}
     if fingerprints[0]:
-        measured = {name: tensor.sigma for name, tensor in path.tensors.items() if tensor.is_finite}
-        rows["sigma"][fingerprints[0]] = rows["sigma"].get(fingerprints[0], {}) | measured
+        rows["sigma"].setdefault(fingerprints[0], {}).update((name, each.sigma) for name, each in finite.items())
     for place, pair in enumerate(itertools.starmap(_pair, itertools.pairwise(fingerprints))):
         if pair is not None:
-            measured = {name: tensor.distances[place] for name, tensor in path.tensors.items() if tensor.is_finite}
-            rows["distances"][pair] = rows["distances"].get(pair, {}) | measured
+            own = rows["distances"].setdefault(pair, {})
+            own.update((name, tensor.distances[place]) for name, tensor in finite.items())
     names = sorted({name for of_key in rows.values() for row in of_key.values() for name in row})
     listed = {
         kind: {key: [row.get(name) for name in names] for key, row in of_key.items()} for kind, of_key in rows.items()

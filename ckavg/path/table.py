@@ -6,8 +6,9 @@ import fnmatch
 import itertools
 import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from ckavg.checkpoints.run import TensorInfo, running_statistics
@@ -45,7 +46,7 @@ class TensorPath:
         return all(map(math.isfinite, (self.sigma, *self.distances, *self.variances)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, for what is formed once: there may be 100,000 tensors
 class PathLength:
     """How far the weights travelled, in units of their own spread (Pathwise EMA, Eq. 2).
 
@@ -106,29 +107,31 @@ class PathLength:
         """Tensors left out because they hold NaN or infinity, if that is allowed, by name."""
         return tuple(sorted(name for name, tensor in self.tensors.items() if not tensor.is_finite))
 
-    @property
+    @cached_property
     def counted(self) -> tuple[str, ...]:
         """Tensors that count, by name."""
-        return tuple(sorted(name for name in self.tensors if self.sigma(name) > 0 and self.tensors[name].is_finite))
+        return tuple(sorted(filter(self.counts, self.tensors)))
 
-    @property
+    def counts(self, name: str) -> bool:
+        """Whether a tensor was measured and counts."""
+        return name in self.tensors and self.sigma(name) > 0 and self.tensors[name].is_finite
+
+    @cached_property
     def uncounted(self) -> tuple[str, ...]:
         """Tensors that were measured and do not count, by name."""
         return tuple(sorted({*self.tensors} - {*self.counted}))
 
-    @property
+    @cached_property
     def parameters_counted(self) -> int:
         """N, the number of scalars that count."""
         return sum(self.tensors[name].numel for name in self.counted)
 
-    @property
+    @cached_property
     def lengths(self) -> tuple[float, ...]:
         """ℓ_0 = 0, ℓ_1, …, ℓ_K; all zero if no tensor counts."""
         counted, total = self.counted, self.parameters_counted
-        moves = [
-            fsum(self.tensors[name].distances[place] / self.sigma(name) for name in counted)
-            for place in range(len(self.steps) - 1)
-        ]
+        units = [(self.tensors[name].distances, self.sigma(name)) for name in counted]
+        moves = [fsum(distances[place] / sigma for distances, sigma in units) for place in range(len(self.steps) - 1)]
         lengths = (0.0, *(moved / max(total, 1) for moved in itertools.accumulate(moves)))
         if not math.isfinite(lengths[-1]):
             furthest = max(counted, key=lambda name: max(self.tensors[name].distances) / self.sigma(name))
@@ -159,6 +162,27 @@ class PathLength:
         if not math.isfinite(unit):
             return (0.0, *itertools.accumulate(each / self.sigma(name) / tensor.numel for each in tensor.distances))
         return (0.0, *(moved / unit for moved in itertools.accumulate(tensor.distances)))
+
+
+class TensorLengths(Mapping[str, tuple[float, ...]]):
+    """The paths of the tensors that count, by name, each formed when it is asked for: few schemes ask."""
+
+    def __init__(self, path: PathLength) -> None:
+        self._path = path
+
+    def __getitem__(self, name: str) -> tuple[float, ...]:
+        if not self._path.counts(name):
+            raise KeyError(name)
+        return self._path.tensor_lengths(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._path.counted)
+
+    def __len__(self) -> int:
+        return len(self._path.counted)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} tensors)"
 
 
 def to_measure(entries: Mapping[str, TensorInfo], exclude: Iterable[str]) -> dict[str, TensorInfo]:

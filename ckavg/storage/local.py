@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,8 +131,8 @@ def size_of(path: AnyPath) -> int:
     return info.nbytes
 
 
-def read_object(path: AnyPath, most_bytes: int) -> dict[str, Any]:
-    """The JSON object in a small file; empty if it holds another value.
+def read_object(path: AnyPath, most_bytes: int, parse: Callable[[bytes], Any] = json.loads) -> dict[str, Any]:
+    """The JSON object in a small file; empty if it holds another value. `parse` does what `json.loads` does.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -142,7 +142,7 @@ def read_object(path: AnyPath, most_bytes: int) -> dict[str, Any]:
     if text.count(b",") + text.count(b"[") + text.count(b"{") > _MOST_VALUES:
         raise ValueError(f"{path} holds more than {_MOST_VALUES:,} values")
     try:
-        parsed = json.loads(text)
+        parsed = parse(text)
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply") from error
     return parsed if isinstance(parsed, dict) else {}

@@ -44,7 +44,8 @@ def save_table(file: AnyPath, table: Mapping[str, Any]) -> None:
     Raises:
         OSError, CkavgError: it cannot be written.
     """
-    data = _as_bytes({**table, _CHECKSUM: _checksum(table)})
+    text = _as_bytes(table)
+    data = b'%s,"%s":"%s"}' % (text[:-1], _CHECKSUM.encode(), hashlib.sha256(text).hexdigest().encode())
     if isinstance(file, RemotePath):
         file.storage.put(file, data)
     else:

@@ -8,8 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from safetensors.torch import save_file
 
 import ckavg
@@ -18,6 +20,7 @@ from ckavg.checkpoints.run import Checkpoint
 from ckavg.checkpoints.trainer_log import (
     LARGEST,
     TRAINER_STATE,
+    Logs,
     goal_of,
     learning_rates,
     read_course,
@@ -68,6 +71,75 @@ def test_order_and_repeats(checkpoint: Checkpoint) -> None:
     entries = [(30, 3e-5), (10, 1e-5), (20, 9e-5), (20, 2e-5)]
     found = with_history(checkpoint, [{"step": step, "learning_rate": rate} for step, rate in entries])
     assert found == ((10, 1e-5), (20, 2e-5), (30, 3e-5))
+
+
+_losses = st.sampled_from([0.5, 0.25, 1, math.nan, "x", None])
+_entries = st.lists(
+    st.one_of(st.builds(lambda step, loss: {"loss": loss, "step": step}, st.integers(0, 3), _losses), st.just(7)),
+    max_size=3,
+)
+_spoilt = st.sampled_from(
+    [
+        ("", ""),
+        ('"global_step"', '"\\u0067lobal_step"'),
+        ('"global_step"', '"a\\\\\\"log_history"'),
+        ('"global_step"', '"log_history"'),
+        ('"log_history"', '"log\\u005fhistory"'),
+        ("}\n  ]", "},\n  ]"),
+        ("}\n  ]", "} 3\n  ]"),
+        ("}\n  ]", "}, 3\t\n  ]"),
+        ("}\n  ]", "},, 3\n  ]"),
+        ("}\n  ]", "}\n  "),
+        ('"log_history": [', '"x": {"log_history": [1]}, "log_history": ['),
+        ('"log_history": [', '"log_history": 5, "y": ['),
+        ('"log_history": [', '"log_history":['),
+        ("{", "\ufeff{"),
+        ("{", "["),
+        ("é", "\udcff"),
+    ]
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.tuples(_entries, st.booleans(), _spoilt), min_size=1, max_size=6))
+def test_what_states_share_is_parsed_once(states: list[tuple[list[Any], bool, tuple[str, str]]]) -> None:
+    """The same comes of it as of each state parsed by itself and compared with all logs before it."""
+    logs, known, history = Logs(), list[dict[int, set[float]]](), list[Any]()
+    for step, (entries, goes_on, (old, new)) in enumerate(states):
+        history = [*history, *entries] if goes_on else entries
+        state: dict[str, Any] = {"best": None, "global_step": step, "log_history": history, "name": "é", "y": {"z": []}}
+        text = json.dumps(state, indent=2, sort_keys=True, ensure_ascii=False).replace(old, new, 1)
+        data = text.encode("utf-8", "surrogateescape")
+        try:
+            expected = json.loads(data)
+        except ValueError:
+            with pytest.raises(ValueError, match=r"."):
+                logs.parse(data)
+            continue
+        found = logs.parse(data)
+        assert repr(found) == repr(expected)
+        if isinstance(expected, dict):
+            assert logs.number(found) == number_of(expected, known)
+
+
+def number_of(state: dict[str, Any], known: list[dict[int, set[float]]]) -> int | None:
+    """Which of the logs a state goes on with, looked for in all of both."""
+    losses: dict[int, set[float]] = {}
+    history = state.get("log_history")
+    for entry in history if isinstance(history, list) else []:
+        if isinstance(entry, dict) and type(entry["loss"]) is float and math.isfinite(entry["loss"]):
+            losses.setdefault(entry["step"], set()).add(entry["loss"])
+    seen = False
+    for number, log in enumerate(known):
+        shared = log.keys() & losses.keys()
+        if shared and all(log[step] & losses[step] for step in shared):
+            known[number] = losses if len(losses) > len(log) else log
+            return number
+        seen = seen or bool(shared)
+    if not losses or (known and not seen):
+        return None
+    known.append(losses)
+    return len(known) - 1
 
 
 @pytest.mark.parametrize(
