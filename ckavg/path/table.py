@@ -57,7 +57,7 @@ class PathLength:
         zero_sigma: `exclude` leaves tensors without spread out of the sum and of N; `eps` divides by σ_p + 1e-8.
         bytes_read: bytes of checkpoints read to measure it; 0 where it was known from before.
         sample: the fraction of each tensor from which it was estimated; 1 where it is exact.
-        kernel: what computed it: `torch` or, compiled, `numba`; None where it was known from before.
+        kernel: what computed it: `torch` or, compiled, `llvm`; None where it was known from before.
     """
 
     steps: tuple[int, ...]
@@ -65,7 +65,7 @@ class PathLength:
     zero_sigma: ZeroSigma
     bytes_read: int
     sample: float = 1.0
-    kernel: Literal["torch", "numba"] | None = "torch"
+    kernel: Literal["torch", "llvm"] | None = "torch"
 
     __repr__ = short_repr
 
