@@ -23,18 +23,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ckavg.averaging.rules import RULES, round_into
-from ckavg.checkpoints.run import Checkpoint
+from ckavg.checkpoints.run import ITEM_BYTES, Checkpoint
 from ckavg.engine.blocks import CHUNK, Block
 from ckavg.engine.checksums import BlockSums
 from ckavg.engine.compiled import LANES, Program, is_installed, piece_of, read_cached
 from ckavg.engine.tiles import TileReader
 from ckavg.schemes import Coefficients
+from ckavg.schemes.base import Rule
 
 if TYPE_CHECKING:
     from llvmlite import ir
 
-STORED = {torch.bfloat16: "BF16", torch.float32: "F32"}
-"""What a kernel reads and writes, as torch and safetensors name it."""
+_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
+"""What a kernel reads and writes, as safetensors and torch name it."""
 
 _LONGEST_ROW = 1 << 11
 _NEAREST = 6 << 10
@@ -43,7 +44,6 @@ _TILES = {"ema": 1, "bema": 2, "ouema": 2, "dema": 2, "sum": 2}
 _SIGN = 1 << 31
 _WRITTEN_BYTES = 4 << 20
 _COMPILING = threading.Lock()
-_ITEMS = {"BF16": 2, "F32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Kind:
     """What a kernel is compiled for: the dtype of the checkpoints and, of each average, its rule and its dtype."""
 
     stored: str
-    averages: tuple[tuple[str, str], ...]
+    averages: tuple[tuple[Rule, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Kernel:
         self._read = read_cached()
         self._program = Program()
         _Emitter(self._program, kind).emit()
-        arguments = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 5
+        arguments = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 6
         self._run = self._program.compile("average", *arguments, returns=ctypes.c_int64)
         self.work_size = _row(kind) * sum(_TILES[rule] for rule, _ in kind.averages)
 
@@ -93,6 +93,8 @@ class Kernel:
         outputs: NDArray[np.uint64],
         sums: NDArray[np.int64],
         memory: tuple[NDArray[np.float32], NDArray[np.uint8]],
+        *,
+        waits: bool = False,
     ) -> int:
         """Form all averages of some chunks, and return how many of them were formed, in order.
 
@@ -104,17 +106,20 @@ class Kernel:
             outputs: (checkpoints, averages) address for the average as it stands after a checkpoint; 0: nowhere.
             sums: (checkpoints, chunks) to fill with the sums of the words of the chunks; see `checksums`.
             memory: `work_size` numbers to compute in, and room for a piece of each checkpoint; see `piece_of`.
+            waits: read what is not in the page cache, too.
         """
         checkpoints, chunks = sums.shape
         work, buffer = memory
         arrays = (*files, steps.operations, steps.numbers, outputs, sums, work)
-        piece = piece_of(CHUNK, checkpoints * _ITEMS[self._kind.stored])
+        piece = piece_of(CHUNK, checkpoints * ITEM_BYTES[self._kind.stored])
         addresses = [each.ctypes.data for each in arrays]
-        return int(self._run(*addresses, self._read, buffer.ctypes.data, checkpoints, piece, chunks))
+        read, flag = self._read
+        flags = 0 if waits else flag
+        return int(self._run(*addresses, read, flags, buffer.ctypes.data, checkpoints, piece, chunks))
 
     def memory(self, checkpoints: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Memory for one thread."""
-        width = checkpoints * _ITEMS[self._kind.stored]
+        width = checkpoints * ITEM_BYTES[self._kind.stored]
         return np.empty(self.work_size, np.float32), np.empty(piece_of(CHUNK, width) * width, np.uint8)
 
 
@@ -164,23 +169,22 @@ def _load_kernel(kind: Kind) -> Kernel | None:
 
 def _is_right(kernel: Kernel, kind: Kind) -> bool:
     """Whether a sample comes out as the plain way forms it."""
-    dtypes = {code: dtype for dtype, code in STORED.items()}
     betas, alphas = (None, 0.3, 0.7, 1.0, 0.123), (0.0, 0.1, 0.2, 0.3, 0.4)
     numbers = np.random.default_rng(0).standard_normal((len(betas), CHUNK), np.float32)
-    stored = torch.from_numpy(numbers).to(dtypes[kind.stored])
+    stored = torch.from_numpy(numbers).to(_DTYPES[kind.stored])
     stored[:, :99] = -0.0
     averages = [Coefficients(rule, 0, betas, alphas) for rule, _ in kind.averages]
     steps = steps_of(averages, [[index] * len(averages) for index in range(len(betas))])
-    results = [torch.empty(CHUNK, dtype=dtypes[code]) for _, code in kind.averages]
+    results = [torch.empty(CHUNK, dtype=_DTYPES[code]) for _, code in kind.averages]
     outputs = np.zeros((len(betas), len(averages)), np.uint64)
     outputs[-1] = [result.data_ptr() for result in results]
     sums = np.zeros((len(betas), 1), np.int64)
     with tempfile.TemporaryFile() as file:
-        file.write(stored.view(torch.uint8).numpy())
+        file.write(stored.view(torch.uint8).numpy().tobytes())
         file.flush()
         offsets = np.arange(len(betas)) * stored[0].nbytes
         handles = np.full(len(betas), file.fileno(), np.int32)
-        if not kernel((handles, offsets), steps, outputs, sums, kernel.memory(len(betas))):
+        if not kernel((handles, offsets), steps, outputs, sums, kernel.memory(len(betas)), waits=True):
             return False
     words = stored.view(torch.int64).sum(dim=1)
     return sums[:, 0].tolist() == words.tolist() and all(
@@ -243,7 +247,7 @@ class CompiledTiles:
         """
         stored = {checkpoint.entries[block.name].dtype for checkpoint in self._run}
         codes = [dtypes[block.name] for _, dtypes in self._averages]
-        if block.size < CHUNK or len(stored) > 1 or not {*stored, *codes} <= _ITEMS.keys():
+        if block.size < CHUNK or len(stored) > 1 or not {*stored, *codes} <= _DTYPES.keys():
             return None
         own = [coefficients.for_tensor(block.name) for coefficients, _ in self._averages]
         kind = Kind(stored.pop(), tuple(zip((each.rule for each in own), codes, strict=True)))
@@ -253,7 +257,7 @@ class CompiledTiles:
         steps = steps_of(own, self._indices)
         if kernel not in self._memory:
             self._memory[kernel] = kernel.memory(len(self._run))
-        width = sum(_ITEMS[codes[number]] for _, number, _ in self._writers)
+        width = sum(ITEM_BYTES[codes[number]] for _, number, _ in self._writers)
         step = max(CHUNK, min(self._tile, _WRITTEN_BYTES // width // CHUNK * CHUNK))
 
         def form(start: int, stop: int) -> int:
@@ -277,7 +281,7 @@ class CompiledTiles:
             return 0
         item = self._run[0].entries[name].item_bytes
         handles, offsets = files
-        sizes = [_ITEMS[codes[number]] for _, number, _ in self._writers]
+        sizes = [ITEM_BYTES[codes[number]] for _, number, _ in self._writers]
         out = self._room((stop - start) * sum(sizes))
         ends = list(itertools.accumulate(sizes, initial=0))
         outputs = np.zeros(steps.operations.shape, np.uint64)
@@ -333,17 +337,17 @@ class _Emitter:
         p, count = self._program, len(self._kind.averages)
         i64, i32 = p.i64, p.i32
         arrays = (i32, i64, i32, p.f32, i64, i64, p.f32)
-        handles, offsets, operations, numbers, outputs, sums, work, read, buffer, checkpoints, piece, chunks = p.begin(
-            "average", *(each.as_pointer() for each in arrays), *[i64] * 5, returns=i64
+        handles, offsets, operations, numbers, outputs, sums, work, read, flags, buffer, checkpoints, piece, chunks = (
+            p.begin("average", *(each.as_pointer() for each in arrays), *[i64] * 6, returns=i64)
         )
         b = p.builder
-        reading = p.reading(read, handles, offsets, buffer, checkpoints)
+        reading = p.reading(read, flags, (handles, offsets, checkpoints), buffer)
         wrong, stopped = p.slot(i32), b.append_basic_block()
         with p.loop(chunks) as chunk:
             b.store(i32(0), wrong)
             with p.loop(b.udiv(i64(CHUNK), piece)) as part:
                 first = b.add(b.mul(chunk, i64(CHUNK)), b.mul(part, piece))
-                p.read(reading, first, piece, _ITEMS[self._kind.stored], stopped)
+                p.read(reading, first, piece, ITEM_BYTES[self._kind.stored], stopped)
                 with p.loop(piece, self._row) as at, p.loop(checkpoints) as checkpoint:
                     tiles, is_first = 0, b.icmp_unsigned("==", b.add(part, at), i64(0))
                     here = _Place(buffer, piece, at, checkpoint)
@@ -376,7 +380,7 @@ class _Emitter:
 
     def _stored(self, place: _Place) -> ir.Value:
         """A pointer to what was read of a checkpoint."""
-        b, item = self._program.builder, _ITEMS[self._kind.stored]
+        b, item = self._program.builder, ITEM_BYTES[self._kind.stored]
         begin = b.add(b.mul(place.checkpoint, place.piece), place.at)
         address = b.add(place.buffer, b.mul(begin, self._program.i64(item)))
         return b.inttoptr(address, self._item.element.as_pointer())
@@ -398,7 +402,7 @@ class _Emitter:
         b = p.builder
         other = b.gep(state, [p.i64(self._row)])
         factor, correction = (p.spread(b.load(b.gep(numbers, [p.i64(place)]))) for place in range(2))
-        words = self._program.vector(p.i64, LANES * _ITEMS[self._kind.stored] // 8)
+        words = self._program.vector(p.i64, LANES * ITEM_BYTES[self._kind.stored] // 8)
         total, done = p.slot(words), b.append_basic_block()
         b.store(p.zero(words), total)
         for which in range(0 if is_first else 1, 5):

@@ -312,7 +312,9 @@ class _AverageWorker:
         }
         self._compiled: CompiledTiles | None = None
         if compiled and not wide and not self._forgetful:
-            indices: list[list[int | None]] = [[dict(takers).get(number) for number in range(len(averages))] for takers in self._takers]
+            indices: list[list[int | None]] = [
+                [dict(takers).get(number) for number in range(len(averages))] for takers in self._takers
+            ]
             writers = [
                 (place, number, averages[number].writers[index].put)
                 for place, takers in enumerate(self._takers)

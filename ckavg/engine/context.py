@@ -48,6 +48,10 @@ def listening(progress: bool | OnProgress, passes: int = 1) -> Iterator[OnProgre
         yield listener
 
 
+COMPILED_FROM_BYTES = 1 << 30
+"""A pass over so many saves twice what compiling costs."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
     """How a pass runs. Nothing here changes what it computes.
@@ -58,7 +62,7 @@ class Context:
         tile: elements computed at once: a power of two.
         on_progress: called in the caller's thread now and then.
         ranks: the processes that share the work.
-        compiled_from_bytes: how much a pass must read for a compiled kernel to be worth loading, where there is one.
+        compiled_from_bytes: how much a pass must read to be worth compiling, where there is something to compile with.
     """
 
     device: str = "cpu"
@@ -66,4 +70,4 @@ class Context:
     tile: int = TILE
     on_progress: OnProgress | None = None
     ranks: Ranks = ALONE
-    compiled_from_bytes: int = 16 << 30
+    compiled_from_bytes: int = COMPILED_FROM_BYTES

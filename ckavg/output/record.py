@@ -207,7 +207,8 @@ class Record:
             the next two.
         mean_age: Σ w_k (t_K − t_k) in optimizer steps, how far the average lags; negative where it leads.
         anchor_weight: weight of θ_0.
-        path_kernel: what computed ℓ: `torch` or `llvm`; None where it was not measured, or known from before.
+        path_kernel: what computed ℓ: `torch`, compiled `llvm` or, in older records, `numba`; None where it was not
+            measured, or known from before.
         sample: the fraction of each tensor from which ℓ was estimated; 1 where it is exact.
         path_exclude: shell patterns of tensors that were not to count in ℓ.
         zero_sigma: what became of tensors without spread.

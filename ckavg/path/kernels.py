@@ -9,9 +9,9 @@ from __future__ import annotations
 import ctypes
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from ckavg.engine.tiles import TileReader
 
 if TYPE_CHECKING:
     from llvmlite import ir
+
+    Terms = Callable[[ir.Value], Sequence[ir.Value]]
 
 COLUMNS = 1 << 10
 """A chunk is summed as rows of so many numbers, one row after the other."""
@@ -50,7 +52,7 @@ class Kernel:
         self._read = read_cached()
         self._program = Program()
         _emit(self._program, stored)
-        arguments = [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 7
+        arguments = [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 8
         self._run = self._program.compile("sums", *arguments, returns=ctypes.c_int64)
 
     def __call__(
@@ -61,6 +63,8 @@ class Kernel:
         columns: NDArray[np.float32],
         moments: NDArray[np.float64],
         buffer: NDArray[np.uint8],
+        *,
+        waits: bool = False,
     ) -> int:
         """Sum up some chunks by columns, and return how many of them were, in order: it ends before the first that is
         not in the page cache as a whole.
@@ -72,12 +76,14 @@ class Kernel:
             columns: (pairs, chunks, COLUMNS) to fill.
             moments: (anchors, 2, chunks, COLUMNS) to fill with sums and sums of squares.
             buffer: room for a piece of each checkpoint; see `piece_of`.
+            waits: read what is not in the page cache, too.
         """
         checkpoints, chunks = len(files[0]), columns.shape[1]
         arrays = (*files, pairs, *anchors, columns, moments, buffer)
         piece = piece_of(CHUNK, checkpoints * self._item)
         counts = checkpoints, len(pairs), len(anchors[0]), piece, chunks, columns.strides[0] // columns.strides[1]
-        return int(self._run(*(each.ctypes.data for each in arrays), self._read, *counts))
+        read, flag = self._read
+        return int(self._run(*(each.ctypes.data for each in arrays), read, 0 if waits else flag, *counts))
 
 
 @cache
@@ -105,12 +111,12 @@ def _is_right(kernel: Kernel, stored: str) -> bool:
     values = torch.from_numpy(numbers).to(_DTYPES[stored])
     columns, moments = torch.empty(1, 1, COLUMNS), torch.empty(1, 2, 1, COLUMNS, dtype=torch.float64)
     with tempfile.TemporaryFile() as file:
-        file.write(values.view(torch.uint8).numpy())
+        file.write(values.view(torch.uint8).numpy().tobytes())
         file.flush()
         files = np.full(2, file.fileno(), np.int32), np.array([0, values[0].nbytes])
         buffer = np.empty(values.nbytes, np.uint8)
         anchors = np.zeros(1, np.int64), np.full(1, 0.1)
-        if kernel(files, np.array([[0, 1]]), anchors, columns.numpy(), moments.numpy(), buffer) != 1:
+        if kernel(files, np.array([[0, 1]]), anchors, columns.numpy(), moments.numpy(), buffer, waits=True) != 1:
             return False
     before, after = values.float().view(2, -1, COLUMNS)
     shifted = before.double() - 0.1
@@ -131,6 +137,7 @@ class CompiledSums:
         self._reader = reader
         self._pairs = np.array(pairs, np.int64).reshape(-1, 2)
         self._anchors = np.array(anchors, np.int64)
+        self._chunks = 0
         self._buffer = np.empty(0, np.uint8)
         self._columns = torch.empty(0)
         self._moments = torch.empty(0, dtype=torch.float64)
@@ -139,18 +146,19 @@ class CompiledSums:
         """(pairs + 4 × anchors + 4, chunks) float64 sums as of `measure`, of as many chunks from `start` on as are
         there, at most up to `stop`; None where that is none.
         """
+        first = np.array([self._reader.first_finite(name, place) for place in self._anchors.tolist()])
         files = self._reader.locate(name)
         if files is None:
             return None
         count, pairs, anchors = len(files[0]), len(self._pairs), len(self._anchors)
         chunks = min((stop - start) // CHUNK, max(1, _SUMMED_BYTES // (4 * COLUMNS * (pairs + 4 * anchors))))
-        if self._columns.numel() < pairs * chunks * COLUMNS:
+        if self._chunks < chunks or len(self._buffer) < piece_of(CHUNK, count * item) * count * item:
+            self._chunks = chunks
             self._columns = torch.empty(pairs * chunks * COLUMNS)
             self._moments = torch.empty(anchors * 2 * chunks * COLUMNS, dtype=torch.float64)
             self._buffer = np.empty(piece_of(CHUNK, count * item) * count * item, np.uint8)
         columns = self._columns[: pairs * chunks * COLUMNS].view(pairs, chunks, COLUMNS)
         moments = self._moments[: anchors * 2 * chunks * COLUMNS].view(anchors, 2, chunks, COLUMNS)
-        first = np.array([self._reader.first_finite(name, place) for place in self._anchors.tolist()])
         files = files[0], files[1] + start * item
         done = kernel(files, self._pairs, (self._anchors, first), columns.numpy(), moments.numpy(), self._buffer)
         if not done:
@@ -166,18 +174,18 @@ def _emit(p: Program, stored: str) -> None:
     """The function `sums`."""
     i64, item = p.i64, p.vi16 if stored == "BF16" else p.vi32
     arrays = (p.i32, i64, i64, i64, p.f64, p.f32, p.f64, p.i8)
-    arguments = p.begin("sums", *(each.as_pointer() for each in arrays), *[i64] * 7, returns=i64)
+    arguments = p.begin("sums", *(each.as_pointer() for each in arrays), *[i64] * 8, returns=i64)
     handles, offsets, pairs, anchors, firsts, columns, moments, buffer = arguments[:8]
-    read, checkpoints, pair_count, anchor_count, piece, chunks, stride = arguments[8:]
+    read, flags, checkpoints, pair_count, anchor_count, piece, chunks, stride = arguments[8:]
     b, bytes_ = p.builder, ITEM_BYTES[stored]
     base = b.ptrtoint(buffer, i64)
-    reading = p.reading(read, handles, offsets, base, checkpoints)
+    reading = p.reading(read, flags, (handles, offsets, checkpoints), base)
     stopped = b.append_basic_block()
 
     def tile(which: ir.Value) -> ir.Value:
         return b.inttoptr(b.add(base, b.mul(b.mul(which, piece), i64(bytes_))), item.element.as_pointer())
 
-    def walk(rows: Sequence[tuple[ir.Value, ir.Value]], part: ir.Value, kind: object, terms: object) -> None:
+    def walk(rows: Sequence[tuple[ir.Value, ir.Value]], part: ir.Value, kind: Any, terms: Terms) -> None:
         """Add to each row of columns what `terms` makes of the elements at a place, one row after the other."""
         totals = [[p.slot(kind) for _ in range(_UNROLLED // LANES)] for _ in rows]
         is_first = b.icmp_unsigned("==", part, i64(0))

@@ -23,7 +23,7 @@ from ckavg.engine.context import Context
 from ckavg.engine.reader import Files
 from ckavg.engine.tiles import TileReader
 from ckavg.errors import NonFiniteError, TruncatedShardError
-from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, Scheme, Timeline, Weights
+from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Mean, Scheme, Timeline, Weights
 from tests.runs import write_run
 from tests.writers import Kept
 
@@ -41,7 +41,6 @@ SCHEMES: tuple[Scheme, ...] = (
     OUEMA(),
     Mean(),
     Weights(weights=(1.5, -1.0, 0.25, 0.25), normalize=False),
-    Last(),
 )
 
 
@@ -55,7 +54,13 @@ def walk(seed: int, count: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:
         some = torch.where(torch.rand(SIZE, generator=generator) < 0.5, -0.0, 0.0)
         large = theta.masked_fill(mask == 0, -0.0).masked_fill(mask == 1, 0.0)
         large = torch.where(mask == 2, some, large)
-        run.append({"w.running_mean": theta.to(dtype, copy=True), "large": large.to(dtype), "small": theta[:100].to(dtype, copy=True)})
+        run.append(
+            {
+                "w.running_mean": theta.to(dtype, copy=True),
+                "large": large.to(dtype),
+                "small": theta[:100].to(dtype, copy=True),
+            }
+        )
     return run
 
 
@@ -66,9 +71,7 @@ def formed(
     timeline = Timeline(run.steps, tuple(0.1 * index for index in range(len(run.steps))))
     averages, kept = [], []
     for scheme, code in zip(schemes, dtypes, strict=True):
-        writers = {
-            index: Kept(sizes) for index in range(len(run.steps)) if snapshots or index == len(run.steps) - 1
-        }
+        writers = {index: Kept(sizes) for index in range(len(run.steps)) if snapshots or index == len(run.steps) - 1}
         own = scheme.coefficients(timeline)
         own = own if own.rule == "sum" else own.sparing(["w.running_mean"])
         averages.append(Average(own, dict.fromkeys(run.tensors, code), writers))
@@ -76,11 +79,11 @@ def formed(
     return replay(run, averages, context=context), kept
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 1000),
     dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float16]),
-    chosen=st.lists(st.tuples(st.sampled_from(SCHEMES[:-1]), st.sampled_from(["BF16", "F32"])), min_size=1, max_size=5),
+    chosen=st.lists(st.tuples(st.sampled_from(SCHEMES), st.sampled_from(["BF16", "F32"])), min_size=1, max_size=5),
     snapshots=st.booleans(),
     tile=st.sampled_from([CHUNK, 2 * CHUNK, 256 * CHUNK]),
     threads=st.integers(1, 3),
@@ -96,7 +99,7 @@ def test_bytes_and_checksums_are_those_of_the_plain_way(
         assert one == other
 
 
-@pytest.mark.parametrize("count", [1, 2, 40, 300])
+@pytest.mark.parametrize("count", [2, 40, 160])
 def test_runs_of_any_length(tmp_path: Path, count: int) -> None:
     """Of long ones, less than a chunk of each checkpoint is read at once."""
     run = ckavg.open_run(write_run(tmp_path, walk(1, count, torch.bfloat16), range(count)))
@@ -105,7 +108,7 @@ def test_runs_of_any_length(tmp_path: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("scheme", SCHEMES[:-1], ids=repr)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=repr)
 def test_whole_chunks_are_compiled(tmp_path: Path, scheme: Scheme, stored: torch.dtype) -> None:
     run = ckavg.open_run(write_run(tmp_path, walk(2, 4, stored), (1, 5, 6, 30)))
     own = scheme.coefficients(Timeline(run.steps, (0.0, 0.1, 0.2, 0.3)))
@@ -140,7 +143,7 @@ def test_what_is_not_in_memory_is_read_the_plain_way(tmp_path: Path) -> None:
     assert formed(run, (EMA(),), ("BF16",), COMPILED) == want
 
 
-@pytest.mark.parametrize("scheme", [EMA(), BEMA(), Mean(), Last()], ids=repr)
+@pytest.mark.parametrize("scheme", [EMA(), BEMA(), Mean(), EMA(gamma=0.0)], ids=repr)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_is_refused(tmp_path: Path, scheme: Scheme, value: float) -> None:
     weights = walk(4, 4, torch.float32)
@@ -151,7 +154,7 @@ def test_what_is_not_finite_is_refused(tmp_path: Path, scheme: Scheme, value: fl
             formed(run, (scheme,), ("F32",), way)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES[:-1], ids=repr)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=repr)
 def test_what_overflows_on_the_way_is_formed_again(tmp_path: Path, scheme: Scheme) -> None:
     weights = walk(5, 4, torch.float32)
     for sign, each in zip((1, -1, 1, -1), weights, strict=True):
