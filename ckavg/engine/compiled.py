@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llvmlite import ir
 
+
 LANES = 16
 """Numbers in a vector; LLVM cuts it where the machine's are shorter."""
 
@@ -133,7 +134,7 @@ class Program:
             with b.if_then(b.icmp_signed("!=", count, nbytes), likely=False):
                 b.branch(failed)
 
-    def reading(self, function: ir.Value, flags: ir.Value, files: Sequence[ir.Value], buffer: ir.Value) -> Reading:
+    def reading(self, function: ir.Value, flags: ir.Value, files: tuple[Any, Any, Any], buffer: ir.Value) -> Reading:
         """How checkpoints are read: with what `read_cached` says, from files and offsets, so many, into a buffer."""
         b, i32, i64 = self.builder, self.i32, self.i64
         kind = self._ir.FunctionType(i64, [i32, i64.as_pointer(), i32, i64, i32])
