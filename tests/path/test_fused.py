@@ -28,11 +28,11 @@ STEPS = (0, 7, 50, 51)
 COMPILED, PLAIN = (Context(compiled_from_bytes=nbytes, tile=CHUNK * 2) for nbytes in (0, 1 << 60))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 1000),
     count=st.integers(2, 5),
-    scale=st.floats(1e-6, 1e6),
+    scale=st.floats(1e-6, 1e3),
     dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float16, torch.float64]),
     tile=st.sampled_from([CHUNK, 16 * CHUNK]),
     threads=st.integers(1, 3),
