@@ -8,7 +8,6 @@ sample is not used.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import tempfile
 import threading
@@ -82,8 +81,7 @@ class Kernel:
         self._read = read_cached()
         self._program = Program()
         _Emitter(self._program, kind).emit()
-        arguments = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 6
-        self._run = self._program.compile("average", *arguments, returns=ctypes.c_int64)
+        self._run = self._program.compile("average", pointers=7, integers=6)
         self.work_size = _row(kind) * sum(_TILES[rule] for rule, _ in kind.averages)
 
     def __call__(
@@ -115,7 +113,7 @@ class Kernel:
         addresses = [each.ctypes.data for each in arrays]
         read, flag = self._read
         flags = 0 if waits else flag
-        return int(self._run(*addresses, read, flags, buffer.ctypes.data, checkpoints, piece, chunks))
+        return self._run(*addresses, read, flags, buffer.ctypes.data, checkpoints, piece, chunks)
 
     def memory(self, checkpoints: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Memory for one thread."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -203,8 +203,8 @@ class Program:
             function = self._ir.Function(self.module, kind, intrinsic)
         return self.builder.call(function, arguments)
 
-    def compile(self, name: str, *types: Any, returns: Any = None) -> Any:
-        """The function, ready to be called with values of ctypes."""
+    def compile(self, name: str, pointers: int, integers: int) -> Callable[..., int]:
+        """The function, ready to be called with so many addresses, then so many integers; it returns an integer."""
         from llvmlite import binding
 
         binding.initialize_native_target()
@@ -218,7 +218,8 @@ class Program:
         passes.getModulePassManager().run(compiled, passes)
         self._engine = binding.create_mcjit_compiler(compiled, machine)
         self._engine.finalize_object()
-        return ctypes.CFUNCTYPE(returns, *types)(self._engine.get_function_address(name))
+        types = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * integers
+        return ctypes.CFUNCTYPE(ctypes.c_int64, *types)(self._engine.get_function_address(name))
 
 
 _ITEM = {"i16": 2, "i32": 4, "float": 4, "i64": 8, "double": 8}

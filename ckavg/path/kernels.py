@@ -6,7 +6,6 @@ rest by torch, and so come out the same to the bit; a kernel that gives others f
 
 from __future__ import annotations
 
-import ctypes
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -52,8 +51,7 @@ class Kernel:
         self._read = read_cached()
         self._program = Program()
         _emit(self._program, stored)
-        arguments = [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 8
-        self._run = self._program.compile("sums", *arguments, returns=ctypes.c_int64)
+        self._run = self._program.compile("sums", pointers=8, integers=8)
 
     def __call__(
         self,
@@ -83,7 +81,7 @@ class Kernel:
         piece = piece_of(CHUNK, checkpoints * self._item)
         counts = checkpoints, len(pairs), len(anchors[0]), piece, chunks, columns.strides[0] // columns.strides[1]
         read, flag = self._read
-        return int(self._run(*(each.ctypes.data for each in arrays), read, 0 if waits else flag, *counts))
+        return self._run(*(each.ctypes.data for each in arrays), read, 0 if waits else flag, *counts)
 
 
 @cache
