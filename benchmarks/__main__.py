@@ -154,7 +154,7 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 def _machine(mergekit: tuple[str, str] | None) -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    programs = [f"Python {platform.python_version()}", *map(_version, ("torch", "numba", "ckavg"))]
+    programs = [f"Python {platform.python_version()}", *map(_version, ("torch", "llvmlite", "ckavg"))]
     programs.append(f"mergekit {mergekit[1]}" if mergekit else "no mergekit")
     return (
         f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GB of memory; "

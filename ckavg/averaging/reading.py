@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from ckavg.averaging.plan import Plan, start_of
 from ckavg.checkpoints.run import Run, TensorInfo, distinct_tables, holds_float64
 from ckavg.engine.blocks import BLOCK, TILE
+from ckavg.engine.context import COMPILED_FROM_BYTES
 from ckavg.engine.distributed import worker_threads
 from ckavg.engine.remote import HELD_BYTES
 from ckavg.path.plan import PathPlan, PathReading
@@ -145,6 +146,9 @@ _LIBRARIES = 235_000_000
 _PLOT = 45_000_000
 """matplotlib and the plot in a card."""
 
+_COMPILER = 90_000_000
+"""llvmlite, and what is compiled with it."""
+
 _PER_ENTRY = 450
 """A tensor in the table of a checkpoint: its name, its shape and the dictionary entry."""
 
@@ -189,5 +193,7 @@ def memory_bytes(plans: Sequence[Plan]) -> int:
     headers = sum(len(shard.header) for plan in by_run for shard in plan.weights.shards)
     fetching = fetching_of(plans)
     window = min(HELD_BYTES, fetching.streamed_bytes) if fetching is not None else 0
+    is_compiled = any(reading.replay_bytes >= COMPILED_FROM_BYTES for reading in readings(plans))
     libraries = _LIBRARIES + (_PLOT if find_spec("matplotlib") else 0)
+    libraries += _COMPILER if is_compiled and find_spec("llvmlite") else 0
     return libraries + buffers + known + 2 * (beside + headers) + window

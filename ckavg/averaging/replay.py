@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ckavg.averaging.adapters import Products
+from ckavg.averaging.kernels import CompiledTiles
 from ckavg.averaging.products import replay_products
 from ckavg.averaging.rules import RULES, State, round_into, too_large
 from ckavg.checkpoints.run import ITEM_BYTES, Run, TensorInfo, not_constant
-from ckavg.engine.blocks import Block, cut_blocks
+from ckavg.engine.blocks import Block, cut_blocks, sizes_of
 from ckavg.engine.checksums import checksums
 from ckavg.engine.coalescing import Group, GroupSums, Key, by_dtype
 from ckavg.engine.context import Context
@@ -150,7 +151,14 @@ def replay(
 
     def average_worker(reader: TileReader) -> _AverageWorker:
         return _AverageWorker(
-            run, reader, averages, places=places, wide=wide, allow_nonfinite=allow_nonfinite, context=context
+            run,
+            reader,
+            averages,
+            places=places,
+            wide=wide,
+            allow_nonfinite=allow_nonfinite,
+            compiled=compiled,
+            context=context,
         )
 
     by_place: dict[int, list[TensorWriter]] = {}
@@ -164,6 +172,7 @@ def replay(
         return _CopyWorker(reader, run.tensors, writers, tile=context.tile)
 
     blocks = tuple(block for block in replay_blocks(run) if block.name not in paired)
+    compiled = context.device == "cpu" and sum(sizes_of(read, blocks)) >= context.compiled_from_bytes
     journals = journals or _no_journals
     nbytes = 0
     unfinished: list[MissingPartsError] = []
@@ -321,6 +330,7 @@ class _AverageWorker:
         places: Sequence[int],
         wide: bool,
         allow_nonfinite: bool,
+        compiled: bool,
         context: Context,
     ) -> None:
         self._allow_nonfinite = allow_nonfinite
@@ -356,6 +366,20 @@ class _AverageWorker:
             for betas in (average.coefficients.betas, *average.coefficients.tensor_betas.values())
             if 1.0 in betas and not allow_nonfinite
         }
+        self._compiled: CompiledTiles | None = None
+        if compiled and not wide and not self._forgetful:
+            indices: list[list[int | None]] = [
+                [dict(takers).get(number) for number in range(len(averages))] for takers in self._takers
+            ]
+            writers = [
+                (place, number, averages[number].writers[index].put)
+                for place, takers in enumerate(self._takers)
+                for number, index in takers
+                if index in averages[number].writers
+            ]
+            read = [run.checkpoints[place] for place in places]
+            of_averages = [(average.coefficients, average.dtypes) for average in averages]
+            self._compiled = CompiledTiles(read, reader, of_averages, indices, writers, tile=context.tile)
 
     def __call__(self, blocks: Sequence[Block]) -> Sequence[BlockResult]:
         found = self._average_group(blocks) if len(blocks) > 1 else None
@@ -404,8 +428,12 @@ class _AverageWorker:
         for state in states:
             state.set_tensor(block.name)
         self._nonfinite, self._infinite = [0] * len(self._averages), [0] * len(self._averages)
+        form = self._compiled.begin(block, sums) if self._compiled is not None else None
         for start, stop in block.tiles(self._tile):
-            self._average_tile(block.name, start, stop, buffer[: stop - start], states)
+            if form is not None:
+                start = form(start, stop)
+            if start < stop:
+                self._average_tile(block.name, start, stop, buffer[: stop - start], states)
         return BlockResult(sums.hashes(), tuple(self._nonfinite), tuple(self._infinite))
 
     def _average_tile(self, name: str, start: int, stop: int, theta: Tensor, states: Sequence[State]) -> None:

@@ -12,7 +12,9 @@ import hashlib
 import json
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ckavg.checkpoints.run import Checkpoint, TensorInfo
 from ckavg.engine.blocks import BLOCK, CHUNK, Block
@@ -58,6 +60,11 @@ class BlockSums:
             tail = bytearray(width)
             tail[:rest] = data[chunks * width :]
             sums[first + chunks] = torch.frombuffer(tail, dtype=torch.int64).sum()
+
+    def put(self, start: int, sums: NDArray[np.int64]) -> None:
+        """Put the sums of whole chunks from element `start` on, formed elsewhere: (checkpoints, chunks)."""
+        first = (start - self._block.start) // CHUNK
+        self._sums[:, first : first + sums.shape[1]] = torch.from_numpy(sums)
 
     def hashes(self) -> str:
         """The hashes of the block's chunk sums, 32 digits for each checkpoint."""

@@ -47,6 +47,10 @@ def listening(progress: bool | OnProgress, passes: int = 1) -> Iterator[OnProgre
         yield listener
 
 
+COMPILED_FROM_BYTES = 1 << 30
+"""A pass over so many saves twice what compiling costs."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
     """How a pass runs. Nothing here changes what it computes.
@@ -57,7 +61,7 @@ class Context:
         tile: elements computed at once: a power of two.
         on_progress: called in the caller's thread now and then.
         ranks: the processes that share the work.
-        compiled_from_bytes: a pass that reads at least this much loads the compiled kernel, if installed.
+        compiled_from_bytes: a pass that reads at least this much is compiled, if llvmlite is installed.
     """
 
     device: str = "cpu"
@@ -65,4 +69,4 @@ class Context:
     tile: int = TILE
     on_progress: OnProgress | None = None
     ranks: Ranks = ALONE
-    compiled_from_bytes: int = 16 << 30
+    compiled_from_bytes: int = COMPILED_FROM_BYTES

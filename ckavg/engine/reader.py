@@ -1,7 +1,8 @@
 """Stage *engine*: positional reads from checkpoint files into memory that is there already.
 
-Reads are `pread`s into small reused buffers rather than a memory map: measured as fast from a warm page cache, no
-slower cold, and a file that is cut short under the reader is an error instead of a killed process.
+Reads are `pread`s into small reused buffers rather than a memory map: measured as fast from a warm page cache, where
+putting pages in their place costs what the copy does, no slower cold, and a file that is cut short under the reader is
+an error instead of a killed process.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ckavg.checkpoints.pieces import overlapping, spread
 from ckavg.checkpoints.run import Checkpoint
 from ckavg.errors import ReadError, TruncatedShardError
@@ -21,6 +24,8 @@ from ckavg.storage.base import AnyPath
 from ckavg.storage.remote import local_path
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from ckavg.engine.remote import RemoteReader
 
 _HAS_PREADV = hasattr(os, "preadv")
@@ -150,6 +155,24 @@ class Files:
         for buffer in buffers:
             buffer[:] = data[place : place + len(buffer)]
             place += len(buffer)
+
+    def locate(
+        self, checkpoints: Sequence[Checkpoint], name: str
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]] | None:
+        """For code that reads by itself: the open file of a tensor in each checkpoint, and where it begins there.
+
+        They are good until another file is read. None where one lies elsewhere or in pieces, and where there are more
+        files than may be open.
+        """
+        entries = [checkpoint.entries[name] for checkpoint in checkpoints]
+        paths = [checkpoint.shards[entry.shard].path for checkpoint, entry in zip(checkpoints, entries, strict=True)]
+        if any(entry.pieces for entry in entries) or len(paths) > self._most or any(map(self._is_remote, paths)):
+            return None
+        try:
+            handles = [self._handle(path) for path in paths]
+        except OSError:  # whoever reads it is told why
+            return None
+        return np.array(handles, np.int32), np.array([entry.offset for entry in entries], np.int64)
 
     def announce(self, path: AnyPath, offset: int, nbytes: int) -> None:
         """Tell the system that these bytes will be read soon, so that it fetches them in large pieces at once."""

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ckavg.checkpoints.run import Checkpoint
@@ -112,6 +114,20 @@ class TileReader:
             self._read(index, name, begin, out.view(torch.uint8).numpy().data)
         else:
             out.copy_(self.raw(index, name, begin, begin + out.numel() * entry.item_bytes).view(dtype))
+
+    def locate(self, name: str) -> tuple[NDArray[np.int32], NDArray[np.int64]] | None:
+        """For code that reads by itself, until the next read: as of `Files.locate`.
+
+        Raises:
+            Stopped: the pass is over.
+        """
+        if self._stopped():
+            raise Stopped
+        return self._files.locate(self._checkpoints, name)
+
+    def count(self, nbytes: int) -> None:
+        """Say that so many bytes were read that way."""
+        self._files.bytes_read += nbytes
 
     def gather(self, index: int, name: str, starts: Sequence[int], out: Tensor) -> None:
         """Read a strip of a floating tensor of checkpoint `index` from each of `starts`, widened into a row of `out`.

@@ -213,7 +213,8 @@ class Record:
             next two.
         mean_age: Σ w_k (t_K − t_k) in optimizer steps, how far the average lags; negative if it leads.
         anchor_weight: weight of θ_0.
-        path_kernel: what computed ℓ: `torch` or `numba`; None if ℓ was not measured, or was cached.
+        path_kernel: what computed ℓ: `torch`, compiled `llvm` or, in older records, `numba`; None if it was not
+            measured, or was cached.
         sample: the fraction of each tensor from which ℓ was estimated; 1 if it is exact.
         path_exclude: shell patterns of tensors excluded from ℓ.
         zero_sigma: how tensors without spread were treated.

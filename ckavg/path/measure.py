@@ -8,31 +8,28 @@ from __future__ import annotations
 
 import itertools
 import math
-import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ckavg.checkpoints.run import Run
+from ckavg.checkpoints.run import ITEM_BYTES, Run
 from ckavg.engine.blocks import CHUNK, Block, cut_blocks
-from ckavg.engine.coalescing import SMALL, Group, by_dtype
+from ckavg.engine.coalescing import Group, by_dtype
 from ckavg.engine.context import Context
 from ckavg.engine.stream import Streamed, by_tensor, stream_groups
-from ckavg.engine.tiles import TORCH_DTYPES, TileReader
-from ckavg.errors import RanksError
+from ckavg.engine.tiles import TileReader
 from ckavg.path.cache import CachedPath
 from ckavg.path.coalesced import GroupDistances
 from ckavg.path.journal import PathJournal
-from ckavg.path.kernels import DTYPES as KERNEL_DTYPES
-from ckavg.path.kernels import Distances, load_kernel
+from ckavg.path.kernels import COLUMNS, CompiledSums, Kernel, load_kernel
 from ckavg.path.plan import PathPlan, PathReading, plan_path
 from ckavg.path.table import PathLength, TensorPath, ZeroSigma, fsum, refuse_infinite
 
-_LANES = 1024
+_LANES = COLUMNS
 _SUMMED_IN_WORK_DTYPE = CHUNK // _LANES
 EXTREME = 400
 """Exponents beyond which, either way, squares of float64 numbers are formed in another unit."""
@@ -121,14 +118,14 @@ def measure_paths(
         TruncatedShardError, ReadError: a file changed or cannot be read.
     """
     context = context or Context()
-    names, kernel = reading.plans[0].names, None
+    names, compiled = reading.plans[0].names, False
     blocks = cut_blocks({name: run.tensors[name] for name in names})
     streamed: Streamed[tuple[_Partial, ...]] = Streamed((), 0)
     if reading.to_read:
-        kernel = _kernel(reading.plans, context)
+        compiled = _is_compiled(run, reading, context)
 
         def make_worker(reader: TileReader) -> _Worker:
-            return _Worker(run, reading, reader, kernel, allow_nonfinite=allow_nonfinite, context=context)
+            return _Worker(run, reading, reader, allow_nonfinite=allow_nonfinite, compiled=compiled, context=context)
 
         asked = (
             blocks,
@@ -137,7 +134,6 @@ def measure_paths(
                 (places, plan.steps, plan.needs_sigma)
                 for plan, places in zip(reading.plans, reading.places, strict=True)
             ],
-            kernel is not None,
             allow_nonfinite,
             torch.device(context.device).type,
             _Partial.__slots__,
@@ -148,7 +144,7 @@ def measure_paths(
         streamed = stream_groups("path", read, blocks, make_worker, key, context, journal)
     by_name = by_tensor(blocks, streamed.results) if reading.to_read else {}
     all_steps = run.steps
-    used: Literal["torch", "numba"] = "torch" if kernel is None else "numba"
+    used: Literal["torch", "llvm"] = "llvm" if compiled else "torch"
     paths = []
     for number, (plan, places) in enumerate(zip(reading.plans, reading.places, strict=True)):
         tensors = _completed(run, plan, by_name, number)
@@ -168,21 +164,12 @@ def _from_json(rows: list[list[float]]) -> tuple[_Partial, ...]:
     return tuple(map(_Partial.from_json, rows))
 
 
-def _kernel(plans: Sequence[PathPlan], context: Context) -> Distances | None:
-    """The compiled kernel, where it works and is worth loading for one of the paths by itself; the same in all
-    processes.
-    """
-    if context.device != "cpu" or max(plan.nbytes for plan in plans) < context.compiled_from_bytes:
-        return None
-    if context.ranks.is_shared and not context.ranks.agreed("kernel", lambda: load_kernel() is not None):
-        return None
-    kernel = load_kernel()
-    if kernel is None and context.ranks.is_shared:
-        raise RanksError(
-            f"The compiled kernel of pass 1 does not work on {platform.node()}, and does where the work began.",
-            hint="Install the same numba on every machine, or none.",
-        )
-    return kernel
+def _is_compiled(run: Run, reading: PathReading, context: Context) -> bool:
+    """Whether there is compiled code for it here, and it is worth compiling."""
+    if context.device != "cpu" or reading.nbytes(run) < context.compiled_from_bytes:
+        return False
+    dtypes = {checkpoint.entries[name].dtype for checkpoint in run.checkpoints for name in reading.plans[0].names}
+    return any(load_kernel(dtype) is not None for dtype in dtypes)
 
 
 def _completed(
@@ -248,14 +235,13 @@ class _Worker:
         run: Run,
         reading: PathReading,
         reader: TileReader,
-        kernel: Distances | None,
         *,
         allow_nonfinite: bool,
+        compiled: bool,
         context: Context,
     ) -> None:
         self._run = run
         self._allow_nonfinite = allow_nonfinite
-        self._kernel = kernel
         self._pairs, self._anchors, self._visits = reading.pairs, reading.anchors, reading.visits
         self._place = {index: place for place, index in enumerate(reading.to_read)}
         self._rows = list(itertools.starmap(self._rows_of, zip(reading.plans, reading.places, strict=True)))
@@ -264,6 +250,10 @@ class _Worker:
             for plan, places in zip(reading.plans, reading.places, strict=True)
         ]
         self._reader = reader
+        self._compiled: CompiledSums | None = None
+        if compiled:
+            pairs = [(self._place[first], self._place[second]) for first, second in self._pairs]
+            self._compiled = CompiledSums(reader, pairs, [self._place[index] for index in self._anchors])
         self._tile = context.tile
         self._device = context.device
         self._buffers: dict[torch.dtype, list[Tensor]] = {}
@@ -286,7 +276,7 @@ class _Worker:
     def _measure_group(self, blocks: Sequence[Block]) -> list[tuple[_Partial, ...]] | None:
         """What `_measure` gives of each of several small tensors; None where it must take care of them one by one."""
         group, chunk = Group.padded(blocks)
-        sums = self._groups.sum(group, chunk, self._way(blocks[0].name)[0])
+        sums = self._groups.sum(group, chunk, self._dtype(blocks[0].name))
         if sums is None:
             return None
         bounds = list(zip(group.first_chunks.tolist(), group.chunks.tolist(), strict=True))
@@ -304,14 +294,32 @@ class _Worker:
         return list(zip(*of_paths, strict=True))
 
     def _measure(self, block: Block) -> tuple[_Partial, ...]:
-        dtype, kernel = self._way(block.name)
         chunks = -(-(block.stop - block.start) // CHUNK)
         sums = [torch.zeros(len(rows), chunks, dtype=torch.float64) for rows in self._rows]
-        for start, stop in block.tiles(self._tile):
-            first = (start - block.start) // CHUNK
-            for own, of_tile in zip(sums, self._measure_tile(block.name, start, stop, dtype, kernel), strict=True):
-                own[:, first : first + of_tile.shape[1]] = of_tile
+        for first, of_tile in self._measured(block):
+            for own, found in zip(sums, of_tile, strict=True):
+                own[:, first : first + found.shape[1]] = found
         return tuple(map(self._partial, sums))
+
+    def _measured(self, block: Block) -> Iterator[tuple[int, list[Tensor]]]:
+        """The sums of each path by chunk, as of `_measure_tile`, and the first chunk of the block that they are of."""
+        kernel, item = self._kernel(block)
+        for start, stop in block.tiles(self._tile):
+            while self._compiled is not None and kernel is not None and stop - start >= CHUNK:
+                sums = self._compiled.form(kernel, block.name, start, stop, item)
+                if sums is None or not bool(torch.isfinite(sums).all()):
+                    break
+                yield (start - block.start) // CHUNK, [sums[rows] for rows in self._rows]
+                start += sums.shape[1] * CHUNK
+            if start < stop:
+                yield (start - block.start) // CHUNK, self._measure_tile(block.name, start, stop)
+
+    def _kernel(self, block: Block) -> tuple[Kernel | None, int]:
+        """What is compiled for a block, if anything is, and the bytes of an element."""
+        stored = {self._run.checkpoints[index].entries[block.name].dtype for index in self._place}
+        if self._compiled is None or len(stored) > 1 or block.size < CHUNK:
+            return None, 0
+        return load_kernel(code := stored.pop()), ITEM_BYTES[code]
 
     @staticmethod
     def _partial(sums: Tensor) -> _Partial:
@@ -325,23 +333,14 @@ class _Worker:
             total, squares = float((sums[-4] * lower.exp2()).sum()), float((sums[-3] * (2 * lower).exp2()).sum())
         return _Partial(tuple(distances), total, squares, int(exponent), int(infinite.sum()))
 
-    def _way(self, name: str) -> tuple[torch.dtype, Distances | None]:
-        """The dtype in which a tensor's tiles are loaded, and the compiled kernel where it takes them as stored."""
-        if self._run.is_wide(name):
-            return torch.float64, None
-        stored = {TORCH_DTYPES[self._run.checkpoints[index].entries[name].dtype] for index in self._place}
-        is_large = self._run.tensors[name].numel > SMALL  # others must give the same alone and in a group
-        if self._kernel is not None and is_large and len(stored) == 1 and stored <= KERNEL_DTYPES:
-            return stored.pop(), self._kernel
-        return torch.float32, None
+    def _dtype(self, name: str) -> torch.dtype:
+        return torch.float64 if self._run.is_wide(name) else torch.float32
 
-    def _measure_tile(
-        self, name: str, start: int, stop: int, dtype: torch.dtype, kernel: Distances | None
-    ) -> list[Tensor]:
+    def _measure_tile(self, name: str, start: int, stop: int) -> list[Tensor]:
         """(steps + 4, chunks) float64 for each path: each distance, then Σ and Σ² of θ_0 less its first element, in a
         unit of which the exponent comes next, and how many infinities are not in them; by chunk.
         """
-        sums, careful = self._sum_tile(name, start, stop, dtype, kernel), None
+        sums, careful = self._sum_tile(name, start, stop, self._dtype(name)), None
         if bool(torch.isfinite(sums).all()):
             return [sums[rows] for rows in self._rows]
         of_paths = []
@@ -352,29 +351,16 @@ class _Worker:
                     self._reader.refuse_nonfinite(name, start, stop, read)
                 # Finite weights whose float32 sum overflowed, or the same infinities in all checkpoints.
                 if careful is None:
-                    careful = self._sum_tile(name, start, stop, torch.float64, None, careful=True)
+                    careful = self._sum_tile(name, start, stop, torch.float64, careful=True)
                 own = careful[rows]
             of_paths.append(own)
         return of_paths
 
-    def _sum_tile(
-        self,
-        name: str,
-        start: int,
-        stop: int,
-        dtype: torch.dtype,
-        kernel: Distances | None,
-        *,
-        careful: bool = False,
-    ) -> Tensor:
+    def _sum_tile(self, name: str, start: int, stop: int, dtype: torch.dtype, *, careful: bool = False) -> Tensor:
         size = stop - start
         chunks = -(-size // CHUNK)
         padded = chunks * CHUNK
-        sums = (
-            self._plain_sums(dtype, chunks, careful=careful)
-            if kernel is None
-            else _CompiledSums(kernel, len(self._pairs), chunks)
-        )
+        sums = self._plain_sums(dtype, chunks, careful=careful)
         moments = []
         free = self._workspace(dtype)[:]
         held: dict[int, Tensor] = {}
@@ -470,24 +456,6 @@ class _PlainSums:
     def _add_up(self) -> None:
         self._rows.append(_sum(self._lanes[: self._filled], dim=2, dtype=torch.float64))
         self._filled = 0
-
-
-class _CompiledSums:
-    """The same with the compiled kernel, which takes tiles as they are stored."""
-
-    def __init__(self, kernel: Distances, steps: int, chunks: int) -> None:
-        self._kernel = kernel
-        self._sums = torch.empty(steps, chunks, dtype=torch.float64)
-        self._filled = 0
-
-    def add(self, before: Tensor, after: Tensor, out: Tensor) -> None:
-        """Take the next pair; it needs no memory."""
-        self._kernel(before, after, self._sums[self._filled])
-        self._filled += 1
-
-    def rows(self) -> list[Tensor]:
-        """(steps, chunks) float64, in one piece."""
-        return [self._sums]
 
 
 def moved(before: Tensor, after: Tensor, out: Tensor, *, careful: bool) -> Tensor:

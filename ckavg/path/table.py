@@ -58,7 +58,7 @@ class PathLength:
         zero_sigma: `exclude` leaves tensors without spread out of the sum and of N; `eps` divides by σ_p + 1e-8.
         bytes_read: bytes of checkpoints read to measure it; 0 if it was cached.
         sample: the fraction of each tensor that was read; 1 if it is exact.
-        kernel: what computed it: `torch` or, compiled, `numba`; None if it was cached.
+        kernel: what computed it: `torch` or, compiled, `llvm`; None if it was cached.
     """
 
     steps: tuple[int, ...]
@@ -66,7 +66,7 @@ class PathLength:
     zero_sigma: ZeroSigma
     bytes_read: int
     sample: float = 1.0
-    kernel: Literal["torch", "numba"] | None = "torch"
+    kernel: Literal["torch", "llvm"] | None = "torch"
 
     __repr__ = short_repr
 
