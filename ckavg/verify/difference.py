@@ -109,7 +109,7 @@ def _check_same_tensors(a: Checkpoint, b: Checkpoint) -> None:
     names = sorted(a.entries.keys() ^ b.entries.keys())
     if names:
         raise MismatchError(
-            f"{len(names)} tensors are in only one of {a.path} and {b.path}: {listed(names)}.",
+            f"Only one of {a.path} and {b.path} has these tensors: {listed(names)}.",
             hint="Compare results of the same model.",
         )
 

@@ -44,7 +44,7 @@ def run(tmp_path: Path) -> Path:
 def said(command: str, value: float, goal: str = "min") -> dict[str, Any]:
     """A successful evaluation as JSON has it."""
     whole = {"command": command, "value": value, "problem": "", "metric": "", "stderr": None, "goal": goal}
-    return whole | {"best_of": 0}
+    return whole | {"best_of": 0, "data": "", "last_value": None, "last_stderr": None}
 
 
 def record_of(run: Path, name: str) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def test_table_json_and_records(run: Path, goal: tuple[str, ...], winner: int) -
     assert told.keys() == {"averages", "best"}
     assert told["best"] == NAMES[winner]
     assert [each["evaluation"] for each in told["averages"]] == [
-        said(LOSSES, value, goal[1]) for value in (0.75, 1.5, 0.5)
+        said(LOSSES, value, goal[1]) | {"last_value": last} for value, last in ((0.75, 1.5), (1.5, None), (0.5, 1.5))
     ]
     assert [placeless(record_of(run, name)) for name in NAMES] == list(map(placeless, told["averages"]))
 

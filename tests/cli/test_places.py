@@ -52,7 +52,7 @@ def test_what_was_meant(run: Path, typed: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(run.parent)
     status = 2 if "://" in typed else 1
     for words in (["pema", typed], ["inspect", typed], ["sweep", typed, "mean"], ["ema", run, "--init", typed]):
-        assert told(*words, status=status).splitlines()[-1] == f"Did you mean {MEANT[typed]}?"
+        assert told(*words, status=status).splitlines()[-1] == f"hint: Did you mean {MEANT[typed]}?"
     with pytest.raises(ckavg.CkavgError) as met:
         ckavg.open_run(typed)
     assert met.value.hint == f"Did you mean {MEANT[typed]}?"
@@ -87,7 +87,7 @@ def test_a_directory_by_its_address(run: Path) -> None:
     ],
 )
 def test_where_to_push(run: Path, typed: str, meant: str) -> None:
-    assert told("push", run, typed, status=2).splitlines()[-1] == f"Did you mean {meant}?"
+    assert told("push", run, typed, status=2).splitlines()[-1] == f"hint: Did you mean {meant}?"
     assert f"Did you mean {meant}?" in told("mean", run, "--push-to-hub", typed, status=2)
 
 

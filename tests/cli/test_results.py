@@ -201,8 +201,8 @@ def test_tensors_that_do_not_match_are_refused_by_name(run: Path) -> None:
     weights, path = load_file(run / "checkpoint-40" / MODEL), run / "checkpoint-40" / MODEL
     words = ("diff", run / "averaged/mean", run / "checkpoint-40")
     for changed, told in (
-        ({name: tensor for name, tensor in weights.items() if name != "bias"}, "alone: bias."),
-        (weights | {"new": torch.ones(1)}, "alone: new."),
+        ({name: tensor for name, tensor in weights.items() if name != "bias"}, "these tensors: bias."),
+        (weights | {"new": torch.ones(1)}, "these tensors: new."),
         (weights | {"bias": torch.ones(13, 10)}, "different shapes or dtypes"),
         (weights | {"mask": torch.ones(3)}, "different shapes or dtypes"),
     ):

@@ -239,6 +239,7 @@ def test_table_is_grouped_by_the_selection(tmp_path: Path) -> None:
 
 def test_an_interrupted_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ckavg.engine.stream.SECONDS_BETWEEN_NOTES", 0.0)
+    monkeypatch.setattr("ckavg.engine.coalescing.SMALL", 0)  # a block for each tensor
     generator = torch.Generator().manual_seed(0)
     weights = [{name: torch.randn(500, generator=generator) for name in "abcdefgh"} for _ in STEPS]
     source = write_run(tmp_path / "run", weights, STEPS)

@@ -49,8 +49,7 @@ def test_short_reads_and_writes(run: Path, monkeypatch: pytest.MonkeyPatch, most
         calls += 1
         if flags and not cached:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        (buffer,) = buffers
-        return preadv(handle, [memoryview(buffer)[:most]], offset, flags)
+        return preadv(handle, [memoryview(buffers[0])[:most]], offset, flags)
 
     monkeypatch.setattr(os, "preadv", short_preadv)
     monkeypatch.setattr(os, "pread", lambda handle, size, offset: pread(handle, min(size, most), offset))
@@ -82,7 +81,7 @@ def test_the_disk_fails(run: Path, monkeypatch: pytest.MonkeyPatch, error: int, 
     def failing(*arguments: Any) -> int:
         nonlocal calls
         calls += 1
-        if calls > 4:
+        if calls > 1:
             raise OSError(error, os.strerror(error))
         return preadv(*arguments)
 

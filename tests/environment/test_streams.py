@@ -61,12 +61,12 @@ def test_nothing_is_printed_into_a_result(run: Path) -> None:
     shout = """
 import os
 import ckavg.averaging.replay as replay
-quiet = replay.stream
+quiet = replay.stream_groups
 def shout(*arguments):
     os.write(1, b"x" * 99)
     os.write(2, b"x" * 99)
     return quiet(*arguments)
-replay.stream = shout
+replay.stream_groups = shout
 """
     done = ckavg("mean", run, "--quiet", before=shout, preexec=closing(1, 2))
     assert done.returncode == 0

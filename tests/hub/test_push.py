@@ -357,6 +357,7 @@ def test_progress_by_file(hub: Hub, result: Path, capfd: pytest.CaptureFixture[s
 def test_bars_in_a_terminal(hub: Hub, result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the client: by byte, while a large file is sent."""
     monkeypatch.setattr("ckavg.cli.push.stderr_is_terminal", lambda: True)
+    monkeypatch.setattr("ckavg.cli.push.is_plain", lambda: False)
     assert re.search(r"model-0000\d-of-00003.safetensors: .*100%", run_cli("push", result, REPO).stderr)
     assert "safetensors" not in run_cli("push", result, "ada/another", "--quiet").stderr
 

@@ -275,7 +275,7 @@ def test_what_is_refused_at_once(sft: Callable[..., Any]) -> None:
     trainer = sft()
     with pytest.raises(SettingError, match="no scheme 'peema'"):
         CheckpointAveraging(trainer, "peema")
-    with pytest.raises(SettingError, match="twice"):
+    with pytest.raises(SettingError, match="Duplicate averages: mean, mean"):
         CheckpointAveraging(trainer, "mean", Mean())
     with pytest.raises(SettingError, match="quux"):
         CheckpointAveraging(trainer, metric="quux")

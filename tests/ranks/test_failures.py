@@ -215,7 +215,7 @@ def test_what_a_shell_remembers_of_another_job(
     """The process names the ranks it waits for, quiet or not, and how to run alone; it can be interrupted."""
     jobs.append(start(rank, 2, "pema", run))
     place = run / "averaged" / f".{NAME}.ckavg-partial"
-    line = said(jobs[0], "waits for")
+    line = said(jobs[0], "waits for").splitlines(keepends=True)[-1]
     assert line.startswith(f"Rank {rank} of 2 waits for rank {1 - rank} in {place}. RANK, WORLD_SIZE and LOCAL_RANK")
     assert line.endswith("to run a single process: env -u RANK ckavg …\n")
     begun = time.monotonic()
@@ -272,8 +272,8 @@ def test_torchrun_shows_the_root_cause(run: Path) -> None:
         torchrun(2, code, "pema", run), env=environment(), capture_output=True, text=True, timeout=SECONDS
     )
     assert ran.returncode == 1
-    assert ran.stderr.count("error: disk: broken.") == 1
-    assert re.search(r"Root Cause.*rank +: 1 .*OSError: \[Errno 5\] broken", ran.stderr, re.DOTALL), ran.stderr
+    assert len(re.findall(r"error: .* cannot be written: broken\.", ran.stderr)) == 1
+    assert re.search(r"Root Cause.*rank +: 1 .*broken", ran.stderr, re.DOTALL), ran.stderr
 
 
 def test_leftovers_continue_with_any_number_of_processes(
