@@ -189,5 +189,6 @@ def memory_bytes(plans: Sequence[Plan]) -> int:
     headers = sum(len(shard.header) for plan in by_run for shard in plan.weights.shards)
     fetching = fetching_of(plans)
     window = min(HELD_BYTES, fetching.streamed_bytes) if fetching is not None else 0
-    libraries = _LIBRARIES + (_PLOT if find_spec("matplotlib") else 0)
+    drawn = any(plan.options.plot for plan in plans) and find_spec("matplotlib")
+    libraries = _LIBRARIES + (_PLOT if drawn else 0)
     return libraries + buffers + known + 2 * (beside + headers) + window
