@@ -200,7 +200,7 @@ class CheckpointAveraging(TrainerCallback):  # type: ignore[misc]
             (open_run(self.directory, every_from=_every_from(word), **word.selection), word.scheme, None)  # type: ignore[arg-type]
             for word in self._words
         ]
-        plans = plan_averages(wanted, Options(force=True))
+        plans = plan_averages(wanted, Options(force=True, plot=self._destination is not None))
         for warning in dict.fromkeys(warning for plan in plans for warning in plan.warnings):
             _LOG.warning(as_arguments(warning))
         self.results = carry_out(plans, Context(device="cpu")).records

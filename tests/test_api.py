@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 import ckavg
+from tests.runs import random_run, write_run
 from tests.test_house import imports_of
 
 PACKAGE = Path(ckavg.__file__).parent
@@ -68,6 +72,22 @@ def test_importing_is_light() -> None:
     heavy = "torch", "numpy", "rich", "huggingface_hub", "safetensors", "matplotlib"
     code = f"import sys; from ckavg import *; print([name for name in {heavy!r} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def imported(*words: str | Path) -> list[str]:
+    """The packages that a command imports, in order."""
+    command = [sys.executable, "-X", "importtime", "-m", "ckavg", *map(str, words)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return [*dict.fromkeys(re.findall(r"^import time:.*\| +(\w+)", told, re.MULTILINE))]
+
+
+def test_averaging_imports_what_it_needs_when_it_needs_it(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", random_run(1, 3, torch.float32), (10, 20, 30))
+    names = imported("mean", run)
+    assert not {*names} & {"matplotlib", "PIL", "pandas", "numba", "fsspec", "safetensors", "transformers"}
+    assert names.index("torch") < names.index("huggingface_hub"), "which writes the card, after all else"
+    assert not {*imported("mean", run)} & {"torch", "numpy", "huggingface_hub"}, "the result is up to date"
+    assert "matplotlib" in imported("mean", run, "--force", "--plot", tmp_path / "plot.svg")
 
 
 def test_inspecting_needs_no_torch(tmp_path: Path) -> None:

@@ -316,7 +316,7 @@ class Search:
             raise EvaluationError(f"No evaluation succeeded. The first problem: {problem}.", hint="There is no result.")
         winner = order[0]
         confirmed = None if confirm is None else self._confirmed(winner, form, confirm)
-        plans = self._plans([(winner, target or self.out)])
+        plans = self._plans([(winner, target or self.out)], plot=self.options.plot)
         chosen = dataclasses.replace(contestants[winner].evaluation, best_of=_evaluated(contestants.values()))
         if winner.scheme != LAST and (last := contestants.get(Candidate(LAST))) is not None:
             chosen = dataclasses.replace(chosen, last_value=last.value, last_stderr=last.evaluation.stderr)
@@ -345,9 +345,9 @@ class Search:
             found = [confirm(record, plan) for record, plan in zip(form(plans).records, plans, strict=True)]
         return found[0], found[-1]
 
-    def _plans(self, wanted: Sequence[tuple[Candidate, Path | Target]]) -> list[Plan]:
+    def _plans(self, wanted: Sequence[tuple[Candidate, Path | Target]], *, plot: bool = False) -> list[Plan]:
         # The evaluation judges an average that is almost its anchor, too.
-        options = dataclasses.replace(self.options, allow_anchor=True)
+        options = dataclasses.replace(self.options, allow_anchor=True, plot=plot)
         return plan_averages([(*self._recipe(candidate), place) for candidate, place in wanted], options)
 
     def _recipe(self, candidate: Candidate) -> tuple[Run, Scheme]:

@@ -190,15 +190,15 @@ def _adapter() -> TypeAdapter[Parts]:
     return TypeAdapter(Parts)
 
 
-def plan_of_parts(directory: Path, parts: Parts) -> Plan:
-    """The plan for joining parts: the same as that of each part.
+def plan_of_parts(directory: Path, parts: Parts, *, plot: bool = False) -> Plan:
+    """The plan for joining parts: the same as that of each part, and whether the card gets its plot.
 
     Raises:
         CkavgError: the checkpoints are gone, or the description is not valid.
     """
     try:
         selection = Selection(**_typed(Selection, parts.selection))
-        options = Options(**_typed(Options, parts.options))
+        options = Options(**_typed(Options, parts.options) | {"plot": plot})
         scheme = scheme_from(parts.scheme, parts.parameters)
     except (ValueError, TypeError, KeyError, RecordError) as error:
         raise RecordError(f"{directory / JOB} is not valid: {_reason(error)}.", hint=_AFRESH) from error

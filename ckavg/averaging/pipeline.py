@@ -110,6 +110,7 @@ def average(
     sample: float = 1.0,
     snapshot_every: int | None = None,
     card: Path | str | None = None,
+    plot: bool = False,
     allow_nonfinite: bool = False,
     allow_anchor: bool = False,
     force: bool = False,
@@ -139,6 +140,7 @@ def average(
         snapshot_every: also write the average as it stood after each checkpoint whose step is a multiple of this, to
             `<out>/checkpoint-<step>`.
         card: a Markdown file whose fields and text come first in the model card of the result.
+        plot: draw the weights into the model card, as `ckavg.svg`; needs matplotlib, and is left out without it.
         allow_nonfinite: also average checkpoints that hold NaN or infinity; the result holds them in the same places.
         allow_anchor: form the average even if 99 % of the weight or more is on its anchor.
         force: replace an existing result.
@@ -165,6 +167,7 @@ def average(
         sample=sample,
         snapshot_every=snapshot_every,
         card=card,
+        plot=plot,
         allow_nonfinite=allow_nonfinite,
         allow_anchor=allow_anchor,
         force=force,

@@ -53,6 +53,7 @@ class Options:
     sample: float = 1.0
     snapshot_every: int | None = None
     card: Path | str | None = None
+    plot: bool = False
     allow_nonfinite: bool = False
     allow_anchor: bool = False
     force: bool = False

@@ -193,7 +193,8 @@ def memory_bytes(plans: Sequence[Plan]) -> int:
     headers = sum(len(shard.header) for plan in by_run for shard in plan.weights.shards)
     fetching = fetching_of(plans)
     window = min(HELD_BYTES, fetching.streamed_bytes) if fetching is not None else 0
+    drawn = any(plan.options.plot for plan in plans) and find_spec("matplotlib")
     is_compiled = any(reading.replay_bytes >= COMPILED_FROM_BYTES for reading in readings(plans))
-    libraries = _LIBRARIES + (_PLOT if find_spec("matplotlib") else 0)
+    libraries = _LIBRARIES + (_PLOT if drawn else 0)
     libraries += _COMPILER if is_compiled and find_spec("llvmlite") else 0
     return libraries + buffers + known + 2 * (beside + headers) + window

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Raised in a version that makes other bytes from the same recipe."""
 
-_NO_BYTE = {"force", "allow_anchor"}
-"""Options that decide whether there is a result, not what is in it."""
+_NO_BYTE = {"force", "allow_anchor", "plot"}
+"""Options that make no result outdated: they change none of its weights."""
 
 _PATH_OPTIONS = {"path_exclude", "zero_sigma", "sample"}
 _SHOWN = 60

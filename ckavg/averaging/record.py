@@ -155,7 +155,7 @@ def completed(
     """
     from ckavg.averaging.rules import effective_weights
 
-    record, plot = _with_plot(record)
+    record, plot = _with_plot(record) if plan.options.plot else (record, None)
     files: dict[str, bytes] = {}
     own_records: list[Record] = []
     for output, (index, out) in zip(record.outputs, plan.outputs.items(), strict=True):

@@ -68,7 +68,7 @@ def average_tensors(
         SettingError: an option does not apply to averages in memory.
         CkavgError: see `average`.
     """
-    for name in ("snapshot_every", "card", "force", "lora", "rank"):
+    for name in ("snapshot_every", "card", "plot", "force", "lora", "rank"):
         if options.get(name):
             raise SettingError(f"{name} applies only to averages on disk.", hint="Leave it out, or call average.")
     plan = plan_in_memory(opened(run), scheme, Options(**options))

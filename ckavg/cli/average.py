@@ -225,7 +225,7 @@ def check_files(options: Averaging, run: Run) -> None:
 def library_options(options: Averaging) -> Options:
     """What the options of a verb ask for, as the library takes it."""
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
-    return Options(**given | {"path_exclude": tuple(options.path_exclude or ())})
+    return Options(**given | {"path_exclude": tuple(options.path_exclude or ()), "plot": options.plots_weights})
 
 
 def attributed(told: Sequence[tuple[Plan, Sequence[str]]]) -> list[str]:

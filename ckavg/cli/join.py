@@ -43,7 +43,7 @@ def join(options: Joining) -> None:
     with distributed(verbose=options.verbose):
         criterion, destination = criterion_from(options), destination_of(options)
         directory, parts = find_parts(options.result)
-        plan = plan_of_parts(directory, parts)
+        plan = plan_of_parts(directory, parts, plot=options.plots_weights)
         check_files(options, plan.run)
         if destination is not None:
             check_access(destination, plan.files)

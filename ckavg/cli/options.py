@@ -207,6 +207,9 @@ class Measuring(Choice):
 class Averaging(Measuring):
     """The options of every verb that forms an average."""
 
+    plot: Annotated[
+        Path | None, display("Plot path, β and weights, also in the card: .png, .svg or .pdf.", metavar="FILE")
+    ] = None
     out: Annotated[
         Path | None,
         result(
@@ -290,3 +293,8 @@ class Averaging(Measuring):
     revision: Revision = None
     commit_message: CommitMessage = None
     create_pr: CreatePr = False
+
+    @property
+    def plots_weights(self) -> bool:
+        """Whether the card gets its plot: importing matplotlib takes longer than a small average."""
+        return self.plot is not None or self.push_to_hub is not None

@@ -97,7 +97,7 @@ def test_components_are_averaged_each_in_its_folder(tmp_path: Path, scheme: str,
 
     last = run / "checkpoint-1000"
     wanted = {path for path in snapshot(last) if not path.endswith((".bin", ".pkl"))}
-    wanted |= {"README.md", "ckavg.json", "ckavg.svg"}
+    wanted |= {"README.md", "ckavg.json"}
     assert set(json.loads(done.stdout)["outputs"][0]["files"]) == wanted
     assert set(snapshot(tmp_path / "out")) - {".ckavg-local.json"} == wanted
     for name in FILES:
@@ -177,7 +177,7 @@ def test_a_whole_pipeline_is_the_anchor_of_a_run_of_one_component(tmp_path: Path
     (run / "checkpoint-0").rename(run / "checkpoint-100")
     result = ckavg.average(ckavg.open_run(run, init=base), ckavg.EMA())
     assert set(result.outputs[0].files) == {
-        "README.md", "ckavg.json", "ckavg.svg", f"unet/{UNET}", "unet/config.json",
+        "README.md", "ckavg.json", f"unet/{UNET}", "unet/config.json",
     }  # fmt: skip
     parts = [{"unet/" + n: t.double().numpy() for n, t in weights(seed)["unet"].items()} for seed in range(3)]
     expected = reference.ema(parts, (0, 100, 500))

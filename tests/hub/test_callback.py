@@ -47,6 +47,7 @@ def test_the_only_one_without_evaluation(hub: Hub, tmp_path: Path) -> None:
     averaging = trained(tmp_path, "mean", evaluated=False)
     assert averaging.pushed is not None
     assert averaging.pushed.result == averaging.directory / "averaged" / "mean"
+    assert "ckavg.svg" in hub.files(REPO)
     assert hub.repos[REPO].messages[-1] == "Upload mean, the average of steps 0 to 4"
 
 

@@ -120,6 +120,8 @@ def test_after_averaging(hub: Hub, run: Path) -> None:
     assert told.pop("url") == f"{hub.url}/{REPO}"
     assert placeless(json.loads(hub.files(REPO)["ckavg.json"])) == placeless(told)
     assert not hub.repos[REPO].private
+    assert "](ckavg.svg)" in hub.files(REPO)["README.md"].decode()
+    assert "ckavg.svg" in hub.files(REPO)
 
 
 def test_joined_parts(hub: Hub, run: Path, tmp_path: Path) -> None:
@@ -132,6 +134,7 @@ def test_joined_parts(hub: Hub, run: Path, tmp_path: Path) -> None:
     told = json.loads(done.stdout)
     assert told.pop("url") == f"{hub.url}/{REPO}"
     assert told["evaluation"]["value"] == 0.5
+    assert "ckavg.svg" in hub.files(REPO)
     assert placeless(json.loads(hub.files(REPO)["ckavg.json"])) == placeless(told)
 
 
@@ -140,6 +143,7 @@ def test_the_best_of_a_sweep(hub: Hub, run: Path) -> None:
     done = run_cli("sweep", run, "mean", "last", "--eval", command, "--eval-goal", "max", "--push-to-hub", REPO)
     assert done.exit_code == 0, done.output
     assert json.loads(hub.files(REPO)["ckavg.json"])["scheme"] == "last"
+    assert "ckavg.svg" in hub.files(REPO)
     assert f"uploaded last to {hub.url}/{REPO}" in done.stderr
 
 
@@ -160,7 +164,7 @@ def test_the_best_of_a_search_is_uploaded_if_it_beats_the_last_checkpoint(hub: H
     options = ("--budget", "3", "--eval-goal", "max", "--push-to-hub", REPO)
     done = run_cli("best", run, "--eval", f"{command} || true", *options)
     assert done.exit_code == 0, done.output
-    assert (REPO in hub.repos and "ckavg.json" in hub.files(REPO)) == (best == "mean")
+    assert (REPO in hub.repos and {"ckavg.json", "ckavg.svg"} <= {*hub.files(REPO)}) == (best == "mean")
     told = "Nothing is uploaded: the result is not shown to beat the last checkpoint. Continue with: ckavg push"
     assert (told in done.stderr) == (best == "last")
 

@@ -21,7 +21,6 @@ BUFFERS = (32 << 20) + (8 << 20) * min(os.cpu_count() or 1, 16)
 _PEAK = """
 import json, resource, sys
 import torch, ckavg, ckavg.averaging.replay, ckavg.path.measure
-import matplotlib.backends.backend_svg, matplotlib.figure
 
 def peak():
     # Not ru_maxrss where it can be helped: on Linux it counts what the parent held before this program began.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 import ckavg
+from ckavg.output import plots
 from ckavg.output.plots import card_svg
 from ckavg.schemes import Scheme
 from tests.cli.runner import run_cli
@@ -31,7 +34,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_the_picture_is_shown_recorded_and_verified(source: Path) -> None:
-    result = ckavg.average(ckavg.open_run(source), ckavg.PEMA(), snapshot_every=10)
+    result = ckavg.average(ckavg.open_run(source), ckavg.PEMA(), snapshot_every=10, plot=True)
     of_checkpoint, output = result.outputs[0], result.outputs[-1]
     picture = (result.directory / "ckavg.svg").read_bytes()
     assert (result.directory / "README.md").read_text().count("](ckavg.svg)") == 1
@@ -43,9 +46,41 @@ def test_the_picture_is_shown_recorded_and_verified(source: Path) -> None:
     assert "ckavg.svg" in problem
 
 
+def test_there_is_a_picture_only_if_a_plot_is_asked_for(source: Path, tmp_path: Path) -> None:
+    out, plot = source / "averaged" / "mean", ("--plot", tmp_path / "plot.svg")
+
+    def is_drawn(*words: str | Path) -> bool:
+        done = run_cli(*words, "--quiet")
+        assert done.exit_code == 0, done.stderr
+        card, record = (out / "README.md").read_text(), json.loads((out / "ckavg.json").read_text())
+        has = {"ckavg.svg" in card, "ckavg.svg" in record["outputs"][-1]["files"], (out / "ckavg.svg").exists()}
+        assert len(has) == 1
+        assert "| weight |" in card
+        assert ckavg.verify_result(out).findings == ()
+        return has.pop()
+
+    assert not is_drawn("mean", source)
+    assert not is_drawn("mean", source, *plot), "the result is up to date"
+    assert is_drawn("mean", source, *plot, "--force")
+    assert is_drawn("mean", source), "it still is"
+    assert not is_drawn("sweep", source, "mean", "--force")
+    assert is_drawn("sweep", source, "mean", "--force", *plot)
+    shutil.rmtree(out)
+    assert [run_cli("mean", source, "--part", f"{part}/2").exit_code for part in (0, 1)] == [0, 0]
+    assert is_drawn("join", out, *plot)
+
+
+def test_a_search_draws_only_its_result(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(plots, "card_svg", lambda record: drawn.append(record.output.name) or card_svg(record))
+    found = ckavg.best(source, lambda directory: len(directory.name), goal="min", budget=3, plot=True)
+    assert drawn == ["best"]
+    assert (found.record.directory / "ckavg.svg").exists()
+
+
 def averaged_elsewhere(source: Path, scheme: str = "Mean", before: str = "", **env: str) -> str:
     """What a process of its own prints: the warnings of an average, but for that of the weight of the start."""
-    warnings = f"ckavg.average(ckavg.open_run({str(source)!r}), ckavg.{scheme}()).warnings"
+    warnings = f"ckavg.average(ckavg.open_run({str(source)!r}), ckavg.{scheme}(), plot=True).warnings"
     code = f"{before}\nimport ckavg; print(*(each for each in {warnings} if 'where the run began' not in each))"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -53,7 +88,7 @@ def averaged_elsewhere(source: Path, scheme: str = "Mean", before: str = "", **e
 
 
 def test_the_picture_has_no_time_no_version_and_no_style_of_a_user(source: Path, tmp_path: Path) -> None:
-    here = averaged(source, ckavg.BEMA(), out=tmp_path / "here")
+    here = averaged(source, ckavg.BEMA(), out=tmp_path / "here", plot=True)
     config = tmp_path / "matplotlibrc"
     config.write_text("axes.facecolor: black\nfont.size: 30\n")
     averaged_elsewhere(source, "BEMA", MATPLOTLIBRC=str(config), TZ="Asia/Tokyo", PYTHONHASHSEED="7", HOME="/nowhere")
@@ -93,7 +128,7 @@ def bars(picture: bytes) -> list[float]:
 
 @pytest.mark.parametrize("scheme", [ckavg.PEMA(), ckavg.DEMA(), ckavg.Last()])
 def test_the_bars_are_the_weights(source: Path, scheme: Scheme) -> None:
-    result = ckavg.average(ckavg.open_run(source), scheme)
+    result = ckavg.average(ckavg.open_run(source), scheme, plot=True)
     drawn = bars((result.directory / "ckavg.svg").read_bytes())
     scale = drawn[-1] / result.weights[-1]
     assert drawn == pytest.approx([weight * scale for weight in result.weights], abs=1e-3)
