@@ -192,7 +192,8 @@ def test_the_command_of_its_card_makes_it_again(run: Path, tmp_path: Path, verb:
     run_cli(verb, run, "--snapshot-every", "30", "--out", tmp_path / "out", "-q")
     card = (tmp_path / "out" / "checkpoint-120" / "README.md").read_text()
     assert "# checkpoint-120\n" in card
-    assert "The weighted average of 5 checkpoints of one training run, from step 0 to step\n120, a snapshot on the way" in card
+    what = "The weighted average of 5 checkpoints of one training run, from step 0 to step\n120, a snapshot on the way"
+    assert what in card
     command = next(line for line in card.splitlines() if line.startswith(f"    ckavg {verb} "))
     _, *words = shlex.split(command)
     again = json.loads(run_cli(*words[:1], run, *words[1:], "--out", tmp_path / "again", "--json").stdout)
