@@ -138,7 +138,7 @@ def test_what_is_not_in_memory_is_read_the_plain_way(tmp_path: Path) -> None:
     want = formed(run, (EMA(),), ("BF16",), PLAIN)
     os.sync()
     for checkpoint in run.checkpoints[::2]:
-        with checkpoint.shards[0].path.open("rb") as file:
+        with Path(checkpoint.shards[0].path).open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     assert formed(run, (EMA(),), ("BF16",), COMPILED) == want
 
@@ -162,7 +162,7 @@ def test_what_overflows_on_the_way_is_formed_again(tmp_path: Path, scheme: Schem
         for mask in weights:
             mask["large"][7] = -math.inf
     run = ckavg.open_run(write_run(tmp_path, weights, (1, 5, 6, 30)))
-    ways = []
+    ways: list[object] = []
     for way in (COMPILED, PLAIN):
         try:
             ways.append(formed(run, (scheme,), ("F32",), way))
@@ -173,7 +173,7 @@ def test_what_overflows_on_the_way_is_formed_again(tmp_path: Path, scheme: Schem
 
 def test_a_file_cut_short_is_an_error(tmp_path: Path) -> None:
     run = ckavg.open_run(write_run(tmp_path, walk(6, 4, torch.bfloat16), (1, 5, 6, 30)))
-    path = run.checkpoints[2].shards[0].path
+    path = Path(run.checkpoints[2].shards[0].path)
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(TruncatedShardError, match="it was longer when the run was opened"):
         formed(run, (EMA(),), ("BF16",), COMPILED)

@@ -98,7 +98,7 @@ def test_nan_is_refused_and_an_overflow_is_not(tmp_path: Path) -> None:
 
 def test_a_file_cut_short_is_an_error(tmp_path: Path) -> None:
     run = ckavg.open_run(write_run(tmp_path, random_run(0, 3, torch.bfloat16), (0, 1, 2)))
-    path = run.checkpoints[1].shards[0].path
+    path = Path(run.checkpoints[1].shards[0].path)
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size // 2)
     with pytest.raises(TruncatedShardError, match="it was longer when the run was opened"):
