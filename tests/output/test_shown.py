@@ -72,7 +72,12 @@ def test_there_is_a_picture_only_if_a_plot_is_asked_for(source: Path, tmp_path: 
 
 def test_a_search_draws_only_its_result(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
-    monkeypatch.setattr(plots, "card_svg", lambda record: drawn.append(record.output.name) or card_svg(record))
+
+    def noted(record: ckavg.Averaged) -> bytes | None:
+        drawn.append(record.output.name)
+        return card_svg(record)
+
+    monkeypatch.setattr(plots, "card_svg", noted)
     found = ckavg.best(source, lambda directory: len(directory.name), goal="min", budget=3, plot=True)
     assert drawn == ["best"]
     assert (found.record.directory / "ckavg.svg").exists()
