@@ -122,7 +122,8 @@ def say_labelled(kind: str, text: str) -> None:
     if stderr_is_terminal():
         text = as_encoded(text, sys.stderr)
         width = Output(stderr=True).width
-        text = "\n".join(wrapped(line, width, len(label) + 1) for line in text.split("\n"))
+        lines = text.split("\n")  # what is indented is a command, to be copied
+        text = "\n".join(line if line.startswith("  ") else wrapped(line, width, len(label) + 1) for line in lines)
     if stderr_is_terminal() and not is_plain():
         label = typer.style(label, fg=_COLOURS[kind], bold=True)
     say(f"{label} {text}")

@@ -15,8 +15,6 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ckavg.checkpoints.pieces import overlapping, spread
 from ckavg.checkpoints.run import Checkpoint
 from ckavg.errors import ReadError, TruncatedShardError
@@ -24,6 +22,7 @@ from ckavg.storage.base import AnyPath
 from ckavg.storage.remote import local_path
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from ckavg.engine.remote import RemoteReader
@@ -172,6 +171,8 @@ class Files:
             handles = [self._handle(path) for path in paths]
         except OSError:  # whoever reads it is told why
             return None
+        import numpy as np
+
         return np.array(handles, np.int32), np.array([entry.offset for entry in entries], np.int64)
 
     def announce(self, path: AnyPath, offset: int, nbytes: int) -> None:

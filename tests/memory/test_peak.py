@@ -29,6 +29,8 @@ def peak():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 """
 _MEASURE = f"""{_PEAK}
+from ckavg.averaging.kernels import Kind, load_kernel
+load_kernel(Kind("BF16", (("ema", "BF16"),)))  # where there is a compiler, it takes as much for any model
 imports = peak()
 ckavg.average(ckavg.open_run(sys.argv[1], last=2), ckavg.PEMA(), out=sys.argv[2] + "/two")
 two = peak()
