@@ -266,7 +266,7 @@ def print_json(value: object) -> None:
 
 def print_places(places: Iterable[object]) -> None:
     """Print where results are, a line for each: to the byte, but in a terminal, which would obey some of them."""
-    for place in map(str, places):
+    for place in map(str, places) if sys.stdout is not None else ():
         typer.echo(printable(place) if sys.stdout.isatty() else os.fsencode(place))
 
 

@@ -19,7 +19,7 @@ from tests.exhaustive import all_but, thinned
 from tests.hostile.contract import MODEL, sources, visible, write_small_run
 
 FULL = Path("/dev/full")
-VERBS = (("inspect",), ("mean", "--json"), ("path",), ("sweep", "RUN", "mean", "last"))
+VERBS = (("inspect",), ("mean", "--json"), ("path",), ("mean", "--quiet"), ("sweep", "RUN", "mean", "last"))
 QUICK = (("inspect",), ("mean", "--dry-run"))
 """Verbs that do not wait for torch."""
 
