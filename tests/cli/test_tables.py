@@ -87,10 +87,12 @@ def test_no_number_and_no_name_is_cut(rows: list[tuple[str, float, float, str]],
         assert ("first" in left_out) or f"{first:.4f}" in words
         assert line.plain.endswith(mark)
     kept = [title for title in ("first", "weights") if title not in left_out]
-    widest = max(len(name) for name, *_ in rows)
+    others = [("name", *(name for name, *_ in rows)), ("value", *(f"{value:.4f}" for *_, value, _ in rows))]
+    others.append((" ", *(mark for *_, mark in rows)))
+    needed = sum(2 + max(map(len, column)) for column in others) + Spark([0.5]).least
     if kept:
         assert max(line.cell_len for line in lines) <= width, "what has room is no wider than there is"
-    elif width >= max(widest, 4) + 2 + 7 + 2 + 10:
+    elif width >= needed:
         pytest.fail(f"there was room in {width} columns")
 
 
