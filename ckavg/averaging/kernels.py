@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,7 +23,7 @@ from ckavg.averaging.rules import RULES, round_into
 from ckavg.checkpoints.run import ITEM_BYTES, Checkpoint
 from ckavg.engine.blocks import CHUNK, Block
 from ckavg.engine.checksums import BlockSums
-from ckavg.engine.compiled import LANES, Program, is_installed, piece_of, read_cached
+from ckavg.engine.compiled import DTYPES, LANES, Program, load, piece_of, read_cached
 from ckavg.engine.tiles import TileReader
 from ckavg.schemes import Coefficients
 from ckavg.schemes.base import Rule
@@ -33,16 +31,12 @@ from ckavg.schemes.base import Rule
 if TYPE_CHECKING:
     from llvmlite import ir
 
-_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
-"""What a kernel reads and writes, as safetensors and torch name it."""
-
 _LONGEST_ROW = 1 << 11
 _NEAREST = 6 << 10
 _SKIP, _BEGIN, _REPLACE, _NEAR, _FAR = range(5)
 _TILES = {"ema": 1, "bema": 2, "ouema": 2, "dema": 2, "sum": 2}
 _SIGN = 1 << 31
 _WRITTEN_BYTES = 4 << 20
-_COMPILING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,31 +143,19 @@ def steps_of(averages: Sequence[Coefficients], indices: Sequence[Sequence[int | 
 
 
 def load_kernel(kind: Kind) -> Kernel | None:
-    """The kernel of a kind; None where there is nothing to compile with, or it does not do here what torch does."""
-    with _COMPILING:
-        return _load_kernel(kind)
-
-
-@cache
-def _load_kernel(kind: Kind) -> Kernel | None:
-    if not is_installed():
-        return None
-    try:
-        kernel = Kernel(kind)
-        return kernel if _is_right(kernel, kind) else None
-    except Exception:  # an optional speed-up must never be in the way, whatever is wrong with it
-        return None
+    """The kernel of a kind; see `compiled.load`."""
+    return load(Kernel, kind, _is_right)
 
 
 def _is_right(kernel: Kernel, kind: Kind) -> bool:
     """Whether a sample comes out as the plain way forms it."""
     betas, alphas = (None, 0.3, 0.7, 1.0, 0.123), (0.0, 0.1, 0.2, 0.3, 0.4)
     numbers = np.random.default_rng(0).standard_normal((len(betas), CHUNK), np.float32)
-    stored = torch.from_numpy(numbers).to(_DTYPES[kind.stored])
+    stored = torch.from_numpy(numbers).to(DTYPES[kind.stored])
     stored[:, :99] = -0.0
     averages = [Coefficients(rule, 0, betas, alphas) for rule, _ in kind.averages]
     steps = steps_of(averages, [[index] * len(averages) for index in range(len(betas))])
-    results = [torch.empty(CHUNK, dtype=_DTYPES[code]) for _, code in kind.averages]
+    results = [torch.empty(CHUNK, dtype=DTYPES[code]) for _, code in kind.averages]
     outputs = np.zeros((len(betas), len(averages)), np.uint64)
     outputs[-1] = [result.data_ptr() for result in results]
     sums = np.zeros((len(betas), 1), np.int64)
@@ -245,7 +227,7 @@ class CompiledTiles:
         """
         stored = {checkpoint.entries[block.name].dtype for checkpoint in self._run}
         codes = [dtypes[block.name] for _, dtypes in self._averages]
-        if block.size < CHUNK or len(stored) > 1 or not {*stored, *codes} <= _DTYPES.keys():
+        if block.size < CHUNK or len(stored) > 1 or not {*stored, *codes} <= DTYPES.keys():
             return None
         own = [coefficients.for_tensor(block.name) for coefficients, _ in self._averages]
         kind = Kind(stored.pop(), tuple(zip((each.rule for each in own), codes, strict=True)))
@@ -383,12 +365,6 @@ class _Emitter:
         address = b.add(place.buffer, b.mul(begin, self._program.i64(item)))
         return b.inttoptr(address, self._item.element.as_pointer())
 
-    def _wide(self, stored: ir.Value) -> ir.Value:
-        p = self._program
-        if self._kind.stored == "BF16":
-            stored = p.builder.shl(p.builder.zext(stored, p.vi32), p.constant(p.vi32, 16))
-        return p.builder.bitcast(stored, p.vf32)
-
     def _emit_update(self, rule: str, *, is_first: bool) -> None:
         """E, and what else the rule carries, after a checkpoint; see `rules`. That of the first average takes the sum
         of the words on the way.
@@ -411,7 +387,7 @@ class _Emitter:
                 raw = p.load(stored, at, self._item)
                 if is_first:
                     b.store(b.add(b.load(total), b.bitcast(raw, words)), total)
-                value = self._wide(raw)
+                value = self._program.widened(raw)
                 if which == _BEGIN:
                     p.store(value, state, at)
                     if _TILES[rule] == 2:
@@ -462,7 +438,7 @@ class _Emitter:
         with p.loop(p.i64(self._row), LANES) as at:
             result = p.load(state, at, p.vf32)
             if rule == "bema":
-                moved = b.fsub(self._wide(p.load(stored, at, self._item)), p.load(other, at, p.vf32))
+                moved = b.fsub(self._program.widened(p.load(stored, at, self._item)), p.load(other, at, p.vf32))
                 result = b.fadd(b.fmul(moved, correction), result)
             elif rule == "dema":
                 result = b.fadd(b.fsub(result, p.load(other, at, p.vf32)), result)

@@ -441,9 +441,8 @@ class _AverageWorker:
         zeros = {read: _NegativeZeros() for read in self._read}
         for place, takers in enumerate(self._takers):
             self._reader.load(place, name, start, theta)
-            for read, of_read in zeros.items():
-                if place in read:
-                    of_read.take(theta)
+            for read in self._reads[place]:
+                zeros[read].take(theta)
             if self._forgetful:
                 sums.append(theta.sum())  # looked at once a tile: a look waits for a GPU to come that far
             for number, index in takers:

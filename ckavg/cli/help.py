@@ -7,6 +7,7 @@ import re
 import shutil
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Literal
 
 import typer
@@ -89,19 +90,19 @@ def program_screen(groups: dict[str, dict[str, str]], options: Sequence[Any]) ->
     return as_encoded("\n".join((*lines, f"{DOCUMENTATION}/cli.html")))
 
 
-def verb_screen(command: TyperCommand, variable: str, *, whole: bool) -> str:
+def verb_screen(command: TyperCommand, *, whole: bool) -> str:
     """What `ckavg VERB --help` prints: as much as fits a screen, or all of it.
 
     Args:
         command: the verb with its parameters.
-        variable: an environment variable that sets one of its options, as an example.
         whole: whether all of it is shown.
     """
     columns = _width()
     options = [each for each in command.params if isinstance(each, TyperOption) and each.name != "help_all"]
     options.sort(key=_is_shared)  # its own first
     if whole:
-        more = [wrapped(f"The environment can set options, too: {variable}", columns)] if variable else []
+        variables = (f"{each.envvar}={each.default}" for each in options if each.envvar and each.default)
+        more = [wrapped(f"The environment can set options, too: {each}", columns) for each in islice(variables, 1)]
         return "\n".join(_lines(command, options, more, columns, by_panel=True))
     common = [each for each in options if _is_common(each, command)]
     more = [wrapped(f"{len(options) - len(common)} more options: ckavg {command.name} {ALL}", columns)]

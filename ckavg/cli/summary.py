@@ -38,15 +38,18 @@ def as_result(record: Record, plan: Plan) -> dict[str, Any]:
 
 def reading_shown(plans: Sequence[Plan]) -> str:
     """What is read to form averages, and how often; empty where nothing is."""
-    together = readings(plans)
-    path_bytes, replay_bytes = (
-        sum(getattr(each, name) for each in together) for name in ("path_bytes", "replay_bytes")
-    )
+    path_bytes, replay_bytes = bytes_to_read(plans)
     if not path_bytes + replay_bytes:
         return ""
     visited = plural(len({step for plan in plans for step in plan.run.steps}), "checkpoint")
     passes = f"{decimal(path_bytes)} for the path, then {decimal(replay_bytes)} for the average"
     return f"reading {visited} in {plans[0].run.source}: {passes if path_bytes else decimal(replay_bytes)}"
+
+
+def bytes_to_read(plans: Sequence[Plan]) -> tuple[int, int]:
+    """Bytes that averages formed together read in pass 1 and in pass 2."""
+    together = readings(plans)
+    return sum(each.path_bytes for each in together), sum(each.replay_bytes for each in together)
 
 
 def say_fetching(fetching: Fetching | None, *, quiet: bool) -> None:
@@ -80,8 +83,8 @@ def show_plans(plans: Sequence[Plan], options: Averaging, *, of_sweep: bool = Fa
     if not of_sweep:
         print_json(as_dicts[0])
         return
-    bytes_to_read = sum(reading.path_bytes + reading.replay_bytes for reading in readings(new))
-    whole = {"dry_run": True, "bytes_to_read": bytes_to_read, "memory_bytes": memory_bytes(new), "averages": as_dicts}
+    nbytes = sum(bytes_to_read(new))
+    whole = {"dry_run": True, "bytes_to_read": nbytes, "memory_bytes": memory_bytes(new), "averages": as_dicts}
     print_json(whole)
 
 
@@ -130,12 +133,12 @@ def print_plans(plans: Sequence[Plan]) -> None:
     if not plans:
         out.line("Nothing was read or written.")
         return
-    plan, together = plans[0], readings(plans)
+    plan = plans[0]
     visited = sorted({step for each in plans for step in each.run.steps})
     steps = f"{len(visited)} checkpoints, steps {visited[0]} to {visited[-1]}"
     title = plan.scheme.title if len(plans) == 1 else f"{len(plans)} averages from one reading"
     out.line(f"{title}: {steps}", style="bold")
-    path_bytes, replay_bytes = sum(each.path_bytes for each in together), sum(each.replay_bytes for each in together)
+    path_bytes, replay_bytes = bytes_to_read(plans)
     if any(each.path for each in plans):
         cached = "nothing in pass 1: the path is cached"
         out.line(f"would read   {f'{decimal(path_bytes)} in pass 1, the path' if path_bytes else cached}")

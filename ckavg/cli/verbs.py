@@ -85,7 +85,7 @@ class Verb(TyperCommand):
 
 class _Loaded(TyperCommand):
     def format_help(self, _context: Any, formatter: Any) -> None:
-        formatter.write(_screen(self, whole=False))
+        formatter.write(verb_screen(self, whole=False))
 
 
 def _as_command(name: str, function: Any) -> TyperCommand:
@@ -96,7 +96,7 @@ def _as_command(name: str, function: Any) -> TyperCommand:
 
 def _show_all(context: typer.Context, asked: bool) -> None:
     if asked and not context.resilient_parsing:
-        typer.echo(_screen(context.command, whole=True))
+        typer.echo(verb_screen(cast(TyperCommand, context.command), whole=True))
         raise typer.Exit
 
 
@@ -107,12 +107,6 @@ def _help_all(
     ] = False,
 ) -> None:
     pass
-
-
-def _screen(command: Any, *, whole: bool) -> str:
-    own_first = sorted(_options(command), key=lambda option: bool(option.rich_help_panel))
-    variables = [f"{each.envvar}={each.default}" for each in own_first if each.envvar and each.default]
-    return verb_screen(command, next(iter(variables), ""), whole=whole)
 
 
 def _options(command: TyperCommand) -> Iterator[TyperOption]:

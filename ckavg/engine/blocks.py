@@ -3,6 +3,8 @@
 Three sizes, in elements. A *chunk* is the unit of summation and a *block* the unit of work: both are fixed, so that
 sums are formed in the same order whatever else is tuned. A *tile* is what is computed at once; it is a whole number of
 chunks, divides a block, and changes nothing but the speed.
+
+A chunk is summed as rows of so many *columns*, one row after the other.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from ckavg.checkpoints.run import Checkpoint, TensorInfo, distinct_tables
 from ckavg.errors import SettingError
 
 CHUNK = 1 << 14
+COLUMNS = 1 << 10
 BLOCK = 1 << 22
 TILE = 1 << 18
 

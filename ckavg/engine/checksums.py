@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from ckavg.checkpoints.run import Checkpoint, TensorInfo
 from ckavg.engine.blocks import BLOCK, CHUNK, Block
 
-_WORD = 8
-_DIGITS = 32
+WORD = 8
+DIGITS = 32
 _BLOCKS_AT_ONCE = 4096
 _encoded = json.JSONEncoder().encode
 
@@ -54,7 +54,7 @@ class BlockSums:
         chunks, rest = divmod(len(data), width)
         sums = self._sums[index]
         if chunks:
-            words = torch.frombuffer(data, dtype=torch.int64, count=chunks * width // _WORD)
+            words = torch.frombuffer(data, dtype=torch.int64, count=chunks * width // WORD)
             torch.sum(words.view(chunks, -1), 1, out=sums[first : first + chunks])
         if rest:
             tail = bytearray(width)
@@ -70,7 +70,7 @@ class BlockSums:
         """The hashes of the block's chunk sums, 32 digits for each checkpoint."""
         chunks = -(-(self._block.stop - self._block.start) // CHUNK)
         rows = (row[:chunks].numpy().astype("<i8") for row in self._sums)
-        return "".join(hashlib.sha256(row).hexdigest()[:_DIGITS] for row in rows)
+        return "".join(hashlib.sha256(row).hexdigest()[:DIGITS] for row in rows)
 
 
 def checksums(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], hashes: Sequence[str]) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ def checksums(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], hashes
             if checkpoint.entries is not stated:
                 stated = checkpoint.entries
                 begins = [_begin(block, stated[block.name]) for block, _ in some]
-            start, end = _DIGITS * index, _DIGITS * (index + 1)
+            start, end = DIGITS * index, DIGITS * (index + 1)
             lines = [f'{begin}, "{each[start:end]}"]' for begin, (_, each) in zip(begins, some, strict=True)]
             sha256.update("".join(lines).encode())
     return tuple(each.hexdigest() for each in whole)

@@ -10,9 +10,10 @@ is done by element and *padded* for sums by chunk: zeros change no sum, so it is
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,13 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ckavg.checkpoints.run import Checkpoint, TensorInfo, distinct_tables
-from ckavg.engine.blocks import CHUNK, Block
+from ckavg.engine.blocks import CHUNK, COLUMNS, Block
+from ckavg.engine.checksums import DIGITS, WORD
 
 SMALL = 1 << 16
 """Elements of the largest tensor that others are joined to; of larger ones, the work by element is most of the time."""
 
-LANES = 1024
-_FEWEST_LANES = 128
+_FEWEST_COLUMNS = 128
 """A chunk is padded to a power of two from here, and beyond 1,024 elements to rows of as many."""
 
 _MOST_TENSORS, MOST_ELEMENTS = 1024, 1 << 17
@@ -38,8 +39,7 @@ _LEAST_ELEMENTS = 1 << 15
 _ALIGNMENT = 8
 """Elements: every slot begins at a whole word of 64 bits, whatever the dtype."""
 
-_WORD, _DIGITS = 8, 32
-
+File = TypeVar("File")
 Key = Callable[[Block], object]
 """What blocks of one group have in common, compared by equality; None where a block stays alone."""
 
@@ -95,9 +95,9 @@ def padded_length(numel: int) -> int:
     >>> [padded_length(numel) for numel in (1, 200, 1024, 1025, 16_384, 50_000)]
     [128, 256, 1024, 2048, 16384, 16384]
     """
-    if numel <= LANES:
-        return max(_FEWEST_LANES, 1 << (numel - 1).bit_length())
-    return min(CHUNK, -(-numel // LANES) * LANES)
+    if numel <= COLUMNS:
+        return max(_FEWEST_COLUMNS, 1 << (numel - 1).bit_length())
+    return min(CHUNK, -(-numel // COLUMNS) * COLUMNS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,22 @@ class Part:
     shard: int
     offset: int
     buffers: list[memoryview]
+
+
+def side_by_side(placed: Iterable[tuple[File, int, memoryview]]) -> Iterator[tuple[File, int, list[memoryview]]]:
+    """Bytes by file and offset, joined where they touch: the file, where they begin, and their parts.
+
+    >>> [(*place, len(parts)) for *place, parts in side_by_side((0, at, memoryview(b"abc")) for at in (6, 0, 3, 12))]
+    [(0, 0, 3), (0, 12, 1)]
+    """
+    joined: list[tuple[File, int, list[memoryview]]] = []
+    end: tuple[File, int] | None = None
+    for file, start, data in sorted(placed, key=itemgetter(0, 1)):
+        if (file, start) != end:
+            joined.append((file, start, []))
+        joined[-1][2].append(data)
+        end = file, start + len(data)
+    yield from joined
 
 
 class Group:
@@ -133,7 +149,6 @@ class Group:
         self.size = int(ends[-1])
         self._slots: dict[tuple[int, int], list[memoryview]] = {}
         self._parts: dict[tuple[int, int], list[Part]] = {}
-        self._cuts: dict[tuple[int, int], list[memoryview]] = {}
 
     @classmethod
     def padded(cls, blocks: Sequence[Block]) -> tuple[Group, int]:
@@ -161,13 +176,9 @@ class Group:
         if key not in self._parts:
             memory.zero_()
             entries = [table[block.name] for block in self.blocks]
-            places = [(entry.shard, entry.offset) for entry in entries]
-            parts, end = self._parts.setdefault(key, []), (-1, -1)
-            for place, slot in sorted(zip(places, self.slots(memory), strict=True), key=itemgetter(0)):
-                if place != end:
-                    parts.append(Part(*place, []))
-                parts[-1].buffers.append(slot)
-                end = place[0], place[1] + len(slot)
+            slots = zip(entries, self.slots(memory), strict=True)
+            placed = side_by_side((entry.shard, entry.offset, slot) for entry, slot in slots)
+            self._parts[key] = [Part(*each) for each in placed]
         return self._parts[key]
 
 
@@ -189,7 +200,7 @@ class GroupSums:
         """Take the bytes of checkpoint `index`: (size · bytes of an element,) uint8, zero between the tensors."""
         words = memory.view(torch.int64).numpy()
         item = len(memory) // self._group.size
-        np.add.reduceat(words, self._starts * item // _WORD, out=self._sums[index])
+        np.add.reduceat(words, self._starts * item // WORD, out=self._sums[index])
 
     def hashes(self) -> list[str]:
         """The hashes of each block's chunk sums, 32 digits for each checkpoint."""
@@ -199,9 +210,9 @@ class GroupSums:
         found = []
         for first, chunks in zip(self._group.first_chunks.tolist(), self._group.chunks.tolist(), strict=True):
             if chunks == 1:
-                begin, end = first * count * _WORD, (first + 1) * count * _WORD
-                each = [sha256(data[at : at + _WORD]).hexdigest()[:_DIGITS] for at in range(begin, end, _WORD)]
+                begin, end = first * count * WORD, (first + 1) * count * WORD
+                each = [sha256(data[at : at + WORD]).hexdigest()[:DIGITS] for at in range(begin, end, WORD)]
             else:
-                each = [sha256(row.tobytes()).hexdigest()[:_DIGITS] for row in rows[:, first : first + chunks]]
+                each = [sha256(row.tobytes()).hexdigest()[:DIGITS] for row in rows[:, first : first + chunks]]
             found.append("".join(each))
         return found

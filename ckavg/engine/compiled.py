@@ -11,15 +11,21 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
 
 if TYPE_CHECKING:
     from llvmlite import ir
 
+
+Kind = TypeVar("Kind", bound=Hashable)
+Kernel = TypeVar("Kernel")
 
 LANES = 16
 """Numbers in a vector; LLVM cuts it where the machine's are shorter."""
@@ -55,9 +61,37 @@ def read_cached() -> tuple[int, int]:
     return ctypes.cast(ctypes.CDLL(None).preadv2, ctypes.c_void_p).value or 0, os.RWF_NOWAIT
 
 
-def is_installed() -> bool:
-    """Whether there is something to compile with."""
-    return importlib.util.find_spec("llvmlite") is not None
+DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
+"""What compiled code reads and writes, as safetensors and torch name it."""
+
+_COMPILING = threading.Lock()
+
+
+def load(make: Callable[[Kind], Kernel], kind: Kind, is_right: Callable[[Kernel, Kind], bool]) -> Kernel | None:
+    """Compile a kernel, once for each kind.
+
+    Args:
+        make: compiles it.
+        kind: what it is compiled for.
+        is_right: whether a sample has the same bytes as on the plain path.
+
+    Returns:
+        The kernel; None without llvmlite, or if it cannot be compiled here or gives other bytes.
+    """
+    if importlib.util.find_spec("llvmlite") is None:
+        return None
+    with _COMPILING:
+        loaded: Kernel | None = _load(make, kind, is_right)
+        return loaded
+
+
+@cache
+def _load(make: Callable[[Any], Any], kind: Any, is_right: Callable[[Any, Any], bool]) -> Any:
+    try:
+        kernel = make(kind)
+        return kernel if is_right(kernel, kind) else None
+    except Exception:  # an optional speed-up must never be in the way, whatever is wrong with it
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +120,8 @@ class Program:
         self.module = ir.Module()
         self.f32, self.f64 = ir.FloatType(), ir.DoubleType()
         self.i1, self.i8, self.i16, self.i32, self.i64 = map(ir.IntType, (1, 8, 16, 32, 64))
-        self.vf32, self.vf64, self.vi1, self.vi16, self.vi32, self.vi64 = (
-            ir.VectorType(each, LANES) for each in (self.f32, self.f64, self.i1, self.i16, self.i32, self.i64)
+        self.vf32, self.vf64, self.vi1, self.vi16, self.vi32 = (
+            ir.VectorType(each, LANES) for each in (self.f32, self.f64, self.i1, self.i16, self.i32)
         )
         self.builder = ir.IRBuilder()
         self._engine: Any = None
@@ -178,10 +212,9 @@ class Program:
         place = self.builder.bitcast(self.builder.gep(pointer, [index]), kind.as_pointer())
         return self.builder.load(place, align=_ITEM[str(kind.element)])
 
-    def load_wide(self, pointer: ir.Value, index: ir.Value, kind: Any) -> ir.Value:
-        """The same as float32: bfloat16 from vectors of 16 bits, of 32 bits as they are."""
-        stored = self.load(pointer, index, kind)
-        if kind == self.vi16:
+    def widened(self, stored: ir.Value) -> ir.Value:
+        """Stored bits as float32: bfloat16 from vectors of 16 bits, of 32 bits as they are."""
+        if stored.type == self.vi16:
             stored = self.builder.shl(self.builder.zext(stored, self.vi32), self.constant(self.vi32, 16))
         return self.builder.bitcast(stored, self.vf32)
 

@@ -7,11 +7,10 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -215,15 +214,12 @@ class WeightFiles:
 
     def put_whole(self, tensors: Mapping[str, memoryview]) -> None:
         """Write whole tensors; those side by side in a file at once."""
-        by_file: dict[Path, list[tuple[int, memoryview]]] = {}
-        for name, data in tensors.items():
-            path, start = self._positions[name]
-            by_file.setdefault(path, []).append((start, data))
-        for path, placed in by_file.items():
-            placed.sort(key=itemgetter(0))
+        from ckavg.engine.coalescing import side_by_side  # imports torch
+
+        placed = ((*self._positions[name], data) for name, data in tensors.items())
+        for path, start, parts in side_by_side(placed):
             with self._handle(path) as handle:
-                for start, parts in _side_by_side(placed):
-                    _write_at(handle, memoryview(b"".join(parts)), start)
+                _write_at(handle, memoryview(b"".join(parts)), start)
 
     def sync(self) -> None:
         """Wait until every byte is on the disk."""
@@ -249,20 +245,6 @@ class WeightFiles:
                 yield handle
             finally:
                 os.close(handle)
-
-
-def _side_by_side(placed: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[int, list[memoryview]]]:
-    """Bytes by where they go, ascending, made one where they touch: where they begin, and their parts."""
-    begin, end, parts = 0, -1, list[memoryview]()
-    for start, data in placed:
-        if start != end:
-            if parts:
-                yield begin, parts
-            begin, parts = start, []
-        parts.append(data)
-        end = start + len(data)
-    if parts:
-        yield begin, parts
 
 
 def write_own_hashes(path: Path, shard: ShardPlan) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ckavg.engine.blocks import CHUNK
-from ckavg.engine.coalescing import LANES, MOST_ELEMENTS, Group
+from ckavg.engine.blocks import CHUNK, COLUMNS
+from ckavg.engine.coalescing import MOST_ELEMENTS, Group
 from ckavg.engine.tiles import TileReader
 from ckavg.path.plan import Visit
 
@@ -43,7 +43,7 @@ class GroupDistances:
             (pairs + 4 · anchors + 4, chunks) float64, as of a tile of `measure.py`. None where not all is finite, or
             squares may be too large or too small for float64: then the plain path takes care.
         """
-        shape = -1, max(1, chunk // LANES), min(chunk, LANES)
+        shape = -1, max(1, chunk // COLUMNS), min(chunk, COLUMNS)
         free = [tile[: group.size] for tile in self._memory.setdefault(dtype, [])]
         out, wide = self._take(free, group, dtype), torch.empty(group.size // chunk, shape[2], dtype=torch.float64)
         none = torch.zeros(group.size // chunk, dtype=torch.float64)

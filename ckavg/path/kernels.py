@@ -7,9 +7,7 @@ rest by torch, and so come out the same to the bit; a kernel that gives others f
 from __future__ import annotations
 
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ckavg.checkpoints.run import ITEM_BYTES
-from ckavg.engine.blocks import CHUNK
-from ckavg.engine.compiled import LANES, Program, is_installed, piece_of, read_cached
+from ckavg.engine.blocks import CHUNK, COLUMNS
+from ckavg.engine.compiled import DTYPES, LANES, Program, load, piece_of, read_cached
 from ckavg.engine.tiles import TileReader
 
 if TYPE_CHECKING:
@@ -27,13 +25,8 @@ if TYPE_CHECKING:
 
     Terms = Callable[[ir.Value], Sequence[ir.Value]]
 
-COLUMNS = 1 << 10
-"""A chunk is summed as rows of so many numbers, one row after the other."""
-
 _UNROLLED = 4 * LANES
 _SUMMED_BYTES = 2 << 20
-_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
-_COMPILING = threading.Lock()
 
 
 class Kernel:
@@ -84,29 +77,15 @@ class Kernel:
         return self._run(*(each.ctypes.data for each in arrays), read, 0 if waits else flag, *counts)
 
 
-@cache
-def _load_kernel(stored: str) -> Kernel | None:
-    try:
-        kernel = Kernel(stored)
-        return kernel if _is_right(kernel, stored) else None
-    except Exception:  # an optional speed-up must never be in the way, whatever is wrong with it
-        return None
-
-
 def load_kernel(stored: str) -> Kernel | None:
-    """The kernel for a dtype; None where there is none or nothing to compile with, or it does not do here what torch
-    does.
-    """
-    if stored not in _DTYPES or not is_installed():
-        return None
-    with _COMPILING:
-        return _load_kernel(stored)
+    """The kernel for a dtype; None if it has none, see also `compiled.load`."""
+    return load(Kernel, stored, _is_right) if stored in DTYPES else None
 
 
 def _is_right(kernel: Kernel, stored: str) -> bool:
     """Whether a sample comes out as the plain way forms it."""
     numbers = np.random.default_rng(0).standard_normal((2, CHUNK), np.float32)
-    values = torch.from_numpy(numbers).to(_DTYPES[stored])
+    values = torch.from_numpy(numbers).to(DTYPES[stored])
     columns, moments = torch.empty(1, 1, COLUMNS), torch.empty(1, 2, 1, COLUMNS, dtype=torch.float64)
     with tempfile.TemporaryFile() as file:
         file.write(values.view(torch.uint8).numpy().tobytes())
@@ -208,7 +187,7 @@ def _emit(p: Program, stored: str) -> None:
             one, other = (tile(b.load(b.gep(pairs, [b.add(b.mul(pair, i64(2)), i64(end))]))) for end in range(2))
 
             def distance(at: ir.Value) -> list[ir.Value]:
-                difference = b.fsub(p.load_wide(other, at, item), p.load_wide(one, at, item))
+                difference = b.fsub(p.widened(p.load(other, at, item)), p.widened(p.load(one, at, item)))
                 bits = b.and_(b.bitcast(difference, p.vi32), p.constant(p.vi32, (1 << 31) - 1))
                 return [b.bitcast(bits, p.vf32)]
 
@@ -218,7 +197,7 @@ def _emit(p: Program, stored: str) -> None:
             own, first = tile(b.load(b.gep(anchors, [anchor]))), p.spread(b.load(b.gep(firsts, [anchor])))
 
             def powers(at: ir.Value) -> list[ir.Value]:
-                shifted = b.fsub(b.fpext(p.load_wide(own, at, item), p.vf64), first)
+                shifted = b.fsub(b.fpext(p.widened(p.load(own, at, item)), p.vf64), first)
                 return [shifted, b.fmul(shifted, shifted)]
 
             row = b.mul(anchor, b.mul(chunks, i64(2)))

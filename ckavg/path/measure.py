@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ckavg.checkpoints.run import ITEM_BYTES, Run
-from ckavg.engine.blocks import CHUNK, Block, cut_blocks
+from ckavg.engine.blocks import CHUNK, COLUMNS, Block, cut_blocks
 from ckavg.engine.coalescing import Group, by_dtype
 from ckavg.engine.context import Context
 from ckavg.engine.stream import Streamed, by_tensor, stream_groups
@@ -25,12 +25,11 @@ from ckavg.engine.tiles import TileReader
 from ckavg.path.cache import CachedPath
 from ckavg.path.coalesced import GroupDistances
 from ckavg.path.journal import PathJournal
-from ckavg.path.kernels import COLUMNS, CompiledSums, Kernel, load_kernel
+from ckavg.path.kernels import CompiledSums, Kernel, load_kernel
 from ckavg.path.plan import PathPlan, PathReading, plan_path
 from ckavg.path.table import PathLength, TensorPath, ZeroSigma, fsum, refuse_infinite
 
-_LANES = COLUMNS
-_SUMMED_IN_WORK_DTYPE = CHUNK // _LANES
+_SUMMED_IN_WORK_DTYPE = CHUNK // COLUMNS
 EXTREME = 400
 """Exponents beyond which, either way, squares of float64 numbers are formed in another unit."""
 
@@ -421,7 +420,7 @@ class _Worker:
     def _plain_sums(self, dtype: torch.dtype, chunks: int, *, careful: bool) -> _PlainSums:
         if dtype not in self._lanes:
             rows = min(len(self._pairs), _ROWS)
-            shape = rows, self._tile // CHUNK, _LANES
+            shape = rows, self._tile // CHUNK, COLUMNS
             self._lanes[dtype] = torch.empty(shape, dtype=dtype, device=self._device)
         return _PlainSums(self._lanes[dtype][:, :chunks], careful=careful)
 
@@ -488,7 +487,7 @@ def _largest(lanes: Tensor) -> Tensor:
 
 
 def _in_lanes(values: Tensor) -> Tensor:
-    return values.view(-1, _SUMMED_IN_WORK_DTYPE, _LANES)
+    return values.view(-1, _SUMMED_IN_WORK_DTYPE, COLUMNS)
 
 
 def _sum(values: Tensor, dim: int, *, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
