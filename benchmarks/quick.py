@@ -1,6 +1,6 @@
 """`python -m benchmarks.quick`: in three minutes, whether a change made anything faster or slower.
 
-Whole commands in turns, each in a process of its own, from a warm page cache. What is told are ratios within a turn,
+Whole commands in turns, each in a process of its own, from a warm page cache. It prints ratios within a turn,
 since other work on the machine slows both. With `--base CHECKOUT`, each command is also run from another checkout, one
 right after the other, and must write the same bytes. Imports no torch: see `benchmarks.measure`.
 

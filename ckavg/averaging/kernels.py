@@ -1,9 +1,8 @@
 """Pass 2 compiled: one walk over a tile of all checkpoints, from stored bytes to rounded averages.
 
-A row of each checkpoint in turn is widened and summed up, and taken in by the states of all averages, which stay in
-the processor's nearest cache; so no number is written to memory but those of the results. The operations are those of
-`rules` and torch in their order, fused where torch fuses them, and so are the bytes: a kernel that gives others for a
-sample is not used.
+A row of each checkpoint in turn is widened, summed for the checksum, and added to the states of all averages, which
+stay in the L1 cache; only results are written to memory. The operations and their order are those of `rules` and
+torch, fused where torch fuses them, so the bytes are the same: a kernel that gives others for a sample is not used.
 """
 
 from __future__ import annotations

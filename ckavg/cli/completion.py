@@ -1,4 +1,4 @@
-"""What a shell offers when somebody presses Tab: directories, and the words of a sweep."""
+"""Shell completion: directories, and the words of a sweep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ckavg.schemes import SCHEMES
 from ckavg.schemes.parse import SELECTED_BY, is_scheme, parameters_of, shown
 
 _BREAKS = (":", "=")
-"""What bash takes for words of their own."""
+"""Characters at which bash splits words."""
 
 
 class _Rest(str):
@@ -23,7 +23,7 @@ class _Rest(str):
 
 
 def directories(incomplete: str) -> list[str]:
-    """The directories that begin so; none where the shell does better, which quotes names and goes on into the one."""
+    """Directories that begin with `incomplete`; none if the shell does better: names to quote, a single match."""
     before, slash, start = incomplete.rpartition("/")
     try:
         found = sorted(each.name for each in os.scandir(before + slash or ".") if each.is_dir())
@@ -41,7 +41,7 @@ def devices(incomplete: str) -> list[str]:
 
 
 def scheme_words(incomplete: str) -> list[str]:
-    """The words of a sweep that begin so, and directories, for the first word may be one."""
+    """Words of a sweep that begin with `incomplete`, and directories: the first word may be one."""
     whole, cut_off = _whole_word(incomplete)
     found = [each for each in _words(whole) if each.startswith(whole)]
     found += directories(whole) if ":" not in whole else []

@@ -26,10 +26,10 @@ _COMMON = {
     *("init", "every", "from_step", "to_step", "last", "out", "dtype", "force", "dry_run"),
     *("eval_command", "as_json", "quiet"),
 }
-"""Options that several verbs share and `--help` shows; those that a verb has for itself are shown, too."""
+"""Shared options that `--help` shows. It also shows the options that only this verb has."""
 
 _RARE = {"pairing", "clock", "min_beta", "form", "no_bias_correction", "momentum_per", "batch_scale", "sha256"}
-"""Options of a single verb that only `--help-all` shows."""
+"""Options of one verb that only `--help-all` shows."""
 
 _KINDS = {float: "X", int: "N", str: "TEXT"}
 
@@ -37,7 +37,7 @@ _GAP = " " * 3
 """What separates the parts of a formula."""
 
 _WIDEST, _COLUMN = 100, 26
-"""Columns of a screen, for longer lines are hard to read, and where its second column begins."""
+"""The widest screen, since long lines are hard to read, and the column where meanings begin."""
 
 EXAMPLES = {
     "pema": ("ckavg pema ./checkpoints", "ckavg pema ./checkpoints --gamma 0.2 --last 10"),
@@ -123,7 +123,7 @@ def _lines(
     by_panel: bool = False,
     is_short: Callable[[Any], bool] = lambda _: False,
 ) -> list[str]:
-    """The lines of a screen with these options; those that are to be short say what is most important, in a line."""
+    """The lines of a screen with these options. Short ones get one line with the most important words."""
 
     def rows(parameters: Iterable[Any]) -> Iterator[str]:
         texts = ((_named(each), _meaning(each, columns - _COLUMN if is_short(each) else 0)) for each in parameters)
@@ -160,7 +160,7 @@ def usage(command: TyperCommand) -> str:
 
 
 def add_metavars(command: TyperCommand, function: Any) -> None:
-    """State of every option what is typed for it, by its type, where its declaration does not: nothing for a switch."""
+    """Give every option without a metavar one by its type; a switch gets none."""
     kinds = typing.get_type_hints(function)
     for each in command.params:
         if each.metavar is None and each.name in kinds:
@@ -168,7 +168,7 @@ def add_metavars(command: TyperCommand, function: Any) -> None:
 
 
 def _kind(kind: Any) -> str:
-    """What is typed for a value of a type: one of its choices, or a letter that stands for a number."""
+    """The metavar of a type: its choices, a letter for a number, `TEXT` or `PATH`."""
     kind = (
         next((each for each in typing.get_args(kind) if each is not type(None)), kind) if _is_optional(kind) else kind
     )
@@ -209,7 +209,7 @@ def _named(parameter: Any) -> str:
 
 
 def _meaning(parameter: Any, room: int = 0) -> str:
-    """What a parameter says of itself, and its default; with so much room, what is most important of it."""
+    """The help of a parameter and its default, shortened to fit `room` columns if that is not 0."""
     text, default = str(parameter.help or ""), parameter.show_default
     if not isinstance(default, str):
         value = parameter.default
@@ -283,7 +283,7 @@ def _in_columns(rows: Iterable[tuple[str, str]], columns: int, *, first: int = _
 
 
 def _clause(text: str, room: int) -> str:
-    """As much of a first sentence as there is room for, up to a colon, semicolon or comma; at least up to the first.
+    """The first sentence up to the last colon, semicolon or comma that fits; at least up to the first.
 
     >>> _clause("Mean of the checkpoints: SWA; LAWA of the newest few. As is.", 35)
     'Mean of the checkpoints: SWA'

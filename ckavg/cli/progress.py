@@ -1,4 +1,4 @@
-"""How far a command has come: bars in a terminal that draws them, plain lines now and then elsewhere."""
+"""The progress of a command: bars in a terminal that can draw them, a few plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _COUNTED = ("fetch", "path", "replay")
 """Stages that are passes over the checkpoints."""
 
 _TITLE_OF_OWN_FILES, _AFTER_OWN_FILES = "syncing and hashing", "writing card and record"
-"""Of the files of a result that was just formed; and what goes on when all of them are hashed."""
+"""The stage of a new result's own files, and what follows it."""
 
 _TENTHS, _SECONDS_BETWEEN_LINES = 10, 10.0
 _NARROW = 80
@@ -42,7 +42,7 @@ _NARROW = 80
 
 @dataclass(slots=True)
 class _Stage:
-    """A stage that goes on: its title, when it began, and the news that came last."""
+    """The current stage: its title, when it began, and the latest news."""
 
     title: str
     begun: float
@@ -76,7 +76,7 @@ def _as_time(seconds: float) -> str:
 
 
 class _Listener:
-    """Hears how far a command has come, and tells the stages apart."""
+    """Receives progress and divides it into stages."""
 
     def __init__(self, passes: int) -> None:
         self._passes = passes
@@ -98,13 +98,13 @@ class _Listener:
             self.end(_AFTER_OWN_FILES)
 
     def begin(self, stage: _Stage) -> None:
-        """Show a stage that is new."""
+        """Show a new stage."""
 
     def go_on(self, stage: _Stage) -> None:
-        """Show how far the stage has come."""
+        """Show the progress of the stage."""
 
     def end(self, what: str) -> None:
-        """Show what goes on now that all bytes are done."""
+        """Show what follows the last byte."""
 
     def _title(self, news: Progress) -> str:
         title = _TITLES[news.stage]
@@ -142,7 +142,7 @@ class _Lines(_Listener):
 
 
 class _BarListener(_Listener):
-    """A bar for each stage, and beneath them what goes on where no bytes are counted."""
+    """A bar for each stage, and below them work that is not counted in bytes."""
 
     def __init__(self, passes: int, bars: Bars, first: str) -> None:
         super().__init__(passes)
@@ -173,14 +173,14 @@ def _kept(news: Progress) -> str:
 
 @contextmanager
 def show_progress(passes: int, *, quiet: bool, first: str = "") -> Iterator[OnProgress | None]:
-    """Yield a listener that shows how far each of so many passes has come: bytes, rate, time left.
+    """Yield a listener that shows the progress of passes: bytes, rate, time left.
 
     A bar for each in a terminal, plain lines elsewhere.
 
     Args:
         passes: over the checkpoints; they are numbered.
         quiet: show nothing.
-        first: what is said at once, before anything is heard.
+        first: shown at once, before the first progress.
     """
     first = printable(first)
     if quiet:
@@ -196,7 +196,7 @@ def show_progress(passes: int, *, quiet: bool, first: str = "") -> Iterator[OnPr
 
 @contextmanager
 def show_status(what: str, *, quiet: bool) -> Iterator[None]:
-    """Show in a terminal what is being done, as long as it is."""
+    """Show in a terminal what is being done while it lasts."""
     if quiet or not stderr_is_terminal() or is_plain():
         yield
         return
@@ -210,7 +210,7 @@ def _bars() -> Bars:
     from rich.progress import Progress as Bars
 
     class BytesColumn(BarColumn):
-        """A bar where bytes are counted, and nothing elsewhere."""
+        """A bar for tasks with a total, otherwise nothing."""
 
         def render(self, task: Task) -> Any:
             return "" if task.total is None else super().render(task)

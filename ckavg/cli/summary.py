@@ -1,4 +1,4 @@
-"""What is shown of averages: what would be done, what is done, and what came of it."""
+"""What is printed about averages: the plan, the reading, the result."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 
 def to_form(plans: Sequence[Plan]) -> list[Plan]:
-    """Those of plans whose result is not there already and up to date."""
+    """The plans whose result does not exist or is outdated."""
     return [plan for plan in plans if plan.current is None]
 
 
 def as_result(record: Record, plan: Plan) -> dict[str, Any]:
-    """A record as plain JSON values, marked where the result was there already and is up to date."""
+    """A record as plain JSON values, marked if the existing result was up to date."""
     return record.to_dict() | ({"up_to_date": True} if plan.is_up_to_date else {})
 
 
 def reading_shown(plans: Sequence[Plan]) -> str:
-    """What is read to form averages, and how often; empty where nothing is."""
+    """What is read to form averages, pass by pass; empty if nothing is."""
     path_bytes, replay_bytes = bytes_to_read(plans)
     if not path_bytes + replay_bytes:
         return ""
@@ -60,7 +60,7 @@ def say_fetching(fetching: Fetching | None, *, quiet: bool) -> None:
 
 
 def fetching_lines(fetching: Fetching | None) -> list[str]:
-    """What is fetched to the disk and what is not, in lines that begin with a verb, in one column."""
+    """What is downloaded to disk and what is streamed, one line each, beginning with a verb."""
     if fetching is None:
         return []
     room = f"with room for {decimal(fetching.room)}"
@@ -89,7 +89,7 @@ def show_plans(plans: Sequence[Plan], options: Averaging, *, of_sweep: bool = Fa
 
 
 def plan_to_dict(plan: Plan, fetching: Fetching | None) -> dict[str, Any]:
-    """A plan as plain JSON values, with what is fetched for it and those it is carried out with."""
+    """A plan as plain JSON values, with what is fetched for all plans."""
     is_new = plan.current is None
     return {
         "dry_run": True,
@@ -156,7 +156,7 @@ def print_plans(plans: Sequence[Plan]) -> None:
 
 
 def next_command(source: AnyPath, selection: Selection) -> str:
-    """What averages the checkpoints that were looked at."""
+    """The command that averages these checkpoints."""
     return f"ckavg pema {shell_word(str(source))} {as_options(selection.stated)}".rstrip()
 
 
@@ -198,11 +198,11 @@ def print_next(out: Output, result: Record, plan: Plan) -> None:
 
 
 def spread_shown(result: Record) -> str:
-    """What the weights of a result say of it, in words."""
+    """The effective number, age and anchor weight of a result, in words."""
     count, age, weight = result.effective_count or 1.0, result.mean_age or 0.0, result.anchor_weight or 0.0
     parts = [
         f"like {count:.1f} equal checkpoints",
-        f"{abs(age):.0f} steps {'ahead of' if age < 0 else 'behind'} the last",
+        f"{plural(abs(round(age)), 'step')} {'ahead of' if age < 0 else 'behind'} the last",
     ]
     if result.anchor_step < result.steps[-1]:
         of_init = result.anchor_is_init and result.anchor_step == result.steps[0]
@@ -211,7 +211,7 @@ def spread_shown(result: Record) -> str:
 
 
 def path_shown(result: Record) -> str:
-    """The path length of a result that has one, and how it is known where it was not measured in full."""
+    """The path length of a result, and how it was obtained if not measured in full."""
     lengths, errors = result.path_length or (0.0,), result.path_length_error
     length = f"path length ℓ(T) = {lengths[-1]:.4f}"
     if errors is not None:

@@ -1,4 +1,4 @@
-"""Tables as wide as there is room: numbers stay whole, drawings shrink, and columns of least worth go first."""
+"""Tables that fit the terminal: numbers stay whole, drawings shrink, the least useful columns are dropped first."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Stage *engine*: small tensors that lie side by side, read and computed with as one tile.
 
-A model of 100,000 tensors, or a run of 1,000 adapters, would otherwise cost an interpreter's work for each tensor of
-each checkpoint. What is kept for each block stays the same: its sums, its hashes, its result.
+Otherwise a model of 100,000 tensors, or a run of 1,000 adapters, would cost Python code for each tensor of each
+checkpoint. The sums, hashes and results of each block stay the same.
 
-Every tensor has a slot in the tile, zero behind its elements, and is read straight into it. Slots are *packed* for what
-is done by element and *padded* for sums by chunk: zeros change no sum, so it is formed in the order of the plain path.
+Every tensor has a slot in the tile, zero behind its elements, and is read straight into it. Slots are *packed* for
+element-wise work and *padded* for sums by chunk: zeros change no sum, so the order of the plain path holds.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from ckavg.engine.blocks import CHUNK, COLUMNS, Block
 from ckavg.engine.checksums import DIGITS, WORD
 
 SMALL = 1 << 16
-"""Elements of the largest tensor that others are joined to; of larger ones, the work by element is most of the time."""
+"""Elements of the largest tensor that is joined to others; larger tensors gain nothing."""
 
 _FEWEST_COLUMNS = 128
 """A chunk is padded to a power of two from here, and beyond 1,024 elements to rows of as many."""
 
 _MOST_TENSORS, MOST_ELEMENTS = 1024, 1 << 17
-"""Of a group of several, when its chunks are padded. A system reads into at most 1,024 places at once (IOV_MAX)."""
+"""Limits of a group, with padded chunks. The system reads into at most 1,024 buffers at once (IOV_MAX)."""
 
 _LEAST_ELEMENTS = 1 << 15
-"""Of a group, where there are others for other threads."""
+"""A group is not cut smaller than this to occupy more threads."""
 
 _ALIGNMENT = 8
 """Elements: every slot begins at a whole word of 64 bits, whatever the dtype."""
 
 File = TypeVar("File")
 Key = Callable[[Block], object]
-"""What blocks of one group have in common, compared by equality; None where a block stays alone."""
+"""Blocks with equal keys may form a group; a block with the key None stays alone."""
 
 
 def alone(_: Block) -> None:
-    """The key of work that joins nothing."""
+    """The key that joins nothing."""
 
 
 def by_dtype(checkpoints: Sequence[Checkpoint]) -> Key:
@@ -67,7 +67,7 @@ def by_dtype(checkpoints: Sequence[Checkpoint]) -> Key:
 
 
 def cut_groups(blocks: Sequence[Block], key: Key, *, threads: int = 1, tile: int = MOST_ELEMENTS) -> list[int]:
-    """Cut blocks, in their order, into groups that fit a tile; where each ends.
+    """Cut blocks, in their order, into groups that fit a tile; return the end of each.
 
     >>> cut_groups([Block(name, 0, 9) for name in "abcd"], lambda block: block.name < "c" or None)
     [2, 3, 4]
@@ -90,7 +90,7 @@ def cut_groups(blocks: Sequence[Block], key: Key, *, threads: int = 1, tile: int
 
 
 def padded_length(numel: int) -> int:
-    """To how many elements the chunks of a tensor are padded.
+    """The number of elements that each chunk of a tensor is padded to.
 
     >>> [padded_length(numel) for numel in (1, 200, 1024, 1025, 16_384, 50_000)]
     [128, 256, 1024, 2048, 16384, 16384]

@@ -1,9 +1,9 @@
 """Stage *engine*: loops over tiles, compiled for the machine at hand with LLVM; optional (extra `fast`, llvmlite).
 
-torch's operations take a walk over the memory each; a loop of ours takes one for all of them, and holds no lock of the
-interpreter. It is emitted as vectors of 16 numbers, and compiled in 0.1 s for one average: nothing is kept on disk.
+Each torch operation walks over the memory once; a compiled loop walks once for all of them, without the interpreter's
+lock. It works on vectors of 16 numbers and compiles in 0.1 s for one average: nothing is cached on disk.
 
-It reads by itself, and only what is in the page cache: all else is left to the plain way, which asks for it ahead.
+It reads files itself, but only from the page cache. Everything else takes the plain path, which prefetches.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Pass 1 over a group of small tensors: the sums of `measure.py` by chunk, of all of them at once.
 
-A chunk is padded with zeros to fewer lanes or rows than 16 rows of 1,024 lanes. They add nothing, and torch adds the
-others in the same order, so that every sum is that of the plain path to the bit.
+A chunk is padded with zeros to as few rows and columns as possible. Zeros add nothing, and torch adds the rest in the
+same order, so every sum equals that of the plain path to the bit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Pass 1 compiled: differences of neighbours, widened and summed while they are in the processor's nearest cache.
 
-The plain way takes four walks over the memory for each. Sums are formed in its order, those of 16 numbers here and the
-rest by torch, and so come out the same to the bit; a kernel that gives others for a sample is not used.
+The plain path walks over the memory four times for each pair. Sums are formed in its order, those of 16 numbers here
+and the rest by torch, so they are equal to the bit; a kernel that gives others for a sample is not used.
 """
 
 from __future__ import annotations

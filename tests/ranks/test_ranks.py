@@ -39,6 +39,18 @@ TileReader.load = sabotaged
 """In the middle of a pass."""
 
 KILLED = NEXT_READ.format(act="os.kill(os.getpid(), signal.SIGKILL)")
+KILLED_AT_A_BLOCK = """
+import os, signal
+from ckavg.engine.tiles import TileReader
+begin, calls = TileReader.begin, iter(range(10**9))
+def sabotaged(self, on_miss):
+    if next(calls) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begin(self, on_miss)
+TileReader.begin = sabotaged
+"""
+"""Compiled passes read by themselves."""
+
 STOPPED = NEXT_READ.format(act="os.kill(os.getpid(), signal.SIGTERM)")
 BROKEN = NEXT_READ.format(act="1 / 0")
 FULL_DISK = """
@@ -315,7 +327,7 @@ def test_a_killed_process_ends_the_job_of_torchrun(tmp_path: Path) -> None:
     source = long_run(tmp_path / "run")
     before = sorted(path.name for path in source.iterdir())
     script = tmp_path / "killed.py"
-    script.write_text(f"import os\nif os.environ['RANK'] == '1':\n    exec({KILLED!r}, {{}})\n" + MAIN)
+    script.write_text(f"import os\nif os.environ['RANK'] == '1':\n    exec({KILLED_AT_A_BLOCK!r}, {{}})\n" + MAIN)
     ran = subprocess.run(
         torchrun(2, script, "ema", source), capture_output=True, text=True, timeout=SECONDS, env=environment()
     )
