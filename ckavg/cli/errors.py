@@ -173,11 +173,15 @@ def _speaks_for_itself(error: BaseException, ranks: Ranks) -> bool:
 
 
 def _tell_torchrun(error: BaseException) -> None:
-    """Leave what ended this process where torchrun looks for it, so that its summary tells; not what others told."""
+    """Leave what ended this process where torchrun looks for it, so that its summary names the first cause.
+
+    torchrun takes the earliest failure, in whole seconds: an error that came from another process is dated after it.
+    """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file and isinstance(error, Exception) and not (isinstance(error, typer.Exit) or is_from_another(error)):
+    if file and isinstance(error, Exception) and not isinstance(error, typer.Exit):
         shown = error.as_typed if isinstance(error, CkavgError) else f"{type(error).__name__}: {error}"
-        more = {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(int(time.time()))}
+        seconds = int(time.time()) + is_from_another(error)
+        more = {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(seconds)}
         with suppress(OSError):
             Path(file).write_text(json.dumps({"message": {"message": shown, "extraInfo": more}}), encoding="utf-8")
 
