@@ -41,7 +41,7 @@ MOMENTS = {
     "after pass 1": "from ckavg.averaging import prepare; before(prepare, '_timeline')",
     "opening the files": "from ckavg.averaging import distributed; before(distributed.WeightFiles, '__init__')",
     # Rank 0 has written the header of the file before.
-    "pass 2": "from ckavg.output import weight_files as w; before(w, '_write_at', int(os.environ['RANK'] == '0'))",
+    "pass 2": "from ckavg.output import weight_files as w; before(w, '_write_at', int(os.environ.get('RANK') == '0'))",
     "noting": "from ckavg.output.weight_files import WeightFiles; before(WeightFiles, 'sync')",
     "hashing": "from ckavg.averaging import distributed; before(distributed, 'sha256_of')",
     "leaving": "from ckavg.engine.distributed import Ranks; before(Ranks, 'leave')",

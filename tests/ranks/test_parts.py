@@ -108,8 +108,9 @@ def test_a_part_that_was_killed_goes_on(run: Path, tmp_path: Path, moment: str) 
         )
 
     bad = [start(part, sabotage(run, moment, KILL) if part == 1 else "", "--rank-timeout", "3") for part in range(3)]
-    statuses = [each.communicate(timeout=SECONDS) and each.returncode for each in bad]
-    assert statuses[1] == -signal.SIGKILL
+    told = [each.communicate(timeout=SECONDS)[1] for each in bad]
+    statuses = [each.returncode for each in bad]
+    assert statuses[1] == -signal.SIGKILL, told
     assert {statuses[0], statuses[2]} <= {0, 3}
     good = [start(part, "") for part in range(3)]
     errors = [each.communicate(timeout=SECONDS)[1] for each in good]
