@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import time
@@ -25,6 +26,7 @@ from ckavg.storage.base import RemotePath
 _FINE_CLOCK_NS = 20_000_000
 _COARSE_CLOCK_NS = 2_000_000_000
 
+_encoded = json.JSONEncoder().encode
 _declared: tuple[Mapping[str, TensorInfo], bytes] = {}, b""
 """The last table and what it declares: a command needs the fingerprints of one run several times."""
 
@@ -106,11 +108,13 @@ def _tensors(checkpoint: Checkpoint) -> bytes:
     global _declared
     table, text = _declared
     if table is not checkpoint.entries:
-        tensors = [
-            [name, entry.dtype, entry.shape, entry.shard, entry.offset, *map(dataclasses.astuple, entry.pieces)]
-            for name, entry in sorted(checkpoint.entries.items())
-        ]
-        text = f", {json.dumps(tensors)[1:]}".encode()
+        lines = io.BytesIO()
+        for name, entry in sorted(checkpoint.entries.items()):
+            pieces = map(dataclasses.astuple, entry.pieces)
+            stated = [name, entry.dtype, entry.shape, entry.shard, entry.offset, *pieces]
+            lines.write(f", {_encoded(stated)}".encode())
+        lines.write(b"]")
+        text = lines.getvalue()
         _declared = checkpoint.entries, text
     return text
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ _WRITE = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 _CODES = {name: code for code, name in DTYPE_NAMES.items()}
 _ALIGNMENT = 8
+_LENGTH = struct.Struct("<Q")
 _as_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 _quoted = json.encoder.encode_basestring
 _IN_ORDER = (
@@ -155,26 +156,34 @@ def _plan_shard(
         of_source = entry.offset if keeps_order else _IN_ORDER.index(entry.dtype)
         return -ITEM_BYTES[dtypes[name]], of_source, name
 
-    in_order = sorted(entries, key=place)
     to_come = {key: "0" * digits for key, digits in KNOWN_HASHES.items() if key in metadata}
     metadata = {**metadata, **to_come} or {"format": "pt"}
-    declared = [_as_text({"__metadata__": metadata})[:-1]]
-    starts: dict[str, int] = {}
+    offsets: dict[str, int] = {}
     end = 0
-    for name in in_order:
-        starts[name], end = end, end + entries[name].numel * ITEM_BYTES[dtypes[name]]
-        key, shape = _quoted(name.removeprefix(part)), ",".join(map(str, entries[name].shape))
-        declared.append(f'{key}:{{"dtype":"{dtypes[name]}","shape":[{shape}],"data_offsets":[{starts[name]},{end}]}}')
-    header = _as_header(f"{','.join(declared)}}}")
-    offsets = {name: len(header) + start for name, start in starts.items()}
+
+    def declared() -> Iterator[str]:
+        nonlocal end
+        yield _as_text({"__metadata__": metadata})[:-1]
+        for name in sorted(entries, key=place):
+            offsets[name], end = end, end + entries[name].numel * ITEM_BYTES[dtypes[name]]
+            key, shape = _quoted(name.removeprefix(part)), ",".join(map(str, entries[name].shape))
+            yield f',{key}:{{"dtype":"{dtypes[name]}","shape":[{shape}],"data_offsets":[{offsets[name]},{end}]}}'
+        yield "}"
+
+    header = _as_header(declared())
+    for name in offsets:
+        offsets[name] += len(header)
     return ShardPlan(file, header, offsets, len(header) + end, part, metadata)
 
 
-def _as_header(declared: str) -> bytes:
-    """The first bytes of a safetensors file, as the safetensors library writes them."""
-    text = declared.encode()
+def _as_header(declared: Iterable[str]) -> bytes:
+    """The first bytes of a safetensors file, as the safetensors library writes them, from parts of its JSON."""
+    text = bytearray(_LENGTH.size)
+    for each in declared:
+        text += each.encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
+    _LENGTH.pack_into(text, 0, len(text) - _LENGTH.size)
+    return bytes(text)
 
 
 class WeightFiles:
@@ -194,9 +203,7 @@ class WeightFiles:
         self, directory: Path, shards: tuple[ShardPlan, ...], *, create: bool = True, keep_open: bool = True
     ) -> None:
         self._paths = {directory / shard.name: shard for shard in shards}
-        self._positions = {
-            name: (path, offset) for path, shard in self._paths.items() for name, offset in shard.offsets.items()
-        }
+        self._files = {name: file for file in self._paths.items() for name in file[1].offsets}
         self._open: dict[Path, int] = {}
         for path, shard in self._paths.items():
             with write_errors(path):
@@ -208,15 +215,16 @@ class WeightFiles:
 
     def put(self, name: str, offset: int, values: Tensor) -> None:
         """Write bytes of tensor `name`, beginning at its byte `offset`: (n,) uint8 in CPU memory."""
-        path, start = self._positions[name]
+        path, shard = self._files[name]
         with self._handle(path) as handle:
-            _write_at(handle, values.numpy().data, start + offset)
+            _write_at(handle, values.numpy().data, shard.offsets[name] + offset)
 
     def put_whole(self, tensors: Mapping[str, memoryview]) -> None:
         """Write whole tensors; those side by side in a file at once."""
         from ckavg.engine.coalescing import side_by_side  # imports torch
 
-        placed = ((*self._positions[name], data) for name, data in tensors.items())
+        files = ((self._files[name], name, data) for name, data in tensors.items())
+        placed = ((path, shard.offsets[name], data) for (path, shard), name, data in files)
         for path, start, parts in side_by_side(placed):
             with self._handle(path) as handle:
                 _write_at(handle, memoryview(b"".join(parts)), start)
@@ -260,7 +268,7 @@ def write_own_hashes(path: Path, shard: ShardPlan) -> None:
         return
     declared = json.loads(shard.header[8:])
     of_training = {key: value for key, value in shard.metadata.items() if key.startswith("ss_")}
-    head = _as_header(_as_text(declared | {"__metadata__": of_training}))
+    head = _as_header([_as_text(declared | {"__metadata__": of_training})])
     with write_errors(path), os.fdopen(os.open(path, _WRITE & ~os.O_WRONLY | os.O_RDWR), "r+b") as file:
         file.seek(len(shard.header))
         whole = hashlib.file_digest(file, "sha256").hexdigest()
@@ -270,7 +278,7 @@ def write_own_hashes(path: Path, shard: ShardPlan) -> None:
         hashes = {"sshs_model_hash": whole, "sshs_legacy_hash": sha256(piece)[:8]}
         stated = {key: hashes.get(key, value) for key, value in shard.metadata.items()}
         file.seek(0)
-        file.write(_as_header(_as_text(declared | {"__metadata__": stated})))
+        file.write(_as_header([_as_text(declared | {"__metadata__": stated})]))
 
 
 def _create(path: Path, shard: ShardPlan) -> None:

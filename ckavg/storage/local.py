@@ -60,20 +60,24 @@ def read_small(path: Path, most: int = 100_000_000, *, follow: bool = True) -> b
         return file.read()
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, of_object: Callable[[dict[str, Any]], Any] = lambda found: found) -> Any:
     """Parse JSON; refuse duplicate names and numbers that are not finite.
+
+    Args:
+        text: the JSON.
+        of_object: what is kept of each object, the innermost first; by default all of it.
 
     Raises:
         ValueError, RecursionError: it is not such a text.
     """
-    return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
 
+    def kept(pairs: list[tuple[str, Any]]) -> Any:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a name appears twice")
+        return of_object(found)
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name appears twice")
-    return found
+    return json.loads(text, object_pairs_hook=kept, parse_constant=_no_constant)
 
 
 def _no_constant(name: str) -> float:
