@@ -250,7 +250,11 @@ def finalize(
         for place in own:
             write_own_hashes(*outputs[place])
         hashes = dict(journal.found)
-        hashes |= zip(own, sha256_of([outputs[place][0] for place in own], beside=syncs), strict=True)
+        paths = [outputs[place][0] for place in own]
+        hashed = sha256_of(
+            paths, beside=syncs, on_read=lambda path: ranks.go_on(f"hashing {path.name}"), on_wait=ranks.check
+        )
+        hashes |= zip(own, hashed, strict=True)
         journal.note({place: hashes[place] for place in own})
 
         def awaited() -> set[int]:

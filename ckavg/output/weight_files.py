@@ -8,7 +8,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -42,6 +42,9 @@ LARGEST_SHARD = 5_000_000_000
 
 _LEGACY_START, _LEGACY_BYTES = 1 << 20, 1 << 16
 _MOST_THREADS = 8
+_SECONDS_BETWEEN_LOOKS = 0.2
+HASHED_AT_ONCE = 1 << 20
+"""Bytes read at once of a file that is hashed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,34 +350,48 @@ def sha256_of(
     *,
     beside: Sequence[Callable[[], None]] = (),
     on_done: Callable[[int], None] = lambda place: None,
+    on_read: Callable[[Path], None] = lambda path: None,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """SHA-256 of files in hexadecimal digits, several at a time, while the functions in `beside` run.
 
-    `on_done` is called in this thread with the place of whatever is done, files first, what is beside them after that.
+    Args:
+        paths: the files.
+        beside: functions, each called in a thread.
+        on_done: called in this thread with the place of whatever is done, files first, what is beside them after that.
+        on_read: called in other threads with a file of which a piece was read.
+        on_wait: called in this thread, several times a second.
 
     Raises:
         ReadError: a file cannot be read.
-        Exception: what a function in `beside` raised.
+        Exception: what a function in `beside` raised, or `on_wait`.
     """
     with ThreadPoolExecutor(min(_MOST_THREADS, (os.cpu_count() or 1) + len(beside))) as executor:
         try:
             others = [executor.submit(each) for each in beside]
-            hashed = [executor.submit(_sha256_of_file, path) for path in paths]
-            futures: list[Future[Any]] = [*hashed, *others]
-            places = {each: place for place, each in enumerate(futures)}
-            for each in as_completed(places):
-                each.result()
-                on_done(places[each])
+            hashed = [executor.submit(_sha256_of_file, path, on_read) for path in paths]
+            places: dict[Future[Any], int] = {each: place for place, each in enumerate([*hashed, *others])}
+            left = set(places)
+            while left:
+                done, left = wait(left, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+                on_wait()
+                for each in done:
+                    each.result()
+                    on_done(places[each])
             return [each.result() for each in hashed]
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _sha256_of_file(path: Path) -> str:
+def _sha256_of_file(path: Path, on_read: Callable[[Path], None]) -> str:
+    digest, piece = hashlib.sha256(), memoryview(bytearray(HASHED_AT_ONCE))
     try:
         with path.open("rb", buffering=0) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            while size := file.readinto(piece):
+                digest.update(piece[:size])
+                on_read(path)
+        return digest.hexdigest()
     except OSError as error:
         raise ReadError(
             f"{path} cannot be read: {error.strerror}.", hint="Check the disk and your permissions."

@@ -173,6 +173,27 @@ def test_a_stopped_process_is_named_with_what_it_was_doing(
 
 
 @pytest.mark.exhaustive
+def test_slow_hashing_is_progress(jobs: list[subprocess.Popen[str]], run: Path, expected: bytes) -> None:
+    """A file that takes longer to hash than --rank-timeout ends no job."""
+    slowly = """
+import time
+from ckavg.averaging import distributed as d
+from ckavg.output import weight_files as w
+w.HASHED_AT_ONCE, original = 1 << 15, d.sha256_of
+def slowly(*args, on_read, **more):
+    return original(*args, on_read=lambda path: (time.sleep(1), on_read(path)), **more)
+d.sha256_of = slowly
+"""
+    jobs += [start(rank, 2, "pema", run, "--rank-timeout", 4, before=slowly) for rank in range(2)]
+    begun = time.monotonic()
+    for job in jobs:
+        _, error = job.communicate(timeout=SECONDS)
+        assert job.returncode == 0, error
+    assert time.monotonic() - begun > 5
+    assert result_of(run) == expected
+
+
+@pytest.mark.exhaustive
 def test_a_job_that_was_stopped_as_a_whole_goes_on(
     jobs: list[subprocess.Popen[str]], run: Path, expected: bytes
 ) -> None:
