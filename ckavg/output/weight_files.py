@@ -370,7 +370,8 @@ def sha256_of(
         try:
             others = [executor.submit(each) for each in beside]
             hashed = [executor.submit(_sha256_of_file, path, on_read) for path in paths]
-            places: dict[Future[Any], int] = {each: place for place, each in enumerate([*hashed, *others])}
+            futures: list[Future[Any]] = [*hashed, *others]
+            places = {each: place for place, each in enumerate(futures)}
             left = set(places)
             while left:
                 done, left = wait(left, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
