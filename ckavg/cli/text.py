@@ -169,21 +169,22 @@ class Stdout(io.TextIOWrapper):
 
     def write(self, text: str) -> int:
         """As of any text stream."""
-        with self._naming():
+        with _of_stdout():
             return super().write(text)
 
     def flush(self) -> None:
         """As of any text stream."""
-        with self._naming():
+        with _of_stdout():
             super().flush()
 
-    @contextmanager
-    def _naming(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            error.filename = self.NAME
-            raise
+
+@contextmanager
+def _of_stdout() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename = Stdout.NAME
+        raise
 
 
 class Output(Console):
@@ -267,7 +268,12 @@ def print_json(value: object) -> None:
 def print_places(places: Iterable[object]) -> None:
     """Print where results are, a line for each: to the byte, but in a terminal, which would obey some of them."""
     for place in map(str, places) if sys.stdout is not None else ():
-        typer.echo(printable(place) if sys.stdout.isatty() else os.fsencode(place))
+        if sys.stdout.isatty():
+            typer.echo(printable(place))
+        else:
+            with _of_stdout():
+                sys.stdout.buffer.write(os.fsencode(place) + b"\n")
+                sys.stdout.buffer.flush()
 
 
 def as_count(count: int) -> str:

@@ -326,7 +326,8 @@ def test_forty_checkpoints_have_one_command(tmp_path: Path) -> None:
     )
     assert command_of(piped.stdout.splitlines()) in done.stderr
     (problem,) = json.loads(run_cli("inspect", "--json", run).stdout)["problems"]
-    assert problem == done.stderr.removeprefix("error: ").removesuffix("\n")
+    shown = done.stderr.removeprefix("error: ").removesuffix("\n")
+    assert problem == shown.replace("\nhint: ", "\n").replace("\n  ", "\n")
     convert(run)
     check_mean(run, lambda step: {"w": torch.full((3,), float(step))}, tuple(range(40)))
 

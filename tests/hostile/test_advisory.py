@@ -85,7 +85,7 @@ def test_trainer_states(run: Path, examples: int) -> None:
         assert result.exit_code == 0, result.stderr
         warned += "warning: " in result.stderr
         record = json.loads((run / "averaged" / "mean" / "ckavg.json").read_bytes())
-        assert record["steps"] == [*STEPS[:-1], step]
+        assert record["steps"] == sorted([*STEPS[:-1], step])
         check_mean(run, files_of(run), run / "averaged" / "mean")
 
     check()

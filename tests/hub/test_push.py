@@ -431,10 +431,11 @@ def test_one_process_of_a_job_uploads(hub: Hub, run: Path, tmp_path: Path) -> No
     words = ("ema", run, "--push-to-hub")
     jobs = tmp_path / "jobs"
     jobs.mkdir()
-    refused, done = run_jobs(jobs, 2, Job((*words, "nobody/x")), Job((*words, "ada/x")))
+    elsewhere = "--out", tmp_path / "refused", "--rank-timeout", "3"
+    refused, done = run_jobs(jobs, 2, Job((*words, "nobody/x", *elsewhere)), Job((*words, "ada/x")))
     assert refused.status == [1, 1]
     assert "ada is neither nobody" in refused.err[0]
-    assert refused.err[1] == ""
+    assert "rank 0, which did not join" in refused.err[1]
     assert done.first_out.splitlines()[-1] == f"url      {hub.url}/ada/x"
     assert hub.requests.count("GET /api/whoami-v2") == 3, "once in vain, then before and after the averaging"
     assert len(hub.repos["ada/x"].commits) == 2
