@@ -20,12 +20,12 @@ from ckavg.averaging.kernels import CompiledTiles
 from ckavg.averaging.products import replay_products
 from ckavg.averaging.rules import RULES, State, round_into, too_large
 from ckavg.checkpoints.run import ITEM_BYTES, Run, TensorInfo, not_constant
-from ckavg.engine.blocks import Block, cut_blocks, sizes_of
+from ckavg.engine.blocks import Block, cut_blocks
 from ckavg.engine.checksums import checksums
 from ckavg.engine.coalescing import Group, GroupSums, Key, by_dtype
 from ckavg.engine.context import Context
 from ckavg.engine.distributed import PassJournal
-from ckavg.engine.stream import stream_groups
+from ckavg.engine.stream import is_worth_compiling, stream_groups
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader, all_finite
 from ckavg.errors import MissingPartsError, raise_all
 from ckavg.schemes import Coefficients
@@ -172,7 +172,7 @@ def replay(
         return _CopyWorker(reader, run.tensors, writers, tile=context.tile)
 
     blocks = tuple(block for block in replay_blocks(run) if block.name not in paired)
-    compiled = context.device == "cpu" and sum(sizes_of(read, blocks)) >= context.compiled_from_bytes
+    compiled = is_worth_compiling(read, blocks, context)
     journals = journals or _no_journals
     nbytes = 0
     unfinished: list[MissingPartsError] = []

@@ -245,9 +245,10 @@ def effective_weights(coefficients: Coefficients, index: int | None = None) -> t
     (0.25, 0.25, 0.25, 0.25)
     """
     visited = len(coefficients.betas)
-    one_hot = torch.eye(visited, dtype=torch.float64)
-    state = RULES[coefficients.rule](coefficients, torch.empty(visited, dtype=torch.float64))
+    one_hot = torch.zeros(visited, dtype=torch.float64)
+    state = RULES[coefficients.rule](coefficients, torch.empty_like(one_hot))
     end = visited - 1 if index is None else index
     for place in range(end + 1):
-        state.take(place, one_hot[place])
-    return tuple(state.output(end, one_hot[end]).tolist())
+        one_hot.zero_()[place] = 1.0
+        state.take(place, one_hot)
+    return tuple(state.output(end, one_hot).tolist())

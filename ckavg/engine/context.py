@@ -61,7 +61,7 @@ class Context:
         tile: elements computed at once: a power of two.
         on_progress: called in the caller's thread now and then.
         ranks: the processes that share the work.
-        compiled_from_bytes: a pass that reads at least this much is compiled, if llvmlite is installed.
+        compiled_from_bytes: a pass that reads so much of large tensors, or more, is compiled if llvmlite is installed.
     """
 
     device: str = "cpu"

@@ -16,7 +16,7 @@ import torch
 
 from ckavg.checkpoints.run import Checkpoint
 from ckavg.engine.blocks import TILE, Block, check_tile, sizes_of
-from ckavg.engine.coalescing import Key, alone, cut_groups
+from ckavg.engine.coalescing import SMALL, Key, alone, cut_groups
 from ckavg.engine.context import Context, OnProgress, Pass, Progress
 from ckavg.engine.distributed import PassJournal, Ranks, worker_threads
 from ckavg.engine.job import SECONDS_BETWEEN_LOOKS
@@ -126,6 +126,12 @@ def _stream_share(
         listener.end()
     nbytes = sum(sizes[place] for place in dealt)
     return Streamed(tuple(results[place] for place in places), nbytes)
+
+
+def is_worth_compiling(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], context: Context) -> bool:
+    """Whether compiled code would compute with enough bytes. Small tensors are joined instead."""
+    large = [block for block in blocks if block.stop > SMALL]
+    return context.device == "cpu" and sum(sizes_of(checkpoints, large)) >= context.compiled_from_bytes
 
 
 def by_tensor(blocks: Sequence[Block], results: Sequence[Result]) -> dict[str, list[Result]]:

@@ -16,11 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ckavg.checkpoints.run import ITEM_BYTES, Run
+from ckavg.checkpoints.run import ITEM_BYTES, Run, distinct_tables
 from ckavg.engine.blocks import CHUNK, COLUMNS, Block, cut_blocks
 from ckavg.engine.coalescing import Group, by_dtype
 from ckavg.engine.context import Context
-from ckavg.engine.stream import Streamed, by_tensor, stream_groups
+from ckavg.engine.stream import Streamed, by_tensor, is_worth_compiling, stream_groups
 from ckavg.engine.tiles import TileReader
 from ckavg.path.cache import CachedPath
 from ckavg.path.coalesced import GroupDistances
@@ -121,7 +121,9 @@ def measure_paths(
     blocks = cut_blocks({name: run.tensors[name] for name in names})
     streamed: Streamed[tuple[_Partial, ...]] = Streamed((), 0)
     if reading.to_read:
-        compiled = _is_compiled(run, reading, context)
+        read = [run.checkpoints[index] for index in reading.to_read]
+        dtypes = {table[name].dtype for table, _ in distinct_tables(read) for name in names}
+        compiled = is_worth_compiling(read, blocks, context) and any(map(load_kernel, dtypes))
 
         def make_worker(reader: TileReader) -> _Worker:
             return _Worker(run, reading, reader, allow_nonfinite=allow_nonfinite, compiled=compiled, context=context)
@@ -138,7 +140,6 @@ def measure_paths(
             _Partial.__slots__,
         )
         journal = path_journal.journal(asked, _to_json, _from_json) if path_journal else None
-        read = [run.checkpoints[index] for index in reading.to_read]
         key = by_dtype(run.checkpoints)
         streamed = stream_groups("path", read, blocks, make_worker, key, context, journal)
     by_name = by_tensor(blocks, streamed.results) if reading.to_read else {}
@@ -161,14 +162,6 @@ def _to_json(partials: tuple[_Partial, ...]) -> list[list[float]]:
 
 def _from_json(rows: list[list[float]]) -> tuple[_Partial, ...]:
     return tuple(map(_Partial.from_json, rows))
-
-
-def _is_compiled(run: Run, reading: PathReading, context: Context) -> bool:
-    """Whether there is compiled code for it here, and it is worth compiling."""
-    if context.device != "cpu" or reading.nbytes(run) < context.compiled_from_bytes:
-        return False
-    dtypes = {checkpoint.entries[name].dtype for checkpoint in run.checkpoints for name in reading.plans[0].names}
-    return any(load_kernel(dtype) is not None for dtype in dtypes)
 
 
 def _completed(

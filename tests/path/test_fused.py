@@ -60,6 +60,14 @@ def test_path_is_that_of_the_reference(tmp_path: Path, dtype: torch.dtype) -> No
     assert compiled.lengths == pytest.approx(lengths, rel=4e-9)
 
 
+@pytest.mark.parametrize(("numel", "kernel"), [(1 << 16, "torch"), ((1 << 16) + 1, "llvm")])
+def test_nothing_is_compiled_for_tensors_that_are_joined(tmp_path: Path, numel: int, kernel: str) -> None:
+    weights = [{name: torch.full((numel,), float(step)) for name in "ab"} for step in STEPS]
+    run = ckavg.open_run(write_run(tmp_path, weights, STEPS))
+    path = measure(run, context=Context(compiled_from_bytes=len(STEPS) * 4 * numel))
+    assert path.kernel == kernel
+
+
 @pytest.mark.parametrize("count", [2, 40, 160])
 def test_whole_chunks_are_compiled(tmp_path: Path, count: int) -> None:
     """Of long runs, less than a chunk of each checkpoint is read at once, and few chunks are summed."""
