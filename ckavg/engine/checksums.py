@@ -13,7 +13,6 @@ import json
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ckavg.checkpoints.run import Checkpoint, TensorInfo
@@ -33,7 +32,7 @@ class BlockSums:
     """
 
     def __init__(self, checkpoints: int) -> None:
-        self._sums = torch.zeros(checkpoints, BLOCK // CHUNK, dtype=torch.int64)
+        self._sums = np.zeros((checkpoints, BLOCK // CHUNK), dtype=np.int64)
         self._block = Block("", 0, 0)
 
     def begin(self, block: Block) -> None:
@@ -54,22 +53,22 @@ class BlockSums:
         chunks, rest = divmod(len(data), width)
         sums = self._sums[index]
         if chunks:
-            words = torch.frombuffer(data, dtype=torch.int64, count=chunks * width // WORD)
-            torch.sum(words.view(chunks, -1), 1, out=sums[first : first + chunks])
+            words = np.frombuffer(data, np.int64, chunks * width // WORD)
+            np.add.reduce(words.reshape(chunks, -1), axis=1, out=sums[first : first + chunks])
         if rest:
             tail = bytearray(width)
             tail[:rest] = data[chunks * width :]
-            sums[first + chunks] = torch.frombuffer(tail, dtype=torch.int64).sum()
+            sums[first + chunks] = np.add.reduce(np.frombuffer(tail, np.int64))
 
     def put(self, start: int, sums: NDArray[np.int64]) -> None:
         """Put the sums of whole chunks from element `start` on, formed elsewhere: (checkpoints, chunks)."""
         first = (start - self._block.start) // CHUNK
-        self._sums[:, first : first + sums.shape[1]] = torch.from_numpy(sums)
+        self._sums[:, first : first + sums.shape[1]] = sums
 
     def hashes(self) -> str:
         """The hashes of the block's chunk sums, 32 digits for each checkpoint."""
         chunks = -(-(self._block.stop - self._block.start) // CHUNK)
-        rows = (row[:chunks].numpy().astype("<i8") for row in self._sums)
+        rows = (row[:chunks].astype("<i8") for row in self._sums)
         return "".join(hashlib.sha256(row).hexdigest()[:DIGITS] for row in rows)
 
 
