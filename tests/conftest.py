@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from hypothesis import settings
-
-from ckavg.output import plots
 
 # The machine that runs the tests may be busy: how long an example takes says nothing about it.
 # The same examples every time, so that what fails can be seen again.
@@ -21,11 +17,3 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture(scope="module")
-def without_pictures() -> Iterator[None]:
-    """Skip the plot of the weights: it takes four times as long as a small average, and these tests ignore it."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(plots, "card_svg", lambda result: None)
-        yield

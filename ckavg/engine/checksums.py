@@ -68,7 +68,7 @@ class BlockSums:
     def hashes(self) -> str:
         """The hashes of the block's chunk sums, 32 digits for each checkpoint."""
         chunks = -(-(self._block.stop - self._block.start) // CHUNK)
-        rows = (row[:chunks].astype("<i8") for row in self._sums)
+        rows = (row[:chunks].astype("<i8").tobytes() for row in self._sums)
         return "".join(hashlib.sha256(row).hexdigest()[:DIGITS] for row in rows)
 
 

@@ -22,8 +22,6 @@ from ckavg.errors import CkavgError, MismatchError, NonFiniteError, SettingError
 from tests.cli.runner import run_cli
 from tests.reference import Array, path_length
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 STEPS = (10, 20, 30, 40)
 PEFT: Mapping[str, dict[str, Any]] = {
     "one rank": {"r": 2, "lora_alpha": 3, "modules_to_save": ["head"], "bias": "lora_only"},

@@ -19,8 +19,6 @@ from tests.exhaustive import thinned
 from tests.reference import Array, Arrays
 from tests.runs import random_run, write_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 STEPS = (0, 7, 50, 51, 200, 1000)
 Reference = Callable[[Sequence[Arrays], Sequence[int]], dict[str, Array]]
 

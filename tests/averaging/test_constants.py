@@ -19,8 +19,6 @@ from tests.cli.runner import run_cli
 from tests.exhaustive import thinned
 from tests.runs import write_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 STEPS = (0, 10, 20, 30)
 AVERAGES: list[Scheme] = [
     ckavg.EMA(),

@@ -18,8 +18,6 @@ from ckavg.output.record import read_record
 from tests.cli.runner import run_cli
 from tests.runs import write_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 STEPS = (0, 100, 200, 300)
 STUCK = ckavg.MomentumEMA(momentum=0.99999)
 """Of the anchor it keeps 0.99999^300 = 99.7 %."""

@@ -31,7 +31,7 @@ from tests.cli.runner import run_cli
 from tests.exhaustive import all_but
 from tests.ranks.launch import environment, torchrun
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("without_pictures")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 JOB = Path(__file__).with_name("distributed_job.py")
 FIRST = ("fsdp2", "tensor-parallel", "grid", "two-dimensional", "hf")

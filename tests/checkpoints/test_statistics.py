@@ -18,8 +18,6 @@ from tests.cli.runner import run_cli
 from tests.runs import write_run
 from tests.trainers import batch_norm
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 STEPS = tuple(range(0, 110, 10))
 SIGNED: list[Scheme] = [
     ckavg.BEMA(),

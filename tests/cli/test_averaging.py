@@ -20,7 +20,6 @@ from ckavg.schemes import Scheme
 from tests.cli.runner import placeless, run_cli, snapshot
 from tests.runs import random_run, write_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
 STEPS = (0, 50, 100, 150)
 CONTRACT = {
     "scheme", "parameters", "ckavg_version", "steps", "anchor_step", "span", "path_length", "betas", "alphas",

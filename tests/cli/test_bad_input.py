@@ -17,7 +17,6 @@ import ckavg
 from tests.cli.runner import run_cli, snapshot
 from tests.runs import OLD_PICKLE, random_run, write_checkpoint, write_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
 STEPS = (0, 10, 20)
 MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"

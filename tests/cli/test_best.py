@@ -19,7 +19,6 @@ from ckavg.averaging.evaluation import Criterion, Outcome, evaluate
 from tests.cli.runner import run_cli, visible
 from tests.runs import write_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
 STEPS = tuple(range(0, 1000, 100))
 FEW = ("--budget", "6")
 KEPT = {"evaluations.json", "path.json", "best"}

@@ -17,7 +17,6 @@ from ckavg.output.record import Evaluation
 from tests.cli.runner import placeless, run_cli, snapshot, visible
 from tests.runs import random_run, write_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
 MIN = ("--eval-goal", "min")
 STEPS = (0, 50, 100, 150)
 NAMES = ["mean", "last", "dema-kappa0.5"]

@@ -19,7 +19,6 @@ from ckavg.averaging.evaluation_cache import EvaluationCache
 from tests.cli.runner import run_cli, snapshot
 from tests.runs import random_run, write_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
 STEPS = (0, 50, 100, 150)
 HARNESS = Path(__file__).parents[1] / "averaging" / "lm_eval"
 

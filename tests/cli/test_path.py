@@ -20,7 +20,6 @@ from tests.cli.runner import run_cli, snapshot
 from tests.reference import Arrays
 from tests.runs import random_run, write_checkpoint, write_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
 STEPS = (0, 50, 100, 150)
 KEYS = {
     "steps", "anchor_step", "span", "path_length", "path_length_error", "sample", "zero_sigma", "excluded_from_path",

@@ -18,8 +18,6 @@ from tests.cli.runner import run_cli, snapshot
 from tests.cli.test_up_to_date import MODEL, STEPS, bytes_read, rewrite
 from tests.runs import random_run, write_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:

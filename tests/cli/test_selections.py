@@ -21,7 +21,6 @@ from tests.cli.runner import placeless, run_cli, snapshot
 from tests.exhaustive import all_but, unless
 from tests.runs import random_run, write_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
 STEPS = (10, 20, 30, 40, 50, 60, 80, 90)
 
 SINGLE = {

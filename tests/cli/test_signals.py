@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 
 from tests.cli.runner import run_cli, visible
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
 WARM = """
 import json, os, sys, time
 import ckavg.averaging.pipeline, ckavg.averaging.replay, ckavg.cli.average, ckavg.path.measure

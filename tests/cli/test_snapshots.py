@@ -21,7 +21,6 @@ from tests.cli.runner import placeless, run_cli, snapshot, visible
 from tests.reference import Array, Arrays
 from tests.runs import random_run, write_checkpoint, write_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
 STEPS = (0, 30, 60, 100, 120, 150)
 WRITTEN = (60, 120)
 AsItStood = Callable[[Sequence[Arrays], int], dict[str, Array]]

@@ -19,7 +19,6 @@ from tests.cli.runner import run_cli, snapshot
 from tests.exhaustive import all_but
 from tests.runs import random_run, write_checkpoint, write_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
 STEPS = (10, 20, 30, 40)
 MODEL = "model.safetensors"
 
@@ -117,7 +116,7 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, without_pictures: None) -> Iterator[Path]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run with a result, which no test changes."""
     run = make_run(tmp_path_factory.mktemp("made"))
     assert run_cli("pema", run, "--out", run / "out", "-q").exit_code == 0

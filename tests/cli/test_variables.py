@@ -13,8 +13,6 @@ from ckavg.cli.verbs import TYPED_ONLY, VERBS, Verb
 from tests.cli.runner import run_cli
 from tests.runs import random_run, write_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:

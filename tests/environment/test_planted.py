@@ -24,8 +24,6 @@ from tests.cli.runner import run_cli
 from tests.exhaustive import all_but, thinned
 from tests.hostile.contract import MODEL, check_text, sources, write_small_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 KINDS = ("folder link", "file link", "hard link", "dangling", "pipe", "folder")
 VICTIM = "checkpoint-10"
 

@@ -26,7 +26,7 @@ from tests.formats.document import Cell, Row, table
 from tests.formats.trained import Build, Trained, mean
 from tests.output.test_loading import loaded_by
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("without_pictures")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 BUILDERS: Mapping[str, Build] = (
     of_language.BUILDERS

@@ -29,8 +29,6 @@ from tests.hostile.contract import (
 )
 from tests.hostile.values import spoilt
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 LAST = f"checkpoint-{STEPS[-1]}"
 STATE = {
     "epoch": 1.0,

@@ -26,8 +26,6 @@ from tests.hostile.contract import (
 )
 from tests.hostile.values import render, spoilt
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 SOUND = {
     "__metadata__": {"format": "pt"},
     "ids": {"dtype": "I64", "shape": [3], "data_offsets": [0, 24]},

@@ -26,8 +26,6 @@ from tests.hostile.contract import (
 )
 from tests.hostile.values import spoilt
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 LAST = f"checkpoint-{STEPS[-1]}"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 NAMED = {"w": SHARDS[0], "b": SHARDS[1], "ids": SHARDS[0]}

@@ -17,8 +17,6 @@ from tests.cli.runner import placeless, run_cli, snapshot
 from tests.exhaustive import all_but
 from tests.hostile.contract import check_text, write_small_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 NAMES = {
     "escape": "a\x1b[31mb\x1b]0;title\x07",
     "csi": "a\x9b31mb",

@@ -14,8 +14,6 @@ from tests.environment.process import PEAK, check_message, ckavg
 from tests.exhaustive import all_but
 from tests.hostile.contract import MODEL, visible, write_small_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 MOST_PEAK = 700_000_000
 """Bytes of a process that reads one header of 100 MB: what Python builds of the values that are let through."""
 

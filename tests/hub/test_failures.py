@@ -29,8 +29,6 @@ from tests.hub.server import LARGE, STAGES, TOKEN, Hub, Repo
 from tests.hub.server import error as refusal
 from tests.hub.wire import DROPPED, HELD, LOST, PORTAL, Answer, Request
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 REPO = "ada/averaged"
 OF_CHECK = ("whoami", "info", "refs", "list", "right")
 """Stages before anything is read or sent, in a repository that exists."""

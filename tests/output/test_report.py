@@ -23,7 +23,6 @@ from ckavg.path.table import PathLength, TensorPath
 from tests.cli.runner import run_cli
 from tests.runs import random_run, write_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
 STEPS = (0, 10, 20, 40, 80)
 WORDS = (
     "pema:gamma=0.1,0.2,every=10,20 pema:gamma=0.3,pairing=next,clock=updates ema:gamma=0.2,0.4,tau=2 bema mean last"
@@ -71,7 +70,7 @@ class Swept:
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory, without_pictures: None) -> Swept:
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
     root = tmp_path_factory.mktemp("secret-place")
     run = write_run(root / "run", random_run(0, len(STEPS), torch.float32), STEPS)
     words = [*WORDS.split(), "--eval", LOSSES, "--eval-metric", "loss", "--eval-stderr", "loss_stderr", "--eval-run"]
@@ -81,7 +80,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, without_pictures: None) -> S
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory: pytest.TempPathFactory, without_pictures: None) -> ckavg.Averaged:
+def record(tmp_path_factory: pytest.TempPathFactory) -> ckavg.Averaged:
     run = write_run(tmp_path_factory.mktemp("one"), random_run(1, len(STEPS), torch.float32), STEPS)
     return ckavg.average(ckavg.open_run(run), ckavg.PEMA(gamma=0.3))
 

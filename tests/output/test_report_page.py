@@ -24,7 +24,6 @@ from tests.runs import random_run, write_run
 pytestmark = [
     pytest.mark.exhaustive,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
-    pytest.mark.usefixtures("without_pictures"),
 ]
 SCHEMES: tuple[Scheme, ...] = (
     PEMA(gamma=0.15),
@@ -39,7 +38,7 @@ TENSORS = [f"model.layers.{layer}.{kind}.weight" for layer in range(30) for kind
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory, without_pictures: None) -> list[ckavg.Averaged]:
+def records(tmp_path_factory: pytest.TempPathFactory) -> list[ckavg.Averaged]:
     run = ckavg.open_run(write_run(tmp_path_factory.mktemp("run"), random_run(5, len(STEPS), torch.float32), STEPS))
     found = [ckavg.average(run, each, out=run.home / f"result{number}") for number, each in enumerate(SCHEMES)]
     return [

@@ -23,7 +23,6 @@ from tests.exhaustive import all_but
 from tests.ranks.launch import SECONDS, environment
 from tests.ranks.test_failures import KILL, sabotage
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
 OFTEN = "from ckavg.engine import stream; stream.SECONDS_BETWEEN_NOTES = 0\n"
 
 WORDS = {

@@ -17,8 +17,6 @@ from ckavg.schemes import Weights
 from tests.cli.runner import run_cli
 from tests.runs import write_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 STEPS = (100, 200, 300)
 VALUES = np.array([[1.0, -2.0, 0.5], [1.5, 4.0, 0.5], [-3.0, 1.0, 0.5]])
 

@@ -15,7 +15,7 @@ import ckavg
 from tests.storage.outcome import served_of, weights_of
 from tests.storage.stores import Store
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("without_pictures")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 STEPS = (10, 20, 30)
 

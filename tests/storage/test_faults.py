@@ -18,8 +18,6 @@ from tests.storage.outcome import keeps_to_itself, refused, weights_of
 from tests.storage.published import REPO, publish_folders
 from tests.storage.stores import Store
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 FOREVER = 10_000
 FAULTS: dict[str, Any] = {
     "401": 401,

@@ -30,8 +30,6 @@ from tests.runs import OLD_PICKLE, write_run
 from tests.storage.outcome import nothing_is_busy, refused, served_of, weights_of
 from tests.storage.published import BY_TOKENS, OF_A_MODEL, REPO, publish_folders, publish_revisions, tree_of, weights
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 FAR = f"hf://{REPO}"
 REVISIONS = f"{FAR}@step*"
 

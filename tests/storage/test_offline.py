@@ -16,8 +16,6 @@ from tests.hub.server import TOKEN, Hub, Repo
 from tests.storage.outcome import keeps_to_itself, refused, served_of, weights_of
 from tests.storage.published import REPO, publish_folders
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 PATTERN = ("--revisions", "step*")
 FAR = f"hf://{REPO}"
 IMPATIENT = """

@@ -29,8 +29,6 @@ from tests.runs import write_run
 from tests.storage.outcome import keeps_to_itself, told_once
 from tests.storage.stores import BUCKET, Store
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 KEY = "team/results/ema"
 OUT = f"s3://{BUCKET}/{KEY}"
 FOREVER = 10_000

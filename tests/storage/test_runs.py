@@ -24,8 +24,6 @@ from tests.storage.outcome import weights_of as tensors_of
 from tests.storage.published import publish_folders, publish_revisions
 from tests.storage.stores import Store
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 REPO = "ada/run"
 REVISIONS = f"hf://{REPO}@step*"
 STEPS = tuple(range(10, 110, 10))

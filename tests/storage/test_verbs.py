@@ -16,8 +16,6 @@ from tests.storage.outcome import cached_objects, keeps_to_itself, nothing_is_bu
 from tests.storage.published import REPO
 from tests.storage.stores import Store
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 FAR = (f"hf://{REPO}", "--revisions", "step*")
 
 

@@ -20,8 +20,6 @@ from ckavg.output.weight_files import sha256
 from tests.cli.runner import run_cli
 from tests.runs import random_run, write_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 STEPS = (0, 10, 20, 30)
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"

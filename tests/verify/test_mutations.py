@@ -18,8 +18,6 @@ from tests import reference
 from tests.runs import write_run
 from tests.verify.honest import false_alarms
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 STEPS = (0, 100, 200, 300, 400)
 SCALES = {
     torch.float64: (1e-30, 1e-7, 1.0, 1e30),

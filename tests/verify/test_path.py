@@ -16,8 +16,6 @@ from ckavg.path.cache import save_path
 from ckavg.verify import replay
 from tests.runs import random_run, write_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 STEPS = (0, 10, 20, 30)
 
 

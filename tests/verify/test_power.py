@@ -16,8 +16,6 @@ from ckavg.schemes import Scheme
 from ckavg.verify.replay import draw, where
 from tests.runs import random_run, write_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 STEPS = (0, 100, 200, 300, 400, 500)
 
 

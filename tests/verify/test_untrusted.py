@@ -23,8 +23,6 @@ from ckavg.output.record import MOST_BYTES, MOST_VALUES, read_record
 from tests.cli.runner import run_cli, snapshot
 from tests.runs import random_run, write_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 ATTACKS = (
     "reference://::file://{specification}",
     "reference://::{specification}",

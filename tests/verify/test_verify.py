@@ -19,8 +19,6 @@ from tests.cli.runner import run_cli, snapshot
 from tests.exhaustive import all_but, thinned
 from tests.runs import random_run, write_checkpoint, write_run
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 STEPS = (0, 10, 20, 30, 40, 50)
 AVERAGES: list[Scheme] = [
     ckavg.EMA(),
