@@ -169,17 +169,17 @@ class Stdout(io.TextIOWrapper):
 
     def write(self, text: str) -> int:
         """As of any text stream."""
-        with _of_stdout():
+        with _naming_stdout():
             return super().write(text)
 
     def flush(self) -> None:
         """As of any text stream."""
-        with _of_stdout():
+        with _naming_stdout():
             super().flush()
 
 
 @contextmanager
-def _of_stdout() -> Iterator[None]:
+def _naming_stdout() -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -271,7 +271,7 @@ def print_places(places: Iterable[object]) -> None:
         if sys.stdout.isatty():
             typer.echo(printable(place))
         else:
-            with _of_stdout():
+            with _naming_stdout():
                 sys.stdout.buffer.write(os.fsencode(place) + b"\n")
                 sys.stdout.buffer.flush()
 
