@@ -251,9 +251,7 @@ def finalize(
             write_own_hashes(*outputs[place])
         hashes = dict(journal.found)
         paths = [outputs[place][0] for place in own]
-        hashed = sha256_of(
-            paths, beside=syncs, on_read=lambda path: ranks.go_on(f"hashing {path.name}"), on_wait=ranks.check
-        )
+        hashed = sha256_of(paths, beside=syncs, working_on=ranks.working_on, on_wait=ranks.check)
         hashes |= zip(own, hashed, strict=True)
         journal.note({place: hashes[place] for place in own})
 

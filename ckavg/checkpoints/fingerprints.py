@@ -26,7 +26,6 @@ from ckavg.storage.base import RemotePath
 _FINE_CLOCK_NS = 20_000_000
 _COARSE_CLOCK_NS = 2_000_000_000
 
-_encoded = json.JSONEncoder().encode
 _declared: tuple[Mapping[str, TensorInfo], bytes] = {}, b""
 """The last table and what it declares: a command needs the fingerprints of one run several times."""
 
@@ -112,7 +111,7 @@ def _tensors(checkpoint: Checkpoint) -> bytes:
         for name, entry in sorted(checkpoint.entries.items()):
             pieces = map(dataclasses.astuple, entry.pieces)
             stated = [name, entry.dtype, entry.shape, entry.shard, entry.offset, *pieces]
-            lines.write(f", {_encoded(stated)}".encode())
+            lines.write(f", {json.dumps(stated)}".encode())
         lines.write(b"]")
         text = lines.getvalue()
         _declared = checkpoint.entries, text

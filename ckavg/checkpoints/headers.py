@@ -178,7 +178,7 @@ class _Declared(NamedTuple):
 
 
 def _compact(stated: dict[str, Any]) -> dict[str, Any] | _Declared:
-    """An object of a header; one that describes a tensor in a third of the memory, which counts for 100,000 tensors."""
+    """What is kept of an object in a header: if it describes a tensor, a tuple, which takes a third of the memory."""
     offsets = stated.get("data_offsets")
     if not isinstance(offsets, list) or not {"dtype", "shape"} <= stated.keys():
         return stated

@@ -205,17 +205,12 @@ class Ranks:
 
     @contextmanager
     def working_on(self, block: str) -> Iterator[None]:
-        """Tell the others that this process makes progress, and on which block."""
+        """Tell the others that this process makes progress, and on which block; in any thread."""
         if self._job is not None:
             self._job.begin(block)
         yield
         if self._job is not None:
             self._job.end(block)
-
-    def go_on(self, what: str) -> None:
-        """Tell the others that this process makes progress, and at what; in any thread."""
-        if self._job is not None:
-            self._job.begin(what)
 
     def agreed(self, name: str, function: Callable[[], Value]) -> Value:
         """Compute a JSON value in one process and share it with all.

@@ -7,15 +7,16 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from ckavg.checkpoints.headers import KNOWN_HASHES
 from ckavg.checkpoints.run import DTYPE_NAMES, ITEM_BYTES, Checkpoint, Shard, TensorInfo
+from ckavg.engine.job import SECONDS_BETWEEN_LOOKS
 from ckavg.errors import ReadError, WriteError
 from ckavg.storage.atomic import create_whole
 
@@ -27,7 +28,6 @@ _WRITE = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 _CODES = {name: code for code, name in DTYPE_NAMES.items()}
 _ALIGNMENT = 8
-_LENGTH = struct.Struct("<Q")
 _as_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 _quoted = json.encoder.encode_basestring
 _IN_ORDER = (
@@ -42,7 +42,6 @@ LARGEST_SHARD = 5_000_000_000
 
 _LEGACY_START, _LEGACY_BYTES = 1 << 20, 1 << 16
 _MOST_THREADS = 8
-_SECONDS_BETWEEN_LOOKS = 0.2
 HASHED_AT_ONCE = 1 << 20
 """Bytes read at once of a file that is hashed."""
 
@@ -161,32 +160,24 @@ def _plan_shard(
 
     to_come = {key: "0" * digits for key, digits in KNOWN_HASHES.items() if key in metadata}
     metadata = {**metadata, **to_come} or {"format": "pt"}
+    declared = bytearray(_as_text({"__metadata__": metadata})[:-1].encode())
     offsets: dict[str, int] = {}
     end = 0
-
-    def declared() -> Iterator[str]:
-        nonlocal end
-        yield _as_text({"__metadata__": metadata})[:-1]
-        for name in sorted(entries, key=place):
-            offsets[name], end = end, end + entries[name].numel * ITEM_BYTES[dtypes[name]]
-            key, shape = _quoted(name.removeprefix(part)), ",".join(map(str, entries[name].shape))
-            yield f',{key}:{{"dtype":"{dtypes[name]}","shape":[{shape}],"data_offsets":[{offsets[name]},{end}]}}'
-        yield "}"
-
-    header = _as_header(declared())
+    for name in sorted(entries, key=place):
+        offsets[name], end = end, end + entries[name].numel * ITEM_BYTES[dtypes[name]]
+        key, shape = _quoted(name.removeprefix(part)), ",".join(map(str, entries[name].shape))
+        tensor = f',{key}:{{"dtype":"{dtypes[name]}","shape":[{shape}],"data_offsets":[{offsets[name]},{end}]}}'
+        declared += tensor.encode()
+    header = _as_header(declared + b"}")
     for name in offsets:
         offsets[name] += len(header)
     return ShardPlan(file, header, offsets, len(header) + end, part, metadata)
 
 
-def _as_header(declared: Iterable[str]) -> bytes:
-    """The first bytes of a safetensors file, as the safetensors library writes them, from parts of its JSON."""
-    text = bytearray(_LENGTH.size)
-    for each in declared:
-        text += each.encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    _LENGTH.pack_into(text, 0, len(text) - _LENGTH.size)
-    return bytes(text)
+def _as_header(declared: bytes | bytearray) -> bytes:
+    """The first bytes of a safetensors file, as the safetensors library writes them, from its JSON."""
+    padding = -len(declared) % _ALIGNMENT
+    return b"".join((struct.pack("<Q", len(declared) + padding), declared, b" " * padding))
 
 
 class WeightFiles:
@@ -271,7 +262,7 @@ def write_own_hashes(path: Path, shard: ShardPlan) -> None:
         return
     declared = json.loads(shard.header[8:])
     of_training = {key: value for key, value in shard.metadata.items() if key.startswith("ss_")}
-    head = _as_header([_as_text(declared | {"__metadata__": of_training})])
+    head = _as_header(_as_text(declared | {"__metadata__": of_training}).encode())
     with write_errors(path), os.fdopen(os.open(path, _WRITE & ~os.O_WRONLY | os.O_RDWR), "r+b") as file:
         file.seek(len(shard.header))
         whole = hashlib.file_digest(file, "sha256").hexdigest()
@@ -281,7 +272,7 @@ def write_own_hashes(path: Path, shard: ShardPlan) -> None:
         hashes = {"sshs_model_hash": whole, "sshs_legacy_hash": sha256(piece)[:8]}
         stated = {key: hashes.get(key, value) for key, value in shard.metadata.items()}
         file.seek(0)
-        file.write(_as_header([_as_text(declared | {"__metadata__": stated})]))
+        file.write(_as_header(_as_text(declared | {"__metadata__": stated}).encode()))
 
 
 def _create(path: Path, shard: ShardPlan) -> None:
@@ -350,7 +341,7 @@ def sha256_of(
     *,
     beside: Sequence[Callable[[], None]] = (),
     on_done: Callable[[int], None] = lambda place: None,
-    on_read: Callable[[Path], None] = lambda path: None,
+    working_on: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     on_wait: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """SHA-256 of files in hexadecimal digits, several at a time, while the functions in `beside` run.
@@ -359,7 +350,7 @@ def sha256_of(
         paths: the files.
         beside: functions, each called in a thread.
         on_done: called in this thread with the place of whatever is done, files first, what is beside them after that.
-        on_read: called in other threads with a file of which a piece was read.
+        working_on: entered in other threads for each piece of a file, with what is done.
         on_wait: called in this thread, several times a second.
 
     Raises:
@@ -369,12 +360,12 @@ def sha256_of(
     with ThreadPoolExecutor(min(_MOST_THREADS, (os.cpu_count() or 1) + len(beside))) as executor:
         try:
             others = [executor.submit(each) for each in beside]
-            hashed = [executor.submit(_sha256_of_file, path, on_read) for path in paths]
+            hashed = [executor.submit(_sha256_of_file, path, working_on) for path in paths]
             futures: list[Future[Any]] = [*hashed, *others]
             places = {each: place for place, each in enumerate(futures)}
             left = set(places)
             while left:
-                done, left = wait(left, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+                done, left = wait(left, SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
                 on_wait()
                 for each in done:
                     each.result()
@@ -385,13 +376,14 @@ def sha256_of(
             raise
 
 
-def _sha256_of_file(path: Path, on_read: Callable[[Path], None]) -> str:
-    digest, piece = hashlib.sha256(), memoryview(bytearray(HASHED_AT_ONCE))
+def _sha256_of_file(path: Path, working_on: Callable[[str], AbstractContextManager[Any]]) -> str:
+    digest, piece, size = hashlib.sha256(), memoryview(bytearray(HASHED_AT_ONCE)), 1
     try:
         with path.open("rb", buffering=0) as file:
-            while size := file.readinto(piece):
-                digest.update(piece[:size])
-                on_read(path)
+            while size:
+                with working_on(f"hashing {path.name}"):
+                    size = file.readinto(piece)
+                    digest.update(piece[:size])
         return digest.hexdigest()
     except OSError as error:
         raise ReadError(

@@ -122,8 +122,9 @@ def measure_paths(
     streamed: Streamed[tuple[_Partial, ...]] = Streamed((), 0)
     if reading.to_read:
         read = [run.checkpoints[index] for index in reading.to_read]
-        dtypes = {table[name].dtype for table, _ in distinct_tables(read) for name in names}
-        compiled = is_worth_compiling(read, blocks, context) and any(map(load_kernel, dtypes))
+        compiled = is_worth_compiling(read, blocks, context) and any(
+            map(load_kernel, {table[name].dtype for table, _ in distinct_tables(read) for name in names})
+        )
 
         def make_worker(reader: TileReader) -> _Worker:
             return _Worker(run, reading, reader, allow_nonfinite=allow_nonfinite, compiled=compiled, context=context)

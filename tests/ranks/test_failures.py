@@ -180,8 +180,8 @@ import time
 from ckavg.averaging import distributed as d
 from ckavg.output import weight_files as w
 w.HASHED_AT_ONCE, original = 1 << 15, d.sha256_of
-def slowly(*args, on_read, **more):
-    return original(*args, on_read=lambda path: (time.sleep(1), on_read(path)), **more)
+def slowly(*args, working_on, **more):
+    return original(*args, working_on=lambda what: (time.sleep(1), working_on(what))[1], **more)
 d.sha256_of = slowly
 """
     jobs += [start(rank, 2, "pema", run, "--rank-timeout", 4, before=slowly) for rank in range(2)]
