@@ -341,7 +341,7 @@ def about_path(path: PathLength, excluded: Sequence[str]) -> tuple[str, ...]:
         texts += [
             f"Steps {path.steps[place]} and {path.steps[place + 1]} hold identical weights: a stale save?"
             for place in range(len(lengths) - 1)
-            if all(tensor.distances[place] == 0 for tensor in path.tensors.values())
+            if not any(path.tensors.distances[place])
         ]
         texts += _about_length(lengths[-1], path.steps[-1] - path.steps[0])
     return tuple(texts)

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from ckavg.averaging.replay import Average
 
 _OfPair = tuple[tuple[str, ...], tuple[tuple[float, float], ...]]
-"""For a pair: the hashes of its bytes, and for each average its energy and how much of it truncation removed."""
+"""For a pair: the hashes of its bytes in hexadecimal digits, and for each average its energy and how much of it
+truncation removed."""
 
 Weights = Mapping[str, tuple[float, ...]]
 """The weight of every checkpoint in the average of each product, by the name of A."""
@@ -53,7 +54,7 @@ class ReplayedProducts:
 
     bytes_read: int
     blocks: tuple[Block, ...]
-    hashes: tuple[str, ...]
+    hashes: tuple[bytes, ...]
     discarded: tuple[Mapping[int, float], ...]
 
 
@@ -112,7 +113,7 @@ def replay_products(
     one_at_a_time = dataclasses.replace(context, threads=1)
     streamed = stream("replay", read, blocks, make_worker, one_at_a_time, journal)
     of_pairs = [block for each in blocks for block in _blocks_of(run, pairs[each.name])]
-    hashes = [each for of_pair, _ in streamed.results for each in of_pair]
+    hashes = [bytes.fromhex(each) for of_pair, _ in streamed.results for each in of_pair]
     nbytes = sum(sizes_of(read, of_pairs)) if context.ranks.is_shared else streamed.bytes_read
     energies = [energies for _, energies in streamed.results]
     discarded: dict[int, dict[int, float]] = {id(average): {} for average in averages}
@@ -187,7 +188,7 @@ class _ProductWorker:
                             f"step {checkpoint.step}: tensor {name!r} holds NaN or infinity in {checkpoint.path}.",
                             hint=f"Stop before it with --to-step {checkpoint.step - 1}.",
                         )
-            hashes.append(sums.hashes())
+            hashes.append(sums.hashes().hex())
         return values, tuple(hashes)
 
     def _scaling(self, pair: Pair) -> tuple[float, tuple[str, ...]]:

@@ -95,19 +95,19 @@ class BlockResult:
     of its checkpoints are not, and how many elements are the same infinity in all of them.
     """
 
-    hashes: str
+    hashes: bytes
     nonfinite: tuple[int, ...]
     infinite: tuple[int, ...]
 
     def to_json(self) -> list[Any]:
         """The same as JSON values."""
-        return [self.hashes, self.nonfinite, self.infinite]
+        return [self.hashes.hex(), self.nonfinite, self.infinite]
 
     @classmethod
     def from_json(cls, values: list[Any]) -> BlockResult:
         """The same from such values."""
         hashes, *counts = values
-        return cls(hashes, *map(tuple, counts))
+        return cls(bytes.fromhex(hashes), *map(tuple, counts))
 
 
 Journals = Callable[[str, Callable[[Any], Any], Callable[[Any], Any]], PassJournal[Any]]
@@ -202,12 +202,12 @@ def replay(
     )
     raise_all(unfinished)
     nbytes += averaged.bytes_read
-    hashes = [block_result.hashes for block_result in averaged.results]
+    results = averaged.results
+    hashes = [each.hashes for each in results]
     numbers = range(len(averages))
-    nonfinite = tuple(sum(block_result.nonfinite[number] for block_result in averaged.results) for number in numbers)
-    by_block = list(zip(blocks, averaged.results, strict=True))
+    nonfinite = tuple(sum(each.nonfinite[number] for each in results) for number in numbers)
     infinite = tuple(
-        tuple(sorted({block.name for block, block_result in by_block if block_result.infinite[number]}))
+        tuple(sorted({block.name for block, each in zip(blocks, results, strict=True) if each.infinite[number]}))
         for number in numbers
     )
     if of_pairs is not None:

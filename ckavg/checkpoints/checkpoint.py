@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -219,7 +220,7 @@ def _assemble(
 ) -> Checkpoint:
     """Merge the headers of all files into one table; every damaged file is reported."""
     shards: list[Shard] = []
-    entries: dict[str, TensorInfo] = {}
+    tables: list[Mapping[str, TensorInfo]] = []
     errors: list[CkavgError] = []
     left_out = list(left_out)
     sliced: list[tuple[_Group, dict[AnyPath, Header]]] = []
@@ -245,10 +246,11 @@ def _assemble(
         parts = _parts(group, headers)
         for file, header in headers.items():
             part = parts[file]
-            entries |= {part + name: entry for name, entry in header.entries.items()} if part else header.entries
+            own = header.entries
+            tables.append({part + name: entry for name, entry in own.items()} if part else own)
             identity = file.storage.identity(file) if isinstance(file, RemotePath) else None
             shards.append(Shard(file, header.info.nbytes, header.info.state, identity, part, header.metadata))
-        if len(entries) > MOST_TENSORS:
+        if sum(map(len, tables)) > MOST_TENSORS:
             raise CorruptFileError(f"{path} holds more than {MOST_TENSORS:,} tensors.", hint=_REWRITE)
     raise_all(errors)
     if sliced:
@@ -256,6 +258,7 @@ def _assemble(
         return _join_sliced(path, step, sliced, left_out)
     if not shards:
         raise _no_weights(path, left_out)
+    entries = tables[0] if len(tables) == 1 else dict(itertools.chain.from_iterable(each.items() for each in tables))
     if not entries:
         raise CorruptFileError(f"{path} holds no tensors.", hint=_REWRITE)
     indexes = tuple(group.folder / group.index for group in groups if group.index)

@@ -12,23 +12,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ckavg.checkpoints.run import Checkpoint, Run, Shard, TensorInfo
+from ckavg.checkpoints.run import Checkpoint, Run, Shard
 from ckavg.errors import ChangedError, CkavgError, ReadError, raise_all
 from ckavg.storage.base import RemotePath
 
 _FINE_CLOCK_NS = 20_000_000
 _COARSE_CLOCK_NS = 2_000_000_000
 
-_declared: tuple[Mapping[str, TensorInfo], bytes] = {}, b""
-"""The last table and what it declares: a command needs the fingerprints of one run several times."""
-
+_ENCODED_AT_ONCE = 4096
 _RUN_AGAIN = "Run again when nothing writes to the checkpoints any more, or leave this one out with --to-step."
 
 Fingerprints = tuple[str | None, ...]
@@ -43,7 +40,7 @@ def fingerprint_run(run: Run) -> Fingerprints:
     )
 
 
-def with_tensors(run: Run) -> Iterator[tuple[Checkpoint, bytes]]:
+def with_tensors(run: Run) -> Iterator[tuple[Checkpoint, bytearray]]:
     """Each checkpoint with the tensors its headers declare, as bytes; built once for neighbours that share a table."""
     before, tensors = run.checkpoints[0], _tensors(run.checkpoints[0])
     for checkpoint in run.checkpoints:
@@ -102,23 +99,22 @@ def _state(status: os.stat_result) -> list[int]:
     return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _tensors(checkpoint: Checkpoint) -> bytes:
+def _tensors(checkpoint: Checkpoint) -> bytearray:
     """The tensors that the headers of a checkpoint declare, as the end of a JSON list."""
-    global _declared
-    table, text = _declared
-    if table is not checkpoint.entries:
-        lines = io.BytesIO()
-        for name, entry in sorted(checkpoint.entries.items()):
-            pieces = map(dataclasses.astuple, entry.pieces)
-            stated = [name, entry.dtype, entry.shape, entry.shard, entry.offset, *pieces]
-            lines.write(f", {json.dumps(stated)}".encode())
-        lines.write(b"]")
-        text = lines.getvalue()
-        _declared = checkpoint.entries, text
+    entries, text = checkpoint.entries, bytearray()
+    names = sorted(entries)
+    for first in range(0, len(names), _ENCODED_AT_ONCE):
+        some = [(name, entries[name]) for name in names[first : first + _ENCODED_AT_ONCE]]
+        stated = [
+            [name, each.dtype, each.shape, each.shard, each.offset, *map(dataclasses.astuple, each.pieces)]
+            for name, each in some
+        ]
+        text += f", {json.dumps(stated)[1:-1]}".encode()
+    text += b"]"
     return text
 
 
-def _digest(states: list[object] | list[list[int]], tensors: bytes = b"]") -> str:
+def _digest(states: list[object] | list[list[int]], tensors: bytes | bytearray = b"]") -> str:
     digest = hashlib.sha256(json.dumps(states)[:-1].encode())
     digest.update(tensors)
     return digest.hexdigest()[:32]

@@ -77,7 +77,8 @@ def cut_blocks(entries: Mapping[str, TensorInfo]) -> tuple[Block, ...]:
     >>> cut_blocks({"w": TensorInfo("F32", (2, 3), 0, 80), "empty": TensorInfo("F32", (0,), 0, 80)})
     (Block(name='w', start=0, stop=6),)
     """
-    in_file_order = sorted(entries, key=lambda name: (entries[name].shard, entries[name].offset))
+    in_file_order = sorted(entries, key=lambda name: entries[name].offset)
+    in_file_order.sort(key=lambda name: entries[name].shard)
     sizes = ((name, entries[name].numel) for name in in_file_order)
     return tuple(
         Block(name, start, min(start + BLOCK, numel)) for name, numel in sizes for start in range(0, numel, BLOCK)

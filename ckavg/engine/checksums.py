@@ -19,7 +19,9 @@ from ckavg.checkpoints.run import Checkpoint, TensorInfo
 from ckavg.engine.blocks import BLOCK, CHUNK, Block
 
 WORD = 8
-DIGITS = 32
+BYTES = 16
+"""Of the hash of a block."""
+
 _BLOCKS_AT_ONCE = 4096
 _encoded = json.JSONEncoder().encode
 
@@ -65,14 +67,14 @@ class BlockSums:
         first = (start - self._block.start) // CHUNK
         self._sums[:, first : first + sums.shape[1]] = sums
 
-    def hashes(self) -> str:
-        """The hashes of the block's chunk sums, 32 digits for each checkpoint."""
+    def hashes(self) -> bytes:
+        """The hashes of the block's chunk sums, 16 bytes for each checkpoint."""
         chunks = -(-(self._block.stop - self._block.start) // CHUNK)
         rows = (row[:chunks].astype("<i8").tobytes() for row in self._sums)
-        return "".join(hashlib.sha256(row).hexdigest()[:DIGITS] for row in rows)
+        return b"".join(hashlib.sha256(row).digest()[:BYTES] for row in rows)
 
 
-def checksums(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], hashes: Sequence[str]) -> tuple[str, ...]:
+def checksums(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], hashes: Sequence[bytes]) -> tuple[str, ...]:
     """The checksum of each checkpoint, over the tensors that were cut into blocks.
 
     Args:
@@ -81,7 +83,8 @@ def checksums(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], hashes
         hashes: of every block, in the order of `blocks`.
     """
     whole = [hashlib.sha256() for _ in checkpoints]
-    in_order = sorted(range(len(blocks)), key=lambda place: (blocks[place].name, blocks[place].start))
+    in_order = sorted(range(len(blocks)), key=lambda place: blocks[place].start)
+    in_order.sort(key=lambda place: blocks[place].name)
     for first in range(0, len(in_order), _BLOCKS_AT_ONCE):
         some = [(blocks[place], hashes[place]) for place in in_order[first : first + _BLOCKS_AT_ONCE]]
         stated, begins = None, [""]
@@ -89,8 +92,8 @@ def checksums(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block], hashes
             if checkpoint.entries is not stated:
                 stated = checkpoint.entries
                 begins = [_begin(block, stated[block.name]) for block, _ in some]
-            start, end = DIGITS * index, DIGITS * (index + 1)
-            lines = [f'{begin}, "{each[start:end]}"]' for begin, (_, each) in zip(begins, some, strict=True)]
+            start, end = BYTES * index, BYTES * (index + 1)
+            lines = [f'{begin}, "{each[start:end].hex()}"]' for begin, (_, each) in zip(begins, some, strict=True)]
             sha256.update("".join(lines).encode())
     return tuple(each.hexdigest() for each in whole)
 

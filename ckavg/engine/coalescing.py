@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ckavg.checkpoints.run import Checkpoint, TensorInfo, distinct_tables
 from ckavg.engine.blocks import CHUNK, COLUMNS, Block
-from ckavg.engine.checksums import DIGITS, WORD
+from ckavg.engine.checksums import BYTES, WORD
 
 SMALL = 1 << 16
 """Elements of the largest tensor that is joined to others; larger tensors gain nothing."""
@@ -202,8 +202,8 @@ class GroupSums:
         item = len(memory) // self._group.size
         np.add.reduceat(words, self._starts * item // WORD, out=self._sums[index])
 
-    def hashes(self) -> list[str]:
-        """The hashes of each block's chunk sums, 32 digits for each checkpoint."""
+    def hashes(self) -> list[bytes]:
+        """The hashes of each block's chunk sums, 16 bytes for each checkpoint."""
         count, sha256 = len(self._sums), hashlib.sha256
         rows = self._sums.astype("<i8")
         data = rows.T.tobytes()  # by chunk, and of each all checkpoints
@@ -211,8 +211,8 @@ class GroupSums:
         for first, chunks in zip(self._group.first_chunks.tolist(), self._group.chunks.tolist(), strict=True):
             if chunks == 1:
                 begin, end = first * count * WORD, (first + 1) * count * WORD
-                each = [sha256(data[at : at + WORD]).hexdigest()[:DIGITS] for at in range(begin, end, WORD)]
+                each = [sha256(data[at : at + WORD]).digest()[:BYTES] for at in range(begin, end, WORD)]
             else:
-                each = [sha256(row.tobytes()).hexdigest()[:DIGITS] for row in rows[:, first : first + chunks]]
-            found.append("".join(each))
+                each = [sha256(row.tobytes()).digest()[:BYTES] for row in rows[:, first : first + chunks]]
+            found.append(b"".join(each))
         return found

@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import math
 import os
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 from ckavg.checkpoints.fingerprints import Fingerprints, fingerprint_run
 from ckavg.checkpoints.run import Run
 from ckavg.errors import CkavgError
-from ckavg.path.table import PathLength
+from ckavg.path.table import PathLength, Row
 from ckavg.storage.atomic import cache_directory, resolved
 from ckavg.storage.base import AnyPath, RemotePath
 from ckavg.storage.objects import ObjectTree
@@ -25,42 +27,49 @@ from ckavg.storage.table import load_table, not_believed, save_table
 
 NAME = "path.json"
 
+_KINDS = "sigma", "distances"
 _FORMAT = 2
 _MOST_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
 class CachedPath:
-    """What the cache holds about a run; any tensor may be missing.
+    """What the cache holds about tensors of a run, by their place among them; NaN: not cached.
 
     Attributes:
-        sigmas: σ of θ_0 by tensor name.
-        distances: ‖θ_j − θ_{j−1}‖₁ by tensor name, for j = 1 … K.
+        sigmas: σ of θ_0.
+        distances: ‖θ_j − θ_{j−1}‖₁ for j = 1 … K.
         fingerprints: of the checkpoints as they are now.
         warnings: about cached tables that were damaged or edited.
     """
 
-    sigmas: Mapping[str, float]
-    distances: tuple[Mapping[str, float], ...]
+    sigmas: Row
+    distances: tuple[Row, ...]
     fingerprints: Fingerprints
     warnings: tuple[str, ...] = ()
 
     @classmethod
-    def empty(cls, run: Run) -> CachedPath:
+    def empty(cls, run: Run, names: Sequence[str]) -> CachedPath:
         """The cache of a run that was never measured."""
-        return cls({}, ({},) * (len(run.checkpoints) - 1), fingerprint_run(run))
+        unknown = array("d", [math.nan]) * len(names)
+        return cls(unknown, (unknown,) * (len(run.checkpoints) - 1), fingerprint_run(run))
 
 
-def load_cached_path(run: Run) -> CachedPath:
-    """Load what was measured on these very files. A table that was damaged or edited counts as empty."""
+def load_cached_path(run: Run, names: Sequence[str]) -> CachedPath:
+    """Load what was measured on these very files, of these tensors. A table that was damaged or edited counts as
+    empty.
+    """
     fingerprints = fingerprint_run(run)
     loaded = {file: _load(file) for file in _places(run)}
     tables = [table for table in loaded.values() if table]
-    sigmas = next((found for table in tables if (found := _row(table, "sigma", fingerprints[0]))), {})
-    distances = tuple(
-        next((found for table in tables if (found := _row(table, "distances", _pair(before, after)))), {})
-        for before, after in itertools.pairwise(fingerprints)
-    )
+    places = {name: place for place, name in enumerate(names)} if tables else {}
+
+    def row(kind: str, key: str | None) -> Row:
+        found = (_row(table, kind, key, places) for table in tables)
+        return next((each for each in found if each is not None), array("d", [math.nan]) * len(names))
+
+    sigmas = row("sigma", fingerprints[0])
+    distances = tuple(row("distances", _pair(before, after)) for before, after in itertools.pairwise(fingerprints))
     warnings = tuple(not_believed(file, "measured") for file, table in loaded.items() if table is None)
     return CachedPath(sigmas, distances, fingerprints, warnings)
 
@@ -131,18 +140,20 @@ def _load(place: AnyPath) -> dict[str, Any] | None:
     return table if not table or isinstance(table.get("tensors"), list) else None
 
 
-def _row(table: Mapping[str, Any], kind: str, key: str | None) -> dict[str, float]:
-    """The numbers of one checkpoint or pair by tensor name; empty if they are missing or not numbers."""
+def _row(table: Mapping[str, Any], kind: str, key: str | None, places: Mapping[str, int]) -> array[float] | None:
+    """The numbers of one checkpoint or pair, each in the place of its tensor, NaN if it is missing or not a number;
+    None if all are.
+    """
     rows = table.get(kind)
     values = rows.get(key) if isinstance(rows, dict) else None
     names = table.get("tensors", [])
     if not isinstance(values, list) or len(values) != len(names):
-        return {}
-    return {
-        name: value
-        for name, value in zip(names, values, strict=True)
-        if isinstance(name, str) and isinstance(value, float) and 0 <= value < float("inf")
-    }
+        return None
+    row, is_empty = array("d", [math.nan]) * len(places), True
+    for name, value in zip(names, values, strict=True):
+        if isinstance(name, str) and name in places and isinstance(value, float) and 0 <= value < math.inf:
+            row[places[name]], is_empty = value, False
+    return None if is_empty else row
 
 
 def _absolute(path: AnyPath) -> str:
@@ -161,21 +172,26 @@ def _merged(table: Mapping[str, Any], run: Run, path: PathLength, fingerprints: 
         if isinstance(where, str) and where not in at
     }
     kept |= {fingerprint: where for where, fingerprint in at.items() if fingerprint}
-    rows: dict[str, dict[str, dict[str, float]]] = {"sigma": {}, "distances": {}}
-    for kind, of_key in rows.items():
-        held = table.get(kind)
-        for key in held if isinstance(held, dict) else ():
-            if all(fingerprint in kept for fingerprint in key.split()):
-                of_key[key] = _row(table, kind, key)
-    finite = {name: tensor for name, tensor in path.tensors.items() if tensor.is_finite}
-    if fingerprints[0]:
-        rows["sigma"].setdefault(fingerprints[0], {}).update((name, each.sigma) for name, each in finite.items())
-    for place, pair in enumerate(itertools.starmap(_pair, itertools.pairwise(fingerprints))):
-        if pair is not None:
-            own = rows["distances"].setdefault(pair, {})
-            own.update((name, tensor.distances[place]) for name, tensor in finite.items())
-    names = sorted({name for of_key in rows.values() for row in of_key.values() for name in row})
-    listed = {
-        kind: {key: [row.get(name) for name in names] for key, row in of_key.items()} for kind, of_key in rows.items()
+    stated_rows = {kind: table.get(kind) for kind in _KINDS}
+    held = {
+        (kind, key)
+        for kind, rows in stated_rows.items()
+        for key in (rows if isinstance(rows, dict) else ())
+        if all(fingerprint in kept for fingerprint in key.split())
     }
+    is_finite = path.tensors.are_finite
+    finite = list(itertools.compress(path.tensors, is_finite))
+    names = sorted({*finite, *(name for name in table.get("tensors", ()) if held and isinstance(name, str))})
+    places = {name: place for place, name in enumerate(names)}
+    own = {("sigma", fingerprints[0]): path.tensors.sigmas}
+    pairs = itertools.starmap(_pair, itertools.pairwise(fingerprints))
+    own |= {("distances", pair): row for pair, row in zip(pairs, path.tensors.distances, strict=True)}
+    listed: dict[str, dict[str, Row]] = {kind: {} for kind in _KINDS}
+    for kind, key in sorted(held) + [each for each in own if each not in held]:
+        if key is None:
+            continue
+        row = _row(table, kind, key, places) or array("d", [math.nan]) * len(names)
+        for name, value in zip(finite, itertools.compress(own.get((kind, key), ()), is_finite), strict=False):
+            row[places[name]] = value
+        listed[kind][key] = row
     return {"format": _FORMAT, "checkpoints": kept, "tensors": names, **listed}

@@ -31,7 +31,7 @@ from ckavg.path.cache import CachedPath
 from ckavg.path.measure import is_extreme, moved, times_power
 from ckavg.path.plan import PathPlan, PathReading
 from ckavg.path.sampling import Sampling, cut_samples, plan_samples
-from ckavg.path.table import PathLength, TensorPath, ZeroSigma, refuse_infinite, to_measure
+from ckavg.path.table import PathLength, TensorPath, TensorPaths, ZeroSigma, refuse_infinite, to_measure
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +97,8 @@ def estimate(
     Raises:
         CkavgError: see `estimate_paths`.
     """
-    tensors = tuple(to_measure(run.tensors, exclude))
-    plan = PathPlan(exclude, tensors, CachedPath.empty(run), fraction, 0)
+    names = tuple(sorted(to_measure(run.tensors, exclude)))
+    plan = PathPlan(exclude, names, CachedPath.empty(run, names), fraction, 0)
     (path,) = estimate_paths(
         run, PathReading.single(plan), zero_sigma=zero_sigma, allow_nonfinite=allow_nonfinite, context=context, few=few
     )
@@ -147,7 +147,9 @@ def estimate_paths(
     grouped = by_tensor(units, streamed.results)
     paths = []
     for number, places in enumerate(reading.places):
-        tensors = {name: _estimated(samples[name], [sums[number] for sums in grouped[name]]) for name in entries}
+        tensors = TensorPaths.of(
+            {name: _estimated(samples[name], [sums[number] for sums in grouped[name]]) for name in entries}
+        )
         if not allow_nonfinite:
             refuse_infinite(tensors)
         steps = tuple(run.steps[index] for index in places)

@@ -9,25 +9,26 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ckavg.checkpoints.run import ITEM_BYTES, Run, distinct_tables
-from ckavg.engine.blocks import CHUNK, COLUMNS, Block, cut_blocks
+from ckavg.engine.blocks import BLOCK, CHUNK, COLUMNS, Block, cut_blocks
 from ckavg.engine.coalescing import Group, by_dtype
 from ckavg.engine.context import Context
-from ckavg.engine.stream import Streamed, by_tensor, is_worth_compiling, stream_groups
+from ckavg.engine.stream import is_worth_compiling, stream_groups
 from ckavg.engine.tiles import TileReader
-from ckavg.path.cache import CachedPath
 from ckavg.path.coalesced import GroupDistances
 from ckavg.path.journal import PathJournal
 from ckavg.path.kernels import CompiledSums, Kernel, load_kernel
 from ckavg.path.plan import PathPlan, PathReading, plan_path
-from ckavg.path.table import PathLength, TensorPath, ZeroSigma, fsum, refuse_infinite
+from ckavg.path.table import PathLength, TensorPaths, ZeroSigma, fsum, refuse_infinite
 
 _SUMMED_IN_WORK_DTYPE = CHUNK // COLUMNS
 EXTREME = 400
@@ -37,29 +38,9 @@ _LARGE = 2.0**1000
 _ROWS = 16
 """Steps whose lanes are kept until they are summed: 1 MiB each in a tile of a whole block."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Partial:
-    """Of one block and path: the L1 distances that were measured, and the moments of θ_0 about its first element.
-
-    The moments are in units of 2^exponent, which is 1 but for extreme spreads. Infinities of θ_0 are not in them.
-    """
-
-    distances: tuple[float, ...]
-    shifted_sum: float
-    shifted_squares: float
-    exponent: int = 0
-    infinite: int = 0
-
-    def to_json(self) -> list[float]:
-        """The numbers in a row."""
-        return [*self.distances, self.shifted_sum, self.shifted_squares, self.exponent, self.infinite]
-
-    @classmethod
-    def from_json(cls, numbers: list[float]) -> _Partial:
-        """The same from such a row."""
-        *distances, shifted_sum, shifted_squares, exponent, infinite = numbers
-        return cls(tuple(distances), shifted_sum, shifted_squares, int(exponent), int(infinite))
+_MOMENTS = 4
+"""What follows the distances of a path in a row: Σ and Σ² of θ_0 about its first element, in units of 2^exponent, then
+that exponent, which is 0 but for extreme spreads, and how many infinities are not in them."""
 
 
 def measure(
@@ -81,7 +62,7 @@ def measure(
     Raises:
         CkavgError: as of `measure_paths`.
     """
-    reading = PathReading.single(plan or plan_path(run, cached=CachedPath.empty(run)))
+    reading = PathReading.single(plan or plan_path(run, anew=True))
     (path,) = measure_paths(
         run,
         reading,
@@ -117,95 +98,85 @@ def measure_paths(
         TruncatedShardError, ReadError: a file changed or cannot be read.
     """
     context = context or Context()
-    names, compiled = reading.plans[0].names, False
+    names = reading.plans[0].names
     blocks = cut_blocks({name: run.tensors[name] for name in names})
-    streamed: Streamed[tuple[_Partial, ...]] = Streamed((), 0)
-    if reading.to_read:
-        read = [run.checkpoints[index] for index in reading.to_read]
-        compiled = is_worth_compiling(read, blocks, context) and any(
-            map(load_kernel, {table[name].dtype for table, _ in distinct_tables(read) for name in names})
-        )
+    read = [run.checkpoints[index] for index in reading.to_read]
+    compiled = is_worth_compiling(read, blocks, context) and any(
+        map(load_kernel, {table[name].dtype for table, _ in distinct_tables(read) for name in names})
+    )
+    rows, bytes_read = np.empty((0, 0)), 0
+    if read:
 
         def make_worker(reader: TileReader) -> _Worker:
             return _Worker(run, reading, reader, allow_nonfinite=allow_nonfinite, compiled=compiled, context=context)
 
-        asked = (
-            blocks,
-            names,
-            [
-                (places, plan.steps, plan.needs_sigma)
-                for plan, places in zip(reading.plans, reading.places, strict=True)
-            ],
-            allow_nonfinite,
-            torch.device(context.device).type,
-            _Partial.__slots__,
-        )
+        measured = [
+            (places, plan.steps, plan.needs_sigma) for plan, places in zip(reading.plans, reading.places, strict=True)
+        ]
+        asked = BLOCK, names, measured, allow_nonfinite, torch.device(context.device).type
         journal = path_journal.journal(asked, _to_json, _from_json) if path_journal else None
-        key = by_dtype(run.checkpoints)
-        streamed = stream_groups("path", read, blocks, make_worker, key, context, journal)
-    by_name = by_tensor(blocks, streamed.results) if reading.to_read else {}
-    all_steps = run.steps
-    used: Literal["torch", "llvm"] = "llvm" if compiled else "torch"
-    paths = []
-    for number, (plan, places) in enumerate(zip(reading.plans, reading.places, strict=True)):
-        tensors = _completed(run, plan, by_name, number)
+        streamed = stream_groups("path", read, blocks, make_worker, by_dtype(run.checkpoints), context, journal)
+        rows, bytes_read = np.frombuffer(b"".join(streamed.results)).reshape(len(blocks), -1), streamed.bytes_read
+        del streamed  # as large as all rows
+    all_steps, paths, end = run.steps, [], 0
+    for plan, places in zip(reading.plans, reading.places, strict=True):
+        begin, end = end, end + len(plan.steps) + _MOMENTS
+        tensors = _completed(run, plan, blocks, rows[:, begin:end] if plan.to_read else None)
         if plan.to_read and not allow_nonfinite:
             refuse_infinite(tensors)
-        steps = tuple(all_steps[index] for index in places)
-        nbytes = streamed.bytes_read if plan.to_read else 0
-        paths.append(PathLength(steps, tensors, zero_sigma, nbytes, kernel=used if plan.to_read else None))
+        kernel: Literal["torch", "llvm"] = "llvm" if compiled else "torch"
+        steps, is_new = tuple(all_steps[index] for index in places), bool(plan.to_read)
+        paths.append(PathLength(steps, tensors, zero_sigma, is_new * bytes_read, kernel=kernel if is_new else None))
     return tuple(paths)
 
 
-def _to_json(partials: tuple[_Partial, ...]) -> list[list[float]]:
-    return [each.to_json() for each in partials]
+def _to_json(numbers: bytes) -> list[float]:
+    return array("d", numbers).tolist()
 
 
-def _from_json(rows: list[list[float]]) -> tuple[_Partial, ...]:
-    return tuple(map(_Partial.from_json, rows))
+def _from_json(numbers: list[float]) -> bytes:
+    return array("d", numbers).tobytes()
 
 
-def _completed(
-    run: Run, plan: PathPlan, by_name: Mapping[str, Sequence[tuple[_Partial, ...]]], number: int
-) -> dict[str, TensorPath]:
-    """What was measured for path `number` and what is cached, together: the path of every tensor that counts."""
-    places = {step: place for place, step in enumerate(plan.steps)}
-    is_new, needs_sigma, tensors = len(plan.steps) == len(plan.cached.distances), plan.needs_sigma, run.tensors
-    completed = {}
-    for name in plan.names:
-        parts = [each[number] for each in by_name.get(name, ())]
-        numel = tensors[name].numel
-        sigma = _sigma(numel, parts) if needs_sigma else plan.cached.sigmas[name]
-        if is_new and len(parts) == 1:  # as of any small tensor: kept once
-            distances = parts[0].distances
-        else:
-            distances = tuple(
-                fsum(part.distances[places[step]] for part in parts) if step in places else cached[name]
-                for step, cached in enumerate(plan.cached.distances, start=1)
-            )
-        completed[name] = TensorPath(numel, sigma, distances)
-    return completed
+def _completed(run: Run, plan: PathPlan, blocks: Sequence[Block], rows: NDArray[np.float64] | None) -> TensorPaths:
+    """What is cached and what was measured, a row for each block in the order of the file, together."""
+    numels = array("q", (run.tensors[name].numel for name in plan.names))
+    sigmas, distances = plan.cached.sigmas, list(plan.cached.distances)
+    if rows is not None:
+        begins = [number for number, block in enumerate(blocks) if block.start == 0]
+        bounds = list(zip(begins, [*begins[1:], len(blocks)], strict=True))
+        bounds.sort(key=lambda each: blocks[each[0]].name)
+        found = rows[[begin for begin, _ in bounds]]
+        for numbers, (begin, end) in zip(found, bounds, strict=True):
+            if end - begin > 1:
+                numbers[:-_MOMENTS] = [fsum(each) for each in rows[begin:end, :-_MOMENTS].T.tolist()]
+        for step, row in zip(plan.steps, found.T, strict=False):
+            distances[step - 1] = array("d", row.tobytes())
+        if plan.needs_sigma:
+            moments = (rows[begin:end, -_MOMENTS:].tolist() for begin, end in bounds)
+            sigmas = array("d", map(_sigma, numels, moments))
+    return TensorPaths(plan.names, numels, sigmas, distances)
 
 
-def _sigma(numel: int, partials: Sequence[_Partial]) -> float:
+def _sigma(numel: int, moments: Sequence[Sequence[float]]) -> float:
     """Standard deviation from moments about an element of the tensor.
 
     About an element rather than 0, so that a tensor of equal values gives exactly 0; and since no element is further
     than √n standard deviations from the mean, little is lost to cancellation whichever element it is.
     """
-    if len(partials) == 1:  # nothing to add up, as of any small tensor
-        part = partials[0]
-        return _deviation(numel - part.infinite, part.shifted_sum, part.shifted_squares, part.exponent)
-    numel -= sum(part.infinite for part in partials)
-    if not all(math.isfinite(part.shifted_squares) for part in partials):
+    if len(moments) == 1:  # nothing to add up, as of any small tensor
+        total, squares, exponent, infinite = moments[0]
+        return _deviation(numel - infinite, total, squares, int(exponent))
+    numel -= int(sum(infinite for *_, infinite in moments))
+    if not all(math.isfinite(squares) for _, squares, _, _ in moments):
         return 0.0 if numel < 2 else math.nan
-    unit = max((part.exponent for part in partials if part.shifted_squares), default=0)
-    total = math.fsum(math.ldexp(part.shifted_sum, part.exponent - unit) for part in partials)
-    squares = math.fsum(math.ldexp(part.shifted_squares, 2 * (part.exponent - unit)) for part in partials)
+    unit = int(max((exponent for _, squares, exponent, _ in moments if squares), default=0))
+    total = math.fsum(math.ldexp(total, int(exponent) - unit) for total, _, exponent, _ in moments)
+    squares = math.fsum(math.ldexp(squares, 2 * (int(exponent) - unit)) for _, squares, exponent, _ in moments)
     return _deviation(numel, total, squares, unit)
 
 
-def _deviation(numel: int, total: float, squares: float, unit: int) -> float:
+def _deviation(numel: float, total: float, squares: float, unit: int) -> float:
     """σ from Σ and Σ² in units of 2^unit."""
     if numel < 2:
         return 0.0
@@ -259,40 +230,35 @@ class _Worker:
         pairs = {pair: row for row, pair in enumerate(self._pairs)}
         # After those of all anchors come four rows of zeros, for a path whose σ is known.
         anchor = self._anchors.index(places[0]) if plan.needs_sigma else len(self._anchors)
-        first = len(self._pairs) + 4 * anchor
-        return [pairs[places[step - 1], places[step]] for step in plan.steps] + list(range(first, first + 4))
+        first = len(self._pairs) + _MOMENTS * anchor
+        return [pairs[places[step - 1], places[step]] for step in plan.steps] + list(range(first, first + _MOMENTS))
 
-    def __call__(self, blocks: Sequence[Block]) -> Sequence[tuple[_Partial, ...]]:
+    def __call__(self, blocks: Sequence[Block]) -> Sequence[bytes]:
         found = self._measure_group(blocks) if len(blocks) > 1 else None
         return [self._measure(block) for block in blocks] if found is None else found
 
-    def _measure_group(self, blocks: Sequence[Block]) -> list[tuple[_Partial, ...]] | None:
+    def _measure_group(self, blocks: Sequence[Block]) -> list[bytes] | None:
         """What `_measure` gives of each of several small tensors; None where it must take care of them one by one."""
         group, chunk = Group.padded(blocks)
         sums = self._groups.sum(group, chunk, self._dtype(blocks[0].name))
         if sums is None:
             return None
         bounds = list(zip(group.first_chunks.tolist(), group.chunks.tolist(), strict=True))
-        of_paths = []
-        for own in [sums[rows] for rows in self._rows]:
-            columns = own.T.tolist()
-            of_paths.append(
-                [
-                    _Partial(tuple(columns[first][:-4]), *columns[first][-4:-2])
-                    if count == 1
-                    else self._partial(own[:, first : first + count].contiguous())
-                    for first, count in bounds
-                ]
-            )
-        return list(zip(*of_paths, strict=True))
+        by_chunk = sums[list(itertools.chain(*self._rows))].T.contiguous().numpy()
+        return [
+            by_chunk[first].tobytes()
+            if count == 1
+            else b"".join(self._partial(sums[rows, first : first + count].contiguous()) for rows in self._rows)
+            for first, count in bounds
+        ]
 
-    def _measure(self, block: Block) -> tuple[_Partial, ...]:
+    def _measure(self, block: Block) -> bytes:
         chunks = -(-(block.stop - block.start) // CHUNK)
         sums = [torch.zeros(len(rows), chunks, dtype=torch.float64) for rows in self._rows]
         for first, of_tile in self._measured(block):
             for own, found in zip(sums, of_tile, strict=True):
                 own[:, first : first + found.shape[1]] = found
-        return tuple(map(self._partial, sums))
+        return b"".join(map(self._partial, sums))
 
     def _measured(self, block: Block) -> Iterator[tuple[int, list[Tensor]]]:
         """The sums of each path by chunk, as of `_measure_tile`, and the first chunk of the block that they are of."""
@@ -315,7 +281,8 @@ class _Worker:
         return load_kernel(code := stored.pop()), ITEM_BYTES[code]
 
     @staticmethod
-    def _partial(sums: Tensor) -> _Partial:
+    def _partial(sums: Tensor) -> bytes:
+        """The numbers of one block and path: the distances that were measured, and the moments."""
         *distances, total, squares = sums[:-2].sum(dim=1).tolist()
         exponents, infinite = sums[-2:]
         exponent = 0.0
@@ -324,7 +291,7 @@ class _Worker:
             exponent = float(exponents[used].max()) if bool(used.any()) else 0.0
             lower = torch.where(used, exponents - exponent, 0.0)
             total, squares = float((sums[-4] * lower.exp2()).sum()), float((sums[-3] * (2 * lower).exp2()).sum())
-        return _Partial(tuple(distances), total, squares, int(exponent), int(infinite.sum()))
+        return array("d", [*distances, total, squares, exponent, float(infinite.sum())]).tobytes()
 
     def _dtype(self, name: str) -> torch.dtype:
         return torch.float64 if self._run.is_wide(name) else torch.float32

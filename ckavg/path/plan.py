@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ class PathPlan:
 
     Attributes:
         exclude: shell patterns of tensor names to leave out.
-        names: the tensors that count.
+        names: the tensors that count, sorted.
         cached: what is cached.
         sample: the fraction of each tensor to read; 1 for an exact path.
         nbytes: bytes of checkpoints that pass 1 reads; 0 if all is cached.
@@ -35,26 +36,31 @@ class PathPlan:
 
     def to_json(self) -> list[Any]:
         """As JSON values, for another process."""
-        cached = [dict(self.cached.sigmas), list(map(dict, self.cached.distances)), list(self.cached.fingerprints)]
-        return [self.exclude, self.names, *cached, self.sample, self.nbytes]
+        sigmas, *distances = (
+            [None if math.isnan(each) else each for each in row] for row in (self.cached.sigmas, *self.cached.distances)
+        )
+        return [self.exclude, self.names, sigmas, distances, self.cached.fingerprints, self.sample, self.nbytes]
 
     @classmethod
     def from_json(cls, values: list[Any]) -> PathPlan:
         """From JSON values."""
         exclude, names, sigmas, distances, fingerprints, sample, nbytes = values
+        sigmas, *distances = (
+            array("d", (math.nan if each is None else each for each in row)) for row in (sigmas, *distances)
+        )
         cached = CachedPath(sigmas, tuple(distances), tuple(fingerprints))
         return cls(tuple(exclude), tuple(names), cached, float(sample), int(nbytes))
 
     @property
     def needs_sigma(self) -> bool:
         """Whether σ of θ_0 must be measured."""
-        return self.sample < 1 or not all(name in self.cached.sigmas for name in self.names)
+        return self.sample < 1 or any(map(math.isnan, self.cached.sigmas))
 
     @property
     def steps(self) -> tuple[int, ...]:
         """The j for which the distance from θ_{j−1} to θ_j must be measured, in order."""
-        is_known = [self.sample == 1 and all(name in known for name in self.names) for known in self.cached.distances]
-        return tuple(step for step, known in enumerate(is_known, start=1) if not known)
+        is_unknown = [self.sample < 1 or any(map(math.isnan, row)) for row in self.cached.distances]
+        return tuple(step for step, is_asked in enumerate(is_unknown, start=1) if is_asked)
 
     @property
     def to_read(self) -> tuple[int, ...]:
@@ -146,9 +152,7 @@ class PathReading:
         return plan.nbytes if len(self.plans) == 1 else _bytes_read(run, self.to_read, plan.names, self.sample)
 
 
-def plan_path(
-    run: Run, *, exclude: Sequence[str] = (), sample: float = 1.0, cached: CachedPath | None = None
-) -> PathPlan:
+def plan_path(run: Run, *, exclude: Sequence[str] = (), sample: float = 1.0, anew: bool = False) -> PathPlan:
     """Plan the path: from the cache, measured, or estimated from a fraction of each tensor.
 
     A cached exact path is used even if an estimate was asked for: it costs nothing.
@@ -157,14 +161,15 @@ def plan_path(
         run: the checkpoints, the anchor first.
         exclude: shell patterns of tensor names to leave out.
         sample: the fraction of each tensor to read, in (0, 1]; 1 is exact.
-        cached: what is cached; None: load it.
+        anew: as if nothing were cached.
 
     Raises:
         SettingError: the fraction is not in (0, 1].
     """
     check_sample(sample)
-    tensors = to_measure(run.tensors, exclude)
-    exact = PathPlan(tuple(exclude), tuple(tensors), cached or load_cached_path(run), 1.0, 0)
+    names = tuple(sorted(to_measure(run.tensors, exclude)))
+    cached = CachedPath.empty(run, names) if anew else load_cached_path(run, names)
+    exact = PathPlan(tuple(exclude), names, cached, 1.0, 0)
     if sample == 1 or not exact.to_read:
         sample = 1.0
     plan = PathPlan(exact.exclude, exact.names, exact.cached, sample, 0)

@@ -6,9 +6,13 @@ import fnmatch
 import itertools
 import math
 import shlex
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
+from operator import mul, truediv
 from typing import TYPE_CHECKING, Literal
 
 from ckavg.checkpoints.run import TensorInfo, running_statistics
@@ -46,7 +50,69 @@ class TensorPath:
         return all(map(math.isfinite, (self.sigma, *self.distances, *self.variances)))
 
 
-@dataclass(frozen=True)  # without slots, for what is formed once: there may be 100,000 tensors
+Row = Sequence[float]
+"""A number for each tensor; in memory an array."""
+
+
+class TensorPaths(Mapping[str, TensorPath]):
+    """What pass 1 measured, by the name of the tensor. There may be 100,000: their numbers lie in rows.
+
+    Args:
+        names: of the tensors, sorted.
+        numels, sigmas: a number for each tensor; see `TensorPath`.
+        distances, variances: likewise, a row for each j = 1 … K.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        numels: Sequence[int],
+        sigmas: Row,
+        distances: Sequence[Row],
+        variances: Sequence[Row] = (),
+    ) -> None:
+        self.names = names
+        self.numels = numels
+        self.sigmas = sigmas
+        self.distances = distances
+        self.variances = variances
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, TensorPath]) -> TensorPaths:
+        """The same tensors, all of them exact or all estimated."""
+        names = sorted(tensors)
+        each = [tensors[name] for name in names]
+        distances, variances = (
+            [array("d", row) for row in zip(*rows, strict=True)]
+            for rows in ([one.distances for one in each], [one.variances for one in each])
+        )
+        numels, sigmas = array("q", (one.numel for one in each)), array("d", (one.sigma for one in each))
+        return cls(names, numels, sigmas, distances, variances)
+
+    @property
+    def are_finite(self) -> list[bool]:
+        """Whether all numbers of each tensor are."""
+        rows = zip(self.sigmas, *self.distances, *self.variances, strict=True)
+        return [all(map(math.isfinite, row)) for row in rows]
+
+    def __getitem__(self, name: str) -> TensorPath:
+        place = bisect_left(self.names, name)
+        if place == len(self) or self.names[place] != name:
+            raise KeyError(name)
+        distances, variances = (tuple(row[place] for row in rows) for rows in (self.distances, self.variances))
+        return TensorPath(self.numels[place], self.sigmas[place], distances, variances)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} tensors)"
+
+
+@dataclass(frozen=True)  # without slots, for what is formed once
 class PathLength:
     """How far the weights travelled, in units of their own spread (Pathwise EMA, Eq. 2).
 
@@ -62,7 +128,7 @@ class PathLength:
     """
 
     steps: tuple[int, ...]
-    tensors: Mapping[str, TensorPath]
+    tensors: TensorPaths
     zero_sigma: ZeroSigma
     bytes_read: int
     sample: float = 1.0
@@ -94,23 +160,32 @@ class PathLength:
 
     def sigma(self, name: str) -> float:
         """The divisor σ_p of one tensor."""
-        measured = self.tensors[name].sigma
-        return measured if self.zero_sigma == "exclude" else measured + EPSILON
+        return self.tensors[name].sigma + self._added
+
+    @property
+    def _added(self) -> float:
+        return 0.0 if self.zero_sigma == "exclude" else EPSILON
 
     @property
     def without_spread(self) -> tuple[str, ...]:
         """Tensors left out because σ_p = 0, by name."""
-        return tuple(sorted(name for name in self.tensors if self.sigma(name) == 0))
+        return tuple(compress(self.tensors, (sigma + self._added == 0 for sigma in self.tensors.sigmas)))
 
     @property
     def not_finite(self) -> tuple[str, ...]:
         """Tensors left out because they hold NaN or infinity, if that is allowed, by name."""
-        return tuple(sorted(name for name, tensor in self.tensors.items() if not tensor.is_finite))
+        return tuple(compress(self.tensors, (not each for each in self.tensors.are_finite)))
+
+    @cached_property
+    def _count(self) -> list[bool]:
+        """Whether each tensor counts."""
+        own = zip(self.tensors.sigmas, self.tensors.are_finite, strict=True)
+        return [is_finite and sigma + self._added > 0 for sigma, is_finite in own]
 
     @cached_property
     def counted(self) -> tuple[str, ...]:
         """Tensors that count, by name."""
-        return tuple(sorted(filter(self.counts, self.tensors)))
+        return tuple(compress(self.tensors, self._count))
 
     def counts(self, name: str) -> bool:
         """Whether a tensor was measured and counts."""
@@ -119,20 +194,22 @@ class PathLength:
     @cached_property
     def uncounted(self) -> tuple[str, ...]:
         """Tensors that were measured and do not count, by name."""
-        return tuple(sorted({*self.tensors} - {*self.counted}))
+        return tuple(compress(self.tensors, (not each for each in self._count)))
 
     @cached_property
     def parameters_counted(self) -> int:
         """N, the number of scalars that count."""
-        return sum(self.tensors[name].numel for name in self.counted)
+        return sum(compress(self.tensors.numels, self._count))
 
     @cached_property
     def lengths(self) -> tuple[float, ...]:
         """ℓ_0 = 0, ℓ_1, …, ℓ_K; all zero if no tensor counts."""
         counted, total = self.counted, self.parameters_counted
-        units = [(self.tensors[name].distances, self.sigma(name)) for name in counted]
-        moves = [fsum(distances[place] / sigma for distances, sigma in units) for place in range(len(self.steps) - 1)]
-        lengths = (0.0, *(moved / max(total, 1) for moved in itertools.accumulate(moves)))
+        if not counted:
+            return (0.0,) * len(self.steps)
+        units = array("d", (sigma + self._added for sigma in compress(self.tensors.sigmas, self._count)))
+        moves = [fsum(map(truediv, compress(row, self._count), units)) for row in self.tensors.distances]
+        lengths = (0.0, *(moved / total for moved in itertools.accumulate(moves)))
         if not math.isfinite(lengths[-1]):
             furthest = max(counted, key=lambda name: max(self.tensors[name].distances) / self.sigma(name))
             raise _beyond_float64(
@@ -146,15 +223,12 @@ class PathLength:
         """Standard error of each of `lengths` if they were estimated from a sample; None if they are exact."""
         if self.sample == 1:
             return None
-        total = max(self.parameters_counted, 1)
-        counted = [tensor for tensor in map(self.tensors.__getitem__, self.counted) if tensor.variances]
-        return (
-            0.0,
-            *(
-                math.sqrt(math.fsum((tensor.numel / total) ** 2 * tensor.variances[place] for tensor in counted))
-                for place in range(len(self.steps) - 1)
-            ),
-        )
+        if not self.counted:
+            return (0.0,) * len(self.steps)
+        total = self.parameters_counted
+        shares = [(numel / total) ** 2 for numel in compress(self.tensors.numels, self._count)]
+        rows = (compress(row, self._count) for row in self.tensors.variances)
+        return (0.0, *(math.sqrt(math.fsum(map(mul, shares, row))) for row in rows))
 
     def tensor_lengths(self, name: str) -> tuple[float, ...]:
         """Path of one counted tensor, ℓ_{p,k} = (1/numel) Σ_j ‖θ_j,p − θ_{j−1},p‖₁ / σ_p, from 0."""
@@ -203,14 +277,13 @@ def to_measure(entries: Mapping[str, TensorInfo], exclude: Iterable[str]) -> dic
     }
 
 
-def refuse_infinite(tensors: Mapping[str, TensorPath]) -> None:
+def refuse_infinite(tensors: TensorPaths) -> None:
     """Raise if a spread or a distance of finite weights is beyond float64.
 
     Raises:
         NonFiniteError: it names the tensor.
     """
-    name = next((name for name, tensor in tensors.items() if not tensor.is_finite), None)
-    if name is not None:
+    for name in compress(tensors, (not each for each in tensors.are_finite)):
         raise _beyond_float64(name, "its spread, or how far it moved, is larger than float64 can hold")
 
 

@@ -131,7 +131,7 @@ def _umask() -> int:
     return umask
 
 
-def write_bytes(path: Path, data: bytes, *, follow: bool = True) -> None:
+def write_bytes(path: Path, data: bytes | bytearray, *, follow: bool = True) -> None:
     """Write a file whole: it is on disk before it gets its name; see `replacing`."""
     with replacing(path, follow=follow) as partial, partial.open("wb") as file:
         file.write(data)

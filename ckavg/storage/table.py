@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from array import array
 from typing import Any
 
 from ckavg.errors import CkavgError
@@ -38,19 +39,21 @@ def load_table(file: AnyPath, version: int, *, most_bytes: int, follow: bool = T
         return None
 
 
-def save_table(file: AnyPath, table: Mapping[str, Any]) -> None:
-    """Save a table with its `format`, whole or not at all. A file that is not ours is never replaced.
+def save_table(file: AnyPath, table: dict[str, Any]) -> None:
+    """Save a table with its `format`, whole or not at all. A file that is not ours is never replaced. A row of numbers
+    may be an array.
 
     Raises:
         OSError, CkavgError: it cannot be written.
     """
-    text = _as_bytes(table)
-    data = b'%s,"%s":"%s"}' % (text[:-1], _CHECKSUM.encode(), hashlib.sha256(text).hexdigest().encode())
+    text = bytearray()
+    _encode(table, text)
+    text[-1:] = f',"{_CHECKSUM}":"{hashlib.sha256(text).hexdigest()}"}}'.encode()
     if isinstance(file, RemotePath):
-        file.storage.put(file, data)
+        file.storage.put(file, bytes(text))
     else:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(file, data, follow=False)
+        write_bytes(file, text, follow=False)
 
 
 def not_believed(file: AnyPath, again: str) -> str:
@@ -60,9 +63,21 @@ def not_believed(file: AnyPath, again: str) -> str:
     )
 
 
-def _checksum(table: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_as_bytes(table)).hexdigest()
+def _checksum(table: dict[str, Any]) -> str:
+    text = bytearray()
+    _encode(table, text)
+    return hashlib.sha256(text).hexdigest()
 
 
-def _as_bytes(table: Mapping[str, Any]) -> bytes:
-    return json.dumps(table, separators=(",", ":")).encode()
+def _encode(value: Any, text: bytearray) -> None:
+    """Append JSON, row by row: json holds each number of what it encodes as a text. NaN in an array is null."""
+    if isinstance(value, dict):
+        text += b"{"
+        for number, (key, each) in enumerate(value.items()):
+            text += f"{',' if number else ''}{json.dumps(key)}:".encode()
+            _encode(each, text)
+        text += b"}"
+        return
+    if isinstance(value, array):
+        value = [None if math.isnan(each) else each for each in value]
+    text += json.dumps(value, separators=(",", ":")).encode()

@@ -21,7 +21,6 @@ from ckavg.checkpoints.run import Checkpoint, Run, Selection, TensorInfo, averag
 from ckavg.engine.reader import Files
 from ckavg.errors import CkavgError, CorruptFileError, listed
 from ckavg.output.record import Record
-from ckavg.path.cache import CachedPath
 from ckavg.path.estimate import estimate
 from ckavg.path.measure import measure
 from ckavg.path.plan import plan_path
@@ -145,7 +144,7 @@ def _measured(record: Record, run: Run, *, whole: bool) -> PathLength:
     if record.sample < 1:
         few, fraction = is_remote(record.inputs[-1]), record.sample
     elif whole or nbytes <= _READ_WHOLE:
-        fresh = plan_path(run, exclude=exclude, cached=CachedPath.empty(run))
+        fresh = plan_path(run, exclude=exclude, anew=True)
         return measure(run, fresh, zero_sigma=zero_sigma, allow_nonfinite=nonfinite)
     else:
         few, fraction = True, min(0.5, _SAMPLED / sum(entry.numel for entry in entries.values()))

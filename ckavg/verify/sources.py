@@ -308,8 +308,8 @@ def check_checksums(report: Report, record: Record, sources: Sources, outputs: S
         return
     blocks = cut_blocks({name: read[-1].entries[name] for name in names})
 
-    def make_worker(reader: TileReader) -> Callable[[Sequence[Block]], Sequence[str]]:
-        def hashes(blocks: Sequence[Block]) -> Sequence[str]:
+    def make_worker(reader: TileReader) -> Callable[[Sequence[Block]], Sequence[bytes]]:
+        def hashes(blocks: Sequence[Block]) -> Sequence[bytes]:
             if len(blocks) == 1:
                 return [hashes_of(blocks[0])]
             group = Group(blocks)
@@ -319,7 +319,7 @@ def check_checksums(report: Report, record: Record, sources: Sources, outputs: S
                 reader.raw_group(index, group, memory, sums)
             return sums.hashes()
 
-        def hashes_of(block: Block) -> str:
+        def hashes_of(block: Block) -> bytes:
             sums = reader.sum_up(block)
             for start, stop in block.tiles(TILE):
                 for index, checkpoint in enumerate(read):

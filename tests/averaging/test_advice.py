@@ -19,7 +19,7 @@ import ckavg
 from ckavg.averaging import advice
 from ckavg.averaging.rules import effective_weights
 from ckavg.checkpoints.trainer_log import Course, trend_of
-from ckavg.path.table import PathLength, TensorPath
+from ckavg.path.table import PathLength, TensorPath, TensorPaths
 from ckavg.schemes import BEMA, DEMA, EMA, OUEMA, PEMA, Last, Mean, MomentumEMA, Scheme, Timeline, Weights
 from tests.runs import write_run
 
@@ -29,7 +29,7 @@ WEIGHTS = {"w": torch.arange(6.0)}
 def path(*distances: float, every: int = 100) -> PathLength:
     """A path of one tensor of 10 elements with σ = 1."""
     steps = tuple(range(0, every * len(distances) + 1, every))
-    return PathLength(steps, {"w": TensorPath(10, 1.0, distances)}, "exclude", 0)
+    return PathLength(steps, TensorPaths.of({"w": TensorPath(10, 1.0, distances)}), "exclude", 0)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_whether_a_path_is_short_is_a_matter_of_its_last_beta(length: float, eve
 
 
 def test_nothing_counts() -> None:
-    empty = PathLength((0, 1), {"w": TensorPath(10, 0.0, (1.0,))}, "exclude", 0)
+    empty = PathLength((0, 1), TensorPaths.of({"w": TensorPath(10, 0.0, (1.0,))}), "exclude", 0)
     assert [line.split(",")[0] for line in advice.about_path(empty, ("b",))] == [
         "No spread at the anchor (σ = 0)",
         "Left out of the path length: 1 tensor (b).",

@@ -39,7 +39,7 @@ from benchmarks.evidence.saved import open_saved
 from benchmarks.evidence.small_model_run import SmallCell, SmallJudge, fine_tune, pieces
 from benchmarks.evidence.tables import RESULTS, Difference, read_table, stored
 from ckavg.demo import LlamaShape, initialised_llama, load_model, write_checkpoint
-from ckavg.path.table import PathLength, TensorPath
+from ckavg.path.table import PathLength, TensorPath, TensorPaths
 
 TINY = Setting(steps=8, warm_up=0, frequencies=(2, 4), windows=3)
 SHAPE = LlamaShape(hidden_size=16, intermediate_size=16, num_hidden_layers=1, max_position_embeddings=64)
@@ -195,7 +195,7 @@ def test_what_is_judged_are_the_averages_of_ckavg(run: Path, outcome: Outcome, t
 def test_the_path_and_how_its_tensors_differ() -> None:
     tensors = {"a": TensorPath(2, 0.5, (1.0, 1.0)), "b": TensorPath(6, 1.0, (3.0, 9.0))}
     tensors["one"] = TensorPath(1, 0.0, (9, 9))
-    found = path_of(PathLength((0, 5, 10), tensors, "exclude", 0))
+    found = path_of(PathLength((0, 5, 10), TensorPaths.of(tensors), "exclude", 0))
     assert found["path_length"] == pytest.approx([(2 + 3) / 8, (4 + 12) / 8])
     assert found["PEMA 0.15"] == pytest.approx([(1 + 10 * 2 * length) ** -0.15 for length in (0.625, 2.0)])
     assert found["EMA 0.15"] == pytest.approx([6**-0.15, 11**-0.15])

@@ -187,7 +187,7 @@ def test_in_the_place_of_the_journal_of_the_path(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("ckavg.path.measure.by_tensor", interrupt)
+        patch.setattr("ckavg.path.measure._completed", interrupt)
         with pytest.raises(KeyboardInterrupt):
             ckavg.path_length(ckavg.open_run(run))
     (journal,) = (run / "averaged").glob(".path-*")

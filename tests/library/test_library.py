@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import ckavg
 from ckavg.errors import as_arguments
+from ckavg.path.table import TensorPaths
 from tests.runs import random_run, write_checkpoint, write_run
 
 STEPS = (10, 20, 30, 40, 50)
@@ -212,7 +213,7 @@ def test_reprs_are_short(here: Path) -> None:
         tuple(range(count)),
         {f"{name}.{number}": each for name, each in path.tensors.items() for number in range(99)},
     )
-    long_path = dataclasses.replace(path, steps=steps, tensors=tensors)
+    long_path = dataclasses.replace(path, steps=steps, tensors=TensorPaths.of(tensors))
     result = ckavg.average(run, ckavg.Mean())
     numbers = (0.1,) * count
     long_result = dataclasses.replace(result, steps=steps, betas=numbers, weights=numbers, inputs=result.inputs * 2_000)

@@ -23,7 +23,7 @@ from matplotlib.text import Text
 import ckavg
 from ckavg.errors import SettingError, WriteError
 from ckavg.output.plots import averages_figure, check_plot_file, find_layers, label, path_figure, save_figure
-from ckavg.path.table import PathLength, TensorPath
+from ckavg.path.table import PathLength, TensorPath, TensorPaths
 from tests.runs import random_run, write_run
 
 STEPS = (0, 10, 20, 40, 80)
@@ -59,7 +59,7 @@ def travelled(lengths: dict[str, float], *, steps: Sequence[int] = STEPS, numel:
     tensors = {
         name: TensorPath(numel, 0.5, (0.5 * numel * each / updates,) * updates) for name, each in lengths.items()
     }
-    return PathLength(tuple(steps), tensors, "exclude", 0)
+    return PathLength(tuple(steps), TensorPaths.of(tensors), "exclude", 0)
 
 
 def llama(layers: int) -> PathLength:
@@ -182,7 +182,7 @@ def test_each_selection_has_plots_of_its_own_by_step(pema: ckavg.Averaged, bema:
 def test_an_estimate_has_a_band_of_its_error(pema: ckavg.Averaged, path: PathLength) -> None:
     variances = tuple(1e-4 * place for place in range(1, len(STEPS)))
     tensors = {name: dataclasses.replace(tensor, variances=variances) for name, tensor in path.tensors.items()}
-    estimated = dataclasses.replace(path, sample=0.01, tensors=tensors)
+    estimated = dataclasses.replace(path, sample=0.01, tensors=TensorPaths.of(tensors))
     assert estimated.standard_errors is not None
     for figure in (averages_figure([pema], estimated), path_figure(estimated)):
         axes = panel(figure, "Path length")
@@ -286,7 +286,7 @@ def test_names_tell_layers_and_kinds(names: list[str], kinds: list[str], numbers
 def test_experts_of_a_layer_are_one_kind_with_the_length_of_all_their_parameters() -> None:
     path = travelled({f"layers.{layer}.experts.{expert}.up": 0.1 + expert for layer in (0, 1) for expert in (0, 1)})
     larger = {name: TensorPath(12, 0.5, (6.0,) * 4) for name in path.tensors if name.endswith(".1.up")}
-    path = dataclasses.replace(path, tensors={**path.tensors, **larger})
+    path = dataclasses.replace(path, tensors=TensorPaths.of({**path.tensors, **larger}))
     _, kinds, _ = find_layers(path)
     assert kinds == {"experts.*.up": pytest.approx([(4 * 0.1 + 12 * 4.0) / 16] * 2)}
     assert kinds["experts.*.up"][0] == pytest.approx(path.lengths[-1])
@@ -304,8 +304,8 @@ def test_what_does_not_fit_is_left_out_and_counted() -> None:
 
 ODD = {
     "nothing moved": travelled({"h.0.a": 0.0, "h.1.a": 0.0, "b": 0.0}),
-    "no tensor counts": PathLength(STEPS, {"norm": TensorPath(1, 0.0, (1.0,) * 4)}, "exclude", 0),
-    "no tensor": PathLength(STEPS, {}, "exclude", 0),
+    "no tensor counts": PathLength(STEPS, TensorPaths.of({"norm": TensorPath(1, 0.0, (1.0,) * 4)}), "exclude", 0),
+    "no tensor": PathLength(STEPS, TensorPaths.of({}), "exclude", 0),
     "one update": travelled({"weight": 0.1}, steps=(0, 3)),
     "200 checkpoints": travelled({"h.0.a": 2.0, "h.1.a": 1.0}, steps=[place**2 for place in range(200)]),
     "tiny": travelled({"h.0.a": 1e-9, "h.1.a": 1e-12, "b": 1e-15}),
@@ -425,9 +425,9 @@ def test_matplotlib_is_imported_only_to_draw_and_never_with_pyplot(tmp_path: Pat
         "import sys\n"
         "from pathlib import Path\n"
         "from ckavg.output.plots import path_figure, save_figure\n"
-        "from ckavg.path.table import PathLength, TensorPath\n"
+        "from ckavg.path.table import PathLength, TensorPath, TensorPaths\n"
         "before = 'matplotlib' in sys.modules\n"
-        "path = PathLength((0, 1), {'w': TensorPath(2, 1.0, (1.0,))}, 'exclude', 0)\n"
+        "path = PathLength((0, 1), TensorPaths.of({'w': TensorPath(2, 1.0, (1.0,))}), 'exclude', 0)\n"
         f"save_figure(path_figure(path), Path({str(tmp_path / 'a.png')!r}))\n"
         "print(before, 'matplotlib.pyplot' in sys.modules, 'torch' in sys.modules)"
     )

@@ -19,7 +19,7 @@ import ckavg
 from ckavg.errors import SettingError, WriteError
 from ckavg.output.record import Evaluation
 from ckavg.output.report import check_report_file, report_data, report_html, save_report
-from ckavg.path.table import PathLength, TensorPath
+from ckavg.path.table import PathLength, TensorPath, TensorPaths
 from tests.cli.runner import run_cli
 from tests.runs import random_run, write_run
 
@@ -154,7 +154,7 @@ def test_layers_have_the_path_of_their_tensors(record: ckavg.Averaged) -> None:
     tensors = {f"h.{layer}.{kind}": TensorPath(4, 0.5, (2.0 * layer,) * 4) for layer in (0, 1, 2) for kind in "ab"}
     tensors |= {f"t{number:02}": TensorPath(2, 1.0, (number / 2,) * 4) for number in range(40)}
     del tensors["h.1.b"]
-    (path,) = report_data([record], paths=[PathLength(STEPS, tensors, "exclude", 0)])["paths"]
+    (path,) = report_data([record], paths=[PathLength(STEPS, TensorPaths.of(tensors), "exclude", 0)])["paths"]
     layers = path["layers"]
     assert layers["numbers"] == [0, 1, 2]
     assert layers["kinds"] == [("a", [0.0, 4.0, 8.0]), ("b", [0.0, None, 8.0])]
@@ -173,7 +173,7 @@ def test_names_from_outside_are_data_and_nothing_else(record: ckavg.Averaged) ->
             warnings=(name,),
             evaluation=evaluation,
         )
-        path = PathLength(STEPS, {name: TensorPath(1, 1.0, (1.0,) * 4)}, "exclude", 0)
+        path = PathLength(STEPS, TensorPaths.of({name: TensorPath(1, 1.0, (1.0,) * 4)}), "exclude", 0)
         return report_html(report_data([odd], [name], [path], [(name, [(0, evaluation), (10, evaluation)])]))
 
     hostile, plain = page(HOSTILE), page("plain")
@@ -217,7 +217,7 @@ def test_its_size_is_bounded(record: ckavg.Averaged) -> None:
         record, steps=steps, betas=(None, *(1 / 3,) * 199), weights=(1 / 300,) * 200, path_length=(1 / 7,) * 200
     )
     tensors = {f"h.{layer}.kind{kind}": TensorPath(4, 0.5, (1 / 3,) * 199) for layer in range(80) for kind in range(60)}
-    page = report_html(report_data([long] * 50, paths=[PathLength(steps, tensors, "exclude", 0)] * 50))
+    page = report_html(report_data([long] * 50, paths=[PathLength(steps, TensorPaths.of(tensors), "exclude", 0)] * 50))
     assert len(page) < 1_000_000
 
 

@@ -15,7 +15,7 @@ import ckavg
 from ckavg.averaging.rules import effective_weights
 from ckavg.output.record import Evaluation
 from ckavg.output.report import report_data, save_report
-from ckavg.path.table import PathLength, TensorPath
+from ckavg.path.table import PathLength, TensorPath, TensorPaths
 from ckavg.schemes import EMA, PEMA, Scheme, Timeline
 from tests.output.browser import CHROMIUM, Page, open_browser
 from tests.output.test_report import HOSTILE, STEPS
@@ -51,7 +51,9 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[ckavg.Averaged]:
 
 def data_of(records: list[ckavg.Averaged], name: str = "") -> dict[str, Any]:
     tensors = {f"{each}{name}": TensorPath(4, 0.5, (0.1 * place,) * 4) for place, each in enumerate([*TENSORS, "head"])}
-    paths = [PathLength(STEPS, tensors, "exclude", 0) if record.path_length else None for record in records]
+    paths = [
+        PathLength(STEPS, TensorPaths.of(tensors), "exclude", 0) if record.path_length else None for record in records
+    ]
     marks = ["level with the best", "best, equal", "", "best, equal", "", ""]
     curve = [(step, Evaluation("c", 3 - step / 100, metric="loss", stderr=0.05)) for step in STEPS]
     return report_data(records, marks, paths, [(f"run{name}", curve), (f"result0{name}", curve)])
@@ -212,7 +214,7 @@ def odd_data(records: list[ckavg.Averaged]) -> dict[str, dict[str, Any]]:
     still = dataclasses.replace(pema, path_length=(0.0,) * 5, path_length_error=(0.0,) * 5, evaluation=None)
     alone: dict[str, Any] = {"steps": (80,), "betas": (None,), "weights": (1.0,), "anchor_step": 80}
     old: dict[str, Any] = {"effective_count": None, "mean_age": None, "anchor_weight": None}
-    tiny = PathLength(STEPS, {"a": TensorPath(1, 1.0, (0.0,) * 4)}, "exclude", 0)
+    tiny = PathLength(STEPS, TensorPaths.of({"a": TensorPath(1, 1.0, (0.0,) * 4)}), "exclude", 0)
     return {
         "one": report_data([pema]),
         "nothing moved": report_data([still], paths=[tiny]),

@@ -16,7 +16,7 @@ from ckavg.checkpoints.adapters import hold_factors
 from ckavg.checkpoints.fingerprints import with_tensors
 from ckavg.checkpoints.run import ITEM_BYTES, Checkpoint, Run, Selection, Shard, TensorInfo
 from ckavg.output.weight_files import plan_weights
-from ckavg.path.table import PathLength, TensorLengths, TensorPath
+from ckavg.path.table import PathLength, TensorLengths, TensorPath, TensorPaths
 from ckavg.storage.journal import as_line, parsed_line
 from ckavg.storage.table import load_table, save_table
 
@@ -65,7 +65,7 @@ NUMBERS = st.floats(0, 1e6) | st.sampled_from([float("nan"), float("inf")])
 @given(st.dictionaries(st.text(string.ascii_letters, max_size=3), st.tuples(NUMBERS, NUMBERS, NUMBERS), max_size=6))
 def test_paths_of_tensors_formed_when_asked_for(measured: dict[str, tuple[float, float, float]]) -> None:
     tensors = {name: TensorPath(4, sigma, (first, second)) for name, (sigma, first, second) in measured.items()}
-    path = PathLength((0, 1, 2), tensors, "exclude", 0)
+    path = PathLength((0, 1, 2), TensorPaths.of(tensors), "exclude", 0)
     plain = {name: path.tensor_lengths(name) for name in path.counted}
     lazy = TensorLengths(path)
     assert dict(lazy) == plain == lazy

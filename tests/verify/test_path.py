@@ -13,6 +13,7 @@ import ckavg
 from ckavg.averaging.rules import effective_weights
 from ckavg.checkpoints.fingerprints import fingerprint_run
 from ckavg.path.cache import save_path
+from ckavg.path.table import TensorPaths
 from ckavg.verify import replay
 from tests.runs import random_run, write_run
 
@@ -43,7 +44,7 @@ def test_an_edited_path_that_the_average_was_formed_with(
         for name, tensor in honest.tensors.items()
     }
     (source / "averaged/path.json").unlink()
-    longer = type(honest)(honest.steps, edited, honest.zero_sigma, 1)
+    longer = type(honest)(honest.steps, TensorPaths.of(edited), honest.zero_sigma, 1)
     save_path(run, longer, fingerprint_run(run))
     done = ckavg.average(run, ckavg.PEMA(scope=scope), out=source / "edited")
     assert done.path_length == longer.lengths
