@@ -293,5 +293,6 @@ def hash_run(run: Run) -> str:
         digest.update(
             repr((checkpoint.step, [(shard.path.name, shard.nbytes) for shard in checkpoint.shards])).encode()
         )
-        digest.update(tensors)
+        for piece in tensors:
+            digest.update(piece)
     return digest.hexdigest()

@@ -126,11 +126,10 @@ def _readouts(steps: Sequence[int], weights: Sequence[float], start: int, last: 
 
 def left_out_of_path(run: Run, path: PathLength) -> tuple[str, ...]:
     """Non-empty floating tensors that were excluded from pass 1."""
+    measured = set(path.tensors)
     return tuple(
         sorted(
-            name
-            for name, entry in run.tensors.items()
-            if entry.is_floating and entry.numel and name not in path.tensors
+            name for name, entry in run.tensors.items() if entry.is_floating and entry.numel and name not in measured
         )
     )
 

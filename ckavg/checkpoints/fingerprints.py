@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ckavg.checkpoints.run import Checkpoint, Run, Shard
@@ -40,8 +40,8 @@ def fingerprint_run(run: Run) -> Fingerprints:
     )
 
 
-def with_tensors(run: Run) -> Iterator[tuple[Checkpoint, bytearray]]:
-    """Each checkpoint with the tensors its headers declare, as bytes; built once for neighbours that share a table."""
+def with_tensors(run: Run) -> Iterator[tuple[Checkpoint, Sequence[bytes]]]:
+    """Each checkpoint with the tensors its headers declare, in pieces; built once for neighbours that share a table."""
     before, tensors = run.checkpoints[0], _tensors(run.checkpoints[0])
     for checkpoint in run.checkpoints:
         if checkpoint.entries is not before.entries:
@@ -99,9 +99,9 @@ def _state(status: os.stat_result) -> list[int]:
     return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _tensors(checkpoint: Checkpoint) -> bytearray:
+def _tensors(checkpoint: Checkpoint) -> list[bytes]:
     """The tensors that the headers of a checkpoint declare, as the end of a JSON list."""
-    entries, text = checkpoint.entries, bytearray()
+    entries, text = checkpoint.entries, []
     names = sorted(entries)
     for first in range(0, len(names), _ENCODED_AT_ONCE):
         some = [(name, entries[name]) for name in names[first : first + _ENCODED_AT_ONCE]]
@@ -109,14 +109,14 @@ def _tensors(checkpoint: Checkpoint) -> bytearray:
             [name, each.dtype, each.shape, each.shard, each.offset, *map(dataclasses.astuple, each.pieces)]
             for name, each in some
         ]
-        text += f", {json.dumps(stated)[1:-1]}".encode()
-    text += b"]"
-    return text
+        text.append(f", {json.dumps(stated)[1:-1]}".encode())
+    return [*text, b"]"]
 
 
-def _digest(states: list[object] | list[list[int]], tensors: bytes | bytearray = b"]") -> str:
+def _digest(states: list[object] | list[list[int]], tensors: Sequence[bytes] = (b"]",)) -> str:
     digest = hashlib.sha256(json.dumps(states)[:-1].encode())
-    digest.update(tensors)
+    for piece in tensors:
+        digest.update(piece)
     return digest.hexdigest()[:32]
 
 

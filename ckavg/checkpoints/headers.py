@@ -207,14 +207,14 @@ def _checked(path: AnyPath, declared: dict[str, Any], data_start: int, shard: in
     for name, value in declared.items():
         _check(path, name, value)
     entries: dict[str, TensorInfo] = {}
-    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal shapes stored once, like names and dtypes
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal shapes stored once, like dtypes
     end = 0
     for name in sorted(declared, key=lambda name: declared[name].offsets):
         dtype, shape, (start, stop) = declared.pop(name)
         if start != end:
             raise ValueError(f"tensor {shown(name)} begins at byte {start:,}, expected {end:,}")
         end = stop
-        entries[sys.intern(name)] = TensorInfo(dtype, shapes.setdefault(shape, shape), shard, data_start + start)
+        entries[name] = TensorInfo(dtype, shapes.setdefault(shape, shape), shard, data_start + start)
     return entries, data_start + end
 
 

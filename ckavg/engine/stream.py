@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import torch
 
@@ -86,13 +86,16 @@ def stream_groups(
         key = alone
     journal = journal or PassJournal({}, (), lambda _: None)
     work = _Work(stage, checkpoints, blocks, sizes_of(checkpoints, blocks), key, journal)
-    left = [place for place in range(len(blocks)) if place not in journal.done]
+    places = range(len(blocks))
+    left = [place for place in places if place not in journal.done] if journal.done else places
     if context.ranks.is_shared:
         return _stream_share(work, left, make_worker, context)
     work = dataclasses.replace(work, kept_bytes=sum(work.sizes) - sum(work.sizes[place] for place in left))
-    own_results, nbytes = _stream_own(work, left, make_worker, context)
-    results = {**journal.found, **own_results} if journal.found else own_results
-    return Streamed(tuple(results[place] for place in range(len(blocks))), nbytes)
+    results, nbytes = _stream_own(work, left, make_worker, context)
+    if journal.found:
+        by_place = {**journal.found, **dict(zip(left, results, strict=True))}
+        results = [by_place[place] for place in places]
+    return Streamed(tuple(results), nbytes)
 
 
 def _stream_share(
@@ -115,7 +118,7 @@ def _stream_share(
         context = dataclasses.replace(context, on_progress=listener.on_own_progress)
     results = dict(work.journal.found)
     if own:
-        results |= _stream_own(work, own, make_worker, context)[0]
+        results |= zip(own, _stream_own(work, own, make_worker, context)[0], strict=True)
 
     def late() -> set[int]:
         results.update(work.journal.read())
@@ -168,10 +171,10 @@ def _stream_own(
     own: Sequence[int],
     make_worker: Callable[[TileReader], Callable[[Sequence[Unit]], Sequence[Result]]],
     context: Context,
-) -> tuple[dict[int, Result], int]:
-    """Work on the blocks of this process, by place: what came of each, and the bytes read; errors as of `stream`."""
+) -> tuple[list[Result], int]:
+    """Work on some blocks, by place: what came of each, in their order, and the bytes read; errors as of `stream`."""
     if not own:
-        return {}, 0
+        return [], 0
     threads = context.threads or worker_threads(context.ranks.local_world)
     tile = check_tile(context.tile)
     blocks, sizes = [work.blocks[place] for place in own], [work.sizes[place] for place in own]
@@ -195,7 +198,7 @@ def _stream_own(
             results: Sequence[Result] = of_thread.worker(blocks[start:end])
         return results
 
-    results: dict[int, Result] = {}
+    results: list[Result | None] = [None] * len(own)
     with ExitStack() as open_files, one_core_per_kernel():
         if far_files(work.checkpoints):
             remote = open_files.enter_context(RemoteReader(work.checkpoints, blocks, stop.is_set))
@@ -211,10 +214,9 @@ def _stream_own(
             report = _reporter(work, sum(sizes), context.on_progress)
             note = _Notes(work.journal)
             for number, found in _as_done(zip(starts, ends, strict=True), do, stop, executor, threads, context.ranks):
-                finished = dict(zip(own[starts[number] : ends[number]], found, strict=True))
-                results |= finished
+                results[starts[number] : ends[number]] = found
                 report(group_sizes[number])
-                note(finished)
+                note(own[starts[number] : ends[number]], found)
             if context.ranks.is_shared:
                 note.flush()
         except BaseException:
@@ -222,7 +224,7 @@ def _stream_own(
             raise
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
-        return results, sum(reader.bytes_read for reader in readers)
+        return cast("list[Result]", results), sum(reader.bytes_read for reader in readers)
 
 
 def _as_done(
@@ -326,19 +328,19 @@ class _Notes(Generic[Result]):
 
     def __init__(self, journal: PassJournal[Result]) -> None:
         self._journal = journal
-        self._new: dict[int, Result] = {}
+        self._new: list[tuple[Sequence[int], Sequence[Result]]] = []
         self._noted = time.monotonic()
 
-    def __call__(self, finished: Mapping[int, Result]) -> None:
-        self._new.update(finished)
+    def __call__(self, places: Sequence[int], finished: Sequence[Result]) -> None:
+        self._new.append((places, finished))
         if time.monotonic() - self._noted >= SECONDS_BETWEEN_NOTES:
             self.flush()
 
     def flush(self) -> None:
         """Note what is new now."""
         if self._new:
-            self._journal.note(self._new)
-        self._new = {}
+            self._journal.note({place: each for pair in self._new for place, each in zip(*pair, strict=True)})
+        self._new = []
         self._noted = time.monotonic()
 
 

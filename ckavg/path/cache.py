@@ -63,10 +63,11 @@ def load_cached_path(run: Run, names: Sequence[str]) -> CachedPath:
     loaded = {file: _load(file) for file in _places(run)}
     tables = [table for table in loaded.values() if table]
     places = {name: place for place, name in enumerate(names)} if tables else {}
+    unknown = array("d", [math.nan]) * len(names)
 
     def row(kind: str, key: str | None) -> Row:
         found = (_row(table, kind, key, places) for table in tables)
-        return next((each for each in found if each is not None), array("d", [math.nan]) * len(names))
+        return next((each for each in found if each is not None), unknown)
 
     sigmas = row("sigma", fingerprints[0])
     distances = tuple(row("distances", _pair(before, after)) for before, after in itertools.pairwise(fingerprints))

@@ -89,7 +89,7 @@ class TensorPaths(Mapping[str, TensorPath]):
         numels, sigmas = array("q", (one.numel for one in each)), array("d", (one.sigma for one in each))
         return cls(names, numels, sigmas, distances, variances)
 
-    @property
+    @cached_property
     def are_finite(self) -> list[bool]:
         """Whether all numbers of each tensor are."""
         rows = zip(self.sigmas, *self.distances, *self.variances, strict=True)

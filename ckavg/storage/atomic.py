@@ -12,7 +12,7 @@ import fcntl
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -131,10 +131,15 @@ def _umask() -> int:
     return umask
 
 
-def write_bytes(path: Path, data: bytes | bytearray, *, follow: bool = True) -> None:
+def write_bytes(path: Path, data: bytes, *, follow: bool = True) -> None:
     """Write a file whole: it is on disk before it gets its name; see `replacing`."""
+    write_pieces(path, (data,), follow=follow)
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes], *, follow: bool = True) -> None:
+    """As `write_bytes`, from pieces."""
     with replacing(path, follow=follow) as partial, partial.open("wb") as file:
-        file.write(data)
+        file.writelines(pieces)
         file.flush()
         if partial.is_file():
             os.fsync(file.fileno())

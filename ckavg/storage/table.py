@@ -6,10 +6,11 @@ import hashlib
 import json
 import math
 from array import array
+from collections.abc import Iterator
 from typing import Any
 
 from ckavg.errors import CkavgError
-from ckavg.storage.atomic import write_bytes
+from ckavg.storage.atomic import write_pieces
 from ckavg.storage.base import AnyPath, RemotePath
 from ckavg.storage.local import parse_json, read_small
 
@@ -46,14 +47,12 @@ def save_table(file: AnyPath, table: dict[str, Any]) -> None:
     Raises:
         OSError, CkavgError: it cannot be written.
     """
-    text = bytearray()
-    _encode(table, text)
-    text[-1:] = f',"{_CHECKSUM}":"{hashlib.sha256(text).hexdigest()}"}}'.encode()
+    pieces = _encoded({**table, _CHECKSUM: _checksum(table)})
     if isinstance(file, RemotePath):
-        file.storage.put(file, bytes(text))
+        file.storage.put(file, b"".join(pieces))
     else:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(file, text, follow=False)
+        write_pieces(file, pieces, follow=False)
 
 
 def not_believed(file: AnyPath, again: str) -> str:
@@ -64,20 +63,20 @@ def not_believed(file: AnyPath, again: str) -> str:
 
 
 def _checksum(table: dict[str, Any]) -> str:
-    text = bytearray()
-    _encode(table, text)
-    return hashlib.sha256(text).hexdigest()
+    digest = hashlib.sha256()
+    for piece in _encoded(table):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
-def _encode(value: Any, text: bytearray) -> None:
-    """Append JSON, row by row: json holds each number of what it encodes as a text. NaN in an array is null."""
+def _encoded(value: Any) -> Iterator[bytes]:
+    """JSON row by row: json holds each number of what it encodes as a text. NaN in an array is null."""
     if isinstance(value, dict):
-        text += b"{"
         for number, (key, each) in enumerate(value.items()):
-            text += f"{',' if number else ''}{json.dumps(key)}:".encode()
-            _encode(each, text)
-        text += b"}"
+            yield f"{',' if number else '{'}{json.dumps(key)}:".encode()
+            yield from _encoded(each)
+        yield b"}" if value else b"{}"
         return
     if isinstance(value, array):
         value = [None if math.isnan(each) else each for each in value]
-    text += json.dumps(value, separators=(",", ":")).encode()
+    yield json.dumps(value, separators=(",", ":")).encode()

@@ -78,7 +78,7 @@ def test_what_headers_declare_is_never_that_of_another_table(tables: list[int]) 
     both = [checkpoint({"w": ("F32", (2,))}, {}), checkpoint({"w": ("F32", (3,))}, {})]
     run = Run(Path("run"), Selection(), tuple(both[number] for number in tables), ())
     own = {number: json.dumps([["w", "F32", [2 + number], 0, 0]]) for number in (0, 1)}
-    assert [text.decode() for _, text in with_tensors(run)] == [f", {own[number][1:]}" for number in tables]
+    assert [b"".join(text).decode() for _, text in with_tensors(run)] == [f", {own[number][1:]}" for number in tables]
 
 
 VALUES = st.dictionaries(NAMES, st.integers() | st.floats(allow_nan=False, allow_infinity=False) | NAMES, max_size=4)
