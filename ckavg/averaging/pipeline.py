@@ -318,8 +318,10 @@ def _replay(
         reading.places,
         [dataclasses.astuple(each) for each in coefficients],
         [
-            [(shard.name, shard.header) for index in plan.outputs for shard in plan.layout(index).weights.shards]
+            (shard.name, hashlib.sha256(shard.header).digest())
             for plan in plans
+            for index in plan.outputs
+            for shard in plan.layout(index).weights.shards
         ],
         (options.lora, options.rank),
         [[str(out.relative_to(plan.out)) for out in plan.outputs.values()] for plan in plans],

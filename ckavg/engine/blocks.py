@@ -9,6 +9,7 @@ A chunk is summed as rows of so many *columns*, one row after the other.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -85,16 +86,16 @@ def cut_blocks(entries: Mapping[str, TensorInfo]) -> tuple[Block, ...]:
     )
 
 
-def sizes_of(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block]) -> list[int]:
+def sizes_of(checkpoints: Sequence[Checkpoint], blocks: Sequence[Block]) -> Sequence[int]:
     """Bytes that are read of each block."""
     tables = distinct_tables(checkpoints)
     if len(tables) == 1:  # mostly; there may be a million blocks
         table, count = tables[0]
-        return [count * table[block.name].item_bytes * block.size for block in blocks]
+        return array("q", (count * table[block.name].item_bytes * block.size for block in blocks))
     items = {
         name: sum(count * table[name].item_bytes for table, count in tables) for name in {each.name for each in blocks}
     }
-    return [items[block.name] * block.size for block in blocks]
+    return array("q", (items[block.name] * block.size for block in blocks))
 
 
 def check_tile(tile: int) -> int:

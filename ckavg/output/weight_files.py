@@ -197,7 +197,8 @@ class WeightFiles:
         self, directory: Path, shards: tuple[ShardPlan, ...], *, create: bool = True, keep_open: bool = True
     ) -> None:
         self._paths = {directory / shard.name: shard for shard in shards}
-        self._files = {name: file for file in self._paths.items() for name in file[1].offsets}
+        self._first, *others = self._paths.items()
+        self._others = {name: file for file in others for name in file[1].offsets}
         self._open: dict[Path, int] = {}
         for path, shard in self._paths.items():
             with write_errors(path):
@@ -209,7 +210,7 @@ class WeightFiles:
 
     def put(self, name: str, offset: int, values: Tensor) -> None:
         """Write bytes of tensor `name`, beginning at its byte `offset`: (n,) uint8 in CPU memory."""
-        path, shard = self._files[name]
+        path, shard = self._others.get(name, self._first)
         with self._handle(path) as handle:
             _write_at(handle, values.numpy().data, shard.offsets[name] + offset)
 
@@ -217,7 +218,7 @@ class WeightFiles:
         """Write whole tensors; those side by side in a file at once."""
         from ckavg.engine.coalescing import side_by_side  # imports torch
 
-        files = ((self._files[name], name, data) for name, data in tensors.items())
+        files = ((self._others.get(name, self._first), name, data) for name, data in tensors.items())
         placed = ((path, shard.offsets[name], data) for (path, shard), name, data in files)
         for path, start, parts in side_by_side(placed):
             with self._handle(path) as handle:

@@ -10,6 +10,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from benchmarks.agreement import first_difference, weight_difference
 from benchmarks.cache import State
 from benchmarks.contest import Arena, WrongResultError, attempt
 from benchmarks.expected import AVERAGES, SWEEP
+from benchmarks.mapped import WAYS, sum_pieces
 from benchmarks.obvious_loop import path_length
 from benchmarks.programs import MEAN, PEMA, Program
 from benchmarks.programs import ckavg as command
@@ -102,6 +104,13 @@ def test_a_wrong_path_has_none(arena: Arena) -> None:
     wrong = Program(name="wrong", arguments=lambda run, out: ["-c", f"print({json.dumps(printed)!r})"])
     with pytest.raises(WrongResultError, match="path length"):
         attempt(wrong, arena, State.WARM)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_mapped_or_not_all_pieces_are_read(synthetic: Path, way: str) -> None:
+    files, piece = weight_files(synthetic), 1 << 14
+    read = [np.fromfile(file, np.int64, file.stat().st_size // piece * piece // 8) for file in files]
+    assert sum_pieces(files, way, piece) == sum(int(each.sum()) for each in read) % (1 << 64)
 
 
 def test_averages_of_other_tensors_differ(arena: Arena, synthetic: Path, tmp_path: Path) -> None:
