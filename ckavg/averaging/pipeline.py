@@ -37,7 +37,8 @@ from ckavg.storage.atomic import resolved
 from ckavg.storage.base import AnyPath
 
 if TYPE_CHECKING:
-    from ckavg.averaging.replay import Replayed, TensorWriter
+    from ckavg.averaging.copying import TensorWriter
+    from ckavg.averaging.replay import Replayed
     from ckavg.output.staging import Staging
 
 

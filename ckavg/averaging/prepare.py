@@ -69,7 +69,7 @@ def prepare(reading: Reading, context: Context) -> Prepared:
     Raises:
         CkavgError: see `average`.
     """
-    from ckavg.averaging.replay import check_constant
+    from ckavg.averaging.copying import check_constant
 
     plans, run, ranks = reading.plans, reading.run, context.ranks
     fingerprints = agreed_fingerprints(run, ranks)

@@ -7,19 +7,20 @@ reading, each tile being widened once for all of them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ckavg.averaging.adapters import Products
+from ckavg.averaging.copying import TensorWriter, copy_tensors, put_whole
 from ckavg.averaging.kernels import CompiledTiles
 from ckavg.averaging.products import replay_products
-from ckavg.averaging.rules import RULES, State, round_into, too_large
-from ckavg.checkpoints.run import ITEM_BYTES, Run, TensorInfo, not_constant
+from ckavg.averaging.rules import RULES, NegativeZeros, State, round_into, too_large
+from ckavg.checkpoints.run import ITEM_BYTES, Run
 from ckavg.engine.blocks import Block, cut_blocks
 from ckavg.engine.checksums import checksums
 from ckavg.engine.coalescing import Group, GroupSums, Key, by_dtype
@@ -29,23 +30,6 @@ from ckavg.engine.stream import is_worth_compiling, stream_groups
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader, all_finite
 from ckavg.errors import MissingPartsError, raise_all
 from ckavg.schemes import Coefficients
-
-
-class TensorWriter(Protocol):
-    """Takes finished bytes; called from several threads. Each byte of a tensor comes once; of a small one, again where
-    values are not finite.
-    """
-
-    def put(self, name: str, offset: int, values: Tensor) -> None:
-        """Take the bytes of tensor `name` from byte `offset` on: (n,) uint8 in CPU memory, valid during the call."""
-
-
-@runtime_checkable
-class WholeTensorWriter(Protocol):
-    """A `TensorWriter` that takes whole tensors together, too."""
-
-    def put_whole(self, tensors: Mapping[str, memoryview]) -> None:
-        """Take all bytes of some tensors, by name; valid during the call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,30 +145,18 @@ def replay(
             context=context,
         )
 
-    by_place: dict[int, list[TensorWriter]] = {}
+    writers: dict[int, list[TensorWriter]] = {}
     for average in averages:
         for index, writer in average.writers.items():
-            by_place.setdefault(average.places[index], []).append(writer)
-    written = sorted(by_place)
-    writers = [by_place[place] for place in written]
-
-    def copy_worker(reader: TileReader) -> _CopyWorker:
-        return _CopyWorker(reader, run.tensors, writers, tile=context.tile)
-
+            writers.setdefault(average.places[index], []).append(writer)
     blocks = tuple(block for block in replay_blocks(run) if block.name not in paired)
     compiled = is_worth_compiling(read, blocks, context)
     journals = journals or _no_journals
     nbytes = 0
     unfinished: list[MissingPartsError] = []
     if copied:
-        quiet = dataclasses.replace(context, on_progress=None)
-        of_written = [run.checkpoints[place] for place in written]
         with _put_off(unfinished):
-            journal = journals("copy", _as_it_is, _as_it_is)
-            key = by_dtype(of_written)
-            nbytes = stream_groups(
-                "replay", of_written, cut_blocks(copied), copy_worker, key, quiet, journal
-            ).bytes_read
+            nbytes = copy_tensors(run, copied, writers, context, journals("copy", _as_it_is, _as_it_is))
     discarded: tuple[Mapping[int, float], ...] = ({},) * len(averages)
     of_pairs = None
     if products is not None:
@@ -248,66 +220,6 @@ def _by_average(run: Run, averages: Sequence[Average]) -> Key:
         return dtype, [(dtypes[name], betas.get(name), name in uncorrected) for dtypes, betas, uncorrected in alike]
 
     return key
-
-
-def check_constant(
-    run: Run,
-    selections: Collection[tuple[int, ...]],
-    context: Context,
-    journal: PassJournal[None] | None = None,
-) -> int:
-    """Compare all bytes of the tensors that can only be copied; how many bytes were read.
-
-    Args:
-        run: the checkpoints.
-        selections: indices of those that must hold the same, of each average.
-        context: how the pass runs.
-        journal: what is compared already.
-
-    Raises:
-        UnsupportedFormatError: one is not the same in all checkpoints of an average.
-    """
-    entries = {name: entry for name, entry in run.tensors.items() if entry.must_be_constant and not entry.kept}
-
-    def compare_worker(reader: TileReader) -> Callable[[Sequence[Block]], Sequence[None]]:
-        def compare(blocks: Sequence[Block]) -> Sequence[None]:
-            if len(blocks) == 1 or not are_same(blocks):
-                for block in blocks:
-                    compare_block(block)
-            return [None] * len(blocks)
-
-        def are_same(blocks: Sequence[Block]) -> bool:
-            group, item = Group(blocks), entries[blocks[0].name].item_bytes
-            memory = torch.empty(group.size * item, dtype=torch.uint8)
-            for last in {places[-1] for places in selections}:
-                expected = torch.empty_like(memory)
-                reader.raw_group(last, group, expected)
-                for index in {index for places in selections if places[-1] == last for index in places[:-1]}:
-                    reader.raw_group(index, group, memory)
-                    if not torch.equal(memory, expected):
-                        return False
-            return True
-
-        def compare_block(block: Block) -> None:
-            item = entries[block.name].item_bytes
-            for start, stop in block.tiles(context.tile):
-                lasts = {
-                    last: reader.raw(last, block.name, start * item, stop * item).clone()
-                    for last in {places[-1] for places in selections}
-                }
-                for index, checkpoint in enumerate(run.checkpoints):
-                    for last in {places[-1] for places in selections if index in places[:-1]}:
-                        if not torch.equal(reader.raw(index, block.name, start * item, stop * item), lasts[last]):
-                            raise not_constant(block.name, checkpoint, run.checkpoints[last])
-
-        return compare
-
-    quiet = dataclasses.replace(context, on_progress=None)
-    blocks = cut_blocks(entries)
-    if not blocks:
-        return 0
-    key = by_dtype(run.checkpoints)
-    return stream_groups("replay", run.checkpoints, blocks, compare_worker, key, quiet, journal).bytes_read
 
 
 def replay_blocks(run: Run) -> tuple[Block, ...]:
@@ -392,7 +304,7 @@ class _AverageWorker:
         group = Group(blocks)
         buffer, states = self._workspace(self._accumulate_dtype(blocks[0].name))
         theta, sums, totals = buffer[: group.size], GroupSums(group, len(self._takers)), []
-        zeros = {read: _NegativeZeros() for read in self._read}
+        zeros = {read: NegativeZeros() for read in self._read}
         for state in states:
             state.set_tensor(blocks[0].name)
         for place, takers in enumerate(self._takers):
@@ -438,7 +350,7 @@ class _AverageWorker:
 
     def _average_tile(self, name: str, start: int, stop: int, theta: Tensor, states: Sequence[State]) -> None:
         sums: list[Tensor] = []
-        zeros = {read: _NegativeZeros() for read in self._read}
+        zeros = {read: NegativeZeros() for read in self._read}
         for place, takers in enumerate(self._takers):
             self._reader.load(place, name, start, theta)
             for read in self._reads[place]:
@@ -509,77 +421,6 @@ class _AverageWorker:
             states = [RULES[each.coefficients.rule](each.coefficients, scratch) for each in self._averages]
             self._work[dtype] = theta, states
         return self._work[dtype]
-
-
-def put_whole(writer: TensorWriter, group: Group, stored: Tensor) -> None:
-    """Hand on the tensors of a group, of which these are the bytes."""
-    tensors = {block.name: data for block, data in zip(group.blocks, group.slots(stored), strict=True)}
-    if isinstance(writer, WholeTensorWriter):
-        writer.put_whole(tensors)
-        return
-    for name, data in tensors.items():
-        writer.put(name, 0, torch.frombuffer(data, dtype=torch.uint8))
-
-
-class _NegativeZeros:
-    """Elements of a tile that are −0 in all checkpoints: a difference added to −0 is 0, and they would not stay so."""
-
-    def __init__(self) -> None:
-        self._found: Tensor | None = None
-        self._is_begun = False
-
-    def take(self, theta: Tensor) -> None:
-        """Take in the next checkpoint."""
-        if self._is_begun and self._found is None:
-            return
-        bits = theta.view(torch.int64 if theta.dtype == torch.float64 else torch.int32)
-        least = torch.iinfo(bits.dtype).min
-        if self._found is not None:
-            self._found &= bits == least
-        elif theta.device.type != "cpu" or int(bits.amin()) == least:  # a look at a GPU would wait for it
-            self._found = bits == least
-        self._is_begun = True
-
-    def kept_in(self, result: Tensor) -> Tensor:
-        """A tile of an average of those checkpoints, with those elements put right."""
-        return result if self._found is None else result.masked_fill_(self._found, -0.0)
-
-
-class _CopyWorker:
-    """Copies what is not averaged, byte for byte: each checkpoint's to the writers of that checkpoint."""
-
-    def __init__(
-        self,
-        reader: TileReader,
-        entries: Mapping[str, TensorInfo],
-        writers: Sequence[Sequence[TensorWriter]],
-        *,
-        tile: int,
-    ) -> None:
-        self._reader = reader
-        self._entries = entries
-        self._writers = writers
-        self._tile = tile
-
-    def __call__(self, blocks: Sequence[Block]) -> Sequence[None]:
-        if len(blocks) == 1:
-            self._copy_block(blocks[0])
-        else:
-            group = Group(blocks)
-            memory = torch.empty(group.size * self._entries[blocks[0].name].item_bytes, dtype=torch.uint8)
-            for index, writers in enumerate(self._writers):
-                self._reader.raw_group(index, group, memory)
-                for writer in writers:
-                    put_whole(writer, group, memory)
-        return [None] * len(blocks)
-
-    def _copy_block(self, block: Block) -> None:
-        item = self._entries[block.name].item_bytes
-        for start, stop in block.tiles(self._tile):
-            for index, writers in enumerate(self._writers):
-                stored = self._reader.raw(index, block.name, start * item, stop * item)
-                for writer in writers:
-                    writer.put(block.name, start * item, stored)
 
 
 def _widest(averages: Sequence[Average]) -> int:

@@ -54,6 +54,30 @@ def _to_float32_odd(values: Tensor) -> Tensor:
     return torch.where(inexact, truncated | 1, bits).view(torch.float32)
 
 
+class NegativeZeros:
+    """Elements of a tile that are −0 in all checkpoints: a difference added to −0 is 0, and they would not stay so."""
+
+    def __init__(self) -> None:
+        self._found: Tensor | None = None
+        self._is_begun = False
+
+    def take(self, theta: Tensor) -> None:
+        """Take in the next checkpoint."""
+        if self._is_begun and self._found is None:
+            return
+        bits = theta.view(torch.int64 if theta.dtype == torch.float64 else torch.int32)
+        least = torch.iinfo(bits.dtype).min
+        if self._found is not None:
+            self._found &= bits == least
+        elif theta.device.type != "cpu" or int(bits.amin()) == least:  # a look at a GPU would wait for it
+            self._found = bits == least
+        self._is_begun = True
+
+    def kept_in(self, result: Tensor) -> Tensor:
+        """A tile of an average of those checkpoints, with those elements put right."""
+        return result if self._found is None else result.masked_fill_(self._found, -0.0)
+
+
 class State(abc.ABC):
     """What a rule carries from checkpoint to checkpoint, for `size` elements.
 

@@ -9,7 +9,7 @@ import hashlib
 import re
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -111,7 +111,8 @@ def read_header(path: AnyPath, *, shard: int = 0, known: KnownHeaders | None = N
     try:
         declared = _parsed(text)
         metadata = _metadata(declared)
-        entries, end = _checked(path, declared, _LENGTH.size + len(text), shard)
+        before = same.entries if same is not None else {}
+        entries, end = _checked(path, declared, _LENGTH.size + len(text), shard, before)
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path} has a corrupt header: {error}.", hint=RESAVE) from error
     size = info.nbytes
@@ -202,19 +203,22 @@ def _metadata(declared: dict[str, Any]) -> dict[str, str]:
     raise ValueError("__metadata__ must hold texts by name")
 
 
-def _checked(path: AnyPath, declared: dict[str, Any], data_start: int, shard: int) -> tuple[dict[str, TensorInfo], int]:
+def _checked(
+    path: AnyPath, declared: dict[str, Any], data_start: int, shard: int, before: Iterable[str]
+) -> tuple[dict[str, TensorInfo], int]:
     """The tensors in the order of their bytes, and the offset at which the last one ends. Empties `declared`."""
+    names = {name: name for name in before}
     for name, value in declared.items():
         _check(path, name, value)
     entries: dict[str, TensorInfo] = {}
-    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal shapes stored once, like dtypes
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal shapes stored once, like names and dtypes
     end = 0
     for name in sorted(declared, key=lambda name: declared[name].offsets):
         dtype, shape, (start, stop) = declared.pop(name)
         if start != end:
             raise ValueError(f"tensor {shown(name)} begins at byte {start:,}, expected {end:,}")
         end = stop
-        entries[name] = TensorInfo(dtype, shapes.setdefault(shape, shape), shard, data_start + start)
+        entries[names.get(name, name)] = TensorInfo(dtype, shapes.setdefault(shape, shape), shard, data_start + start)
     return entries, data_start + end
 
 

@@ -1,4 +1,4 @@
-"""Pass 1 over a group of small tensors: the sums of `measure.py` by chunk, of all of them at once.
+"""Pass 1 over a group of small tensors: the sums of `sums.py` by chunk, of all of them at once.
 
 A chunk is padded with zeros to as few rows and columns as possible. Zeros add nothing, and torch adds the rest in the
 same order, so every sum equals that of the plain path to the bit.
@@ -16,6 +16,7 @@ from ckavg.engine.blocks import CHUNK, COLUMNS
 from ckavg.engine.coalescing import MOST_ELEMENTS, Group
 from ckavg.engine.tiles import TileReader
 from ckavg.path.plan import Visit
+from ckavg.path.sums import is_extreme
 
 
 class GroupDistances:
@@ -40,7 +41,7 @@ class GroupDistances:
             dtype: in which differences are taken, float32 or float64.
 
         Returns:
-            (pairs + 4 · anchors + 4, chunks) float64, as of a tile of `measure.py`. None where not all is finite, or
+            (pairs + 4 · anchors + 4, chunks) float64, as of a tile in `measure.py`. None where not all is finite, or
             squares may be too large or too small for float64: then the plain path takes care.
         """
         shape = -1, max(1, chunk // COLUMNS), min(chunk, COLUMNS)
@@ -79,8 +80,6 @@ class GroupDistances:
 
 def _moments(group: Group, anchor: Tensor) -> tuple[Tensor, Tensor] | None:
     """(chunks,) Σ and Σ² of θ_0 less its first element; None where its spread is extreme."""
-    from ckavg.path.measure import is_extreme
-
     chunks = torch.from_numpy(group.chunks)
     first = anchor[torch.from_numpy(group.first_chunks), 0, 0].double().repeat_interleave(chunks)
     shifted = anchor.to(torch.float64, copy=True).sub_(first[:, None, None])

@@ -28,9 +28,9 @@ from ckavg.engine.context import Context
 from ckavg.engine.stream import by_tensor, stream
 from ckavg.engine.tiles import TileReader
 from ckavg.path.cache import CachedPath
-from ckavg.path.measure import is_extreme, moved, times_power
 from ckavg.path.plan import PathPlan, PathReading
 from ckavg.path.sampling import Sampling, cut_samples, plan_samples
+from ckavg.path.sums import is_extreme, moved, times_power
 from ckavg.path.table import PathLength, TensorPath, TensorPaths, ZeroSigma, refuse_infinite, to_measure
 
 

@@ -1,14 +1,12 @@
 """Pass 1: stream every checkpoint once and measure σ of the anchor and the L1 distance of every step.
 
-Differences are taken in float32 (float64 for float64 checkpoints). Sums are formed in one fixed order, whatever the
-tile size and the number of threads: 16 absolute differences in float32, then everything in float64.
+Sums are formed in one fixed order, whatever the tile size and the number of threads; see `sums`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -28,19 +26,8 @@ from ckavg.path.coalesced import GroupDistances
 from ckavg.path.journal import PathJournal
 from ckavg.path.kernels import CompiledSums, Kernel, load_kernel
 from ckavg.path.plan import PathPlan, PathReading, plan_path
+from ckavg.path.sums import MOMENTS, MOST_ROWS, TileDistances, moments, scaled
 from ckavg.path.table import PathLength, TensorPaths, ZeroSigma, fsum, refuse_infinite
-
-_SUMMED_IN_WORK_DTYPE = CHUNK // COLUMNS
-EXTREME = 400
-"""Exponents beyond which, either way, squares of float64 numbers are formed in another unit."""
-
-_LARGE = 2.0**1000
-_ROWS = 16
-"""Steps whose lanes are kept until they are summed: 1 MiB each in a tile of a whole block."""
-
-_MOMENTS = 4
-"""What follows the distances of a path in a row: Σ and Σ² of θ_0 about its first element, in units of 2^exponent, then
-that exponent, which is 0 but for extreme spreads, and how many infinities are not in them."""
 
 
 def measure(
@@ -120,7 +107,7 @@ def measure_paths(
         del streamed  # as large as all rows
     all_steps, paths, end = run.steps, [], 0
     for plan, places in zip(reading.plans, reading.places, strict=True):
-        begin, end = end, end + len(plan.steps) + _MOMENTS
+        begin, end = end, end + len(plan.steps) + MOMENTS
         tensors = _completed(run, plan, blocks, rows[:, begin:end] if plan.to_read else None)
         if plan.to_read and not allow_nonfinite:
             refuse_infinite(tensors)
@@ -149,11 +136,11 @@ def _completed(run: Run, plan: PathPlan, blocks: Sequence[Block], rows: NDArray[
         found = rows[[begin for begin, _ in bounds]]
         for numbers, (begin, end) in zip(found, bounds, strict=True):
             if end - begin > 1:
-                numbers[:-_MOMENTS] = [fsum(each) for each in rows[begin:end, :-_MOMENTS].T.tolist()]
+                numbers[:-MOMENTS] = [fsum(each) for each in rows[begin:end, :-MOMENTS].T.tolist()]
         for step, row in zip(plan.steps, found.T, strict=False):
             distances[step - 1] = array("d", row.tobytes())
         if plan.needs_sigma:
-            moments = (rows[begin:end, -_MOMENTS:].tolist() for begin, end in bounds)
+            moments = (rows[begin:end, -MOMENTS:].tolist() for begin, end in bounds)
             sigmas = array("d", map(_sigma, numels, moments))
     return TensorPaths(plan.names, numels, sigmas, distances)
 
@@ -184,11 +171,6 @@ def _deviation(numel: float, total: float, squares: float, unit: int) -> float:
         return math.nan
     deviation = math.sqrt(max(0.0, squares - total * total / numel) / (numel - 1))
     return scaled(deviation, unit) if unit else deviation
-
-
-def scaled(value: float, exponent: int) -> float:
-    """The value times 2^exponent, infinite where that is too large."""
-    return math.ldexp(value, exponent) if math.frexp(value)[1] + exponent <= sys.float_info.max_exp else math.inf
 
 
 class _Worker:
@@ -230,8 +212,8 @@ class _Worker:
         pairs = {pair: row for row, pair in enumerate(self._pairs)}
         # After those of all anchors come four rows of zeros, for a path whose σ is known.
         anchor = self._anchors.index(places[0]) if plan.needs_sigma else len(self._anchors)
-        first = len(self._pairs) + _MOMENTS * anchor
-        return [pairs[places[step - 1], places[step]] for step in plan.steps] + list(range(first, first + _MOMENTS))
+        first = len(self._pairs) + MOMENTS * anchor
+        return [pairs[places[step - 1], places[step]] for step in plan.steps] + list(range(first, first + MOMENTS))
 
     def __call__(self, blocks: Sequence[Block]) -> Sequence[bytes]:
         found = self._measure_group(blocks) if len(blocks) > 1 else None
@@ -321,7 +303,7 @@ class _Worker:
         chunks = -(-size // CHUNK)
         padded = chunks * CHUNK
         sums = self._plain_sums(dtype, chunks, careful=careful)
-        moments = []
+        found = []
         free = self._workspace(dtype)[:]
         held: dict[int, Tensor] = {}
         for visit in self._visits:
@@ -329,7 +311,7 @@ class _Worker:
             tile[size:padded].zero_()
             self._reader.load(visit.place, name, start, tile[:size])
             if visit.is_anchor:
-                moments.append(self._moments(name, visit.place, tile, size, padded))
+                found.append(moments(tile[:padded], self._reader.first_finite(name, visit.place), size))
             for first, is_done in visit.pairs:
                 before = held.pop(first) if is_done else held[first]
                 out = before if is_done else self._take(free, dtype)
@@ -339,34 +321,8 @@ class _Worker:
                 held[visit.place] = tile
             else:
                 free.append(tile)
-        none = torch.zeros(4, chunks, dtype=torch.float64, device=self._device)
-        return torch.cat([*sums.rows(), *moments, none]).cpu()
-
-    def _moments(self, name: str, place: int, anchor: Tensor, size: int, padded: int) -> Tensor:
-        shifted = anchor[:padded].to(torch.float64, copy=True)
-        shifted[:size] -= self._reader.first_finite(name, place)
-        exponents, infinite = shifted.new_zeros(2, padded // CHUNK)
-        if anchor.dtype == torch.float64 and is_extreme(_largest(_in_lanes(shifted))):
-            shifted, exponents, infinite = self._scaled_shift(name, place, anchor[:padded], size)
-        total = _sum(_sum(_in_lanes(shifted), dim=1), dim=1)
-        squares = _sum(_sum(_in_lanes(shifted.square_()), dim=1), dim=1)
-        return torch.stack([total, squares, exponents, infinite])
-
-    def _scaled_shift(self, name: str, place: int, anchor: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """θ_0 less its first element in a unit for each chunk, its exponent, and how many infinities are left out."""
-        first = self._reader.first_finite(name, place)
-        infinite = torch.isinf(anchor)
-        values = anchor.masked_fill(infinite, first)
-        values[size:] = first
-        lanes = _in_lanes(values)
-        large = 2.0 * (_largest(lanes).clamp(min=abs(first)) > _LARGE).double()  # no difference may overflow
-        unit = torch.exp2(-large)[:, None, None]
-        shifted = lanes * unit - first * unit
-        exponents = torch.frexp(_largest(shifted)).exponent.double()
-        exponents = torch.where(exponents.abs() > EXTREME, exponents, 0.0)
-        for part in (exponents / 2).floor(), (exponents / 2).ceil():
-            shifted = shifted * torch.exp2(-part)[:, None, None]
-        return shifted.view(-1), exponents + large, _in_lanes(infinite).sum(dim=(1, 2)).double()
+        none = torch.zeros(MOMENTS, chunks, dtype=torch.float64, device=self._device)
+        return torch.cat([*sums.rows(), *found, none]).cpu()
 
     def _workspace(self, dtype: torch.dtype) -> list[Tensor]:
         return self._buffers.setdefault(dtype, [])
@@ -378,93 +334,9 @@ class _Worker:
             self._workspace(dtype).append(free[0])
         return free.pop()
 
-    def _plain_sums(self, dtype: torch.dtype, chunks: int, *, careful: bool) -> _PlainSums:
+    def _plain_sums(self, dtype: torch.dtype, chunks: int, *, careful: bool) -> TileDistances:
         if dtype not in self._lanes:
-            rows = min(len(self._pairs), _ROWS)
+            rows = min(len(self._pairs), MOST_ROWS)
             shape = rows, self._tile // CHUNK, COLUMNS
             self._lanes[dtype] = torch.empty(shape, dtype=dtype, device=self._device)
-        return _PlainSums(self._lanes[dtype][:, :chunks], careful=careful)
-
-
-class _PlainSums:
-    """The L1 distances of a tile by chunk, with torch's kernels.
-
-    Args:
-        lanes: (steps kept at once, chunks, lanes) memory to compute in.
-        careful: as of `moved`.
-    """
-
-    def __init__(self, lanes: Tensor, *, careful: bool) -> None:
-        self._lanes = lanes
-        self._careful = careful
-        self._filled = 0
-        self._rows: list[Tensor] = []
-
-    def add(self, before: Tensor, after: Tensor, out: Tensor) -> None:
-        """Take the next pair; `out` is memory to compute in, which may be that of `before`."""
-        _sum(_in_lanes(moved(before, after, out, careful=self._careful)), dim=1, out=self._lanes[self._filled])
-        self._filled += 1
-        if self._filled == len(self._lanes):
-            self._add_up()
-
-    def rows(self) -> list[Tensor]:
-        """(steps, chunks) float64, in pieces."""
-        if self._filled:
-            self._add_up()
-        return self._rows
-
-    def _add_up(self) -> None:
-        self._rows.append(_sum(self._lanes[: self._filled], dim=2, dtype=torch.float64))
-        self._filled = 0
-
-
-def moved(before: Tensor, after: Tensor, out: Tensor, *, careful: bool) -> Tensor:
-    """|after − before|.
-
-    Args:
-        before, after: weights of two checkpoints, of one shape and dtype.
-        out: where it goes; it may be `before`.
-        careful: whether there may be infinities; what is the same one on both sides has not moved.
-    """
-    same = torch.isinf(after) & (after == before) if careful else None
-    torch.sub(after, before, out=out).abs_()
-    return out if same is None else out.masked_fill_(same, 0.0)
-
-
-def times_power(values: Tensor, exponent: int) -> Tensor:
-    """The values times 2^exponent, in two steps: the power itself may be beyond float64."""
-    return values * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)
-
-
-def is_extreme(largest: Tensor) -> bool:
-    """Whether squares of values may be too large or too small for float64, by the largest absolute values of each."""
-    regular = (largest == 0) | ((largest > 2.0**-EXTREME) & (largest < 2.0**EXTREME))
-    return not bool(regular.all())
-
-
-def _largest(lanes: Tensor) -> Tensor:
-    """(chunks,) the largest absolute value of each chunk; NaN where it holds any."""
-    return lanes.abs().amax(dim=(1, 2))
-
-
-def _in_lanes(values: Tensor) -> Tensor:
-    return values.view(-1, _SUMMED_IN_WORK_DTYPE, COLUMNS)
-
-
-def _sum(values: Tensor, dim: int, *, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
-    """Sum over a dimension of 2ⁿ elements, always in the same order.
-
-    On a GPU, torch's order hangs on the shape of the whole, and so on the tile: halves are added there instead.
-    """
-    if values.device.type == "cpu":
-        return torch.sum(values, dim, dtype=dtype, out=out)
-    total = sum_by_halves(values if dtype is None else values.to(dtype), dim)
-    return total if out is None else out.copy_(total)
-
-
-def sum_by_halves(values: Tensor, dim: int) -> Tensor:
-    """Sum over a dimension of 2ⁿ elements: its second half added to its first, until one is left."""
-    while values.shape[dim] > 1:
-        first, second = values.chunk(2, dim)
-        values = first + second
-    return values.squeeze(dim)
+        return TileDistances(self._lanes[dtype][:, :chunks], careful=careful)

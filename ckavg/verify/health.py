@@ -31,7 +31,7 @@ from ckavg.engine.context import Context, OnProgress, Progress
 from ckavg.engine.stream import by_tensor, stream
 from ckavg.engine.tiles import TORCH_DTYPES, TileReader
 from ckavg.errors import ReadError, short_repr
-from ckavg.path.measure import EXTREME, scaled, times_power
+from ckavg.path.sums import EXTREME, scaled, times_power
 from ckavg.path.table import fsum
 from ckavg.storage.base import AnyPath
 from ckavg.storage.remote import local_path

@@ -15,8 +15,9 @@ from ckavg.engine.context import Context
 from ckavg.engine.devices import gpu_tile, resolve_device, tuned
 from ckavg.engine.distributed import available_cores
 from ckavg.errors import SettingError
-from ckavg.path import measure as path_measure
-from ckavg.path.measure import measure, sum_by_halves
+from ckavg.path import sums as path_sums
+from ckavg.path.measure import measure
+from ckavg.path.sums import sum_by_halves
 from tests.exhaustive import all_but
 from tests.runs import random_run, write_run
 
@@ -82,7 +83,7 @@ def test_sums_by_halves() -> None:
 )
 def test_a_path_summed_by_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """As a GPU does it: the same path, by any tile, with more steps than are kept at once."""
-    count = path_measure._ROWS + 4
+    count = path_sums.MOST_ROWS + 4
     run = ckavg.open_run(write_run(tmp_path, random_run(0, count, dtype), range(count)))
     want = measure(run)
 
@@ -90,7 +91,7 @@ def test_a_path_summed_by_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         total = sum_by_halves(values if dtype is None else values.to(dtype), dim)
         return total if out is None else out.copy_(total)
 
-    monkeypatch.setattr(path_measure, "_sum", halved)
+    monkeypatch.setattr(path_sums, "_sum", halved)
     got = [measure(run, context=Context(tile=tile)) for tile in (CHUNK, 4 * CHUNK, BLOCK)]
     assert got[0].tensors == got[1].tensors == got[2].tensors
     assert got[0].lengths == pytest.approx(want.lengths, rel=1e-13 if dtype == torch.float64 else 1e-8)
