@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.many import build_tiny
 from tests.ranks.launch import environment, torchrun
 
 MODEL_BYTES = 192 << 20
@@ -36,6 +37,11 @@ ckavg.average(ckavg.open_run(sys.argv[1], last=2), ckavg.PEMA(), out=sys.argv[2]
 two = peak()
 ckavg.average(ckavg.open_run(sys.argv[1]), ckavg.PEMA(), out=sys.argv[2] + "/all")
 print(json.dumps([imports, two, peak()]))
+"""
+_MEASURE_ONE = f"""{_PEAK}
+imports = peak()
+ckavg.average(ckavg.open_run(sys.argv[1]), ckavg.PEMA(), out=sys.argv[2])
+print(json.dumps([imports, peak()]))
 """
 _HOLD_A_MODEL = f"""{_PEAK}
 imports = peak()
@@ -101,6 +107,14 @@ def test_peak_of_a_tensor_in_columns_is_that_of_the_buffers(columns: Path, tmp_p
     imports, two, eight = _run(_MEASURE, columns, tmp_path)
     assert two - imports < BUFFERS
     assert eight - imports < BUFFERS
+
+
+@pytest.mark.exhaustive
+def test_a_tensor_takes_little_beside_its_numbers(tmp_path: Path) -> None:
+    count = 100_000
+    run = build_tiny(tmp_path / "run", tensors=count, checkpoints=5)
+    imports, peak = _run(_MEASURE_ONE, run, tmp_path / "out")
+    assert imports < peak < imports + 1_600 * count  # 1,300; with objects for what comes of each, 2,000
 
 
 def test_holding_one_model_would_be_noticed() -> None:
