@@ -174,12 +174,12 @@ def _merged(table: Mapping[str, Any], run: Run, path: PathLength, fingerprints: 
     }
     kept |= {fingerprint: where for where, fingerprint in at.items() if fingerprint}
     stated_rows = {kind: table.get(kind) for kind in _KINDS}
-    held = {
+    held = [
         (kind, key)
         for kind, rows in stated_rows.items()
         for key in (rows if isinstance(rows, dict) else ())
         if all(fingerprint in kept for fingerprint in key.split())
-    }
+    ]
     is_finite = path.tensors.are_finite
     finite = list(itertools.compress(path.tensors, is_finite))
     names = sorted({*finite, *(name for name in table.get("tensors", ()) if held and isinstance(name, str))})
@@ -188,7 +188,7 @@ def _merged(table: Mapping[str, Any], run: Run, path: PathLength, fingerprints: 
     pairs = itertools.starmap(_pair, itertools.pairwise(fingerprints))
     own |= {("distances", pair): row for pair, row in zip(pairs, path.tensors.distances, strict=True)}
     listed: dict[str, dict[str, Row]] = {kind: {} for kind in _KINDS}
-    for kind, key in sorted(held) + [each for each in own if each not in held]:
+    for kind, key in dict.fromkeys((*held, *own)):
         if key is None:
             continue
         row = _row(table, kind, key, places) or array("d", [math.nan]) * len(names)
