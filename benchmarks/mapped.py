@@ -11,8 +11,8 @@ import argparse
 import json
 import mmap
 import os
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +37,8 @@ def sum_pieces(files: list[Path], way: str, piece: int) -> int:
     handles = [os.open(file, os.O_RDONLY) for file in files]
     maps = [mmap.mmap(handle, 0, prot=mmap.PROT_READ) for handle in handles] if way != "pread" else []
     starts = iter(range(0, files[0].stat().st_size - piece + 1, piece))  # of which each thread takes the next
-    totals: list[int] = []
 
-    def read_on() -> None:
+    def read_on(_: int) -> int:
         buffer, total = np.empty(piece // 8, np.int64), np.int64(0)
         with np.errstate(over="ignore"):
             for start in starts:
@@ -50,18 +49,15 @@ def sum_pieces(files: list[Path], way: str, piece: int) -> int:
                     total += np.frombuffer(mapped, np.int64, piece // 8, start).sum()
                     if way == "released":
                         mapped.madvise(mmap.MADV_DONTNEED, start, piece)
-        totals.append(int(total))
+        return int(total)
 
-    threads = [threading.Thread(target=read_on) for _ in range(_THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(_THREADS) as executor:
+        summed = sum(executor.map(read_on, range(_THREADS)))
     for mapped in maps:
         mapped.close()
     for handle in handles:
         os.close(handle)
-    return sum(totals) % (1 << 64)
+    return summed % (1 << 64)
 
 
 def main() -> None:
@@ -84,16 +80,11 @@ def main() -> None:
                 done = measure.run(command)
                 seconds, computed = json.loads(done.stdout)
                 found.setdefault((piece, way), []).append((seconds, computed, done.peak_bytes / 1e6))
-    rows: list[Row] = [
-        (
-            f"{piece >> 10} KiB, {way}",
-            *(
-                with_spread(column, digits)
-                for column, digits in zip(zip(*samples, strict=True), (2, 2, 0), strict=True)
-            ),
-        )
-        for (piece, way), samples in found.items()
-    ]
+    rows: list[Row] = []
+    for (piece, way), samples in found.items():
+        wall, cpu, peaks = zip(*samples, strict=True)
+        figures = with_spread(wall, 2), with_spread(cpu, 2), with_spread(peaks, 0)
+        rows.append((f"{piece >> 10} KiB, {way}", *figures))
     print(render(("piece, way", "seconds", "CPU s", "peak MB"), rows))
 
 

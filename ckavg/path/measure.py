@@ -105,13 +105,13 @@ def measure_paths(
         streamed = stream_groups("path", read, blocks, make_worker, by_dtype(run.checkpoints), context, journal)
         rows, bytes_read = np.frombuffer(b"".join(streamed.results)).reshape(len(blocks), -1), streamed.bytes_read
         del streamed  # as large as all rows
+    kernel: Literal["torch", "llvm"] = "llvm" if compiled else "torch"
     all_steps, paths, end = run.steps, [], 0
     for plan, places in zip(reading.plans, reading.places, strict=True):
         begin, end = end, end + len(plan.steps) + MOMENTS
         tensors = _completed(run, plan, blocks, rows[:, begin:end] if plan.to_read else None)
         if plan.to_read and not allow_nonfinite:
             refuse_infinite(tensors)
-        kernel: Literal["torch", "llvm"] = "llvm" if compiled else "torch"
         steps, is_new = tuple(all_steps[index] for index in places), bool(plan.to_read)
         paths.append(PathLength(steps, tensors, zero_sigma, is_new * bytes_read, kernel=kernel if is_new else None))
     return tuple(paths)

@@ -54,28 +54,21 @@ Row = Sequence[float]
 """A number for each tensor; in memory an array."""
 
 
+@dataclass(frozen=True, eq=False)  # equal as mappings are
 class TensorPaths(Mapping[str, TensorPath]):
     """What pass 1 measured, by the name of the tensor. There may be 100,000: their numbers lie in rows.
 
-    Args:
+    Attributes:
         names: of the tensors, sorted.
         numels, sigmas: a number for each tensor; see `TensorPath`.
         distances, variances: likewise, a row for each j = 1 … K.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        numels: Sequence[int],
-        sigmas: Row,
-        distances: Sequence[Row],
-        variances: Sequence[Row] = (),
-    ) -> None:
-        self.names = names
-        self.numels = numels
-        self.sigmas = sigmas
-        self.distances = distances
-        self.variances = variances
+    names: Sequence[str]
+    numels: Sequence[int]
+    sigmas: Row
+    distances: Sequence[Row]
+    variances: Sequence[Row] = ()
 
     @classmethod
     def of(cls, tensors: Mapping[str, TensorPath]) -> TensorPaths:
@@ -189,7 +182,8 @@ class PathLength:
 
     def counts(self, name: str) -> bool:
         """Whether a tensor was measured and counts."""
-        return name in self.tensors and self.sigma(name) > 0 and self.tensors[name].is_finite
+        place = bisect_left(self.counted, name)
+        return self.counted[place : place + 1] == (name,)
 
     @cached_property
     def uncounted(self) -> tuple[str, ...]:

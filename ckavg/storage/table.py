@@ -47,7 +47,7 @@ def save_table(file: AnyPath, table: dict[str, Any]) -> None:
     Raises:
         OSError, CkavgError: it cannot be written.
     """
-    pieces = _encoded({**table, _CHECKSUM: _checksum(table)})
+    pieces = _signed(table)
     if isinstance(file, RemotePath):
         file.storage.put(file, b"".join(pieces))
     else:
@@ -60,6 +60,16 @@ def not_believed(file: AnyPath, again: str) -> str:
     return (
         f"{file} is damaged, edited, or from another version of ckavg. It is ignored, and its values are {again} again."
     )
+
+
+def _signed(table: dict[str, Any]) -> Iterator[bytes]:
+    """The JSON of a table with its checksum as the last entry."""
+    digest, before = hashlib.sha256(), b""
+    for piece in _encoded(table):
+        digest.update(piece)
+        yield before
+        before = piece
+    yield f',"{_CHECKSUM}":"{digest.hexdigest()}"}}'.encode()  # the last piece was the closing brace
 
 
 def _checksum(table: dict[str, Any]) -> str:
